@@ -1,0 +1,316 @@
+"""The joint step: source, target and adapter learn side by side, and parameters flow from one to the other.
+
+One pure function holds the whole of it, so that it compiles once and the transfer is an ordinary differentiable
+part of it. Order and update rules follow the published training loop of arXiv:2404.13322.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax import lax
+
+from merge_jax.paths import flatten, near_misses
+from merge_jax.types import Adapter, Batch, LossFn, Metrics, ModelState, Params, TeacherFn, Transfer
+
+__all__ = [
+    "AdapterState",
+    "JointState",
+    "JointStep",
+    "Task",
+    "TrainState",
+    "UpdateRule",
+    "adapter_adamw",
+    "init_joint_state",
+    "make_joint_step",
+]
+
+UpdateRule = Literal["exact", "surrogate"]
+"""What the adapter's output is told; see `make_joint_step`."""
+
+
+class Task(NamedTuple):
+    """What one model learns, and how.
+
+    Attributes:
+      loss_fn: `(params, model_state, batch, key) -> (loss, (model_state, metrics))`.
+      optimizer: an Optax optimizer of the model's parameters.
+    """
+
+    loss_fn: LossFn
+    optimizer: optax.GradientTransformation
+
+
+@struct.dataclass
+class TrainState:
+    """One model while it trains.
+
+    Attributes:
+      params: the model's parameters.
+      model_state: what the model keeps beside them, e.g. `{"batch_stats": ...}`.
+      opt_state: its optimizer's state; `()` for a frozen source.
+    """
+
+    params: Params
+    model_state: ModelState
+    opt_state: Any
+
+
+@struct.dataclass
+class AdapterState:
+    """The adapter while it trains: its parameters and its optimizer's state."""
+
+    params: Adapter
+    opt_state: Any
+
+
+@struct.dataclass
+class JointState:
+    """Everything that a joint run is, and so all that a checkpoint holds.
+
+    Attributes:
+      step: steps done, an int32 scalar.
+      key: the run's root key; step `i` draws from `fold_in(key, i)`, so resuming needs no other state.
+      source: the model that gives.
+      target: the model that receives.
+      adapter: the parameters of the transfer between them.
+    """
+
+    step: jax.Array
+    key: jax.Array
+    source: TrainState
+    target: TrainState
+    adapter: AdapterState
+
+
+JointStep = Callable[[JointState, Mapping[str, Batch]], tuple[JointState, Metrics]]
+"""`(state, {"source": batch, "target": batch}) -> (state, metrics)`; pure, made to be jitted and donated."""
+
+
+def adapter_adamw(
+    learning_rate: optax.ScalarOrSchedule = 1e-3,
+    *,
+    weight_decay: float = 5e-4,
+    max_norm: float = 50.0,
+) -> optax.GradientTransformation:
+    """Returns the adapter's published optimizer: clip by global norm, then AdamW.
+
+    Only kernels decay; biases, norms and gates do not. A schedule counts the adapter's own updates, one per
+    transfer. The published grid of rates is 0.1, 0.01, 0.001, 0.0001; 0.001 is our choice among them.
+    """
+
+    def decays(params: Adapter) -> Any:
+        leaves = [path.endswith("kernel") for path in flatten(params)]
+        return jax.tree.unflatten(jax.tree.structure(params), leaves)
+
+    return optax.chain(
+        optax.clip_by_global_norm(max_norm),
+        optax.adamw(learning_rate, weight_decay=weight_decay, mask=decays),
+    )
+
+
+def init_joint_state(
+    key: jax.Array,
+    source: Task | None,
+    target: Task,
+    transfer: Transfer,
+    *,
+    source_params: Params,
+    target_params: Params,
+    source_state: ModelState = None,
+    target_state: ModelState = None,
+    adapter_optimizer: optax.GradientTransformation | None = None,
+) -> JointState:
+    """Returns the state before the first step; `key` is consumed.
+
+    The given arrays are copied, since the step may be jitted with its state donated.
+
+    Args:
+      key: root of all randomness of the run.
+      source: the source's task, or None where it is frozen.
+      target: the target's task.
+      transfer: the transfer between them; its `init` checks its routes against both trees.
+      source_params: parameters of the source.
+      target_params: parameters of the target.
+      source_state: the source's model state; `{}` if not given.
+      target_state: the target's model state; `{}` if not given.
+      adapter_optimizer: the one that `make_joint_step` gets; `adapter_adamw()` if not given.
+
+    Raises:
+      ValueError: whatever `transfer.init` finds wrong with the routes.
+    """
+    adapter_optimizer = adapter_optimizer or adapter_adamw()
+    adapter_key, step_key = jax.random.split(key)
+    adapter = transfer.init(adapter_key, source_params, target_params)
+
+    def train_state(task: Task | None, params: Params, model_state: ModelState) -> TrainState:
+        params, model_state = jax.tree.map(_copy, (params, model_state or {}))
+        return TrainState(params, model_state, task.optimizer.init(params) if task else ())
+
+    return JointState(
+        step=jnp.zeros((), jnp.int32),
+        key=step_key,
+        source=train_state(source, source_params, source_state),
+        target=train_state(target, target_params, target_state),
+        adapter=AdapterState(adapter, adapter_optimizer.init(adapter)),
+    )
+
+
+def _copy(leaf: Any) -> jax.Array:
+    return jnp.array(leaf, copy=True)
+
+
+def make_joint_step(
+    source: Task | None,
+    target: Task,
+    transfer: Transfer,
+    *,
+    cycle: int = 4,
+    stop: float = 1.0,
+    num_steps: int | None = None,
+    update: UpdateRule = "exact",
+    teacher: TeacherFn | None = None,
+    adapter_optimizer: optax.GradientTransformation | None = None,
+) -> JointStep:
+    """Returns one step of joint training as a pure function of the state and both batches.
+
+    At step `i`, with `T` and `S` the parameters of target and source as they stand:
+
+    1. if `i % cycle == 0` and `i < stop * num_steps`: `T' = transfer(adapter, S, T)`, otherwise `T' = T`
+       (self-learning);
+    2. the source takes a gradient step on its batch, unless it is frozen;
+    3. the target takes one on its batch from `T'`; its optimizer's state is left alone by the transfer;
+    4. if step 1 transferred, the adapter takes one along `(d T' / d adapter)^T c`, where the cotangent `c` is
+
+       - `exact`: `dL_target / dT'`, the true gradient of the target's loss through the transfer (our choice;
+         the target's own backward pass serves both);
+       - `surrogate`: `T' - T_after_step_3`, as published and as in hypernetwork training: the output is drawn
+         to where the target's optimizer went.
+
+    Metrics are a flat dict of scalars: `source/...` and `target/...` for the loss and what each loss function
+    reports, and `adapter/transferred` (1 or 0), `adapter/change` (`|T' - T| / |T|`) and
+    `adapter/gradient_norm` (before clipping), which are 0 where nothing was transferred.
+
+    Args:
+      source: the source's task; None freezes the source, and its batch is not needed.
+      target: the target's task.
+      transfer: the transfer.
+      cycle: steps from one transfer to the next, 1 or more (the published grid is 1 to 5).
+      stop: the fraction of `num_steps` after which only self-learning goes on; 0 means no transfer at all.
+      num_steps: the length of the run in steps; needed where `0 < stop < 1`.
+      update: `exact` or `surrogate`.
+      teacher: adds the source's outputs to the target's batch before the target's loss, for distillation; it
+        sees the source after step 2.
+      adapter_optimizer: the adapter's optimizer; `adapter_adamw()` if not given.
+
+    Raises:
+      ValueError: a cycle below 1, a stop outside [0, 1] or without `num_steps`, an unknown update rule; while
+        tracing, batches without one of the roles.
+    """
+    if isinstance(cycle, bool) or not isinstance(cycle, int) or cycle < 1:
+        raise ValueError(f"cycle must be a whole number of at least 1, got {cycle!r}")
+    if not 0 <= stop <= 1:
+        raise ValueError(f"stop must be a fraction in [0, 1], got {stop}")
+    if 0 < stop < 1 and num_steps is None:
+        raise ValueError(f"stop is {stop}, a fraction of the run: give num_steps too")
+    if update not in get_args(UpdateRule):
+        raise ValueError(f"unknown update rule {update!r}; {near_misses(update, get_args(UpdateRule))}")
+    adapter_optimizer = adapter_optimizer or adapter_adamw()
+
+    def learn(
+        task: Task, state: TrainState, params: Params, batch: Batch, key: jax.Array
+    ) -> tuple[TrainState, Params, Metrics]:
+        """One gradient step from `params`; returns the new state, the gradient, and the metrics."""
+        loss_and_grad = jax.value_and_grad(task.loss_fn, has_aux=True)
+        (loss, (model_state, metrics)), grads = loss_and_grad(params, state.model_state, batch, key)
+        updates, opt_state = task.optimizer.update(grads, state.opt_state, params)
+        new_params = optax.apply_updates(params, updates)
+        return TrainState(new_params, model_state, opt_state), grads, {"loss": loss, **metrics}
+
+    def step(state: JointState, batches: Mapping[str, Batch]) -> tuple[JointState, Metrics]:
+        for role in ("target",) if source is None else ("source", "target"):
+            if role not in batches:
+                raise ValueError(f"batches must hold one for {role!r}, got {sorted(batches)}")
+        step_key = jax.random.fold_in(state.key, state.step)
+        source_key, target_key, transfer_key = jax.random.split(step_key, 3)
+
+        new_source, source_metrics = state.source, {}
+        if source is not None:
+            new_source, _, source_metrics = learn(
+                source, state.source, state.source.params, batches["source"], source_key
+            )
+        target_batch = batches["target"]
+        if teacher is not None:
+            target_batch = teacher(new_source.params, new_source.model_state, target_batch)
+
+        def transfer_and_learn() -> tuple[TrainState, AdapterState, Metrics, Metrics]:
+            def apply(adapter: Adapter) -> Params:
+                # Source and target as they stood before this step: new_source is not used here.
+                return transfer.apply(
+                    adapter, state.source.params, state.target.params, key=transfer_key
+                )
+
+            merged, pullback = jax.vjp(apply, state.adapter.params)
+            new_target, grads, metrics = learn(
+                target, state.target, merged, target_batch, target_key
+            )
+            cotangent = grads if update == "exact" else _difference(merged, new_target.params)
+            (adapter_grads,) = pullback(cotangent)
+            updates, opt_state = adapter_optimizer.update(
+                adapter_grads, state.adapter.opt_state, state.adapter.params
+            )
+            new_adapter = AdapterState(optax.apply_updates(state.adapter.params, updates), opt_state)
+            change = optax.global_norm(_difference(merged, state.target.params))
+            adapter_metrics = {
+                "transferred": jnp.ones(()),
+                "change": change / optax.global_norm(state.target.params),
+                "gradient_norm": optax.global_norm(adapter_grads),
+            }
+            return new_target, new_adapter, metrics, jax.tree.map(_as_float32, adapter_metrics)
+
+        def learn_alone() -> tuple[TrainState, AdapterState, Metrics, Metrics]:
+            new_target, _, metrics = learn(
+                target, state.target, state.target.params, target_batch, target_key
+            )
+            nothing = dict.fromkeys(("transferred", "change", "gradient_norm"), jnp.zeros(()))
+            return new_target, state.adapter, metrics, nothing
+
+        if stop == 0:
+            outcome = learn_alone()
+        elif cycle == 1 and stop == 1:
+            outcome = transfer_and_learn()
+        else:
+            # The target's step stands in both branches, so the adapter's residuals live in one of them only:
+            # steps without a transfer pay nothing for it, and no forward pass of the adapter runs twice.
+            transfers = state.step % cycle == 0
+            if stop < 1 and num_steps is not None:
+                transfers &= state.step < round(stop * num_steps)
+            outcome = lax.cond(transfers, transfer_and_learn, learn_alone)
+        new_target, new_adapter, target_metrics, adapter_metrics = outcome
+
+        metrics = {
+            f"{role}/{name}": value
+            for role, of_role in (
+                ("source", source_metrics),
+                ("target", target_metrics),
+                ("adapter", adapter_metrics),
+            )
+            for name, value in of_role.items()
+        }
+        new_state = state.replace(
+            step=state.step + 1, source=new_source, target=new_target, adapter=new_adapter
+        )
+        return new_state, metrics
+
+    return step
+
+
+def _difference(a: Params, b: Params) -> Params:
+    return jax.tree.map(jnp.subtract, a, b)
+
+
+def _as_float32(x: jax.Array) -> jax.Array:
+    return jnp.asarray(x, jnp.float32)

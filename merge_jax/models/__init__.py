@@ -1,0 +1,13 @@
+"""Plain Flax (Linen) models; nothing here knows of the method."""
+
+from merge_jax.models.mobilenet import MobileNetV2, mobilenet_v2, small_mobilenet_v2
+from merge_jax.models.resnet import ResNet, resnet50, small_resnet
+
+__all__ = [
+    "MobileNetV2",
+    "ResNet",
+    "mobilenet_v2",
+    "resnet50",
+    "small_mobilenet_v2",
+    "small_resnet",
+]

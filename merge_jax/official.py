@@ -1,0 +1,138 @@
+"""Reads the parameters of the published PyTorch adapter into ours."""
+
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from merge_jax.types import Adapter
+
+__all__ = ["OfficialAdapter", "load_official_adapter"]
+
+_PUBLISHED_NUM_HEADS = 8
+
+# Published module -> ours. Rows are its "x", columns its "y"; the misspelling is its own.
+_ATTENTIONS = {
+    "attention_x_x": "rows_rows",
+    "attention_x_y": "rows_cols",
+    "attention_y_x": "cols_rows",
+    "attention_y_y": "cols_cols",
+}
+_PROJECTIONS = {"fc_q": "query", "fc_k": "key", "fc_v": "value", "fc_output": "out"}
+_FEED_FORWARD = {"dense_up": "up", "dense_dowm": "down"}
+# State that torch's spectral norm keeps: its power iteration's vectors, and what a file may add for reading.
+_STATE = re.compile(r"\.parametrizations\.weight\.0\._[uv]$|\.effective_weight$|num_batches_tracked$")
+
+
+class OfficialAdapter(NamedTuple):
+    """A published adapter in our layout.
+
+    Attributes:
+      params: parameters of `LPKA` for one route; the adapter of `lpka_transfer({target: source}, ...,
+        output="official")` is `{target: params}`.
+      num_layers: layers found.
+      num_heads: heads given, stored in the file, or 8 as published.
+    """
+
+    params: Adapter
+    num_layers: int
+    num_heads: int
+
+
+def load_official_adapter(
+    arrays: Mapping[str, Any],
+    *,
+    prefix: str = "",
+    num_layers: int | None = None,
+    num_heads: int | None = None,
+) -> OfficialAdapter:
+    """Maps the arrays of a published adapter, by their torch names, to parameters of our `LPKA`.
+
+    Torch keeps a linear weight as `[out, in]`, so kernels are transposed: `kernel [in, out] = weight^T`. The
+    weight before its spectral normalisation is read (`parametrizations.weight.original`), its state is not.
+
+    Args:
+      arrays: `{torch name: array}`, e.g. a state dict as NumPy arrays or an opened `.npz`; a name may begin
+        with `layer.`, as in a saved published model.
+      prefix: only names that begin with it are read, e.g. `state/` or `init/adapter/`. Without one, the prefix
+        that all the names of layers share is found, and arrays `layers` and `heads` are understood.
+      num_layers: number of layers to expect; by default as many as there are.
+      num_heads: number of heads; the arrays cannot tell it. By default the array `heads`, or 8 as published.
+
+    Raises:
+      ValueError: no layer under the prefix, a layer or an array missing, an array that has no place in the
+        adapter, or a number of layers or heads that does not fit the arrays.
+    """
+    if num_heads is None:
+        num_heads = int(arrays["heads"]) if "heads" in arrays else _PUBLISHED_NUM_HEADS
+    prefix = prefix or _only_prefix(arrays)
+    params: dict[str, Any] = {}
+    for name in arrays:
+        if not name.startswith(prefix) or _STATE.search(name):
+            continue
+        place = _place(name.removeprefix(prefix).removeprefix("layer."))
+        if place is None:
+            continue
+        *modules, leaf = place
+        node = params
+        for module in modules:
+            node = node.setdefault(module, {})
+        value = np.asarray(arrays[name])
+        node[leaf] = value.T if leaf == "kernel" else value
+    found = len(params)
+    if not found or sorted(params) != [f"layer_{i}" for i in range(found)]:
+        raise ValueError(f"no complete stack of layers under the prefix {prefix!r}; found {sorted(params)}")
+    if num_layers is not None and num_layers != found:
+        raise ValueError(f"num_layers is {num_layers}, but the arrays hold {found}")
+    _check_complete(params, num_heads)
+    return OfficialAdapter(params, found, num_heads)
+
+
+def _only_prefix(arrays: Mapping[str, Any]) -> str:
+    """Returns the one prefix of the names of weights of layer 0 (`state/` and `grad/` may stand together)."""
+    probe = re.compile(r"^(.*?)(layer\.)?0\.attention_x_x\.fc_q\.weight$")
+    prefixes = [match[1] for name in arrays if (match := probe.match(name))]
+    states = [prefix for prefix in prefixes if prefix in ("", "state/")]
+    if len(prefixes) != 1 and len(states) != 1:
+        raise ValueError(f"cannot tell which arrays are the adapter's; give one of the prefixes {prefixes}")
+    return (states or prefixes)[0]
+
+
+def _place(name: str) -> tuple[str, ...] | None:
+    """Returns our path for a torch name, or None where the name is none of a layer's."""
+    match = re.match(r"^(\d+)\.(\w+)\.(\w+)\.(.+)$", name)
+    if match is None:
+        return None
+    layer, block, module, parameter = match.groups()
+    weight = "weight" in parameter
+    if block in _ATTENTIONS and module in _PROJECTIONS:
+        return f"layer_{layer}", _ATTENTIONS[block], _PROJECTIONS[module], "kernel" if weight else "bias"
+    if block in _ATTENTIONS and module == "norm":
+        return f"layer_{layer}", _ATTENTIONS[block], "norm", "scale" if weight else "bias"
+    if block == "output" and module in _FEED_FORWARD:
+        return f"layer_{layer}", "feed_forward", _FEED_FORWARD[module], "kernel" if weight else "bias"
+    if block == "output" and module == "layernorm":
+        return f"layer_{layer}", "feed_forward", "norm", "scale" if weight else "bias"
+    raise ValueError(f"the array {name!r} has no place in the published adapter")
+
+
+def _check_complete(params: Mapping[str, Any], num_heads: int) -> None:
+    leaves = {module: ("kernel", "bias") for module in (*_PROJECTIONS.values(), *_FEED_FORWARD.values())}
+    leaves["norm"] = ("scale", "bias")
+    blocks = dict.fromkeys(_ATTENTIONS.values(), (*_PROJECTIONS.values(), "norm"))
+    blocks["feed_forward"] = (*_FEED_FORWARD.values(), "norm")
+    for layer, layer_params in params.items():
+        for block, modules in blocks.items():
+            for module in modules:
+                for leaf in leaves[module]:
+                    if leaf not in layer_params.get(block, {}).get(module, {}):
+                        raise ValueError(f"the arrays lack {layer}/{block}/{module}/{leaf}")
+            if block == "feed_forward":
+                continue
+            features = layer_params[block]["query"]["kernel"].shape[1]
+            if num_heads < 1 or features % num_heads:
+                raise ValueError(
+                    f"num_heads is {num_heads}, which does not divide the {features} features of "
+                    f"{layer}/{block}"
+                )
