@@ -257,17 +257,17 @@ def make_joint_step(
             new_target, grads, metrics = learn(
                 target, state.target, merged, target_batch, target_key
             )
-            cotangent = grads if update == "exact" else _difference(merged, new_target.params)
+            cotangent = grads if update == "exact" else optax.tree.sub(merged, new_target.params)
             (adapter_grads,) = pullback(cotangent)
             updates, opt_state = adapter_optimizer.update(
                 adapter_grads, state.adapter.opt_state, state.adapter.params
             )
             new_adapter = AdapterState(optax.apply_updates(state.adapter.params, updates), opt_state)
-            change = optax.global_norm(_difference(merged, state.target.params))
+            change = optax.tree.norm(optax.tree.sub(merged, state.target.params))
             adapter_metrics = {
                 "transferred": jnp.ones(()),
-                "change": change / optax.global_norm(state.target.params),
-                "gradient_norm": optax.global_norm(adapter_grads),
+                "change": change / optax.tree.norm(state.target.params),
+                "gradient_norm": optax.tree.norm(adapter_grads),
             }
             return new_target, new_adapter, metrics, jax.tree.map(_as_float32, adapter_metrics)
 
@@ -306,10 +306,6 @@ def make_joint_step(
         return new_state, metrics
 
     return step
-
-
-def _difference(a: Params, b: Params) -> Params:
-    return jax.tree.map(jnp.subtract, a, b)
 
 
 def _as_float32(x: jax.Array) -> jax.Array:

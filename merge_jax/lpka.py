@@ -96,7 +96,7 @@ class _SpectralDense(nn.Module):
         bias = self.param("bias", _bias_init(fan_in), (self.features,))
         if self.normalised:
             kernel = kernel / jnp.maximum(spectral_norm(kernel), _LAYER_NORM_EPSILON)
-        return inputs @ kernel + bias
+        return inputs @ kernel + bias[None]
 
 
 class _FeedForward(nn.Module):

@@ -52,8 +52,8 @@ class DepthwiseConv(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (channels,))
         padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
         taps = [
-            padded[:, i : i + height : self.stride, j : j + width : self.stride] * kernel[i, j, 0]
+            padded[:, i : i + height : self.stride, j : j + width : self.stride] * kernel[i : i + 1, j : j + 1]
             for i in range(3)
             for j in range(3)
         ]
-        return functools.reduce(jnp.add, taps) + bias
+        return functools.reduce(jnp.add, taps) + bias[None, None, None]

@@ -1,0 +1,21 @@
+import itertools
+
+import jax
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def _strict_ranks():
+    """Every test runs with implicit broadcasts between ranks refused, as a strict user's program may be.
+
+    (Implicit casts between dtypes stay: Optax's Adam relies on them.)
+    """
+    with jax.numpy_rank_promotion("raise"):
+        yield
+
+
+@pytest.fixture
+def next_key():
+    """A function that never returns the same key twice."""
+    counter = itertools.count()
+    return lambda: jax.random.fold_in(jax.random.key(0), next(counter))
