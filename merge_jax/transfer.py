@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from merge_jax.lpka import LPKA, GatedLPKA
 from merge_jax.matrices import MatrixSpec, as_matrix, copy_overlap, from_matrix, matrix_spec
@@ -100,13 +101,17 @@ def lpka_transfer(
         target = as_matrix(start.astype(jnp.float32), leaves.target_spec)
         return target, as_matrix(leaves.source.astype(jnp.float32), leaves.source_spec)
 
-    def init(key: jax.Array, source_params: Params, target_params: Params) -> Adapter:
-        routed = _select_routes(routes, source_params, target_params)
-        keys = jax.random.split(key, len(routes))
+    # Compiled, since hundreds of small random arrays made one by one take seconds; lazy, since a forward pass
+    # would tell no more than its shapes do.
+    @jax.jit
+    def init_routes(key: jax.Array, routed: dict[str, _RoutedLeaves]) -> Adapter:
         return {
-            path: module.init(route_key, *matrices(leaves))["params"]
-            for route_key, (path, leaves) in zip(keys, routed.items(), strict=True)
+            path: module.lazy_init(jax.random.fold_in(key, i), *jax.eval_shape(matrices, leaves))["params"]
+            for i, (path, leaves) in enumerate(routed.items())
         }
+
+    def init(key: jax.Array, source_params: Params, target_params: Params) -> Adapter:
+        return init_routes(key, _select_routes(routes, source_params, target_params))
 
     def apply(
         adapter: Adapter,
@@ -180,14 +185,14 @@ def identity_transfer() -> Transfer:
     return Transfer(init, apply)
 
 
-@dataclass(frozen=True)
+@struct.dataclass
 class _RoutedLeaves:
     """Both leaves of a route, with the specs that make matrices of them."""
 
     target: jax.Array
     source: jax.Array
-    target_spec: MatrixSpec
-    source_spec: MatrixSpec
+    target_spec: MatrixSpec = struct.field(pytree_node=False)
+    source_spec: MatrixSpec = struct.field(pytree_node=False)
 
     def overlap(self) -> jax.Array:
         return copy_overlap(self.target, self.source, self.target_spec, self.source_spec)

@@ -1,0 +1,98 @@
+"""Checkpoints of training states: the one module that knows Orbax."""
+
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+__all__ = ["Checkpoints"]
+
+_State = TypeVar("_State")
+
+
+class Checkpoints:
+    """The saved steps of one run, in a folder; a context manager, since a save in flight is lost without a close.
+
+    Saving is asynchronous: `save` returns once the state is copied, and the next save, or the close, waits for
+    the writing to end and raises what went wrong.
+
+    >>> with Checkpoints(folder) as checkpoints:  # doctest: +SKIP
+    ...     step, state = checkpoints.restore_latest(state) or (0, state)
+    ...     checkpoints.save(step + 1, state)
+    """
+
+    def __init__(self, folder: Path | str, *, keep: int = 2):
+        """Opens the folder, made at the first save.
+
+        Args:
+          folder: where the steps are, one folder each.
+          keep: how many of the newest steps stay, 1 or more.
+
+        Raises:
+          ValueError: keep is below 1.
+        """
+        if keep < 1:
+            raise ValueError(f"keep must be at least 1, got {keep}")
+        self._checkpointer = ocp.training.Checkpointer(
+            Path(folder).absolute(),
+            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+            # A process that was killed while saving leaves such a folder; it never holds a whole step.
+            cleanup_tmp_directories=True,
+        )
+
+    def __enter__(self) -> Self:
+        """Returns itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Closes, whatever happened."""
+        self.close()
+
+    @property
+    def latest_step(self) -> int | None:
+        """The newest step that was saved whole, or None."""
+        latest = self._checkpointer.latest
+        return None if latest is None else latest.step
+
+    def save(self, step: int, state: Any) -> None:
+        """Saves a pytree of arrays (typed random keys too) under a step that is not there yet.
+
+        Raises:
+          FileExistsError: the step is there, or a newer one; nothing is overwritten.
+        """
+        latest = self.latest_step
+        if latest is not None and latest >= step:
+            raise FileExistsError(f"cannot save step {step}: step {latest} is already there")
+        self._checkpointer.save_async(step, state)
+
+    def restore_latest(self, state: _State) -> tuple[int, _State] | None:
+        """Returns the newest step and its state, or None where nothing is saved.
+
+        Args:
+          state: a state of the same structure, shapes and dtypes (arrays or `jax.ShapeDtypeStruct`); only
+            these are read of it.
+
+        Raises:
+          ValueError: the saved tree has other leaves or shapes than `state`.
+        """
+        step = self.latest_step
+        if step is None:
+            return None
+        abstract = jax.eval_shape(lambda: state)
+        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        abstract = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract
+        )
+        return step, self._checkpointer.load(step, abstract)
+
+    def close(self) -> None:
+        """Waits until all saves have ended and closes the folder."""
+        self._checkpointer.close()

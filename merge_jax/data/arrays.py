@@ -1,0 +1,74 @@
+"""Arrays of examples, their splits, and batches of them as a pure function of the step."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import grain
+import numpy as np
+from sklearn.model_selection import train_test_split
+
+__all__ = ["Arrays", "Splits", "batches_of", "class_balanced", "split"]
+
+Arrays = Mapping[str, np.ndarray]
+"""Examples by entry, e.g. `{"image": [N, H, W, C], "label": [N]}`, all with N on the leading axis."""
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Three disjoint sets: one to learn from, one to choose with, and one to read once, at the end."""
+
+    train: Arrays
+    validation: Arrays
+    test: Arrays
+
+
+def batches_of(arrays: Arrays, batch_size: int, seed: int) -> Callable[[int], dict[str, np.ndarray]]:
+    """Returns `step -> batch`, with every example once an epoch in an order drawn anew from `seed`.
+
+    The batch of a step depends on nothing else, so that a resumed run sees what the unbroken one would. Every
+    batch is full: one that begins in an epoch ends in the next.
+
+    Raises:
+      ValueError: no examples, entries of unequal lengths, or a batch size below 1.
+    """
+    lengths = {name: len(array) for name, array in arrays.items()}
+    if len(set(lengths.values())) != 1:
+        raise ValueError(f"all entries must have the same number of examples, got {lengths}")
+    size = next(iter(lengths.values()))
+    if size == 0 or batch_size < 1:
+        raise ValueError(f"batches need examples and a size of at least 1, got {size} and {batch_size}")
+    order = grain.MapDataset.range(size).seed(seed).shuffle().repeat().batch(batch_size)
+
+    def batch_at(step: int) -> dict[str, np.ndarray]:
+        indices = order[step]
+        return {name: array[indices] for name, array in arrays.items()}
+
+    return batch_at
+
+
+def split(arrays: Arrays, size: int, seed: int) -> tuple[Arrays, Arrays]:
+    """Returns `size` examples with the classes in proportion (by `label`), and the rest, drawn from `seed`.
+
+    Raises:
+      ValueError: the size leaves a side without an example of each class.
+    """
+    indices = np.arange(len(arrays["label"]))
+    rest, chosen = train_test_split(
+        indices, test_size=size, stratify=arrays["label"], random_state=seed
+    )
+    return _take(arrays, chosen), _take(arrays, rest)
+
+
+def class_balanced(arrays: Arrays, size: int, seed: int) -> Arrays:
+    """Returns `size` examples with the classes in proportion, drawn from `seed`; all of them for `size = N`.
+
+    Raises:
+      ValueError: there are fewer examples than `size`, or fewer than one of each class.
+    """
+    if size == len(arrays["label"]):
+        return arrays
+    return split(arrays, size, seed)[0]
+
+
+def _take(arrays: Arrays, indices: np.ndarray) -> Arrays:
+    return {name: array[indices] for name, array in arrays.items()}

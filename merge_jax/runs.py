@@ -1,0 +1,212 @@
+"""A run folder: the config, the environment, the metrics and the results of a run, where anyone can read them."""
+
+import datetime
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+from tensorboardX import SummaryWriter
+
+__all__ = ["MetricsLog", "RunFolder", "describe_environment"]
+
+_PACKAGES = ("merge_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+_README = """\
+# A run of `{command}`
+
+- `config.json`: every option of the run.
+- `environment.json`: command, date, versions, devices and commit.
+- `metrics.jsonl`: one record a report: the run (method and seed), the step, and the metrics by role.
+- `tensorboard/`: the same for TensorBoard (`tensorboard --logdir` this folder).
+- `results.json`, `table.txt`, `curves.png`: what came out; they appear as runs end.
+- `checkpoints/<method>-seed<n>/<step>/`: Orbax checkpoints of everything (both models, adapter, optimizers, step, key).
+
+Go on after an interruption with the command above and `--resume --run-dir` this folder.
+"""
+
+
+class RunFolder:
+    """The folder of one run; opening it checks all that could go wrong, before anything is trained."""
+
+    def __init__(self, path: Path):
+        """Use `RunFolder.open`."""
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+
+    @classmethod
+    def open(cls, path: Path | str, config: Mapping[str, Any], *, resume: bool) -> Self:
+        """Returns the folder, made new, or the one that is there where `resume` is set.
+
+        Args:
+          path: the folder; a new one, or an empty one, unless `resume` is set.
+          config: all options that say what the run is, as JSON types.
+          resume: go on with the run in the folder.
+
+        Raises:
+          ValueError: the folder holds a run and `resume` is not set; `resume` is set and there is none, or one
+            with another config (the message names the fields); the folder cannot be written.
+        """
+        path = Path(path)
+        config_path = path / "config.json"
+        config = json.loads(json.dumps(config))  # As it will be read back: tuples are lists.
+        try:
+            if config_path.exists():
+                changed = _changed_fields(json.loads(config_path.read_text()), config)
+                if changed:
+                    raise ValueError(
+                        f"the run folder {path} exists with another config: {'; '.join(changed)}. "
+                        "Give the same options, or another --run-dir"
+                    )
+                if not resume:
+                    raise ValueError(
+                        f"the run folder {path} already holds this run: add --resume to go on with it, "
+                        "or give another --run-dir"
+                    )
+            elif resume:
+                raise ValueError(f"there is no run to resume in {path}: it has no config.json")
+            elif path.is_dir() and any(path.iterdir()):
+                raise ValueError(
+                    f"the run folder {path} is not empty, and no run: it has no config.json. "
+                    "Give another --run-dir"
+                )
+            path.mkdir(parents=True, exist_ok=True)
+            folder = cls(path)
+            folder.write_json("environment.json", describe_environment())
+            if not config_path.exists():
+                (path / "README.md").write_text(_README.format(command=_command()))
+                folder.write_json("config.json", config)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{config_path} is damaged: {error}") from None
+        except OSError as error:
+            raise ValueError(f"the run folder {path} cannot be written: {error}") from None
+        return folder
+
+    def write_json(self, name: str, content: Any) -> None:
+        """Writes a file of the folder whole or not at all."""
+        self.write_text(name, json.dumps(content, indent=2) + "\n")
+
+    def write_text(self, name: str, content: str) -> None:
+        """Writes a file of the folder whole or not at all."""
+        part = self.path / f"{name}.part"
+        part.write_text(content)
+        os.replace(part, self.path / name)
+
+    def read_json(self, name: str, default: Any) -> Any:
+        """Returns the content of a file of the folder, or `default` where there is none."""
+        path = self.path / name
+        return json.loads(path.read_text()) if path.exists() else default
+
+
+class MetricsLog:
+    """The metrics of all runs of a folder, as `metrics.jsonl` and as TensorBoard events."""
+
+    def __init__(self, folder: RunFolder):
+        """Opens, or goes on with, the metrics of the folder."""
+        self._folder = folder
+        self._path = folder.path / "metrics.jsonl"
+
+    def records(self) -> list[dict[str, Any]]:
+        """Returns all records, each with `run`, `step` and metrics by name."""
+        if not self._path.exists():
+            return []
+        return [json.loads(line) for line in self._path.read_text().splitlines() if line]
+
+    def rewind(self, run: str, step: int) -> None:
+        """Forgets what a run reported after `step`: it goes on from there and will report it again."""
+        if not self._path.exists():
+            return
+        kept = [r for r in self.records() if r["run"] != run or r["step"] <= step]
+        self._folder.write_text(self._path.name, "".join(json.dumps(r) + "\n" for r in kept))
+
+    def writer(self, run: str, step: int) -> "RunWriter":
+        """Returns the writer of one run, which goes on after `step` (0 for a new one)."""
+        self.rewind(run, step)
+        events = SummaryWriter(
+            str(self._folder.path / "tensorboard" / run),
+            purge_step=step + 1 if step else None,
+            flush_secs=10,
+        )
+        return RunWriter(self._path, run, events)
+
+
+class RunWriter:
+    """Writes the metrics of one run; a context manager."""
+
+    def __init__(self, path: Path, run: str, events: SummaryWriter):
+        """Use `MetricsLog.writer`."""
+        self._path, self._run, self._events = path, run, events
+
+    def __enter__(self) -> Self:
+        """Returns itself."""
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        """Writes out what is left."""
+        self._events.close()
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Writes one record. JSON has no word for a number that is not finite, so it stands as a string there."""
+        values = {k: v if math.isfinite(v) else str(v) for k, v in metrics.items()}
+        with self._path.open("a") as file:
+            file.write(json.dumps({"run": self._run, "step": step, **values}) + "\n")
+        for name, value in metrics.items():
+            self._events.add_scalar(name, value, step)
+
+
+def describe_environment() -> dict[str, Any]:
+    """Returns what a reader needs to judge a run: command, date, versions, devices, commit."""
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return {
+        "command": _command(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu_count": os.cpu_count(),
+        "devices": [f"{device.platform}: {device.device_kind}" for device in jax.devices()],
+        "versions": versions,
+        "commit": _commit(),
+    }
+
+
+def _command() -> str:
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    program = f"python -m {spec.name}" if spec else shlex.quote(sys.argv[0])
+    return " ".join([program, *map(shlex.quote, sys.argv[1:])])
+
+
+def _commit() -> str | None:
+    """Returns the commit of the code, with a mark where it is changed, or None outside a git checkout."""
+    try:
+        git = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return git.stdout.strip()
+
+
+def _changed_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    absent = "(absent)"
+    return [
+        f"{name} is {new.get(name, absent)!r}, was {old.get(name, absent)!r}"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name, absent) != new.get(name, absent)
+    ]
