@@ -18,4 +18,4 @@ from merge_jax.official import OfficialAdapter, load_official_adapter
 from merge_jax.paths import flatten, replace, select
 from merge_jax.tasks import classification_loss, evaluate_classifier, logits_teacher
 from merge_jax.transfer import Route, identity_transfer, lpka_transfer, share_transfer
-from merge_jax.types import LossFn, Transfer
+from merge_jax.types import Batch, LossFn, Transfer

@@ -20,12 +20,8 @@ ClassificationLoss = Callable[[jax.Array, Batch], jax.Array]
 """Logits `[B, C]` and their batch to losses `[B]`."""
 
 
-def _label_loss(logits: jax.Array, batch: Batch) -> jax.Array:
-    return cross_entropy(logits, batch["label"])
-
-
 def classification_loss(
-    apply_fn: ModelApply, loss: ClassificationLoss = _label_loss, *, inputs: str = "image"
+    apply_fn: ModelApply, loss: ClassificationLoss | None = None, *, inputs: str = "image"
 ) -> LossFn:
     """Returns the loss function of a classifier: the mean of `loss` over the batch, in nats; metric `accuracy`.
 
@@ -35,6 +31,11 @@ def classification_loss(
       loss: `(logits [B, C], batch) -> [B]`; cross entropy with `batch["label"]` by default.
       inputs: the entry of the batch that is the model's input.
     """
+
+    def label_loss(logits: jax.Array, batch: Batch) -> jax.Array:
+        return cross_entropy(logits, batch["label"])
+
+    per_example = loss or label_loss
 
     def loss_fn(
         params: Params, model_state: ModelState, batch: Batch, key: jax.Array
@@ -46,7 +47,7 @@ def classification_loss(
             mutable=list(model_state),
             rngs={"dropout": key},
         )
-        return loss(logits, batch).mean(), (new_state, {"accuracy": accuracy(logits, batch["label"])})
+        return per_example(logits, batch).mean(), (new_state, {"accuracy": accuracy(logits, batch["label"])})
 
     return loss_fn
 

@@ -89,10 +89,10 @@ def mobilenet_v2(num_classes: int = 100) -> MobileNetV2:
 
 
 def small_mobilenet_v2(num_classes: int = 10) -> MobileNetV2:
-    """Returns a MobileNetV2 of three stages for 8x8 images, for examples that run in seconds."""
+    """Returns a MobileNetV2 of three blocks for 8x8 images, for examples that run in seconds."""
     stages = (
         InvertedResidualStage(2, 8, 1, 1),
-        InvertedResidualStage(4, 16, 2, 2),
-        InvertedResidualStage(4, 32, 2, 2),
+        InvertedResidualStage(2, 16, 1, 2),
+        InvertedResidualStage(2, 32, 1, 2),
     )
     return MobileNetV2(stages, num_classes, stem_width=8, head_width=64)

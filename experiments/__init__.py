@@ -1,0 +1,1 @@
+"""Experiments: one short module a scenario, all run by one runner."""

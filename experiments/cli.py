@@ -1,0 +1,63 @@
+"""The command line of an experiment: a preset by name, then any option of its config."""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import tyro
+
+from merge_jax.paths import near_misses
+
+__all__ = ["main", "parse"]
+
+_Config = TypeVar("_Config")
+
+
+def parse(
+    presets: Mapping[str, _Config], module: str, description: str, arguments: Sequence[str]
+) -> _Config:
+    """Returns the preset that the first word names (`default` where there is none), changed by the options.
+
+    Raises:
+      ValueError: no preset has that name.
+      SystemExit: an unknown or malformed option (tyro prints it, with near misses), or `--help`.
+    """
+    name, options = "default", list(arguments)
+    if options and not options[0].startswith("-"):
+        name = options.pop(0)
+    if name not in presets:
+        raise ValueError(f"unknown preset {name!r}; {near_misses(name, presets)}")
+    preset = presets[name]
+    return tyro.cli(
+        type(preset),
+        default=preset,
+        args=options,
+        prog=f"python -m {module} [{'|'.join(presets)}]",
+        description=f"{description}\n\nThe first word picks a preset. Defaults shown are those of {name!r}.",
+    )
+
+
+def main(
+    presets: Mapping[str, _Config],
+    module: str,
+    description: str,
+    prepare: Callable[[_Config], Callable[[], Any]],
+    arguments: Sequence[str] | None = None,
+) -> None:
+    """Parses, prepares and runs; what `prepare` finds wrong is one line on standard error and exit code 2.
+
+    Args:
+      presets: configs by name, with one called `default`.
+      module: name of the module, for the help.
+      description: what the experiment is.
+      prepare: checks the config, raising ValueError, and returns the function that trains; an error in that
+        one is no fault of the options and keeps its traceback.
+      arguments: words of the command line; those of this process by default.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        run = prepare(parse(presets, module, description, arguments))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    run()

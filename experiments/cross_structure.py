@@ -1,0 +1,142 @@
+"""Across structures: a ResNet gives to a MobileNetV2, on handwritten digits.
+
+    python -m experiments.cross_structure          # at most two minutes on two cores
+    python -m experiments.cross_structure smoke    # seconds; shows that it works, not what it gains
+    python -m experiments.cross_structure --help
+
+The source learns from all 1197 digits there are to learn from, the target from 100 of them. Nothing is shared but
+numbers: six layers of the target, from stem to head, are routed from layers of the source of other shapes.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import merge_jax as mj
+from experiments.cli import main
+from experiments.config import RunConfig
+from experiments.runner import prepare_run
+from experiments.scenario import Method, Role, Scenario
+from merge_jax.data import Splits, class_balanced, load_digits
+from merge_jax.paths import near_misses
+from merge_jax.tasks import ClassificationLoss
+from merge_jax.transfer import OutputForm
+
+MethodName = Literal["vanilla", "share", "kd", "mergenet"]
+
+ROUTES = {
+    "stem/kernel": "stem/kernel",
+    "stage1_0/expand/kernel": "stage1_0/conv1/kernel",
+    "stage2_0/expand/kernel": "stage2_0/conv1/kernel",
+    "stage3_0/expand/kernel": "stage3_0/conv1/kernel",
+    "head/kernel": "stage3_0/conv2/kernel",
+    "fc/kernel": "fc/kernel",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(RunConfig):
+    """Options of the experiment."""
+
+    methods: tuple[MethodName, ...] = get_args(MethodName)
+    """Methods to compare."""
+    labels: int = 100
+    """Labelled digits that the target learns from; the source has all 1197."""
+    learning_rate: float = 0.1
+    """Learning rate of both models' SGD (momentum 0.9, weight decay 5e-4), falling to 0 along a cosine."""
+    stop: float = 0.25
+    """Fraction of the run after which share and mergenet leave the target to itself."""
+    num_layers: int = 1
+    """Layers of each route's LPKA."""
+    num_heads: int = 8
+    """Heads of each attention."""
+    output: OutputForm = "warm"
+    """How the adapter's output becomes the target's: see lpka_transfer."""
+    temperature: float = 4.0
+    """Temperature of the distillation in kd."""
+    distillation_weight: float = 0.9
+    """Weight of the distillation in kd; the labels have the rest."""
+
+
+PRESETS = {
+    "default": Config(),
+    "smoke": Config(seeds=1, source_steps=40, steps=20, report_every=10, checkpoint_every=10),
+}
+
+
+def build(config: Config) -> Scenario:
+    """Returns the scenario: both models, their data and the methods.
+
+    Raises:
+      ValueError: an unknown method, or an option that a method refuses.
+    """
+    source, target = mj.models.small_resnet(), mj.models.small_mobilenet_v2()
+    source_steps = config.source_steps if config.source == "pretrained" else config.steps
+
+    def target_task(loss: ClassificationLoss | None = None) -> mj.Task:
+        loss_fn = mj.classification_loss(target.apply, loss)
+        return mj.Task(loss_fn, _sgd(config.learning_rate, config.steps))
+
+    def distil(logits: jax.Array, batch: mj.Batch) -> jax.Array:
+        return mj.distillation_loss(
+            logits,
+            batch["teacher_logits"],
+            batch["label"],
+            temperature=config.temperature,
+            weight=config.distillation_weight,
+        )
+
+    lpka = mj.lpka_transfer(
+        ROUTES, num_layers=config.num_layers, num_heads=config.num_heads, output=config.output
+    )
+    methods = {
+        "vanilla": Method(target_task()),
+        "share": Method(target_task(), mj.share_transfer(ROUTES), config.stop),
+        "kd": Method(target_task(distil), teacher=mj.logits_teacher(source.apply)),
+        "mergenet": Method(target_task(), lpka, config.stop),
+    }
+    for name in config.methods:
+        if name not in methods:
+            raise ValueError(f"unknown method {name!r}; {near_misses(name, methods)}")
+    return Scenario(
+        name="cross_structure",
+        source=_role("small ResNet", source, load_digits),
+        target=_role("small MobileNetV2", target, partial(_few_labels, config.labels)),
+        source_task=mj.Task(
+            mj.classification_loss(source.apply), _sgd(config.learning_rate, source_steps)
+        ),
+        methods={name: methods[name] for name in config.methods},
+    )
+
+
+def _role(name: str, model: mj.models.ResNet | mj.models.MobileNetV2, splits: Callable[[int], Splits]) -> Role:
+    @jax.jit
+    def init(key: jax.Array):
+        variables = model.init(key, jnp.zeros((1, 8, 8, 1)))
+        return variables["params"], {"batch_stats": variables["batch_stats"]}
+
+    return Role(name, init, splits, mj.evaluate_classifier(model.apply))
+
+
+def _few_labels(labels: int, seed: int) -> Splits:
+    splits = load_digits(seed)
+    return replace(splits, train=class_balanced(splits.train, labels, seed))
+
+
+def _sgd(learning_rate: float, steps: int) -> optax.GradientTransformation:
+    schedule = optax.cosine_decay_schedule(learning_rate, steps)
+    return optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(schedule, momentum=0.9))
+
+
+def prepare(config: Config) -> Callable[[], None]:
+    """Checks the config and returns the function that runs the experiment; raises ValueError."""
+    return prepare_run(build(config), config)
+
+
+if __name__ == "__main__":
+    main(PRESETS, "experiments.cross_structure", __doc__, prepare)

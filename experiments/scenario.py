@@ -1,0 +1,58 @@
+"""What a scenario is: two models and the methods to compare. It says what to run; the runner says how."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import jax
+
+from merge_jax.data import Arrays, Splits
+from merge_jax.joint import Task
+from merge_jax.transfer import identity_transfer
+from merge_jax.types import ModelState, Params, TeacherFn, Transfer
+
+__all__ = ["Method", "Role", "Scenario"]
+
+
+@dataclass(frozen=True)
+class Role:
+    """One model of a scenario: how it starts, what it learns from, how it is judged.
+
+    Attributes:
+      name: of the model, for people.
+      init: `key -> (params, model_state)`.
+      splits: `seed -> Splits`.
+      evaluate: `(params, model_state, arrays) -> metrics`, with `accuracy` in [0, 1].
+    """
+
+    name: str
+    init: Callable[[jax.Array], tuple[Params, ModelState]]
+    splits: Callable[[int], Splits]
+    evaluate: Callable[[Params, ModelState, Arrays], dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Method:
+    """What is compared: a choice of transfer and of what the target learns.
+
+    Attributes:
+      task: the target's loss and optimizer.
+      transfer: what moves parameters from the source to the target.
+      stop: the fraction of the run after which it moves no more; 0 for no transfer.
+      teacher: adds the source's outputs to the target's batches, for a loss that distils them.
+    """
+
+    task: Task
+    transfer: Transfer = field(default_factory=identity_transfer)
+    stop: float = 0.0
+    teacher: TeacherFn | None = None
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """Two models and the methods to compare; `source_task` is what the source learns."""
+
+    name: str
+    source: Role
+    target: Role
+    source_task: Task
+    methods: Mapping[str, Method]

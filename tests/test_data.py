@@ -1,0 +1,69 @@
+import numpy as np
+import pytest
+
+from merge_jax.data import batches_of, class_balanced, load_digits
+
+
+def test_every_example_comes_once_an_epoch_in_a_new_order():
+    arrays = {"image": np.arange(10), "label": np.arange(10) * 2}
+    batch_at = batches_of(arrays, 4, seed=0)
+    batches = [batch_at(step) for step in range(5)]
+    seen = np.concatenate([batch["image"] for batch in batches])
+    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
+    assert list(seen[:10]) != list(seen[10:])
+    for batch in batches:
+        np.testing.assert_array_equal(batch["label"], 2 * batch["image"])
+
+
+def test_a_batch_depends_on_seed_and_step_alone():
+    arrays = {"label": np.arange(100)}
+    first, again, other = (batches_of(arrays, 7, seed) for seed in (0, 0, 1))
+    first(0)
+    np.testing.assert_array_equal(first(40)["label"], again(40)["label"])
+    assert list(first(40)["label"]) != list(other(40)["label"])
+
+
+def test_a_batch_larger_than_the_set_spans_epochs():
+    batch = batches_of({"label": np.arange(3)}, 8, seed=0)(1)["label"]
+    assert len(batch) == 8
+    assert set(batch) == {0, 1, 2}
+
+
+def test_digits_are_real_images_in_disjoint_splits():
+    splits = load_digits(0)
+    parts = (splits.train, splits.validation, splits.test)
+    assert [len(part["label"]) for part in parts] == [1197, 200, 400]
+    assert splits.train["image"].shape[1:] == (8, 8, 1)
+    assert splits.train["image"].min() == 0
+    assert splits.train["image"].max() == 1
+    images = np.concatenate([part["image"].reshape(-1, 64) for part in parts])
+    # scikit-learn's set has no two equal images, so equal rows would be a split that overlaps.
+    assert len(np.unique(images, axis=0)) == 1797
+    for part in parts:
+        assert np.bincount(part["label"], minlength=10).min() > 0.08 * len(part["label"])
+
+
+def test_the_test_split_is_the_same_for_every_seed_and_validation_is_not():
+    first, second = load_digits(0), load_digits(1)
+    np.testing.assert_array_equal(first.test["image"], second.test["image"])
+    assert not np.array_equal(first.validation["image"], second.validation["image"])
+
+
+def test_few_labels_are_balanced():
+    few = class_balanced(load_digits(0).train, 100, seed=0)
+    assert np.abs(np.bincount(few["label"]) - 10).max() <= 1
+
+
+@pytest.mark.parametrize("size", [0, 9, 1198])
+def test_a_number_of_labels_that_cannot_be_had_is_refused(size):
+    with pytest.raises(ValueError, match=rf"between 10, one of each class, and 1197.*got {size}"):
+        class_balanced(load_digits(0).train, size, seed=0)
+
+
+def test_bad_batches_are_refused():
+    with pytest.raises(ValueError, match="same number of examples, got {'a': 2, 'b': 3}"):
+        batches_of({"a": np.zeros(2), "b": np.zeros(3)}, 1, seed=0)
+    with pytest.raises(ValueError, match="got 0 and 1"):
+        batches_of({"a": np.zeros(0)}, 1, seed=0)
+    with pytest.raises(ValueError, match="got 3 and 0"):
+        batches_of({"a": np.zeros(3)}, 0, seed=0)

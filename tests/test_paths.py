@@ -1,0 +1,53 @@
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import merge_jax as mj
+from merge_jax.paths import near_misses
+
+
+class Pair(NamedTuple):
+    first: object
+    second: object
+
+
+def test_paths_join_keys_attributes_and_positions():
+    tree = {"a": {"kernel": 1}, "blocks": [2, {"w": 3}], "pair": Pair(4, (5,))}
+    assert mj.flatten(tree) == {
+        "a/kernel": 1,
+        "blocks/0": 2,
+        "blocks/1/w": 3,
+        "pair/first": 4,
+        "pair/second/0": 5,
+    }
+
+
+def test_paths_that_collide_are_refused():
+    with pytest.raises(ValueError, match="two leaves of the tree have the path 'a/b'"):
+        mj.flatten({"a": {"b": 1}, "a/b": 2})
+
+
+def test_replace_keeps_every_other_leaf_and_the_structure():
+    tree = {"a": [jnp.ones(2), jnp.zeros(3)], "b": Pair(jnp.ones(1), None)}
+    new = mj.replace(tree, {"a/1": jnp.ones(3)})
+    assert jax.tree.structure(new) == jax.tree.structure(tree)
+    assert new["a"][0] is tree["a"][0]
+    assert new["b"].first is tree["b"].first
+    assert new["a"][1].sum() == 3
+    assert tree["a"][1].sum() == 0
+
+
+def test_unknown_paths_name_the_role_and_near_misses():
+    tree = {"fc": {"kernel": 1, "bias": 2}}
+    with pytest.raises(ValueError, match=r"unknown source path 'fc/kernal'; did you mean 'fc/kernel'"):
+        mj.select(tree, ["fc/kernal"], role="source")
+    with pytest.raises(ValueError, match=r"unknown path 'fc/kernels'; did you mean 'fc/kernel'"):
+        mj.replace(tree, {"fc/kernels": 3})
+
+
+def test_without_a_near_miss_all_names_are_listed():
+    assert near_misses("zzz", ["a", "b"]) == "there is 'a', 'b'"
+    assert near_misses("zzz", []) == "there is nothing"
+    assert near_misses("zzz", map(str, range(30))).endswith("and 10 more")

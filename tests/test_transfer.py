@@ -1,0 +1,285 @@
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import merge_jax as mj
+
+SOURCE = {
+    "conv": {"kernel": jnp.ones((3, 3, 4, 6)), "bias": jnp.ones(6)},
+    "fc": {"kernel": jnp.ones((6, 5))},
+    "steps": jnp.ones((2, 2), jnp.int32),
+}
+TARGET = {
+    "layers": [{"kernel": jnp.ones((4, 7))}, {"kernel": jnp.ones((3, 3, 1, 7))}],
+    "fc": {"kernel": jnp.ones((7, 5)), "bias": jnp.ones(5)},
+    "count": jnp.ones((2, 2), jnp.int32),
+    "scalar": jnp.ones(()),
+    "text": "hello",
+}
+ARRAYS = {name: leaf for name, leaf in TARGET.items() if name != "text"}
+ROUTES = {"layers/0/kernel": "conv/kernel", "fc/kernel": "fc/kernel"}
+
+
+def randomised(tree, seed):
+    leaves, structure = jax.tree.flatten(tree)
+    random = np.random.default_rng(seed)
+    new = [
+        jnp.asarray(random.normal(size=leaf.shape), leaf.dtype)
+        if getattr(leaf, "dtype", None) == jnp.float32
+        else leaf
+        for leaf in leaves
+    ]
+    return jax.tree.unflatten(structure, new)
+
+
+@pytest.fixture(scope="module")
+def trees():
+    return randomised(SOURCE, 0), randomised(ARRAYS, 1)
+
+
+def small_lpka(**options):
+    return mj.lpka_transfer(ROUTES, **{"num_layers": 1, "num_heads": 2, **options})
+
+
+TRANSFERS = {
+    "official": small_lpka(output="official"),
+    "residual": small_lpka(output="residual"),
+    "warm": small_lpka(output="warm"),
+    "without spectral norm": small_lpka(output="official", spectral=False),
+    "share": mj.share_transfer(ROUTES),
+    "identity": mj.identity_transfer(),
+}
+
+
+@functools.cache
+def closed_adapter(name):
+    return TRANSFERS[name].init(jax.random.key(7), randomised(SOURCE, 0), randomised(ARRAYS, 1))
+
+
+def opened_adapter(name):
+    """Returns the adapter with its gates open, so that all of it matters."""
+    adapter = closed_adapter(name)
+    leaves = {p: leaf + 0.5 if p.endswith("gate") else leaf for p, leaf in mj.flatten(adapter).items()}
+    return mj.replace(adapter, leaves)
+
+
+@pytest.fixture(params=TRANSFERS)
+def named(request):
+    """A transfer and its opened adapter."""
+    return TRANSFERS[request.param], opened_adapter(request.param)
+
+
+def test_structure_shapes_and_dtypes_stay(named, trees):
+    (transfer, adapter), (source, target) = named, trees
+    merged = jax.eval_shape(transfer.apply, adapter, source, target)
+    chex.assert_trees_all_equal_shapes_and_dtypes(merged, target)
+
+
+def test_leaves_without_a_route_are_the_same_arrays(named, trees):
+    (transfer, adapter), (source, target) = named, trees
+    before, after = mj.flatten(target), mj.flatten(transfer.apply(adapter, source, target))
+    for path in before.keys() - ROUTES.keys():
+        assert after[path] is before[path]
+
+
+def test_jit_equals_no_jit_and_traces_once(named, trees, next_key):
+    (transfer, adapter), (source, target) = named, trees
+    key, traces = next_key(), []
+
+    @jax.jit
+    def apply(adapter, source, target, key):
+        traces.append(key)
+        return transfer.apply(adapter, source, target, key=key)
+
+    apply(adapter, source, target, next_key())
+    jitted = apply(adapter, source, target, key)
+    assert len(traces) == 1
+    chex.assert_trees_all_close(jitted, transfer.apply(adapter, source, target, key=key), atol=1e-5)
+
+
+def test_gradients_reach_every_adapter_parameter(named, trees):
+    (transfer, adapter), (source, target) = named, trees
+
+    @jax.jit
+    @jax.grad
+    def gradient(adapter):
+        leaves = mj.select(transfer.apply(adapter, source, target), ROUTES)
+        # Squares against noise, since the plain sum of a normalised row is a constant.
+        return sum(
+            jnp.sum((leaf - jax.random.normal(jax.random.key(i), leaf.shape)) ** 2)
+            for i, leaf in enumerate(leaves.values())
+        )
+
+    if not jax.tree.leaves(adapter):
+        return  # Nothing to learn: there is no gradient.
+    for path, leaf in mj.flatten(gradient(adapter)).items():
+        assert np.isfinite(leaf).all(), path
+        # Softmax is blind to a shift of all keys.
+        assert path.endswith("/key/bias") or np.abs(leaf).max() > 0, path
+
+
+def test_gradients_reach_the_source(trees):
+    source, target = trees
+    transfer, adapter = TRANSFERS["official"], closed_adapter("official")
+
+    @jax.jit
+    @jax.grad
+    def gradient(kernel):
+        merged = transfer.apply(adapter, mj.replace(source, {"fc/kernel": kernel}), target)
+        return jnp.sum(merged["fc"]["kernel"] ** 3)
+
+    assert np.abs(gradient(source["fc"]["kernel"])).max() > 0
+
+
+def test_residual_starts_as_the_identity_and_warm_as_sharing(trees, next_key):
+    source, target = trees
+    share = TRANSFERS["share"].apply({}, source, target)
+    for name, expected in (("residual", target), ("warm", share)):
+        merged = jax.jit(TRANSFERS[name].apply)(closed_adapter(name), source, target, key=next_key())
+        chex.assert_trees_all_equal(merged, expected)
+
+
+def test_official_rows_have_variance_one(trees):
+    source, target = trees
+    merged = jax.jit(TRANSFERS["official"].apply)(closed_adapter("official"), source, target)
+    rows = merged["layers"][0]["kernel"].T
+    np.testing.assert_allclose(rows.var(axis=1), 1, rtol=1e-4)
+
+
+def test_residual_keeps_the_scale_of_the_target(trees):
+    source, target = trees
+    apply, adapter = jax.jit(TRANSFERS["residual"].apply), opened_adapter("residual")
+    once = apply(adapter, source, target)["fc"]["kernel"]
+    tiny = mj.replace(target, {"fc/kernel": target["fc"]["kernel"] * 1e-3})
+    np.testing.assert_allclose(
+        apply(adapter, source, tiny)["fc"]["kernel"], once * 1e-3, rtol=1e-3, atol=1e-7
+    )
+
+
+def test_dropout_follows_the_key(trees, next_key):
+    source, target = trees
+    adapter, key = closed_adapter("official"), next_key()
+    apply = jax.jit(lambda key: TRANSFERS["official"].apply(adapter, source, target, key=key))
+    dropped = apply(key)
+    chex.assert_trees_all_equal(dropped, apply(key))
+    for merged in (apply(next_key()), apply(None)):
+        assert np.abs(merged["fc"]["kernel"] - dropped["fc"]["kernel"]).max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["official", "residual", "warm"])
+def test_constant_and_extreme_matrices_stay_finite(name):
+    transfer, adapter = TRANSFERS[name], opened_adapter(name)
+
+    @jax.jit
+    def merged_and_gradient(source, target):
+        def loss(adapter):
+            merged = mj.select(transfer.apply(adapter, source, target), ROUTES)
+            return sum(jnp.sum(leaf) for leaf in merged.values()), merged
+
+        return jax.grad(loss, has_aux=True)(adapter)
+
+    for value in (0.0, 1.0, 1e-20, 1e15):
+        source, target = (
+            jax.tree.map(lambda x: jnp.full(x.shape, value, x.dtype), tree)  # noqa: B023
+            for tree in (SOURCE, ARRAYS)
+        )
+        for leaf in jax.tree.leaves(merged_and_gradient(source, target)):
+            assert np.isfinite(leaf).all(), value
+
+
+def test_routes_may_be_pairs_or_routes_with_their_own_matrices(trees, next_key):
+    source, target = trees
+    route = mj.Route("fc/kernel", "fc/kernel", target_spec=mj.MatrixSpec(rows=(0,), inputs=(1,)))
+    transposed = mj.lpka_transfer([route], num_layers=1, num_heads=2)
+    straight = mj.lpka_transfer([("fc/kernel", "fc/kernel")], num_layers=1, num_heads=2)
+    for transfer, width in ((transposed, 5), (straight, 7)):
+        adapter = mj.flatten(jax.eval_shape(transfer.init, next_key(), source, target))
+        up = adapter["fc/kernel/lpka/layer_0/feed_forward/up/kernel"]
+        assert up.shape == (width, 2 * width)
+
+
+@pytest.mark.parametrize("output", ["official", "warm"])
+def test_half_precision_leaves_stay_half(output):
+    target = {"w": {"kernel": jnp.ones((4, 3), jnp.bfloat16)}}
+    source = {"w": {"kernel": jnp.ones((5, 6), jnp.float16)}}
+    transfer = mj.lpka_transfer({"w/kernel": "w/kernel"}, num_layers=1, output=output)
+
+    def merge(key):
+        return transfer.apply(transfer.init(key, source, target), source, target)
+
+    merged = jax.eval_shape(merge, jax.random.key(0))
+    assert merged["w"]["kernel"].dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("make", [mj.lpka_transfer, mj.share_transfer])
+@pytest.mark.parametrize(
+    ("routes", "message"),
+    [
+        ({}, "no routes"),
+        ([], "no routes"),
+        ([("fc/kernel", "a"), ("fc/kernel", "b")], r"'fc/kernel' is routed twice, from 'a' and from 'b'"),
+        (["ab"], r"a route is a pair .* got 'ab'"),
+        ([("a", "b", "c")], "a route is a pair"),
+        ([("a", 1)], "a route is a pair"),
+    ],
+)
+def test_bad_routes_are_refused_at_once(make, routes, message):
+    with pytest.raises(ValueError, match=message):
+        make(routes)
+
+
+@pytest.mark.parametrize("make", [mj.lpka_transfer, mj.share_transfer])
+@pytest.mark.parametrize(
+    ("target_path", "source_path", "message"),
+    [
+        ("fc/kernal", "fc/kernel", r"unknown target path 'fc/kernal'; did you mean 'fc/kernel'"),
+        ("fc/kernel", "conv/kernl", r"unknown source path 'conv/kernl'; did you mean 'conv/kernel'"),
+        ("count", "fc/kernel", r"target leaf 'count' must be a float array, got an array of int32"),
+        ("fc/kernel", "steps", r"source leaf 'steps' must be a float array, got an array of int32"),
+        ("scalar", "fc/kernel", r"target leaf 'scalar' cannot take part.*no matrix"),
+        ("text", "fc/kernel", r"target leaf 'text' must be a float array, got str"),
+    ],
+)
+def test_routes_that_do_not_fit_the_models_are_refused_by_init(
+    make, target_path, source_path, message, next_key
+):
+    with pytest.raises(ValueError, match=message):
+        make({target_path: source_path}).init(next_key(), SOURCE, TARGET)
+
+
+def test_a_matrix_spec_that_does_not_fit_is_refused(trees, next_key):
+    route = mj.Route("fc/kernel", "fc/kernel", source_spec=mj.MatrixSpec((0,), (1, 2)))
+    with pytest.raises(ValueError, match="source leaf 'fc/kernel' cannot take part"):
+        mj.share_transfer([route]).init(next_key(), *trees)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_layers": 0}, "num_layers must be a whole number of at least 1, got 0"),
+        ({"num_heads": 0}, "num_heads must be a whole number of at least 1, got 0"),
+        ({"num_heads": 2.5}, "num_heads must be a whole number of at least 1, got 2.5"),
+        ({"output": "offical"}, "unknown output form 'offical'; did you mean 'official'"),
+        ({"attention_dropout": 1.0}, r"attention_dropout must lie in \[0, 1\), got 1.0"),
+        ({"feed_forward_dropout": -0.1}, r"feed_forward_dropout must lie in \[0, 1\), got -0.1"),
+    ],
+)
+def test_bad_options_are_refused_at_once(options, message):
+    with pytest.raises(ValueError, match=message):
+        mj.lpka_transfer(ROUTES, **options)
+
+
+def test_more_heads_than_width_are_refused(trees, next_key):
+    with pytest.raises(ValueError, match=r"num_heads must lie in \[1, 128\]"):
+        mj.lpka_transfer({"fc/kernel": "fc/kernel"}, num_heads=129).init(next_key(), *trees)
+
+
+def test_a_vector_can_be_routed(trees, next_key):
+    source, target = trees
+    transfer = mj.lpka_transfer({"fc/bias": "conv/bias"}, num_layers=1, num_heads=2, output="official")
+    merged = jax.jit(transfer.apply)(transfer.init(next_key(), source, target), source, target)
+    np.testing.assert_allclose(merged["fc"]["bias"].var(), 1, rtol=1e-4)
