@@ -5,7 +5,10 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import jax
+import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
+
+from merge_jax.paths import flatten
 
 __all__ = ["Checkpoints"]
 
@@ -81,17 +84,39 @@ class Checkpoints:
             these are read of it.
 
         Raises:
-          ValueError: the saved tree has other leaves or shapes than `state`.
+          ValueError: the saved tree has other leaves, shapes or dtypes than `state`; each is named.
         """
         step = self.latest_step
         if step is None:
             return None
-        abstract = jax.eval_shape(lambda: state)
+        wanted = flatten(jax.eval_shape(lambda: state))
+        self._check_fits(step, wanted)
         sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        abstract = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract
-        )
-        return step, self._checkpointer.load(step, abstract)
+        abstract = [
+            jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+            for leaf in wanted.values()
+        ]
+        structure = jax.tree.structure(state)
+        return step, self._checkpointer.load(step, jax.tree.unflatten(structure, abstract))
+
+    def _check_fits(self, step: int, wanted: dict[str, jax.ShapeDtypeStruct]) -> None:
+        """Raises ValueError for every difference: Orbax's own error is long, and it casts dtypes silently."""
+        saved = flatten(self._checkpointer.metadata(step).metadata)
+        problems = [f"{path} is not saved" for path in wanted.keys() - saved.keys()]
+        problems += [f"{path} is saved, but not wanted" for path in saved.keys() - wanted.keys()]
+        for path in wanted.keys() & saved.keys():
+            leaf = wanted[path]
+            if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+                continue  # A random key is saved as the integers it stands for.
+            if (leaf.shape, leaf.dtype) != (saved[path].shape, saved[path].dtype):
+                found, expected = (f"{x.dtype}{list(x.shape)}" for x in (saved[path], leaf))
+                problems.append(f"{path} is saved as {found}, wanted as {expected}")
+        if problems:
+            raise ValueError(
+                f"step {step} in {self._checkpointer.directory} does not fit: "
+                + "; ".join(sorted(problems)[:10])
+                + (f"; and {len(problems) - 10} more" if len(problems) > 10 else "")
+            )
 
     def close(self) -> None:
         """Waits until all saves have ended and closes the folder."""

@@ -1,0 +1,76 @@
+import json
+import math
+
+import pytest
+
+from merge_jax.runs import MetricsLog, RunFolder
+
+CONFIG = {"steps": 10, "methods": ("a", "b")}
+
+
+def test_a_new_folder_explains_itself(tmp_path):
+    folder = RunFolder.open(tmp_path / "runs" / "first", CONFIG, resume=False)
+    assert json.loads((folder.path / "config.json").read_text()) == {"steps": 10, "methods": ["a", "b"]}
+    environment = json.loads((folder.path / "environment.json").read_text())
+    assert {"command", "date", "python", "devices", "versions", "commit"} <= environment.keys()
+    assert environment["versions"]["jax"][0].isdigit()
+    assert "metrics.jsonl" in (folder.path / "README.md").read_text()
+
+
+def test_an_empty_folder_is_taken(tmp_path):
+    assert RunFolder.open(tmp_path, CONFIG, resume=False).path == tmp_path
+
+
+def test_a_run_can_be_resumed_with_the_same_config_only(tmp_path):
+    RunFolder.open(tmp_path, CONFIG, resume=False)
+    RunFolder.open(tmp_path, CONFIG, resume=True)
+    changed = {"steps": 20, "methods": ("a", "b"), "new": 1}
+    with pytest.raises(
+        ValueError, match=r"another config: new is 1, was '\(absent\)'; steps is 20, was 10\. Give"
+    ):
+        RunFolder.open(tmp_path, changed, resume=True)
+    with pytest.raises(ValueError, match="exists with another config: steps is 20, was 10"):
+        RunFolder.open(tmp_path, {**CONFIG, "steps": 20}, resume=False)
+    assert json.loads((tmp_path / "config.json").read_text())["steps"] == 10
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_folder_that_cannot_be_used_is_refused(tmp_path, resume):
+    (tmp_path / "file").write_text("mine")
+    reason = "no run to resume" if resume else "cannot be written"
+    with pytest.raises(ValueError, match=reason):
+        RunFolder.open(tmp_path / "file" / "run", CONFIG, resume=resume)
+    reason = "no run to resume" if resume else "is not empty, and no run"
+    with pytest.raises(ValueError, match=reason):
+        RunFolder.open(tmp_path, CONFIG, resume=resume)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_run_is_not_overwritten(tmp_path):
+    RunFolder.open(tmp_path, CONFIG, resume=False)
+    with pytest.raises(ValueError, match="already holds this run: add --resume"):
+        RunFolder.open(tmp_path, CONFIG, resume=False)
+
+
+def test_a_damaged_config_is_named(tmp_path):
+    RunFolder.open(tmp_path, CONFIG, resume=False)
+    (tmp_path / "config.json").write_text('{"steps": 1')
+    with pytest.raises(ValueError, match=r"config\.json is damaged"):
+        RunFolder.open(tmp_path, CONFIG, resume=True)
+
+
+def test_metrics_are_one_record_a_report_and_rewind_to_a_step(tmp_path):
+    folder = RunFolder.open(tmp_path, CONFIG, resume=False)
+    log = MetricsLog(folder)
+    assert log.records() == []
+    for run in ("a", "b"):
+        with log.writer(run, 0) as writer:
+            writer.write(5, {"target/loss": 1.5})
+            writer.write(10, {"target/loss": math.nan})
+    log.rewind("a", 5)
+    assert log.records() == [
+        {"run": "a", "step": 5, "target/loss": 1.5},
+        {"run": "b", "step": 5, "target/loss": 1.5},
+        {"run": "b", "step": 10, "target/loss": "nan"},
+    ]
+    assert list((tmp_path / "tensorboard" / "a").iterdir())
