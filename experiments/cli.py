@@ -2,20 +2,21 @@
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import tyro
 
+from experiments.config import RunConfig
+from experiments.runner import prepare_run
+from experiments.scenario import Scenario
 from merge_jax.paths import near_misses
 
 __all__ = ["main", "parse"]
 
-_Config = TypeVar("_Config")
+_Config = TypeVar("_Config", bound=RunConfig)
 
 
-def parse(
-    presets: Mapping[str, _Config], module: str, description: str, arguments: Sequence[str]
-) -> _Config:
+def parse(presets: Mapping[str, _Config], module: str, description: str, arguments: Sequence[str]) -> _Config:
     """Returns the preset that the first word names (`default` where there is none), changed by the options.
 
     Raises:
@@ -40,24 +41,25 @@ def parse(
 def main(
     presets: Mapping[str, _Config],
     module: str,
-    description: str,
-    prepare: Callable[[_Config], Callable[[], Any]],
+    description: str | None,
+    build: Callable[[_Config], Scenario],
     arguments: Sequence[str] | None = None,
 ) -> None:
-    """Parses, prepares and runs; what `prepare` finds wrong is one line on standard error and exit code 2.
+    """Parses, checks and runs; what is wrong with the options is one line on standard error and exit code 2.
 
     Args:
       presets: configs by name, with one called `default`.
       module: name of the module, for the help.
       description: what the experiment is.
-      prepare: checks the config, raising ValueError, and returns the function that trains; an error in that
-        one is no fault of the options and keeps its traceback.
+      build: makes the scenario of a config, or raises ValueError.
       arguments: words of the command line; those of this process by default.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        run = prepare(parse(presets, module, description, arguments))
+        config = parse(presets, module, description or "", arguments)
+        config.check()
+        run = prepare_run(build(config), config)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    run()
+    run()  # An error in here is no fault of the options, and keeps its traceback.

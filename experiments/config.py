@@ -49,6 +49,4 @@ class RunConfig:
                 f"got {self.checkpoint_every} and {self.report_every}"
             )
         if not 0 < self.adapter_learning_rate < float("inf"):
-            raise ValueError(
-                f"adapter_learning_rate must be above 0, got {self.adapter_learning_rate}"
-            )
+            raise ValueError(f"adapter_learning_rate must be above 0, got {self.adapter_learning_rate}")

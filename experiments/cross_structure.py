@@ -10,7 +10,7 @@ numbers: six layers of the target, from stem to head, are routed from layers of 
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Literal, get_args
 
 import jax
@@ -20,8 +20,7 @@ import optax
 import merge_jax as mj
 from experiments.cli import main
 from experiments.config import RunConfig
-from experiments.runner import prepare_run
-from experiments.scenario import Method, Role, Scenario
+from experiments.scenario import Method, Role, Scenario, choose
 from merge_jax.data import Splits, class_balanced, load_digits
 from merge_jax.paths import near_misses
 from merge_jax.tasks import ClassificationLoss
@@ -45,16 +44,26 @@ class Config(RunConfig):
 
     methods: tuple[MethodName, ...] = get_args(MethodName)
     """Methods to compare."""
+    adapter_learning_rate: float = 1e-2
+    """Learning rate of the adapter's AdamW."""
+    stages: int = 3
+    """Stages of both models, 1 to 3: fewer compile faster, and lack the routes of the others."""
     labels: int = 100
     """Labelled digits that the target learns from; the source has all 1197."""
     learning_rate: float = 0.1
     """Learning rate of both models' SGD (momentum 0.9, weight decay 5e-4), falling to 0 along a cosine."""
-    stop: float = 0.25
+    routes: tuple[str, ...] = tuple(ROUTES)
+    """Layers of the target that take part, each from the source's layer that ROUTES names."""
+    stop: float = 0.1
     """Fraction of the run after which share and mergenet leave the target to itself."""
     num_layers: int = 1
     """Layers of each route's LPKA."""
     num_heads: int = 8
     """Heads of each attention."""
+    attention_dropout: float = 0.1
+    """Dropout on the attention weights of each LPKA."""
+    feed_forward_dropout: float = 0.2
+    """Dropout on the feed-forward block of each LPKA."""
     output: OutputForm = "warm"
     """How the adapter's output becomes the target's: see lpka_transfer."""
     temperature: float = 4.0
@@ -62,10 +71,34 @@ class Config(RunConfig):
     distillation_weight: float = 0.9
     """Weight of the distillation in kd; the labels have the rest."""
 
+    def check(self) -> None:
+        """Raises ValueError for an option out of range."""
+        super().check()
+        if not 0 < self.learning_rate < float("inf"):
+            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
+        if not 1 <= self.stages <= 3:
+            raise ValueError(f"stages must lie in [1, 3], got {self.stages}")
+        for route in self.routes:
+            if route not in ROUTES:
+                raise ValueError(f"unknown route {route!r}; {near_misses(route, ROUTES)}")
+
 
 PRESETS = {
     "default": Config(),
-    "smoke": Config(seeds=1, source_steps=40, steps=20, report_every=10, checkpoint_every=10),
+    # One stage, one route, no dropout, a transfer at every step: what compiles fastest.
+    "smoke": Config(
+        seeds=1,
+        stages=1,
+        source_steps=200,
+        steps=100,
+        routes=("fc/kernel",),
+        cycle=1,
+        stop=1.0,
+        attention_dropout=0.0,
+        feed_forward_dropout=0.0,
+        report_every=25,
+        checkpoint_every=100,
+    ),
 }
 
 
@@ -75,7 +108,8 @@ def build(config: Config) -> Scenario:
     Raises:
       ValueError: an unknown method, or an option that a method refuses.
     """
-    source, target = mj.models.small_resnet(), mj.models.small_mobilenet_v2()
+    source = mj.models.small_resnet(num_stages=config.stages)
+    target = mj.models.small_mobilenet_v2(num_stages=config.stages)
     source_steps = config.source_steps if config.source == "pretrained" else config.steps
 
     def target_task(loss: ClassificationLoss | None = None) -> mj.Task:
@@ -91,26 +125,27 @@ def build(config: Config) -> Scenario:
             weight=config.distillation_weight,
         )
 
+    routes = [(path, ROUTES[path]) for path in config.routes]
     lpka = mj.lpka_transfer(
-        ROUTES, num_layers=config.num_layers, num_heads=config.num_heads, output=config.output
+        routes,
+        num_layers=config.num_layers,
+        num_heads=config.num_heads,
+        output=config.output,
+        attention_dropout=config.attention_dropout,
+        feed_forward_dropout=config.feed_forward_dropout,
     )
     methods = {
         "vanilla": Method(target_task()),
-        "share": Method(target_task(), mj.share_transfer(ROUTES), config.stop),
+        "share": Method(target_task(), mj.share_transfer(routes), config.stop),
         "kd": Method(target_task(distil), teacher=mj.logits_teacher(source.apply)),
         "mergenet": Method(target_task(), lpka, config.stop),
     }
-    for name in config.methods:
-        if name not in methods:
-            raise ValueError(f"unknown method {name!r}; {near_misses(name, methods)}")
     return Scenario(
         name="cross_structure",
         source=_role("small ResNet", source, load_digits),
         target=_role("small MobileNetV2", target, partial(_few_labels, config.labels)),
-        source_task=mj.Task(
-            mj.classification_loss(source.apply), _sgd(config.learning_rate, source_steps)
-        ),
-        methods={name: methods[name] for name in config.methods},
+        source_task=mj.Task(mj.classification_loss(source.apply), _sgd(config.learning_rate, source_steps)),
+        methods=choose(methods, config.methods),
     )
 
 
@@ -120,7 +155,9 @@ def _role(name: str, model: mj.models.ResNet | mj.models.MobileNetV2, splits: Ca
         variables = model.init(key, jnp.zeros((1, 8, 8, 1)))
         return variables["params"], {"batch_stats": variables["batch_stats"]}
 
-    return Role(name, init, splits, mj.evaluate_classifier(model.apply))
+    splits = lru_cache(maxsize=1)(splits)  # One seed runs after the other.
+    # Validation and test are 200 and 400 images: batches of 200 compile once for both.
+    return Role(name, init, splits, mj.evaluate_classifier(model.apply, batch_size=200))
 
 
 def _few_labels(labels: int, seed: int) -> Splits:
@@ -133,10 +170,5 @@ def _sgd(learning_rate: float, steps: int) -> optax.GradientTransformation:
     return optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(schedule, momentum=0.9))
 
 
-def prepare(config: Config) -> Callable[[], None]:
-    """Checks the config and returns the function that runs the experiment; raises ValueError."""
-    return prepare_run(build(config), config)
-
-
 if __name__ == "__main__":
-    main(PRESETS, "experiments.cross_structure", __doc__, prepare)
+    main(PRESETS, "experiments.cross_structure", __doc__, build)

@@ -1,16 +1,17 @@
 """What a scenario is: two models and the methods to compare. It says what to run; the runner says how."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import jax
 
 from merge_jax.data import Arrays, Splits
 from merge_jax.joint import Task
+from merge_jax.paths import near_misses
 from merge_jax.transfer import identity_transfer
 from merge_jax.types import ModelState, Params, TeacherFn, Transfer
 
-__all__ = ["Method", "Role", "Scenario"]
+__all__ = ["Method", "Role", "Scenario", "choose"]
 
 
 @dataclass(frozen=True)
@@ -56,3 +57,21 @@ class Scenario:
     target: Role
     source_task: Task
     methods: Mapping[str, Method]
+
+
+def choose(methods: Mapping[str, Method], names: Sequence[str]) -> dict[str, Method]:
+    """Returns the named methods in the order of their names.
+
+    Raises:
+      ValueError: no names, a name that is no method's, or one that stands twice.
+    """
+    if not names:
+        raise ValueError(f"no methods: name one or more of {', '.join(methods)}")
+    chosen: dict[str, Method] = {}
+    for name in names:
+        if name not in methods:
+            raise ValueError(f"unknown method {name!r}; {near_misses(name, methods)}")
+        if name in chosen:
+            raise ValueError(f"the method {name!r} is named twice")
+        chosen[name] = methods[name]
+    return chosen

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -39,9 +39,10 @@ class Checkpoints:
         if keep < 1:
             raise ValueError(f"keep must be at least 1, got {keep}")
         self._checkpointer = ocp.training.Checkpointer(
-            Path(folder).absolute(),
-            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+            str(Path(folder).absolute()),
+            # Orbax gives its policies for the type of its older interface.
+            save_decision_policy=cast(Any, ocp.training.save_decision_policies.FixedIntervalPolicy(1)),
+            preservation_policy=cast(Any, ocp.training.preservation_policies.LatestN(keep)),
             # A process that was killed while saving leaves such a folder; it never holds a whole step.
             cleanup_tmp_directories=True,
         )
@@ -92,10 +93,7 @@ class Checkpoints:
         wanted = flatten(jax.eval_shape(lambda: state))
         self._check_fits(step, wanted)
         sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        abstract = [
-            jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-            for leaf in wanted.values()
-        ]
+        abstract = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding) for leaf in wanted.values()]
         structure = jax.tree.structure(state)
         return step, self._checkpointer.load(step, jax.tree.unflatten(structure, abstract))
 

@@ -44,8 +44,7 @@ class Task(NamedTuple):
     optimizer: optax.GradientTransformation
 
 
-@struct.dataclass
-class TrainState:
+class TrainState(struct.PyTreeNode):
     """One model while it trains.
 
     Attributes:
@@ -59,16 +58,14 @@ class TrainState:
     opt_state: Any
 
 
-@struct.dataclass
-class AdapterState:
+class AdapterState(struct.PyTreeNode):
     """The adapter while it trains: its parameters and its optimizer's state."""
 
     params: Adapter
     opt_state: Any
 
 
-@struct.dataclass
-class JointState:
+class JointState(struct.PyTreeNode):
     """Everything that a joint run is, and so all that a checkpoint holds.
 
     Attributes:
@@ -249,19 +246,13 @@ def make_joint_step(
         def transfer_and_learn() -> tuple[TrainState, AdapterState, Metrics, Metrics]:
             def apply(adapter: Adapter) -> Params:
                 # Source and target as they stood before this step: new_source is not used here.
-                return transfer.apply(
-                    adapter, state.source.params, state.target.params, key=transfer_key
-                )
+                return transfer.apply(adapter, state.source.params, state.target.params, key=transfer_key)
 
             merged, pullback = jax.vjp(apply, state.adapter.params)
-            new_target, grads, metrics = learn(
-                target, state.target, merged, target_batch, target_key
-            )
+            new_target, grads, metrics = learn(target, state.target, merged, target_batch, target_key)
             cotangent = grads if update == "exact" else optax.tree.sub(merged, new_target.params)
             (adapter_grads,) = pullback(cotangent)
-            updates, opt_state = adapter_optimizer.update(
-                adapter_grads, state.adapter.opt_state, state.adapter.params
-            )
+            updates, opt_state = adapter_optimizer.update(adapter_grads, state.adapter.opt_state, state.adapter.params)
             new_adapter = AdapterState(optax.apply_updates(state.adapter.params, updates), opt_state)
             change = optax.tree.norm(optax.tree.sub(merged, state.target.params))
             adapter_metrics = {
@@ -272,10 +263,12 @@ def make_joint_step(
             return new_target, new_adapter, metrics, jax.tree.map(_as_float32, adapter_metrics)
 
         def learn_alone() -> tuple[TrainState, AdapterState, Metrics, Metrics]:
-            new_target, _, metrics = learn(
-                target, state.target, state.target.params, target_batch, target_key
-            )
-            nothing = dict.fromkeys(("transferred", "change", "gradient_norm"), jnp.zeros(()))
+            new_target, _, metrics = learn(target, state.target, state.target.params, target_batch, target_key)
+            nothing: Metrics = {
+                "transferred": jnp.zeros(()),
+                "change": jnp.zeros(()),
+                "gradient_norm": jnp.zeros(()),
+            }
             return new_target, state.adapter, metrics, nothing
 
         if stop == 0:
@@ -300,9 +293,7 @@ def make_joint_step(
             )
             for name, value in of_role.items()
         }
-        new_state = state.replace(
-            step=state.step + 1, source=new_source, target=new_target, adapter=new_adapter
-        )
+        new_state = state.replace(step=state.step + 1, source=new_source, target=new_target, adapter=new_adapter)
         return new_state, metrics
 
     return step

@@ -60,8 +60,7 @@ def run_loop(
             raise ValueError(f"{name} must be at least 1, got {value}")
     if checkpoint_every is not None and (checkpoint_every < 1 or checkpoint_every % report_every):
         raise ValueError(
-            f"checkpoint_every must be a multiple of report_every, "
-            f"got {checkpoint_every} and {report_every}"
+            f"checkpoint_every must be a multiple of report_every, got {checkpoint_every} and {report_every}"
         )
     window: list[Metrics] = []
     for done in range(int(state.step) + 1, num_steps + 1):

@@ -7,7 +7,7 @@ __all__ = ["cross_entropy", "distillation_loss"]
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Returns `-log softmax(z)[y]` for logits `[..., C]` and integer labels `[...]` in [0, C); result `[...]`, in nats."""
+    """Returns `-log softmax(z)[y]` in nats, `[...]`, for logits `z [..., C]` and integer labels `y [...]` in [0, C)."""
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
 
 

@@ -66,9 +66,7 @@ class ParameterAttention(nn.Module):
     dropout_rate: float = 0.1
 
     @nn.compact
-    def __call__(
-        self, queries: jax.Array, keys: jax.Array, *, deterministic: bool = True
-    ) -> jax.Array:
+    def __call__(self, queries: jax.Array, keys: jax.Array, *, deterministic: bool = True) -> jax.Array:
         """Maps queries `[r, c]` and keys `[s, k]` to `[r, c]`."""
         chex.assert_rank([queries, keys], [2, 2])
         c, k = queries.shape[1], keys.shape[1]
@@ -127,9 +125,7 @@ class KnowledgeTransferLayer(nn.Module):
     spectral: bool = True
 
     @nn.compact
-    def __call__(
-        self, target: jax.Array, source: jax.Array, *, deterministic: bool = True
-    ) -> jax.Array:
+    def __call__(self, target: jax.Array, source: jax.Array, *, deterministic: bool = True) -> jax.Array:
         """Maps target `[m, n]` and source `[p, q]` to `[m, n]`."""
 
         def attend(name: str, queries: jax.Array, keys: jax.Array) -> jax.Array:
@@ -167,9 +163,7 @@ class LPKA(nn.Module):
     spectral: bool = True
 
     @nn.compact
-    def __call__(
-        self, target: jax.Array, source: jax.Array, *, deterministic: bool = True
-    ) -> jax.Array:
+    def __call__(self, target: jax.Array, source: jax.Array, *, deterministic: bool = True) -> jax.Array:
         """Maps target `[m, n]` and source `[p, q]` to `[m, n]`."""
         for i in range(self.num_layers):
             layer = KnowledgeTransferLayer(
@@ -194,16 +188,12 @@ class GatedLPKA(nn.Module):
     lpka: LPKA
 
     @nn.compact
-    def __call__(
-        self, target: jax.Array, source: jax.Array, *, deterministic: bool = True
-    ) -> jax.Array:
+    def __call__(self, target: jax.Array, source: jax.Array, *, deterministic: bool = True) -> jax.Array:
         """Maps target `[m, n]` and source `[p, q]` to `[m, n]`."""
         gate = self.param("gate", nn.initializers.zeros, ())
         scale = _root_mean_square(target)
         normalised = target / scale
-        proposed = self.lpka(
-            normalised, source / _root_mean_square(source), deterministic=deterministic
-        )
+        proposed = self.lpka(normalised, source / _root_mean_square(source), deterministic=deterministic)
         return target + gate * scale * (proposed - normalised)
 
 

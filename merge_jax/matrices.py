@@ -4,7 +4,6 @@ import math
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 
 __all__ = ["MatrixSpec", "as_matrix", "copy_overlap", "from_matrix", "matrix_spec"]
 
@@ -100,9 +99,7 @@ def from_matrix(matrix: jax.Array, spec: MatrixSpec, shape: tuple[int, ...]) -> 
     return matrix.reshape([shape[axis] for axis in spec.axes]).transpose(inverse)
 
 
-def copy_overlap(
-    target: jax.Array, source: jax.Array, target_spec: MatrixSpec, source_spec: MatrixSpec
-) -> jax.Array:
+def copy_overlap(target: jax.Array, source: jax.Array, target_spec: MatrixSpec, source_spec: MatrixSpec) -> jax.Array:
     """Returns the target leaf with its leading rows and inputs overwritten by the source's.
 
     Both leaves are seen as `[rows, inputs, *window]`. Rows and inputs overlap from the first index on, windows
@@ -128,9 +125,7 @@ def copy_overlap(
     blocks = as_matrix(target, target_spec).reshape(target_blocks)
     source = as_matrix(source, source_spec).reshape(source_blocks)[tuple(source_slices)]
     blocks = blocks.at[tuple(target_slices)].set(source.astype(target.dtype))
-    return from_matrix(
-        blocks.reshape(target_spec.matrix_shape(target.shape)), target_spec, target.shape
-    )
+    return from_matrix(blocks.reshape(target_spec.matrix_shape(target.shape)), target_spec, target.shape)
 
 
 def _pad_window(blocks: tuple[int, ...], rank: int) -> tuple[int, ...]:

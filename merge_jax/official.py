@@ -107,19 +107,29 @@ def _place(name: str) -> tuple[str, ...] | None:
     layer, block, module, parameter = match.groups()
     weight = "weight" in parameter
     if block in _ATTENTIONS and module in _PROJECTIONS:
-        return f"layer_{layer}", _ATTENTIONS[block], _PROJECTIONS[module], "kernel" if weight else "bias"
+        return (
+            f"layer_{layer}",
+            _ATTENTIONS[block],
+            _PROJECTIONS[module],
+            "kernel" if weight else "bias",
+        )
     if block in _ATTENTIONS and module == "norm":
         return f"layer_{layer}", _ATTENTIONS[block], "norm", "scale" if weight else "bias"
     if block == "output" and module in _FEED_FORWARD:
-        return f"layer_{layer}", "feed_forward", _FEED_FORWARD[module], "kernel" if weight else "bias"
+        return (
+            f"layer_{layer}",
+            "feed_forward",
+            _FEED_FORWARD[module],
+            "kernel" if weight else "bias",
+        )
     if block == "output" and module == "layernorm":
         return f"layer_{layer}", "feed_forward", "norm", "scale" if weight else "bias"
     raise ValueError(f"the array {name!r} has no place in the published adapter")
 
 
 def _check_complete(params: Mapping[str, Any], num_heads: int) -> None:
-    leaves = {module: ("kernel", "bias") for module in (*_PROJECTIONS.values(), *_FEED_FORWARD.values())}
-    leaves["norm"] = ("scale", "bias")
+    modules = (*_PROJECTIONS.values(), *_FEED_FORWARD.values())
+    leaves = {**dict.fromkeys(modules, ("kernel", "bias")), "norm": ("scale", "bias")}
     blocks = dict.fromkeys(_ATTENTIONS.values(), (*_PROJECTIONS.values(), "norm"))
     blocks["feed_forward"] = (*_FEED_FORWARD.values(), "norm")
     for layer, layer_params in params.items():
@@ -133,6 +143,5 @@ def _check_complete(params: Mapping[str, Any], num_heads: int) -> None:
             features = layer_params[block]["query"]["kernel"].shape[1]
             if num_heads < 1 or features % num_heads:
                 raise ValueError(
-                    f"num_heads is {num_heads}, which does not divide the {features} features of "
-                    f"{layer}/{block}"
+                    f"num_heads is {num_heads}, which does not divide the {features} features of {layer}/{block}"
                 )

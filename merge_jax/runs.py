@@ -75,8 +75,7 @@ class RunFolder:
                 raise ValueError(f"there is no run to resume in {path}: it has no config.json")
             elif path.is_dir() and any(path.iterdir()):
                 raise ValueError(
-                    f"the run folder {path} is not empty, and no run: it has no config.json. "
-                    "Give another --run-dir"
+                    f"the run folder {path} is not empty, and no run: it has no config.json. Give another --run-dir"
                 )
             path.mkdir(parents=True, exist_ok=True)
             folder = cls(path)

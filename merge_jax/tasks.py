@@ -47,7 +47,10 @@ def classification_loss(
             mutable=list(model_state),
             rngs={"dropout": key},
         )
-        return per_example(logits, batch).mean(), (new_state, {"accuracy": accuracy(logits, batch["label"])})
+        return per_example(logits, batch).mean(), (
+            new_state,
+            {"accuracy": accuracy(logits, batch["label"])},
+        )
 
     return loss_fn
 
@@ -83,9 +86,7 @@ def evaluate_classifier(
         correct = jnp.argmax(logits, axis=-1) == batch["label"]
         return (cross_entropy(logits, batch["label"]) * weights).sum(), (correct * weights).sum()
 
-    def evaluate(
-        params: Params, model_state: ModelState, arrays: Mapping[str, np.ndarray]
-    ) -> dict[str, float]:
+    def evaluate(params: Params, model_state: ModelState, arrays: Mapping[str, np.ndarray]) -> dict[str, float]:
         size = len(arrays["label"])
         if size == 0:
             raise ValueError("cannot evaluate on no examples")

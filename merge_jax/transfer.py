@@ -124,10 +124,9 @@ def lpka_transfer(
         new_leaves = {}
         for i, (path, leaves) in enumerate(routed.items()):
             rngs = None if key is None else {"dropout": jax.random.fold_in(key, i)}
-            matrix = module.apply(
-                {"params": adapter[path]}, *matrices(leaves), deterministic=key is None, rngs=rngs
-            )
-            leaf = from_matrix(matrix, leaves.target_spec, leaves.target.shape)
+            variables = {"params": adapter[path]}
+            matrix = module.apply(variables, *matrices(leaves), deterministic=key is None, rngs=rngs)
+            leaf = from_matrix(jnp.asarray(matrix), leaves.target_spec, leaves.target.shape)
             new_leaves[path] = leaf.astype(leaves.target.dtype)
         return replace(target_params, new_leaves)
 
@@ -185,8 +184,7 @@ def identity_transfer() -> Transfer:
     return Transfer(init, apply)
 
 
-@struct.dataclass
-class _RoutedLeaves:
+class _RoutedLeaves(struct.PyTreeNode):
     """Both leaves of a route, with the specs that make matrices of them."""
 
     target: jax.Array
@@ -221,9 +219,7 @@ def _route_of_pair(pair: Any) -> Route:
     return Route(*pair)
 
 
-def _select_routes(
-    routes: tuple[Route, ...], source_params: Params, target_params: Params
-) -> dict[str, _RoutedLeaves]:
+def _select_routes(routes: tuple[Route, ...], source_params: Params, target_params: Params) -> dict[str, _RoutedLeaves]:
     """Returns the leaves of every route by target path, checked."""
     targets = select(target_params, [route.target for route in routes], role="target")
     sources = select(source_params, [route.source for route in routes], role="source")

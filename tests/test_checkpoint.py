@@ -42,9 +42,13 @@ def test_the_newest_are_kept_and_nothing_is_overwritten(tmp_path):
 
 
 def test_a_save_in_flight_survives_an_error(tmp_path):
-    with pytest.raises(RuntimeError, match="stop"), Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(1, {"x": jnp.ones(3)})
-        raise RuntimeError("stop")
+    def save_and_fail():
+        with Checkpoints(tmp_path) as checkpoints:
+            checkpoints.save(1, {"x": jnp.ones(3)})
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        save_and_fail()
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.latest_step == 1
 

@@ -61,7 +61,7 @@ def test_a_number_of_labels_that_cannot_be_had_is_refused(size):
 
 
 def test_bad_batches_are_refused():
-    with pytest.raises(ValueError, match="same number of examples, got {'a': 2, 'b': 3}"):
+    with pytest.raises(ValueError, match=r"same number of examples, got \{'a': 2, 'b': 3\}"):
         batches_of({"a": np.zeros(2), "b": np.zeros(3)}, 1, seed=0)
     with pytest.raises(ValueError, match="got 0 and 1"):
         batches_of({"a": np.zeros(0)}, 1, seed=0)

@@ -76,9 +76,7 @@ def test_self_learning_steps_leave_the_adapter_alone():
     outcomes = run(helpers.joint_step(LPKA, cycle=2), helpers.initial_state(LPKA), 2)
     (first, _), (second, _) = outcomes
     initial = helpers.initial_state(LPKA)
-    assert not np.array_equal(
-        jax.tree.leaves(first.adapter.params)[0], jax.tree.leaves(initial.adapter.params)[0]
-    )
+    assert not np.array_equal(jax.tree.leaves(first.adapter.params)[0], jax.tree.leaves(initial.adapter.params)[0])
     chex.assert_trees_all_equal(first.adapter, second.adapter)
 
 
@@ -95,9 +93,7 @@ def test_no_transfer_equals_plain_training_of_both_models():
             grad = jax.jit(jax.grad(tasks[role].loss_fn, has_aux=True))
             gradient, (model_state, _) = grad(model.params, model.model_state, batch, key)
             updates, opt_state = tasks[role].optimizer.update(gradient, model.opt_state, model.params)
-            plain[role] = mj.TrainState(
-                optax.apply_updates(model.params, updates), model_state, opt_state
-            )
+            plain[role] = mj.TrainState(optax.apply_updates(model.params, updates), model_state, opt_state)
             chex.assert_trees_all_close(getattr(joint, role), plain[role], atol=1e-6)
 
 
@@ -108,15 +104,11 @@ def test_the_transfer_reads_both_models_as_they_stood_and_spares_the_optimizer()
 
     merged = SHARE.apply({}, state.source.params, state.target.params)
     change = optax.tree.norm(optax.tree.sub(merged, state.target.params))
-    np.testing.assert_allclose(
-        metrics["adapter/change"], change / optax.tree.norm(state.target.params), rtol=1e-5
-    )
+    np.testing.assert_allclose(metrics["adapter/change"], change / optax.tree.norm(state.target.params), rtol=1e-5)
     batches = helpers.batches(0)
     _, key, _ = jax.random.split(jax.random.fold_in(state.key, state.step), 3)
     task = helpers.task(helpers.TARGET)
-    gradient, _ = jax.grad(task.loss_fn, has_aux=True)(
-        merged, state.target.model_state, batches["target"], key
-    )
+    gradient, _ = jax.grad(task.loss_fn, has_aux=True)(merged, state.target.model_state, batches["target"], key)
     updates, opt_state = task.optimizer.update(gradient, state.target.opt_state, merged)
     chex.assert_trees_all_close(after.target.params, optax.apply_updates(merged, updates), atol=1e-6)
     chex.assert_trees_all_close(after.target.opt_state, opt_state, atol=1e-6)
@@ -150,9 +142,7 @@ def test_the_adapter_follows_its_cotangent(update):
     gradient = expected(state.adapter.params)
     stepped = jax.tree.map(lambda p, g: p - 0.5 * g, state.adapter.params, gradient)
     chex.assert_trees_all_close(after.adapter.params, stepped, atol=1e-5)
-    np.testing.assert_allclose(
-        metrics["adapter/gradient_norm"], optax.tree.norm(gradient), rtol=1e-3
-    )
+    np.testing.assert_allclose(metrics["adapter/gradient_norm"], optax.tree.norm(gradient), rtol=1e-3)
     assert metrics["adapter/gradient_norm"] > 0
 
 
@@ -169,9 +159,7 @@ def test_the_teacher_sees_the_source_after_its_step_and_gets_no_gradient():
     task = mj.Task(
         mj.classification_loss(
             helpers.TARGET.apply,
-            lambda logits, batch: mj.distillation_loss(
-                logits, batch["teacher_logits"], batch["label"], weight=1.0
-            ),
+            lambda logits, batch: mj.distillation_loss(logits, batch["teacher_logits"], batch["label"], weight=1.0),
             inputs="x",
         ),
         optax.sgd(0.1),

@@ -7,8 +7,7 @@ from merge_jax.checkpoint import Checkpoints
 from merge_jax.loop import run_loop
 
 
-@struct.dataclass
-class Counter:
+class Counter(struct.PyTreeNode):
     step: jax.Array
     total: jax.Array
 

@@ -26,9 +26,7 @@ def test_distillation_equals_its_equation(temperature, weight):
     divergence = (p * (np.log(p) - np.log(q))).sum(axis=-1)
     hard = -np.log(softmax(STUDENT)[np.arange(6), LABELS])
     expected = (1 - weight) * hard + weight * temperature**2 * divergence
-    loss = mj.distillation_loss(
-        jnp.array(STUDENT), jnp.array(TEACHER), LABELS, temperature=temperature, weight=weight
-    )
+    loss = mj.distillation_loss(jnp.array(STUDENT), jnp.array(TEACHER), LABELS, temperature=temperature, weight=weight)
     np.testing.assert_allclose(loss, expected, rtol=1e-4, atol=1e-6)
 
 

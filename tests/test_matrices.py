@@ -54,9 +54,7 @@ def test_leaves_that_are_no_matrix_are_refused(shape):
         mj.matrix_spec("x", shape)
 
 
-@pytest.mark.parametrize(
-    "spec", [mj.MatrixSpec((0,), (0,)), mj.MatrixSpec((0,), ()), mj.MatrixSpec((0,), (1, 2))]
-)
+@pytest.mark.parametrize("spec", [mj.MatrixSpec((0,), (0,)), mj.MatrixSpec((0,), ()), mj.MatrixSpec((0,), (1, 2))])
 def test_a_spec_must_name_each_axis_once(spec):
     with pytest.raises(ValueError, match=r"must name each axis of the shape \(2, 3\) once"):
         mj.as_matrix(numbered((2, 3)), spec)

@@ -33,11 +33,7 @@ def deviation(ours, theirs, *, skip=lambda path: False):
     ours, theirs = mj.flatten(ours), mj.flatten(theirs)
     assert ours.keys() == theirs.keys()
     assert all(ours[path].shape == theirs[path].shape for path in ours)
-    gaps = [
-        float(np.max(np.abs(np.asarray(ours[path]) - np.asarray(theirs[path]))))
-        for path in ours
-        if not skip(path)
-    ]
+    gaps = [float(np.max(np.abs(np.asarray(ours[path]) - np.asarray(theirs[path])))) for path in ours if not skip(path)]
     return max(gaps, default=0.0)
 
 
@@ -67,9 +63,7 @@ def test_adapter_output_and_gradients(path):
 
     @jax.jit
     def output_and_gradients(adapter):
-        output, pullback = jax.vjp(
-            lambda adapter: transfer.apply(adapter, source, target)["w"]["kernel"].T, adapter
-        )
+        output, pullback = jax.vjp(lambda adapter: transfer.apply(adapter, source, target)["w"]["kernel"].T, adapter)
         return output, pullback(golden["cotangent"])[0]
 
     output, gradients = output_and_gradients({"w/kernel": official.params})
@@ -120,6 +114,11 @@ def classifier_loss(params, statistics, batch, key):
     return mj.cross_entropy(logits, y).mean(), (new_statistics, {})
 
 
+def is_key_bias(path):
+    """Softmax is blind to a shift of all keys: their gradient is zero, and Adam turns its rounding into steps."""
+    return path.endswith("/key/bias")
+
+
 @pytest.mark.parametrize("path", TRAJECTORY_FILES, ids=lambda path: path.stem)
 def test_joint_trajectory(path):
     golden = load(path)
@@ -132,9 +131,7 @@ def test_joint_trajectory(path):
         attention_dropout=0.0,
         feed_forward_dropout=0.0,
     )
-    sgd = optax.chain(
-        optax.add_decayed_weights(5e-4), optax.sgd(float(golden["lr"]), momentum=0.9)
-    )
+    sgd = optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(float(golden["lr"]), momentum=0.9))
     task = mj.Task(classifier_loss, sgd)
     adapter_optimizer = mj.adapter_adamw(float(golden["adapter_lr"]))
     source, source_statistics = load_classifier(golden, "init/source/")
@@ -162,9 +159,7 @@ def test_joint_trajectory(path):
     )
     step = jax.jit(step, donate_argnums=0)
 
-    gaps = dict.fromkeys(
-        ("source", "target", "statistics", "losses", "adapter", "key_biases"), 0.0
-    )
+    gaps = dict.fromkeys(("source", "target", "statistics", "losses", "adapter", "key_biases"), 0.0)
 
     def note(name, value):
         gaps[name] = max(gaps[name], value)
@@ -177,15 +172,10 @@ def test_joint_trajectory(path):
             note(role, deviation(model.params, params))
             note("statistics", deviation(model.model_state, statistics))
             note("losses", abs(float(metrics[f"{role}/loss"]) - float(golden[f"{role}_loss"][i])))
-        expected = mj.load_official_adapter(
-            golden, prefix=f"step{i + 1}/adapter/", num_heads=official.num_heads
-        ).params
+        expected = mj.load_official_adapter(golden, prefix=f"step{i + 1}/adapter/", num_heads=official.num_heads).params
         ours = state.adapter.params["hidden/kernel"]
-        # Softmax is blind to a shift of all keys, so their biases have a gradient of zero, and Adam turns its
-        # rounding into steps.
-        key_bias = lambda path: path.endswith("/key/bias")  # noqa: E731
-        note("adapter", deviation(ours, expected, skip=key_bias))
-        note("key_biases", deviation(ours, expected, skip=lambda path: not key_bias(path)))
+        note("adapter", deviation(ours, expected, skip=is_key_bias))
+        note("key_biases", deviation(ours, expected, skip=lambda path: not is_key_bias(path)))
 
     report(path, **gaps)
     assert gaps.pop("key_biases") <= 1e-3

@@ -10,7 +10,10 @@ CONFIG = {"steps": 10, "methods": ("a", "b")}
 
 def test_a_new_folder_explains_itself(tmp_path):
     folder = RunFolder.open(tmp_path / "runs" / "first", CONFIG, resume=False)
-    assert json.loads((folder.path / "config.json").read_text()) == {"steps": 10, "methods": ["a", "b"]}
+    assert json.loads((folder.path / "config.json").read_text()) == {
+        "steps": 10,
+        "methods": ["a", "b"],
+    }
     environment = json.loads((folder.path / "environment.json").read_text())
     assert {"command", "date", "python", "devices", "versions", "commit"} <= environment.keys()
     assert environment["versions"]["jax"][0].isdigit()
@@ -25,9 +28,7 @@ def test_a_run_can_be_resumed_with_the_same_config_only(tmp_path):
     RunFolder.open(tmp_path, CONFIG, resume=False)
     RunFolder.open(tmp_path, CONFIG, resume=True)
     changed = {"steps": 20, "methods": ("a", "b"), "new": 1}
-    with pytest.raises(
-        ValueError, match=r"another config: new is 1, was '\(absent\)'; steps is 20, was 10\. Give"
-    ):
+    with pytest.raises(ValueError, match=r"another config: new is 1, was '\(absent\)'; steps is 20, was 10\. Give"):
         RunFolder.open(tmp_path, changed, resume=True)
     with pytest.raises(ValueError, match="exists with another config: steps is 20, was 10"):
         RunFolder.open(tmp_path, {**CONFIG, "steps": 20}, resume=False)

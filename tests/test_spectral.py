@@ -37,6 +37,4 @@ def test_degenerate_matrices_have_their_norm(matrix):
 @pytest.mark.parametrize("scale", [1e-15, 1e15])
 def test_the_scale_of_the_entries_does_not_matter(scale):
     matrix = random_matrix((30, 40))
-    np.testing.assert_allclose(
-        spectral_norm(jnp.asarray(matrix * scale)) / scale, np.linalg.norm(matrix, 2), rtol=1e-5
-    )
+    np.testing.assert_allclose(spectral_norm(jnp.asarray(matrix * scale)) / scale, np.linalg.norm(matrix, 2), rtol=1e-5)

@@ -28,9 +28,7 @@ def randomised(tree, seed):
     leaves, structure = jax.tree.flatten(tree)
     random = np.random.default_rng(seed)
     new = [
-        jnp.asarray(random.normal(size=leaf.shape), leaf.dtype)
-        if getattr(leaf, "dtype", None) == jnp.float32
-        else leaf
+        jnp.asarray(random.normal(size=leaf.shape), leaf.dtype) if getattr(leaf, "dtype", None) == jnp.float32 else leaf
         for leaf in leaves
     ]
     return jax.tree.unflatten(structure, new)
@@ -155,9 +153,7 @@ def test_residual_keeps_the_scale_of_the_target(trees):
     apply, adapter = jax.jit(TRANSFERS["residual"].apply), opened_adapter("residual")
     once = apply(adapter, source, target)["fc"]["kernel"]
     tiny = mj.replace(target, {"fc/kernel": target["fc"]["kernel"] * 1e-3})
-    np.testing.assert_allclose(
-        apply(adapter, source, tiny)["fc"]["kernel"], once * 1e-3, rtol=1e-3, atol=1e-7
-    )
+    np.testing.assert_allclose(apply(adapter, source, tiny)["fc"]["kernel"], once * 1e-3, rtol=1e-3, atol=1e-7)
 
 
 def test_dropout_follows_the_key(trees, next_key):
@@ -221,7 +217,10 @@ def test_half_precision_leaves_stay_half(output):
     [
         ({}, "no routes"),
         ([], "no routes"),
-        ([("fc/kernel", "a"), ("fc/kernel", "b")], r"'fc/kernel' is routed twice, from 'a' and from 'b'"),
+        (
+            [("fc/kernel", "a"), ("fc/kernel", "b")],
+            r"'fc/kernel' is routed twice, from 'a' and from 'b'",
+        ),
         (["ab"], r"a route is a pair .* got 'ab'"),
         ([("a", "b", "c")], "a route is a pair"),
         ([("a", 1)], "a route is a pair"),
@@ -237,16 +236,18 @@ def test_bad_routes_are_refused_at_once(make, routes, message):
     ("target_path", "source_path", "message"),
     [
         ("fc/kernal", "fc/kernel", r"unknown target path 'fc/kernal'; did you mean 'fc/kernel'"),
-        ("fc/kernel", "conv/kernl", r"unknown source path 'conv/kernl'; did you mean 'conv/kernel'"),
+        (
+            "fc/kernel",
+            "conv/kernl",
+            r"unknown source path 'conv/kernl'; did you mean 'conv/kernel'",
+        ),
         ("count", "fc/kernel", r"target leaf 'count' must be a float array, got an array of int32"),
         ("fc/kernel", "steps", r"source leaf 'steps' must be a float array, got an array of int32"),
         ("scalar", "fc/kernel", r"target leaf 'scalar' cannot take part.*no matrix"),
         ("text", "fc/kernel", r"target leaf 'text' must be a float array, got str"),
     ],
 )
-def test_routes_that_do_not_fit_the_models_are_refused_by_init(
-    make, target_path, source_path, message, next_key
-):
+def test_routes_that_do_not_fit_the_models_are_refused_by_init(make, target_path, source_path, message, next_key):
     with pytest.raises(ValueError, match=message):
         make({target_path: source_path}).init(next_key(), SOURCE, TARGET)
 

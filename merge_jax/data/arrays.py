@@ -61,10 +61,8 @@ def split(arrays: Arrays, size: int, seed: int) -> tuple[Arrays, Arrays]:
       ValueError: either side would lack an example of some class.
     """
     indices = np.arange(len(arrays["label"]))
-    rest, chosen = train_test_split(
-        indices, test_size=size, stratify=arrays["label"], random_state=seed
-    )
-    return _take(arrays, chosen), _take(arrays, rest)
+    rest, chosen = train_test_split(indices, test_size=size, stratify=arrays["label"], random_state=seed)
+    return _take(arrays, np.asarray(chosen)), _take(arrays, np.asarray(rest))
 
 
 def class_balanced(arrays: Arrays, size: int, seed: int) -> Arrays:
@@ -76,7 +74,8 @@ def class_balanced(arrays: Arrays, size: int, seed: int) -> Arrays:
     total, classes = len(arrays["label"]), len(np.unique(arrays["label"]))
     if not classes <= size <= total:
         raise ValueError(
-            f"the number of labels must lie between {classes}, one of each class, and {total}, got {size}"
+            f"the number of labels must lie between {classes}, one of each class, and {total}, "
+            f"the number there is, got {size}"
         )
     if size > total - classes:  # Too few would be left over for a split in proportion.
         order = np.random.default_rng(seed).permutation(total)

@@ -47,6 +47,7 @@ class DepthwiseConv(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps `[B, H, W, C]` to `[B, H/s, W/s, C]`."""
         height, width, channels = x.shape[1:]
         kernel = self.param("kernel", _KERNEL_INIT, (3, 3, 1, channels))
         bias = self.param("bias", nn.initializers.zeros, (channels,))

@@ -59,15 +59,14 @@ class MobileNetV2(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        """Maps images `[B, H, W, C]` to logits `[B, num_classes]`; `train` takes the batch's statistics."""
         x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
         x = pointwise_conv(self.stem_width, "stem", use_bias=True)(x)
         x = nn.relu6(batch_norm(train, "stem_norm")(x))
         for i, stage in enumerate(self.stages, start=1):
             for j in range(stage.blocks):
                 stride = stage.stride if j == 0 else 1
-                block = _InvertedResidual(
-                    stage.expansion, stage.width, stride, name=f"stage{i}_{j}"
-                )
+                block = _InvertedResidual(stage.expansion, stage.width, stride, name=f"stage{i}_{j}")
                 x = block(x, train=train)
         x = pointwise_conv(self.head_width, "head", use_bias=True)(x)
         x = nn.relu6(batch_norm(train, "head_norm")(x))
@@ -88,11 +87,11 @@ def mobilenet_v2(num_classes: int = 100) -> MobileNetV2:
     return MobileNetV2(stages, num_classes)
 
 
-def small_mobilenet_v2(num_classes: int = 10) -> MobileNetV2:
-    """Returns a MobileNetV2 of three blocks for 8x8 images, for examples that run in seconds."""
+def small_mobilenet_v2(num_classes: int = 10, num_stages: int = 3) -> MobileNetV2:
+    """Returns a MobileNetV2 of up to three blocks for 8x8 images, for examples that run in seconds."""
     stages = (
         InvertedResidualStage(2, 8, 1, 1),
         InvertedResidualStage(2, 16, 1, 2),
         InvertedResidualStage(2, 32, 1, 2),
     )
-    return MobileNetV2(stages, num_classes, stem_width=8, head_width=64)
+    return MobileNetV2(stages[:num_stages], num_classes, stem_width=8, head_width=64)

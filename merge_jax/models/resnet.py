@@ -76,6 +76,7 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        """Maps images `[B, H, W, C]` to logits `[B, num_classes]`; `train` takes the batch's statistics."""
         x = conv3x3(self.stem_width, 1, "stem")(x)
         x = nn.relu(batch_norm(train, "stem_norm")(x))
         block = _BottleneckBlock if self.bottleneck else _BasicBlock
@@ -97,7 +98,7 @@ def resnet50(num_classes: int = 100) -> ResNet:
     return ResNet(stages, num_classes)
 
 
-def small_resnet(num_classes: int = 10) -> ResNet:
-    """Returns a ResNet of basic blocks for 8x8 images, for examples that run in seconds."""
+def small_resnet(num_classes: int = 10, num_stages: int = 3) -> ResNet:
+    """Returns a ResNet of up to three basic blocks for 8x8 images, for examples that run in seconds."""
     stages = (ResNetStage(16, 1, 1), ResNetStage(32, 1, 2), ResNetStage(64, 1, 2))
-    return ResNet(stages, num_classes, stem_width=16, bottleneck=False)
+    return ResNet(stages[:num_stages], num_classes, stem_width=16, bottleneck=False)

@@ -1,0 +1,211 @@
+"""The experiments as users run them: from the command line, in a process of their own."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import cross_structure
+from experiments.cli import main, parse
+from experiments.report import mean_and_error
+from experiments.stages import make_stages
+from merge_jax.checkpoint import Checkpoints
+from merge_jax.paths import flatten
+
+ROOT = Path(__file__).parent.parent
+
+# Ten steps in two halves, one route, dropout on.
+TEN_STEPS = [
+    *("smoke", "--steps", "10", "--report-every", "5", "--checkpoint-every", "5"),
+    *("--source-steps", "10", "--cycle", "2", "--methods", "mergenet"),
+    *("--attention-dropout", "0.1", "--feed-forward-dropout", "0.2"),
+]
+
+# Runs the experiment, and stops it after a save of step 5 as Ctrl-C would.
+INTERRUPTED = """
+import runpy, sys
+from merge_jax.checkpoint import Checkpoints
+save = Checkpoints.save
+def save_and_stop(self, step, state):
+    save(self, step, state)
+    if step == 5:
+        raise KeyboardInterrupt
+Checkpoints.save = save_and_stop
+sys.argv = ["cross_structure", *sys.argv[1:]]
+runpy.run_module("experiments.cross_structure", run_name="__main__")
+"""
+
+
+def run(*arguments, program=("-m", "experiments.cross_structure")):
+    command = [sys.executable, *program, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def last_state(folder, stage_name):
+    """Returns all leaves of the checkpoint of step 10, by path."""
+    config = parse(cross_structure.PRESETS, "", "", TEN_STEPS)
+    stage = make_stages(cross_structure.build(config), config)[stage_name]
+    state = jax.eval_shape(lambda: stage.initial_state(0, stage.fresh_source(0)))
+    with Checkpoints(folder / "checkpoints" / f"{stage_name}-seed0") as checkpoints:
+        step, state = checkpoints.restore_latest(state)
+    assert step == 10
+    return flatten(state.replace(key=jax.random.key_data(state.key)))
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unbroken") / "run"
+    done = run(*TEN_STEPS, "--run-dir", folder)
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
+
+
+def test_a_run_leaves_everything_a_reader_needs(unbroken):
+    folder, output = unbroken
+    assert "mergenet" in output
+    assert str(folder) in output
+    for name in (
+        "config.json",
+        "environment.json",
+        "README.md",
+        "results.json",
+        "table.txt",
+        "curves.png",
+    ):
+        assert (folder / name).stat().st_size > 0, name
+    assert list((folder / "tensorboard").glob("mergenet-seed0/events*"))
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    mergenet = [record for record in records if record["run"] == "mergenet-seed0"]
+    assert [record["step"] for record in mergenet] == [5, 10]
+    assert {"target/loss", "target/validation_accuracy", "adapter/change"} <= mergenet[0].keys()
+    (result,) = json.loads((folder / "results.json").read_text())
+    assert 0 <= result["target_test_accuracy"] <= 1
+    assert result["adapter_parameters"] > 0
+
+
+def test_resumed_in_a_new_process_a_run_is_the_unbroken_one_bit_for_bit(unbroken, tmp_path):
+    expected, _ = unbroken
+    folder = tmp_path / "run"
+    # The source's training is stopped first, the joint run second.
+    for resume in ([], ["--resume"]):
+        stopped = run(*TEN_STEPS, "--run-dir", folder, *resume, program=("-c", INTERRUPTED))
+        assert stopped.returncode != 0
+        assert "KeyboardInterrupt" in stopped.stderr
+    for cell in ("source-seed0", "mergenet-seed0"):
+        steps = [path.name for path in (folder / "checkpoints" / cell).iterdir()]
+        assert ("10" in steps) == (cell == "source-seed0")
+    done = run(*TEN_STEPS, "--run-dir", folder, "--resume")
+    assert done.returncode == 0, done.stderr
+    for name in ("source", "mergenet"):
+        resumed, straight = last_state(folder, name), last_state(expected, name)
+        assert resumed.keys() == straight.keys()
+        for path, leaf in straight.items():
+            np.testing.assert_array_equal(resumed[path], leaf, err_msg=path)
+    assert (folder / "metrics.jsonl").read_text() == (expected / "metrics.jsonl").read_text()
+
+
+def test_a_finished_run_resumes_to_its_table_and_trains_nothing(unbroken):
+    folder, output = unbroken
+    before = (folder / "results.json").read_text(), (folder / "metrics.jsonl").read_text()
+    again = run(*TEN_STEPS, "--run-dir", folder, "--resume")
+    assert again.returncode == 0, again.stderr
+    assert (folder / "results.json").read_text() == before[0]
+    assert (folder / "metrics.jsonl").read_text() == before[1]
+
+    def table(text):
+        return [line for line in text.splitlines() if line.startswith("│ mergenet")]
+
+    assert table(again.stdout) == table(output)
+
+
+def test_resume_refuses_a_changed_config_by_field(unbroken):
+    folder, _ = unbroken
+    refused = run(*TEN_STEPS, "--run-dir", folder, "--resume", "--cycle", "3", "--labels", "50")
+    assert refused.returncode == 2
+    assert "another config: cycle is 3, was 2; labels is 50, was 100" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def test_help_shows_every_option_with_meaning_and_default():
+    shown = run("--help")
+    assert shown.returncode == 0
+    for option in ("--cycle", "--methods", "--adapter-learning-rate", "--run-dir", "--resume"):
+        assert option in shown.stdout
+    assert "default: 4" in shown.stdout
+    assert "Steps from one transfer to the next" in shown.stdout
+    assert "smoke" in shown.stdout
+
+
+def refusal(capsys, *arguments):
+    """Returns what the command line prints as it refuses, and checks that it trained nothing."""
+    with pytest.raises(SystemExit) as stopped:
+        main(
+            cross_structure.PRESETS,
+            "experiments.cross_structure",
+            "",
+            cross_structure.build,
+            list(map(str, arguments)),
+        )
+    assert stopped.value.code == 2
+    printed = capsys.readouterr()
+    return " ".join((printed.out + printed.err).split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["smok"], "unknown preset 'smok'; did you mean 'smoke'?"),
+        (["--cycl", "2"], "--cycle"),
+        (["--methods", "mergnet"], "mergenet"),
+        (["--cycle", "0"], "cycle must be a whole number of at least 1, got 0"),
+        (["--stop", "1.5"], "stop must be a fraction in [0, 1], got 1.5"),
+        (["--num-layers", "0"], "num_layers must be a whole number of at least 1, got 0"),
+        (["--num-heads", "0"], "num_heads must be a whole number of at least 1, got 0"),
+        (["--num-heads", "1000"], "num_heads must lie in [1, 128] for this route, got 1000"),
+        (["--seeds", "0"], "seeds must be at least 1, got 0"),
+        (["--labels", "5"], "between 10, one of each class, and 1197, the number there is, got 5"),
+        (["--checkpoint-every", "20"], "checkpoint_every must be a multiple of report_every"),
+        (["--adapter-learning-rate", "nan"], "adapter_learning_rate must be above 0, got nan"),
+        (["--learning-rate", "-1"], "learning_rate must be above 0, got -1.0"),
+        (["--temperature", "0"], "temperature must be above 0, got 0.0"),
+        (["--routes", "fc/kernal"], "unknown route 'fc/kernal'; did you mean 'fc/kernel'"),
+        (["--routes", "fc/kernel", "fc/kernel"], "'fc/kernel' is routed twice"),
+        (["--routes"], "no routes"),
+        (["--methods"], "no methods"),
+        (["--methods", "kd", "kd"], "the method 'kd' is named twice"),
+    ],
+)
+def test_bad_options_are_refused_before_the_run_folder_is_made(arguments, message, capsys, tmp_path):
+    folder = tmp_path / "run"
+    assert message in refusal(capsys, *arguments, "--run-dir", folder)
+    assert not folder.exists()
+
+
+def test_an_unknown_method_is_refused_in_a_config_made_by_hand():
+    config = cross_structure.Config(methods=("mergnet",))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="unknown method 'mergnet'; did you mean 'mergenet'"):
+        cross_structure.build(config)
+
+
+def test_a_run_folder_that_cannot_be_written_is_refused(capsys, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    message = refusal(capsys, "--run-dir", tmp_path / "file" / "run")
+    assert "cannot be written" in message
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_no_word_means_default():
+    config = parse(cross_structure.PRESETS, "m", "", ["--seeds", "2"])
+    assert config == cross_structure.Config(seeds=2)
+    assert parse(cross_structure.PRESETS, "m", "", ["smoke"]) == cross_structure.PRESETS["smoke"]
+
+
+def test_mean_and_standard_error():
+    mean, error = mean_and_error([1.0, 2.0, 4.0])
+    assert mean == pytest.approx(7 / 3)
+    assert error == pytest.approx(np.std([1, 2, 4], ddof=1) / np.sqrt(3))
+    assert mean_and_error([2.0]) == (2.0, None)
