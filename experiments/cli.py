@@ -13,10 +13,11 @@ from merge_jax.paths import near_misses
 
 __all__ = ["main", "parse"]
 
+_Options = TypeVar("_Options")
 _Config = TypeVar("_Config", bound=RunConfig)
 
 
-def parse(presets: Mapping[str, _Config], module: str, description: str, arguments: Sequence[str]) -> _Config:
+def parse(presets: Mapping[str, _Options], module: str, description: str, arguments: Sequence[str]) -> _Options:
     """Returns the preset that the first word names (`default` where there is none), changed by the options.
 
     Raises:

@@ -1,0 +1,247 @@
+"""The joint step against the two plain training steps that it holds, side by side in one run.
+
+    python -m benchmarks.joint_step            # the digits pair of experiments.cross_structure
+    python -m benchmarks.joint_step published  # ResNet50 to MobileNetV2 at 32x32, the published route and adapter
+
+A repetition times every row once, so that whatever else the machine does falls on all of them alike; the table shows
+medians over repetitions. Compilation is timed apart, and without a transfer the joint step does just what the two
+plain steps do. Memory is what the compiled step needs beside its arguments, as XLA plans it.
+"""
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from tqdm.auto import tqdm
+
+import merge_jax as mj
+from experiments.cli import parse
+from experiments.cross_structure import ROUTES
+from merge_jax.runs import describe_environment
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Options of the benchmark."""
+
+    pair: Literal["digits", "published"] = "digits"
+    """The two models with their routes and adapter."""
+    batch_size: int = 50
+    """Examples in a batch of each model."""
+    repetitions: int = 20
+    """Timed repetitions of every row."""
+    steps: int = 20
+    """Steps in a repetition, a multiple of 4 so that each has its transfers."""
+    json: Path = Path("runs/benchmarks/joint_step.json")
+    """Where the figures are written."""
+
+
+PRESETS = {
+    "default": Config(),
+    "published": Config(
+        pair="published",
+        batch_size=16,
+        repetitions=3,
+        steps=4,
+        json=Path("runs/benchmarks/joint_step_published.json"),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two models, the shape of their images, and the transfer between them."""
+
+    source: mj.models.ResNet
+    target: mj.models.MobileNetV2
+    image: tuple[int, int, int]
+    transfer: mj.Transfer
+
+
+def make_pair(name: str) -> Pair:
+    """Returns the models and the transfer of a pair by its name."""
+    if name == "published":
+        route = {"stage6_2/project/kernel": "fc/kernel"}
+        transfer = mj.lpka_transfer(route, num_layers=2, num_heads=8, output="official")
+        return Pair(mj.models.resnet50(100), mj.models.mobilenet_v2(100), (32, 32, 3), transfer)
+    transfer = mj.lpka_transfer(ROUTES, num_layers=1, num_heads=8)
+    return Pair(mj.models.small_resnet(10), mj.models.small_mobilenet_v2(10), (8, 8, 1), transfer)
+
+
+@dataclass
+class Row:
+    """One thing that is timed: a compiled step, the state it goes through, and what was measured."""
+
+    name: str
+    step: Any
+    state: Any
+    compile_seconds: float
+    temporary_bytes: int
+    seconds: list[float]
+
+    def run(self, batches: Any, steps: int) -> None:
+        """Times some steps and notes the seconds a step."""
+        start = time.perf_counter()
+        for _ in range(steps):
+            self.state, _ = self.step(self.state, batches)
+        jax.block_until_ready(self.state)
+        self.seconds.append((time.perf_counter() - start) / steps)
+
+
+def compile_row(name: str, step: Callable[..., Any], state: Any, batches: Any) -> Row:
+    """Compiles a step with its state donated."""
+    start = time.perf_counter()
+    compiled = jax.jit(step, donate_argnums=0).lower(state, batches).compile()
+    seconds = time.perf_counter() - start
+    temporary = compiled.memory_analysis().temp_size_in_bytes
+    return Row(name, compiled, state, seconds, temporary, [])
+
+
+def plain_step(source: mj.Task, target: mj.Task) -> Callable[..., Any]:
+    """Returns a training step of both models written with JAX and Optax alone: what the joint step is held to."""
+
+    def learn(task: mj.Task, model: Any, batch: Any, key: jax.Array) -> tuple[Any, jax.Array]:
+        params, model_state, opt_state = model
+        grad = jax.value_and_grad(task.loss_fn, has_aux=True)
+        (loss, (model_state, _)), grads = grad(params, model_state, batch, key)
+        updates, opt_state = task.optimizer.update(grads, opt_state, params)
+        return (optax.apply_updates(params, updates), model_state, opt_state), loss
+
+    def step(state: Any, batches: Any) -> tuple[Any, Any]:
+        key, source_model, target_model = state
+        key, source_key, target_key = jax.random.split(key, 3)
+        source_model, source_loss = learn(source, source_model, batches["source"], source_key)
+        target_model, target_loss = learn(target, target_model, batches["target"], target_key)
+        return (key, source_model, target_model), (source_loss, target_loss)
+
+    return step
+
+
+def make_rows(config: Config) -> tuple[list[Row], Any, int]:
+    """Returns the compiled rows, the batches, and the number of the adapter's parameters."""
+    pair = make_pair(config.pair)
+    num_classes = pair.source.num_classes
+    random = np.random.default_rng(0)
+    batch = {
+        "image": random.normal(size=(config.batch_size, *pair.image)).astype(np.float32),
+        "label": random.integers(0, num_classes, config.batch_size).astype(np.int32),
+    }
+    batches = jax.device_put({"source": batch, "target": batch})
+
+    def make_task(model: Any) -> mj.Task:
+        sgd = optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(0.01, momentum=0.9))
+        return mj.Task(mj.classification_loss(model.apply), sgd)
+
+    source, target = make_task(pair.source), make_task(pair.target)
+    images = jnp.zeros((1, *pair.image))
+    variables = [jax.jit(model.init)(jax.random.key(i), images) for i, model in enumerate((pair.source, pair.target))]
+
+    def joint_state() -> mj.JointState:
+        return mj.init_joint_state(
+            jax.random.key(2),
+            source,
+            target,
+            pair.transfer,
+            source_params=variables[0]["params"],
+            source_state={"batch_stats": variables[0]["batch_stats"]},
+            target_params=variables[1]["params"],
+            target_state={"batch_stats": variables[1]["batch_stats"]},
+        )
+
+    state = joint_state()
+    plain_state = (
+        state.key,
+        *((m.params, m.model_state, m.opt_state) for m in (state.source, state.target)),
+    )
+    rows = [compile_row("two plain steps", plain_step(source, target), plain_state, batches)]
+    for name, cycle, stop in (
+        ("joint, no transfer", 1, 0.0),
+        ("joint, cycle 4", 4, 1.0),
+        ("joint, cycle 1", 1, 1.0),
+    ):
+        step = mj.make_joint_step(source, target, pair.transfer, cycle=cycle, stop=stop)
+        rows.append(compile_row(name, step, joint_state(), batches))
+    adapter_parameters = sum(leaf.size for leaf in jax.tree.leaves(state.adapter.params))
+    return rows, batches, adapter_parameters
+
+
+def main() -> None:
+    """Runs the benchmark; prints a table and writes JSON."""
+    try:
+        config = parse(PRESETS, "benchmarks.joint_step", __doc__ or "", sys.argv[1:])
+        if config.steps < 4 or config.steps % 4 or config.repetitions < 1 or config.batch_size < 1:
+            raise ValueError("steps must be a multiple of 4; repetitions and batch_size at least 1")
+        config.json.parent.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    with Console().status("compiling"):
+        rows, batches, adapter_parameters = make_rows(config)
+    for row in rows:  # The first steps allocate what the later ones reuse.
+        row.run(batches, config.steps)
+        row.seconds.clear()
+    for _ in tqdm(range(config.repetitions), unit="repetition"):
+        for row in rows:
+            row.run(batches, config.steps)
+    _report(config, rows, adapter_parameters)
+
+
+def _report(config: Config, rows: list[Row], adapter_parameters: int) -> None:
+    environment = describe_environment()
+    table = Table(box=box.SIMPLE, title=f"joint step, {config.pair} pair, batch {config.batch_size}")
+    table.add_column("step", no_wrap=True)
+    for heading in ("ms/step", "ratio", "compile s", "temporaries MiB"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    figures = []
+    for row in rows:
+        # The ratio of each repetition's neighbours, since the machine's speed drifts over a run.
+        ratio = statistics.median(a / b for a, b in zip(row.seconds, rows[0].seconds, strict=True))
+        milliseconds = 1000 * statistics.median(row.seconds)
+        figures.append(
+            {
+                "step": row.name,
+                "milliseconds": milliseconds,
+                "ratio": ratio,
+                "compile_seconds": row.compile_seconds,
+                "temporary_bytes": row.temporary_bytes,
+            }
+        )
+        table.add_row(
+            row.name,
+            f"{milliseconds:.2f}",
+            f"{ratio:.3f}",
+            f"{row.compile_seconds:.1f}",
+            f"{row.temporary_bytes / 2**20:.1f}",
+        )
+    console = Console(width=100)
+    console.print(table)
+    print(
+        f"adapter: {adapter_parameters:,} parameters, {4 * adapter_parameters / 2**20:.1f} MiB, "
+        f"three times that with AdamW's moments\n"
+        f"medians of {config.repetitions} repetitions of {config.steps} steps; "
+        f"{environment['devices'][0]}, {environment['cpu_count']} cores, jax {environment['versions']['jax']}, "
+        f"{environment['date'][:10]}\n{environment['command']}\nwritten to {config.json}"
+    )
+    content = {
+        "config": {name: str(value) for name, value in asdict(config).items()},
+        "environment": environment,
+        "adapter_parameters": adapter_parameters,
+        "rows": figures,
+    }
+    config.json.write_text(json.dumps(content, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
