@@ -105,8 +105,8 @@ def compile_row(name: str, step: Callable[..., Any], state: Any, batches: Any) -
     start = time.perf_counter()
     compiled = jax.jit(step, donate_argnums=0).lower(state, batches).compile()
     seconds = time.perf_counter() - start
-    temporary = compiled.memory_analysis().temp_size_in_bytes
-    return Row(name, compiled, state, seconds, temporary, [])
+    memory = compiled.memory_analysis()  # Not every backend tells.
+    return Row(name, compiled, state, seconds, memory.temp_size_in_bytes if memory else 0, [])
 
 
 def plain_step(source: mj.Task, target: mj.Task) -> Callable[..., Any]:

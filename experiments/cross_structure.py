@@ -5,7 +5,10 @@
     python -m experiments.cross_structure --help
 
 The source learns from all 1197 digits there are to learn from, the target from 100 of them. Nothing is shared but
-numbers: six layers of the target, from stem to head, are routed from layers of the source of other shapes.
+numbers: five layers of the target, from its first block to its last layer, each receive from a layer of the source,
+mostly of another shape. Methods: vanilla (no transfer), share (the overlapping block of the source's layer is copied
+every few steps, at first), kd (distillation of the source's outputs), mergenet (share's start, changed by a learned
+adapter). The expected numbers stand in the project's README.
 """
 
 from collections.abc import Callable
@@ -29,7 +32,6 @@ from merge_jax.transfer import OutputForm
 MethodName = Literal["vanilla", "share", "kd", "mergenet"]
 
 ROUTES = {
-    "stem/kernel": "stem/kernel",
     "stage1_0/expand/kernel": "stage1_0/conv1/kernel",
     "stage2_0/expand/kernel": "stage2_0/conv1/kernel",
     "stage3_0/expand/kernel": "stage3_0/conv1/kernel",

@@ -59,8 +59,10 @@ def print_results(
         rows = sorted((r["seed"], r[name]) for r in results if r["method"] == method)
         return scale * np.array([value for _, value in rows])
 
-    table = Table(box=box.SIMPLE, title=f"{scenario.name}: test accuracy of the target, %")
-    headings = ("target", f"- {_BASELINE}", "source", "s/run", "compile s", "adapter size")
+    table = Table(
+        box=box.SIMPLE, pad_edge=False, padding=(0, 0, 0, 1), title=f"{scenario.name}: test accuracy of the target, %"
+    )
+    headings = ("target", f"- {_BASELINE}", "source", "s/run", "compile s", "adapter")
     table.add_column("method", no_wrap=True)
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
@@ -77,7 +79,7 @@ def print_results(
             f"{np.max(of(method, 'compile_seconds')):.1f}",
             f"{int(of(method, 'adapter_parameters')[0]):,}",
         )
-    environment = describe_environment()
+    environment = folder.read_json("environment.json", [])[0]
     notes = (
         f"{scenario.source.name} -> {scenario.target.name}; after the last of {config.steps} steps; mean ± "
         f"standard error over {config.seeds} seeds, differences paired by seed.\n"

@@ -70,7 +70,7 @@ def _run(
     with Console().status("compiling"):
         compiled = {name: _compile(stage) for name, stage in lowered.items()}
     total = config.seeds * sum(stage.num_steps for stage in stages.values())
-    with tqdm(total=total, unit="step", desc=scenario.name, smoothing=0.1) as bar:
+    with tqdm(total=total, unit="step", desc=scenario.name, mininterval=0.5) as bar:
         trainer = _Trainer(config, compiled, folder, log, bar)
         for seed in range(config.seeds):
             source = _source(trainer, stages, seed)

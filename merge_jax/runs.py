@@ -24,7 +24,7 @@ _README = """\
 # A run of `{command}`
 
 - `config.json`: every option of the run.
-- `environment.json`: command, date, versions, devices and commit.
+- `environment.json`: command, date, versions, devices and commit of the run, and of each resumption.
 - `metrics.jsonl`: one record a report: the run (method and seed), the step, and the metrics by role.
 - `tensorboard/`: the same for TensorBoard (`tensorboard --logdir` this folder).
 - `results.json`, `table.txt`, `curves.png`: what came out; they appear as runs end.
@@ -79,7 +79,8 @@ class RunFolder:
                 )
             path.mkdir(parents=True, exist_ok=True)
             folder = cls(path)
-            folder.write_json("environment.json", describe_environment())
+            sessions = folder.read_json("environment.json", [])
+            folder.write_json("environment.json", [*sessions, describe_environment()])
             if not config_path.exists():
                 (path / "README.md").write_text(_README.format(command=_command()))
                 folder.write_json("config.json", config)

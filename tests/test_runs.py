@@ -14,7 +14,7 @@ def test_a_new_folder_explains_itself(tmp_path):
         "steps": 10,
         "methods": ["a", "b"],
     }
-    environment = json.loads((folder.path / "environment.json").read_text())
+    (environment,) = json.loads((folder.path / "environment.json").read_text())
     assert {"command", "date", "python", "devices", "versions", "commit"} <= environment.keys()
     assert environment["versions"]["jax"][0].isdigit()
     assert "metrics.jsonl" in (folder.path / "README.md").read_text()
@@ -27,6 +27,7 @@ def test_an_empty_folder_is_taken(tmp_path):
 def test_a_run_can_be_resumed_with_the_same_config_only(tmp_path):
     RunFolder.open(tmp_path, CONFIG, resume=False)
     RunFolder.open(tmp_path, CONFIG, resume=True)
+    assert len(json.loads((tmp_path / "environment.json").read_text())) == 2
     changed = {"steps": 20, "methods": ("a", "b"), "new": 1}
     with pytest.raises(ValueError, match=r"another config: new is 1, was '\(absent\)'; steps is 20, was 10\. Give"):
         RunFolder.open(tmp_path, changed, resume=True)
