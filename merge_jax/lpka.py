@@ -30,7 +30,7 @@ def head_width(query_size: int, key_size: int, num_heads: int) -> int:
     """
     width = max((query_size + key_size) // 2, _MINIMUM_WIDTH)
     if not 1 <= num_heads <= width:
-        raise ValueError(f"num_heads must lie in [1, {width}] for this route, got {num_heads}")
+        raise ValueError(f"num_heads must lie in [1, {width}], the width of its attention, got {num_heads}")
     return width // num_heads
 
 
@@ -55,7 +55,7 @@ def _layer_norm(name: str) -> nn.LayerNorm:
 class ParameterAttention(nn.Module):
     """Rows of one matrix attend to rows of another: `LayerNorm(X + concat_h(softmax(Q K^T / sqrt(d)) V) W_o)`.
 
-    `Q = X W_q`, `K = Y W_k`, `V = Y W_v`, with biases; arXiv:2404.13322, section 3.2.
+    `Q = X W_q`, `K = Y W_k`, `V = Y W_v`, with biases. Source: arXiv:2404.13322, details as in its code.
 
     Attributes:
       num_heads: number of heads `h`; the width of each is `head_width(c, k, h)`.
@@ -115,7 +115,7 @@ class _FeedForward(nn.Module):
 class KnowledgeTransferLayer(nn.Module):
     """One layer of LPKA: four attentions between rows and columns, averaged, then a feed-forward block.
 
-    `FFN((A(T, S) + A(T, S^T) + A(T^T, S)^T + A(T^T, S^T)^T) / 4)`; arXiv:2404.13322, section 3.2. Rows and
+    `FFN((A(T, S) + A(T, S^T) + A(T^T, S)^T + A(T^T, S^T)^T) / 4)`; arXiv:2404.13322. Rows and
     columns both serve as tokens, since either may carry what the other model needs.
     """
 

@@ -118,7 +118,9 @@ class MetricsLog:
         """Returns all records, each with `run`, `step` and metrics by name."""
         if not self._path.exists():
             return []
-        return [json.loads(line) for line in self._path.read_text().splitlines() if line]
+        # A process that was killed as it wrote leaves a line without an end; its checkpoint is older than that.
+        lines = self._path.read_text().splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def rewind(self, run: str, step: int) -> None:
         """Forgets what a run reported after `step`: it goes on from there and will report it again."""

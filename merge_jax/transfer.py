@@ -68,7 +68,7 @@ def lpka_transfer(
 
     `s` and `s_S` are root mean squares. The adapter is `{target path: LPKA parameters}`. Computation is in
     float32; the new leaf has the dtype of the old. Without a key, `apply` is deterministic; with one, dropout
-    is on. Source: arXiv:2404.13322, section 3; `residual` and `warm` are our choice (see `GatedLPKA`).
+    is on. Source: arXiv:2404.13322; `residual` and `warm` are our choice (see `GatedLPKA`).
 
     Args:
       routes: `{target path: source path}`, or a sequence of such pairs or of `Route`s.
@@ -105,10 +105,14 @@ def lpka_transfer(
     # would tell no more than its shapes do.
     @jax.jit
     def init_routes(key: jax.Array, routed: dict[str, _RoutedLeaves]) -> Adapter:
-        return {
-            path: module.lazy_init(jax.random.fold_in(key, i), *jax.eval_shape(matrices, leaves))["params"]
-            for i, (path, leaves) in enumerate(routed.items())
-        }
+        adapter = {}
+        for i, (path, leaves) in enumerate(routed.items()):
+            shapes = jax.eval_shape(matrices, leaves)
+            try:
+                adapter[path] = module.lazy_init(jax.random.fold_in(key, i), *shapes)["params"]
+            except ValueError as error:
+                raise ValueError(f"the route to {path!r} cannot be had: {error}") from None
+        return adapter
 
     def init(key: jax.Array, source_params: Params, target_params: Params) -> Adapter:
         return init_routes(key, _select_routes(routes, source_params, target_params))

@@ -130,6 +130,17 @@ def test_resume_refuses_a_changed_config_by_field(unbroken):
     assert "Traceback" not in refused.stderr
 
 
+def test_a_live_source_trains_beside_the_target(tmp_path):
+    done = run(
+        *("smoke", "--source", "live", "--methods", "kd", "--steps", "4", "--report-every", "2"),
+        *("--checkpoint-every", "2", "--run-dir", tmp_path / "run"),
+    )
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert {record["run"] for record in records} == {"kd-seed0"}
+    assert {"source/loss", "source/validation_accuracy", "target/loss"} <= records[0].keys()
+
+
 def test_help_shows_every_option_with_meaning_and_default():
     shown = run("--help")
     assert shown.returncode == 0
@@ -165,7 +176,7 @@ def refusal(capsys, *arguments):
         (["--stop", "1.5"], "stop must be a fraction in [0, 1], got 1.5"),
         (["--num-layers", "0"], "num_layers must be a whole number of at least 1, got 0"),
         (["--num-heads", "0"], "num_heads must be a whole number of at least 1, got 0"),
-        (["--num-heads", "1000"], "num_heads must lie in [1, 128] for this route, got 1000"),
+        (["--num-heads", "1000"], "the route to 'head/kernel' cannot be had: num_heads must lie in [1, 320], the width of its"),
         (["--seeds", "0"], "seeds must be at least 1, got 0"),
         (["--labels", "5"], "between 10, one of each class, and 1197, the number there is, got 5"),
         (["--checkpoint-every", "20"], "checkpoint_every must be a multiple of report_every"),

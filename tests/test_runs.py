@@ -76,3 +76,14 @@ def test_metrics_are_one_record_a_report_and_rewind_to_a_step(tmp_path):
         {"run": "b", "step": 10, "target/loss": "nan"},
     ]
     assert list((tmp_path / "tensorboard" / "a").iterdir())
+
+
+def test_a_record_that_was_cut_off_is_forgotten(tmp_path):
+    log = MetricsLog(RunFolder.open(tmp_path, CONFIG, resume=False))
+    with log.writer("a", 0) as writer:
+        writer.write(5, {"loss": 1.5})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"run": "a", "st')
+    with log.writer("a", 5) as writer:
+        writer.write(10, {"loss": 1.0})
+    assert [record["step"] for record in log.records()] == [5, 10]
