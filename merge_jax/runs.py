@@ -79,11 +79,11 @@ class RunFolder:
                 )
             path.mkdir(parents=True, exist_ok=True)
             folder = cls(path)
+            if not config_path.exists():
+                folder.write_json("config.json", config)
+                folder.write_text("README.md", _README.format(command=_command()))
             sessions = folder.read_json("environment.json", [])
             folder.write_json("environment.json", [*sessions, describe_environment()])
-            if not config_path.exists():
-                (path / "README.md").write_text(_README.format(command=_command()))
-                folder.write_json("config.json", config)
         except json.JSONDecodeError as error:
             raise ValueError(f"{config_path} is damaged: {error}") from None
         except OSError as error:

@@ -176,7 +176,10 @@ def refusal(capsys, *arguments):
         (["--stop", "1.5"], "stop must be a fraction in [0, 1], got 1.5"),
         (["--num-layers", "0"], "num_layers must be a whole number of at least 1, got 0"),
         (["--num-heads", "0"], "num_heads must be a whole number of at least 1, got 0"),
-        (["--num-heads", "1000"], "the route to 'head/kernel' cannot be had: num_heads must lie in [1, 320], the width of its"),
+        (
+            ["--num-heads", "1000"],
+            "the route to 'head/kernel' cannot be had: num_heads must lie in [1, 320], the width of its",
+        ),
         (["--seeds", "0"], "seeds must be at least 1, got 0"),
         (["--labels", "5"], "between 10, one of each class, and 1197, the number there is, got 5"),
         (["--checkpoint-every", "20"], "checkpoint_every must be a multiple of report_every"),

@@ -1,3 +1,5 @@
+import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -46,6 +48,53 @@ def test_row_of_a_dense_kernel_is_what_makes_one_output():
     kernel, x = numbered((3, 5)), jnp.array([1.0, -2.0, 0.5])
     matrix = mj.as_matrix(kernel, mj.matrix_spec("fc/kernel", kernel.shape))
     np.testing.assert_allclose(matrix @ x, x @ kernel)
+
+
+@pytest.mark.parametrize(
+    ("module", "x"),
+    [
+        (nn.Dense(5, use_bias=False), (3,)),
+        (nn.DenseGeneral((2, 4), use_bias=False, name="query"), (3,)),
+        (nn.DenseGeneral(3, axis=(-2, -1), use_bias=False, name="out"), (2, 4)),
+        (nn.Conv(5, (1, 1), use_bias=False), (1, 1, 3)),
+        (nn.Conv(5, (3, 3), use_bias=False, padding="VALID"), (3, 3, 2)),
+        (nn.Conv(4, (3, 3), use_bias=False, padding="VALID", feature_group_count=4), (3, 3, 4)),
+    ],
+    ids=["dense", "query", "out", "pointwise", "convolution", "depthwise"],
+)
+def test_rows_are_the_outputs_of_the_real_layers(module, x, next_key):
+    """A layer's output is its matrix times its input, the input laid out as inputs, then window."""
+    x = jax.random.normal(next_key(), (1, *x))
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return module.clone(parent=self, name=module.name or "layer")(x)
+
+    params = Model().init(next_key(), x)["params"]
+    ((path, kernel),) = mj.flatten(params).items()
+    matrix = mj.as_matrix(kernel, mj.matrix_spec(path, kernel.shape))
+    output = Model().apply({"params": params}, x)[0].reshape(-1)
+    if x.ndim == 4 and kernel.shape[-2] == 1:  # Depthwise: each row sees one channel.
+        expected = (matrix * x[0].reshape(-1, x.shape[-1]).T).sum(axis=1)
+    elif x.ndim == 4:
+        expected = matrix @ jnp.moveaxis(x[0], -1, 0).reshape(-1)
+    else:
+        expected = matrix @ x.reshape(-1)
+    np.testing.assert_allclose(output, expected, atol=1e-5)
+
+
+def test_attention_and_embedding_of_flax_have_their_matrices(next_key):
+    x = jnp.ones((1, 4, 6))
+    attention = nn.MultiHeadDotProductAttention(num_heads=3).init(next_key(), x)["params"]
+    embedding = nn.Embed(11, 4).init(next_key(), jnp.zeros(1, jnp.int32))["params"]
+    leaves = mj.flatten({"attention": attention, "embed": embedding})
+    shapes = {path: mj.matrix_spec(path, leaf.shape).matrix_shape(leaf.shape) for path, leaf in leaves.items()}
+    assert shapes == {
+        **{f"attention/{name}/kernel": (6, 6) for name in ("query", "key", "value", "out")},
+        **{f"attention/{name}/bias": (1, 6) for name in ("query", "key", "value", "out")},
+        "embed/embedding": (11, 4),
+    }
 
 
 @pytest.mark.parametrize("shape", [(), (0, 3)])
