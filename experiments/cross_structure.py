@@ -1,6 +1,6 @@
 """Across structures: a ResNet gives to a MobileNetV2, on handwritten digits.
 
-    python -m experiments.cross_structure          # at most two minutes on two cores
+    python -m experiments.cross_structure          # one and a half to two minutes on two cores
     python -m experiments.cross_structure smoke    # seconds; shows that it works, not what it gains
     python -m experiments.cross_structure --help
 

@@ -37,7 +37,7 @@ def print_plan(scenario: Scenario, config: RunConfig, folder: RunFolder) -> None
         else "trained beside the target"
     )
     print(f"source is {training}; target trains {config.steps} steps of {config.batch_size}")
-    print(f"methods: {', '.join(scenario.methods)}; {config.seeds} seeds each")
+    print(f"methods: {', '.join(scenario.methods)}; seeds: {config.seeds}")
     print(f"devices: {', '.join(describe_environment()['devices'])}; run folder: {folder.path}")
 
 
@@ -80,16 +80,18 @@ def print_results(
             f"{int(of(method, 'adapter_parameters')[0]):,}",
         )
     environment = folder.read_json("environment.json", [])[0]
+    plural = "s" if config.seeds > 1 else ""
     notes = (
-        f"{scenario.source.name} -> {scenario.target.name}; after the last of {config.steps} steps; mean ± "
-        f"standard error over {config.seeds} seeds, differences paired by seed.\n"
+        f"{scenario.source.name} -> {scenario.target.name}; after the last of {config.steps} steps; "
+        f"mean ± standard error over {config.seeds} seed{plural}, differences paired by seed. "
+        "s/run: seconds of training; compile s: seconds of compiling its step, once.\n"
         f"{environment['command']}\n"
         f"{environment['devices'][0]}, {environment['cpu_count']} cores, jax "
         f"{environment['versions']['jax']}, {environment['date'][:10]}"
     )
     console = Console(record=True, width=max(80, shutil.get_terminal_size().columns))
     console.print(table)
-    console.print(notes, highlight=False, soft_wrap=True)
+    console.print(notes, highlight=False)
     folder.write_text("table.txt", console.export_text())
 
 

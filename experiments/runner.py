@@ -1,5 +1,6 @@
 """Runs a scenario: every method on every seed, paired, in one run folder that can be resumed."""
 
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -38,7 +39,19 @@ def prepare_run(scenario: Scenario, config: RunConfig) -> Callable[[], None]:
     options = asdict(config)
     run_dir, resume = options.pop("run_dir"), options.pop("resume")
     folder = RunFolder.open(run_dir or _numbered_folder(scenario.name, resume), options, resume=resume)
-    return lambda: _run(scenario, config, stages, lowered, folder)
+
+    def run() -> None:
+        try:
+            _run(scenario, config, stages, lowered, folder)
+        except KeyboardInterrupt:
+            print(
+                f"\ninterrupted; the same command with --resume --run-dir {folder.path} "
+                "goes on from the last checkpoint",
+                file=sys.stderr,
+            )
+            raise SystemExit(130) from None
+
+    return run
 
 
 def _numbered_folder(name: str, resume: bool) -> Path:
@@ -67,6 +80,8 @@ def _run(
     results = folder.read_json("results.json", [])
     done = {(result["method"], result["seed"]) for result in results}
     print_plan(scenario, config, folder)
+    if len(done) == config.seeds * len(scenario.methods):
+        print("all runs are done already: nothing to train")
     with Console().status("compiling"):
         compiled = {name: _compile(stage) for name, stage in lowered.items()}
     total = config.seeds * sum(stage.num_steps for stage in stages.values())

@@ -58,8 +58,8 @@ class Stage:
     def fresh_source(self, seed: int) -> TrainState:
         """Returns the source of a seed as it starts."""
         if "source" not in self.roles:
-            return TrainState({}, {}, ())
-        return TrainState(*self.roles["source"].init(_key(seed, 0)), ())
+            return TrainState({}, {}, None)
+        return TrainState(*self.roles["source"].init(_key(seed, 0)), None)
 
     def initial_state(self, seed: int, source: TrainState) -> JointState:
         """Returns the state before the first step; for a seed, it is the same for every method."""

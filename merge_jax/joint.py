@@ -50,7 +50,7 @@ class TrainState(struct.PyTreeNode):
     Attributes:
       params: the model's parameters.
       model_state: what the model keeps beside them, e.g. `{"batch_stats": ...}`.
-      opt_state: its optimizer's state; `()` for a frozen source.
+      opt_state: its optimizer's state; None for a frozen source.
     """
 
     params: Params
@@ -145,7 +145,7 @@ def init_joint_state(
 
     def train_state(task: Task | None, params: Params, model_state: ModelState) -> TrainState:
         params, model_state = jax.tree.map(_copy, (params, model_state or {}))
-        return TrainState(params, model_state, task.optimizer.init(params) if task else ())
+        return TrainState(params, model_state, task.optimizer.init(params) if task else None)
 
     return JointState(
         step=jnp.zeros((), jnp.int32),
@@ -205,7 +205,7 @@ def make_joint_step(
 
     Raises:
       ValueError: a cycle below 1, a stop outside [0, 1] or without `num_steps`, an unknown update rule; while
-        tracing, batches without one of the roles.
+        tracing, batches without one of the roles, or a state made for a frozen source where this one has a task.
     """
     if isinstance(cycle, bool) or not isinstance(cycle, int) or cycle < 1:
         raise ValueError(f"cycle must be a whole number of at least 1, got {cycle!r}")
@@ -231,6 +231,9 @@ def make_joint_step(
         for role in ("target",) if source is None else ("source", "target"):
             if role not in batches:
                 raise ValueError(f"batches must hold one for {role!r}, got {sorted(batches)}")
+        if (source is None) != (state.source.opt_state is None):
+            frozen, tasked = ("step", "state") if source is None else ("state", "step")
+            raise ValueError(f"the {frozen} was made with a frozen source (None), the {tasked} with a task for it")
         step_key = jax.random.fold_in(state.key, state.step)
         source_key, target_key, transfer_key = jax.random.split(step_key, 3)
 

@@ -25,7 +25,8 @@ _README = """\
 
 - `config.json`: every option of the run.
 - `environment.json`: command, date, versions, devices and commit of the run, and of each resumption.
-- `metrics.jsonl`: one record a report: the run (method and seed), the step, and the metrics by role.
+- `metrics.jsonl`: one record a report: the run (method and seed), the step, and the metrics by role. In the runs
+  `source-seed<n>` the source is trained on its own, in the role of the target.
 - `tensorboard/`: the same for TensorBoard (`tensorboard --logdir` this folder).
 - `results.json`, `table.txt`, `curves.png`: what came out; they appear as runs end.
 - `checkpoints/<method>-seed<n>/<step>/`: Orbax checkpoints of everything (both models, adapter, optimizers, step, key).
@@ -63,8 +64,9 @@ class RunFolder:
                 changed = _changed_fields(json.loads(config_path.read_text()), config)
                 if changed:
                     raise ValueError(
-                        f"the run folder {path} exists with another config: {'; '.join(changed)}. "
-                        "Give the same options, or another --run-dir"
+                        f"the run folder {path} exists with another config:\n  "
+                        + "\n  ".join(changed)
+                        + "\nGive the same preset and options, or another --run-dir"
                     )
                 if not resume:
                     raise ValueError(
@@ -178,7 +180,7 @@ def describe_environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu_count": os.cpu_count(),
-        "devices": [f"{device.platform}: {device.device_kind}" for device in jax.devices()],
+        "devices": [device.device_kind for device in jax.devices()],
         "versions": versions,
         "commit": _commit(),
     }

@@ -9,15 +9,31 @@ import numpy as np
 
 from merge_jax.losses import cross_entropy
 from merge_jax.metrics import accuracy
+from merge_jax.paths import near_misses
 from merge_jax.types import Batch, LossFn, ModelState, Params, TeacherFn
 
-__all__ = ["ClassificationLoss", "classification_loss", "evaluate_classifier", "logits_teacher"]
+__all__ = [
+    "TEACHER_LOGITS",
+    "ClassificationLoss",
+    "classification_loss",
+    "evaluate_classifier",
+    "logits_teacher",
+]
 
 ModelApply = Callable[..., Any]
 """`model.apply` of a Linen module whose `__call__` takes `(inputs, train=...)` and returns logits `[B, C]`."""
 
+TEACHER_LOGITS = "teacher_logits"
+"""The entry of a batch in which `logits_teacher` puts the source's logits."""
+
 ClassificationLoss = Callable[[jax.Array, Batch], jax.Array]
 """Logits `[B, C]` and their batch to losses `[B]`."""
+
+
+def _entry(batch: Batch, name: str) -> jax.Array:
+    if name not in batch:
+        raise ValueError(f"the batch has no {name!r}; {near_misses(name, batch)} (see the option `inputs`)")
+    return batch[name]
 
 
 def classification_loss(
@@ -42,7 +58,7 @@ def classification_loss(
     ) -> tuple[jax.Array, tuple[ModelState, dict[str, jax.Array]]]:
         logits, new_state = apply_fn(
             {"params": params, **model_state},
-            batch[inputs],
+            _entry(batch, inputs),
             train=True,
             mutable=list(model_state),
             rngs={"dropout": key},
@@ -59,11 +75,16 @@ def logits_teacher(apply_fn: ModelApply, *, inputs: str = "image") -> TeacherFn:
     """Returns a teacher for `make_joint_step`: it adds the source's logits `[B, C]` as `batch["teacher_logits"]`.
 
     The source runs in evaluation mode (BatchNorm with its running statistics, no dropout).
+
+    Args:
+      apply_fn: `model.apply` of a Linen module called as `(inputs, train=False)`; for any other model, a teacher is
+        a function `(params, model_state, batch) -> batch` of a line or two.
+      inputs: the entry of the target's batch that is the source's input.
     """
 
     def teacher(params: Params, model_state: ModelState, batch: Batch) -> Batch:
-        logits = apply_fn({"params": params, **model_state}, batch[inputs], train=False)
-        return {**batch, "teacher_logits": logits}
+        logits = apply_fn({"params": params, **model_state}, _entry(batch, inputs), train=False)
+        return {**batch, TEACHER_LOGITS: logits}
 
     return teacher
 
@@ -82,7 +103,7 @@ def evaluate_classifier(
 
     @jax.jit
     def sums(params: Params, model_state: ModelState, batch: Batch, weights: jax.Array) -> Any:
-        logits = apply_fn({"params": params, **model_state}, batch[inputs], train=False)
+        logits = apply_fn({"params": params, **model_state}, _entry(batch, inputs), train=False)
         correct = jnp.argmax(logits, axis=-1) == batch["label"]
         return (cross_entropy(logits, batch["label"]) * weights).sum(), (correct * weights).sum()
 

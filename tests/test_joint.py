@@ -233,6 +233,14 @@ def test_batches_without_a_role_are_refused():
         jax.eval_shape(helpers.joint_step(SHARE), state, {"source": helpers.batch(0)})
 
 
+@pytest.mark.parametrize("frozen_step", [True, False])
+def test_a_state_of_another_kind_of_source_is_refused(frozen_step):
+    state = helpers.initial_state(SHARE, frozen=not frozen_step)
+    frozen = "step" if frozen_step else "state"
+    with pytest.raises(ValueError, match=f"the {frozen} was made with a frozen source"):
+        jax.eval_shape(helpers.joint_step(SHARE, frozen=frozen_step), state, helpers.batches(0))
+
+
 def test_routes_are_checked_by_the_initial_state():
     with pytest.raises(ValueError, match="unknown target path 'hiden/kernel'; did you mean 'hidden/kernel'"):
         helpers.initial_state(mj.share_transfer({"hiden/kernel": "fc/kernel"}))

@@ -13,13 +13,28 @@ README = (ROOT / "README.md").read_text()
 CODE = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("number", range(len(CODE)))
-def test_the_code_of_the_readme_runs(number):
-    exec(compile(CODE[number], f"README.md, block {number}", "exec"), {})
+def run(*numbers):
+    names = {}
+    for number in numbers:
+        exec(compile(CODE[number], f"README.md, block {number}", "exec"), names)
+    return names
+
+
+def test_the_opening_code_runs(capsys):
+    run(0)
+    assert "(960, 160) from (2048, 100)" in capsys.readouterr().out
+
+
+def test_the_code_for_ones_own_models_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = run(1, 2)
+    assert names["metrics"]["target/loss"] > 0
+    assert names["saved_step"] == 121
+    assert (tmp_path / "runs" / "my_models" / "121").is_dir()
 
 
 def test_there_is_code_to_run():
-    assert len(CODE) == 2
+    assert len(CODE) == 3
     assert 'mj.lpka_transfer({"stage6_2/project/kernel": "fc/kernel"}, num_layers=2, num_heads=8)' in CODE[0]
 
 

@@ -18,6 +18,15 @@ def test_evaluation_counts_every_example_once(batch_size):
     np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
 
 
+def test_a_batch_without_the_input_says_what_it_has():
+    params, model_state = helpers.variables(helpers.TARGET, 0)
+    loss_fn = mj.classification_loss(helpers.TARGET.apply)
+    with pytest.raises(ValueError, match="the batch has no 'image'; there is 'x', 'label'"):
+        loss_fn(params, model_state, helpers.batch(0), jax.random.key(0))
+    with pytest.raises(ValueError, match="the batch has no 'image'"):
+        mj.logits_teacher(helpers.TARGET.apply)(params, model_state, helpers.batch(0))
+
+
 def test_evaluation_on_nothing_is_refused():
     evaluate = mj.evaluate_classifier(helpers.TARGET.apply, inputs="x")
     with pytest.raises(ValueError, match="no examples"):
