@@ -78,27 +78,39 @@ def _run(
     """Trains what is not done yet, then prints and saves what came out."""
     log = MetricsLog(folder)
     results = folder.read_json("results.json", [])
-    done = {(result["method"], result["seed"]) for result in results}
     print_plan(scenario, config, folder)
-    if len(done) == config.seeds * len(scenario.methods):
+    if len(results) == config.seeds * len(scenario.methods):
         print("all runs are done already: nothing to train")
-    with Console().status("compiling"):
-        compiled = {name: _compile(stage) for name, stage in lowered.items()}
-    total = config.seeds * sum(stage.num_steps for stage in stages.values())
-    with tqdm(total=total, unit="step", desc=scenario.name, mininterval=0.5) as bar:
-        trainer = _Trainer(config, compiled, folder, log, bar)
-        for seed in range(config.seeds):
-            source = _source(trainer, stages, seed)
-            for name in scenario.methods:
-                if (name, seed) in done:
-                    bar.update(config.steps)
-                    continue
-                result = _result(trainer, stages[name], seed, source)
-                results.append({**result, "compile_seconds": compiled[name].seconds})
-                folder.write_json("results.json", results)
+    else:
+        with Console().status("compiling"):
+            compiled = {name: _compile(stage) for name, stage in lowered.items()}
+        total = config.seeds * sum(stage.num_steps for stage in stages.values())
+        with tqdm(total=total, unit="step", desc=scenario.name, mininterval=0.5) as bar:
+            trainer = _Trainer(config, compiled, folder, log, bar)
+            _train_all(scenario, config, stages, trainer, folder, results)
     print_results(scenario, config, results, folder)
     save_curves(list(scenario.methods), log.records(), folder)
     print(f"run folder: {folder.path}")
+
+
+def _train_all(
+    scenario: Scenario,
+    config: RunConfig,
+    stages: Mapping[str, Stage],
+    trainer: "_Trainer",
+    folder: RunFolder,
+    results: list[dict[str, Any]],
+) -> None:
+    """Trains every method on every seed that has no result yet, and adds its result to the list and the folder."""
+    done = {(result["method"], result["seed"]) for result in results}
+    for seed in range(config.seeds):
+        source = _source(trainer, stages, seed)
+        for name in scenario.methods:
+            if (name, seed) in done:
+                trainer.skip(stages[name])
+                continue
+            results.append(_result(trainer, stages[name], seed, source))
+            folder.write_json("results.json", results)
 
 
 def _source(trainer: "_Trainer", stages: Mapping[str, Stage], seed: int) -> TrainState:
@@ -119,6 +131,7 @@ def _result(trainer: "_Trainer", stage: Stage, seed: int, source: TrainState) ->
         "target_test_accuracy": stage.test_accuracy(state, seed, "target"),
         "source_test_accuracy": stage.test_accuracy(state, seed, "source"),
         "seconds": seconds,
+        "compile_seconds": trainer.compile_seconds(stage),
         "adapter_parameters": sum(leaf.size for leaf in jax.tree.leaves(state.adapter.params)),
     }
 
@@ -142,6 +155,14 @@ class _Trainer:
     ):
         self._config, self._compiled, self._folder = config, compiled, folder
         self._log, self._bar = log, bar
+
+    def skip(self, stage: Stage) -> None:
+        """Counts a stage that was trained before as done."""
+        self._bar.update(stage.num_steps)
+
+    def compile_seconds(self, stage: Stage) -> float:
+        """Returns how long the stage's step compiled."""
+        return self._compiled[stage.name].seconds
 
     def train(self, stage: Stage, seed: int, source: TrainState) -> tuple[JointState, float]:
         """Returns the state at the last step, and the seconds that this call trained."""
