@@ -12,7 +12,7 @@ from rich.table import Table
 
 from experiments.config import RunConfig
 from experiments.scenario import Scenario
-from merge_jax.runs import RunFolder, describe_environment
+from merge_jax.runs import RunFolder
 
 __all__ = ["mean_and_error", "print_plan", "print_results", "save_curves"]
 
@@ -38,7 +38,8 @@ def print_plan(scenario: Scenario, config: RunConfig, folder: RunFolder) -> None
     )
     print(f"source is {training}; target trains {config.steps} steps of {config.batch_size}")
     print(f"methods: {', '.join(scenario.methods)}; seeds: {config.seeds}")
-    print(f"devices: {', '.join(describe_environment()['devices'])}; run folder: {folder.path}")
+    devices = folder.read_json("environment.json", [])[-1]["devices"]
+    print(f"devices: {', '.join(devices)}; run folder: {folder.path}")
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:

@@ -78,22 +78,27 @@ class Stage:
 
     def batches_at(self, seed: int) -> Callable[[int], dict[str, Batch]]:
         """Returns `step -> batches`; a frozen source needs none."""
-        learning = ["target"] if self.source_task is None else ["source", "target"]
-        by_role = {role: batches_of(self.roles[role].splits(seed).train, self.batch_size, seed) for role in learning}
+        by_role = {
+            role: batches_of(self.roles[role].splits(seed).train, self.batch_size, seed)
+            for role in self._learning_roles
+        }
         return lambda step: {role: batch_at(step) for role, batch_at in by_role.items()}
 
     def validate(self, state: JointState, seed: int) -> dict[str, float]:
         """Returns the metrics on the validation splits, of the models that learn."""
-        learning = ["target"] if self.source_task is None else ["source", "target"]
         return {
             f"{role}/validation_{name}": value
-            for role in learning
+            for role in self._learning_roles
             for name, value in self._evaluate(state, seed, role, "validation").items()
         }
 
     def test_accuracy(self, state: JointState, seed: int, role: str) -> float:
         """Returns the accuracy on the test split, in [0, 1]; read once, after the last step."""
         return self._evaluate(state, seed, role, "test")["accuracy"]
+
+    @property
+    def _learning_roles(self) -> tuple[str, ...]:
+        return ("target",) if self.source_task is None else ("source", "target")
 
     def _evaluate(self, state: JointState, seed: int, role: str, split: str) -> dict[str, float]:
         model: TrainState = getattr(state, role)

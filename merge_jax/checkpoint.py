@@ -27,7 +27,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path | str, *, keep: int = 2):
-        """Opens the folder, made at the first save.
+        """Opens the folder, and makes it where there is none.
 
         Args:
           folder: where the steps are, one folder each.

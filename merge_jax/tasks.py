@@ -13,7 +13,6 @@ from merge_jax.paths import near_misses
 from merge_jax.types import Batch, LossFn, ModelState, Params, TeacherFn
 
 __all__ = [
-    "TEACHER_LOGITS",
     "ClassificationLoss",
     "classification_loss",
     "evaluate_classifier",
@@ -22,9 +21,6 @@ __all__ = [
 
 ModelApply = Callable[..., Any]
 """`model.apply` of a Linen module whose `__call__` takes `(inputs, train=...)` and returns logits `[B, C]`."""
-
-TEACHER_LOGITS = "teacher_logits"
-"""The entry of a batch in which `logits_teacher` puts the source's logits."""
 
 ClassificationLoss = Callable[[jax.Array, Batch], jax.Array]
 """Logits `[B, C]` and their batch to losses `[B]`."""
@@ -84,7 +80,7 @@ def logits_teacher(apply_fn: ModelApply, *, inputs: str = "image") -> TeacherFn:
 
     def teacher(params: Params, model_state: ModelState, batch: Batch) -> Batch:
         logits = apply_fn({"params": params, **model_state}, _entry(batch, inputs), train=False)
-        return {**batch, TEACHER_LOGITS: logits}
+        return {**batch, "teacher_logits": logits}
 
     return teacher
 
