@@ -5,6 +5,7 @@ MergeNet (arXiv:2404.13322) as pure functions over parameter pytrees.
 
 from merge_jax import models
 from merge_jax.checkpoint import Checkpoints
+from merge_jax.combinators import chain, scheduled, several_sources
 from merge_jax.joint import (
     AdapterState,
     JointState,
@@ -16,23 +17,33 @@ from merge_jax.joint import (
 )
 from merge_jax.loop import run_loop
 from merge_jax.losses import cross_entropy, distillation_loss
-from merge_jax.lpka import LPKA, GatedLPKA
+from merge_jax.low_rank import LowRankConv, LowRankDense, core_bases, decode, encode, row_basis
+from merge_jax.lpka import LPKA, KnowledgeTransferLayer
 from merge_jax.matrices import MatrixSpec, as_matrix, copy_overlap, from_matrix, matrix_spec
+from merge_jax.methods import lpka_transfer, mlp_transfer, published_transfer
 from merge_jax.metrics import accuracy, top_k_accuracy
-from merge_jax.official import OfficialAdapter, load_official_adapter
-from merge_jax.paths import flatten, replace, select
+from merge_jax.official import OfficialAdapter, export_official_adapter, load_official_adapter
+from merge_jax.paths import find_paths, flatten, replace, select
+from merge_jax.reparameterised import bake, make_reparameterised_step
+from merge_jax.routes import Route, match
+from merge_jax.stacks import Gated
+from merge_jax.summary import summarize
 from merge_jax.tasks import classification_loss, evaluate_classifier, logits_teacher
-from merge_jax.transfer import Route, identity_transfer, lpka_transfer, share_transfer
+from merge_jax.transfer import adapter_transfer, identity_transfer, share_transfer
 from merge_jax.types import Batch, LossFn, Transfer
+from merge_jax.weights import load_safetensors, save_safetensors
 
 __all__ = [
     "LPKA",
     "AdapterState",
     "Batch",
     "Checkpoints",
-    "GatedLPKA",
+    "Gated",
     "JointState",
+    "KnowledgeTransferLayer",
     "LossFn",
+    "LowRankConv",
+    "LowRankDense",
     "MatrixSpec",
     "OfficialAdapter",
     "Route",
@@ -41,25 +52,43 @@ __all__ = [
     "Transfer",
     "accuracy",
     "adapter_adamw",
+    "adapter_transfer",
     "as_matrix",
+    "bake",
+    "chain",
     "classification_loss",
     "copy_overlap",
+    "core_bases",
     "cross_entropy",
+    "decode",
     "distillation_loss",
+    "encode",
     "evaluate_classifier",
+    "export_official_adapter",
+    "find_paths",
     "flatten",
     "from_matrix",
     "identity_transfer",
     "init_joint_state",
     "load_official_adapter",
+    "load_safetensors",
     "logits_teacher",
     "lpka_transfer",
     "make_joint_step",
+    "make_reparameterised_step",
+    "match",
     "matrix_spec",
+    "mlp_transfer",
     "models",
+    "published_transfer",
     "replace",
+    "row_basis",
     "run_loop",
+    "save_safetensors",
+    "scheduled",
     "select",
+    "several_sources",
     "share_transfer",
+    "summarize",
     "top_k_accuracy",
 ]

@@ -217,23 +217,8 @@ def make_joint_step(
         raise ValueError(f"unknown update rule {update!r}; {near_misses(update, get_args(UpdateRule))}")
     adapter_optimizer = adapter_optimizer or adapter_adamw()
 
-    def learn(
-        task: Task, state: TrainState, params: Params, batch: Batch, key: jax.Array
-    ) -> tuple[TrainState, Params, Metrics]:
-        """One gradient step from `params`; returns the new state, the gradient, and the metrics."""
-        loss_and_grad = jax.value_and_grad(task.loss_fn, has_aux=True)
-        (loss, (model_state, metrics)), grads = loss_and_grad(params, state.model_state, batch, key)
-        updates, opt_state = task.optimizer.update(grads, state.opt_state, params)
-        new_params = optax.apply_updates(params, updates)
-        return TrainState(new_params, model_state, opt_state), grads, {"loss": loss, **metrics}
-
     def step(state: JointState, batches: Mapping[str, Batch]) -> tuple[JointState, Metrics]:
-        for role in ("target",) if source is None else ("source", "target"):
-            if role not in batches:
-                raise ValueError(f"batches must hold one for {role!r}, got {sorted(batches)}")
-        if (source is None) != (state.source.opt_state is None):
-            frozen, tasked = ("step", "state") if source is None else ("state", "step")
-            raise ValueError(f"the {frozen} was made with a frozen source (None), the {tasked} with a task for it")
+        check_roles(source, state, batches)
         step_key = jax.random.fold_in(state.key, state.step)
         source_key, target_key, transfer_key = jax.random.split(step_key, 3)
 
@@ -249,7 +234,8 @@ def make_joint_step(
         def transfer_and_learn() -> tuple[TrainState, AdapterState, Metrics, Metrics]:
             def apply(adapter: Adapter) -> Params:
                 # Source and target as they stood before this step: new_source is not used here.
-                return transfer.apply(adapter, state.source.params, state.target.params, key=transfer_key)
+                now = transfer.at(state.step)
+                return now.apply(adapter, state.source.params, state.target.params, key=transfer_key)
 
             merged, pullback = jax.vjp(apply, state.adapter.params)
             new_target, grads, metrics = learn(target, state.target, merged, target_batch, target_key)
@@ -257,13 +243,7 @@ def make_joint_step(
             (adapter_grads,) = pullback(cotangent)
             updates, opt_state = adapter_optimizer.update(adapter_grads, state.adapter.opt_state, state.adapter.params)
             new_adapter = AdapterState(optax.apply_updates(state.adapter.params, updates), opt_state)
-            change = optax.tree.norm(optax.tree.sub(merged, state.target.params))
-            adapter_metrics = {
-                "transferred": jnp.ones(()),
-                "change": change / optax.tree.norm(state.target.params),
-                "gradient_norm": optax.tree.norm(adapter_grads),
-            }
-            return new_target, new_adapter, metrics, jax.tree.map(_as_float32, adapter_metrics)
+            return new_target, new_adapter, metrics, adapter_metrics(state.target.params, merged, adapter_grads)
 
         def learn_alone() -> tuple[TrainState, AdapterState, Metrics, Metrics]:
             new_target, _, metrics = learn(target, state.target, state.target.params, target_batch, target_key)
@@ -285,21 +265,46 @@ def make_joint_step(
             if stop < 1 and num_steps is not None:
                 transfers &= state.step < round(stop * num_steps)
             outcome = lax.cond(transfers, transfer_and_learn, learn_alone)
-        new_target, new_adapter, target_metrics, adapter_metrics = outcome
+        new_target, new_adapter, target_metrics, of_adapter = outcome
 
-        metrics = {
-            f"{role}/{name}": value
-            for role, of_role in (
-                ("source", source_metrics),
-                ("target", target_metrics),
-                ("adapter", adapter_metrics),
-            )
-            for name, value in of_role.items()
-        }
         new_state = state.replace(step=state.step + 1, source=new_source, target=new_target, adapter=new_adapter)
-        return new_state, metrics
+        return new_state, metrics_by_role(source_metrics, target_metrics, of_adapter)
 
     return step
+
+
+def learn(
+    task: Task, state: TrainState, params: Params, batch: Batch, key: jax.Array
+) -> tuple[TrainState, Params, Metrics]:
+    """Takes one gradient step of a task from `params`; returns the new state, the gradient, and the metrics."""
+    loss_and_grad = jax.value_and_grad(task.loss_fn, has_aux=True)
+    (loss, (model_state, metrics)), grads = loss_and_grad(params, state.model_state, batch, key)
+    updates, opt_state = task.optimizer.update(grads, state.opt_state, params)
+    new_params = optax.apply_updates(params, updates)
+    return TrainState(new_params, model_state, opt_state), grads, {"loss": loss, **metrics}
+
+
+def check_roles(source: Task | None, state: JointState, batches: Mapping[str, Batch]) -> None:
+    """Raises ValueError for batches without a role that learns, or a state made for another kind of source."""
+    for role in ("target",) if source is None else ("source", "target"):
+        if role not in batches:
+            raise ValueError(f"batches must hold one for {role!r}, got {sorted(batches)}")
+    if (source is None) != (state.source.opt_state is None):
+        frozen, tasked = ("step", "state") if source is None else ("state", "step")
+        raise ValueError(f"the {frozen} was made with a frozen source (None), the {tasked} with a task for it")
+
+
+def metrics_by_role(source: Metrics, target: Metrics, adapter: Metrics) -> Metrics:
+    """Returns all metrics, each name after its role."""
+    roles = {"source": source, "target": target, "adapter": adapter}
+    return {f"{role}/{name}": value for role, metrics in roles.items() for name, value in metrics.items()}
+
+
+def adapter_metrics(old: Params, merged: Params, adapter_grads: Adapter) -> Metrics:
+    """Returns the adapter's metrics at a step that transfers, float32 scalars."""
+    change = optax.tree.norm(optax.tree.sub(merged, old)) / optax.tree.norm(old)
+    metrics = {"transferred": jnp.ones(()), "change": change, "gradient_norm": optax.tree.norm(adapter_grads)}
+    return jax.tree.map(_as_float32, metrics)
 
 
 def _as_float32(x: jax.Array) -> jax.Array:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import jax
 
-__all__ = ["MatrixSpec", "as_matrix", "copy_overlap", "from_matrix", "matrix_spec"]
+__all__ = ["MatrixSpec", "as_matrix", "copy_overlap", "from_matrix", "matrix_spec", "overlap_blocks"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class MatrixSpec:
 
 
 def matrix_spec(path: str, shape: tuple[int, ...]) -> MatrixSpec:
-    """Returns the spec of a leaf in Flax's layout, by the last parts of its path and its rank.
+    """Returns the spec of a leaf in the layout of Flax, Haiku, torch or Equinox, by its path and its rank.
 
     ================================  =======================  =========  ===================
     leaf                              shape                    rows       columns
@@ -62,7 +62,11 @@ def matrix_spec(path: str, shape: tuple[int, ...]) -> MatrixSpec:
     attention out                     `[h, d, out]`            out        h d
     dense kernel                      `[in, out]`              out        in
     convolution (depthwise: in = 1)   `[*window, in, out]`     out        in x window
+    weight (torch, Equinox)           `[out, in, *window]`     out        in x window
     ================================  =======================  =========  ===================
+
+    A leaf is a torch weight where its name has the word `weight` (`weight`, `in_proj_weight`, `weight_ih_l0`), which
+    no leaf of Flax or Haiku has. A torch embedding has its tokens as rows by that rule.
 
     Two rows are our choice. A vector is one row and not one column, since the adapter normalises rows, and a
     row of one number normalises to a constant. An embedding has its tokens as rows, since the adapter's
@@ -77,6 +81,8 @@ def matrix_spec(path: str, shape: tuple[int, ...]) -> MatrixSpec:
     rank = len(shape)
     if rank == 1 or name in ("bias", "scale"):
         return MatrixSpec(rows=(), inputs=tuple(range(rank)))
+    if "weight" in name.split("_"):
+        return MatrixSpec(rows=(0,), inputs=(1,), window=tuple(range(2, rank)))
     if name == "embedding":
         return MatrixSpec(rows=(0,), inputs=tuple(range(1, rank)))
     if rank == 3 and parent in ("query", "key", "value"):
@@ -110,24 +116,28 @@ def copy_overlap(target: jax.Array, source: jax.Array, target_spec: MatrixSpec, 
     """
     target_spec.check(target.shape)
     source_spec.check(source.shape)
-    target_blocks = target_spec.blocks(target.shape)
-    source_blocks = source_spec.blocks(source.shape)
+    target_blocks = as_matrix(target, target_spec).reshape(target_spec.blocks(target.shape))
+    source_blocks = as_matrix(source, source_spec).reshape(source_spec.blocks(source.shape))
+    blocks = overlap_blocks(target_blocks, source_blocks)
+    return from_matrix(blocks.reshape(target_spec.matrix_shape(target.shape)), target_spec, target.shape)
+
+
+def overlap_blocks(target: jax.Array, source: jax.Array) -> jax.Array:
+    """Returns `target [rows, inputs, *window]` with the overlapping block of `source` copied in, as `copy_overlap`."""
+    shape = target.shape
     # A leaf without a window, or with fewer window axes, has a window of 1 along the ones it lacks.
-    rank = max(len(target_blocks), len(source_blocks))
-    target_blocks = _pad_window(target_blocks, rank)
-    source_blocks = _pad_window(source_blocks, rank)
+    rank = max(target.ndim, source.ndim)
+    target, source = _pad_window(target, rank), _pad_window(source, rank)
     target_slices, source_slices = [], []
-    for axis, (t, s) in enumerate(zip(target_blocks, source_blocks, strict=True)):
+    for axis, (t, s) in enumerate(zip(target.shape, source.shape, strict=True)):
         size = min(t, s)
         t_start, s_start = ((t - size) // 2, (s - size) // 2) if axis >= 2 else (0, 0)
         target_slices.append(slice(t_start, t_start + size))
         source_slices.append(slice(s_start, s_start + size))
-    blocks = as_matrix(target, target_spec).reshape(target_blocks)
-    source = as_matrix(source, source_spec).reshape(source_blocks)[tuple(source_slices)]
-    blocks = blocks.at[tuple(target_slices)].set(source.astype(target.dtype))
-    return from_matrix(blocks.reshape(target_spec.matrix_shape(target.shape)), target_spec, target.shape)
+    block = source[tuple(source_slices)].astype(target.dtype)
+    return target.at[tuple(target_slices)].set(block).reshape(shape)
 
 
-def _pad_window(blocks: tuple[int, ...], rank: int) -> tuple[int, ...]:
-    rows, inputs, *window = blocks
-    return (rows, inputs, *(1,) * (rank - len(blocks)), *window)
+def _pad_window(blocks: jax.Array, rank: int) -> jax.Array:
+    rows, inputs, *window = blocks.shape
+    return blocks.reshape(rows, inputs, *(1,) * (rank - blocks.ndim), *window)

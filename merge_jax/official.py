@@ -1,4 +1,4 @@
-"""Reads the parameters of the published PyTorch adapter into ours."""
+"""The published PyTorch adapter's parameters read into ours, and ours written as its."""
 
 import re
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ import numpy as np
 
 from merge_jax.types import Adapter
 
-__all__ = ["OfficialAdapter", "load_official_adapter"]
+__all__ = ["OfficialAdapter", "export_official_adapter", "load_official_adapter"]
 
 _PUBLISHED_NUM_HEADS = 8
 
@@ -87,6 +87,49 @@ def load_official_adapter(
         raise ValueError(f"num_layers is {num_layers}, but the arrays hold {found}")
     _check_complete(params, num_heads)
     return OfficialAdapter(params, found, num_heads)
+
+
+def export_official_adapter(params: Adapter, *, prefix: str = "") -> dict[str, np.ndarray]:
+    """Returns the parameters of one `LPKA` as the state dict of the published adapter; the inverse of loading.
+
+    Kernels are transposed to torch's `[out, in]`. The state of its spectral norms, the vectors of a power
+    iteration, is where that iteration converges: the leading singular vectors. In torch:
+    `module.load_state_dict({name: torch.from_numpy(array) for name, array in arrays.items()})`.
+
+    Args:
+      params: the parameters of one route: `adapter[target path]` of a transfer with `output="official"` whose four
+        attentions are all there.
+      prefix: what the names begin with, e.g. `layer.`.
+
+    Raises:
+      ValueError: parameters that are not those of an `LPKA` of the published form.
+    """
+    layers = {name: layer for name, layer in params.items() if re.fullmatch(r"layer_\d+", name)}
+    if not layers or len(layers) < len(params):
+        raise ValueError(f"the parameters of an LPKA have the keys layer_0, layer_1, ...; got {sorted(params)}")
+    _check_complete(layers, 1)
+    arrays: dict[str, np.ndarray] = {}
+
+    def put(module: str, leaves: Mapping[str, Any], weight: str = "weight") -> None:
+        kernel = leaves["kernel"].T if "kernel" in leaves else leaves["scale"]
+        arrays[f"{prefix}{module}.{weight}"] = np.ascontiguousarray(kernel)
+        arrays[f"{prefix}{module}.bias"] = np.asarray(leaves["bias"])
+
+    for layer, blocks in layers.items():
+        number = layer.removeprefix("layer_")
+        for theirs, ours in _ATTENTIONS.items():
+            for module, name in _PROJECTIONS.items():
+                put(f"{number}.{theirs}.{module}", blocks[ours][name])
+            put(f"{number}.{theirs}.norm", blocks[ours]["norm"])
+        for module, name in _FEED_FORWARD.items():
+            put(f"{number}.output.{module}", blocks["feed_forward"][name], "parametrizations.weight.original")
+            left, _, right = np.linalg.svd(np.asarray(blocks["feed_forward"][name]["kernel"]).T, full_matrices=False)
+            state = f"{prefix}{number}.output.{module}.parametrizations.weight.0."
+            arrays.update(
+                {f"{state}_u": np.ascontiguousarray(left[:, 0]), f"{state}_v": np.ascontiguousarray(right[0])}
+            )
+        put(f"{number}.output.layernorm", blocks["feed_forward"]["norm"])
+    return arrays
 
 
 def _only_prefix(arrays: Mapping[str, Any]) -> str:

@@ -1,12 +1,16 @@
 """Leaves of a pytree by readable path: `{"block": {"conv": {"kernel": x}}}` <-> `{"block/conv/kernel": x}`."""
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 
-__all__ = ["flatten", "near_misses", "replace", "select"]
+__all__ = ["Pattern", "find_paths", "flatten", "natural_order", "near_misses", "replace", "select"]
+
+Pattern = str | re.Pattern[str]
+"""A path, a glob over paths (`**/attention/*/kernel`), or a compiled regular expression for whole paths."""
 
 
 def flatten(tree: Any) -> dict[str, Any]:
@@ -18,15 +22,70 @@ def flatten(tree: Any) -> dict[str, Any]:
     {'blocks/0': 3, 'dense/bias': 2, 'dense/kernel': 1}
 
     Raises:
-      ValueError: two leaves have the same path, as in `{"a": {"b": x}, "a/b": y}`.
+      ValueError: two leaves have the same path, as in `{"a": {"b": x}, "a/b": y}`, or paths that differ only in
+        `/` and `.`, which would be one name in a file of weights.
     """
     leaves: dict[str, Any] = {}
+    dotted: dict[str, str] = {}
     for key_path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         path = jax.tree_util.keystr(key_path, simple=True, separator="/")
+        other = dotted.setdefault(path.replace("/", "."), path)
         if path in leaves:
             raise ValueError(f"two leaves of the tree have the path {path!r}; rename one of the keys")
+        if other != path:
+            raise ValueError(f"the paths {other!r} and {path!r} of the tree collide; rename one of the keys")
         leaves[path] = leaf
     return leaves
+
+
+def natural_order(path: str) -> list[Any]:
+    """Returns a sort key by which numbers inside paths count as numbers.
+
+    >>> sorted(["layer_10/w", "layer_2/w"], key=natural_order)
+    ['layer_2/w', 'layer_10/w']
+    """
+    return [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", path)]
+
+
+def find_paths(paths: Iterable[str], pattern: Pattern, *, role: str = "tree") -> list[str]:
+    """Returns the paths that a pattern names, in natural order; `role` names the tree in an error.
+
+    A string that is one of the paths names it alone. In a glob, `*` and `?` stand for letters of one part of a
+    path, `[...]` for one of some letters, and a part `**` for any number of parts. A compiled regular expression
+    has to match a path as a whole.
+
+    >>> find_paths(["a/w", "blocks/0/w", "blocks/1/w"], "blocks/*/w")
+    ['blocks/0/w', 'blocks/1/w']
+
+    Raises:
+      ValueError: nothing is found; the message lists near misses.
+    """
+    paths = list(paths)
+    if pattern in paths:
+        return [str(pattern)]
+    if isinstance(pattern, str) and not re.search(r"[*?\[]", pattern):
+        raise ValueError(f"unknown {role} path {pattern!r}; {near_misses(pattern, paths)}")
+    expression = _glob_expression(pattern) if isinstance(pattern, str) else pattern
+    found = sorted(filter(expression.fullmatch, paths), key=natural_order)
+    if not found:
+        text = pattern if isinstance(pattern, str) else pattern.pattern
+        raise ValueError(f"the {role} pattern {text!r} matches no leaf; {near_misses(text, paths)}")
+    return found
+
+
+def _glob_expression(glob: str) -> re.Pattern[str]:
+    letters = {"*": "[^/]*", "?": "[^/]"}
+    parts = []
+    for part in glob.split("/"):
+        if part == "**":
+            parts.append("(?:[^/]+/)*")
+            continue
+        tokens = re.findall(r"\[[^]]+\]|.", part)
+        escaped = (t if len(t) > 1 else letters.get(t) or re.escape(t) for t in tokens)
+        parts.append("".join(escaped) + "/")
+    # Every part ends with its slash, so that `**` may stand for none; the last has one too many.
+    expression = "".join(parts)
+    return re.compile(expression[:-1] if expression.endswith("/") else expression[: -len("(?:[^/]+/)*")] + ".*")
 
 
 def select(tree: Any, paths: Iterable[str], *, role: str = "tree") -> dict[str, Any]:

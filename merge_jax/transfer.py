@@ -1,157 +1,249 @@
 """Transfers: pairs of pure functions that map a source and a target parameter tree to a new target tree."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, TypedDict, get_args
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import struct
+import optax
 
-from merge_jax.lpka import LPKA, GatedLPKA
-from merge_jax.matrices import MatrixSpec, as_matrix, copy_overlap, from_matrix, matrix_spec
-from merge_jax.paths import near_misses, replace, select
-from merge_jax.types import Adapter, Params, Transfer
+from merge_jax.checks import check_at_least_one, check_choice, check_flag
+from merge_jax.cost import count_flops
+from merge_jax.groups import Group, grouped, run_group
+from merge_jax.low_rank import core_bases, decode, encode, row_basis
+from merge_jax.paths import replace
+from merge_jax.routes import ResolvedRoute, Routes, as_routes, check_rank, check_view, resolve
+from merge_jax.stacks import Gated, WithKinds
+from merge_jax.types import Adapter, ApplyFn, InitFn, Params, RouteSummary, Transfer
+from merge_jax.views import AttentionView, ViewName, proportional
 
-__all__ = [
-    "OutputForm",
-    "Route",
-    "Routes",
-    "identity_transfer",
-    "lpka_transfer",
-    "share_transfer",
-]
-
-
-@dataclass(frozen=True)
-class Route:
-    """One path of knowledge: which target leaf is made from which source leaf.
-
-    Attributes:
-      target: path of the leaf in the target's parameters, e.g. `stage6_2/project/kernel`.
-      source: path of the leaf in the source's parameters, e.g. `fc/kernel`.
-      target_spec: how the target leaf is a matrix; by default what `matrix_spec` says of its path and shape.
-      source_spec: the same for the source leaf.
-    """
-
-    target: str
-    source: str
-    target_spec: MatrixSpec | None = None
-    source_spec: MatrixSpec | None = None
-
-
-Routes = Mapping[str, str] | Sequence[Route | tuple[str, str]]
-"""Routes as `{target path: source path}`, or as a sequence of pairs in that order or of `Route`s."""
+__all__ = ["AdapterOptions", "OutputForm", "RoutedTransfer", "adapter_transfer", "identity_transfer", "share_transfer"]
 
 OutputForm = Literal["official", "residual", "warm"]
-"""How the adapter's output becomes the new target leaf; see `lpka_transfer`."""
+"""How the adapter's output becomes the new target leaf; see `adapter_transfer`."""
 
 
-def lpka_transfer(
+class AdapterOptions(TypedDict, total=False):
+    """Options that every adapter has; see `adapter_transfer`."""
+
+    output: OutputForm
+    rank: int | None
+    core: bool
+    view: ViewName
+    gate: float | optax.Schedule | None
+    shared: bool
+    group_size: int | None
+
+
+def adapter_transfer(
     routes: Routes,
+    module: nn.Module,
     *,
-    num_layers: int = 2,
-    num_heads: int = 8,
     output: OutputForm = "warm",
-    attention_dropout: float = 0.1,
-    feed_forward_dropout: float = 0.2,
-    spectral: bool = True,
+    rank: int | None = None,
+    core: bool = False,
+    view: ViewName = "matrix",
+    gate: float | optax.Schedule | None = None,
+    shared: bool = False,
+    group_size: int | None = None,
 ) -> Transfer:
-    """Returns MergeNet's transfer: each routed target leaf attends to its source leaf through its own LPKA.
+    """Returns the transfer whose matrices go through a module `F(T, S, *, deterministic) -> T'`.
 
-    With `T` the target's matrix, `S` the source's, `W` the target with the source's overlapping block copied
-    in, and `g = 0` at the start:
+    With `T` the target's matrix, `S` the source's, `W` the target with the source's overlapping block copied in,
+    `s` and `s_S` root mean squares, and `g` the gate:
 
-    - `official`: `T' = LPKA(T, S)`, as published. The rows get variance 1, so use it before a BatchNorm.
-    - `residual`: `T' = T + g s (LPKA(T/s, S/s_S) - T/s)`, starts as the identity.
-    - `warm`: `T' = W + g s (LPKA(W/s, S/s_S) - W/s)`, starts as `share_transfer` and learns from there.
+    - `official`: `T' = F(T, S)`, as published for LPKA.
+    - `residual`: `T' = T + g s (F(T/s, S/s_S) - T/s)`; starts as the identity.
+    - `warm`: `T' = W + g s (F(W/s, S/s_S) - W/s)`; starts as `share_transfer` and learns from there.
 
-    `s` and `s_S` are root mean squares. The adapter is `{target path: LPKA parameters}`. Computation is in
-    float32; the new leaf has the dtype of the old. Without a key, `apply` is deterministic; with one, dropout
-    is on. Source: arXiv:2404.13322; `residual` and `warm` are our choice (see `GatedLPKA`).
+    **Rank.** At rank `r` the module sees and makes `A = B^T T [r, n]` instead of `T [m, n]`, with `B` the leading
+    directions of `T` (`row_basis`), and `T' = T + B (A' - A)`: what rank `r` does not see is kept. The source is
+    re-encoded alike, unless it is as small already. With `core`, both are `r x r`: `B^T T D`.
+
+    **Routes of one kind** (equal shapes, rank and view) run as one `vmap`ped group. The adapter is
+    `{target path: parameters}`, with one entry a group, named after its first route; the parameters are stacked
+    along a first axis where the group has several routes, or `shared` by them.
+
+    Computation is in float32 unless the module has it otherwise; a new leaf has the dtype of the old. Without a
+    key, `apply` is deterministic; with one, dropout is on. Source: arXiv:2404.13322; `residual`, `warm`, `core`
+    and sharing are our choice.
 
     Args:
-      routes: `{target path: source path}`, or a sequence of such pairs or of `Route`s.
-      num_layers: layers of each LPKA, 1 or more.
-      num_heads: heads of each attention, 1 or more.
+      routes: `{target path: source path}`, or a sequence of such pairs or of `Route`s; paths may be patterns.
+      module: a Flax module, such as `LPKA()`, or one of your own.
       output: one of the three forms above.
-      attention_dropout: rate of dropout on attention weights, in [0, 1).
-      feed_forward_dropout: rate of dropout on the feed-forward block, in [0, 1).
-      spectral: whether feed-forward kernels are divided by their spectral norms.
+      rank: the rank of routes that name none; None for whole matrices.
+      core: whether a re-encoded matrix is encoded from both sides.
+      view: the view of routes that name none; see `Route`.
+      gate: None for a learned scalar that starts at 0; a number, or a schedule of the joint step's count.
+      shared: whether the routes of a group share one adapter.
+      group_size: at most so many routes of a group run at once, to bound memory; None for all.
 
     Raises:
       ValueError: here, for no routes, a target routed twice, or an option out of range; in `init` and `apply`,
-        for a path that is not there (near misses are listed) or a leaf that is not a float array.
+        for a path or pattern that is not there (near misses are listed), leaves that cannot be paired, a leaf
+        that is not a float array, or a rank above a matrix.
     """
-    routes = _as_routes(routes)
-    _check_at_least_one(num_layers=num_layers, num_heads=num_heads)
-    for name, rate in (
-        ("attention_dropout", attention_dropout),
-        ("feed_forward_dropout", feed_forward_dropout),
-    ):
-        if not 0 <= rate < 1:
-            raise ValueError(f"{name} must lie in [0, 1), got {rate}")
-    if output not in get_args(OutputForm):
-        raise ValueError(f"unknown output form {output!r}; {near_misses(output, get_args(OutputForm))}")
-    lpka = LPKA(num_layers, num_heads, attention_dropout, feed_forward_dropout, spectral)
-    module = lpka if output == "official" else GatedLPKA(lpka)
+    named_routes = as_routes(routes)
+    check_view(view)
+    if rank is not None:
+        check_rank(rank)
+    check_choice("output form", output, get_args(OutputForm))
+    if gate is not None and output == "official":
+        raise ValueError("the output form 'official' has no gate; use 'residual' or 'warm'")
+    if group_size is not None:
+        check_at_least_one(group_size=group_size)
+    check_flag(core=core, shared=shared)
 
-    def matrices(leaves: "_RoutedLeaves") -> tuple[jax.Array, jax.Array]:
-        start = leaves.overlap() if output == "warm" else leaves.target
-        target = as_matrix(start.astype(jnp.float32), leaves.target_spec)
-        return target, as_matrix(leaves.source.astype(jnp.float32), leaves.source_spec)
+    def groups_of(source_params: Params, target_params: Params) -> tuple[Group, ...]:
+        return grouped(resolve(named_routes, source_params, target_params, rank=rank, view=view))
+
+    def module_of(route: ResolvedRoute) -> nn.Module:
+        of_route = module
+        target_kinds, source_kinds = route.target_view.kinds, route.source_view.kinds
+        if target_kinds is not None and source_kinds is not None:
+            of_route = WithKinds(module, target_kinds, source_kinds)
+        return of_route if output == "official" else Gated(of_route, learned=gate is None)
+
+    def code_shapes(route: ResolvedRoute) -> list[jax.ShapeDtypeStruct]:
+        """Returns the shapes of what the module maps."""
+        shapes = []
+        for one in (route.target_view, route.source_view):
+            shape = one.matrix_shape
+            if _encodes(route.rank, shape, one is route.target_view):
+                shape = (route.rank, route.rank if core else shape[1])
+            shapes.append(jax.ShapeDtypeStruct(shape, jnp.float32))
+        return shapes
 
     # Compiled, since hundreds of small random arrays made one by one take seconds; lazy, since a forward pass
     # would tell no more than its shapes do.
-    @jax.jit
-    def init_routes(key: jax.Array, routed: dict[str, _RoutedLeaves]) -> Adapter:
+    @functools.partial(jax.jit, static_argnums=1)
+    def init_groups(key: jax.Array, groups: tuple[Group, ...]) -> Adapter:
         adapter = {}
-        for i, (path, leaves) in enumerate(routed.items()):
-            shapes = jax.eval_shape(matrices, leaves)
+        for group in groups:
+            gates = {} if gate is None else {"gate": 0.0}
+
+            def init_one(key: jax.Array, route: ResolvedRoute = group.routes[0], gates: Any = gates) -> Any:
+                return module_of(route).lazy_init(key, *code_shapes(route), **gates).get("params", {})
+
+            keys = group.keys(key)
             try:
-                adapter[path] = module.lazy_init(jax.random.fold_in(key, i), *shapes)["params"]
+                stacked = len(group.routes) > 1 and not shared
+                adapter[group.name] = jax.vmap(init_one)(keys) if stacked else init_one(keys[0])
             except ValueError as error:
-                raise ValueError(f"the route to {path!r} cannot be had: {error}") from None
+                raise ValueError(f"the route to {group.name!r} cannot be had: {error}") from None
         return adapter
 
     def init(key: jax.Array, source_params: Params, target_params: Params) -> Adapter:
-        return init_routes(key, _select_routes(routes, source_params, target_params))
+        return init_groups(key, groups_of(source_params, target_params))
 
-    def apply(
-        adapter: Adapter,
-        source_params: Params,
-        target_params: Params,
-        *,
-        key: jax.Array | None = None,
-    ) -> Params:
-        routed = _select_routes(routes, source_params, target_params)
-        new_leaves = {}
-        for i, (path, leaves) in enumerate(routed.items()):
-            rngs = None if key is None else {"dropout": jax.random.fold_in(key, i)}
-            variables = {"params": adapter[path]}
-            matrix = module.apply(variables, *matrices(leaves), deterministic=key is None, rngs=rngs)
-            leaf = from_matrix(jnp.asarray(matrix), leaves.target_spec, leaves.target.shape)
-            new_leaves[path] = leaf.astype(leaves.target.dtype)
-        return replace(target_params, new_leaves)
+    def merge(
+        route: ResolvedRoute,
+        gate_now: Any,
+        params: Adapter,
+        target: tuple[jax.Array, ...],
+        source: tuple[jax.Array, ...],
+        key: jax.Array | None,
+    ) -> tuple[jax.Array, ...]:
+        """Returns the new target leaves of one route."""
+        of_route = module_of(route)
+        gates = {} if gate is None else {"gate": gate_now}
 
-    return Transfer(init, apply)
+        def propose(target: jax.Array, source: jax.Array, key: jax.Array | None) -> jax.Array:
+            rngs = None if key is None else {"dropout": key}
+            new = of_route.apply({"params": params}, target, source, deterministic=key is None, rngs=rngs, **gates)
+            return jnp.asarray(new)
+
+        target_view, source_view = route.target_view, route.source_view
+        blocks = target_view.to_blocks([leaf.astype(jnp.float32) for leaf in target])
+        source_blocks = source_view.to_blocks([leaf.astype(jnp.float32) for leaf in source])
+        if output == "warm":
+            blocks = target_view.overlap(blocks, source_view, source_blocks)  # type: ignore[arg-type]
+        matrix, source_matrix = target_view.to_matrix(blocks), source_view.to_matrix(source_blocks)
+        if isinstance(target_view, AttentionView) and isinstance(source_view, AttentionView):
+            partners = jnp.array(proportional(target_view.heads, source_view.heads))
+            keys = None if key is None else jax.random.split(key, target_view.heads)
+            key_axis = None if keys is None else 0
+            new = jax.vmap(propose, (0, 0, key_axis))(matrix, source_matrix[partners], keys)
+        elif route.rank is not None:
+            bases = _bases(matrix, route.rank, core)
+            code = encode(matrix, *bases)
+            if _encodes(route.rank, source_matrix.shape, False):
+                source_matrix = encode(source_matrix, *_bases(source_matrix, route.rank, core))
+            new = decode(matrix, propose(code, source_matrix, key) - code, *bases)
+        else:
+            new = propose(matrix, source_matrix, key)
+        return target_view.to_leaves(target_view.from_matrix(new))
+
+    def apply_with(gate_now: Any) -> ApplyFn:
+        def apply(
+            adapter: Adapter, source_params: Params, target_params: Params, *, key: jax.Array | None = None
+        ) -> Params:
+            if callable(gate_now):
+                raise ValueError("the gate follows a schedule: name the step, as in transfer.at(step).apply(...)")
+            new_leaves = {}
+            for group in groups_of(source_params, target_params):
+                move = functools.partial(merge, group.routes[0], gate_now)
+                new_leaves |= run_group(
+                    group,
+                    move,
+                    source_params,
+                    target_params,
+                    params=adapter[group.name],
+                    shared=shared,
+                    keys=None if key is None else group.keys(key),
+                    group_size=group_size,
+                )
+            return replace(target_params, new_leaves)
+
+        return apply
+
+    def describe(source_params: Params, target_params: Params) -> tuple[RouteSummary, ...]:
+        groups = groups_of(source_params, target_params)
+        adapter = jax.eval_shape(lambda key: init_groups(key, groups), jax.random.key(0))
+        rows: dict[int, RouteSummary] = {}
+        for group in groups:
+            count, first = len(group.routes), group.routes[0]
+            of_one = adapter[group.name]
+            if count > 1 and not shared:
+                of_one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), of_one)
+            size = sum(leaf.size for leaf in jax.tree.leaves(of_one))
+            leaves = [
+                tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in one.shapes)
+                for one in (first.target_view, first.source_view)
+            ]
+            flops = count_flops(functools.partial(merge, first, 0.0, key=None), of_one, *leaves)
+            for i, (number, route) in enumerate(zip(group.numbers, group.routes, strict=True)):
+                parameters = 0 if shared and i else size
+                rows[number] = _summary(route, group.name, parameters=parameters, flops=flops)
+        return tuple(rows[number] for number in sorted(rows))
+
+    at = (lambda step: RoutedTransfer(init, apply_with(gate(step)), describe)) if callable(gate) else None
+    return RoutedTransfer(init, apply_with(gate), describe, at)
 
 
-def share_transfer(routes: Routes) -> Transfer:
+def share_transfer(routes: Routes, *, view: ViewName = "matrix") -> Transfer:
     """Returns parameter sharing: the source's overlapping block is copied into each routed target leaf.
 
     `T'[i, j] = S[i, j]` where both have the entry, `T[i, j]` elsewhere; windows of convolutions overlap at
-    their centres (see `copy_overlap`). The baseline "parameter sharing" of arXiv:2404.13322; which block is
-    copied is our choice, since the paper leaves it open. The adapter is empty.
+    their centres (see `copy_overlap`), heads of attention blocks in proportion (see `Route`). The baseline
+    "parameter sharing" of arXiv:2404.13322; which block is copied is our choice, since the paper leaves it open.
+    The adapter is empty.
 
     Raises:
-      ValueError: as `lpka_transfer`.
+      ValueError: as `adapter_transfer`.
     """
-    routes = _as_routes(routes)
+    named_routes = as_routes(routes)
+    check_view(view)
+
+    def groups_of(source_params: Params, target_params: Params) -> tuple[Group, ...]:
+        return grouped(resolve(named_routes, source_params, target_params, view=view))
 
     def init(key: jax.Array, source_params: Params, target_params: Params) -> Adapter:
         del key  # There is nothing to learn.
-        _select_routes(routes, source_params, target_params)
+        groups_of(source_params, target_params)
         return {}
 
     def apply(
@@ -162,10 +254,29 @@ def share_transfer(routes: Routes) -> Transfer:
         key: jax.Array | None = None,
     ) -> Params:
         del adapter, key  # There is nothing learned and nothing random.
-        routed = _select_routes(routes, source_params, target_params)
-        return replace(target_params, {path: leaves.overlap() for path, leaves in routed.items()})
+        new_leaves = {}
+        for group in groups_of(source_params, target_params):
+            route = group.routes[0]
 
-    return Transfer(init, apply)
+            def share(
+                params: Adapter, target: Any, source: Any, key: Any, route: ResolvedRoute = route
+            ) -> tuple[jax.Array, ...]:
+                del params, key
+                blocks = route.target_view.overlap(
+                    route.target_view.to_blocks(target),
+                    route.source_view,  # type: ignore[arg-type]
+                    route.source_view.to_blocks(source),
+                )
+                return route.target_view.to_leaves(blocks)
+
+            new_leaves |= run_group(group, share, source_params, target_params)
+        return replace(target_params, new_leaves)
+
+    def describe(source_params: Params, target_params: Params) -> tuple[RouteSummary, ...]:
+        resolved = resolve(named_routes, source_params, target_params, view=view)
+        return tuple(_summary(route, "", parameters=0, flops=0) for route in resolved)
+
+    return RoutedTransfer(init, apply, describe)
 
 
 def identity_transfer() -> Transfer:
@@ -188,74 +299,56 @@ def identity_transfer() -> Transfer:
     return Transfer(init, apply)
 
 
-class _RoutedLeaves(struct.PyTreeNode):
-    """Both leaves of a route, with the specs that make matrices of them."""
+class RoutedTransfer(Transfer):
+    """A transfer that knows its routes, and may follow a schedule."""
 
-    target: jax.Array
-    source: jax.Array
-    target_spec: MatrixSpec = struct.field(pytree_node=False)
-    source_spec: MatrixSpec = struct.field(pytree_node=False)
+    _describe: Callable[[Params, Params], tuple[RouteSummary, ...]]
+    _at: Callable[[Any], Transfer] | None
 
-    def overlap(self) -> jax.Array:
-        return copy_overlap(self.target, self.source, self.target_spec, self.source_spec)
+    def __new__(  # noqa: D102
+        cls,
+        init: InitFn,
+        apply: ApplyFn,
+        describe: Callable[[Params, Params], tuple[RouteSummary, ...]],
+        at: Callable[[Any], Transfer] | None = None,
+    ) -> "RoutedTransfer":
+        self = super().__new__(cls, init, apply)
+        self._describe, self._at = describe, at
+        return self
 
+    def at(self, step: jax.Array | int, /) -> Transfer:
+        """Returns the transfer as it is at a step."""
+        return self if self._at is None else self._at(step)
 
-def _as_routes(routes: Routes) -> tuple[Route, ...]:
-    pairs = list(routes.items()) if isinstance(routes, Mapping) else list(routes)
-    if not pairs:
-        raise ValueError("no routes: give at least one pair of a target and a source path")
-    named = tuple(pair if isinstance(pair, Route) else _route_of_pair(pair) for pair in pairs)
-    sources: dict[str, str] = {}
-    for route in named:
-        if route.target in sources:
-            raise ValueError(
-                f"the target path {route.target!r} is routed twice, "
-                f"from {sources[route.target]!r} and from {route.source!r}"
-            )
-        sources[route.target] = route.source
-    return named
+    def describe(self, source_params: Params, target_params: Params, /) -> tuple[RouteSummary, ...]:
+        """Returns what each route is and costs."""
+        return self._describe(source_params, target_params)
 
 
-def _route_of_pair(pair: Any) -> Route:
-    # A bare string is a sequence too; two of its letters would pass as a pair.
-    if isinstance(pair, str) or len(pair) != 2 or not all(isinstance(path, str) for path in pair):
-        raise ValueError(f"a route is a pair (target path, source path) of strings, got {pair!r}")
-    return Route(*pair)
+def _encodes(rank: int | None, shape: tuple[int, ...], is_target: bool) -> bool:
+    """Whether a matrix is re-encoded; a source of no higher rank stays whole, there is nothing to gain."""
+    return rank is not None and (is_target or min(shape) > rank)
 
 
-def _select_routes(routes: tuple[Route, ...], source_params: Params, target_params: Params) -> dict[str, _RoutedLeaves]:
-    """Returns the leaves of every route by target path, checked."""
-    targets = select(target_params, [route.target for route in routes], role="target")
-    sources = select(source_params, [route.source for route in routes], role="source")
-
-    def spec(role: str, path: str, leaf: Any, given: MatrixSpec | None) -> MatrixSpec:
-        _check_float(role, path, leaf)
-        try:
-            inferred = matrix_spec(path, leaf.shape)
-            (given or inferred).check(leaf.shape)
-        except ValueError as error:
-            raise ValueError(f"the {role} leaf {path!r} cannot take part: {error}") from None
-        return given or inferred
-
-    return {
-        route.target: _RoutedLeaves(
-            targets[route.target],
-            sources[route.source],
-            spec("target", route.target, targets[route.target], route.target_spec),
-            spec("source", route.source, sources[route.source], route.source_spec),
-        )
-        for route in routes
-    }
+def _bases(matrix: jax.Array, rank: int, core: bool) -> tuple[jax.Array, ...]:
+    return core_bases(matrix, rank) if core else (row_basis(matrix, rank),)
 
 
-def _check_float(role: str, path: str, leaf: Any) -> None:
-    dtype = getattr(leaf, "dtype", None)
-    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
-        found = type(leaf).__name__ if dtype is None else f"an array of {dtype}"
-        raise ValueError(f"the {role} leaf {path!r} must be a float array, got {found}")
-
-
-def _check_at_least_one(**options: int) -> None:
-    for name, value in options.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+def _summary(route: ResolvedRoute, adapter: str, *, parameters: int, flops: int) -> RouteSummary:
+    target_view = route.target_view
+    if isinstance(target_view, AttentionView):
+        view = f"attention, {target_view.heads} heads"
+    else:
+        view = "convolution" if target_view.taps else "matrix"
+    return RouteSummary(
+        " + ".join(route.target),
+        " + ".join(route.source),
+        target_view.shapes,
+        target_view.matrix_shape,
+        route.source_view.matrix_shape,
+        view,
+        route.rank,
+        adapter,
+        parameters,
+        flops,
+    )

@@ -5,6 +5,7 @@ Roles are names throughout: the **source** model gives knowledge, the **target**
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -18,6 +19,7 @@ __all__ = [
     "Metrics",
     "ModelState",
     "Params",
+    "RouteSummary",
     "TeacherFn",
     "Transfer",
 ]
@@ -82,6 +84,36 @@ class ApplyFn(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class RouteSummary:
+    """What one route of a transfer is and costs.
+
+    Attributes:
+      target: paths of the target's leaves, joined with ` + `.
+      source: paths of the source's leaves.
+      shapes: of the target's leaves.
+      target_matrix: shape of the target's matrix.
+      source_matrix: shape of the source's matrix.
+      view: what the tokens are, and how many matrices there are where it is not one.
+      rank: of the re-encoding; None for whole matrices.
+      adapter: path of the route's parameters in the adapter, shared or stacked with those of other routes where
+        several rows have the same; empty for none.
+      parameters: number of adapter parameters of this route; 0 where a row above has them already.
+      flops: floating point operations of one pass of the adapter over this route, matrix products alone.
+    """
+
+    target: str
+    source: str
+    shapes: tuple[tuple[int, ...], ...]
+    target_matrix: tuple[int, int]
+    source_matrix: tuple[int, int]
+    view: str
+    rank: int | None
+    adapter: str
+    parameters: int
+    flops: int
+
+
 class Transfer(NamedTuple):
     """A transfer of knowledge as a pair of pure functions over parameter pytrees, as an Optax optimizer is.
 
@@ -91,3 +123,13 @@ class Transfer(NamedTuple):
 
     init: InitFn
     apply: ApplyFn
+
+    def at(self, step: jax.Array | int, /) -> "Transfer":
+        """Returns the transfer as it is at a step of training; itself, unless it follows a schedule."""
+        del step
+        return self
+
+    def describe(self, source_params: Params, target_params: Params, /) -> tuple[RouteSummary, ...]:
+        """Returns what each route is and costs, from shapes alone; nothing for a transfer without routes."""
+        del source_params, target_params
+        return ()

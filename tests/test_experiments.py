@@ -182,7 +182,7 @@ def refusal(capsys, *arguments):
         (["--num-heads", "0"], "num_heads must be a whole number of at least 1, got 0"),
         (
             ["--num-heads", "1000"],
-            "the route to 'fc/kernel' cannot be had: num_heads must lie in [1, 128], the width of its",
+            "the route to 'stage1_0/expand/kernel' cannot be had: num_heads must lie in [1, 128], the width of its",
         ),
         (["--seeds", "0"], "seeds must be at least 1, got 0"),
         (["--labels", "5"], "between 10, one of each class, and 1197, the number there is, got 5"),

@@ -1,0 +1,150 @@
+"""Transfers made of transfers."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from merge_jax.paths import flatten, near_misses, replace
+from merge_jax.transfer import RoutedTransfer
+from merge_jax.types import Adapter, Params, RouteSummary, Transfer
+
+__all__ = ["chain", "scheduled", "several_sources"]
+
+
+def chain(*transfers: Transfer) -> Transfer:
+    """Returns the transfers one after the other: `T' = t_k(S, ... t_2(S, t_1(S, T)))`.
+
+    Each sees the target that the one before has made, and the source as it is. The adapter is `{"0": the first's
+    adapter, "1": ...}`.
+
+    Raises:
+      ValueError: no transfers.
+    """
+    if not transfers:
+        raise ValueError("no transfers to chain: give at least one")
+    by_name = {str(i): transfer for i, transfer in enumerate(transfers)}
+
+    def init(key: jax.Array, source_params: Params, target_params: Params) -> Adapter:
+        keys = jax.random.split(key, len(by_name))
+        return {
+            name: transfer.init(k, source_params, target_params)
+            for (name, transfer), k in zip(by_name.items(), keys, strict=True)
+        }
+
+    def apply(
+        adapter: Adapter, source_params: Params, target_params: Params, *, key: jax.Array | None = None
+    ) -> Params:
+        for i, (name, transfer) in enumerate(by_name.items()):
+            of_one = None if key is None else jax.random.fold_in(key, i)
+            target_params = transfer.apply(adapter[name], source_params, target_params, key=of_one)
+        return target_params
+
+    def describe(source_params: Params, target_params: Params) -> tuple[RouteSummary, ...]:
+        return tuple(
+            _inside(name, row)
+            for name, transfer in by_name.items()
+            for row in transfer.describe(source_params, target_params)
+        )
+
+    return RoutedTransfer(init, apply, describe, lambda step: chain(*(one.at(step) for one in transfers)))
+
+
+def scheduled(transfer: Transfer, schedule: optax.Schedule) -> Transfer:
+    """Returns the transfer let in by a schedule: `T' = T + w(i) (t(S, T) - T)`, `w` of the joint step's count `i`.
+
+    A weight of 0 leaves the target as it is, 1 is the transfer itself, what lies between mixes both. Any Optax
+    schedule serves, e.g. `optax.cosine_decay_schedule(1.0, num_steps)`. The adapter is the transfer's own. Leaves
+    that take no part stay the same arrays.
+
+    Raises:
+      ValueError: in `apply`, where no step is named: `transfer.at(step).apply(...)`; the joint step does so.
+    """
+
+    def apply_unbound(
+        adapter: Adapter, source_params: Params, target_params: Params, *, key: jax.Array | None = None
+    ) -> Params:
+        del adapter, source_params, target_params, key  # Without a step there is no weight.
+        raise ValueError("the transfer follows a schedule: name the step, as in transfer.at(step).apply(...)")
+
+    def at(step: jax.Array | int) -> Transfer:
+        now, weight = transfer.at(step), schedule(step)
+
+        def apply(
+            adapter: Adapter, source_params: Params, target_params: Params, *, key: jax.Array | None = None
+        ) -> Params:
+            old = flatten(target_params)
+            merged = flatten(now.apply(adapter, source_params, target_params, key=key))
+            mixed = {
+                path: (old[path] + weight * (new - old[path])).astype(new.dtype)
+                for path, new in merged.items()
+                if new is not old[path]  # What takes no part comes back as the same array.
+            }
+            return replace(target_params, mixed)
+
+        return RoutedTransfer(transfer.init, apply, now.describe)
+
+    return RoutedTransfer(transfer.init, apply_unbound, transfer.describe, at)
+
+
+def several_sources(transfers: Mapping[str, Transfer]) -> Transfer:
+    """Returns one transfer from several sources: each target leaf is the mean of what its sources make of it.
+
+    `T' = (1 / k) sum_i t_i(S_i, T)` over the `k` transfers that have a route to the leaf. The source's parameters
+    are `{name: parameters}`, and so is the adapter. All see the target as it is; `chain` would let each see what
+    the one before has made. Our choice.
+
+    Raises:
+      ValueError: no transfers; in `init` and `apply`, source parameters without one of the names.
+    """
+    if not transfers:
+        raise ValueError("no sources: give at least one transfer by the name of its source")
+    transfers = dict(transfers)
+
+    def check(source_params: Params) -> None:
+        for name in transfers:
+            if name not in source_params:
+                raise ValueError(f"the source's parameters lack {name!r}; {near_misses(name, source_params)}")
+
+    def init(key: jax.Array, source_params: Params, target_params: Params) -> Adapter:
+        check(source_params)
+        keys = jax.random.split(key, len(transfers))
+        return {
+            name: transfer.init(k, source_params[name], target_params)
+            for (name, transfer), k in zip(transfers.items(), keys, strict=True)
+        }
+
+    def apply(
+        adapter: Adapter, source_params: Params, target_params: Params, *, key: jax.Array | None = None
+    ) -> Params:
+        check(source_params)
+        old = flatten(target_params)
+        made: dict[str, list[jax.Array]] = {}
+        for i, (name, transfer) in enumerate(transfers.items()):
+            of_one = None if key is None else jax.random.fold_in(key, i)
+            merged = transfer.apply(adapter[name], source_params[name], target_params, key=of_one)
+            for path, new in flatten(merged).items():
+                if new is not old[path]:  # What takes no part comes back as the same array.
+                    made.setdefault(path, []).append(new)
+        return replace(target_params, {path: jnp.mean(jnp.stack(new), axis=0) for path, new in made.items()})
+
+    def describe(source_params: Params, target_params: Params) -> tuple[RouteSummary, ...]:
+        check(source_params)
+        return tuple(
+            dataclasses.replace(_inside(name, row), source=f"{name}: {row.source}")
+            for name, transfer in transfers.items()
+            for row in transfer.describe(source_params[name], target_params)
+        )
+
+    return RoutedTransfer(
+        init,
+        apply,
+        describe,
+        lambda step: several_sources({name: transfer.at(step) for name, transfer in transfers.items()}),
+    )
+
+
+def _inside(name: str, row: RouteSummary) -> RouteSummary:
+    return dataclasses.replace(row, adapter=f"{name}/{row.adapter}" if row.adapter else "")

@@ -1,0 +1,93 @@
+"""Reparameterised training: the transfer stands inside the target's forward pass at every step."""
+
+from collections.abc import Mapping
+
+import jax
+import optax
+
+from merge_jax.joint import (
+    AdapterState,
+    JointState,
+    JointStep,
+    Task,
+    TrainState,
+    adapter_adamw,
+    adapter_metrics,
+    check_roles,
+    learn,
+    metrics_by_role,
+)
+from merge_jax.types import Adapter, Batch, Metrics, Params, TeacherFn, Transfer
+
+__all__ = ["bake", "make_reparameterised_step"]
+
+
+def make_reparameterised_step(
+    source: Task | None,
+    target: Task,
+    transfer: Transfer,
+    *,
+    teacher: TeacherFn | None = None,
+    adapter_optimizer: optax.GradientTransformation | None = None,
+) -> JointStep:
+    """Returns a joint step that trains the target through the transfer, which is never written into it.
+
+    The target is `T' = transfer(adapter, S, T)`; its loss is `L(T')`, and one backward pass gives the gradients of
+    `T` and of the adapter, both of which take a step. The source takes one on its own loss, and gets no gradient
+    from the target's. In the state, `state.target.params` is `T`: evaluate and keep `bake(transfer, state)`.
+    Beyond arXiv:2404.13322, whose transfers are written at every `cycle`-th step. A state of `init_joint_state`
+    serves both kinds of step.
+
+    Metrics are those of `make_joint_step`; `adapter/transferred` is always 1.
+
+    Args:
+      source: the source's task; None freezes the source, and its batch is not needed.
+      target: the target's task; its optimizer moves `T`.
+      transfer: the transfer.
+      teacher: as in `make_joint_step`.
+      adapter_optimizer: the adapter's optimizer; `adapter_adamw()` if not given.
+
+    Raises:
+      ValueError: while tracing, as `make_joint_step`.
+    """
+    adapter_optimizer = adapter_optimizer or adapter_adamw()
+
+    def step(state: JointState, batches: Mapping[str, Batch]) -> tuple[JointState, Metrics]:
+        check_roles(source, state, batches)
+        step_key = jax.random.fold_in(state.key, state.step)
+        source_key, target_key, transfer_key = jax.random.split(step_key, 3)
+        source_params, now = state.source.params, transfer.at(state.step)
+
+        new_source, source_metrics = state.source, {}
+        if source is not None:
+            new_source, _, source_metrics = learn(source, state.source, source_params, batches["source"], source_key)
+        target_batch = batches["target"]
+        if teacher is not None:
+            target_batch = teacher(new_source.params, new_source.model_state, target_batch)
+
+        def loss(adapter: Adapter, params: Params) -> tuple[jax.Array, tuple[Params, Params, Metrics]]:
+            merged = now.apply(adapter, source_params, params, key=transfer_key)
+            loss, (model_state, metrics) = target.loss_fn(merged, state.target.model_state, target_batch, target_key)
+            return loss, (merged, model_state, {"loss": loss, **metrics})
+
+        gradient = jax.grad(loss, argnums=(0, 1), has_aux=True)
+        (adapter_grads, grads), (merged, model_state, metrics) = gradient(state.adapter.params, state.target.params)
+        updates, opt_state = target.optimizer.update(grads, state.target.opt_state, state.target.params)
+        new_target = TrainState(optax.apply_updates(state.target.params, updates), model_state, opt_state)
+        updates, opt_state = adapter_optimizer.update(adapter_grads, state.adapter.opt_state, state.adapter.params)
+        new_adapter = AdapterState(optax.apply_updates(state.adapter.params, updates), opt_state)
+        of_adapter = adapter_metrics(state.target.params, merged, adapter_grads)
+        new_state = state.replace(step=state.step + 1, source=new_source, target=new_target, adapter=new_adapter)
+        return new_state, metrics_by_role(source_metrics, metrics, of_adapter)
+
+    return step
+
+
+def bake(transfer: Transfer, state: JointState) -> Params:
+    """Returns the target's parameters with the transfer applied, without dropout: plain parameters of the target.
+
+    `T' = transfer(adapter, S, T)` of a state that a reparameterised step has trained; the adapter and the source
+    are needed no more.
+    """
+    now = transfer.at(state.step)
+    return now.apply(state.adapter.params, state.source.params, state.target.params)

@@ -1,0 +1,212 @@
+"""Weights in safetensors files: any model's, without its code; and a merged target back into such a file."""
+
+import json
+import os
+import struct
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from merge_jax.paths import Pattern, find_paths, flatten, near_misses
+from merge_jax.types import Params
+
+__all__ = ["load_safetensors", "save_safetensors"]
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+
+
+def load_safetensors(path: str | os.PathLike[str], *, select: Pattern | Sequence[Pattern] | None = None) -> Params:
+    """Returns the tensors of a safetensors file as a parameter tree of NumPy arrays; no model code is needed.
+
+    A name is split at its dots, so `encoder.layer.0.attention.self.query.weight` is the leaf
+    `encoder/layer/0/attention/self/query/weight`. Torch's layouts, `[out, in]` and `[out, in, kh, kw]`, stay as they
+    are: `matrix_spec` knows them by the name `weight`.
+
+    Args:
+      path: a `.safetensors` file, an index of shards (`*.safetensors.index.json`), or a folder that has one of
+        them, as Hugging Face models do. Only the shards that hold a selected tensor are opened.
+      select: paths or patterns of the tensors to read, over paths with `/`; all by default.
+
+    Raises:
+      FileNotFoundError: no such file or folder, no weights in the folder, or a shard that is missing.
+      ValueError: a file that is truncated or otherwise no safetensors file, a name that stands twice, tensors
+        that the index names and the shards have not or the other way round, names that collide as paths, a shard
+        outside the folder of its index, or a pattern that names nothing (near misses are listed).
+    """
+    file = _weights_file(Path(path))
+    shard_of = _read_index(file) if file.suffix == ".json" else dict.fromkeys(_names(file), file)
+    path_of = _paths(shard_of, file)
+    names = {path: name for name, path in path_of.items()}
+    if select is None:
+        chosen = list(names)
+    else:
+        patterns = [select] if not isinstance(select, Sequence) or isinstance(select, str) else list(select)
+        chosen = [path for pattern in patterns for path in find_paths(names, pattern, role="file's")]
+    tree: dict[str, Any] = {}
+    by_shard: dict[Path, list[str]] = {}
+    for path in dict.fromkeys(chosen):
+        by_shard.setdefault(shard_of[names[path]], []).append(path)
+    for shard, paths in by_shard.items():
+        _check_shard(shard, shard_of)
+        with _opened(shard) as tensors:
+            for path in paths:
+                *parents, leaf = path.split("/")
+                node = tree
+                for parent in parents:
+                    node = node.setdefault(parent, {})
+                node[leaf] = _tensor(tensors, shard, names[path])
+    return tree
+
+
+def save_safetensors(
+    path: str | os.PathLike[str],
+    params: Params,
+    *,
+    metadata: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Writes a parameter tree to a safetensors file, each leaf by its path with dots: `fc/kernel` as `fc.kernel`.
+
+    What `load_safetensors` gave goes back under its own names and in its own layout. The file appears whole or not
+    at all.
+
+    Args:
+      path: of the file.
+      params: a pytree of arrays.
+      metadata: strings for the file's header; `transformers` asks for `{"format": "pt"}` in files of its models.
+      overwrite: whether a file that is there is replaced.
+
+    Raises:
+      FileExistsError: the file is there and `overwrite` is not set.
+      ValueError: a leaf that is no array, or paths that would be one name.
+    """
+    path = Path(path)
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} is there already; give overwrite=True to replace it")
+    arrays = {}
+    for name, leaf in flatten(params).items():
+        if not isinstance(leaf, (np.ndarray, np.generic, jax.Array)):
+            raise ValueError(f"the leaf {name!r} must be an array, got {type(leaf).__name__}")
+        arrays[name.replace("/", ".")] = np.ascontiguousarray(leaf).reshape(np.shape(leaf))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        save_file(arrays, temporary, metadata=None if metadata is None else dict(metadata))
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _weights_file(path: Path) -> Path:
+    """Returns the file that a path stands for."""
+    if not path.exists():
+        raise FileNotFoundError(f"there is no file or folder {path}")
+    if not path.is_dir():
+        return path
+    for name in (_INDEX, _SINGLE):
+        if (path / name).exists():
+            return path / name
+    files = sorted(path.glob("*.safetensors.index.json")) or sorted(path.glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"the folder {path} has neither {_INDEX} nor a .safetensors file")
+    if len(files) > 1:
+        raise ValueError(
+            f"the folder {path} has several files of weights, name one: {', '.join(f.name for f in files)}"
+        )
+    return files[0]
+
+
+def _read_index(file: Path) -> dict[str, Path]:
+    """Returns the shard of each tensor by name."""
+    try:
+        weight_map = _json(file.read_text("utf-8"), file)["weight_map"]
+        if not all(isinstance(text, str) for pair in weight_map.items() for text in pair):
+            raise TypeError
+    except (KeyError, TypeError, AttributeError, UnicodeDecodeError):
+        raise ValueError(f"{file} is no index of shards: it needs a 'weight_map' of names to files") from None
+    for shard in dict.fromkeys(weight_map.values()):
+        # By its name alone: the files of a downloaded model are often links to a common store.
+        paths = (PurePosixPath(shard), PureWindowsPath(shard))
+        if not shard or any(p.is_absolute() or p.drive or ".." in p.parts for p in paths):
+            raise ValueError(f"{file} names the shard {shard!r}, which is not inside its folder")
+    return {name: file.parent / shard for name, shard in weight_map.items()}
+
+
+def _check_shard(shard: Path, shard_of: Mapping[str, Path]) -> None:
+    """Raises ValueError where a shard does not hold just what is expected of it."""
+    found, expected = set(_names(shard)), {name for name, of in shard_of.items() if of == shard}
+    if missing := sorted(expected - found):
+        raise ValueError(f"{shard} lacks the tensor {missing[0]!r}; {near_misses(missing[0], found)}")
+    if surplus := sorted(found - expected):
+        where = f"the index has it in {shard_of[surplus[0]].name}" if surplus[0] in shard_of else "the index has it not"
+        raise ValueError(f"{shard} holds the tensor {surplus[0]!r}, but {where}")
+
+
+def _names(file: Path) -> list[str]:
+    """Returns the names of a file's tensors, after the library has checked its header."""
+    with _opened(file):
+        pass
+    with file.open("rb") as handle:
+        (size,) = struct.unpack("<Q", handle.read(8))
+        # The library takes the last of two tensors of one name without a word.
+        header = _json(handle.read(size).decode("utf-8"), file)
+    return [name for name in header if name != "__metadata__"]
+
+
+def _opened(file: Path) -> Any:
+    if not file.exists():
+        raise FileNotFoundError(f"the file {file} is missing")
+    try:
+        return safe_open(file, framework="np")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is truncated or no safetensors file: {error}") from None
+
+
+def _tensor(tensors: Any, file: Path, name: str) -> np.ndarray:
+    try:
+        return tensors.get_tensor(name)
+    except (SafetensorError, TypeError, AttributeError) as error:
+        raise ValueError(f"the tensor {name!r} of {file} cannot be read: {error}") from None
+
+
+def _json(text: str, file: Path) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        entries = dict(pairs)
+        if len(entries) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"{file} has the name {twice!r} twice")
+        return entries
+
+    try:
+        return json.loads(text, object_pairs_hook=unique)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is no JSON: {error}") from None
+
+
+def _paths(names: Mapping[str, Path], file: Path) -> dict[str, str]:
+    """Returns the path of each name, checked to be leaves of one tree."""
+    paths: dict[str, str] = {}
+    for name in names:
+        path = name.replace(".", "/")
+        if not all(path.split("/")):
+            raise ValueError(f"{file} has the tensor {name!r}, whose name has an empty part")
+        if path in paths:
+            raise ValueError(f"{file} has the tensors {paths[path]!r} and {name!r}, which are one path")
+        paths[path] = name
+    for path, name in paths.items():
+        parents = path.split("/")[:-1]
+        for i in range(1, len(parents) + 1):
+            parent = "/".join(parents[:i])
+            if parent in paths:
+                raise ValueError(f"{file} has the tensors {paths[parent]!r} and {name!r}, one inside the other")
+    return {name: path for path, name in paths.items()}
