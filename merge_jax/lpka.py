@@ -38,6 +38,7 @@ ATTENTIONS: tuple[AttentionName, ...] = get_args(AttentionName)
 # The published epsilon. Rows of weights can have tiny variances, which a usual epsilon would swamp.
 LAYER_NORM_EPSILON = 1e-12
 _MINIMUM_WIDTH = 128
+_LARGEST_SCORE = 1e8
 # Kernels and biases uniform in +-1/sqrt(fan_in), PyTorch's default, which the published code relies on.
 _KERNEL_INIT = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
@@ -125,8 +126,9 @@ def _attend(
     """Returns `softmax(Q K^T / sqrt(d)) V`, `[r, h, d]`, for queries `[r, h, d]`, keys and values `[s, h, d]`."""
 
     def mix(queries: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
-        scores = jnp.einsum("rhd,shd->hrs", queries, keys).astype(jnp.float32)
-        weights = nn.softmax(scores / queries.shape[-1] ** 0.5)
+        scores = jnp.einsum("rhd,shd->hrs", queries, keys).astype(jnp.float32) / queries.shape[-1] ** 0.5
+        # Beyond that, one rounding of a score is more than an exponential can take, and XLA may round twice.
+        weights = nn.softmax(jnp.clip(scores, -_LARGEST_SCORE, _LARGEST_SCORE))
         if dropout_key is not None:
             kept = jax.random.bernoulli(dropout_key, 1 - dropout_rate, weights.shape)
             weights = jnp.where(kept, weights / (1 - dropout_rate), 0.0)

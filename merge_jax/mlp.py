@@ -49,7 +49,7 @@ class MixingLayer(nn.Module):
 
         def perceptron(x: jax.Array, features: int, name: str) -> jax.Array:
             hidden = linear(self.width, x.shape[1], self.dtype, f"{name}_up")(x)
-            return linear(features, self.width, self.dtype, f"{name}_down")(nn.gelu(hidden, approximate=True))
+            return linear(features, self.width, self.dtype, f"{name}_down")(nn.gelu(hidden, approximate=False))
 
         m, n = target.shape
         columns = perceptron(source, n, "columns")

@@ -71,10 +71,7 @@ class Gated(nn.Module):
 
 
 def _root_mean_square(matrix: jax.Array) -> jax.Array:
-    # Scaled to the largest entry, so that squares neither overflow nor vanish.
-    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(matrix)))
-    largest = jnp.where(largest > 0, largest, 1.0)
-    return jnp.sqrt(jnp.mean(jnp.square(matrix / largest)) + _EPSILON) * largest
+    return jnp.sqrt(jnp.mean(jnp.square(matrix)) + _EPSILON)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,272 @@
+"""One table of transfers, and what holds for each of them.
+
+A row is a factory with options; every row gets every contract. Matrices have the same few small shapes in all rows,
+so that most of what runs outside of jit is compiled once.
+"""
+
+import functools
+import inspect
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import merge_jax as mj
+
+
+def normal(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def attention(seed, width, heads, d):
+    inputs = {name: {"kernel": normal(seed + i, width, heads, d)} for i, name in enumerate(("query", "key", "value"))}
+    return {**inputs, "out": {"kernel": normal(seed + 3, heads, d, width)}}
+
+
+# Every target kernel is a matrix 6x8, every source kernel one of 5x7, but for attention blocks.
+def source_tree(seed):
+    return {
+        "dense": [{"kernel": normal(seed + i, 7, 5)} for i in range(3)],
+        "conv": {"kernel": normal(seed + 10, 1, 7, 1, 5)},
+        "attention": attention(seed + 20, 7, 3, 2),
+        "steps": jnp.arange(3),
+    }
+
+
+SOURCE = source_tree(0)
+TARGET = {
+    "dense": [{"kernel": normal(100 + i, 8, 6), "bias": normal(110 + i, 6)} for i in range(2)],
+    "conv": {"kernel": normal(120, 2, 2, 2, 6)},
+    "attention": attention(130, 8, 2, 3),
+    "norm": (normal(140, 8), normal(141, 8)),
+    "count": jnp.arange(4),
+}
+DENSE = {"dense/0/kernel": "dense/0/kernel", "dense/1/kernel": "dense/2/kernel"}
+ONE = {"dense/0/kernel": "dense/0/kernel"}
+CONV = {"conv/kernel": "conv/kernel"}
+ATTENTION = {"attention": "attention"}
+OF_DENSE, OF_ONE, OF_CONV = tuple(DENSE), tuple(ONE), tuple(CONV)
+OF_ATTENTION = tuple(f"attention/{name}/kernel" for name in ("query", "key", "value", "out"))
+SMALL = {"num_layers": 1, "num_heads": 2}
+TINY = {"num_layers": 1, "num_heads": 1, "attentions": ("rows_rows",)}
+
+
+class Mean(nn.Module):
+    """A module of a user's own: the target plus a learned multiple of the source's mean."""
+
+    @nn.compact
+    def __call__(self, target, source, *, deterministic=True):
+        return target + self.param("weight", nn.initializers.ones, ()) * jnp.mean(source)
+
+
+@dataclass(frozen=True)
+class Row:
+    transfer: mj.Transfer
+    routed: tuple[str, ...]
+    random: bool = True
+    source: Any = field(default_factory=lambda: SOURCE)
+
+
+RAMP = optax.linear_schedule(0.25, 1.0, 4)
+TABLE = {
+    "lpka official": Row(mj.lpka_transfer(DENSE, output="official", **SMALL), OF_DENSE),
+    "lpka residual": Row(mj.lpka_transfer(DENSE, output="residual", **SMALL), OF_DENSE),
+    "lpka warm": Row(mj.lpka_transfer(DENSE, output="warm", **SMALL), OF_DENSE),
+    "lpka of one route": Row(mj.lpka_transfer(ONE, **SMALL), OF_ONE),
+    "lpka of two shapes": Row(mj.lpka_transfer({**ONE, "norm/0": "dense/1/kernel"}, **TINY), (*OF_ONE, "norm/0")),
+    "lpka of a pattern": Row(mj.lpka_transfer({"dense/*/kernel": "dense/1/kernel"}, **SMALL), OF_DENSE),
+    "lpka of several leaves": Row(mj.lpka_transfer({"dense/0/kernel": "dense/*/kernel"}, **TINY), OF_ONE),
+    "lpka shared": Row(mj.lpka_transfer(DENSE, shared=True, **SMALL), OF_DENSE),
+    "lpka one at a time": Row(mj.lpka_transfer(DENSE, group_size=1, **SMALL), OF_DENSE),
+    "lpka in chunks": Row(mj.lpka_transfer(ONE, max_scores=30, **SMALL), OF_ONE),
+    "lpka rank": Row(mj.lpka_transfer(ONE, rank=3, **SMALL), OF_ONE),
+    "lpka rank, grouped": Row(mj.lpka_transfer(DENSE, rank=3, output="residual", **TINY), OF_DENSE),
+    "lpka core": Row(mj.lpka_transfer(ONE, rank=3, core=True, output="official", **TINY), OF_ONE),
+    "lpka convolution": Row(mj.lpka_transfer(CONV, view="convolution", **TINY), OF_CONV),
+    "lpka attention": Row(mj.lpka_transfer(ATTENTION, view="attention", **TINY), OF_ATTENTION),
+    "lpka attention, official": Row(
+        mj.lpka_transfer(ATTENTION, view="attention", output="official", **TINY), OF_ATTENTION
+    ),
+    "lpka gate on a schedule": Row(mj.lpka_transfer(ONE, gate=RAMP, **TINY), OF_ONE),
+    "lpka gate fixed": Row(mj.lpka_transfer(ONE, gate=0.5, output="residual", **TINY), OF_ONE),
+    "lpka without norms and dropout": Row(
+        mj.lpka_transfer(ONE, spectral=False, attention_dropout=0.0, feed_forward_dropout=0.0, **SMALL),
+        OF_ONE,
+        random=False,
+    ),
+    "lpka narrow": Row(mj.lpka_transfer(ONE, max_width=4, max_hidden=3, **SMALL), OF_ONE),
+    "lpka bfloat16": Row(mj.lpka_transfer(ONE, dtype=jnp.bfloat16, **TINY), OF_ONE),
+    "published": Row(mj.published_transfer(ONE, **SMALL), OF_ONE),
+    "mlp": Row(mj.mlp_transfer(DENSE, num_layers=1, width=8), OF_DENSE),
+    "mlp official": Row(mj.mlp_transfer(ONE, num_layers=1, width=8, output="official"), OF_ONE),
+    "a module of one's own": Row(mj.adapter_transfer(DENSE, Mean(), output="official"), OF_DENSE, random=False),
+    "share": Row(mj.share_transfer({**DENSE, **CONV}), (*OF_DENSE, *OF_CONV), random=False),
+    "share attention": Row(mj.share_transfer(ATTENTION, view="attention"), OF_ATTENTION, random=False),
+    "identity": Row(mj.identity_transfer(), (), random=False),
+    "chain": Row(mj.chain(mj.share_transfer(CONV), mj.lpka_transfer(ONE, **TINY)), (*OF_ONE, *OF_CONV)),
+    "scheduled": Row(mj.scheduled(mj.lpka_transfer(ONE, output="official", **TINY), RAMP), OF_ONE),
+    "several sources": Row(
+        mj.several_sources({"a": mj.lpka_transfer(ONE, **TINY), "b": mj.share_transfer(DENSE)}),
+        OF_DENSE,
+        source={"a": SOURCE, "b": source_tree(50)},
+    ),
+}
+
+every_row = pytest.mark.parametrize("name", TABLE)
+
+
+@functools.cache
+def made(name):
+    """Returns the row's transfer at step 2 and its adapter with the gates open, so that all of it matters."""
+    row = TABLE[name]
+    adapter = row.transfer.init(jax.random.key(7), row.source, TARGET)
+    leaves = {p: leaf + 0.5 if p.endswith("gate") else leaf for p, leaf in mj.flatten(adapter).items()}
+    return row, row.transfer.at(2), mj.replace(adapter, leaves)
+
+
+@functools.cache
+def compiled(name):
+    """Returns `(adapter, source, target) -> (merged, gradients of adapter and target)`, and how often it is traced."""
+    row, transfer, _ = made(name)
+    traces = []
+
+    @jax.jit
+    def run(adapter, source, target):
+        traces.append(name)
+        floats = {path: leaf for path, leaf in mj.flatten(target).items() if jnp.issubdtype(leaf.dtype, jnp.floating)}
+
+        def loss(adapter, floats):
+            merged = transfer.apply(adapter, source, mj.replace(target, floats))
+            leaves = mj.select(merged, row.routed).values()
+            # Squares against noise, since the plain sum of a normalised row is a constant.
+            return sum(jnp.sum((leaf - normal(i, *leaf.shape)) ** 2) for i, leaf in enumerate(leaves)), merged
+
+        (_, merged), gradients = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(adapter, floats)
+        return merged, *gradients
+
+    # A loss of no leaf is the integer 0, which has no gradient.
+    return run if row.routed else None, traces
+
+
+def test_every_public_factory_of_a_transfer_has_a_row():
+    factories = {name for name in mj.__all__ if inspect.isfunction(getattr(mj, name))
+                 and inspect.signature(getattr(mj, name)).return_annotation is mj.Transfer}  # fmt: skip
+    text = Path(__file__).read_text()
+    assert len(factories) >= 9
+    assert {name for name in factories if f"mj.{name}(" in text} == factories
+
+
+@every_row
+def test_structure_shapes_and_dtypes_stay(name):
+    row, transfer, adapter = made(name)
+    merged = jax.eval_shape(transfer.apply, adapter, row.source, TARGET)
+    chex.assert_trees_all_equal_shapes_and_dtypes(merged, TARGET)
+
+
+@every_row
+def test_leaves_that_take_no_part_are_the_same_arrays(name):
+    row, transfer, adapter = made(name)
+
+    def compare(adapter, source, target):
+        before, after = mj.flatten(target), mj.flatten(transfer.apply(adapter, source, target))
+        same = {path for path in before if after[path] is before[path]}
+        assert same == set(before) - set(row.routed)
+        return after
+
+    jax.eval_shape(compare, adapter, row.source, TARGET)
+
+
+@every_row
+def test_jit_equals_no_jit_and_is_traced_once(name):
+    row, transfer, adapter = made(name)
+    run, traces = compiled(name)
+    if run is None:
+        return
+    merged, *_ = run(adapter, row.source, TARGET)
+    run(adapter, row.source, jax.tree.map(lambda x: x + 1, TARGET))
+    assert len(traces) == 1
+    tolerance = 0.05 if "bfloat16" in name else 1e-5
+    chex.assert_trees_all_close(merged, transfer.apply(adapter, row.source, TARGET), atol=tolerance)
+
+
+@every_row
+def test_gradients_reach_every_adapter_parameter_and_no_other_leaf(name):
+    row, _, adapter = made(name)
+    run, _ = compiled(name)
+    if run is None:
+        assert adapter == {}
+        return
+    _, of_adapter, of_target = run(adapter, row.source, TARGET)
+    for path, leaf in mj.flatten(of_adapter).items():
+        assert np.isfinite(leaf).all(), path
+        # Softmax is blind to a shift of all keys.
+        assert path.endswith("/key/bias") or np.abs(leaf).max() > 0, path
+    for path, leaf in of_target.items():
+        assert np.isfinite(leaf).all(), path
+        assert path in row.routed or not leaf.any(), path
+
+
+@every_row
+@pytest.mark.parametrize("value", [0.0, 1.0, 1e15, 1e-20])
+def test_constant_and_extreme_values_stay_finite(name, value):
+    row, _, adapter = made(name)
+    run, _ = compiled(name)
+    if run is None:
+        return
+    source, target = (jax.tree.map(lambda x: jnp.full(x.shape, value).astype(x.dtype), t) for t in (row.source, TARGET))
+    merged, of_adapter, of_target = run(adapter, source, target)
+    # The loss squares what it gets, so at 1e15 its gradients are large; they are no more than that.
+    for leaf in jax.tree.leaves((merged, of_adapter, of_target)):
+        assert np.isfinite(leaf).all()
+
+
+@every_row
+def test_a_vmap_over_seeds_equals_a_loop_and_a_key_decides_all(name):
+    row, transfer, _ = made(name)
+
+    def of_seed(key):
+        adapter = transfer.init(key, row.source, TARGET)
+        # A gate of 0 would hide the rest.
+        opened = {p: leaf + 0.5 for p, leaf in mj.flatten(adapter).items() if p.endswith("gate")}
+        merged = transfer.apply(mj.replace(adapter, opened), row.source, TARGET, key=key)
+        return mj.select(merged, row.routed)
+
+    keys = jax.random.split(jax.random.key(3), 2)
+    one = jax.jit(of_seed)
+    loop = [one(key) for key in keys]
+    tolerance = 0.05 if "bfloat16" in name else 1e-5
+    if row.routed:
+        mapped = jax.jit(jax.vmap(of_seed))(keys)
+        chex.assert_trees_all_close(mapped, jax.tree.map(lambda *x: jnp.stack(x), *loop), atol=tolerance)
+    chex.assert_trees_all_equal(one(keys[0]), loop[0])
+    if row.random:
+        assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, loop), strict=True))
+
+
+@every_row
+def test_saved_and_restored_adapters_are_equal(name, tmp_path):
+    *_, adapter = made(name)
+    with mj.Checkpoints(tmp_path / "adapter") as checkpoints:
+        checkpoints.save(1, {"adapter": adapter})
+    with mj.Checkpoints(tmp_path / "adapter") as checkpoints:
+        step, restored = checkpoints.restore_latest({"adapter": jax.tree.map(jnp.zeros_like, adapter)})
+    assert step == 1
+    chex.assert_trees_all_equal(restored["adapter"], adapter)
+
+
+@every_row
+def test_a_description_names_every_routed_leaf_and_counts_the_adapter(name):
+    row, transfer, adapter = made(name)
+    rows = transfer.describe(row.source, TARGET)
+    assert {path for one in rows for path in one.target.split(" + ")} == set(row.routed)
+    assert sum(one.parameters for one in rows) == sum(leaf.size for leaf in jax.tree.leaves(adapter))
+    for one in rows:
+        assert not one.adapter or any(path.startswith(one.adapter + "/") for path in mj.flatten(adapter))
+        assert (one.flops > 0) == (one.parameters > 1 or one.adapter != "") or "own" in name
