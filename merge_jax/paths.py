@@ -2,10 +2,11 @@
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
+from flax import nnx
 
 __all__ = ["Pattern", "find_paths", "flatten", "natural_order", "near_misses", "replace", "select"]
 
@@ -16,7 +17,8 @@ Pattern = str | re.Pattern[str]
 def flatten(tree: Any) -> dict[str, Any]:
     """Returns the leaves of any pytree by path, in the tree's own order.
 
-    A path joins dictionary keys and attribute names with `/`, and counts positions: `blocks/0/kernel`.
+    A path joins dictionary keys and attribute names with `/`, and counts positions: `blocks/0/kernel`. A variable of
+    Flax NNX is one leaf, its array.
 
     >>> flatten({"dense": {"kernel": 1, "bias": 2}, "blocks": [3]})
     {'blocks/0': 3, 'dense/bias': 2, 'dense/kernel': 1}
@@ -27,8 +29,7 @@ def flatten(tree: Any) -> dict[str, Any]:
     """
     leaves: dict[str, Any] = {}
     dotted: dict[str, str] = {}
-    for key_path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        path = jax.tree_util.keystr(key_path, simple=True, separator="/")
+    for path, leaf in _leaves_with_path(tree):
         other = dotted.setdefault(path.replace("/", "."), path)
         if path in leaves:
             raise ValueError(f"two leaves of the tree have the path {path!r}; rename one of the keys")
@@ -36,6 +37,18 @@ def flatten(tree: Any) -> dict[str, Any]:
             raise ValueError(f"the paths {other!r} and {path!r} of the tree collide; rename one of the keys")
         leaves[path] = leaf
     return leaves
+
+
+def _leaves_with_path(tree: Any) -> Iterator[tuple[str, Any]]:
+    for key_path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_variable):
+        path = jax.tree_util.keystr(key_path, simple=True, separator="/")
+        leaves = jax.tree.leaves(node) if _is_variable(node) else [node]
+        # A variable of NNX wraps one array, whose own name would only lengthen the path.
+        yield from ((path, leaf) if len(leaves) == 1 else (f"{path}/{i}", leaf) for i, leaf in enumerate(leaves))
+
+
+def _is_variable(node: Any) -> bool:
+    return isinstance(node, nnx.Variable)
 
 
 def natural_order(path: str) -> list[Any]:

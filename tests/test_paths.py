@@ -1,3 +1,4 @@
+import re
 from typing import NamedTuple
 
 import jax
@@ -51,3 +52,42 @@ def test_without_a_near_miss_all_names_are_listed():
     assert near_misses("zzz", ["a", "b"]) == "there is 'a', 'b'"
     assert near_misses("zzz", []) == "there is nothing"
     assert near_misses("zzz", map(str, range(30))).endswith("and 10 more")
+
+
+def test_paths_that_differ_in_dots_are_refused():
+    with pytest.raises(ValueError, match=r"the paths 'a/b' and 'a.b' of the tree collide"):
+        mj.flatten({"a.b": 1, "a": {"b": 2}})
+
+
+PATHS = ["a/w", "blocks/0/w", "blocks/1/w", "blocks/10/w", "blocks/2/b", "x/attention/q/kernel", "attention/q/kernel"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("a/w", ["a/w"]),
+        ("blocks/*/w", ["blocks/0/w", "blocks/1/w", "blocks/10/w"]),
+        ("blocks/?/w", ["blocks/0/w", "blocks/1/w"]),
+        ("blocks/[12]/?", ["blocks/1/w", "blocks/2/b"]),
+        ("*/w", ["a/w"]),
+        ("**/w", ["a/w", "blocks/0/w", "blocks/1/w", "blocks/10/w"]),
+        ("**/attention/*/kernel", ["attention/q/kernel", "x/attention/q/kernel"]),
+        ("blocks/**", ["blocks/0/w", "blocks/1/w", "blocks/2/b", "blocks/10/w"]),
+        ("**", ["a/w", "attention/q/kernel", "blocks/0/w", "blocks/1/w", "blocks/2/b", "blocks/10/w",
+                "x/attention/q/kernel"]),
+        (re.compile(r"blocks/\d/w"), ["blocks/0/w", "blocks/1/w"]),
+    ],
+)  # fmt: skip
+def test_patterns_find_their_paths_in_natural_order(pattern, expected):
+    assert mj.find_paths(PATHS, pattern) == expected
+
+
+def test_a_path_with_signs_of_a_glob_is_found_as_it_stands():
+    assert mj.find_paths(["a[0]/w", "a0/w"], "a[0]/w") == ["a[0]/w"]
+
+
+def test_patterns_that_find_nothing_name_near_misses():
+    with pytest.raises(ValueError, match=r"the source pattern 'block/\*/w' matches no leaf; did you mean 'blocks/"):
+        mj.find_paths(PATHS, "block/*/w", role="source")
+    with pytest.raises(ValueError, match="the tree pattern 'block' matches no leaf"):
+        mj.find_paths(PATHS, re.compile("block"))

@@ -47,9 +47,7 @@ TRANSFERS = {
     "official": small_lpka(output="official"),
     "residual": small_lpka(output="residual"),
     "warm": small_lpka(output="warm"),
-    "without spectral norm": small_lpka(output="official", spectral=False),
     "share": mj.share_transfer(ROUTES),
-    "identity": mj.identity_transfer(),
 }
 
 
@@ -63,61 +61,6 @@ def opened_adapter(name):
     adapter = closed_adapter(name)
     leaves = {p: leaf + 0.5 if p.endswith("gate") else leaf for p, leaf in mj.flatten(adapter).items()}
     return mj.replace(adapter, leaves)
-
-
-@pytest.fixture(params=TRANSFERS)
-def named(request):
-    """A transfer and its opened adapter."""
-    return TRANSFERS[request.param], opened_adapter(request.param)
-
-
-def test_structure_shapes_and_dtypes_stay(named, trees):
-    (transfer, adapter), (source, target) = named, trees
-    merged = jax.eval_shape(transfer.apply, adapter, source, target)
-    chex.assert_trees_all_equal_shapes_and_dtypes(merged, target)
-
-
-def test_leaves_without_a_route_are_the_same_arrays(named, trees):
-    (transfer, adapter), (source, target) = named, trees
-    before, after = mj.flatten(target), mj.flatten(transfer.apply(adapter, source, target))
-    for path in before.keys() - ROUTES.keys():
-        assert after[path] is before[path]
-
-
-def test_jit_equals_no_jit_and_traces_once(named, trees, next_key):
-    (transfer, adapter), (source, target) = named, trees
-    key, traces = next_key(), []
-
-    @jax.jit
-    def apply(adapter, source, target, key):
-        traces.append(key)
-        return transfer.apply(adapter, source, target, key=key)
-
-    apply(adapter, source, target, next_key())
-    jitted = apply(adapter, source, target, key)
-    assert len(traces) == 1
-    chex.assert_trees_all_close(jitted, transfer.apply(adapter, source, target, key=key), atol=1e-5)
-
-
-def test_gradients_reach_every_adapter_parameter(named, trees):
-    (transfer, adapter), (source, target) = named, trees
-
-    @jax.jit
-    @jax.grad
-    def gradient(adapter):
-        leaves = mj.select(transfer.apply(adapter, source, target), ROUTES)
-        # Squares against noise, since the plain sum of a normalised row is a constant.
-        return sum(
-            jnp.sum((leaf - jax.random.normal(jax.random.key(i), leaf.shape)) ** 2)
-            for i, leaf in enumerate(leaves.values())
-        )
-
-    if not jax.tree.leaves(adapter):
-        return  # Nothing to learn: there is no gradient.
-    for path, leaf in mj.flatten(gradient(adapter)).items():
-        assert np.isfinite(leaf).all(), path
-        # Softmax is blind to a shift of all keys.
-        assert path.endswith("/key/bias") or np.abs(leaf).max() > 0, path
 
 
 def test_gradients_reach_the_source(trees):
@@ -166,27 +109,6 @@ def test_dropout_follows_the_key(trees, next_key):
         assert np.abs(merged["fc"]["kernel"] - dropped["fc"]["kernel"]).max() > 1e-3
 
 
-@pytest.mark.parametrize("name", ["official", "residual", "warm"])
-def test_constant_and_extreme_matrices_stay_finite(name):
-    transfer, adapter = TRANSFERS[name], opened_adapter(name)
-
-    @jax.jit
-    def merged_and_gradient(source, target):
-        def loss(adapter):
-            merged = mj.select(transfer.apply(adapter, source, target), ROUTES)
-            return sum(jnp.sum(leaf) for leaf in merged.values()), merged
-
-        return jax.grad(loss, has_aux=True)(adapter)
-
-    for value in (0.0, 1.0, 1e-20, 1e15):
-        source, target = (
-            jax.tree.map(lambda x: jnp.full(x.shape, value, x.dtype), tree)  # noqa: B023
-            for tree in (SOURCE, ARRAYS)
-        )
-        for leaf in jax.tree.leaves(merged_and_gradient(source, target)):
-            assert np.isfinite(leaf).all(), value
-
-
 def test_routes_may_be_pairs_or_routes_with_their_own_matrices(trees, next_key):
     source, target = trees
     route = mj.Route("fc/kernel", "fc/kernel", target_spec=mj.MatrixSpec(rows=(0,), inputs=(1,)))
@@ -194,7 +116,7 @@ def test_routes_may_be_pairs_or_routes_with_their_own_matrices(trees, next_key):
     straight = mj.lpka_transfer([("fc/kernel", "fc/kernel")], num_layers=1, num_heads=2)
     for transfer, width in ((transposed, 5), (straight, 7)):
         adapter = mj.flatten(jax.eval_shape(transfer.init, next_key(), source, target))
-        up = adapter["fc/kernel/lpka/layer_0/feed_forward/up/kernel"]
+        up = adapter["fc/kernel/proposal/layer_0/feed_forward/up/kernel"]
         assert up.shape == (width, 2 * width)
 
 

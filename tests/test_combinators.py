@@ -1,0 +1,96 @@
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import merge_jax as mj
+from tests import helpers
+
+SOURCE = {"a": jnp.full((2, 3), 5.0), "b": jnp.full((3,), 7.0)}
+TARGET = {"a": jnp.zeros((2, 3)), "b": jnp.ones((3,)), "c": jnp.ones((3,))}
+SHARE_A, SHARE_B = mj.share_transfer({"a": "a"}), mj.share_transfer({"b": "b"})
+
+
+def test_a_chain_applies_one_after_the_other():
+    twice = mj.Transfer(lambda *_: {}, lambda adapter, source, target, *, key=None: {**target, "a": 2 * target["a"]})
+    chained = mj.chain(SHARE_A, twice, SHARE_B)
+    adapter = chained.init(jax.random.key(0), SOURCE, TARGET)
+    assert adapter == {"0": {}, "1": {}, "2": {}}
+    merged = chained.apply(adapter, SOURCE, TARGET)
+    np.testing.assert_array_equal(merged["a"], 10.0)
+    np.testing.assert_array_equal(merged["b"], 7.0)
+    assert merged["c"] is TARGET["c"]
+
+
+def test_a_schedule_lets_the_transfer_in():
+    transfer = mj.scheduled(SHARE_A, optax.linear_schedule(1.0, 0.0, 4))
+    for step, expected in ((0, 5.0), (1, 3.75), (4, 0.0), (9, 0.0)):
+        merged = transfer.at(step).apply({}, SOURCE, TARGET)
+        np.testing.assert_allclose(merged["a"], expected)
+        assert merged["b"] is TARGET["b"]
+
+
+def test_without_a_step_a_schedule_has_no_weight():
+    for transfer in (
+        mj.scheduled(SHARE_A, optax.constant_schedule(1.0)),
+        mj.chain(mj.scheduled(SHARE_A, optax.constant_schedule(1.0))),
+        mj.lpka_transfer({"a": "a"}, gate=optax.constant_schedule(1.0), num_layers=1),
+    ):
+        adapter = transfer.init(jax.random.key(0), SOURCE, TARGET)
+        with pytest.raises(ValueError, match=r"name the step, as in transfer.at\(step\).apply"):
+            transfer.apply(adapter, SOURCE, TARGET)
+
+
+def test_the_step_of_joint_training_reaches_every_schedule():
+    """Through a chain and through several sources; the weight is 1 at step 0 and 0 from step 1 on."""
+    share = mj.scheduled(mj.share_transfer(helpers.ROUTES), optax.linear_schedule(1.0, 0.0, 1))
+    for transfer, nested in ((mj.chain(share), False), (mj.several_sources({"only": share}), True)):
+        state = helpers.initial_state(mj.identity_transfer(), frozen=True)
+        source = {"only": state.source.params} if nested else state.source.params
+        adapter = transfer.init(jax.random.key(0), source, state.target.params)
+        state = state.replace(source=state.source.replace(params=source))
+        state = state.replace(adapter=mj.AdapterState(adapter, mj.adapter_adamw().init(adapter)))
+        step = jax.jit(helpers.joint_step(transfer, frozen=True, cycle=1))
+        changes = []
+        for i in range(2):
+            state, metrics = step(state, {"target": helpers.batch(i)})
+            changes.append(float(metrics["adapter/change"]))
+        assert changes[0] > 0 == changes[1]
+
+
+def test_a_gate_on_a_schedule_is_a_gate_of_its_value():
+    source, target = {"w": jnp.arange(12.0).reshape(3, 4)}, {"w": jnp.ones((5, 4))}
+    options = {"num_layers": 1, "num_heads": 1, "attentions": ("rows_rows",)}
+    followed = mj.lpka_transfer({"w": "w"}, gate=optax.linear_schedule(0.0, 1.0, 4), **options)
+    adapter = followed.init(jax.random.key(0), source, target)
+    assert "gate" not in adapter["w"]
+    share = mj.share_transfer({"w": "w"}).apply({}, source, target)
+    chex.assert_trees_all_equal(followed.at(0).apply(adapter, source, target), share)
+    fixed = mj.lpka_transfer({"w": "w"}, gate=0.75, **options)
+    learned = mj.lpka_transfer({"w": "w"}, **options)
+    opened = {"w": {**adapter["w"], "gate": jnp.array(0.75)}}
+    for other in (fixed.apply(adapter, source, target), learned.apply(opened, source, target)):
+        chex.assert_trees_all_close(followed.at(3).apply(adapter, source, target), other, rtol=1e-6)
+
+
+def test_several_sources_meet_in_the_mean():
+    transfer = mj.several_sources({"one": mj.share_transfer({"a": "a", "b": "b"}), "two": SHARE_A})
+    sources = {"one": SOURCE, "two": jax.tree.map(lambda x: x + 2, SOURCE)}
+    merged = transfer.apply(transfer.init(jax.random.key(0), sources, TARGET), sources, TARGET)
+    np.testing.assert_array_equal(merged["a"], 6.0)
+    np.testing.assert_array_equal(merged["b"], 7.0)
+    assert merged["c"] is TARGET["c"]
+    assert [row.source for row in transfer.describe(sources, TARGET)] == ["one: a", "one: b", "two: a"]
+
+
+def test_bad_combinations_are_refused():
+    with pytest.raises(ValueError, match="no transfers to chain"):
+        mj.chain()
+    with pytest.raises(ValueError, match="no sources"):
+        mj.several_sources({})
+    with pytest.raises(ValueError, match="the source's parameters lack 'won'; did you mean 'one'"):
+        mj.several_sources({"won": SHARE_A}).init(jax.random.key(0), {"one": SOURCE}, TARGET)
+    with pytest.raises(ValueError, match="'official' has no gate"):
+        mj.lpka_transfer({"a": "a"}, output="official", gate=0.5)

@@ -1,0 +1,158 @@
+"""Parameter trees of every kind, each made by its own library and run by it after a transfer."""
+
+from typing import NamedTuple
+
+import equinox as eqx
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from flax.core import FrozenDict, freeze
+
+import merge_jax as mj
+
+SOURCE = {"w": {"kernel": jnp.arange(35.0).reshape(7, 5)}}  # A matrix [5, 7].
+X = jnp.ones((2, 4))
+
+
+def lpka(target):
+    """A small transfer of every kind of output into one leaf."""
+    return mj.lpka_transfer({target: "w/kernel"}, num_layers=1, num_heads=1, attentions=("rows_rows",))
+
+
+def merged_by(transfer, target, source=SOURCE):
+    """Returns what both an adapter and sharing make of a tree; at the start they are the same."""
+    adapter = transfer.init(jax.random.key(0), source, target)
+    return jax.jit(lambda source, target: transfer.apply(adapter, source, target))(source, target)
+
+
+class Linen(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3, name="fc")(nn.relu(nn.Dense(6, name="hidden")(x)))
+
+
+@pytest.mark.parametrize("wrap", [dict, freeze])
+def test_linen_dicts_and_frozen_dicts(wrap):
+    target = wrap(Linen().init(jax.random.key(0), X)["params"])
+    merged = merged_by(lpka("hidden/kernel"), target)
+    assert type(merged) is type(target)
+    assert isinstance(merged, FrozenDict) == (wrap is freeze)
+    np.testing.assert_array_equal(merged["hidden"]["kernel"][:, :5], SOURCE["w"]["kernel"][:4])
+    assert Linen().apply({"params": merged}, X).shape == (2, 3)
+
+
+class Net(nnx.Module):
+    def __init__(self, width, rngs):
+        self.hidden = nnx.Linear(4, width, rngs=rngs)
+        self.norm = nnx.BatchNorm(width, rngs=rngs)
+        self.fc = nnx.Linear(width, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.fc(nnx.relu(self.norm(self.hidden(x))))
+
+
+def test_nnx_is_split_transferred_and_merged():
+    source, target = Net(8, nnx.Rngs(0)), Net(6, nnx.Rngs(1))
+    source_params = nnx.to_pure_dict(nnx.state(source, nnx.Param))
+    graph, params, rest = nnx.split(target, nnx.Param, ...)
+    pure = nnx.to_pure_dict(params)
+    merged = merged_by(mj.lpka_transfer({"hidden/kernel": "hidden/kernel"}, num_layers=1), pure, source_params)
+    nnx.replace_by_pure_dict(params, merged)
+    model = nnx.merge(graph, params, rest)
+    np.testing.assert_array_equal(model.hidden.kernel[...], source.hidden.kernel[...][:, :6])
+    assert model(X).shape == (2, 3)
+
+
+def test_nnx_states_and_modules_are_trees_too():
+    target = Net(6, nnx.Rngs(1))
+    share = mj.share_transfer({"hidden/kernel": "hidden/kernel"})
+    graph, params, rest = nnx.split(target, nnx.Param, ...)
+    assert set(mj.flatten(params)) == set(mj.flatten(nnx.to_pure_dict(params)))
+    merged = share.apply({}, nnx.state(Net(8, nnx.Rngs(0)), nnx.Param), params)
+    of_state = nnx.merge(graph, merged, rest)
+    of_module = share.apply({}, Net(8, nnx.Rngs(0)), target)
+    for model in (of_state, of_module):
+        np.testing.assert_array_equal(model.hidden.kernel[...], Net(8, nnx.Rngs(0)).hidden.kernel[...][:, :6])
+        assert model(X).shape == (2, 3)
+
+
+def test_equinox_modules():
+    """Its layers are torch's, `[out, in]`; functions and sizes among the leaves stay as they are."""
+    model = eqx.nn.MLP(4, 3, 6, 2, key=jax.random.key(0))
+    params, static = eqx.partition(model, eqx.is_array)
+    merged = eqx.combine(merged_by(lpka("layers/0/weight"), params), static)
+    np.testing.assert_array_equal(merged.layers[0].weight[:5], SOURCE["w"]["kernel"].T[:, :4])
+    assert jax.vmap(merged)(X).shape == (2, 3)
+    whole = mj.share_transfer({"layers/0/weight": "w/kernel"}).apply({}, SOURCE, model)
+    assert whole.activation is model.activation
+    conv = eqx.nn.Conv2d(2, 6, 3, key=jax.random.key(0))
+    assert mj.matrix_spec("weight", conv.weight.shape).matrix_shape(conv.weight.shape) == (6, 18)
+
+
+def test_haiku_parameters():
+    hk = pytest.importorskip("haiku")
+    net = hk.without_apply_rng(hk.transform(lambda x: hk.nets.MLP([6, 3])(x)))
+    target = net.init(jax.random.key(0), X)
+    (path,) = mj.find_paths(mj.flatten(target), "**/linear_0/w")
+    merged = merged_by(lpka(path), target)
+    np.testing.assert_array_equal(merged["mlp/~/linear_0"]["w"][:, :5], SOURCE["w"]["kernel"][:4])
+    assert net.apply(merged, X).shape == (2, 3)
+
+
+class Pair(NamedTuple):
+    kernel: jax.Array
+    bias: jax.Array
+
+
+def test_namedtuples_lists_and_optimizer_states():
+    target = [Pair(jnp.zeros((4, 6)), jnp.ones(6)), (Pair(jnp.ones((2, 2)), jnp.ones(2)), None)]
+    merged = merged_by(lpka("0/kernel"), target)
+    assert isinstance(merged[0], Pair)
+    assert merged[1][1] is None
+    state = optax.adam(1e-3).init({"w": jnp.ones((4, 6))})
+    moved = mj.share_transfer({"0/mu/w": "w/kernel"}).apply({}, SOURCE, state)
+    assert jax.tree.structure(moved) == jax.tree.structure(state)
+    np.testing.assert_array_equal(moved[0].mu["w"][:, :5], SOURCE["w"]["kernel"][:4])
+    assert moved[0].nu["w"] is state[0].nu["w"]
+
+
+def test_a_single_array_is_a_tree_of_one_leaf():
+    target = jnp.zeros((7, 5))
+    (path,) = mj.flatten(target)
+    assert path == ""
+
+
+def test_joint_training_of_two_nnx_models():
+    """The recipe of the documentation: the graph outside, parameters and statistics as plain trees."""
+    def task_of(model):
+        graph, params, stats = nnx.split(model, nnx.Param, nnx.BatchStat)
+
+        def loss_fn(params, model_state, batch, key):
+            state = [nnx.State(jax.tree.map(lambda x: x, tree)) for tree in (params, model_state)]
+            model = nnx.merge(graph, *state)
+            logits = model(batch["x"])
+            model_state = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
+            return mj.cross_entropy(logits, batch["y"]).mean(), (model_state, {})
+
+        return mj.Task(loss_fn, optax.sgd(0.1)), nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
+
+    (source, source_params, source_stats), (target, target_params, target_stats) = (
+        task_of(Net(width, nnx.Rngs(width))) for width in (8, 6)
+    )
+    transfer = mj.share_transfer({"hidden/kernel": "hidden/kernel"})
+    state = mj.init_joint_state(
+        jax.random.key(0), source, target, transfer, source_params=source_params, source_state=source_stats,
+        target_params=target_params, target_state=target_stats,
+    )  # fmt: skip
+    batch = {"x": jnp.asarray(np.random.default_rng(0).normal(size=(8, 4)), jnp.float32), "y": jnp.arange(8) % 3}
+    step = jax.jit(mj.make_joint_step(source, target, transfer, cycle=1))
+    losses = []
+    for _ in range(5):
+        state, metrics = step(state, {"source": batch, "target": batch})
+        losses.append(float(metrics["target/loss"]))
+    assert losses[-1] < losses[0]
+    assert np.abs(state.target.model_state["norm"]["mean"]).max() > 0

@@ -1,0 +1,226 @@
+import json
+import struct
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import merge_jax as mj
+
+TENSORS = {
+    "encoder.layer.0.attention.query.weight": np.arange(12, dtype=np.float32).reshape(3, 4),
+    "encoder.layer.0.attention.query.bias": np.ones(3, np.float32),
+    "encoder.layer.10.attention.query.weight": np.ones((3, 4), ml_dtypes.bfloat16),
+    "embeddings.position_ids": np.arange(5),
+    "conv.weight": np.arange(2 * 3 * 5 * 5, dtype=np.float16).reshape(2, 3, 5, 5),
+}
+
+
+@pytest.fixture
+def file(tmp_path):
+    save_file(TENSORS, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    return tmp_path / "model.safetensors"
+
+
+@pytest.fixture
+def sharded(tmp_path):
+    """A folder as Hugging Face writes it: two shards and their index."""
+    names = list(TENSORS)
+    shards = {"model-00001-of-00002.safetensors": names[:2], "model-00002-of-00002.safetensors": names[2:]}
+    for shard, held in shards.items():
+        save_file({name: TENSORS[name] for name in held}, tmp_path / shard)
+    weight_map = {name: shard for shard, held in shards.items() for name in held}
+    index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    return tmp_path
+
+
+def edit_index(folder, edit):
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    edit(index["weight_map"])
+    path.write_text(json.dumps(index))
+
+
+def assert_is_all(tree):
+    leaves = mj.flatten(tree)
+    assert {path.replace("/", ".") for path in leaves} == set(TENSORS)
+    for name, tensor in TENSORS.items():
+        leaf = leaves[name.replace(".", "/")]
+        assert leaf.dtype == tensor.dtype
+        np.testing.assert_array_equal(leaf, tensor)
+
+
+def test_names_become_paths_and_layouts_stay(file):
+    assert_is_all(mj.load_safetensors(file))
+    assert_is_all(mj.load_safetensors(file.parent))
+
+
+def test_shards_are_read_as_one(sharded):
+    assert_is_all(mj.load_safetensors(sharded))
+    assert_is_all(mj.load_safetensors(sharded / "model.safetensors.index.json"))
+
+
+def test_only_what_is_selected_is_read(sharded):
+    (sharded / "model-00002-of-00002.safetensors").unlink()  # Not needed, so not missed.
+    tree = mj.load_safetensors(sharded, select="**/0/**/weight")
+    assert list(mj.flatten(tree)) == ["encoder/layer/0/attention/query/weight"]
+    both = ["**/query/bias", "encoder/layer/0/attention/query/weight"]
+    assert len(mj.flatten(mj.load_safetensors(sharded, select=both))) == 2
+
+
+def test_a_link_to_a_store_is_followed(file, tmp_path):
+    """As in the cache of Hugging Face's hub, where a model's files are links out of its folder."""
+    folder = tmp_path / "snapshot"
+    folder.mkdir()
+    (folder / "model.safetensors").symlink_to(file)
+    assert_is_all(mj.load_safetensors(folder))
+
+
+def test_torch_layouts_are_understood(file):
+    """A torch weight is `[out, in]`: its matrix is itself, and sharing it into a Flax kernel transposes it."""
+    source = mj.load_safetensors(file)
+    target = {"fc": {"kernel": jnp.zeros((4, 3))}, "conv": {"kernel": jnp.zeros((3, 3, 3, 2))}}
+    routes = {"fc/kernel": "encoder/layer/0/attention/query/weight", "conv/kernel": "conv/weight"}
+    merged = mj.share_transfer(routes).apply({}, source, target)
+    np.testing.assert_array_equal(merged["fc"]["kernel"], TENSORS["encoder.layer.0.attention.query.weight"].T)
+    expected = TENSORS["conv.weight"][:, :, 1:4, 1:4].transpose(2, 3, 1, 0)
+    np.testing.assert_array_equal(merged["conv"]["kernel"], expected)
+
+
+def test_a_merged_target_goes_back_under_its_names(file, tmp_path):
+    target = mj.load_safetensors(file)
+    source = {"w": jnp.full((9, 9), 7.0)}
+    merged = mj.share_transfer({"encoder/layer/0/attention/query/weight": "w"}).apply({}, source, target)
+    path = tmp_path / "new" / "merged.safetensors"
+    mj.save_safetensors(path, merged, metadata={"format": "pt"})
+    back = load_file(path)
+    assert back.keys() == TENSORS.keys()
+    np.testing.assert_array_equal(back["encoder.layer.0.attention.query.weight"], 7.0)
+    for name in TENSORS.keys() - {"encoder.layer.0.attention.query.weight"}:
+        assert back[name].dtype == TENSORS[name].dtype
+        np.testing.assert_array_equal(back[name], TENSORS[name])
+
+
+def test_scalars_lists_and_transposed_arrays_are_saved(tmp_path):
+    tree = {"a": [np.arange(6.0).reshape(2, 3).T], "s": jnp.float32(3)}
+    mj.save_safetensors(tmp_path / "x.safetensors", tree)
+    back = load_file(tmp_path / "x.safetensors")
+    np.testing.assert_array_equal(back["a.0"], tree["a"][0])
+    assert back["s"].shape == ()
+
+
+def test_nothing_is_overwritten_and_nothing_half_written(file, tmp_path):
+    before = file.read_bytes()
+    with pytest.raises(FileExistsError, match="give overwrite=True"):
+        mj.save_safetensors(file, {"a": np.ones(2)})
+    with pytest.raises(ValueError, match="the leaf 'a' must be an array, got str"):
+        mj.save_safetensors(file, {"a": "text"}, overwrite=True)
+    assert file.read_bytes() == before
+    with pytest.raises(Exception, match=r".*"):  # noqa: B017, PT011 (whatever the library says of complex numbers)
+        mj.save_safetensors(tmp_path / "new.safetensors", {"a": np.ones(2, object)})
+    assert {path.name for path in tmp_path.iterdir()} == {file.name}
+    mj.save_safetensors(file, {"a": np.ones(2)}, overwrite=True)
+    assert list(load_file(file)) == ["a"]
+
+
+def header(text, body=b"\0" * 4):
+    return struct.pack("<Q", len(text)) + text.encode() + body
+
+
+ONE = '{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "truncated or no safetensors file"),
+        (b"12345", "truncated or no safetensors file"),
+        (header(f'{{"a":{ONE}}}', b"\0" * 3), "truncated or no safetensors file"),
+        (header(f'{{"a":{ONE}}}', b"\0" * 5), "truncated or no safetensors file"),
+        (struct.pack("<Q", 10**12) + b"{}", "truncated or no safetensors file"),
+        (header("hello"), "truncated or no safetensors file"),
+        (header(f'{{"a":{ONE},"a":{ONE}}}'), "has the name 'a' twice"),
+        (header('{"a":{"dtype":"F99","shape":[1],"data_offsets":[0,4]}}'), "truncated or no safetensors file"),
+        (header('{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,4]}}'), "truncated or no safetensors file"),
+    ],
+)
+def test_broken_files_are_refused(content, message, tmp_path):
+    path = tmp_path / "broken.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        mj.load_safetensors(path)
+    assert "broken.safetensors" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("a", "a.b"), "the tensors 'a' and 'a.b', one inside the other"),
+        (("a.b", "a/b"), "the tensors 'a.b' and 'a/b', which are one path"),
+        (("a..b",), "'a..b', whose name has an empty part"),
+    ],
+)
+def test_names_that_make_no_tree_are_refused(names, message, tmp_path):
+    save_file({name: np.ones(1, np.float32) for name in names}, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=message):
+        mj.load_safetensors(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("shard", ["../model.safetensors", "/etc/x.safetensors", "a/../../x", "C:\\x", "..\\x", ""])
+def test_a_shard_outside_the_folder_is_refused(shard, sharded):
+    edit_index(sharded, lambda weight_map: weight_map.update({"conv.weight": shard}))
+    with pytest.raises(ValueError, match="which is not inside its folder"):
+        mj.load_safetensors(sharded)
+
+
+def test_shards_and_index_that_disagree_are_refused(sharded):
+    edit_index(sharded, lambda weight_map: weight_map.update({"conv.weigth": weight_map["conv.weight"]}))
+    with pytest.raises(ValueError, match=r"lacks the tensor 'conv.weigth'; did you mean 'conv.weight'"):
+        mj.load_safetensors(sharded)
+    edit_index(sharded, lambda weight_map: (weight_map.pop("conv.weigth"), weight_map.pop("conv.weight")))
+    with pytest.raises(ValueError, match="holds the tensor 'conv.weight', but the index has it not"):
+        mj.load_safetensors(sharded)
+    first = "model-00001-of-00002.safetensors"
+    save_file({name: TENSORS[name] for name in [*list(TENSORS)[:2], "conv.weight"]}, sharded / first)
+    edit_index(sharded, lambda weight_map: weight_map.update({"conv.weight": "model-00002-of-00002.safetensors"}))
+    with pytest.raises(ValueError, match="'conv.weight', but the index has it in model-00002-of-00002.safetensors"):
+        mj.load_safetensors(sharded)
+
+
+def test_a_missing_shard_is_named(sharded):
+    (sharded / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"model-00002-of-00002.safetensors is missing"):
+        mj.load_safetensors(sharded)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 3}}', '"x"'])
+def test_a_file_that_is_no_index_is_refused(text, sharded):
+    (sharded / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(ValueError, match=r"index\.json is no"):
+        mj.load_safetensors(sharded)
+
+
+def test_an_index_with_a_name_twice_is_refused(sharded):
+    text = '{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}'
+    (sharded / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(ValueError, match="has the name 'a' twice"):
+        mj.load_safetensors(sharded)
+
+
+def test_folders_without_or_with_too_many_files_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"there is no file or folder .*nowhere"):
+        mj.load_safetensors(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"has neither model\.safetensors\.index\.json nor"):
+        mj.load_safetensors(tmp_path)
+    for name in ("a", "b"):
+        save_file({"w": np.ones(1)}, tmp_path / f"{name}.safetensors")
+    with pytest.raises(ValueError, match=r"several files of weights, name one.*a\.safetensors.*b\.safetensors"):
+        mj.load_safetensors(tmp_path)
+
+
+def test_a_selection_that_finds_nothing_names_near_misses(file):
+    with pytest.raises(ValueError, match=r"file's pattern '\*\*/query/kernel' matches no leaf; .*'conv/weight'"):
+        mj.load_safetensors(file, select="**/query/kernel")
