@@ -6,6 +6,12 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import jax
 import pytest
+from hypothesis import settings
+
+# The first case of a shape compiles, so a deadline for each case would be one for the compiler.
+settings.register_profile("quick", max_examples=50, deadline=None)
+settings.register_profile("thousand", max_examples=1000, deadline=None, derandomize=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 
 @pytest.fixture(autouse=True)

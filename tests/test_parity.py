@@ -77,6 +77,32 @@ def test_adapter_output_and_gradients(path):
     assert gradient_gap <= 1e-5
 
 
+@pytest.mark.parametrize("path", ADAPTER_FILES, ids=lambda path: path.stem)
+def test_an_exported_adapter_is_the_published_state(path):
+    """Every array of the state dict, the converged vectors of the spectral norms up to their common sign included."""
+    golden = load(path)
+    arrays = mj.export_official_adapter(mj.load_official_adapter(golden, prefix="state/").params, prefix="state/")
+    expected = {name: array for name, array in golden.items() if name.startswith("state/")}
+    expected = {name: array for name, array in expected.items() if not name.endswith("effective_weight")}
+    assert arrays.keys() == expected.keys()
+    for name, array in arrays.items():
+        assert array.shape == expected[name].shape
+        if name.endswith(("_u", "_v")):
+            np.testing.assert_allclose(abs(array @ expected[name]), 1, atol=1e-4)
+        else:
+            np.testing.assert_array_equal(array, expected[name])
+
+
+def test_only_a_published_form_is_exported():
+    trees = {"w": jnp.ones((4, 3))}, {"w": jnp.ones((5, 3))}
+    gated = mj.lpka_transfer({"w": "w"}, num_layers=1).init(jax.random.key(0), *trees)["w"]
+    with pytest.raises(ValueError, match=r"have the keys layer_0, layer_1, ...; got \['gate', 'proposal'\]"):
+        mj.export_official_adapter(gated)
+    fewer = mj.lpka_transfer({"w": "w"}, num_layers=1, output="official", attentions=("rows_rows",))
+    with pytest.raises(ValueError, match="the arrays lack layer_0/rows_cols/query/kernel"):
+        mj.export_official_adapter(fewer.init(jax.random.key(0), *trees)["w"])
+
+
 # The two classifiers of the trajectory, `fc(relu(BatchNorm(hidden(x))))`, by their torch names.
 _PARAMETERS = {
     "hidden.weight": ("hidden", "kernel"),

@@ -128,6 +128,7 @@ def test_a_single_array_is_a_tree_of_one_leaf():
 
 def test_joint_training_of_two_nnx_models():
     """The recipe of the documentation: the graph outside, parameters and statistics as plain trees."""
+
     def task_of(model):
         graph, params, stats = nnx.split(model, nnx.Param, nnx.BatchStat)
 

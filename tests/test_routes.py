@@ -142,7 +142,10 @@ SOURCE, TARGET = tree(3), {**tree(2), "a": attention(6, 3, 2), "count": jnp.ones
 @pytest.mark.parametrize(
     ("route", "message"),
     [
-        (("*/mpl/kernel", "fc/kernel"), r"target pattern '\*/mpl/kernel' matches no leaf; did you mean .*'layer_1/mlp/kernel'"),
+        (
+            ("*/mpl/kernel", "fc/kernel"),
+            r"target pattern '\*/mpl/kernel' matches no leaf; did you mean .*'layer_1/mlp/kernel'",
+        ),
         (("fc/kernel", re.compile("fc/kernels")), r"source pattern 'fc/kernels' matches no leaf; did you mean"),
         (("fc/kernal", "fc/kernel"), "unknown target path 'fc/kernal'; did you mean 'fc/kernel'"),
         (("*/mlp/kernel", "*/mlp/kernel"), r"'\*/mlp/kernel' names 2 leaves of the target, .* names 3 of the source"),
