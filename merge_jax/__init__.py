@@ -30,11 +30,12 @@ from merge_jax.stacks import Gated
 from merge_jax.summary import summarize
 from merge_jax.tasks import classification_loss, evaluate_classifier, logits_teacher
 from merge_jax.transfer import adapter_transfer, identity_transfer, share_transfer
-from merge_jax.types import Batch, LossFn, Transfer
+from merge_jax.types import Adapter, Batch, LossFn, Params, RouteSummary, Transfer
 from merge_jax.weights import load_safetensors, save_safetensors
 
 __all__ = [
     "LPKA",
+    "Adapter",
     "AdapterState",
     "Batch",
     "Checkpoints",
@@ -46,7 +47,9 @@ __all__ = [
     "LowRankDense",
     "MatrixSpec",
     "OfficialAdapter",
+    "Params",
     "Route",
+    "RouteSummary",
     "Task",
     "TrainState",
     "Transfer",

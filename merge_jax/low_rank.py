@@ -34,16 +34,13 @@ def row_basis(matrix: jax.Array, rank: int) -> jax.Array:
     m, n = matrix.shape
     _check_rank(rank, m, n)
     matrix = lax.stop_gradient(matrix)
-    # Scaled to its largest entry, so that squares neither overflow nor vanish.
-    largest = jnp.max(jnp.abs(matrix))
-    matrix = matrix / jnp.where(largest > 0, largest, 1.0)
     samples = min(rank + _OVERSAMPLING, m, n)
     basis = _orthonormal(matrix @ jax.random.normal(jax.random.key(0), (n, samples), matrix.dtype))
     for _ in range(_POWER_ITERATIONS):
         # The barrier keeps XLA from turning `(B^T W)^T` into `W^T B`, which is several times slower on a CPU.
         rows = lax.optimization_barrier(basis.T @ matrix)
         basis = _orthonormal(matrix @ _orthonormal(rows.T))
-    small = basis.T @ matrix
+    small = _scaled(basis.T @ matrix)
     _, vectors = jnp.linalg.eigh(small @ small.T)  # Rising order.
     basis = basis @ vectors[:, ::-1][:, :rank]
     return lax.stop_gradient(_with_fixed_signs(basis))
@@ -80,7 +77,13 @@ def _check_rank(rank: int, m: int, n: int) -> None:
 
 
 def _orthonormal(columns: jax.Array) -> jax.Array:
-    return jnp.linalg.qr(columns)[0]
+    return jnp.linalg.qr(_scaled(columns))[0]
+
+
+def _scaled(array: jax.Array) -> jax.Array:
+    """Returns the array over its largest entry, so that squares neither overflow nor vanish."""
+    largest = jnp.max(jnp.abs(array))
+    return array / jnp.where(largest > 0, largest, 1.0)
 
 
 def _with_fixed_signs(basis: jax.Array) -> jax.Array:

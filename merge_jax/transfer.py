@@ -151,7 +151,7 @@ def adapter_transfer(
         of_route = module_of(route)
         gates = {} if gate is None else {"gate": gate_now}
 
-        def propose(target: jax.Array, source: jax.Array, key: jax.Array | None) -> jax.Array:
+        def propose(target: jax.Array, source: jax.Array) -> jax.Array:
             rngs = None if key is None else {"dropout": key}
             new = of_route.apply({"params": params}, target, source, deterministic=key is None, rngs=rngs, **gates)
             return jnp.asarray(new)
@@ -164,17 +164,15 @@ def adapter_transfer(
         matrix, source_matrix = target_view.to_matrix(blocks), source_view.to_matrix(source_blocks)
         if isinstance(target_view, AttentionView) and isinstance(source_view, AttentionView):
             partners = jnp.array(proportional(target_view.heads, source_view.heads))
-            keys = None if key is None else jax.random.split(key, target_view.heads)
-            key_axis = None if keys is None else 0
-            new = jax.vmap(propose, (0, 0, key_axis))(matrix, source_matrix[partners], keys)
+            new = jax.vmap(propose)(matrix, source_matrix[partners])
         elif route.rank is not None:
             bases = _bases(matrix, route.rank, core)
             code = encode(matrix, *bases)
             if _encodes(route.rank, source_matrix.shape, False):
                 source_matrix = encode(source_matrix, *_bases(source_matrix, route.rank, core))
-            new = decode(matrix, propose(code, source_matrix, key) - code, *bases)
+            new = decode(matrix, propose(code, source_matrix) - code, *bases)
         else:
-            new = propose(matrix, source_matrix, key)
+            new = propose(matrix, source_matrix)
         return target_view.to_leaves(target_view.from_matrix(new))
 
     def apply_with(gate_now: Any) -> ApplyFn:
@@ -193,7 +191,7 @@ def adapter_transfer(
                     target_params,
                     params=adapter[group.name],
                     shared=shared,
-                    keys=None if key is None else group.keys(key),
+                    key=None if key is None else jax.random.fold_in(key, group.numbers[0]),
                     group_size=group_size,
                 )
             return replace(target_params, new_leaves)

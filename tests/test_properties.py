@@ -1,4 +1,4 @@
-"""What holds for any trees, shapes and routes, on random ones; `HYPOTHESIS_PROFILE=thousand` tries a thousand of each."""
+"""What holds for any trees, shapes and routes, on random ones; HYPOTHESIS_PROFILE=thousand tries a thousand of each."""
 
 import jax
 import jax.numpy as jnp

@@ -206,3 +206,37 @@ def test_a_vector_can_be_routed(trees, next_key):
     transfer = mj.lpka_transfer({"fc/bias": "conv/bias"}, num_layers=1, num_heads=2, output="official")
     merged = jax.jit(transfer.apply)(transfer.init(next_key(), source, target), source, target)
     np.testing.assert_allclose(merged["fc"]["bias"].var(), 1, rtol=1e-4)
+
+
+def equations(routes):
+    """Returns how many operations a transfer of so many routes of one shape traces to, and its split leaves."""
+    params = {f"layer_{i}": {"kernel": jax.ShapeDtypeStruct((8, 8), jnp.float32)} for i in range(routes)}
+    transfer = mj.lpka_transfer({"*/kernel": "*/kernel"}, num_layers=1)
+    adapter = jax.eval_shape(transfer.init, jax.random.key(0), params, params)
+    return len(jax.make_jaxpr(transfer.apply)(adapter, params, params).jaxpr.eqns)
+
+
+def test_routes_of_one_shape_are_traced_once():
+    """As many operations for 72 routes as for 2: nothing is done for each route."""
+    assert equations(72) == equations(2) <= 1.2 * equations(1)
+
+
+def temporary_bytes(columns, max_scores):
+    params = {"w": {"weight": jax.ShapeDtypeStruct((512, columns), jnp.float32)}}
+    transfer = mj.lpka_transfer(
+        {"w/weight": "w/weight"}, num_layers=1, max_width=16, max_hidden=16, max_scores=max_scores, spectral=False
+    )
+    adapter = jax.eval_shape(transfer.init, jax.random.key(0), params, params)
+
+    def gradient(adapter, source, target):
+        return jax.grad(lambda adapter: jnp.sum(transfer.apply(adapter, source, target)["w"]["weight"]))(adapter)
+
+    return jax.jit(gradient).lower(adapter, params, params).compile().memory_analysis().temp_size_in_bytes
+
+
+def test_memory_does_not_grow_with_rows_times_columns():
+    """Attention of 2048 columns on 2048 in 8 heads is 128 MiB a map; in chunks no map of any size is held or kept."""
+    whole, chunked, wider = (temporary_bytes(*case) for case in ((2048, 2**30), (2048, 2**16), (4096, 2**16)))
+    assert whole > 4 * 2048 * 2048 * 8
+    assert chunked < whole / 5
+    assert wider < 3 * chunked
