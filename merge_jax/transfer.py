@@ -13,7 +13,7 @@ from merge_jax.checks import check_at_least_one, check_choice, check_flag
 from merge_jax.cost import count_flops
 from merge_jax.groups import Group, grouped, run_group
 from merge_jax.low_rank import core_bases, decode, encode, row_basis
-from merge_jax.paths import replace
+from merge_jax.paths import near_misses, replace
 from merge_jax.routes import ResolvedRoute, Routes, as_routes, check_rank, check_view, resolve
 from merge_jax.stacks import Gated, WithKinds
 from merge_jax.types import Adapter, ApplyFn, InitFn, Params, RouteSummary, Transfer
@@ -64,7 +64,8 @@ def adapter_transfer(
 
     **Routes of one kind** (equal shapes, rank and view) run as one `vmap`ped group. The adapter is
     `{target path: parameters}`, with one entry a group, named after its first route; the parameters are stacked
-    along a first axis where the group has several routes, or `shared` by them.
+    along a first axis where the group has several routes, or `shared` by them. Routes of a group have the same
+    dropout masks, new ones at every step.
 
     Computation is in float32 unless the module has it otherwise; a new leaf has the dtype of the old. Without a
     key, `apply` is deterministic; with one, dropout is on. Source: arXiv:2404.13322; `residual`, `warm`, `core`
@@ -84,7 +85,7 @@ def adapter_transfer(
     Raises:
       ValueError: here, for no routes, a target routed twice, or an option out of range; in `init` and `apply`,
         for a path or pattern that is not there (near misses are listed), leaves that cannot be paired, a leaf
-        that is not a float array, or a rank above a matrix.
+        that is not a float array, or a rank above a matrix; in `apply`, for an adapter of other routes.
     """
     named_routes = as_routes(routes)
     check_view(view)
@@ -96,6 +97,10 @@ def adapter_transfer(
     if group_size is not None:
         check_at_least_one(group_size=group_size)
     check_flag(core=core, shared=shared)
+    if core and rank is None and all(route.rank is None for route in named_routes):
+        raise ValueError("core encodes from both sides at a rank, but neither the transfer nor a route has one")
+    if gate is not None and not callable(gate) and not isinstance(gate, (int, float)):
+        raise ValueError(f"gate must be None, a number or a schedule, got {gate!r}")
 
     def groups_of(source_params: Params, target_params: Params) -> tuple[Group, ...]:
         return grouped(resolve(named_routes, source_params, target_params, rank=rank, view=view))
@@ -183,6 +188,11 @@ def adapter_transfer(
                 raise ValueError("the gate follows a schedule: name the step, as in transfer.at(step).apply(...)")
             new_leaves = {}
             for group in groups_of(source_params, target_params):
+                if group.name not in adapter:
+                    raise ValueError(
+                        f"the adapter has nothing for the route to {group.name!r}; was it made for other routes or "
+                        f"models? {near_misses(group.name, adapter)}"
+                    )
                 move = functools.partial(merge, group.routes[0], gate_now)
                 new_leaves |= run_group(
                     group,

@@ -20,6 +20,26 @@ def run(*numbers):
     return names
 
 
+DOCS = [
+    (path.name, number, code)
+    for path in sorted((ROOT / "docs").glob("*.md"))
+    for number, code in enumerate(re.findall(r"^```python\n(.*?)^```", path.read_text(), re.MULTILINE | re.DOTALL))
+]
+
+
+@pytest.mark.parametrize(("name", "number", "code"), DOCS, ids=[f"{name}-{number}" for name, number, _ in DOCS])
+def test_the_code_of_the_documents_runs(name, number, code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, f"{name}, block {number}", "exec"), {})
+
+
+def test_the_documents_show_the_three_kinds_of_models():
+    text = (ROOT / "docs" / "your_own_models.md").read_text()
+    for heading in ("## Two Linen models", "## An NNX pair", "## A safetensors file as the source"):
+        assert heading in text
+    assert len(DOCS) >= 4
+
+
 def test_the_opening_code_runs(capsys):
     run(0)
     assert "(960, 160) from (2048, 100)" in capsys.readouterr().out
@@ -45,7 +65,8 @@ def test_ci_runs_the_readmes_test_command():
 
 
 def test_links_point_to_files():
-    for document in (ROOT / "README.md", ROOT / "experiments" / "README.md", ROOT / "benchmarks" / "RESULTS.md"):
+    documents = (ROOT / "README.md", ROOT / "experiments" / "README.md", ROOT / "benchmarks" / "RESULTS.md")
+    for document in (*documents, *(ROOT / "docs").glob("*.md")):
         for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", document.read_text()):
             assert (document.parent / link).exists(), f"{document.name}: {link}"
 

@@ -183,6 +183,23 @@ def test_a_matrix_spec_that_does_not_fit_is_refused(trees, next_key):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"core": True}, "core encodes from both sides at a rank, but neither"),
+        ({"core": 1}, "core must be True or False, got 1"),
+        ({"rank": 0}, "rank must be a whole number of at least 1, got 0"),
+        ({"rank": 2.0}, "rank must be a whole number of at least 1, got 2.0"),
+        ({"view": "windows"}, "unknown view 'windows'"),
+        ({"gate": "open"}, "gate must be None, a number or a schedule, got 'open'"),
+        ({"gate": 0.5, "output": "official"}, "the output form 'official' has no gate"),
+        ({"group_size": 0}, "group_size must be a whole number of at least 1, got 0"),
+        ({"shared": "yes"}, "shared must be True or False, got 'yes'"),
+        ({"max_width": 0}, "max_width must be a whole number of at least 1, got 0"),
+        ({"max_hidden": 0.5}, "max_hidden must be a whole number of at least 1, got 0.5"),
+        ({"max_scores": None}, "max_scores must be a whole number of at least 1, got None"),
+        ({"attentions": ()}, r"attentions must be a tuple of one or more of rows_rows, .*, got \(\)"),
+        ({"attentions": ("rows_row",)}, "unknown attention 'rows_row'; did you mean 'rows_rows'"),
+        ({"attentions": ("rows_rows", "rows_rows")}, "an attention stands twice"),
+        ({"dtype": jnp.int32}, "dtype must be a float type, got int32"),
+        ({"spectral": None}, "spectral must be True or False, got None"),
         ({"num_layers": 0}, "num_layers must be a whole number of at least 1, got 0"),
         ({"num_heads": 0}, "num_heads must be a whole number of at least 1, got 0"),
         ({"num_heads": 2.5}, "num_heads must be a whole number of at least 1, got 2.5"),
@@ -194,6 +211,28 @@ def test_a_matrix_spec_that_does_not_fit_is_refused(trees, next_key):
 def test_bad_options_are_refused_at_once(options, message):
     with pytest.raises(ValueError, match=message):
         mj.lpka_transfer(ROUTES, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"width": 0}, "width must be a whole number of at least 1, got 0"),
+        ({"num_layers": -1}, "num_layers must be a whole number of at least 1, got -1"),
+        ({"max_hidden": 0}, "max_hidden must be a whole number of at least 1, got 0"),
+        ({"feed_forward_dropout": 1}, r"feed_forward_dropout must lie in \[0, 1\), got 1"),
+        ({"output": "wram"}, "unknown output form 'wram'; did you mean 'warm'"),
+    ],
+)
+def test_bad_options_of_the_perceptron_are_refused_at_once(options, message):
+    with pytest.raises(ValueError, match=message):
+        mj.mlp_transfer(ROUTES, **options)
+
+
+def test_an_adapter_of_other_routes_is_refused(trees):
+    source, target = trees
+    other = mj.lpka_transfer({"fc/bias": "conv/bias"}, num_layers=1)
+    with pytest.raises(ValueError, match=r"has nothing for the route to 'fc/bias'; .* there is 'fc/kernel'"):
+        other.apply(closed_adapter("warm"), source, target)
 
 
 def test_more_heads_than_width_are_refused(trees, next_key):
