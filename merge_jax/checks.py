@@ -1,5 +1,6 @@
 """Checks of options, so that a wrong one is named before anything is computed."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -7,7 +8,15 @@ import jax.numpy as jnp
 
 from merge_jax.paths import near_misses
 
-__all__ = ["check_at_least_one", "check_choice", "check_dropout", "check_flag", "check_float_dtype"]
+__all__ = [
+    "check_at_least_one",
+    "check_choice",
+    "check_dropout",
+    "check_flag",
+    "check_float_dtype",
+    "check_number_or_schedule",
+    "check_transfer",
+]
 
 
 def check_at_least_one(**options: Any) -> None:
@@ -38,7 +47,25 @@ def check_choice(noun: str, value: Any, choices: Iterable[str]) -> None:
         raise ValueError(f"unknown {noun} {value!r}; {near_misses(str(value), choices)}")
 
 
+def check_number_or_schedule(**options: Any) -> None:
+    """Raises ValueError unless every option is a finite number or a function of the step."""
+    for name, value in options.items():
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if not number and not callable(value):
+            raise ValueError(f"{name} must be a finite number or a schedule of the step, got {value!r}")
+
+
+def check_transfer(name: str, value: Any) -> None:
+    """Raises ValueError unless the value has a transfer's two functions."""
+    if not callable(getattr(value, "init", None)) or not callable(getattr(value, "apply", None)):
+        raise ValueError(f"{name} must be a Transfer, a pair of functions init and apply, got {type(value).__name__}")
+
+
 def check_float_dtype(dtype: Any) -> None:
     """Raises ValueError unless computation can be in this dtype."""
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"dtype must be a float type, got {jnp.dtype(dtype)}")
+    try:
+        is_float = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+        is_float = False
+    if not is_float:
+        raise ValueError(f"dtype must be a float type, such as jnp.bfloat16, got {dtype!r}")

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from merge_jax.checks import check_number_or_schedule, check_transfer
 from merge_jax.paths import flatten, near_misses, replace
 from merge_jax.transfer import RoutedTransfer
 from merge_jax.types import Adapter, Params, RouteSummary, Transfer
@@ -25,6 +26,8 @@ def chain(*transfers: Transfer) -> Transfer:
     """
     if not transfers:
         raise ValueError("no transfers to chain: give at least one")
+    for i, transfer in enumerate(transfers):
+        check_transfer(f"number {i} of the chain", transfer)
     by_name = {str(i): transfer for i, transfer in enumerate(transfers)}
 
     def init(key: jax.Array, source_params: Params, target_params: Params) -> Adapter:
@@ -52,16 +55,19 @@ def chain(*transfers: Transfer) -> Transfer:
     return RoutedTransfer(init, apply, describe, lambda step: chain(*(one.at(step) for one in transfers)))
 
 
-def scheduled(transfer: Transfer, schedule: optax.Schedule) -> Transfer:
+def scheduled(transfer: Transfer, schedule: optax.ScalarOrSchedule) -> Transfer:
     """Returns the transfer let in by a schedule: `T' = T + w(i) (t(S, T) - T)`, `w` of the joint step's count `i`.
 
     A weight of 0 leaves the target as it is, 1 is the transfer itself, what lies between mixes both. Any Optax
-    schedule serves, e.g. `optax.cosine_decay_schedule(1.0, num_steps)`. The adapter is the transfer's own. Leaves
-    that take no part stay the same arrays.
+    schedule serves, e.g. `optax.cosine_decay_schedule(1.0, num_steps)`, or a number for a weight that stays. The
+    adapter is the transfer's own. Leaves that take no part stay the same arrays.
 
     Raises:
       ValueError: in `apply`, where no step is named: `transfer.at(step).apply(...)`; the joint step does so.
     """
+
+    check_transfer("what is scheduled", transfer)
+    check_number_or_schedule(schedule=schedule)
 
     def apply_unbound(
         adapter: Adapter, source_params: Params, target_params: Params, *, key: jax.Array | None = None
@@ -70,7 +76,7 @@ def scheduled(transfer: Transfer, schedule: optax.Schedule) -> Transfer:
         raise ValueError("the transfer follows a schedule: name the step, as in transfer.at(step).apply(...)")
 
     def at(step: jax.Array | int) -> Transfer:
-        now, weight = transfer.at(step), schedule(step)
+        now, weight = transfer.at(step), schedule(step) if callable(schedule) else schedule
 
         def apply(
             adapter: Adapter, source_params: Params, target_params: Params, *, key: jax.Array | None = None
@@ -86,7 +92,8 @@ def scheduled(transfer: Transfer, schedule: optax.Schedule) -> Transfer:
 
         return RoutedTransfer(transfer.init, apply, now.describe)
 
-    return RoutedTransfer(transfer.init, apply_unbound, transfer.describe, at)
+    unbound = apply_unbound if callable(schedule) else at(0).apply
+    return RoutedTransfer(transfer.init, unbound, transfer.describe, at)
 
 
 def several_sources(transfers: Mapping[str, Transfer]) -> Transfer:
@@ -99,9 +106,11 @@ def several_sources(transfers: Mapping[str, Transfer]) -> Transfer:
     Raises:
       ValueError: no transfers; in `init` and `apply`, source parameters without one of the names.
     """
-    if not transfers:
-        raise ValueError("no sources: give at least one transfer by the name of its source")
+    if not isinstance(transfers, Mapping) or not transfers:
+        raise ValueError(f"sources are a mapping of names to transfers, at least one, got {type(transfers).__name__}")
     transfers = dict(transfers)
+    for name, transfer in transfers.items():
+        check_transfer(f"the transfer of the source {name!r}", transfer)
 
     def check(source_params: Params) -> None:
         for name in transfers:

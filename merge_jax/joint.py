@@ -13,7 +13,8 @@ import optax
 from flax import struct
 from jax import lax
 
-from merge_jax.paths import flatten, near_misses
+from merge_jax.checks import check_at_least_one, check_choice, check_transfer
+from merge_jax.paths import flatten
 from merge_jax.types import Adapter, Batch, LossFn, Metrics, ModelState, Params, TeacherFn, Transfer
 
 __all__ = [
@@ -139,6 +140,7 @@ def init_joint_state(
     Raises:
       ValueError: whatever `transfer.init` finds wrong with the routes.
     """
+    check_tasks(source, target, transfer)
     adapter_optimizer = adapter_optimizer or adapter_adamw()
     adapter_key, step_key = jax.random.split(key)
     adapter = transfer.init(adapter_key, source_params, target_params)
@@ -196,7 +198,9 @@ def make_joint_step(
       target: the target's task.
       transfer: the transfer.
       cycle: steps from one transfer to the next, 1 or more (the published grid is 1 to 5).
-      stop: the fraction of `num_steps` after which only self-learning goes on; 0 means no transfer at all.
+      stop: the fraction of `num_steps` after which only self-learning goes on; 0 means no transfer at all. A
+        transfer that shares (`share_transfer`, the output `warm`) overwrites what the target has learned in the
+        overlap, so it should stop early.
       num_steps: the length of the run in steps; needed where `0 < stop < 1`.
       update: `exact` or `surrogate`.
       teacher: adds the source's outputs to the target's batch before the target's loss, for distillation; it
@@ -207,14 +211,13 @@ def make_joint_step(
       ValueError: a cycle below 1, a stop outside [0, 1] or without `num_steps`, an unknown update rule; while
         tracing, batches without one of the roles, or a state made for a frozen source where this one has a task.
     """
-    if isinstance(cycle, bool) or not isinstance(cycle, int) or cycle < 1:
-        raise ValueError(f"cycle must be a whole number of at least 1, got {cycle!r}")
+    check_tasks(source, target, transfer)
+    check_at_least_one(cycle=cycle)
     if not 0 <= stop <= 1:
         raise ValueError(f"stop must be a fraction in [0, 1], got {stop}")
     if 0 < stop < 1 and num_steps is None:
         raise ValueError(f"stop is {stop}, a fraction of the run: give num_steps too")
-    if update not in get_args(UpdateRule):
-        raise ValueError(f"unknown update rule {update!r}; {near_misses(update, get_args(UpdateRule))}")
+    check_choice("update rule", update, get_args(UpdateRule))
     adapter_optimizer = adapter_optimizer or adapter_adamw()
 
     def step(state: JointState, batches: Mapping[str, Batch]) -> tuple[JointState, Metrics]:
@@ -271,6 +274,16 @@ def make_joint_step(
         return new_state, metrics_by_role(source_metrics, target_metrics, of_adapter)
 
     return step
+
+
+def check_tasks(source: Task | None, target: Task, transfer: Transfer) -> None:
+    """Raises ValueError unless the tasks are tasks and the transfer is one."""
+    for role, task in (("source", source), ("target", target)):
+        if task is None and role == "source":
+            continue
+        if not callable(getattr(task, "loss_fn", None)) or not hasattr(getattr(task, "optimizer", None), "update"):
+            raise ValueError(f"the {role} must be a Task(loss function, Optax optimizer), got {task!r}")
+    check_transfer("the transfer", transfer)
 
 
 def learn(

@@ -43,7 +43,7 @@ def row_basis(matrix: jax.Array, rank: int) -> jax.Array:
     small = _scaled(basis.T @ matrix)
     _, vectors = jnp.linalg.eigh(small @ small.T)  # Rising order.
     basis = basis @ vectors[:, ::-1][:, :rank]
-    return lax.stop_gradient(_with_fixed_signs(basis))
+    return _with_fixed_signs(basis)
 
 
 def core_bases(matrix: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
@@ -57,7 +57,7 @@ def core_bases(matrix: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
     """
     left = row_basis(matrix, rank)
     right = _orthonormal((left.T @ lax.stop_gradient(matrix)).T)
-    return left, lax.stop_gradient(_with_fixed_signs(right))
+    return left, _with_fixed_signs(right)
 
 
 def encode(matrix: jax.Array, left: jax.Array, right: jax.Array | None = None) -> jax.Array:

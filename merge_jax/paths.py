@@ -82,7 +82,12 @@ def find_paths(paths: Iterable[str], pattern: Pattern, *, role: str = "tree") ->
     found = sorted(filter(expression.fullmatch, paths), key=natural_order)
     if not found:
         text = pattern if isinstance(pattern, str) else pattern.pattern
-        raise ValueError(f"the {role} pattern {text!r} matches no leaf; {near_misses(text, paths)}")
+        hint = near_misses(text, paths)
+        if not isinstance(pattern, str):
+            hint = f"a regular expression has to match whole paths; {hint}"
+        elif any(_glob_expression(f"**/{pattern}").fullmatch(path) for path in paths):
+            hint = f"'*' stays inside one part of a path, so try {f'**/{pattern}'!r}"
+        raise ValueError(f"the {role} pattern {text!r} matches no leaf; {hint}")
     return found
 
 

@@ -14,6 +14,7 @@ from merge_jax.joint import (
     adapter_adamw,
     adapter_metrics,
     check_roles,
+    check_tasks,
     learn,
     metrics_by_role,
 )
@@ -50,6 +51,7 @@ def make_reparameterised_step(
     Raises:
       ValueError: while tracing, as `make_joint_step`.
     """
+    check_tasks(source, target, transfer)
     adapter_optimizer = adapter_optimizer or adapter_adamw()
 
     def step(state: JointState, batches: Mapping[str, Batch]) -> tuple[JointState, Metrics]:

@@ -4,7 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
 
@@ -31,14 +31,15 @@ class Route:
     one, which all get. Where the target is one leaf, all leaves that the source's pattern names are put under each
     other as one matrix. So are, on both sides, the leaves of a tuple: `Route(("q/kernel", "k/kernel"), "qk/kernel")`
     splits a fused kernel. In the view `attention`, a name is that of a block with the kernels `query/kernel`,
-    `key/kernel`, `value/kernel` and `out/kernel`, and a tuple is of the paths of these four.
+    `key/kernel`, `value/kernel` and `out/kernel`, and a tuple is of the paths or patterns of these four. Head `i` of
+    `h` then meets head `floor((i + 1/2) k / h)` of the source's `k`.
 
     Attributes:
       target: leaves in the target's parameters, e.g. `stage6_2/project/kernel`.
       source: leaves in the source's parameters, e.g. `fc/kernel`.
       target_spec: how each target leaf is a matrix; by default what `matrix_spec` says of its path and shape.
       source_spec: the same for source leaves.
-      rank: the rank of the re-encoding, or None for the transfer's.
+      rank: the rank of the re-encoding, `whole` for none, or None for what the transfer has.
       view: what the adapter's tokens are, or None for the transfer's; see `ViewName`.
       target_heads: heads of the target's attention, where its kernels have no axis of heads.
       source_heads: the same for the source.
@@ -48,7 +49,7 @@ class Route:
     source: Leaves
     target_spec: MatrixSpec | None = None
     source_spec: MatrixSpec | None = None
-    rank: int | None = None
+    rank: int | Literal["whole"] | None = None
     view: ViewName | None = None
     target_heads: int | None = None
     source_heads: int | None = None
@@ -91,6 +92,8 @@ def as_routes(routes: Routes) -> tuple[Route, ...]:
       ValueError: no routes, something that is no route, a target that is named twice, an unknown view, or a rank
         below 1.
     """
+    if not isinstance(routes, (Mapping, Sequence)) or isinstance(routes, str):
+        raise ValueError(f"routes are a mapping or a sequence of pairs, got {routes!r}")
     pairs = list(routes.items()) if isinstance(routes, Mapping) else list(routes)
     if not pairs:
         raise ValueError("no routes: give at least one pair of a target and a source path")
@@ -102,7 +105,7 @@ def as_routes(routes: Routes) -> tuple[Route, ...]:
         sources[route.target] = route.source
         if route.view is not None:
             check_view(route.view)
-        if route.rank is not None:
+        if route.rank is not None and route.rank != "whole":
             check_rank(route.rank)
     return named
 
@@ -119,7 +122,7 @@ def check_rank(rank: int) -> None:
 
 def _route_of_pair(pair: Any) -> Route:
     # A bare string is a sequence too; two of its letters would pass as a pair.
-    if isinstance(pair, str) or len(pair) != 2 or not all(map(_are_leaves, pair)):
+    if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2 or not all(map(_are_leaves, pair)):
         raise ValueError(f"a route is a pair (target path, source path) of strings or patterns, got {pair!r}")
     return Route(*pair)
 
@@ -134,6 +137,11 @@ def _text(leaves: Leaves) -> str:
     if isinstance(leaves, tuple):
         return " + ".join(map(_text, leaves))
     return leaves if isinstance(leaves, str) else leaves.pattern
+
+
+def _some(units: Sequence[tuple[str, ...]]) -> str:
+    names = [_text(unit) for unit in units]
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _routed_twice(target: str, source: str, other: str) -> ValueError:
@@ -166,8 +174,9 @@ def resolve(
             sources = sources * len(targets)
         if len(sources) != len(targets):
             raise ValueError(
-                f"{_text(route.target)!r} names {len(targets)} leaves of the target, {_text(route.source)!r} names "
-                f"{len(sources)} of the source; a pairing needs as many or one (match pairs by depth)"
+                f"{_text(route.target)!r} names {len(targets)} leaves of the target ({_some(targets)}), "
+                f"{_text(route.source)!r} names {len(sources)} of the source ({_some(sources)}); a pairing needs "
+                "as many, or one of the source (match pairs models of different depth)"
             )
         resolved += [_resolve_one(route, t, s, leaves, rank, of_route) for t, s in zip(targets, sources, strict=True)]
     sources_of: dict[str, str] = {}
@@ -219,7 +228,8 @@ def _resolve_one(
     rank: int | None,
     view: ViewName,
 ) -> ResolvedRoute:
-    rank = rank if route.rank is None else route.rank
+    if route.rank is not None:
+        rank = None if route.rank == "whole" else route.rank
     views: list[View] = []
     for role, paths, spec, heads in (
         ("target", target, route.target_spec, route.target_heads),
@@ -256,7 +266,10 @@ def _check_rank_fits(rank: int, view: ViewName, target: tuple[str, ...], target_
         )
     if rank > min(target_view.matrix_shape):
         m, n = target_view.matrix_shape
-        raise ValueError(f"the target leaf {_text(target)!r} is a matrix [{m}, {n}], too small for the rank {rank}")
+        raise ValueError(
+            f"the target leaf {_text(target)!r} is a matrix [{m}, {n}], too small for the rank {rank}; "
+            "its route may have a rank of its own, or rank='whole'"
+        )
 
 
 def _spec(path: str, shape: tuple[int, ...], given: MatrixSpec | None) -> MatrixSpec:
@@ -345,7 +358,7 @@ def match(
     for kind, paths in targets.items():
         if kind not in sources:
             raise ValueError(
-                f"the target has leaves of the kind {kind!r}, the source has none; {near_misses(kind, sources)} "
+                f"the target has leaves of the kind {kind!r}, the source has none: {near_misses(kind, sources)}. "
                 "Where kinds have other names, match them one at a time"
             )
         partners = proportional(len(paths), len(sources[kind]))

@@ -4,12 +4,13 @@ import functools
 from collections.abc import Callable
 from typing import Any, Literal, TypedDict, get_args
 
+import flax.errors
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 
-from merge_jax.checks import check_at_least_one, check_choice, check_flag
+from merge_jax.checks import check_at_least_one, check_choice, check_flag, check_number_or_schedule
 from merge_jax.cost import count_flops
 from merge_jax.groups import Group, grouped, run_group
 from merge_jax.low_rank import core_bases, decode, encode, row_basis
@@ -56,7 +57,9 @@ def adapter_transfer(
 
     - `official`: `T' = F(T, S)`, as published for LPKA.
     - `residual`: `T' = T + g s (F(T/s, S/s_S) - T/s)`; starts as the identity.
-    - `warm`: `T' = W + g s (F(W/s, S/s_S) - W/s)`; starts as `share_transfer` and learns from there.
+    - `warm`: `T' = W + g s (F(W/s, S/s_S) - W/s)`; starts as `share_transfer` and learns from there. As there, every
+      transfer overwrites what the target has learned in the overlap, so stop it early in a run
+      (`make_joint_step(..., stop=0.1, num_steps=...)`), or let it fade out (`scheduled`).
 
     **Rank.** At rank `r` the module sees and makes `A = B^T T [r, n]` instead of `T [m, n]`, with `B` the leading
     directions of `T` (`row_basis`), and `T' = T + B (A' - A)`: what rank `r` does not see is kept. The source is
@@ -97,10 +100,10 @@ def adapter_transfer(
     if group_size is not None:
         check_at_least_one(group_size=group_size)
     check_flag(core=core, shared=shared)
-    if core and rank is None and all(route.rank is None for route in named_routes):
+    if core and rank is None and not any(isinstance(route.rank, int) for route in named_routes):
         raise ValueError("core encodes from both sides at a rank, but neither the transfer nor a route has one")
-    if gate is not None and not callable(gate) and not isinstance(gate, (int, float)):
-        raise ValueError(f"gate must be None, a number or a schedule, got {gate!r}")
+    if gate is not None:
+        check_number_or_schedule(gate=gate)
 
     def groups_of(source_params: Params, target_params: Params) -> tuple[Group, ...]:
         return grouped(resolve(named_routes, source_params, target_params, rank=rank, view=view))
@@ -194,16 +197,22 @@ def adapter_transfer(
                         f"models? {near_misses(group.name, adapter)}"
                     )
                 move = functools.partial(merge, group.routes[0], gate_now)
-                new_leaves |= run_group(
-                    group,
-                    move,
-                    source_params,
-                    target_params,
-                    params=adapter[group.name],
-                    shared=shared,
-                    key=None if key is None else jax.random.fold_in(key, group.numbers[0]),
-                    group_size=group_size,
-                )
+                try:
+                    new_leaves |= run_group(
+                        group,
+                        move,
+                        source_params,
+                        target_params,
+                        params=adapter[group.name],
+                        shared=shared,
+                        key=None if key is None else jax.random.fold_in(key, group.numbers[0]),
+                        group_size=group_size,
+                    )
+                except (flax.errors.ScopeParamShapeError, flax.errors.ScopeParamNotFoundError) as error:
+                    raise ValueError(
+                        f"the adapter of the route to {group.name!r} does not fit; was it made with other options, or "
+                        f"for other models? {error}"
+                    ) from None
             return replace(target_params, new_leaves)
 
         return apply
@@ -225,7 +234,7 @@ def adapter_transfer(
             flops = count_flops(functools.partial(merge, first, 0.0, key=None), of_one, *leaves)
             for i, (number, route) in enumerate(zip(group.numbers, group.routes, strict=True)):
                 parameters = 0 if shared and i else size
-                rows[number] = _summary(route, group.name, parameters=parameters, flops=flops)
+                rows[number] = _summary(route, group.name, core=core, parameters=parameters, flops=flops)
         return tuple(rows[number] for number in sorted(rows))
 
     at = (lambda step: RoutedTransfer(init, apply_with(gate(step)), describe)) if callable(gate) else None
@@ -342,7 +351,7 @@ def _bases(matrix: jax.Array, rank: int, core: bool) -> tuple[jax.Array, ...]:
     return core_bases(matrix, rank) if core else (row_basis(matrix, rank),)
 
 
-def _summary(route: ResolvedRoute, adapter: str, *, parameters: int, flops: int) -> RouteSummary:
+def _summary(route: ResolvedRoute, adapter: str, *, core: bool = False, parameters: int, flops: int) -> RouteSummary:
     target_view = route.target_view
     if isinstance(target_view, AttentionView):
         view = f"attention, {target_view.heads} heads"
@@ -356,6 +365,7 @@ def _summary(route: ResolvedRoute, adapter: str, *, parameters: int, flops: int)
         route.source_view.matrix_shape,
         view,
         route.rank,
+        core and route.rank is not None,
         adapter,
         parameters,
         flops,

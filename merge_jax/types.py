@@ -96,6 +96,7 @@ class RouteSummary:
       source_matrix: shape of the source's matrix.
       view: what the tokens are, and how many matrices there are where it is not one.
       rank: of the re-encoding; None for whole matrices.
+      core: whether it is from both sides.
       adapter: path of the route's parameters in the adapter, shared or stacked with those of other routes where
         several rows have the same; empty for none.
       parameters: number of adapter parameters of this route; 0 where a row above has them already.
@@ -109,6 +110,7 @@ class RouteSummary:
     source_matrix: tuple[int, int]
     view: str
     rank: int | None
+    core: bool
     adapter: str
     parameters: int
     flops: int

@@ -48,7 +48,7 @@ def load_safetensors(path: str | os.PathLike[str], *, select: Pattern | Sequence
         chosen = list(names)
     else:
         patterns = [select] if not isinstance(select, Sequence) or isinstance(select, str) else list(select)
-        chosen = [path for pattern in patterns for path in find_paths(names, pattern, role="file's")]
+        chosen = [path for pattern in patterns for path in find_paths(names, pattern, role="file")]
     tree: dict[str, Any] = {}
     by_shard: dict[Path, list[str]] = {}
     for path in dict.fromkeys(chosen):
@@ -85,8 +85,10 @@ def save_safetensors(
 
     Raises:
       FileExistsError: the file is there and `overwrite` is not set.
-      ValueError: a leaf that is no array, or paths that would be one name.
+      ValueError: a leaf that is no array, paths that would be one name, or metadata that are no strings.
     """
+    if metadata is not None and not all(isinstance(text, str) for pair in metadata.items() for text in pair):
+        raise ValueError(f"metadata are strings by name, got {dict(metadata)}")
     path = Path(path)
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} is there already; give overwrite=True to replace it")

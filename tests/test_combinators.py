@@ -32,6 +32,11 @@ def test_a_schedule_lets_the_transfer_in():
         assert merged["b"] is TARGET["b"]
 
 
+def test_a_weight_that_stays_needs_no_step():
+    merged = mj.scheduled(SHARE_A, 0.5).apply({}, SOURCE, TARGET)
+    np.testing.assert_allclose(merged["a"], 2.5)
+
+
 def test_without_a_step_a_schedule_has_no_weight():
     for transfer in (
         mj.scheduled(SHARE_A, optax.constant_schedule(1.0)),
@@ -88,9 +93,19 @@ def test_several_sources_meet_in_the_mean():
 def test_bad_combinations_are_refused():
     with pytest.raises(ValueError, match="no transfers to chain"):
         mj.chain()
-    with pytest.raises(ValueError, match="no sources"):
+    with pytest.raises(ValueError, match="a mapping of names to transfers, at least one, got dict"):
         mj.several_sources({})
     with pytest.raises(ValueError, match="the source's parameters lack 'won'; did you mean 'one'"):
         mj.several_sources({"won": SHARE_A}).init(jax.random.key(0), {"one": SOURCE}, TARGET)
+    with pytest.raises(ValueError, match=r"number 1 of the chain must be a Transfer, .* got dict"):
+        mj.chain(SHARE_A, {"a": "a"})
+    with pytest.raises(ValueError, match="at least one, got list"):
+        mj.several_sources([SHARE_A])
+    with pytest.raises(ValueError, match="the transfer of the source 'one' must be a Transfer"):
+        mj.several_sources({"one": None})
+    with pytest.raises(ValueError, match=r"what is scheduled must be a Transfer, .* got str"):
+        mj.scheduled("a", 0.5)
+    with pytest.raises(ValueError, match="schedule must be a finite number or a schedule of the step, got nan"):
+        mj.scheduled(SHARE_A, float("nan"))
     with pytest.raises(ValueError, match="'official' has no gate"):
         mj.lpka_transfer({"a": "a"}, output="official", gate=0.5)

@@ -227,6 +227,21 @@ def test_bad_options_are_refused_before_anything_is_traced(options, message):
         helpers.joint_step(SHARE, **options)
 
 
+def test_what_is_no_task_or_transfer_is_refused():
+    task = helpers.task(helpers.TARGET)
+    for target, message in (
+        (mj.Task(task.optimizer, task.loss_fn), "the target must be a Task"),
+        (helpers.TARGET, "the target must be a Task"),
+        (None, "the target must be a Task"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            mj.make_joint_step(None, target, SHARE)
+    with pytest.raises(ValueError, match="the source must be a Task"):
+        mj.make_joint_step(helpers.SOURCE, task, SHARE)
+    with pytest.raises(ValueError, match=r"the transfer must be a Transfer, .* got dict"):
+        mj.make_joint_step(None, task, helpers.ROUTES)
+
+
 def test_batches_without_a_role_are_refused():
     state = helpers.initial_state(SHARE)
     with pytest.raises(ValueError, match=r"batches must hold one for 'target', got \['source'\]"):

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import equinox as eqx
 import flax.linen as nn
+import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -94,7 +95,6 @@ def test_equinox_modules():
 
 
 def test_haiku_parameters():
-    hk = pytest.importorskip("haiku")
     net = hk.without_apply_rng(hk.transform(lambda x: hk.nets.MLP([6, 3])(x)))
     target = net.init(jax.random.key(0), X)
     (path,) = mj.find_paths(mj.flatten(target), "**/linear_0/w")

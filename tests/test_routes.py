@@ -148,11 +148,18 @@ SOURCE, TARGET = tree(3), {**tree(2), "a": attention(6, 3, 2), "count": jnp.ones
         ),
         (("fc/kernel", re.compile("fc/kernels")), r"source pattern 'fc/kernels' matches no leaf; did you mean"),
         (("fc/kernal", "fc/kernel"), "unknown target path 'fc/kernal'; did you mean 'fc/kernel'"),
-        (("*/mlp/kernel", "*/mlp/kernel"), r"'\*/mlp/kernel' names 2 leaves of the target, .* names 3 of the source"),
+        (
+            ("*/mlp/kernel", "*/mlp/kernel"),
+            r"'\*/mlp/kernel' names 2 leaves of the target \(layer_0/mlp.* names 3 of the source",
+        ),
         (("coun*", "fc/kernel"), "target leaf 'count' must be a float array, got an array of int32"),
         (("fc/bias", ("fc/kernel", "fc/*")), "names the source leaf 'fc/kernel' twice"),
         (("fc/bias", ("fc/kernel", "layer_0/mlp/kernel", "embed/embedding", "fc/bias")), "the same inputs and window"),
         (mj.Route("fc/kernel", "fc/kernel", rank=4), r"'fc/kernel' is a matrix \[3, 4\], too small for the rank 4"),
+        (("embed/embed*ing", "fc/kernel"), None),
+        (("*kernel", "fc/kernel"), r"'\*' stays inside one part of a path, so try '\*\*/\*kernel'"),
+        ((re.compile("kernel"), "fc/kernel"), "a regular expression has to match whole paths; did you mean"),
+        (mj.Route("fc/kernel", "fc/kernel", rank="whole"), None),
         (mj.Route("fc/kernel", "fc/kernel", rank=2, view="convolution"), "has a rank and the view 'convolution'"),
         (mj.Route("b", "fc", view="attention"), "unknown target path 'b/query/kernel'; did you mean"),
         (mj.Route("a", ("fc/kernel",) * 3, view="attention"), "got 3 of them"),
@@ -170,6 +177,9 @@ SOURCE, TARGET = tree(3), {**tree(2), "a": attention(6, 3, 2), "count": jnp.ones
     ],
 )
 def test_routes_that_do_not_fit_are_refused(route, message):
+    if message is None:
+        resolve(as_routes([route]), SOURCE, TARGET, rank=4 if isinstance(route, mj.Route) else None)
+        return
     with pytest.raises(ValueError, match=message):
         resolve(as_routes([route]), {**SOURCE, "a": attention(6, 3, 2)}, TARGET)
 
@@ -188,6 +198,9 @@ def test_a_leaf_matched_twice_is_refused():
         ([mj.Route("a", "b", rank=True)], "rank must be a whole number of at least 1, got True"),
         ([mj.Route("a", "b", view="conv")], "unknown view 'conv'; did you mean 'convolution'"),
         ({"a": ()}, "a route is a pair"),
+        (None, "routes are a mapping or a sequence of pairs, got None"),
+        ("a/kernel", "routes are a mapping or a sequence of pairs, got 'a/kernel'"),
+        ([3], "a route is a pair"),
         ({"a": ("b", 1)}, "a route is a pair"),
     ],
 )

@@ -188,7 +188,7 @@ def test_a_matrix_spec_that_does_not_fit_is_refused(trees, next_key):
         ({"rank": 0}, "rank must be a whole number of at least 1, got 0"),
         ({"rank": 2.0}, "rank must be a whole number of at least 1, got 2.0"),
         ({"view": "windows"}, "unknown view 'windows'"),
-        ({"gate": "open"}, "gate must be None, a number or a schedule, got 'open'"),
+        ({"gate": "open"}, "gate must be a finite number or a schedule of the step, got 'open'"),
         ({"gate": 0.5, "output": "official"}, "the output form 'official' has no gate"),
         ({"group_size": 0}, "group_size must be a whole number of at least 1, got 0"),
         ({"shared": "yes"}, "shared must be True or False, got 'yes'"),
@@ -198,7 +198,9 @@ def test_a_matrix_spec_that_does_not_fit_is_refused(trees, next_key):
         ({"attentions": ()}, r"attentions must be a tuple of one or more of rows_rows, .*, got \(\)"),
         ({"attentions": ("rows_row",)}, "unknown attention 'rows_row'; did you mean 'rows_rows'"),
         ({"attentions": ("rows_rows", "rows_rows")}, "an attention stands twice"),
-        ({"dtype": jnp.int32}, "dtype must be a float type, got int32"),
+        ({"dtype": jnp.int32}, "dtype must be a float type, such as jnp.bfloat16, got <class"),
+        ({"dtype": "bf16"}, "dtype must be a float type, such as jnp.bfloat16, got 'bf16'"),
+        ({"gate": True}, "gate must be a finite number or a schedule of the step, got True"),
         ({"spectral": None}, "spectral must be True or False, got None"),
         ({"num_layers": 0}, "num_layers must be a whole number of at least 1, got 0"),
         ({"num_heads": 0}, "num_heads must be a whole number of at least 1, got 0"),
@@ -233,6 +235,33 @@ def test_an_adapter_of_other_routes_is_refused(trees):
     other = mj.lpka_transfer({"fc/bias": "conv/bias"}, num_layers=1)
     with pytest.raises(ValueError, match=r"has nothing for the route to 'fc/bias'; .* there is 'fc/kernel'"):
         other.apply(closed_adapter("warm"), source, target)
+
+
+def test_an_adapter_made_with_other_options_is_refused(trees):
+    source, target = trees
+    message = "the adapter of the route to 'layers/0/kernel' does not fit; was it made with other options"
+    for options in ({"max_width": 8}, {"num_layers": 2}):
+        with pytest.raises(ValueError, match=message):
+            small_lpka(**options).apply(closed_adapter("warm"), source, target)
+
+
+def test_a_group_is_its_routes_one_by_one():
+    """With the slice of the stacked adapter that is each one's; the order of leaves and adapters is the routes'."""
+    source, target = (
+        {f"layer_{i}": {"kernel": jnp.asarray(np.random.default_rng(seed + i).normal(size=shape), jnp.float32)}
+         for i in range(3)}
+        for seed, shape in ((0, (6, 5)), (10, (7, 4)))
+    )  # fmt: skip
+    routes = {f"layer_{i}/kernel": f"layer_{(i + 1) % 3}/kernel" for i in (2, 0, 1)}
+    options = {"num_layers": 1, "num_heads": 1, "attentions": ("rows_rows",), "output": "official"}
+    together = mj.lpka_transfer(routes, **options)
+    ((name, adapter),) = together.init(jax.random.key(0), source, target).items()
+    merged = jax.jit(together.apply)({name: adapter}, source, target)
+    for i, (path, of_source) in enumerate(routes.items()):
+        alone = mj.lpka_transfer({path: of_source}, **options)
+        of_one = {path: jax.tree.map(lambda leaf, i=i: leaf[i], adapter)}
+        expected = jax.jit(alone.apply)(of_one, source, target)
+        np.testing.assert_allclose(mj.flatten(merged)[path], mj.flatten(expected)[path], atol=1e-5)
 
 
 def test_more_heads_than_width_are_refused(trees, next_key):

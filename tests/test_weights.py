@@ -118,6 +118,8 @@ def test_nothing_is_overwritten_and_nothing_half_written(file, tmp_path):
         mj.save_safetensors(file, {"a": np.ones(2)})
     with pytest.raises(ValueError, match="the leaf 'a' must be an array, got str"):
         mj.save_safetensors(file, {"a": "text"}, overwrite=True)
+    with pytest.raises(ValueError, match=r"metadata are strings by name, got \{'step': 3\}"):
+        mj.save_safetensors(file, {"a": np.ones(1)}, metadata={"step": 3}, overwrite=True)
     assert file.read_bytes() == before
     with pytest.raises(Exception, match=r".*"):
         mj.save_safetensors(tmp_path / "new.safetensors", {"a": np.ones(2, object)})
@@ -222,5 +224,5 @@ def test_folders_without_or_with_too_many_files_are_refused(tmp_path):
 
 
 def test_a_selection_that_finds_nothing_names_near_misses(file):
-    with pytest.raises(ValueError, match=r"file's pattern '\*\*/query/kernel' matches no leaf; .*'conv/weight'"):
+    with pytest.raises(ValueError, match=r"file pattern '\*\*/query/kernel' matches no leaf; .*'conv/weight'"):
         mj.load_safetensors(file, select="**/query/kernel")
