@@ -2,6 +2,7 @@
 
     python -m benchmarks.joint_step            # the digits pair of experiments.cross_structure
     python -m benchmarks.joint_step published  # ResNet50 to MobileNetV2 at 32x32, the published route and adapter
+    python -m benchmarks.joint_step capped     # the same with the default caps on the adapter's widths
 
 A repetition times every row once, so that whatever else the machine does falls on all of them alike; the table shows
 medians over repetitions. Compilation is timed apart, and without a transfer the joint step does just what the two
@@ -36,7 +37,7 @@ from merge_jax.runs import describe_environment
 class Config:
     """Options of the benchmark."""
 
-    pair: Literal["digits", "published"] = "digits"
+    pair: Literal["digits", "published", "capped"] = "digits"
     """The two models with their routes and adapter."""
     batch_size: int = 50
     """Examples in a batch of each model."""
@@ -50,13 +51,12 @@ class Config:
 
 PRESETS = {
     "default": Config(),
-    "published": Config(
-        pair="published",
-        batch_size=16,
-        repetitions=3,
-        steps=4,
-        json=Path("runs/benchmarks/joint_step_published.json"),
-    ),
+    **{
+        pair: Config(
+            pair=pair, batch_size=16, repetitions=3, steps=4, json=Path(f"runs/benchmarks/joint_step_{pair}.json")
+        )
+        for pair in ("published", "capped")
+    },
 }
 
 
@@ -72,9 +72,9 @@ class Pair:
 
 def make_pair(name: str) -> Pair:
     """Returns the models and the transfer of a pair by its name."""
-    if name == "published":
+    if name in ("published", "capped"):
         route = {"stage6_2/project/kernel": "fc/kernel"}
-        transfer = mj.lpka_transfer(route, num_layers=2, num_heads=8, output="official")
+        transfer = mj.published_transfer(route) if name == "published" else mj.lpka_transfer(route, output="official")
         return Pair(mj.models.resnet50(100), mj.models.mobilenet_v2(100), (32, 32, 3), transfer)
     transfer = mj.lpka_transfer(ROUTES, num_layers=1, num_heads=8)
     return Pair(mj.models.small_resnet(10), mj.models.small_mobilenet_v2(10), (8, 8, 1), transfer)

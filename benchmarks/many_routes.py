@@ -1,8 +1,9 @@
 """Tracing and compiling a transfer of many routes of one shape, against one route.
 
     python -m benchmarks.many_routes
+    python -m benchmarks.many_routes --no-dropout
 
-What is compiled is the transfer with dropout and its gradient in the adapter, as in the joint step. Routes of one
+What is compiled is the transfer and its gradient in the adapter, as in the joint step. Routes of one
 shape are one group, which is traced once and mapped over. The two are compiled in turns, each time anew; the table
 shows medians.
 """
@@ -30,6 +31,8 @@ class Config:
     """The kernels are square and have so many rows."""
     num_layers: int = 2
     """Layers of each LPKA."""
+    dropout: bool = True
+    """Whether dropout is on, as it is in training."""
     repetitions: int = 5
     """Times that each is compiled."""
 
@@ -50,7 +53,9 @@ def compile_once(config: Config, routes: int, repetition: int) -> tuple[float, f
         adapter: mj.Adapter, source: mj.Params, target: mj.Params, cotangent: mj.Params, key: jax.Array
     ) -> Any:
         # The repetition stands in the program, so that nothing compiled before can serve.
-        merged, pullback = jax.vjp(lambda adapter: transfer.apply(adapter, source, target, key=key), adapter)
+        merged, pullback = jax.vjp(
+            lambda adapter: transfer.apply(adapter, source, target, key=key if config.dropout else None), adapter
+        )
         return merged, pullback(cotangent), repetition
 
     start = time.perf_counter()

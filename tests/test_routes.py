@@ -84,7 +84,7 @@ def test_proportional_partners_rise_and_stand_at_their_place(count, other):
 def test_match_refuses_a_kind_that_the_source_has_not():
     target = tree(2, kernels=("query", "value"))
     pattern = "**/attention/*/kernel"
-    with pytest.raises(ValueError, match=r"kind 'attention/value/kernel', the source has none; did you mean"):
+    with pytest.raises(ValueError, match=r"kind 'attention/value/kernel', the source has none: did you mean"):
         mj.match(tree(2), target, source=pattern, target=pattern)
 
 
@@ -146,7 +146,7 @@ SOURCE, TARGET = tree(3), {**tree(2), "a": attention(6, 3, 2), "count": jnp.ones
             ("*/mpl/kernel", "fc/kernel"),
             r"target pattern '\*/mpl/kernel' matches no leaf; did you mean .*'layer_1/mlp/kernel'",
         ),
-        (("fc/kernel", re.compile("fc/kernels")), r"source pattern 'fc/kernels' matches no leaf; did you mean"),
+        (("fc/kernel", re.compile("fc/kernels")), r"source pattern 'fc/kernels' matches no leaf; .*did you mean"),
         (("fc/kernal", "fc/kernel"), "unknown target path 'fc/kernal'; did you mean 'fc/kernel'"),
         (
             ("*/mlp/kernel", "*/mlp/kernel"),
