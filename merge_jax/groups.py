@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from merge_jax.paths import flatten
 from merge_jax.routes import ResolvedRoute
-from merge_jax.types import Adapter, Params
+from merge_jax.types import Adapter
 
 __all__ = ["Group", "grouped", "run_group"]
 
@@ -45,8 +44,8 @@ def grouped(routes: Sequence[ResolvedRoute]) -> tuple[Group, ...]:
 def run_group(
     group: Group,
     move: Callable[..., tuple[jax.Array, ...]],
-    source_params: Params,
-    target_params: Params,
+    sources: Mapping[str, jax.Array],
+    targets: Mapping[str, jax.Array],
     *,
     params: Adapter = None,
     shared: bool = False,
@@ -60,15 +59,14 @@ def run_group(
     Args:
       group: the routes.
       move: `(params, target leaves, source leaves, key=) -> target leaves`, of one route.
-      source_params: parameters of the source.
-      target_params: parameters of the target.
+      sources: leaves of the source by path.
+      targets: leaves of the target by path.
       params: parameters of the group's adapter, stacked where it has several routes and they share none.
       shared: whether all routes have the same parameters.
       key: turns dropout on; all routes have the same masks, which costs no more than one route has: each adapter
         sees new masks at every step all the same.
       group_size: at most so many routes run at once; None for all.
     """
-    targets, sources = flatten(target_params), flatten(source_params)
     first, count = group.routes[0], len(group.routes)
     if count == 1:
         target, source = (targets[p] for p in first.target), (sources[p] for p in first.source)

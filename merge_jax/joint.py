@@ -25,8 +25,13 @@ __all__ = [
     "TrainState",
     "UpdateRule",
     "adapter_adamw",
+    "adapter_metrics",
+    "check_roles",
+    "check_tasks",
     "init_joint_state",
+    "learn",
     "make_joint_step",
+    "metrics_by_role",
 ]
 
 UpdateRule = Literal["exact", "surrogate"]

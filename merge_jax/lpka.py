@@ -20,6 +20,7 @@ from merge_jax.spectral import spectral_norm
 from merge_jax.stacks import Stack
 
 __all__ = [
+    "ATTENTIONS",
     "LPKA",
     "AttentionName",
     "FeedForward",
@@ -36,7 +37,7 @@ AttentionName = Literal["rows_rows", "rows_cols", "cols_rows", "cols_cols"]
 ATTENTIONS: tuple[AttentionName, ...] = get_args(AttentionName)
 
 # The published epsilon. Rows of weights can have tiny variances, which a usual epsilon would swamp.
-LAYER_NORM_EPSILON = 1e-12
+_LAYER_NORM_EPSILON = 1e-12
 _MINIMUM_WIDTH = 128
 _LARGEST_SCORE = 1e8
 # Kernels and biases uniform in +-1/sqrt(fan_in), PyTorch's default, which the published code relies on.
@@ -74,7 +75,7 @@ def linear(features: int, fan_in: int, dtype: Any, name: str) -> nn.Dense:
 def layer_norm(name: str) -> nn.LayerNorm:
     """Returns a LayerNorm over features in float32 with the published epsilon."""
     # The fast variance, E[x^2] - E[x]^2, cancels badly for weights with a mean.
-    return nn.LayerNorm(epsilon=LAYER_NORM_EPSILON, use_fast_variance=False, dtype=jnp.float32, name=name)
+    return nn.LayerNorm(epsilon=_LAYER_NORM_EPSILON, use_fast_variance=False, dtype=jnp.float32, name=name)
 
 
 class ParameterAttention(nn.Module):
@@ -159,7 +160,7 @@ class _SpectralDense(nn.Module):
         kernel = self.param("kernel", _KERNEL_INIT, (fan_in, self.features))
         bias = self.param("bias", _bias_init(fan_in), (self.features,))
         if self.normalised:
-            kernel = kernel / jnp.maximum(spectral_norm(kernel), LAYER_NORM_EPSILON)
+            kernel = kernel / jnp.maximum(spectral_norm(kernel), _LAYER_NORM_EPSILON)
         return inputs.astype(self.dtype) @ kernel.astype(self.dtype) + bias.astype(self.dtype)[None]
 
 

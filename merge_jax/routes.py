@@ -14,7 +14,7 @@ from merge_jax.paths import Pattern, find_paths, flatten, natural_order, near_mi
 from merge_jax.types import Params
 from merge_jax.views import AttentionView, KernelView, View, ViewName, proportional
 
-__all__ = ["Leaves", "ResolvedRoute", "Route", "Routes", "as_routes", "match", "resolve"]
+__all__ = ["Leaves", "ResolvedRoute", "Route", "Routes", "as_routes", "check_rank", "check_view", "match", "resolve"]
 
 ATTENTION_KERNELS = ("query", "key", "value", "out")
 

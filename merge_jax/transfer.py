@@ -14,7 +14,7 @@ from merge_jax.checks import check_at_least_one, check_choice, check_flag, check
 from merge_jax.cost import count_flops
 from merge_jax.groups import Group, grouped, run_group
 from merge_jax.low_rank import core_bases, decode, encode, row_basis
-from merge_jax.paths import near_misses, replace
+from merge_jax.paths import flatten, near_misses, replace
 from merge_jax.routes import ResolvedRoute, Routes, as_routes, check_rank, check_view, resolve
 from merge_jax.stacks import Gated, WithKinds
 from merge_jax.types import Adapter, ApplyFn, InitFn, Params, RouteSummary, Transfer
@@ -189,7 +189,7 @@ def adapter_transfer(
         ) -> Params:
             if callable(gate_now):
                 raise ValueError("the gate follows a schedule: name the step, as in transfer.at(step).apply(...)")
-            new_leaves = {}
+            new_leaves, sources, targets = {}, flatten(source_params), flatten(target_params)
             for group in groups_of(source_params, target_params):
                 if group.name not in adapter:
                     raise ValueError(
@@ -201,8 +201,8 @@ def adapter_transfer(
                     new_leaves |= run_group(
                         group,
                         move,
-                        source_params,
-                        target_params,
+                        sources,
+                        targets,
                         params=adapter[group.name],
                         shared=shared,
                         key=None if key is None else jax.random.fold_in(key, group.numbers[0]),
@@ -271,7 +271,7 @@ def share_transfer(routes: Routes, *, view: ViewName = "matrix") -> Transfer:
         key: jax.Array | None = None,
     ) -> Params:
         del adapter, key  # There is nothing learned and nothing random.
-        new_leaves = {}
+        new_leaves, sources, targets = {}, flatten(source_params), flatten(target_params)
         for group in groups_of(source_params, target_params):
             route = group.routes[0]
 
@@ -286,7 +286,7 @@ def share_transfer(routes: Routes, *, view: ViewName = "matrix") -> Transfer:
                 )
                 return route.target_view.to_leaves(blocks)
 
-            new_leaves |= run_group(group, share, source_params, target_params)
+            new_leaves |= run_group(group, share, sources, targets)
         return replace(target_params, new_leaves)
 
     def describe(source_params: Params, target_params: Params) -> tuple[RouteSummary, ...]:
