@@ -9,7 +9,7 @@ import tyro
 from experiments.config import RunConfig
 from experiments.runner import prepare_run
 from experiments.scenario import Scenario
-from merge_jax.paths import near_misses
+from merge_jax.checks import check_choice
 
 __all__ = ["main", "parse"]
 
@@ -27,8 +27,7 @@ def parse(presets: Mapping[str, _Options], module: str, description: str, argume
     name, options = "default", list(arguments)
     if options and not options[0].startswith("-"):
         name = options.pop(0)
-    if name not in presets:
-        raise ValueError(f"unknown preset {name!r}; {near_misses(name, presets)}")
+    check_choice("preset", name, presets)
     preset = presets[name]
     return tyro.cli(
         type(preset),

@@ -24,8 +24,8 @@ import merge_jax as mj
 from experiments.cli import main
 from experiments.config import RunConfig
 from experiments.scenario import Method, Role, Scenario, choose
+from merge_jax.checks import check_choice
 from merge_jax.data import Splits, class_balanced, load_digits
-from merge_jax.paths import near_misses
 from merge_jax.tasks import ClassificationLoss
 from merge_jax.transfer import OutputForm
 
@@ -81,8 +81,7 @@ class Config(RunConfig):
         if not 1 <= self.stages <= 3:
             raise ValueError(f"stages must lie in [1, 3], got {self.stages}")
         for route in self.routes:
-            if route not in ROUTES:
-                raise ValueError(f"unknown route {route!r}; {near_misses(route, ROUTES)}")
+            check_choice("route", route, ROUTES)
 
 
 PRESETS = {

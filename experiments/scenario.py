@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 
 import jax
 
+from merge_jax.checks import check_choice
 from merge_jax.data import Arrays, Splits
 from merge_jax.joint import Task
-from merge_jax.paths import near_misses
 from merge_jax.transfer import identity_transfer
 from merge_jax.types import ModelState, Params, TeacherFn, Transfer
 
@@ -69,8 +69,7 @@ def choose(methods: Mapping[str, Method], names: Sequence[str]) -> dict[str, Met
         raise ValueError(f"no methods: name one or more of {', '.join(methods)}")
     chosen: dict[str, Method] = {}
     for name in names:
-        if name not in methods:
-            raise ValueError(f"unknown method {name!r}; {near_misses(name, methods)}")
+        check_choice("method", name, methods)
         if name in chosen:
             raise ValueError(f"the method {name!r} is named twice")
         chosen[name] = methods[name]

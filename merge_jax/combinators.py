@@ -22,7 +22,7 @@ def chain(*transfers: Transfer) -> Transfer:
     adapter, "1": ...}`.
 
     Raises:
-      ValueError: no transfers.
+      ValueError: no transfers, or something that is none.
     """
     if not transfers:
         raise ValueError("no transfers to chain: give at least one")
@@ -63,9 +63,9 @@ def scheduled(transfer: Transfer, schedule: optax.ScalarOrSchedule) -> Transfer:
     adapter is the transfer's own. Leaves that take no part stay the same arrays.
 
     Raises:
-      ValueError: in `apply`, where no step is named: `transfer.at(step).apply(...)`; the joint step does so.
+      ValueError: for what is no transfer or no schedule; in `apply`, where a schedule has no step:
+        `transfer.at(step).apply(...)`, as the joint step does.
     """
-
     check_transfer("what is scheduled", transfer)
     check_number_or_schedule(schedule=schedule)
 
@@ -104,7 +104,8 @@ def several_sources(transfers: Mapping[str, Transfer]) -> Transfer:
     the one before has made. Our choice.
 
     Raises:
-      ValueError: no transfers; in `init` and `apply`, source parameters without one of the names.
+      ValueError: no transfers, or something that is none; in `init` and `apply`, source parameters without one of
+        the names.
     """
     if not isinstance(transfers, Mapping) or not transfers:
         raise ValueError(f"sources are a mapping of names to transfers, at least one, got {type(transfers).__name__}")

@@ -26,12 +26,6 @@ class Group:
         """The path of the first route's first target leaf: its name in the adapter."""
         return self.routes[0].target[0]
 
-    def keys(self, key: jax.Array) -> jax.Array:
-        """Returns a key for each route, `[routes]`."""
-        if len(self.numbers) == 1:
-            return jax.random.fold_in(key, self.numbers[0])[None]
-        return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.array(self.numbers))
-
 
 def grouped(routes: Sequence[ResolvedRoute]) -> tuple[Group, ...]:
     """Returns the groups of routes, in the order of their first routes."""

@@ -26,10 +26,12 @@ __all__ = [
     "UpdateRule",
     "adapter_adamw",
     "adapter_metrics",
+    "begin_step",
     "check_roles",
     "check_tasks",
     "init_joint_state",
     "learn",
+    "learn_adapter",
     "make_joint_step",
     "metrics_by_role",
 ]
@@ -143,7 +145,7 @@ def init_joint_state(
       adapter_optimizer: the one that `make_joint_step` gets; `adapter_adamw()` if not given.
 
     Raises:
-      ValueError: whatever `transfer.init` finds wrong with the routes.
+      ValueError: for what is no task or no transfer, and whatever `transfer.init` finds wrong with the routes.
     """
     check_tasks(source, target, transfer)
     adapter_optimizer = adapter_optimizer or adapter_adamw()
@@ -226,18 +228,7 @@ def make_joint_step(
     adapter_optimizer = adapter_optimizer or adapter_adamw()
 
     def step(state: JointState, batches: Mapping[str, Batch]) -> tuple[JointState, Metrics]:
-        check_roles(source, state, batches)
-        step_key = jax.random.fold_in(state.key, state.step)
-        source_key, target_key, transfer_key = jax.random.split(step_key, 3)
-
-        new_source, source_metrics = state.source, {}
-        if source is not None:
-            new_source, _, source_metrics = learn(
-                source, state.source, state.source.params, batches["source"], source_key
-            )
-        target_batch = batches["target"]
-        if teacher is not None:
-            target_batch = teacher(new_source.params, new_source.model_state, target_batch)
+        new_source, source_metrics, target_batch, target_key, transfer_key = begin_step(source, teacher, state, batches)
 
         def transfer_and_learn() -> tuple[TrainState, AdapterState, Metrics, Metrics]:
             def apply(adapter: Adapter) -> Params:
@@ -249,8 +240,7 @@ def make_joint_step(
             new_target, grads, metrics = learn(target, state.target, merged, target_batch, target_key)
             cotangent = grads if update == "exact" else optax.tree.sub(merged, new_target.params)
             (adapter_grads,) = pullback(cotangent)
-            updates, opt_state = adapter_optimizer.update(adapter_grads, state.adapter.opt_state, state.adapter.params)
-            new_adapter = AdapterState(optax.apply_updates(state.adapter.params, updates), opt_state)
+            new_adapter = learn_adapter(adapter_optimizer, state.adapter, adapter_grads)
             return new_target, new_adapter, metrics, adapter_metrics(state.target.params, merged, adapter_grads)
 
         def learn_alone() -> tuple[TrainState, AdapterState, Metrics, Metrics]:
@@ -300,6 +290,31 @@ def learn(
     updates, opt_state = task.optimizer.update(grads, state.opt_state, params)
     new_params = optax.apply_updates(params, updates)
     return TrainState(new_params, model_state, opt_state), grads, {"loss": loss, **metrics}
+
+
+def learn_adapter(optimizer: optax.GradientTransformation, state: AdapterState, grads: Adapter) -> AdapterState:
+    """Takes one step of the adapter along its gradient."""
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    return AdapterState(optax.apply_updates(state.params, updates), opt_state)
+
+
+def begin_step(
+    source: Task | None, teacher: TeacherFn | None, state: JointState, batches: Mapping[str, Batch]
+) -> tuple[TrainState, Metrics, Batch, jax.Array, jax.Array]:
+    """Checks the roles and lets the source learn; what every kind of joint step begins with.
+
+    Returns the new source (the old where it is frozen), its metrics, the target's batch as the teacher annotates
+    it, and the keys of the target and of the transfer.
+    """
+    check_roles(source, state, batches)
+    source_key, target_key, transfer_key = jax.random.split(jax.random.fold_in(state.key, state.step), 3)
+    new_source, metrics = state.source, {}
+    if source is not None:
+        new_source, _, metrics = learn(source, state.source, state.source.params, batches["source"], source_key)
+    target_batch = batches["target"]
+    if teacher is not None:
+        target_batch = teacher(new_source.params, new_source.model_state, target_batch)
+    return new_source, metrics, target_batch, target_key, transfer_key
 
 
 def check_roles(source: Task | None, state: JointState, batches: Mapping[str, Batch]) -> None:

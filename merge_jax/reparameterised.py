@@ -6,16 +6,15 @@ import jax
 import optax
 
 from merge_jax.joint import (
-    AdapterState,
     JointState,
     JointStep,
     Task,
     TrainState,
     adapter_adamw,
     adapter_metrics,
-    check_roles,
+    begin_step,
     check_tasks,
-    learn,
+    learn_adapter,
     metrics_by_role,
 )
 from merge_jax.types import Adapter, Batch, Metrics, Params, TeacherFn, Transfer
@@ -49,26 +48,17 @@ def make_reparameterised_step(
       adapter_optimizer: the adapter's optimizer; `adapter_adamw()` if not given.
 
     Raises:
-      ValueError: while tracing, as `make_joint_step`.
+      ValueError: for what is no task or no transfer; while tracing, as `make_joint_step`.
     """
     check_tasks(source, target, transfer)
     adapter_optimizer = adapter_optimizer or adapter_adamw()
 
     def step(state: JointState, batches: Mapping[str, Batch]) -> tuple[JointState, Metrics]:
-        check_roles(source, state, batches)
-        step_key = jax.random.fold_in(state.key, state.step)
-        source_key, target_key, transfer_key = jax.random.split(step_key, 3)
-        source_params, now = state.source.params, transfer.at(state.step)
-
-        new_source, source_metrics = state.source, {}
-        if source is not None:
-            new_source, _, source_metrics = learn(source, state.source, source_params, batches["source"], source_key)
-        target_batch = batches["target"]
-        if teacher is not None:
-            target_batch = teacher(new_source.params, new_source.model_state, target_batch)
+        new_source, source_metrics, target_batch, target_key, transfer_key = begin_step(source, teacher, state, batches)
+        now = transfer.at(state.step)
 
         def loss(adapter: Adapter, params: Params) -> tuple[jax.Array, tuple[Params, Params, Metrics]]:
-            merged = now.apply(adapter, source_params, params, key=transfer_key)
+            merged = now.apply(adapter, state.source.params, params, key=transfer_key)
             loss, (model_state, metrics) = target.loss_fn(merged, state.target.model_state, target_batch, target_key)
             return loss, (merged, model_state, {"loss": loss, **metrics})
 
@@ -76,8 +66,7 @@ def make_reparameterised_step(
         (adapter_grads, grads), (merged, model_state, metrics) = gradient(state.adapter.params, state.target.params)
         updates, opt_state = target.optimizer.update(grads, state.target.opt_state, state.target.params)
         new_target = TrainState(optax.apply_updates(state.target.params, updates), model_state, opt_state)
-        updates, opt_state = adapter_optimizer.update(adapter_grads, state.adapter.opt_state, state.adapter.params)
-        new_adapter = AdapterState(optax.apply_updates(state.adapter.params, updates), opt_state)
+        new_adapter = learn_adapter(adapter_optimizer, state.adapter, adapter_grads)
         of_adapter = adapter_metrics(state.target.params, merged, adapter_grads)
         new_state = state.replace(step=state.step + 1, source=new_source, target=new_target, adapter=new_adapter)
         return new_state, metrics_by_role(source_metrics, metrics, of_adapter)

@@ -130,16 +130,17 @@ def adapter_transfer(
     @functools.partial(jax.jit, static_argnums=1)
     def init_groups(key: jax.Array, groups: tuple[Group, ...]) -> Adapter:
         adapter = {}
+        gates: dict[str, Any] = {} if gate is None else {"gate": 0.0}
         for group in groups:
-            gates = {} if gate is None else {"gate": 0.0}
 
-            def init_one(key: jax.Array, route: ResolvedRoute = group.routes[0], gates: Any = gates) -> Any:
-                return module_of(route).lazy_init(key, *code_shapes(route), **gates).get("params", {})
+            def init_one(number: Any, route: ResolvedRoute = group.routes[0]) -> Any:
+                of_one = jax.random.fold_in(key, number)
+                return module_of(route).lazy_init(of_one, *code_shapes(route), **gates).get("params", {})
 
-            keys = group.keys(key)
+            stacked = len(group.routes) > 1 and not shared
             try:
-                stacked = len(group.routes) > 1 and not shared
-                adapter[group.name] = jax.vmap(init_one)(keys) if stacked else init_one(keys[0])
+                init_all = jax.vmap(init_one) if stacked else init_one
+                adapter[group.name] = init_all(jnp.array(group.numbers) if stacked else group.numbers[0])
             except ValueError as error:
                 raise ValueError(f"the route to {group.name!r} cannot be had: {error}") from None
         return adapter

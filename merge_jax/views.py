@@ -4,6 +4,7 @@ A view makes **blocks** of leaves, in which the overlap of two models is a plain
 whose rows are the adapter's tokens.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -72,9 +73,7 @@ class KernelView:
     def matrix_shape(self) -> tuple[int, int]:
         """The shape of the matrix."""
         rows, inputs, *window = self._blocks
-        taps = 1
-        for size in window:
-            taps *= size
+        taps = math.prod(window)
         return (rows * taps, inputs) if self.taps else (rows, inputs * taps)
 
     @property
