@@ -180,6 +180,7 @@ def make_joint_step(
     update: UpdateRule = "exact",
     teacher: TeacherFn | None = None,
     adapter_optimizer: optax.GradientTransformation | None = None,
+    axis_name: str | None = None,
 ) -> JointStep:
     """Returns one step of joint training as a pure function of the state and both batches.
 
@@ -213,6 +214,8 @@ def make_joint_step(
       teacher: adds the source's outputs to the target's batch before the target's loss, for distillation; it
         sees the source after step 2.
       adapter_optimizer: the adapter's optimizer; `adapter_adamw()` if not given.
+      axis_name: the axis of a `pmap` or `shard_map` that splits the batch: gradients, losses, metrics and model states
+        are averaged over it, and every device draws its own dropout. None under `jit`, which needs no such thing.
 
     Raises:
       ValueError: a cycle below 1, a stop outside [0, 1] or without `num_steps`, an unknown update rule; while
@@ -228,7 +231,9 @@ def make_joint_step(
     adapter_optimizer = adapter_optimizer or adapter_adamw()
 
     def step(state: JointState, batches: Mapping[str, Batch]) -> tuple[JointState, Metrics]:
-        new_source, source_metrics, target_batch, target_key, transfer_key = begin_step(source, teacher, state, batches)
+        new_source, source_metrics, target_batch, target_key, transfer_key = begin_step(
+            source, teacher, state, batches, axis_name
+        )
 
         def transfer_and_learn() -> tuple[TrainState, AdapterState, Metrics, Metrics]:
             def apply(adapter: Adapter) -> Params:
@@ -237,14 +242,16 @@ def make_joint_step(
                 return now.apply(adapter, state.source.params, state.target.params, key=transfer_key)
 
             merged, pullback = jax.vjp(apply, state.adapter.params)
-            new_target, grads, metrics = learn(target, state.target, merged, target_batch, target_key)
+            new_target, grads, metrics = learn(target, state.target, merged, target_batch, target_key, axis_name)
             cotangent = grads if update == "exact" else optax.tree.sub(merged, new_target.params)
             (adapter_grads,) = pullback(cotangent)
             new_adapter = learn_adapter(adapter_optimizer, state.adapter, adapter_grads)
             return new_target, new_adapter, metrics, adapter_metrics(state.target.params, merged, adapter_grads)
 
         def learn_alone() -> tuple[TrainState, AdapterState, Metrics, Metrics]:
-            new_target, _, metrics = learn(target, state.target, state.target.params, target_batch, target_key)
+            new_target, _, metrics = learn(
+                target, state.target, state.target.params, target_batch, target_key, axis_name
+            )
             nothing: Metrics = {
                 "transferred": jnp.zeros(()),
                 "change": jnp.zeros(()),
@@ -282,11 +289,16 @@ def check_tasks(source: Task | None, target: Task, transfer: Transfer) -> None:
 
 
 def learn(
-    task: Task, state: TrainState, params: Params, batch: Batch, key: jax.Array
+    task: Task, state: TrainState, params: Params, batch: Batch, key: jax.Array, axis_name: str | None = None
 ) -> tuple[TrainState, Params, Metrics]:
     """Takes one gradient step of a task from `params`; returns the new state, the gradient, and the metrics."""
     loss_and_grad = jax.value_and_grad(task.loss_fn, has_aux=True)
-    (loss, (model_state, metrics)), grads = loss_and_grad(params, state.model_state, batch, key)
+    if axis_name is not None:
+        key = jax.random.fold_in(key, lax.axis_index(axis_name))
+    outcome = loss_and_grad(params, state.model_state, batch, key)
+    if axis_name is not None:
+        outcome = lax.pmean(outcome, axis_name)
+    (loss, (model_state, metrics)), grads = outcome
     updates, opt_state = task.optimizer.update(grads, state.opt_state, params)
     new_params = optax.apply_updates(params, updates)
     return TrainState(new_params, model_state, opt_state), grads, {"loss": loss, **metrics}
@@ -299,7 +311,11 @@ def learn_adapter(optimizer: optax.GradientTransformation, state: AdapterState, 
 
 
 def begin_step(
-    source: Task | None, teacher: TeacherFn | None, state: JointState, batches: Mapping[str, Batch]
+    source: Task | None,
+    teacher: TeacherFn | None,
+    state: JointState,
+    batches: Mapping[str, Batch],
+    axis_name: str | None = None,
 ) -> tuple[TrainState, Metrics, Batch, jax.Array, jax.Array]:
     """Checks the roles and lets the source learn; what every kind of joint step begins with.
 
@@ -310,7 +326,9 @@ def begin_step(
     source_key, target_key, transfer_key = jax.random.split(jax.random.fold_in(state.key, state.step), 3)
     new_source, metrics = state.source, {}
     if source is not None:
-        new_source, _, metrics = learn(source, state.source, state.source.params, batches["source"], source_key)
+        new_source, _, metrics = learn(
+            source, state.source, state.source.params, batches["source"], source_key, axis_name
+        )
     target_batch = batches["target"]
     if teacher is not None:
         target_batch = teacher(new_source.params, new_source.model_state, target_batch)

@@ -1,15 +1,16 @@
-"""The training loop: it runs a step over data, reports, and saves; it can start anywhere."""
+"""The training loop: it runs steps over data, reports, and saves; it can start anywhere."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from merge_jax.checkpoint import Checkpoints
 from merge_jax.types import Batch, Metrics
 
-__all__ = ["Report", "run_loop"]
+__all__ = ["Advance", "Report", "run_loop", "stepwise"]
 
 
 class _HasStep(Protocol):
@@ -19,66 +20,95 @@ class _HasStep(Protocol):
 
 _State = TypeVar("_State", bound=_HasStep)
 
-Report = Callable[[int, dict[str, float], Any], None]
+Advance = Callable[[_State, int, int], tuple[_State, Metrics]]
+"""`(state, number of the first step, count) -> (state after count steps, sums of their metrics)`; donates the state."""
+
+Report = Callable[[int, dict[str, Any], Any], None]
 """`(steps done, means of the metrics since the last report, state)`; called now and then and at the end."""
 
 
-def run_loop(
+def stepwise(
     step_fn: Callable[[_State, Mapping[str, Batch]], tuple[_State, Metrics]],
-    state: _State,
     batches_at: Callable[[int], Mapping[str, Batch]],
+) -> Advance[_State]:
+    """Returns what takes step after step, each on a batch from the host.
+
+    Args:
+      step_fn: `(state, batches) -> (state, metrics)`, compiled, the state donated.
+      batches_at: `step -> batches`.
+    """
+
+    def advance(state: _State, first: int, count: int) -> tuple[_State, Metrics]:
+        state, sums = step_fn(state, batches_at(first))
+        for step in range(first + 1, first + count):
+            state, metrics = step_fn(state, batches_at(step))
+            sums = jax.tree.map(jnp.add, sums, metrics)
+        return state, sums
+
+    return advance
+
+
+def run_loop(
+    advance: Advance[_State],
+    state: _State,
     *,
     num_steps: int,
     report_every: int,
     report: Report,
+    steps_per_call: int = 1,
     checkpoints: Checkpoints | None = None,
     checkpoint_every: int | None = None,
-    on_step: Callable[[], Any] | None = None,
+    on_steps: Callable[[int], Any] | None = None,
 ) -> _State:
     """Returns the state after step `num_steps`, from whatever step the given state has reached.
 
-    The state is donated: use the returned one. Since the batches depend on the step alone and the state holds
-    all else, a run that was stopped and restored is equal to an unbroken one, bit for bit.
+    The state is donated: use the returned one. Where the batches depend on the step alone and the state holds all
+    else, a run that was stopped and restored is equal to an unbroken one, bit for bit.
 
     Args:
-      step_fn: `(state, batches) -> (state, metrics)`, compiled.
+      advance: takes some steps: `stepwise(step_fn, batches_at)`, or a compiled `make_epoch` with its data.
       state: a state with `step`, the number of steps done.
-      batches_at: `step -> batches`.
       num_steps: steps of the whole run, those already done included.
       report_every: steps between reports.
       report: gets the number of steps done, the means of all metrics since the last report, and the state.
+      steps_per_call: the most steps that `advance` is asked for at once.
       checkpoints: where to save; nothing is saved without.
       checkpoint_every: steps between saves, a multiple of `report_every` so that no mean is cut in two; the last
         step is always saved.
-      on_step: called after every step, e.g. to move a progress bar.
+      on_steps: called after every call of `advance` with the number of its steps, e.g. to move a progress bar.
 
     Raises:
       ValueError: a number of steps below 1, or saves that do not fall on reports.
     """
-    for name, value in (("num_steps", num_steps), ("report_every", report_every)):
+    for name, value in (("num_steps", num_steps), ("report_every", report_every), ("steps_per_call", steps_per_call)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     if checkpoint_every is not None and (checkpoint_every < 1 or checkpoint_every % report_every):
         raise ValueError(
             f"checkpoint_every must be a multiple of report_every, got {checkpoint_every} and {report_every}"
         )
+    done = int(state.step)
     window: list[Metrics] = []
-    for done in range(int(state.step) + 1, num_steps + 1):
-        state, metrics = step_fn(state, batches_at(done - 1))
-        window.append(metrics)
+    window_start = done
+    while done < num_steps:
+        next_report = min(num_steps, (done // report_every + 1) * report_every)
+        count = min(steps_per_call, next_report - done)
+        state, sums = advance(state, done, count)
+        window.append(sums)
+        done += count
         last = done == num_steps
-        if done % report_every == 0 or last:
-            report(done, _means(window), state)
-            window = []
+        if done == next_report:
+            report(done, _means(window, done - window_start), state)
+            window, window_start = [], done
         saves = last or (checkpoint_every is not None and done % checkpoint_every == 0)
         if checkpoints is not None and saves:
             checkpoints.save(done, state)
-        if on_step is not None:
-            on_step()
+        if on_steps is not None:
+            on_steps(count)
     return state
 
 
-def _means(window: list[Metrics]) -> dict[str, float]:
+def _means(window: list[Metrics], steps: int) -> dict[str, Any]:
     # Fetched at once: reading each metric after its step would make the device wait for the host.
     fetched = jax.device_get(window)
-    return {name: float(np.mean([metrics[name] for metrics in fetched])) for name in fetched[0]}
+    return {name: np.sum([sums[name] for sums in fetched], axis=0) / steps for name in fetched[0]}

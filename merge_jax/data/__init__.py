@@ -1,6 +1,21 @@
 """Data as NumPy arrays in memory, and batches of them as a pure function of the step."""
 
 from merge_jax.data.arrays import Arrays, Splits, batches_of, class_balanced
+from merge_jax.data.folder import load_image_folder
+from merge_jax.data.image_set import ImageSet, channel_statistics, check_images, shrink
 from merge_jax.data.images import load_digits
+from merge_jax.data.tfds_images import load_tfds_images
 
-__all__ = ["Arrays", "Splits", "batches_of", "class_balanced", "load_digits"]
+__all__ = [
+    "Arrays",
+    "ImageSet",
+    "Splits",
+    "batches_of",
+    "channel_statistics",
+    "check_images",
+    "class_balanced",
+    "load_digits",
+    "load_image_folder",
+    "load_tfds_images",
+    "shrink",
+]

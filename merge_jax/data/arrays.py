@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from sklearn.model_selection import train_test_split
 
-__all__ = ["Arrays", "Splits", "batches_of", "class_balanced", "split"]
+__all__ = ["Arrays", "Splits", "batches_of", "class_balanced", "indices_of", "split"]
 
 Arrays = Mapping[str, np.ndarray]
 """Examples by entry, e.g. `{"image": [N, H, W, C], "label": [N]}`, all with N on the leading axis."""
@@ -22,19 +22,16 @@ class Splits:
     test: Arrays
 
 
-def batches_of(arrays: Arrays, batch_size: int, seed: int) -> Callable[[int], dict[str, np.ndarray]]:
-    """Returns `step -> batch`, with every example once an epoch in an order drawn anew from `seed`.
+def indices_of(size: int, batch_size: int, seed: int) -> Callable[[int, int], np.ndarray]:
+    """Returns `(first step, count) -> indices [count, batch_size]` of the examples in each batch, int32.
 
-    The batch of a step depends on nothing else, so that a resumed run sees what the unbroken one would. Every
-    batch is full: one that begins in an epoch ends in the next.
+    Every example comes once an epoch, in an order drawn anew from `seed`. The indices of a step depend on nothing
+    else, so that a resumed run sees what the unbroken one would. Every batch is full: one that begins in an epoch
+    ends in the next.
 
     Raises:
-      ValueError: no examples, entries of unequal lengths, or a batch size below 1.
+      ValueError: no examples, or a batch size below 1.
     """
-    lengths = {name: len(array) for name, array in arrays.items()}
-    if len(set(lengths.values())) != 1:
-        raise ValueError(f"all entries must have the same number of examples, got {lengths}")
-    size = next(iter(lengths.values()))
     if size == 0 or batch_size < 1:
         raise ValueError(f"batches need examples and a size of at least 1, got {size} and {batch_size}")
 
@@ -42,16 +39,37 @@ def batches_of(arrays: Arrays, batch_size: int, seed: int) -> Callable[[int], di
     # as a small model's step.
     @functools.lru_cache(maxsize=2)
     def order(epoch: int) -> np.ndarray:
-        return np.random.default_rng([seed, epoch]).permutation(size)
+        return np.random.default_rng([seed, epoch]).permutation(size).astype(np.int32)
 
-    def batch_at(step: int) -> dict[str, np.ndarray]:
-        positions = np.arange(step * batch_size, (step + 1) * batch_size)
+    def indices_at(first: int, count: int) -> np.ndarray:
+        positions = np.arange(first * batch_size, (first + count) * batch_size)
         epochs = range(positions[0] // size, positions[-1] // size + 1)
         orders = np.concatenate([order(epoch) for epoch in epochs])
-        indices = orders[positions - epochs.start * size]
-        return {name: array[indices] for name, array in arrays.items()}
+        return orders[positions - epochs.start * size].reshape(count, batch_size)
+
+    return indices_at
+
+
+def batches_of(arrays: Arrays, batch_size: int, seed: int) -> Callable[[int], dict[str, np.ndarray]]:
+    """Returns `step -> batch`, the examples that `indices_of` names.
+
+    Raises:
+      ValueError: no examples, entries of unequal lengths, or a batch size below 1.
+    """
+    indices_at = indices_of(_length(arrays), batch_size, seed)
+
+    def batch_at(step: int) -> dict[str, np.ndarray]:
+        (indices,) = indices_at(step, 1)
+        return _take(arrays, indices)
 
     return batch_at
+
+
+def _length(arrays: Arrays) -> int:
+    lengths = {name: len(array) for name, array in arrays.items()}
+    if len(set(lengths.values())) != 1:
+        raise ValueError(f"all entries must have the same number of examples, got {lengths}")
+    return next(iter(lengths.values()))
 
 
 def split(arrays: Arrays, size: int, seed: int) -> tuple[Arrays, Arrays]:

@@ -1,60 +1,118 @@
-"""Convolutions that XLA runs well on a CPU, and the BatchNorm both model families share."""
+"""The layers both model families are made of: convolutions that XLA runs well on a CPU too, and BatchNorm."""
 
 import functools
+from dataclasses import dataclass
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-__all__ = ["DepthwiseConv", "batch_norm", "conv3x3", "pointwise_conv"]
+__all__ = ["Conv3x3", "DepthwiseConv", "Layers"]
 
 _KERNEL_INIT = nn.initializers.he_normal()
 
 
-def batch_norm(train: bool, name: str) -> nn.BatchNorm:
-    """Returns a BatchNorm that takes the batch's statistics while training; momentum 0.9, epsilon 1e-5."""
-    return nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, name=name)
+@dataclass(frozen=True)
+class Layers:
+    """Makes the layers of a model, all with the same options; parameters are float32.
 
-
-def conv3x3(features: int, stride: int, name: str, *, use_bias: bool = False) -> nn.Conv:
-    """Returns a 3x3 convolution with padding 1 on every side, kernel `[3, 3, in, out]`.
-
-    The padding is explicit: Flax's `SAME` pads a strided convolution on one side only, unlike PyTorch.
+    Attributes:
+      dtype: of the computation; statistics of BatchNorm are float32 whatever it is.
+      axis_name: the `pmap` axis over which BatchNorm takes the batch's statistics; None where a batch is whole.
+      train: whether BatchNorm takes the batch's statistics, and not the running ones.
     """
-    return nn.Conv(
-        features,
-        (3, 3),
-        strides=stride,
-        padding=1,
-        use_bias=use_bias,
-        kernel_init=_KERNEL_INIT,
-        name=name,
+
+    dtype: Any
+    axis_name: str | None
+    train: bool
+
+    def batch_norm(self, name: str) -> nn.BatchNorm:
+        """Returns a BatchNorm with momentum 0.9 and epsilon 1e-5."""
+        return nn.BatchNorm(
+            use_running_average=not self.train,
+            momentum=0.9,
+            epsilon=1e-5,
+            dtype=self.dtype,
+            axis_name=self.axis_name,
+            name=name,
+        )
+
+    def conv3x3(self, features: int, stride: int, name: str) -> "Conv3x3":
+        """Returns a 3x3 convolution with padding 1 on every side and no bias, kernel `[3, 3, in, out]`."""
+        return Conv3x3(features, stride, self.dtype, name=name)
+
+    def pointwise_conv(self, features: int, name: str, *, use_bias: bool = False) -> nn.Dense:
+        """Returns a 1x1 convolution as the matrix product it is, kernel `[in, out]`: faster than XLA's on a CPU."""
+        return nn.Dense(features, use_bias=use_bias, dtype=self.dtype, kernel_init=_KERNEL_INIT, name=name)
+
+    def depthwise_conv(self, stride: int, name: str, *, use_bias: bool) -> "DepthwiseConv":
+        """Returns a 3x3 depthwise convolution with padding 1, kernel `[3, 3, 1, C]`."""
+        return DepthwiseConv(stride, use_bias, self.dtype, name=name)
+
+
+class Conv3x3(nn.Module):
+    """A 3x3 convolution with padding 1 on every side and no bias, kernel `[3, 3, in, out]`, on `[B, H, W, in]`.
+
+    The padding is explicit: Flax's `SAME` pads a strided convolution on one side only, unlike PyTorch. On a CPU it
+    is the product of all 3x3 windows with the kernel as a matrix, since XLA's convolution is tens of times slower
+    there inside a compiled loop.
+    """
+
+    features: int
+    stride: int = 1
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps `[B, H, W, in]` to `[B, H/s, W/s, features]`."""
+        kernel = self.param("kernel", _KERNEL_INIT, (3, 3, x.shape[-1], self.features))
+        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+        windows = functools.partial(_product_of_windows, stride=self.stride)
+        convolution = functools.partial(_convolution, stride=self.stride)
+        return lax.platform_dependent(x, kernel, cpu=windows, default=convolution)
+
+
+def _convolution(x: jax.Array, kernel: jax.Array, *, stride: int) -> jax.Array:
+    return lax.conv_general_dilated(
+        x, kernel, (stride, stride), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
 
 
-def pointwise_conv(features: int, name: str, *, use_bias: bool = False) -> nn.Dense:
-    """Returns a 1x1 convolution as the matrix product it is, kernel `[in, out]`: faster than XLA's on a CPU."""
-    return nn.Dense(features, use_bias=use_bias, kernel_init=_KERNEL_INIT, name=name)
+def _product_of_windows(x: jax.Array, kernel: jax.Array, *, stride: int) -> jax.Array:
+    windows = jnp.concatenate([tap for _, _, tap in _taps(x, stride)], axis=-1)
+    return windows @ kernel.reshape(-1, kernel.shape[-1])
+
+
+def _taps(x: jax.Array, stride: int) -> list[tuple[int, int, jax.Array]]:
+    """Returns row, column and input `[B, H/s, W/s, C]` of the nine places of a 3x3 window."""
+    height, width = x.shape[1:3]
+    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    return [
+        (i, j, padded[:, i : i + height : stride, j : j + width : stride])
+        for i in range(3)
+        for j in range(3)
+    ]
 
 
 class DepthwiseConv(nn.Module):
-    """A 3x3 depthwise convolution with padding 1 and bias, kernel `[3, 3, 1, C]`, on `[B, H, W, C]`.
+    """A 3x3 depthwise convolution with padding 1, kernel `[3, 3, 1, C]`, on `[B, H, W, C]`.
 
     It sums nine shifted products: on a CPU, XLA's grouped convolution is an order of magnitude slower.
     """
 
     stride: int = 1
+    use_bias: bool = True
+    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps `[B, H, W, C]` to `[B, H/s, W/s, C]`."""
-        height, width, channels = x.shape[1:]
-        kernel = self.param("kernel", _KERNEL_INIT, (3, 3, 1, channels))
-        bias = self.param("bias", nn.initializers.zeros, (channels,))
-        padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-        taps = [
-            padded[:, i : i + height : self.stride, j : j + width : self.stride] * kernel[i : i + 1, j : j + 1]
-            for i in range(3)
-            for j in range(3)
-        ]
-        return functools.reduce(jnp.add, taps) + bias[None, None, None]
+        channels = x.shape[-1]
+        kernel = self.param("kernel", _KERNEL_INIT, (3, 3, 1, channels)).astype(self.dtype)
+        taps = _taps(x.astype(self.dtype), self.stride)
+        y = functools.reduce(jnp.add, [tap * kernel[i : i + 1, j : j + 1] for i, j, tap in taps])
+        if self.use_bias:
+            y += self.param("bias", nn.initializers.zeros, (channels,)).astype(self.dtype)[None, None, None]
+        return y

@@ -1,14 +1,24 @@
-"""MobileNetV2 for small images (Sandler et al., arXiv:1801.04381)."""
+"""MobileNetV2 for small images (Sandler et al., arXiv:1801.04381): two networks of that name, which differ."""
 
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from merge_jax.models.layers import DepthwiseConv, batch_norm, pointwise_conv
+from merge_jax.models.layers import Layers
 
-__all__ = ["InvertedResidualStage", "MobileNetV2", "mobilenet_v2", "small_mobilenet_v2"]
+__all__ = [
+    "InvertedResidualStage",
+    "MobileNetV2",
+    "Stem",
+    "mobilenet_v2",
+    "mobilenet_v2_half",
+    "small_mobilenet_v2",
+]
+
+Stem = Literal["padded_1x1", "strided_3x3"]
+"""The first layer: a 1x1 convolution with padding 1 (32x32 becomes 34x34), or a 3x3 one with stride 2 (16x16)."""
 
 
 class InvertedResidualStage(NamedTuple):
@@ -26,55 +36,80 @@ class _InvertedResidual(nn.Module):
     expansion: int
     width: int
     stride: int
+    use_bias: bool
+    clipped: bool
+    layers: Layers
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        y = pointwise_conv(self.expansion * x.shape[-1], "expand", use_bias=True)(x)
-        y = nn.relu6(batch_norm(train, "expand_norm")(y))
-        y = DepthwiseConv(self.stride, name="depthwise")(y)
-        y = nn.relu6(batch_norm(train, "depthwise_norm")(y))
-        y = pointwise_conv(self.width, "project", use_bias=True)(y)
-        y = batch_norm(train, "project_norm")(y)
+    def __call__(self, x: jax.Array) -> jax.Array:
+        activation = nn.relu6 if self.clipped else nn.relu
+        y = self.layers.pointwise_conv(self.expansion * x.shape[-1], "expand", use_bias=self.use_bias)(x)
+        y = activation(self.layers.batch_norm("expand_norm")(y))
+        y = self.layers.depthwise_conv(self.stride, "depthwise", use_bias=self.use_bias)(y)
+        y = activation(self.layers.batch_norm("depthwise_norm")(y))
+        y = self.layers.pointwise_conv(self.width, "project", use_bias=self.use_bias)(y)
+        y = self.layers.batch_norm("project_norm")(y)
         return x + y if self.stride == 1 and x.shape[-1] == self.width else y
 
 
 class MobileNetV2(nn.Module):
-    """MobileNetV2 as in the published CIFAR-100 run, images `[B, H, W, C]` to logits `[B, num_classes]`.
+    """MobileNetV2, images `[B, H, W, C]` to logits `[B, num_classes]`, float32.
 
-    The stem is a 1x1 convolution with padding 1 (so 32x32 becomes 34x34), convolutions have biases, and the
-    head is a 1x1 convolution. Leaves: `stem/kernel`, `stage<i>_<j>/{expand,depthwise,project}/kernel` with
-    `i` from 1 and `j` from 0, `head/kernel`, `fc/kernel`.
+    Leaves: `stem/kernel`, `stage<i>_<j>/{expand,depthwise,project}/kernel` with `i` from 1 and `j` from 0,
+    `head/kernel` (a 1x1 convolution), `fc/kernel`. The input of `fc` is sown as `intermediates/features`.
 
     Attributes:
       stages: expansion, width, number of blocks and first stride of each stage.
       num_classes: size of the output.
       stem_width: channels after the stem.
       head_width: channels before the pooling.
+      stem: the first layer.
+      use_bias: whether convolutions have biases, idle as they are before a BatchNorm.
+      clipped: whether activations are `min(relu(x), 6)`, and not `relu(x)`.
+      dtype: of the computation up to the features, e.g. bfloat16; parameters and logits are float32.
+      axis_name: the `pmap` axis over which BatchNorm takes the batch's statistics, if any.
     """
 
     stages: tuple[InvertedResidualStage, ...]
     num_classes: int
     stem_width: int = 32
     head_width: int = 1280
+    stem: Stem = "padded_1x1"
+    use_bias: bool = True
+    clipped: bool = True
+    dtype: Any = jnp.float32
+    axis_name: str | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         """Maps images `[B, H, W, C]` to logits `[B, num_classes]`; `train` takes the batch's statistics."""
-        x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-        x = pointwise_conv(self.stem_width, "stem", use_bias=True)(x)
-        x = nn.relu6(batch_norm(train, "stem_norm")(x))
+        layers = Layers(self.dtype, self.axis_name, train)
+        activation = nn.relu6 if self.clipped else nn.relu
+        if self.stem == "padded_1x1":
+            x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+            x = layers.pointwise_conv(self.stem_width, "stem", use_bias=self.use_bias)(x)
+        else:
+            x = layers.conv3x3(self.stem_width, 2, "stem")(x)
+        x = activation(layers.batch_norm("stem_norm")(x))
         for i, stage in enumerate(self.stages, start=1):
             for j in range(stage.blocks):
                 stride = stage.stride if j == 0 else 1
-                block = _InvertedResidual(stage.expansion, stage.width, stride, name=f"stage{i}_{j}")
-                x = block(x, train=train)
-        x = pointwise_conv(self.head_width, "head", use_bias=True)(x)
-        x = nn.relu6(batch_norm(train, "head_norm")(x))
-        return nn.Dense(self.num_classes, name="fc")(x.mean(axis=(1, 2)))
+                x = _InvertedResidual(
+                    stage.expansion, stage.width, stride, self.use_bias, self.clipped, layers, name=f"stage{i}_{j}"
+                )(x)
+        x = layers.pointwise_conv(self.head_width, "head", use_bias=self.use_bias)(x)
+        x = activation(layers.batch_norm("head_norm")(x))
+        features = x.mean(axis=(1, 2), dtype=jnp.float32)
+        self.sow("intermediates", "features", features)
+        return nn.Dense(self.num_classes, name="fc")(features)
 
 
-def mobilenet_v2(num_classes: int = 100) -> MobileNetV2:
-    """Returns the MobileNetV2 of the published CIFAR-100 run; 2,369,380 parameters at 100 classes, 3 channels."""
+def mobilenet_v2(num_classes: int = 100, **options: Any) -> MobileNetV2:
+    """Returns the MobileNetV2 of the published CIFAR-100 run; 2,369,380 parameters at 100 classes, 3 channels.
+
+    Not the network that the literature on distillation means: that is `mobilenet_v2_half`. Options are the other
+    attributes of `MobileNetV2`, such as `dtype`.
+    """
     stages = (
         InvertedResidualStage(1, 16, 1, 1),
         InvertedResidualStage(6, 24, 2, 2),
@@ -84,14 +119,35 @@ def mobilenet_v2(num_classes: int = 100) -> MobileNetV2:
         InvertedResidualStage(6, 160, 3, 1),
         InvertedResidualStage(6, 320, 1, 1),
     )
-    return MobileNetV2(stages, num_classes)
+    return MobileNetV2(stages, num_classes, **options)
 
 
-def small_mobilenet_v2(num_classes: int = 10, num_stages: int = 3) -> MobileNetV2:
+def mobilenet_v2_half(num_classes: int = 100, **options: Any) -> MobileNetV2:
+    """Returns the MobileNetV2 of the literature on distillation, of half width; 812,836 parameters at 100 classes.
+
+    Expansion 6, width 0.5 (but 1280 channels before the pooling), a 3x3 stem with stride 2, no biases, and `relu`
+    that is not clipped, as in RepDistiller (Tian et al., arXiv:1910.10699) and its followers, who call it
+    MobileNetV2. Options are the other attributes of `MobileNetV2`, such as `dtype`.
+    """
+    stages = (
+        InvertedResidualStage(1, 8, 1, 1),
+        InvertedResidualStage(6, 12, 2, 1),
+        InvertedResidualStage(6, 16, 3, 2),
+        InvertedResidualStage(6, 32, 4, 2),
+        InvertedResidualStage(6, 48, 3, 1),
+        InvertedResidualStage(6, 80, 3, 2),
+        InvertedResidualStage(6, 160, 1, 1),
+    )
+    return MobileNetV2(
+        stages, num_classes, stem_width=16, stem="strided_3x3", use_bias=False, clipped=False, **options
+    )
+
+
+def small_mobilenet_v2(num_classes: int = 10, num_stages: int = 3, **options: Any) -> MobileNetV2:
     """Returns a MobileNetV2 of up to three blocks for 8x8 images, for examples that run in seconds."""
     stages = (
         InvertedResidualStage(2, 8, 1, 1),
         InvertedResidualStage(2, 16, 1, 2),
         InvertedResidualStage(2, 32, 1, 2),
     )
-    return MobileNetV2(stages[:num_stages], num_classes, stem_width=8, head_width=64)
+    return MobileNetV2(stages[:num_stages], num_classes, stem_width=8, head_width=64, **options)

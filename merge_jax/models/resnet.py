@@ -1,13 +1,14 @@
 """ResNets for small images (He et al., arXiv:1512.03385): a 3x3 stem and no pooling before the first stage."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
-from merge_jax.models.layers import batch_norm, conv3x3, pointwise_conv
+from merge_jax.models.layers import Layers
 
-__all__ = ["ResNet", "ResNetStage", "resnet50", "small_resnet"]
+__all__ = ["ResNet", "ResNetStage", "resnet18", "resnet50", "small_resnet"]
 
 
 class ResNetStage(NamedTuple):
@@ -23,14 +24,15 @@ class _BasicBlock(nn.Module):
 
     width: int
     stride: int
+    layers: Layers
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        y = conv3x3(self.width, self.stride, "conv1")(x)
-        y = nn.relu(batch_norm(train, "norm1")(y))
-        y = conv3x3(self.width, 1, "conv2")(y)
-        y = batch_norm(train, "norm2")(y)
-        return nn.relu(y + _shortcut(x, self.width, self.stride, train))
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = self.layers.conv3x3(self.width, self.stride, "conv1")(x)
+        y = nn.relu(self.layers.batch_norm("norm1")(y))
+        y = self.layers.conv3x3(self.width, 1, "conv2")(y)
+        y = self.layers.batch_norm("norm2")(y)
+        return nn.relu(y + _shortcut(x, self.width, self.stride, self.layers))
 
 
 class _BottleneckBlock(nn.Module):
@@ -38,67 +40,92 @@ class _BottleneckBlock(nn.Module):
 
     width: int
     stride: int
+    layers: Layers
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        y = pointwise_conv(self.width, "conv1")(x)
-        y = nn.relu(batch_norm(train, "norm1")(y))
-        y = conv3x3(self.width, self.stride, "conv2")(y)
-        y = nn.relu(batch_norm(train, "norm2")(y))
-        y = pointwise_conv(4 * self.width, "conv3")(y)
-        y = batch_norm(train, "norm3")(y)
-        return nn.relu(y + _shortcut(x, 4 * self.width, self.stride, train))
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = self.layers.pointwise_conv(self.width, "conv1")(x)
+        y = nn.relu(self.layers.batch_norm("norm1")(y))
+        y = self.layers.conv3x3(self.width, self.stride, "conv2")(y)
+        y = nn.relu(self.layers.batch_norm("norm2")(y))
+        y = self.layers.pointwise_conv(4 * self.width, "conv3")(y)
+        y = self.layers.batch_norm("norm3")(y)
+        return nn.relu(y + _shortcut(x, 4 * self.width, self.stride, self.layers))
 
 
-def _shortcut(x: jax.Array, features: int, stride: int, train: bool) -> jax.Array:
+def _shortcut(x: jax.Array, features: int, stride: int, layers: Layers) -> jax.Array:
     if stride == 1 and x.shape[-1] == features:
         return x
-    x = pointwise_conv(features, "shortcut")(x[:, ::stride, ::stride])
-    return batch_norm(train, "shortcut_norm")(x)
+    x = layers.pointwise_conv(features, "shortcut")(x[:, ::stride, ::stride])
+    return layers.batch_norm("shortcut_norm")(x)
 
 
 class ResNet(nn.Module):
-    """A residual network, images `[B, H, W, C]` to logits `[B, num_classes]`.
+    """A residual network, images `[B, H, W, C]` to logits `[B, num_classes]`, float32.
 
-    Leaves: `stem/kernel`, `stage<i>_<j>/conv<k>/kernel` with `i` from 1 and `j` from 0, `fc/kernel`.
+    Leaves: `stem/kernel`, `stage<i>_<j>/conv<k>/kernel` with `i` from 1 and `j` from 0, `fc/kernel`. The input of
+    `fc` is sown as `intermediates/features`.
 
     Attributes:
       stages: width, number of blocks and first stride of each stage.
       num_classes: size of the output.
       stem_width: channels after the stem.
       bottleneck: blocks of three convolutions (as ResNet50) instead of two (as ResNet18).
+      dtype: of the computation up to the features, e.g. bfloat16; parameters and logits are float32.
+      axis_name: the `pmap` axis over which BatchNorm takes the batch's statistics, if any.
     """
 
     stages: tuple[ResNetStage, ...]
     num_classes: int
     stem_width: int = 64
     bottleneck: bool = True
+    dtype: Any = jnp.float32
+    axis_name: str | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         """Maps images `[B, H, W, C]` to logits `[B, num_classes]`; `train` takes the batch's statistics."""
-        x = conv3x3(self.stem_width, 1, "stem")(x)
-        x = nn.relu(batch_norm(train, "stem_norm")(x))
+        layers = Layers(self.dtype, self.axis_name, train)
+        x = layers.conv3x3(self.stem_width, 1, "stem")(x)
+        x = nn.relu(layers.batch_norm("stem_norm")(x))
         block = _BottleneckBlock if self.bottleneck else _BasicBlock
         for i, stage in enumerate(self.stages, start=1):
             for j in range(stage.blocks):
                 stride = stage.stride if j == 0 else 1
-                x = block(stage.width, stride, name=f"stage{i}_{j}")(x, train=train)
-        return nn.Dense(self.num_classes, name="fc")(x.mean(axis=(1, 2)))
+                x = block(stage.width, stride, layers, name=f"stage{i}_{j}")(x)
+        features = x.mean(axis=(1, 2), dtype=jnp.float32)
+        self.sow("intermediates", "features", features)
+        return nn.Dense(self.num_classes, name="fc")(features)
 
 
-def resnet50(num_classes: int = 100) -> ResNet:
-    """Returns the ResNet50 of the published CIFAR-100 run; 23,705,252 parameters at 100 classes and 3 channels."""
+def resnet50(num_classes: int = 100, **options: Any) -> ResNet:
+    """Returns the ResNet50 of the published CIFAR-100 run; 23,705,252 parameters at 100 classes and 3 channels.
+
+    Options are the other attributes of `ResNet`, such as `dtype`.
+    """
     stages = (
         ResNetStage(64, 3, 1),
         ResNetStage(128, 4, 2),
         ResNetStage(256, 6, 2),
         ResNetStage(512, 3, 2),
     )
-    return ResNet(stages, num_classes)
+    return ResNet(stages, num_classes, **options)
 
 
-def small_resnet(num_classes: int = 10, num_stages: int = 3) -> ResNet:
+def resnet18(num_classes: int = 100, width: float = 1.0, **options: Any) -> ResNet:
+    """Returns a ResNet18 for small images; 11,220,132 parameters at 100 classes, 3 channels and width 1.
+
+    Args:
+      num_classes: size of the output.
+      width: multiplies all numbers of channels (64 to 512); 0.25 gives 0.7 million parameters.
+      **options: the other attributes of `ResNet`, such as `dtype`.
+    """
+    widths = [round(width * channels) for channels in (64, 128, 256, 512)]
+    stages = tuple(ResNetStage(w, 2, stride) for w, stride in zip(widths, (1, 2, 2, 2), strict=True))
+    return ResNet(stages, num_classes, stem_width=widths[0], bottleneck=False, **options)
+
+
+def small_resnet(num_classes: int = 10, num_stages: int = 3, **options: Any) -> ResNet:
     """Returns a ResNet of up to three basic blocks for 8x8 images, for examples that run in seconds."""
     stages = (ResNetStage(16, 1, 1), ResNetStage(32, 1, 2), ResNetStage(64, 1, 2))
-    return ResNet(stages[:num_stages], num_classes, stem_width=16, bottleneck=False)
+    return ResNet(stages[:num_stages], num_classes, stem_width=16, bottleneck=False, **options)

@@ -1,0 +1,121 @@
+"""A set of labelled images in memory, its checks, its statistics, and smaller copies of it."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from merge_jax.checks import check_at_least_one
+from merge_jax.data.arrays import Arrays
+from merge_jax.paths import near_misses
+
+__all__ = ["ImageSet", "as_pixels", "channel_statistics", "check_images", "shrink"]
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Labelled images to learn from and to test on, each `{"image": uint8 [N, H, W, C], "label": int32 [N]}`."""
+
+    name: str
+    train: Arrays
+    test: Arrays
+    classes: tuple[str, ...]
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes."""
+        return len(self.classes)
+
+
+def check_images(name: str, arrays: Arrays, num_classes: int) -> None:
+    """Checks images `[N, H, W, C]`, of uint8 or a float type, and their labels `[N]`, integers in [0, num_classes).
+
+    Raises:
+      ValueError: there are no examples, or an entry is missing, of another shape or type, or has a label out of range
+        or a pixel that is not finite; the message names the data set `name` and the first offending value.
+    """
+    for entry in ("image", "label"):
+        if entry not in arrays:
+            raise ValueError(f"{name}: entry {entry!r} is missing; {near_misses(entry, arrays)}")
+    images, labels = np.asarray(arrays["image"]), np.asarray(arrays["label"])
+    if images.ndim != 4:
+        raise ValueError(f"{name}: images must be [N, H, W, C], got shape {images.shape}")
+    if len(images) == 0:
+        raise ValueError(f"{name}: there are no examples, image has shape {images.shape}")
+    if images.dtype != np.uint8 and not np.issubdtype(images.dtype, np.floating):
+        raise ValueError(f"{name}: images must be uint8 or of a float type, got {images.dtype}")
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(f"{name}: labels must be of an integer type, got {labels.dtype}")
+    if labels.shape != images.shape[:1]:
+        raise ValueError(f"{name}: labels of {len(images)} images must be [{len(images)}], got shape {labels.shape}")
+    wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
+    if len(wrong):
+        index = wrong[0]
+        raise ValueError(
+            f"{name}: labels must lie in [0, {num_classes}), got {labels[index]} at index {index}"
+            f" ({len(wrong)} of {len(labels)} are out of range)"
+        )
+    if images.dtype != np.uint8:
+        finite = np.isfinite(images)
+        if not finite.all():
+            index = tuple(int(i) for i in np.unravel_index(np.argmin(finite), images.shape))
+            count = images.size - np.count_nonzero(finite)
+            raise ValueError(f"{name}: pixels must be finite, got {images[index]} at {index} ({count} are not finite)")
+
+
+def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Returns mean and standard deviation of each channel of uint8 `[N, H, W, C]`, with pixels scaled to [0, 1].
+
+    Raises:
+      ValueError: the images are not uint8 of rank 4, or there is no pixel.
+    """
+    _check_uint8("channel statistics", images)
+    if images.size == 0:
+        raise ValueError(f"channel statistics need pixels, got shape {images.shape}")
+    # Sums of integers are exact, and no copy of the images is made, which as float would have eight times their size.
+    sums = np.einsum("nhwc->c", images, dtype=np.uint64, casting="safe").tolist()
+    squares = np.einsum("nhwc,nhwc->c", images, images, dtype=np.uint64, casting="safe").tolist()
+    count = math.prod(images.shape[:3])
+    mean = tuple(total / (255 * count) for total in sums)
+    std = tuple(
+        math.sqrt(count * square - total**2) / (255 * count) for total, square in zip(sums, squares, strict=True)
+    )
+    return mean, std
+
+
+def shrink(images: np.ndarray, size: int) -> np.ndarray:
+    """Returns uint8 images `[N, size, size, C]`, the rounded means over square blocks of uint8 `[N, H, H, C]`.
+
+    Raises:
+      ValueError: the images are not uint8 of rank 4, are not square, or their height is no multiple of `size`.
+    """
+    check_at_least_one(size=size)
+    _check_uint8("shrink", images)
+    count, height, width, channels = images.shape
+    if height != width or height % size or height == 0:
+        raise ValueError(
+            f"images of {height}x{width} cannot be averaged over square blocks to {size}x{size}:"
+            f" both sides must be equal and a multiple of {size}"
+        )
+    block = height // size
+    total = np.zeros((count, size, size, channels), np.uint32)
+    for row in range(block):
+        for column in range(block):
+            total += images[:, row::block, column::block]
+    pixels = block**2
+    return ((total + pixels // 2) // pixels).astype(np.uint8)
+
+
+def as_pixels(image: Image.Image, mode: str, image_size: int | None) -> np.ndarray:
+    """Returns uint8 `[H, W, C]` in a mode of Pillow ("L", "RGB"); with a size, the central square scaled to it."""
+    image = image.convert(mode)
+    if image_size is not None and image.size != (image_size, image_size):
+        image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BILINEAR)
+    pixels = np.asarray(image)
+    return pixels[..., None] if pixels.ndim == 2 else pixels
+
+
+def _check_uint8(what: str, images: np.ndarray) -> None:
+    if images.ndim != 4 or images.dtype != np.uint8:
+        raise ValueError(f"{what}: images must be uint8 [N, H, W, C], got {images.dtype} of shape {images.shape}")
