@@ -10,6 +10,9 @@ one would write it, with contiguous tensors and channels last, and on a GPU thro
 compiled loop over the steps of a repetition, as the experiments run. Both have all cores, or the GPU with TF32. A
 repetition times every row once, one after another; the table shows medians, and a ratio is that of a repetition's
 neighbours.
+
+Nothing else may run on the machine meanwhile: PyTorch's threads wait for each other spinning, so another program that
+takes a core slows PyTorch far more than it slows ours. It shows as a wide range over the repetitions.
 """
 
 import copy
@@ -39,6 +42,7 @@ from merge_jax.models.resnet import ResNetStage
 
 _CYCLES = {"two plain steps": None, "joint, cycle 4": 4, "joint, cycle 1": 1}
 _OURS = "merge_jax"
+_PAUSE_SECONDS = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,16 +77,22 @@ PRESETS = {
 class Problem:
     """What all rows train: networks, initial variables, the route and its adapter, and a batch for each step.
 
-    Images are `[steps, B, 32, 32, 3]`, labels `[steps, B]`. A route is the target's module and the source's.
+    Images are `[steps, B, 32, 32, 3]`, labels `[steps, B]`.
     """
 
     models: tuple[mj.models.ResNet, mj.models.MobileNetV2]
     variables: tuple[Any, Any]
     route: tuple[str, str]
-    transfer: mj.Transfer
+    """The paths of the target's kernel and of the source's."""
     adapter: mj.Adapter
     images: np.ndarray
     labels: np.ndarray
+
+    @property
+    def torch_route(self) -> tuple[str, str]:
+        """The PyTorch modules of the target's kernel and of the source's."""
+        target, source = (path.removesuffix("/kernel").replace("/", ".") for path in self.route)
+        return target, source
 
 
 @dataclass
@@ -99,22 +109,22 @@ class Row:
 def make_problem(config: Config) -> Problem:
     """Returns the problem of a config; its weights and data are random but fixed."""
     if config.nets == "published":
-        source, target, block = mj.models.resnet50(100), mj.models.mobilenet_v2(100), "stage6_2/project"
+        source, target = mj.models.resnet50(100), mj.models.mobilenet_v2(100)
+        route = ("stage6_2/project/kernel", "fc/kernel")
     else:
         source = mj.models.ResNet((ResNetStage(8, 1, 1), ResNetStage(16, 2, 2)), 10, stem_width=8)
         stages = (InvertedResidualStage(1, 8, 1, 1), InvertedResidualStage(6, 16, 2, 2))
-        target, block = mj.models.MobileNetV2(stages, 10, stem_width=8, head_width=64), "stage2_1/project"
+        target = mj.models.MobileNetV2(stages, 10, stem_width=8, head_width=64)
+        route = ("stage2_1/project/kernel", "fc/kernel")
     images = jnp.zeros((1, 32, 32, 3))
-    variables = tuple(jax.jit(model.init)(jax.random.key(i), images) for i, model in enumerate((source, target)))
-    transfer = mj.published_transfer({f"{block}/kernel": "fc/kernel"})
-    adapter = transfer.init(jax.random.key(2), *(v["params"] for v in variables))
+    of_source, of_target = (jax.jit(model.init)(jax.random.key(i), images) for i, model in enumerate((source, target)))
+    transfer = mj.published_transfer([route])
     random = np.random.default_rng(0)
     return Problem(
         models=(source, target),
-        variables=variables,
-        route=(block, "fc"),
-        transfer=transfer,
-        adapter=adapter,
+        variables=(of_source, of_target),
+        route=route,
+        adapter=transfer.init(jax.random.key(2), of_source["params"], of_target["params"]),
         images=random.standard_normal((config.steps, config.batch_size, 32, 32, 3), np.float32),
         labels=random.integers(0, source.num_classes, (config.steps, config.batch_size)),
     )
@@ -122,30 +132,41 @@ def make_problem(config: Config) -> Problem:
 
 def make_our_rows(problem: Problem, steps: int) -> list[Row]:
     """Returns the rows of the JAX code, compiled."""
-    sgd = optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(0.1, momentum=0.9))
-    source, target = (mj.Task(mj.classification_loss(model.apply), sgd) for model in problem.models)
+    source, target = make_tasks(problem)
+    transfer = mj.published_transfer([problem.route])
     batches = jax.device_put({"image": problem.images, "label": problem.labels.astype(np.int32)})
     rows = []
     for name, cycle in _CYCLES.items():
-        state: Any = mj.init_joint_state(
-            jax.random.key(3),
-            source,
-            target,
-            problem.transfer,
-            source_params=problem.variables[0]["params"],
-            source_state={"batch_stats": problem.variables[0]["batch_stats"]},
-            target_params=problem.variables[1]["params"],
-            target_state={"batch_stats": problem.variables[1]["batch_stats"]},
-        )
+        state: Any = make_state(problem, transfer)
         if cycle is None:
             models = ((model.params, model.model_state, model.opt_state) for model in (state.source, state.target))
             step, state = plain_step(source, target), (state.key, *models)
         else:
-            step = mj.make_joint_step(source, target, problem.transfer, cycle=cycle, update="surrogate")
-            # A copy, since the loop is given its state to reuse.
-            state = state.replace(adapter=state.adapter.replace(params=jax.tree.map(jnp.copy, problem.adapter)))
+            step = mj.make_joint_step(source, target, transfer, cycle=cycle, update="surrogate")
         rows.append(Row(name, _OURS, _our_run(step, state, batches, steps)))
     return rows
+
+
+def make_tasks(problem: Problem) -> tuple[mj.Task, mj.Task]:
+    """Returns the tasks of both models."""
+    sgd = optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(0.1, momentum=0.9))
+    source, target = (mj.Task(mj.classification_loss(model.apply), sgd) for model in problem.models)
+    return source, target
+
+
+def make_state(problem: Problem, transfer: mj.Transfer) -> mj.JointState:
+    """Returns the state before the first step, a copy of the problem's variables, so that it can be donated."""
+    source, target = problem.variables
+    state = mj.init_joint_state(
+        jax.random.key(3),
+        *make_tasks(problem),
+        transfer,
+        source_params=source["params"],
+        source_state={"batch_stats": source["batch_stats"]},
+        target_params=target["params"],
+        target_state={"batch_stats": target["batch_stats"]},
+    )
+    return state.replace(adapter=state.adapter.replace(params=jax.tree.map(jnp.copy, problem.adapter)))
 
 
 def _our_run(step: Callable[..., Any], state: Any, batches: Any, steps: int) -> Callable[[], None]:
@@ -165,16 +186,12 @@ def _our_run(step: Callable[..., Any], state: Any, batches: Any, steps: int) -> 
     return run
 
 
-def make_torch_rows(problem: Problem, *, compiled: bool) -> list[Row]:
-    """Returns the rows of the PyTorch code."""
+def make_torch_modules(problem: Problem) -> tuple[Any, Any, Any]:
+    """Returns source, target and adapter in PyTorch, with the problem's weights."""
     import torch  # pyright: ignore[reportMissingImports]  # Not at the top, so that main can tell where it is missing.
 
     from benchmarks import torch_pair
 
-    device = "cuda" if jax.default_backend() == "gpu" else "cpu"
-    torch.set_num_threads(os.cpu_count() or 1)
-    torch.set_float32_matmul_precision("high")  # TF32 on a GPU, as XLA has it by default; no change on a CPU.
-    torch.backends.cudnn.benchmark = True  # XLA tunes its convolutions too.
     source, target = problem.models
     modules = (
         torch_pair.resnet(source.stages, source.num_classes, source.stem_width),
@@ -182,11 +199,27 @@ def make_torch_rows(problem: Problem, *, compiled: bool) -> list[Row]:
     )
     for module, variables in zip(modules, problem.variables, strict=True):
         torch_pair.load_model(module, variables["params"], variables["batch_stats"])
-    block, fc = (name.replace("/", ".") for name in problem.route)
-    weights = modules[1].get_submodule(block).weight, modules[0].get_submodule(fc).weight
-    adapter = torch_pair.Adapter(*(tuple(weight.flatten(1).shape) for weight in weights))
-    arrays = mj.export_official_adapter(problem.adapter[f"{problem.route[0]}/kernel"])
+    target_shape, source_shape = (
+        module.get_submodule(name).get_parameter("weight").flatten(1).shape
+        for module, name in zip(modules[::-1], problem.torch_route, strict=True)
+    )
+    adapter = torch_pair.Adapter(target_shape, source_shape)
+    arrays = mj.export_official_adapter(problem.adapter[problem.route[0]])
     adapter.load_state_dict({name: torch.from_numpy(array.copy()) for name, array in arrays.items()})
+    return *modules, adapter
+
+
+def make_torch_rows(problem: Problem, *, compiled: bool) -> list[Row]:
+    """Returns the rows of the PyTorch code."""
+    import torch  # pyright: ignore[reportMissingImports]
+
+    from benchmarks import torch_pair
+
+    device = "cuda" if jax.default_backend() == "gpu" else "cpu"
+    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_float32_matmul_precision("high")  # TF32 on a GPU, as XLA has it by default; no change on a CPU.
+    torch.backends.cudnn.benchmark = True  # XLA tunes its convolutions too.
+    modules = make_torch_modules(problem)
     images = torch.from_numpy(problem.images).permute(0, 1, 4, 2, 3).contiguous().to(device)
     labels = torch.from_numpy(problem.labels).to(device)
 
@@ -195,8 +228,8 @@ def make_torch_rows(problem: Problem, *, compiled: bool) -> list[Row]:
         codes["torch compiled"] = {"channels_last": True, "compiled": True}
 
     def make_run(cycle: int | None, options: dict[str, bool]) -> Callable[[], None]:
-        copies = (copy.deepcopy(module).to(device) for module in (*modules, adapter))
-        training = torch_pair.JointTraining(*copies, (block, fc), cycle=cycle, **options)
+        source, target, adapter = (copy.deepcopy(module).to(device) for module in modules)
+        training = torch_pair.JointTraining(source, target, adapter, problem.torch_route, cycle=cycle, **options)
 
         def run() -> None:
             for batch in zip(images, labels, strict=True):
@@ -240,6 +273,7 @@ def main() -> None:
         row.run()
     for _ in tqdm(range(config.repetitions), unit="repetition"):
         for row in rows:
+            time.sleep(_PAUSE_SECONDS)  # The threads of the row before go on spinning for some milliseconds.
             start = time.perf_counter()
             row.run()
             row.seconds.append((time.perf_counter() - start) / config.steps)
@@ -252,14 +286,23 @@ def _report(config: Config, rows: list[Row]) -> None:
     for row in rows:
         milliseconds = 1000 * statistics.median(row.seconds)
         ratio = statistics.median(a / b for a, b in zip(row.seconds, ours[row.step], strict=True))
-        figures.append({"step": row.step, "code": row.code, "milliseconds": milliseconds, "ratio": ratio})
-        lines.append((row.step, row.code, f"{milliseconds:.1f}", f"{ratio:.2f}"))
+        least, most = 1000 * min(row.seconds), 1000 * max(row.seconds)
+        lines.append((row.step, row.code, f"{milliseconds:.1f}", f"{least:.1f}-{most:.1f}", f"{ratio:.2f}"))
+        figures.append(
+            {
+                "step": row.step,
+                "code": row.code,
+                "milliseconds": milliseconds,
+                "ratio": ratio,
+                "seconds": row.seconds,
+            }
+        )
     notes = (
         f"medians of {config.repetitions} repetitions of {config.steps} steps; the ratio says how many times faster "
         f"ours is\ntorch {importlib.metadata.version('torch')}"
     )
     title = f"against torch {config.nets} batch {config.batch_size}"
-    report(title, config, ("step", "code", "ms/step", "torch / ours"), lines, figures, notes)
+    report(title, config, ("step", "code", "ms/step", "range", "torch / ours"), lines, figures, notes)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,10 @@ The adapter's names are the published ones, their misspelling included, which `m
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
 import torch.nn.functional as F  # noqa: N812  # pyright: ignore[reportMissingImports]
@@ -122,12 +123,13 @@ def load_model(module: nn.Module, params: Any, batch_stats: Any) -> None:
 
     A leaf's matrix is `[out, in x window]`, which reshapes to torch's `[out, in, kh, kw]`.
     """
-    names = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
+    torch_names = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
     state = module.state_dict()
     loaded = {name: array for name, array in state.items() if name.endswith("num_batches_tracked")}
-    for path, leaf in {**mj.flatten(params), **mj.flatten(batch_stats)}.items():
+    leaves: dict[str, Any] = jax.device_get({**mj.flatten(params), **mj.flatten(batch_stats)})
+    for path, leaf in leaves.items():
         *parents, last = path.split("/")
-        name = ".".join([*parents, names.get(last, last)])
+        name = ".".join([*parents, torch_names.get(last, last)])
         matrix = np.array(mj.as_matrix(leaf, mj.matrix_spec(path, leaf.shape)))
         loaded[name] = torch.from_numpy(matrix).reshape(state[name].shape)
     module.load_state_dict(loaded)
@@ -174,7 +176,7 @@ class _FeedForward(nn.Module):
 class _TransferLayer(nn.Module):
     """Four attentions between rows (x) and columns (y) of two matrices, averaged, then a feed-forward block."""
 
-    def __init__(self, target_shape: tuple[int, int], source_shape: tuple[int, int], num_heads: int) -> None:
+    def __init__(self, target_shape: Sequence[int], source_shape: Sequence[int], num_heads: int) -> None:
         super().__init__()
         (m, n), (p, q) = target_shape, source_shape
         self.attention_x_x = _Attention(n, q, num_heads)
@@ -193,8 +195,9 @@ class Adapter(nn.ModuleList):
     """The published adapter: a stack of transfer layers, target `[m, n]` and source `[p, q]` to `[m, n]`."""
 
     def __init__(
-        self, target_shape: tuple[int, int], source_shape: tuple[int, int], num_layers: int = 2, num_heads: int = 8
+        self, target_shape: Sequence[int], source_shape: Sequence[int], num_layers: int = 2, num_heads: int = 8
     ) -> None:
+        """Makes the adapter for a target `[m, n]` and a source `[p, q]`."""
         super().__init__(_TransferLayer(target_shape, source_shape, num_heads) for _ in range(num_layers))
 
     def forward(self, target: Tensor, source: Tensor) -> Tensor:
@@ -205,20 +208,7 @@ class Adapter(nn.ModuleList):
 
 
 class JointTraining:
-    """Source, target and adapter while they train, as published with the update `surrogate`; one step a call.
-
-    The modules are trained in place: give copies where they serve again.
-
-    Args:
-      source: the model that gives.
-      target: the model that receives.
-      adapter: the adapter of the two routed weights.
-      route: the target's module and the source's, whose weights are routed.
-      cycle: steps from one transfer to the next, or None for two plain training steps.
-      adapter_learning_rate: of AdamW.
-      channels_last: the memory format of both models and their images.
-      compiled: run both models and the adapter through `torch.compile`.
-    """
+    """Source, target and adapter while they train, as published with the update `surrogate`; one step a call."""
 
     def __init__(
         self,
@@ -232,8 +222,21 @@ class JointTraining:
         channels_last: bool = False,
         compiled: bool = False,
     ) -> None:
+        """Takes over the modules, which are trained in place: give copies where they serve again.
+
+        Args:
+          source: the model that gives.
+          target: the model that receives.
+          adapter: the adapter of the two routed weights.
+          route: the target's module and the source's, by their torch names, whose weights are routed.
+          cycle: steps from one transfer to the next, or None for two plain training steps.
+          adapter_learning_rate: of AdamW.
+          channels_last: the memory format of both models and their images.
+          compiled: run both models and the adapter through `torch.compile`.
+        """
         self._format = torch.channels_last if channels_last else torch.contiguous_format
-        source, target = (model.to(memory_format=self._format) for model in (source, target))
+        for model in (source, target):
+            model.to(memory_format=self._format)  # pyright: ignore[reportCallIssue]  # Missing from its stubs.
         # Convolutions and dense layers alike: the weight itself, which `_matrix` reads and the transfer writes into.
         self._receiver = target.get_submodule(route[0]).get_parameter("weight")
         self._giver = source.get_submodule(route[1]).get_parameter("weight")
@@ -284,7 +287,9 @@ def _matrix(weight: Tensor) -> Tensor:
     return weight.detach().flatten(1)
 
 
-def _learn(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor) -> Tensor:
+def _learn(
+    model: Callable[[Tensor], Tensor], optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor
+) -> Tensor:
     optimizer.zero_grad()
     loss = F.cross_entropy(model(images), labels)
     loss.backward()

@@ -1,7 +1,9 @@
 """The command line of an experiment: a preset by name, then any option of its config."""
 
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 import tyro
@@ -10,6 +12,7 @@ from experiments.config import RunConfig
 from experiments.runner import prepare_run
 from experiments.scenario import Scenario
 from merge_jax.checks import check_choice
+from merge_jax.hosts import connect
 
 __all__ = ["main", "parse"]
 
@@ -58,8 +61,12 @@ def main(
     try:
         config = parse(presets, module, description or "", arguments)
         config.check()
+        if config.coordinator is not None:
+            connect(config.coordinator, config.num_processes, config.process_id)
+        if config.process_id > 0:  # Process 0 speaks for all.
+            sys.stdout = Path(os.devnull).open("w")
         run = prepare_run(build(config), config)
-    except ValueError as error:
+    except (ValueError, TimeoutError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     run()  # An error in here is no fault of the options, and keeps its traceback.

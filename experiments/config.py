@@ -1,12 +1,36 @@
 """Options that every experiment has."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
+from merge_jax.checks import check_at_least_one
 from merge_jax.joint import UpdateRule
 
-__all__ = ["RunConfig"]
+__all__ = ["RunConfig", "Schedule"]
+
+# They say where and how far a run goes on, not what it is: a resumed run may have others.
+_NOT_OF_THE_RUN = (
+    *("run_dir", "resume"),
+    *("devices", "parallel", "shard_state", "coordinator", "num_processes", "process_id"),
+)
+
+
+class Schedule(NamedTuple):
+    """The lengths of a run, in steps.
+
+    Attributes:
+      steps: of the target.
+      source_steps: of the source before, if it is pretrained.
+      report_every: from one report to the next.
+      checkpoint_every: from one checkpoint to the next.
+    """
+
+    steps: int
+    source_steps: int
+    report_every: int
+    checkpoint_every: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,14 +39,20 @@ class RunConfig:
 
     seeds: int = 5
     """Number of seeds. A seed fixes splits, source, start and batches, the same for every method."""
+    vectorized: bool = False
+    """All seeds side by side in one program; the results are those of separate runs, up to rounding."""
     source: Literal["pretrained", "live"] = "pretrained"
     """Pretrained: trained first, then frozen. Live: from scratch beside the target, as in the paper."""
     source_steps: int = 400
     """Steps of training the source before the transfer; a live source takes --steps instead."""
     steps: int = 300
     """Steps of training the target."""
+    epochs: int | None = None
+    """Epochs of training the target instead of --steps; reports and checkpoints are then counted in its epochs too."""
+    source_epochs: int | None = None
+    """Epochs of training the source, where --epochs is given; as many as the target's by default."""
     batch_size: int = 50
-    """Examples in a batch."""
+    """Examples in a batch, over all devices."""
     cycle: int = 4
     """Steps from one transfer to the next; the steps between are self-learning."""
     update: UpdateRule = "exact"
@@ -30,9 +60,21 @@ class RunConfig:
     adapter_learning_rate: float = 1e-3
     """Learning rate of the adapter's AdamW."""
     report_every: int = 15
-    """Steps from one report (metrics and validation) to the next."""
+    """Steps (or epochs) from one report, metrics and validation, to the next."""
     checkpoint_every: int = 150
-    """Steps from one checkpoint to the next, a multiple of --report-every; the last step is always saved."""
+    """Steps (or epochs) from one checkpoint to the next, a multiple of --report-every; the last is always saved."""
+    devices: int | None = None
+    """Devices that share each batch; all there are by default."""
+    parallel: Literal["jit", "pmap"] = "jit"
+    """How they share it: jit splits one program, pmap runs one a device."""
+    shard_state: bool = False
+    """Split parameters, optimizer and adapter over the devices too, for models that one of them cannot hold."""
+    coordinator: str | None = None
+    """host:port of process 0, where several processes run this together, each with the same command."""
+    num_processes: int = 1
+    """How many processes there are."""
+    process_id: int = 0
+    """Which of them this is, from 0."""
     run_dir: Path | None = None
     """Folder of the run; by default a new numbered one in runs/."""
     resume: bool = False
@@ -43,6 +85,8 @@ class RunConfig:
         for name in ("seeds", "source_steps", "steps", "batch_size", "report_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        optional = {"epochs": self.epochs, "source_epochs": self.source_epochs, "devices": self.devices}
+        check_at_least_one(**{name: value for name, value in optional.items() if value is not None})
         if self.checkpoint_every < 1 or self.checkpoint_every % self.report_every:
             raise ValueError(
                 f"checkpoint_every must be a multiple of report_every, "
@@ -50,3 +94,28 @@ class RunConfig:
             )
         if not 0 < self.adapter_learning_rate < float("inf"):
             raise ValueError(f"adapter_learning_rate must be above 0, got {self.adapter_learning_rate}")
+        if self.source_epochs is not None and self.epochs is None:
+            raise ValueError("source_epochs is given without epochs: lengths are in steps or in epochs, not in both")
+        if self.shard_state and self.parallel == "pmap":
+            raise ValueError("shard_state is for jit: pmap keeps a copy of all on every device")
+        if (self.num_processes > 1) != (self.coordinator is not None):
+            raise ValueError("several processes need all of coordinator, num_processes and process_id")
+        if self.coordinator is not None and self.run_dir is None:
+            raise ValueError("several processes need a run_dir that all of them see")
+
+    def schedule(self, target_examples: int, source_examples: int) -> Schedule:
+        """Returns the lengths in steps, for as many examples to train each model on."""
+        if self.epochs is None:
+            return Schedule(self.steps, self.source_steps, self.report_every, self.checkpoint_every)
+        epoch, source_epoch = (math.ceil(size / self.batch_size) for size in (target_examples, source_examples))
+        source_epochs = self.epochs if self.source_epochs is None else self.source_epochs
+        return Schedule(
+            self.epochs * epoch,
+            source_epochs * source_epoch,
+            self.report_every * epoch,
+            self.checkpoint_every * epoch,
+        )
+
+    def identity(self) -> dict[str, Any]:
+        """Returns the options that say what the run is; with others, it is another run."""
+        return {name: value for name, value in asdict(self).items() if name not in _NOT_OF_THE_RUN}

@@ -1,35 +1,40 @@
-"""Across structures: a ResNet gives to a MobileNetV2, on handwritten digits.
+"""Across structures: a ResNet gives to a MobileNetV2 that shares nothing with it but numbers.
 
-    python -m experiments.cross_structure          # one and a half to two minutes on two cores
+    python -m experiments.cross_structure          # handwritten digits; one and a half to two minutes on two cores
     python -m experiments.cross_structure smoke    # seconds; shows that it works, not what it gains
+    python -m experiments.cross_structure small    # CIFAR-100 at 16x16 pixels with small networks, for a CPU
+    python -m experiments.cross_structure short    # CIFAR-100, the published pair, 30 epochs, for a GPU
+    python -m experiments.cross_structure paper    # the same with the published recipe of 200 epochs
     python -m experiments.cross_structure --help
 
-The source learns from all 1197 digits there are to learn from, the target from 100 of them. Nothing is shared but
-numbers: five layers of the target, from its first block to its last layer, each receive from a layer of the source,
-mostly of another shape. Methods: vanilla (no transfer), share (the overlapping block of the source's layer is copied
-every few steps, at first), kd (distillation of the source's outputs), mergenet (share's start, changed by a learned
-adapter). The expected numbers stand in the project's README.
+Digits: the source learns from all 1197 there are to learn from, the target from 100 of them, and five of its layers,
+from its first block to its last layer, each receive from a layer of the source, mostly of another shape. CIFAR-100
+comes through TFDS (see --data-dir), or is read from an archive that is there already.
+
+Methods: vanilla (no transfer), share (the overlapping block of the source's layer is copied every few steps), kd, rkd,
+dkd and nkd (distillation of the source's outputs), mergenet (a learned adapter makes the target's layer from both), and
+mergenet_kd (both). What was measured stands in experiments/README.md.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
-from typing import Literal, get_args
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, get_args
 
-import jax
 import jax.numpy as jnp
 import optax
 
 import merge_jax as mj
 from experiments.cli import main
-from experiments.config import RunConfig
-from experiments.scenario import Method, Role, Scenario, choose
-from merge_jax.checks import check_choice
-from merge_jax.data import Splits, class_balanced, load_digits
-from merge_jax.tasks import ClassificationLoss
+from experiments.config import RunConfig, Schedule
+from experiments.images import LearningRateSchedule, ModelName, load_images, make_apply, make_model, make_role, sgd
+from experiments.scenario import Method, Scenario, choose
+from merge_jax.parallel import DATA_AXIS
+from merge_jax.tasks import ClassificationLoss, ModelApply, with_features
 from merge_jax.transfer import OutputForm
 
-MethodName = Literal["vanilla", "share", "kd", "mergenet"]
+MethodName = Literal["vanilla", "share", "kd", "rkd", "dkd", "nkd", "mergenet", "mergenet_kd"]
 
 ROUTES = {
     "stage1_0/expand/kernel": "stage1_0/conv1/kernel",
@@ -44,24 +49,46 @@ ROUTES = {
 class Config(RunConfig):
     """Options of the experiment."""
 
-    methods: tuple[MethodName, ...] = get_args(MethodName)
+    methods: tuple[MethodName, ...] = ("vanilla", "share", "kd", "mergenet")
     """Methods to compare."""
     adapter_learning_rate: float = 1e-2
     """Learning rate of the adapter's AdamW."""
+    adapter_schedule: Literal["constant", "cosine"] = "constant"
+    """Course of that rate; cosine falls to 0 after the first 2 percent of the run, as published."""
+    data: str = "digits"
+    """digits, a TFDS set such as cifar100 or cifar10, or a folder with train/<class>/ and test/<class>/ images."""
+    data_dir: Path | None = None
+    """Folder of TFDS; an archive in its downloads/manual/ is used instead of a download. TFDS's own by default."""
+    image_size: int | None = None
+    """Height and width to scale images to; None for as they are."""
+    validation: int = 5000
+    """Training images held out to validate on, 0 for none; digits always hold out 200."""
+    labels: int | None = 100
+    """Labelled images that the target learns from, or None for all; the source has all."""
+    augment: bool = False
+    """Crop, mirror and rotate both models' training images at random."""
+    source_model: ModelName = "small_resnet"
+    """The network that gives."""
+    target_model: ModelName = "small_mobilenet_v2"
+    """The network that receives."""
     stages: int = 3
-    """Stages of both models, 1 to 3: fewer compile faster, and lack the routes of the others."""
-    labels: int = 100
-    """Labelled digits that the target learns from; the source has all 1197."""
+    """Stages of the small networks, 1 to 3: fewer compile faster, and lack the routes of the others."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the computation in both networks; parameters are float32."""
     learning_rate: float = 0.1
-    """Learning rate of both models' SGD (momentum 0.9, weight decay 5e-4), falling to 0 along a cosine."""
-    routes: tuple[str, ...] = tuple(ROUTES)
-    """Layers of the target that take part, each from the source's layer that ROUTES names."""
+    """Learning rate of both models' SGD (momentum 0.9, weight decay 5e-4)."""
+    learning_rate_schedule: LearningRateSchedule = "cosine"
+    """Course of that rate."""
+    routes: tuple[str, ...] = tuple(f"{target}={source}" for target, source in ROUTES.items())
+    """Layers that take part, as target=source; see merge_jax.Route for patterns."""
     stop: float = 0.1
     """Fraction of the run after which share and mergenet leave the target to itself."""
     num_layers: int = 1
     """Layers of each route's LPKA."""
     num_heads: int = 8
     """Heads of each attention."""
+    capped: bool = True
+    """Cap the widths of the LPKA as lpka_transfer does; without, they are the published ones."""
     attention_dropout: float = 0.1
     """Dropout on the attention weights of each LPKA."""
     feed_forward_dropout: float = 0.2
@@ -80,9 +107,34 @@ class Config(RunConfig):
             raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
         if not 1 <= self.stages <= 3:
             raise ValueError(f"stages must lie in [1, 3], got {self.stages}")
-        for route in self.routes:
-            check_choice("route", route, ROUTES)
 
+
+_CIFAR100 = Config(
+    data="cifar100",
+    labels=None,
+    augment=True,
+    source="live",
+    batch_size=128,
+    report_every=1,
+    checkpoint_every=1,
+    learning_rate_schedule="steps",
+)
+_PAPER = replace(
+    _CIFAR100,
+    epochs=200,
+    validation=0,
+    checkpoint_every=5,
+    source_model="resnet50",
+    target_model="mobilenet_v2",
+    adapter_schedule="cosine",
+    adapter_learning_rate=1e-3,
+    update="surrogate",
+    routes=("stage6_2/project/kernel=fc/kernel",),
+    stop=1.0,
+    num_layers=2,
+    capped=False,
+    output="official",
+)
 
 PRESETS = {
     "default": Config(),
@@ -92,7 +144,7 @@ PRESETS = {
         stages=1,
         source_steps=200,
         steps=100,
-        routes=("fc/kernel",),
+        routes=("fc/kernel=fc/kernel",),
         cycle=1,
         stop=1.0,
         attention_dropout=0.0,
@@ -100,6 +152,18 @@ PRESETS = {
         report_every=25,
         checkpoint_every=100,
     ),
+    "small": replace(
+        _CIFAR100,
+        seeds=3,
+        epochs=10,
+        image_size=16,
+        source_model="resnet18_quarter",
+        target_model="mobilenet_v2_half",
+        learning_rate_schedule="cosine",
+        routes=("stage6_2/project/kernel=fc/kernel", "fc/kernel=fc/kernel"),
+    ),
+    "short": replace(_PAPER, seeds=3, epochs=30, validation=5000, checkpoint_every=1, methods=get_args(MethodName)),
+    "paper": replace(_PAPER, seeds=3, methods=get_args(MethodName)),
 }
 
 
@@ -107,17 +171,44 @@ def build(config: Config) -> Scenario:
     """Returns the scenario: both models, their data and the methods.
 
     Raises:
-      ValueError: an unknown method, or an option that a method refuses.
+      ValueError: data that cannot be had, an unknown model or method, or an option that a method refuses.
     """
-    source = mj.models.small_resnet(num_stages=config.stages)
-    target = mj.models.small_mobilenet_v2(num_stages=config.stages)
-    source_steps = config.source_steps if config.source == "pretrained" else config.steps
+    data = load_images(config.data, config.data_dir, config.image_size, config.validation)
+    axis_name = DATA_AXIS if config.parallel == "pmap" else None
+    source, target = (
+        make_model(name, data.num_classes, stages=config.stages, dtype=jnp.dtype(config.dtype), axis_name=axis_name)
+        for name in (config.source_model, config.target_model)
+    )
+    roles = {
+        "source": make_role(config.source_model, source, data, augment=config.augment),
+        "target": make_role(config.target_model, target, data, labels=config.labels, augment=config.augment),
+    }
+    schedule = config.schedule(*(len(roles[role].splits(0).train["label"]) for role in ("target", "source")))
+    source_steps = schedule.source_steps if config.source == "pretrained" else schedule.steps
 
-    def target_task(loss: ClassificationLoss | None = None) -> mj.Task:
-        loss_fn = mj.classification_loss(target.apply, loss)
-        return mj.Task(loss_fn, _sgd(config.learning_rate, config.steps))
+    def task(apply: ModelApply, steps: int, loss: ClassificationLoss | None = None) -> mj.Task:
+        optimizer = sgd(config.learning_rate, steps, config.learning_rate_schedule)
+        return mj.Task(mj.classification_loss(apply, loss), optimizer)
 
-    def distil(logits: jax.Array, batch: mj.Batch) -> jax.Array:
+    source_apply, target_apply = make_apply(source, data), make_apply(target, data)
+    methods = _methods(config, source_apply, target_apply, partial(task, steps=schedule.steps))
+    return Scenario(
+        name="cross_structure",
+        **roles,
+        source_task=task(source_apply, source_steps),
+        methods=choose(methods, config.methods),
+        schedule=schedule,
+        adapter_optimizer=mj.adapter_adamw(_adapter_rate(config, schedule)),
+        axis_name=axis_name,
+    )
+
+
+def _methods(
+    config: Config, source_apply: ModelApply, target_apply: ModelApply, task: Callable[..., mj.Task]
+) -> dict[str, Method]:
+    """Returns all methods; the losses of distillation are the label's cross entropy and theirs."""
+
+    def kd(logits: Any, batch: mj.Batch) -> Any:
         return mj.distillation_loss(
             logits,
             batch["teacher_logits"],
@@ -126,7 +217,19 @@ def build(config: Config) -> Scenario:
             weight=config.distillation_weight,
         )
 
-    routes = [(path, ROUTES[path]) for path in config.routes]
+    def rkd(outputs: Any, batch: mj.Batch) -> Any:
+        labelled = mj.cross_entropy(outputs.logits, batch["label"])
+        return labelled + mj.rkd_loss(outputs.features, batch["teacher_features"])
+
+    def dkd(logits: Any, batch: mj.Batch) -> Any:
+        label = batch["label"]
+        return mj.cross_entropy(logits, label) + mj.dkd_loss(logits, batch["teacher_logits"], label)
+
+    def nkd(logits: Any, batch: mj.Batch) -> Any:
+        label = batch["label"]
+        return mj.cross_entropy(logits, label) + mj.nkd_loss(logits, batch["teacher_logits"], label)
+
+    routes = [_route(route) for route in config.routes]
     lpka = mj.lpka_transfer(
         routes,
         num_layers=config.num_layers,
@@ -134,41 +237,39 @@ def build(config: Config) -> Scenario:
         output=config.output,
         attention_dropout=config.attention_dropout,
         feed_forward_dropout=config.feed_forward_dropout,
+        max_width=512 if config.capped else None,
+        max_hidden=1024 if config.capped else None,
     )
-    methods = {
-        "vanilla": Method(target_task()),
-        "share": Method(target_task(), mj.share_transfer(routes), config.stop),
-        "kd": Method(target_task(distil), teacher=mj.logits_teacher(source.apply)),
-        "mergenet": Method(target_task(), lpka, config.stop),
+    teacher = mj.logits_teacher(source_apply)
+    feature_teacher = mj.logits_teacher(with_features(source_apply))
+    plain, distilled = task(target_apply), task(target_apply, loss=kd)
+    return {
+        "vanilla": Method(plain),
+        "share": Method(plain, mj.share_transfer(routes), config.stop),
+        "kd": Method(distilled, teacher=teacher),
+        "rkd": Method(task(with_features(target_apply), loss=rkd), teacher=feature_teacher),
+        "dkd": Method(task(target_apply, loss=dkd), teacher=teacher),
+        "nkd": Method(task(target_apply, loss=nkd), teacher=teacher),
+        "mergenet": Method(plain, lpka, config.stop),
+        "mergenet_kd": Method(distilled, lpka, config.stop, teacher),
     }
-    return Scenario(
-        name="cross_structure",
-        source=_role("small ResNet", source, load_digits),
-        target=_role("small MobileNetV2", target, partial(_few_labels, config.labels)),
-        source_task=mj.Task(mj.classification_loss(source.apply), _sgd(config.learning_rate, source_steps)),
-        methods=choose(methods, config.methods),
-    )
 
 
-def _role(name: str, model: mj.models.ResNet | mj.models.MobileNetV2, splits: Callable[[int], Splits]) -> Role:
-    @jax.jit
-    def init(key: jax.Array):
-        variables = model.init(key, jnp.zeros((1, 8, 8, 1)))
-        return variables["params"], {"batch_stats": variables["batch_stats"]}
-
-    splits = lru_cache(maxsize=1)(splits)  # One seed runs after the other.
-    # Validation and test are 200 and 400 images: batches of 200 compile once for both.
-    return Role(name, init, splits, mj.evaluate_classifier(model.apply, batch_size=200))
+def _route(words: str) -> tuple[str, str]:
+    target, equals, source = words.partition("=")
+    if not (target and equals and source):
+        raise ValueError(f"a route must be target=source, such as fc/kernel=fc/kernel, got {words!r}")
+    return target, source
 
 
-def _few_labels(labels: int, seed: int) -> Splits:
-    splits = load_digits(seed)
-    return replace(splits, train=class_balanced(splits.train, labels, seed))
-
-
-def _sgd(learning_rate: float, steps: int) -> optax.GradientTransformation:
-    schedule = optax.cosine_decay_schedule(learning_rate, steps)
-    return optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(schedule, momentum=0.9))
+def _adapter_rate(config: Config, schedule: Schedule) -> optax.ScalarOrSchedule:
+    """Returns the adapter's learning rate by the number of its own updates, one a transfer."""
+    if config.adapter_schedule == "constant":
+        return config.adapter_learning_rate
+    updates = max(2, round(config.stop * schedule.steps / config.cycle))
+    held = max(1, round(0.02 * updates))
+    falling = optax.cosine_decay_schedule(config.adapter_learning_rate, updates - held)
+    return optax.join_schedules([optax.constant_schedule(config.adapter_learning_rate), falling], [held])
 
 
 if __name__ == "__main__":

@@ -1,11 +1,9 @@
 """Runs a scenario: every method on every seed, paired, in one run folder that can be resumed."""
 
 import sys
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from jax.stages import Lowered
@@ -16,9 +14,9 @@ from experiments.config import RunConfig
 from experiments.report import print_plan, print_results, save_curves
 from experiments.scenario import Scenario
 from experiments.stages import Stage, make_stages
-from merge_jax.checkpoint import Checkpoints
-from merge_jax.joint import JointState, JointStep, TrainState
-from merge_jax.loop import run_loop
+from experiments.training import Trainer, compile_epoch, steps_per_call
+from merge_jax.joint import TrainState
+from merge_jax.parallel import Layout, data_mesh, jit_layout, pmap_layout
 from merge_jax.runs import MetricsLog, RunFolder
 
 __all__ = ["prepare_run"]
@@ -34,15 +32,19 @@ def prepare_run(scenario: Scenario, config: RunConfig) -> Callable[[], None]:
         had, a run folder that cannot be used.
     """
     stages = make_stages(scenario, config)
+    if config.parallel == "pmap":
+        layout = pmap_layout(config.devices)
+    else:
+        layout = jit_layout(data_mesh(config.devices), sharded=config.shard_state)
     # Shapes alone tell whether all fits together.
-    lowered = {name: stage.lower() for name, stage in stages.items()}
-    options = asdict(config)
-    run_dir, resume = options.pop("run_dir"), options.pop("resume")
-    folder = RunFolder.open(run_dir or _numbered_folder(scenario.name, resume), options, resume=resume)
+    steps, side_by_side = steps_per_call(scenario.schedule), config.seeds if _side_by_side(config) else None
+    lowered = {name: stage.lower(layout, steps, side_by_side) for name, stage in stages.items()}
+    run_dir = config.run_dir or _numbered_folder(scenario.name, config.resume)
+    folder = RunFolder.open(run_dir, config.identity(), resume=config.resume)
 
     def run() -> None:
         try:
-            _run(scenario, config, stages, lowered, folder)
+            _run(scenario, config, stages, layout, lowered, folder)
         except KeyboardInterrupt:
             print(
                 f"\ninterrupted; the same command with --resume --run-dir {folder.path} "
@@ -61,33 +63,28 @@ def _numbered_folder(name: str, resume: bool) -> Path:
     return _RUNS / f"{name}-{max(last, 1) if resume else last + 1:03d}"
 
 
-class _Compiled(NamedTuple):
-    """A compiled joint step, and how long its compilation took, in seconds."""
-
-    step: JointStep
-    seconds: float
-
-
 def _run(
     scenario: Scenario,
     config: RunConfig,
     stages: Mapping[str, Stage],
+    layout: Layout,
     lowered: Mapping[str, Lowered],
     folder: RunFolder,
 ) -> None:
     """Trains what is not done yet, then prints and saves what came out."""
     log = MetricsLog(folder)
     results = folder.read_json("results.json", [])
-    print_plan(scenario, config, folder)
+    print_plan(scenario, config, layout, folder)
     if len(results) == config.seeds * len(scenario.methods):
         print("all runs are done already: nothing to train")
     else:
         with Console().status("compiling"):
-            compiled = {name: _compile(stage) for name, stage in lowered.items()}
+            compiled = {name: compile_epoch(stage) for name, stage in lowered.items()}
+        quiet = True if jax.process_index() > 0 else None  # None: where standard error is no terminal, it is plain.
         total = config.seeds * sum(stage.num_steps for stage in stages.values())
-        with tqdm(total=total, unit="step", desc=scenario.name, mininterval=0.5) as bar:
-            trainer = _Trainer(config, compiled, folder, log, bar)
-            _train_all(scenario, config, stages, trainer, folder, results)
+        with tqdm(total=total, unit="step", desc=scenario.name, mininterval=0.5, disable=quiet) as bar:
+            trainer = Trainer(scenario.schedule, layout, compiled, folder, log, bar)
+            _train_all(scenario, config, stages, trainer, log, folder, results)
     print_results(scenario, config, results, folder)
     save_curves(list(scenario.methods), log.records(), folder)
     print(f"run folder: {folder.path}")
@@ -97,93 +94,63 @@ def _train_all(
     scenario: Scenario,
     config: RunConfig,
     stages: Mapping[str, Stage],
-    trainer: "_Trainer",
+    trainer: Trainer,
+    log: MetricsLog,
     folder: RunFolder,
     results: list[dict[str, Any]],
 ) -> None:
-    """Trains every method on every seed that has no result yet, and adds its result to the list and the folder."""
+    """Trains every method on every seed that has no result yet, and adds its results to the list and the folder."""
     done = {(result["method"], result["seed"]) for result in results}
-    for seed in range(config.seeds):
-        source = _source(trainer, stages, seed)
+    groups = [range(config.seeds)] if _side_by_side(config) else [[seed] for seed in range(config.seeds)]
+    for seeds in groups:
+        sources = _sources(trainer, stages, seeds)
         for name in scenario.methods:
-            if (name, seed) in done:
-                trainer.skip(stages[name])
+            if {(name, seed) for seed in seeds} <= done:
+                trainer.skip(stages[name], seeds)
                 continue
-            results.append(_result(trainer, stages[name], seed, source))
+            results += _results(trainer, stages[name], seeds, sources, log)
             folder.write_json("results.json", results)
 
 
-def _source(trainer: "_Trainer", stages: Mapping[str, Stage], seed: int) -> TrainState:
+def _side_by_side(config: RunConfig) -> bool:
+    return config.vectorized and config.seeds > 1
+
+
+def _sources(trainer: Trainer, stages: Mapping[str, Stage], seeds: Sequence[int]) -> list[TrainState]:
     """Returns the source that all methods of a seed start from: trained first, or fresh where it is live."""
     if "source" not in stages:
-        return next(iter(stages.values())).fresh_source(seed)
+        return [next(iter(stages.values())).fresh_source(seed) for seed in seeds]
     alone = stages["source"]
-    state, _ = trainer.train(alone, seed, alone.fresh_source(seed))
-    return state.target
+    outcomes = trainer.train(alone, seeds, [alone.fresh_source(seed) for seed in seeds])
+    return [outcome.state.target for outcome in outcomes]
 
 
-def _result(trainer: "_Trainer", stage: Stage, seed: int, source: TrainState) -> dict[str, Any]:
-    """Trains one method on one seed and returns what the table says of it."""
-    state, seconds = trainer.train(stage, seed, source)
-    return {
-        "method": stage.name,
-        "seed": seed,
-        "target_test_accuracy": stage.test_accuracy(state, seed, "target"),
-        "source_test_accuracy": stage.test_accuracy(state, seed, "source"),
-        "seconds": seconds,
-        "compile_seconds": trainer.compile_seconds(stage),
-        "adapter_parameters": sum(leaf.size for leaf in jax.tree.leaves(state.adapter.params)),
-    }
+def _results(
+    trainer: Trainer, stage: Stage, seeds: Sequence[int], sources: Sequence[TrainState], log: MetricsLog
+) -> list[dict[str, Any]]:
+    """Trains one method on some seeds and returns what the table says of each."""
+    outcomes = trainer.train(stage, seeds, sources)
+    best = _best_validation(stage, log)
+    return [
+        {
+            "method": stage.name,
+            "seed": seed,
+            "target_test_accuracy": stage.test_accuracy(state, seed, "target"),
+            "target_best_validation_accuracy": best.get(seed),
+            "source_test_accuracy": stage.test_accuracy(state, seed, "source"),
+            "seconds": seconds,
+            "compile_seconds": trainer.compile_seconds(stage),
+            "adapter_parameters": sum(leaf.size for leaf in jax.tree.leaves(state.adapter.params)),
+        }
+        for seed, (state, seconds) in zip(seeds, outcomes, strict=True)
+    ]
 
 
-def _compile(lowered: Lowered) -> _Compiled:
-    start = time.perf_counter()
-    step = lowered.compile()
-    return _Compiled(step, time.perf_counter() - start)
-
-
-class _Trainer:
-    """Trains a stage on a seed, from its newest checkpoint on."""
-
-    def __init__(
-        self,
-        config: RunConfig,
-        compiled: Mapping[str, _Compiled],
-        folder: RunFolder,
-        log: MetricsLog,
-        bar: tqdm,
-    ):
-        self._config, self._compiled, self._folder = config, compiled, folder
-        self._log, self._bar = log, bar
-
-    def skip(self, stage: Stage) -> None:
-        """Counts a stage that was trained before as done."""
-        self._bar.update(stage.num_steps)
-
-    def compile_seconds(self, stage: Stage) -> float:
-        """Returns how long the stage's step compiled."""
-        return self._compiled[stage.name].seconds
-
-    def train(self, stage: Stage, seed: int, source: TrainState) -> tuple[JointState, float]:
-        """Returns the state at the last step, and the seconds that this call trained."""
-        cell = f"{stage.name}-seed{seed}"
-        self._bar.set_postfix_str(cell)
-        batches_at = stage.batches_at(seed)
-        state = stage.initial_state(seed, source)
-        with Checkpoints(self._folder.checkpoints / cell) as checkpoints:
-            first, state = checkpoints.restore_latest(state) or (0, state)
-            self._bar.update(first)
-            start = time.perf_counter()
-            with self._log.writer(cell, first) as writer:
-                state = run_loop(
-                    self._compiled[stage.name].step,
-                    state,
-                    batches_at,
-                    num_steps=stage.num_steps,
-                    report_every=self._config.report_every,
-                    report=lambda step, metrics, state: writer.write(step, metrics | stage.validate(state, seed)),
-                    checkpoints=checkpoints,
-                    checkpoint_every=self._config.checkpoint_every,
-                    on_step=self._bar.update,
-                )
-        return state, time.perf_counter() - start
+def _best_validation(stage: Stage, log: MetricsLog) -> dict[int, float]:
+    """Returns the target's best validation accuracy of each seed, over all reports."""
+    best: dict[int, float] = {}
+    for record in log.records():
+        name, _, seed = record["run"].rpartition("-seed")
+        if name == stage.name and "target/validation_accuracy" in record:
+            best[int(seed)] = max(best.get(int(seed), 0.0), record["target/validation_accuracy"])
+    return best

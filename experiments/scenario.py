@@ -4,9 +4,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import jax
+import optax
 
+from experiments.config import Schedule
 from merge_jax.checks import check_choice
 from merge_jax.data import Arrays, Splits
+from merge_jax.epoch import Augment
 from merge_jax.joint import Task
 from merge_jax.transfer import identity_transfer
 from merge_jax.types import ModelState, Params, TeacherFn, Transfer
@@ -23,12 +26,14 @@ class Role:
       init: `key -> (params, model_state)`.
       splits: `seed -> Splits`.
       evaluate: `(params, model_state, arrays) -> metrics`, with `accuracy` in [0, 1].
+      augment: changes its batches at random while it trains; None for batches as they are.
     """
 
     name: str
     init: Callable[[jax.Array], tuple[Params, ModelState]]
     splits: Callable[[int], Splits]
     evaluate: Callable[[Params, ModelState, Arrays], dict[str, float]]
+    augment: Augment | None = None
 
 
 @dataclass(frozen=True)
@@ -50,13 +55,27 @@ class Method:
 
 @dataclass(frozen=True)
 class Scenario:
-    """Two models and the methods to compare; `source_task` is what the source learns."""
+    """Two models and the methods to compare.
+
+    Attributes:
+      name: of the scenario.
+      source: the model that gives.
+      target: the model that receives.
+      source_task: what the source learns.
+      methods: by name.
+      schedule: the lengths of the run.
+      adapter_optimizer: of every method's adapter.
+      axis_name: the `pmap` axis that the models average over; None under jit.
+    """
 
     name: str
     source: Role
     target: Role
     source_task: Task
     methods: Mapping[str, Method]
+    schedule: Schedule
+    adapter_optimizer: optax.GradientTransformation
+    axis_name: str | None = None
 
 
 def choose(methods: Mapping[str, Method], names: Sequence[str]) -> dict[str, Method]:

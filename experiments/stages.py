@@ -4,24 +4,22 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import jax
+import numpy as np
 import optax
 from jax.stages import Lowered
 
 from experiments.config import RunConfig
 from experiments.scenario import Method, Role, Scenario
-from merge_jax.data import batches_of
-from merge_jax.joint import (
-    JointState,
-    JointStep,
-    Task,
-    TrainState,
-    adapter_adamw,
-    init_joint_state,
-    make_joint_step,
-)
+from merge_jax.data import indices_of
+from merge_jax.epoch import Epoch, augmented, make_epoch
+from merge_jax.joint import JointState, Task, TrainState, init_joint_state, make_joint_step
+from merge_jax.parallel import Layout
+from merge_jax.seeds import over_seeds
 from merge_jax.types import Batch
 
 __all__ = ["Stage", "make_stages"]
+
+Indices = Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ class Stage:
       num_steps: steps of the target.
       batch_size: examples in a batch of either.
       optimizer: the adapter's optimizer.
-      step: the joint step.
+      epoch: many joint steps in one loop, of one seed.
     """
 
     name: str
@@ -48,24 +46,38 @@ class Stage:
     num_steps: int
     batch_size: int
     optimizer: optax.GradientTransformation
-    step: JointStep
+    epoch: Epoch
 
-    def lower(self) -> Lowered:
-        """Returns the jitted step, traced for the shapes of its state and batches; nothing is computed."""
+    def lower(self, layout: Layout, steps: int, seeds: int | None) -> Lowered:
+        """Returns the jitted epoch of up to `steps` steps, traced for the shapes of its arguments alone.
+
+        Args:
+          layout: how it lies on devices.
+          steps: the most steps of one call.
+          seeds: how many there are side by side; None for one at a time.
+        """
         state = jax.eval_shape(lambda: self.initial_state(0, self.fresh_source(0)))
-        return jax.jit(self.step, donate_argnums=0).lower(state, self.batches_at(0)(0))
+        arrays, indices = self.arrays(0), self.indices_at(0)(0, steps)
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (state, arrays, indices))
+        epoch = self.epoch
+        if seeds is not None:
+            step = shapes[0].step
+            shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((seeds, *leaf.shape), leaf.dtype), shapes)
+            shapes = (shapes[0].replace(step=step), *shapes[1:])
+            epoch = over_seeds(epoch)
+        return layout.lower(epoch, *shapes, jax.ShapeDtypeStruct((), np.int32))
 
     def fresh_source(self, seed: int) -> TrainState:
         """Returns the source of a seed as it starts."""
         if "source" not in self.roles:
             return TrainState({}, {}, None)
-        return TrainState(*self.roles["source"].init(_key(seed, 0)), None)
+        return TrainState(*self.roles["source"].init(_initial_key(seed, 0)), None)
 
     def initial_state(self, seed: int, source: TrainState) -> JointState:
         """Returns the state before the first step; for a seed, it is the same for every method."""
-        params, model_state = self.roles["target"].init(_key(seed, 1))
-        return init_joint_state(
-            _key(seed, 2),
+        params, model_state = self.roles["target"].init(_initial_key(seed, 1))
+        state = init_joint_state(
+            _initial_key(seed, 2),
             self.source_task,
             self.method.task,
             self.method.transfer,
@@ -75,20 +87,27 @@ class Stage:
             target_state=model_state,
             adapter_optimizer=self.optimizer,
         )
+        # What the steps draw is the same for a seed on its own and among others; that of an rbg key would not be.
+        return state.replace(key=jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), 3))
 
-    def batches_at(self, seed: int) -> Callable[[int], dict[str, Batch]]:
-        """Returns `step -> batches`; a frozen source needs none."""
+    def arrays(self, seed: int) -> dict[str, Batch]:
+        """Returns all examples to train on, of the roles that learn."""
+        return {role: dict(self.roles[role].splits(seed).train) for role in self._learning_roles}
+
+    def indices_at(self, seed: int) -> Callable[[int, int], Indices]:
+        """Returns `(first step, count) -> {role: [count, B]}`: the examples in each batch."""
         by_role = {
-            role: batches_of(self.roles[role].splits(seed).train, self.batch_size, seed)
+            role: indices_of(len(self.roles[role].splits(seed).train["label"]), self.batch_size, seed)
             for role in self._learning_roles
         }
-        return lambda step: {role: batch_at(step) for role, batch_at in by_role.items()}
+        return lambda first, count: {role: indices(first, count) for role, indices in by_role.items()}
 
     def validate(self, state: JointState, seed: int) -> dict[str, float]:
-        """Returns the metrics on the validation splits, of the models that learn."""
+        """Returns the metrics on the validation splits, of the models that learn; none where a split is empty."""
         return {
             f"{role}/validation_{name}": value
             for role in self._learning_roles
+            if len(self.roles[role].splits(seed).validation["label"])
             for name, value in self._evaluate(state, seed, role, "validation").items()
         }
 
@@ -106,8 +125,8 @@ class Stage:
         return self.roles[role].evaluate(model.params, model.model_state, arrays)
 
 
-def _key(seed: int, purpose: int) -> jax.Array:
-    """Returns the key of a seed for the source's start (0), the target's start (1) or the joint run (2).
+def _initial_key(seed: int, purpose: int) -> jax.Array:
+    """Returns the key of a seed for the source's start (0), the target's start (1) or the adapter's (2).
 
     Of the kind that XLA compiles fastest: hundreds of small draws are a third of the compilation otherwise.
     """
@@ -116,15 +135,8 @@ def _key(seed: int, purpose: int) -> jax.Array:
 
 def make_stages(scenario: Scenario, config: RunConfig) -> dict[str, Stage]:
     """Returns the stages of a seed in order: the source's own training, unless it is live, then the methods."""
-    optimizer = adapter_adamw(config.adapter_learning_rate)
 
-    def stage(
-        name: str,
-        roles: Mapping[str, Role],
-        source_task: Task | None,
-        method: Method,
-        num_steps: int,
-    ) -> Stage:
+    def stage(name: str, roles: Mapping[str, Role], source_task: Task | None, method: Method, num_steps: int) -> Stage:
         step = make_joint_step(
             source_task,
             method.task,
@@ -134,9 +146,22 @@ def make_stages(scenario: Scenario, config: RunConfig) -> dict[str, Stage]:
             num_steps=num_steps,
             update=config.update,
             teacher=method.teacher,
-            adapter_optimizer=optimizer,
+            adapter_optimizer=scenario.adapter_optimizer,
+            axis_name=scenario.axis_name,
         )
-        return Stage(name, roles, source_task, method, num_steps, config.batch_size, optimizer, step)
+        augment = {role: model.augment for role, model in roles.items() if model.augment is not None}
+        if augment:
+            step = augmented(step, augment, axis_name=scenario.axis_name)
+        return Stage(
+            name,
+            roles,
+            source_task,
+            method,
+            num_steps,
+            config.batch_size,
+            scenario.adapter_optimizer,
+            make_epoch(step),
+        )
 
     stages = {}
     live_task = scenario.source_task
@@ -147,9 +172,9 @@ def make_stages(scenario: Scenario, config: RunConfig) -> dict[str, Stage]:
             {"target": scenario.source},
             None,
             Method(scenario.source_task),
-            config.source_steps,
+            scenario.schedule.source_steps,
         )
     roles = {"source": scenario.source, "target": scenario.target}
     for name, method in scenario.methods.items():
-        stages[name] = stage(name, roles, live_task, method, config.steps)
+        stages[name] = stage(name, roles, live_task, method, scenario.schedule.steps)
     return stages

@@ -16,7 +16,7 @@ from merge_jax.joint import (
     make_joint_step,
 )
 from merge_jax.loop import run_loop
-from merge_jax.losses import cross_entropy, distillation_loss
+from merge_jax.losses import cross_entropy, distillation_loss, dkd_loss, nkd_loss, rkd_loss
 from merge_jax.low_rank import LowRankConv, LowRankDense, core_bases, decode, encode, row_basis
 from merge_jax.lpka import LPKA, KnowledgeTransferLayer
 from merge_jax.matrices import MatrixSpec, as_matrix, copy_overlap, from_matrix, matrix_spec
@@ -65,6 +65,7 @@ __all__ = [
     "cross_entropy",
     "decode",
     "distillation_loss",
+    "dkd_loss",
     "encode",
     "evaluate_classifier",
     "export_official_adapter",
@@ -83,8 +84,10 @@ __all__ = [
     "matrix_spec",
     "mlp_transfer",
     "models",
+    "nkd_loss",
     "published_transfer",
     "replace",
+    "rkd_loss",
     "row_basis",
     "run_loop",
     "save_safetensors",

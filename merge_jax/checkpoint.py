@@ -82,7 +82,7 @@ class Checkpoints:
 
         Args:
           state: a state of the same structure, shapes and dtypes (arrays or `jax.ShapeDtypeStruct`); only
-            these are read of it.
+            these are read of it, and where its leaves are placed: the saved ones may have been on other devices.
 
         Raises:
           ValueError: the saved tree has other leaves, shapes or dtypes than `state`; each is named.
@@ -92,8 +92,11 @@ class Checkpoints:
             return None
         wanted = flatten(jax.eval_shape(lambda: state))
         self._check_fits(step, wanted)
-        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        abstract = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding) for leaf in wanted.values()]
+        default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        abstract = [
+            jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(like, "sharding", None) or default)
+            for leaf, like in zip(wanted.values(), jax.tree.leaves(state), strict=True)
+        ]
         structure = jax.tree.structure(state)
         return step, self._checkpointer.load(step, jax.tree.unflatten(structure, abstract))
 

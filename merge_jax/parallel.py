@@ -4,8 +4,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.stages import Lowered
 
 from merge_jax.epoch import Epoch
 
@@ -35,7 +37,7 @@ class Layout(NamedTuple):
     put_state: Callable[[Any], Any]
     put_arrays: Callable[[Any], Any]
     put_indices: Callable[[Mapping[str, np.ndarray]], Any]
-    lower: Callable[..., jax.stages.Lowered]
+    lower: Callable[..., Lowered]
 
 
 def data_mesh(num_devices: int | None = None) -> Mesh:
@@ -50,7 +52,7 @@ def data_mesh(num_devices: int | None = None) -> Mesh:
     return Mesh(np.array(devices), (DATA_AXIS,), axis_types=(AxisType.Auto,))
 
 
-def _first_devices(number: int | None) -> list[jax.Device]:
+def _first_devices(number: int | None) -> list[Any]:
     devices = jax.devices()
     number = len(devices) if number is None else number
     if not 1 <= number <= len(devices):
@@ -97,7 +99,7 @@ def jit_layout(mesh: Mesh, *, sharded: bool = False) -> Layout:
         _check_divides(indices, mesh.size)
         return {role: _put(array, split(array.ndim)) for role, array in indices.items()}
 
-    def lower(epoch: Epoch, state: Any, arrays: Any, indices: Any, count: Any) -> jax.stages.Lowered:
+    def lower(epoch: Epoch, state: Any, arrays: Any, indices: Any, count: Any) -> Lowered:
         _check_divides(indices, mesh.size)
         # Shapes will do, and several processes take no arrays of their own that are to be split.
         state, arrays, indices, count = jax.eval_shape(lambda *trees: trees, state, arrays, indices, count)
@@ -141,7 +143,7 @@ def pmap_layout(num_devices: int | None = None) -> Layout:
             for role, array in indices.items()
         }
 
-    def lower(epoch: Epoch, state: Any, arrays: Any, indices: Any, count: Any) -> jax.stages.Lowered:
+    def lower(epoch: Epoch, state: Any, arrays: Any, indices: Any, count: Any) -> Lowered:
         program = jax.pmap(
             epoch, DATA_AXIS, in_axes=(None, None, 0, None), out_axes=None, devices=devices, donate_argnums=0
         )
@@ -163,7 +165,7 @@ def _put(leaf: Any, sharding: NamedSharding) -> jax.Array:
     """Places an array that is the same in every process."""
     if sharding.is_fully_addressable:
         return jax.device_put(leaf, sharding)
-    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         data = _put(jax.random.key_data(leaf), NamedSharding(sharding.mesh, PartitionSpec()))
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
     array = np.asarray(leaf)

@@ -57,7 +57,7 @@ def natural_order(path: str) -> list[Any]:
     >>> sorted(["layer_10/w", "layer_2/w"], key=natural_order)
     ['layer_2/w', 'layer_10/w']
     """
-    return [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", path)]
+    return [int(part) if part.isascii() and part.isdecimal() else part for part in re.split(r"([0-9]+)", path)]
 
 
 def find_paths(paths: Iterable[str], pattern: Pattern, *, role: str = "tree") -> list[str]:

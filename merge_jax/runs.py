@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import jax
+from jax.experimental import multihost_utils
 from tensorboardX import SummaryWriter
 
 __all__ = ["MetricsLog", "RunFolder", "describe_environment"]
@@ -29,7 +30,7 @@ _README = """\
   `source-seed<n>` the source is trained on its own, in the role of the target.
 - `tensorboard/`: the same for TensorBoard (`tensorboard --logdir` this folder).
 - `results.json`, `table.txt`, `curves.png`: what came out; they appear as runs end.
-- `checkpoints/<method>-seed<n>/<step>/`: Orbax checkpoints of everything (both models, adapter, optimizers, step, key).
+- `checkpoints/<method>-seed<n>/<step>/` (or `-seeds<first>-<last>`, where seeds ran side by side): Orbax checkpoints of everything (both models, adapter, optimizers, step, key).
 
 Go on after an interruption with the command above and `--resume --run-dir` this folder.
 """
@@ -52,11 +53,16 @@ class RunFolder:
           config: all options that say what the run is, as JSON types.
           resume: go on with the run in the folder.
 
+        Where several processes share a run, process 0 alone writes, and the others wait for it here.
+
         Raises:
           ValueError: the folder holds a run and `resume` is not set; `resume` is set and there is none, or one
             with another config (the message names the fields); the folder cannot be written.
         """
         path = Path(path)
+        if jax.process_index() > 0:
+            multihost_utils.sync_global_devices("run folder")
+            return cls(path)
         config_path = path / "config.json"
         config = json.loads(json.dumps(config))  # As it will be read back: tuples are lists.
         try:
@@ -90,6 +96,8 @@ class RunFolder:
             raise ValueError(f"{config_path} is damaged: {error}") from None
         except OSError as error:
             raise ValueError(f"the run folder {path} cannot be written: {error}") from None
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("run folder")
         return folder
 
     def write_json(self, name: str, content: Any) -> None:
@@ -97,7 +105,9 @@ class RunFolder:
         self.write_text(name, json.dumps(content, indent=2) + "\n")
 
     def write_text(self, name: str, content: str) -> None:
-        """Writes a file of the folder whole or not at all."""
+        """Writes a file of the folder whole or not at all; processes but 0 write nothing."""
+        if jax.process_index() > 0:
+            return
         part = self.path / f"{name}.part"
         part.write_text(content)
         os.replace(part, self.path / name)
@@ -138,6 +148,7 @@ class MetricsLog:
             str(self._folder.path / "tensorboard" / run),
             purge_step=step + 1 if step else None,
             flush_secs=10,
+            write_to_disk=jax.process_index() == 0,
         )
         return RunWriter(self._path, run, events)
 
@@ -159,6 +170,8 @@ class RunWriter:
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Writes one record. JSON has no word for a number that is not finite, so it stands as a string there."""
+        if jax.process_index() > 0:
+            return
         values = {k: v if math.isfinite(v) else str(v) for k, v in metrics.items()}
         with self._path.open("a") as file:
             file.write(json.dumps({"run": self._run, "step": step, **values}) + "\n")

@@ -1,7 +1,7 @@
 """Loss functions, teachers and evaluation for classifiers written in Linen."""
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,16 +14,70 @@ from merge_jax.types import Batch, LossFn, ModelState, Params, TeacherFn
 
 __all__ = [
     "ClassificationLoss",
+    "ModelApply",
+    "Outputs",
     "classification_loss",
     "evaluate_classifier",
     "logits_teacher",
+    "on_pixels",
+    "with_features",
 ]
 
 ModelApply = Callable[..., Any]
 """`model.apply` of a Linen module whose `__call__` takes `(inputs, train=...)` and returns logits `[B, C]`."""
 
-ClassificationLoss = Callable[[jax.Array, Batch], jax.Array]
-"""Logits `[B, C]` and their batch to losses `[B]`."""
+ClassificationLoss = Callable[[Any, Batch], jax.Array]
+"""Logits `[B, C]`, or `Outputs` of a model `with_features`, and their batch to losses `[B]`."""
+
+
+class Outputs(NamedTuple):
+    """What a classifier gives: its logits `[B, C]` and the features `[B, D]` that its last layer has them from."""
+
+    logits: jax.Array
+    features: jax.Array
+
+
+def with_features(apply_fn: ModelApply) -> ModelApply:
+    """Returns the apply function with `Outputs` in the place of logits, for losses that compare features.
+
+    The model sows its features as `intermediates/features`, as those of `merge_jax.models` do.
+
+    Raises:
+      ValueError: while tracing, for a model that sows none.
+    """
+
+    def apply(variables: Any, inputs: jax.Array, *, mutable: Any = False, **options: Any) -> Any:
+        collections = [*(mutable or ()), "intermediates"]
+        logits, updates = apply_fn(variables, inputs, mutable=collections, **options)
+        sown = dict(updates).pop("intermediates", {})
+        if "features" not in sown:
+            raise ValueError('the model sows no features: call self.sow("intermediates", "features", x) in it')
+        outputs = Outputs(logits, sown["features"][-1])
+        kept = {name: collection for name, collection in updates.items() if name != "intermediates"}
+        return outputs if mutable is False else (outputs, kept)
+
+    return apply
+
+
+def on_pixels(apply_fn: ModelApply, mean: Sequence[float], std: Sequence[float]) -> ModelApply:
+    """Returns the apply function for uint8 images `[B, H, W, C]`: `(x / 255 - mean) / std`, channel by channel.
+
+    Args:
+      apply_fn: `model.apply` of a model of float images.
+      mean: of each channel, of pixels in [0, 1].
+      std: their standard deviation.
+    """
+    scale = 1 / (255 * jnp.asarray(std, jnp.float32))
+    shift = jnp.asarray(mean, jnp.float32) / jnp.asarray(std, jnp.float32)
+
+    def apply(variables: Any, images: jax.Array, **options: Any) -> Any:
+        return apply_fn(variables, images * scale[None, None, None] - shift[None, None, None], **options)
+
+    return apply
+
+
+def _logits(outputs: Any) -> jax.Array:
+    return outputs.logits if isinstance(outputs, Outputs) else outputs
 
 
 def _entry(batch: Batch, name: str) -> jax.Array:
@@ -40,7 +94,8 @@ def classification_loss(
     Args:
       apply_fn: `model.apply` of a Linen module called as `(inputs, train=True)`, with logits `[B, C]`; its
         collections (BatchNorm statistics) update, and dropout draws from the step's key.
-      loss: `(logits [B, C], batch) -> [B]`; cross entropy with `batch["label"]` by default.
+      loss: `(logits [B, C], batch) -> [B]`; cross entropy with `batch["label"]` by default. It gets `Outputs` where
+        `apply_fn` is a model's `with_features`.
       inputs: the entry of the batch that is the model's input.
     """
 
@@ -52,16 +107,16 @@ def classification_loss(
     def loss_fn(
         params: Params, model_state: ModelState, batch: Batch, key: jax.Array
     ) -> tuple[jax.Array, tuple[ModelState, dict[str, jax.Array]]]:
-        logits, new_state = apply_fn(
+        outputs, new_state = apply_fn(
             {"params": params, **model_state},
             _entry(batch, inputs),
             train=True,
             mutable=list(model_state),
             rngs={"dropout": key},
         )
-        return per_example(logits, batch).mean(), (
+        return per_example(outputs, batch).mean(), (
             new_state,
-            {"accuracy": accuracy(logits, batch["label"])},
+            {"accuracy": accuracy(_logits(outputs), batch["label"])},
         )
 
     return loss_fn
@@ -70,7 +125,8 @@ def classification_loss(
 def logits_teacher(apply_fn: ModelApply, *, inputs: str = "image") -> TeacherFn:
     """Returns a teacher for `make_joint_step`: it adds the source's logits `[B, C]` as `batch["teacher_logits"]`.
 
-    The source runs in evaluation mode (BatchNorm with its running statistics, no dropout).
+    A model `with_features` adds its features `[B, D]` too, as `batch["teacher_features"]`. The source runs in
+    evaluation mode (BatchNorm with its running statistics, no dropout).
 
     Args:
       apply_fn: `model.apply` of a Linen module called as `(inputs, train=False)`; for any other model, a teacher is
@@ -79,8 +135,10 @@ def logits_teacher(apply_fn: ModelApply, *, inputs: str = "image") -> TeacherFn:
     """
 
     def teacher(params: Params, model_state: ModelState, batch: Batch) -> Batch:
-        logits = apply_fn({"params": params, **model_state}, _entry(batch, inputs), train=False)
-        return {**batch, "teacher_logits": logits}
+        outputs = apply_fn({"params": params, **model_state}, _entry(batch, inputs), train=False)
+        if isinstance(outputs, Outputs):
+            return {**batch, "teacher_logits": outputs.logits, "teacher_features": outputs.features}
+        return {**batch, "teacher_logits": outputs}
 
     return teacher
 

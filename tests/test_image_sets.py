@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import warnings
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ import requests
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from merge_jax.data import channel_statistics, check_images, load_image_folder, load_tfds_images, shrink
+from merge_jax.data import channel_statistics, check_images, load_image_folder, load_tfds_images
 
 PREFIX = {"cifar10": "cifar-10-batches-bin/", "cifar100": "cifar-100-binary/"}
 ARCHIVE = {"cifar10": "cifar-10-binary.tar.gz", "cifar100": "cifar-100-binary.tar.gz"}
@@ -133,7 +132,10 @@ def test_another_archive_than_the_prepared_one_is_refused(tmp_path):
     [
         (lambda files, file: files | {file: files[file][:-1]}, r"{file} must hold records of {length} bytes, found"),
         (lambda files, file: files | {file: b""}, r"{file} must hold .* found 0 bytes"),
-        (lambda files, file: {key: files[key] for key in files if key != file}, r"lacks \['{prefix}{file}'\]: expected"),
+        (
+            lambda files, file: {key: files[key] for key in files if key != file},
+            r"lacks \['{prefix}{file}'\]: expected",
+        ),
         (
             lambda files, file: files | {file: files[file][:-3073] + bytes([200]) + files[file][-3072:]},
             r"label in {file} must lie in \[0, \d+\), found 200 in record 3",
@@ -243,6 +245,12 @@ def test_without_a_network_the_error_names_url_and_place(tmp_path, monkeypatch):
         load_tfds_images("mnist", tmp_path)
 
 
+def test_a_set_to_be_downloaded_by_hand_says_so(tmp_path):
+    place = tmp_path / "downloads" / "manual"
+    with pytest.raises(ValueError, match=rf"imagenet2012 cannot be .* Manual directory {place} does not exist"):
+        load_tfds_images("imagenet2012", tmp_path)
+
+
 def as_file(image, format="PNG"):
     file = io.BytesIO()
     image.save(file, format)
@@ -258,7 +266,7 @@ class TinyImages(tfds.core.GeneratorBasedBuilder):
     splits: dict
 
     def _info(self):
-        return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(self.features))
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(self.features))
 
     def _split_generators(self, dl_manager):
         return {split: self._generate_examples(images) for split, images in self.splits.items()}
@@ -306,7 +314,9 @@ def test_any_image_set_of_tfds_is_read(test, channels, tiny, tmp_path):
 
 def test_an_image_with_a_palette_has_its_colours(tiny, tmp_path):
     colours = np.full((4, 4, 3), (200, 100, 50), np.uint8)
-    tiny({"train": [Image.fromarray(colours).convert("P", palette=Image.Palette.ADAPTIVE)], "test": images_of([colours])})
+    tiny(
+        {"train": [Image.fromarray(colours).convert("P", palette=Image.Palette.ADAPTIVE)], "test": images_of([colours])}
+    )
     np.testing.assert_array_equal(load_tfds_images("tiny_images", tmp_path).train["image"], [colours])
 
 
@@ -329,14 +339,16 @@ def test_a_set_that_is_not_of_labelled_images_is_refused(tiny, tmp_path):
         load_tfds_images("squad", tmp_path)
     label = tfds.features.ClassLabel(num_classes=2)
     tiny({}, image=tfds.features.Image(shape=(8, 8, 1), dtype=np.uint16), label=label)
-    with pytest.raises(ValueError, match=r"images of uint8 with \[1, 3, 4\] channels, found uint16 of shape \(8, 8, 1\)"):
+    with pytest.raises(
+        ValueError, match=r"images of uint8 with \[1, 3, 4\] channels, found uint16 of shape \(8, 8, 1\)"
+    ):
         load_tfds_images("tiny_images", tmp_path)
 
 
 @pytest.mark.parametrize("splits", [{"train": 2}, {"test": 2}, {"train": 2, "dev": 1}])
 def test_missing_splits_are_named(splits, tiny, tmp_path):
     tiny({split: images_of(pixels(0, count, 8)) for split, count in splits.items()})
-    with pytest.raises(ValueError, match=rf"'train' and one of 'test' and 'validation', found \{sorted(splits)}"):
+    with pytest.raises(ValueError, match=rf"'train' and one of 'test' and 'validation', found \{list(splits)}"):
         load_tfds_images("tiny_images", tmp_path)
 
 
@@ -358,7 +370,7 @@ def test_a_set_prepared_as_tfrecord_is_refused(tiny, tmp_path, monkeypatch):
     load_tfds_images("tiny_images", tmp_path)
     info = tmp_path / "tiny_images" / "1.0.0" / "dataset_info.json"
     info.write_text(info.read_text().replace("array_record", "tfrecord"))
-    with pytest.raises(ValueError, match="1.0.0 as tfrecord, which cannot be read without TensorFlow"):
+    with pytest.raises(ValueError, match=r"1.0.0 as tfrecord, which cannot be read without TensorFlow"):
         load_tfds_images("tiny_images", tmp_path)
 
 
@@ -498,29 +510,6 @@ def test_statistics_equal_those_of_a_float_copy():
         channel_statistics(images[:0])
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 6, 12])
-def test_shrunk_images_are_rounded_means_of_blocks(size):
-    images = pixels(0, 5, 12)
-    block = 12 // size
-    means = images.reshape(5, size, block, size, block, 3).mean(axis=(2, 4))
-    shrunk = shrink(images, size)
-    assert shrunk.dtype == np.uint8
-    np.testing.assert_array_equal(shrunk, np.floor(means + 0.5))
-
-
-def test_shrinking_that_has_no_square_blocks_is_refused():
-    with pytest.raises(ValueError, match="12x12 cannot be averaged over square blocks to 5x5.*a multiple of 5"):
-        shrink(pixels(0, 1, 12), 5)
-    with pytest.raises(ValueError, match="6x12 cannot be averaged.*sides must be equal"):
-        shrink(pixels(0, 1, 12)[:, :6], 3)
-    with pytest.raises(ValueError, match="24x24"):
-        shrink(pixels(0, 1, 24), 48)
-    with pytest.raises(ValueError, match="size must be a whole number of at least 1, got 0"):
-        shrink(pixels(0, 1, 12), 0)
-    with pytest.raises(ValueError, match="shrink: images must be uint8"):
-        shrink(np.zeros((1, 4, 4, 3), np.float32), 2)
-
-
 GOOD = {"image": np.zeros((3, 2, 2, 1), np.float32), "label": np.array([0, 1, 1])}
 WITH_NAN = GOOD["image"].copy()
 WITH_NAN[1, 0, 1, 0], WITH_NAN[2, 0, 0, 0] = np.nan, np.inf
@@ -555,7 +544,7 @@ def test_an_image_set_cannot_be_changed(tmp_path):
     write_folder(tmp_path, size=8)
     loaded = load_image_folder(tmp_path)
     with pytest.raises(dataclasses.FrozenInstanceError):
-        loaded.name = "other"  # pyright: ignore[reportAttributeAccessIssue]
+        loaded.name = "other"
 
 
 def test_imports_stay_light():

@@ -1,8 +1,9 @@
 """Data as NumPy arrays in memory, and batches of them as a pure function of the step."""
 
-from merge_jax.data.arrays import Arrays, Splits, batches_of, class_balanced
+from merge_jax.data.arrays import Arrays, Splits, batches_of, class_balanced, indices_of, split
+from merge_jax.data.augment import crop_flip_rotate
 from merge_jax.data.folder import load_image_folder
-from merge_jax.data.image_set import ImageSet, channel_statistics, check_images, shrink
+from merge_jax.data.image_set import ImageSet, channel_statistics, check_images
 from merge_jax.data.images import load_digits
 from merge_jax.data.tfds_images import load_tfds_images
 
@@ -14,8 +15,10 @@ __all__ = [
     "channel_statistics",
     "check_images",
     "class_balanced",
+    "crop_flip_rotate",
+    "indices_of",
     "load_digits",
     "load_image_folder",
     "load_tfds_images",
-    "shrink",
+    "split",
 ]

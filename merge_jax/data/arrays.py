@@ -101,5 +101,5 @@ def class_balanced(arrays: Arrays, size: int, seed: int) -> Arrays:
     return split(arrays, size, seed)[0]
 
 
-def _take(arrays: Arrays, indices: np.ndarray) -> Arrays:
+def _take(arrays: Arrays, indices: np.ndarray) -> dict[str, np.ndarray]:
     return {name: array[indices] for name, array in arrays.items()}

@@ -1,6 +1,5 @@
 """Images from a folder of one's own."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -99,9 +98,9 @@ def _image_files(root: Path, folder: Path) -> list[Path]:
     return files
 
 
-def _children(folder: Path) -> Iterator[Path]:
-    names = [child for child in folder.iterdir() if not child.name.startswith(".")]
-    return iter(sorted(names, key=lambda child: natural_order(child.name)))
+def _children(folder: Path) -> list[Path]:
+    children = (child for child in folder.iterdir() if not child.name.startswith("."))
+    return sorted(children, key=lambda child: natural_order(child.name))
 
 
 def _check_inside(root: Path, path: Path) -> None:

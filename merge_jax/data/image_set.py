@@ -1,4 +1,4 @@
-"""A set of labelled images in memory, its checks, its statistics, and smaller copies of it."""
+"""A set of labelled images in memory, its checks and its statistics."""
 
 import math
 from dataclasses import dataclass
@@ -6,11 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageOps
 
-from merge_jax.checks import check_at_least_one
 from merge_jax.data.arrays import Arrays
 from merge_jax.paths import near_misses
 
-__all__ = ["ImageSet", "as_pixels", "channel_statistics", "check_images", "shrink"]
+__all__ = ["ImageSet", "as_pixels", "channel_statistics", "check_images"]
 
 
 @dataclass(frozen=True)
@@ -82,29 +81,6 @@ def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[flo
         math.sqrt(count * square - total**2) / (255 * count) for total, square in zip(sums, squares, strict=True)
     )
     return mean, std
-
-
-def shrink(images: np.ndarray, size: int) -> np.ndarray:
-    """Returns uint8 images `[N, size, size, C]`, the rounded means over square blocks of uint8 `[N, H, H, C]`.
-
-    Raises:
-      ValueError: the images are not uint8 of rank 4, are not square, or their height is no multiple of `size`.
-    """
-    check_at_least_one(size=size)
-    _check_uint8("shrink", images)
-    count, height, width, channels = images.shape
-    if height != width or height % size or height == 0:
-        raise ValueError(
-            f"images of {height}x{width} cannot be averaged over square blocks to {size}x{size}:"
-            f" both sides must be equal and a multiple of {size}"
-        )
-    block = height // size
-    total = np.zeros((count, size, size, channels), np.uint32)
-    for row in range(block):
-        for column in range(block):
-            total += images[:, row::block, column::block]
-    pixels = block**2
-    return ((total + pixels // 2) // pixels).astype(np.uint8)
 
 
 def as_pixels(image: Image.Image, mode: str, image_size: int | None) -> np.ndarray:

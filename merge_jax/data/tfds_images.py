@@ -132,7 +132,8 @@ def _prepared(name: str, root: Path) -> Any:
             f" that is installed, with tfds.builder({name!r}, data_dir=...)"
             f".download_and_prepare(file_format='array_record'), and move the result into {root}"
         ) from error
-    except (OSError, tfds.download.DownloadError) as error:
+    except (OSError, tfds.download.DownloadError, AssertionError) as error:
+        # TFDS asserts that the files are there which one has to download by hand.
         raise ValueError(f"{name} cannot be downloaded or prepared in {root}: {_one_line(error)}") from error
     return builder
 

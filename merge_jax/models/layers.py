@@ -89,11 +89,7 @@ def _taps(x: jax.Array, stride: int) -> list[tuple[int, int, jax.Array]]:
     """Returns row, column and input `[B, H/s, W/s, C]` of the nine places of a 3x3 window."""
     height, width = x.shape[1:3]
     padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    return [
-        (i, j, padded[:, i : i + height : stride, j : j + width : stride])
-        for i in range(3)
-        for j in range(3)
-    ]
+    return [(i, j, padded[:, i : i + height : stride, j : j + width : stride]) for i in range(3) for j in range(3)]
 
 
 class DepthwiseConv(nn.Module):

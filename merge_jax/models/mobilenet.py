@@ -138,9 +138,7 @@ def mobilenet_v2_half(num_classes: int = 100, **options: Any) -> MobileNetV2:
         InvertedResidualStage(6, 80, 3, 2),
         InvertedResidualStage(6, 160, 1, 1),
     )
-    return MobileNetV2(
-        stages, num_classes, stem_width=16, stem="strided_3x3", use_bias=False, clipped=False, **options
-    )
+    return MobileNetV2(stages, num_classes, stem_width=16, stem="strided_3x3", use_bias=False, clipped=False, **options)
 
 
 def small_mobilenet_v2(num_classes: int = 10, num_stages: int = 3, **options: Any) -> MobileNetV2:

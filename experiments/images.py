@@ -1,0 +1,174 @@
+"""Image classifiers as the roles of a scenario: models by name, data by name, and what they are trained with."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import merge_jax as mj
+from experiments.scenario import Role
+from merge_jax.checks import check_choice
+from merge_jax.data import (
+    Splits,
+    channel_statistics,
+    class_balanced,
+    crop_flip_rotate,
+    load_digits,
+    load_image_folder,
+    load_tfds_images,
+    split,
+)
+from merge_jax.tasks import ModelApply, on_pixels
+
+__all__ = [
+    "ImageData",
+    "LearningRateSchedule",
+    "ModelName",
+    "load_images",
+    "make_apply",
+    "make_model",
+    "make_role",
+    "sgd",
+]
+
+ModelName = Literal[
+    "small_resnet",
+    "resnet18",
+    "resnet18_quarter",
+    "resnet50",
+    "small_mobilenet_v2",
+    "mobilenet_v2",
+    "mobilenet_v2_half",
+]
+"""`resnet18_quarter` is ResNet18 with a quarter of its channels; the others are `merge_jax.models`."""
+
+LearningRateSchedule = Literal["cosine", "steps"]
+"""To 0 along a cosine, or times 0.2 after 30, 60 and 80 percent of the run, as published."""
+
+_EVALUATED_AT_ONCE = 200  # Divides the digits' validation and test: one compilation serves both.
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """Images to train, validate and test on.
+
+    Attributes:
+      name: of the set.
+      splits: `seed -> Splits`; the test split is the same for every seed.
+      shape: of an image, `(H, W, C)`.
+      num_classes: how many classes there are.
+      pixels: mean and standard deviation of each channel, where images are uint8; None for float images in [0, 1].
+    """
+
+    name: str
+    splits: Callable[[int], Splits]
+    shape: tuple[int, int, int]
+    num_classes: int
+    pixels: tuple[tuple[float, ...], tuple[float, ...]] | None
+
+
+def load_images(name: str, data_dir: Path | None, image_size: int | None, validation: int) -> ImageData:
+    """Returns the images of that name: `digits`, a TFDS set such as `cifar100`, or the path of a folder.
+
+    Args:
+      name: what to load; what has a slash in it, or is a folder, is a path.
+      data_dir: of TFDS.
+      image_size: height and width to bring images to; None for as they are.
+      validation: how many training images to hold out, drawn anew for each seed; 0 for none. Digits always hold 200.
+
+    Raises:
+      ValueError: the images cannot be had, or fewer can be held out than that.
+    """
+    if name == "digits":
+        if image_size is not None:
+            raise ValueError(f"digits are 8x8 images: image_size is for other data, got {image_size}")
+        return ImageData(name, lru_cache(maxsize=1)(load_digits), (8, 8, 1), 10, None)
+    if "/" in name or Path(name).is_dir():
+        images = load_image_folder(name, image_size=image_size)
+    else:
+        images = load_tfds_images(name, data_dir, image_size=image_size)
+    size = len(images.train["label"])
+    if not 0 <= validation <= size - images.num_classes or 0 < validation < images.num_classes:
+        raise ValueError(
+            f"validation must be 0, or leave one image of each of the {images.num_classes} classes on either side "
+            f"of the {size}, got {validation}"
+        )
+
+    def splits(seed: int) -> Splits:
+        train, held_out = images.train, {entry: array[:0] for entry, array in images.train.items()}
+        if validation:
+            held_out, train = split(images.train, validation, seed)
+        return Splits(train, held_out, images.test)
+
+    height, width, channels = images.train["image"].shape[1:]
+    pixels = channel_statistics(images.train["image"])
+    return ImageData(name, lru_cache(maxsize=1)(splits), (height, width, channels), images.num_classes, pixels)
+
+
+def make_model(name: str, num_classes: int, *, stages: int, **options: Any) -> mj.models.ResNet | mj.models.MobileNetV2:
+    """Returns the model of that name; `stages` are those of the small ones, options the models' other attributes.
+
+    Raises:
+      ValueError: no model has that name.
+    """
+    check_choice("model", name, get_args(ModelName))
+    if name == "resnet18_quarter":
+        return mj.models.resnet18(num_classes, width=0.25, **options)
+    if name.startswith("small_"):
+        options["num_stages"] = stages
+    return getattr(mj.models, name)(num_classes, **options)
+
+
+def make_apply(model: mj.models.ResNet | mj.models.MobileNetV2, data: ImageData) -> ModelApply:
+    """Returns the model's apply function for images as the data has them."""
+    return model.apply if data.pixels is None else on_pixels(model.apply, *data.pixels)
+
+
+def make_role(
+    name: str,
+    model: mj.models.ResNet | mj.models.MobileNetV2,
+    data: ImageData,
+    *,
+    labels: int | None = None,
+    augment: bool = False,
+) -> Role:
+    """Returns a model that learns to classify images.
+
+    Args:
+      name: of the model, for people.
+      model: the model.
+      data: its images.
+      labels: how many of them it learns from, drawn with the classes in proportion; None for all.
+      augment: crop, mirror and rotate its training images at random.
+    """
+
+    @jax.jit
+    def init(key: jax.Array):
+        variables = model.init(key, jnp.zeros((1, *data.shape)))
+        return variables["params"], {"batch_stats": variables["batch_stats"]}
+
+    def few_labels(seed: int) -> Splits:
+        splits = data.splits(seed)
+        return splits if labels is None else replace(splits, train=class_balanced(splits.train, labels, seed))
+
+    def change(key: jax.Array, batch: mj.Batch) -> mj.Batch:
+        return {**batch, "image": crop_flip_rotate(key, batch["image"])}
+
+    evaluate = mj.evaluate_classifier(make_apply(model, data), batch_size=_EVALUATED_AT_ONCE)
+    return Role(name, init, lru_cache(maxsize=1)(few_labels), evaluate, change if augment else None)
+
+
+def sgd(learning_rate: float, steps: int, schedule: LearningRateSchedule) -> optax.GradientTransformation:
+    """Returns the models' published optimizer: SGD with momentum 0.9 and weight decay 5e-4 on all parameters."""
+    if schedule == "steps":
+        rate = optax.piecewise_constant_schedule(
+            learning_rate, {round(fraction * steps): 0.2 for fraction in (0.3, 0.6, 0.8)}
+        )
+    else:
+        rate = optax.cosine_decay_schedule(learning_rate, steps)
+    return optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(rate, momentum=0.9))

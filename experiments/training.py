@@ -1,0 +1,138 @@
+"""Trains a stage, on one seed or on several side by side, from its newest checkpoint on."""
+
+import contextlib
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.stages import Lowered
+from tqdm.auto import tqdm
+
+from experiments.scenario import Schedule
+from experiments.stages import Stage
+from merge_jax.checkpoint import Checkpoints
+from merge_jax.joint import JointState, TrainState
+from merge_jax.loop import run_loop
+from merge_jax.parallel import Layout
+from merge_jax.runs import MetricsLog, RunFolder
+from merge_jax.seeds import stack_arrays, stack_seeds, unstack_seeds
+from merge_jax.types import Metrics
+
+__all__ = ["Compiled", "Outcome", "Trainer", "compile_epoch", "steps_per_call"]
+
+
+class Compiled(NamedTuple):
+    """A compiled epoch, and how long its compilation took, in seconds."""
+
+    epoch: Any
+    seconds: float
+
+
+class Outcome(NamedTuple):
+    """What training one stage on one seed came to.
+
+    Attributes:
+      state: at the last step.
+      seconds: that this process trained, evaluation included; where seeds ran side by side, one's share.
+    """
+
+    state: JointState
+    seconds: float
+
+
+def steps_per_call(schedule: Schedule) -> int:
+    """Returns how many steps one call of a compiled epoch takes: all between two reports.
+
+    On a CPU at most ten: calls cost nothing there, steps take long, and the progress bar should move.
+    """
+    return min(schedule.report_every, 10) if jax.default_backend() == "cpu" else schedule.report_every
+
+
+def compile_epoch(lowered: Lowered) -> Compiled:
+    """Compiles a traced epoch."""
+    start = time.perf_counter()
+    epoch = lowered.compile()
+    return Compiled(epoch, time.perf_counter() - start)
+
+
+class Trainer:
+    """Trains stages; it holds what all of them share."""
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        layout: Layout,
+        compiled: Mapping[str, Compiled],
+        folder: RunFolder,
+        log: MetricsLog,
+        bar: tqdm,
+    ):
+        """Takes the lengths of the run, how it lies on devices, the compiled stages, and where to write."""
+        self._schedule, self._layout, self._compiled = schedule, layout, compiled
+        self._folder, self._log, self._bar = folder, log, bar
+
+    def skip(self, stage: Stage, seeds: Sequence[int]) -> None:
+        """Counts a stage that was trained before as done."""
+        self._bar.update(stage.num_steps * len(seeds))
+
+    def compile_seconds(self, stage: Stage) -> float:
+        """Returns how long the stage's epoch compiled."""
+        return self._compiled[stage.name].seconds
+
+    def train(self, stage: Stage, seeds: Sequence[int], sources: Sequence[TrainState]) -> list[Outcome]:
+        """Returns the outcome of each seed; several train side by side in one program."""
+        stacked = len(seeds) > 1
+        cell = f"{stage.name}-seeds{seeds[0]}-{seeds[-1]}" if stacked else f"{stage.name}-seed{seeds[0]}"
+        self._bar.set_postfix_str(cell)
+        states = [stage.initial_state(seed, source) for seed, source in zip(seeds, sources, strict=True)]
+        state = self._layout.put_state(stack_seeds(states) if stacked else states[0])
+        with (
+            Checkpoints(self._folder.checkpoints / cell) as checkpoints,
+            contextlib.ExitStack() as open_writers,
+        ):
+            first, state = checkpoints.restore_latest(state) or (0, state)
+            self._bar.update(first * len(seeds))
+            writers = [
+                open_writers.enter_context(self._log.writer(f"{stage.name}-seed{seed}", first)) for seed in seeds
+            ]
+
+            def report(step: int, metrics: dict[str, Any], state: JointState) -> None:
+                for i, (writer, one) in enumerate(zip(writers, _each(state, stacked), strict=True)):
+                    own = {name: float(value[i] if stacked else value) for name, value in metrics.items()}
+                    writer.write(step, own | stage.validate(one, seeds[i]))
+
+            start = time.perf_counter()
+            state = run_loop(
+                self._advance(stage, seeds),
+                state,
+                num_steps=stage.num_steps,
+                report_every=self._schedule.report_every,
+                report=report,
+                steps_per_call=steps_per_call(self._schedule),
+                checkpoints=checkpoints,
+                checkpoint_every=self._schedule.checkpoint_every,
+                on_steps=lambda count: self._bar.update(count * len(seeds)),
+            )
+            seconds = (time.perf_counter() - start) / len(seeds)
+        return [Outcome(one, seconds) for one in _each(state, stacked)]
+
+    def _advance(self, stage: Stage, seeds: Sequence[int]) -> Any:
+        """Returns the stage's compiled epoch with its data, as the loop wants it."""
+        arrays = [stage.arrays(seed) for seed in seeds]
+        arrays = self._layout.put_arrays(stack_arrays(arrays) if len(seeds) > 1 else arrays[0])
+        indices_at = [stage.indices_at(seed) for seed in seeds]
+        epoch, most = self._compiled[stage.name].epoch, steps_per_call(self._schedule)
+
+        def advance(state: JointState, first: int, count: int) -> tuple[JointState, Metrics]:
+            # Always as many rows as were compiled for; those after `count` are not read.
+            indices = [at(first, most) for at in indices_at]
+            placed = self._layout.put_indices(stack_arrays(indices) if len(seeds) > 1 else indices[0])
+            return epoch(state, arrays, placed, np.int32(count))
+
+        return advance
+
+
+def _each(state: JointState, stacked: bool) -> list[JointState]:
+    return unstack_seeds(state) if stacked else [state]
