@@ -64,7 +64,7 @@ def main(
         if config.coordinator is not None:
             connect(config.coordinator, config.num_processes, config.process_id)
         if config.process_id > 0:  # Process 0 speaks for all.
-            sys.stdout = Path(os.devnull).open("w")
+            sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
         run = prepare_run(build(config), config)
     except (ValueError, TimeoutError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 from merge_jax.checks import check_at_least_one
 from merge_jax.joint import UpdateRule
 
-__all__ = ["RunConfig", "Schedule"]
+__all__ = ["Lengths", "RunConfig", "Schedule"]
 
 # They say where and how far a run goes on, not what it is: a resumed run may have others.
 _NOT_OF_THE_RUN = (
@@ -17,20 +17,25 @@ _NOT_OF_THE_RUN = (
 )
 
 
-class Schedule(NamedTuple):
-    """The lengths of a run, in steps.
+class Lengths(NamedTuple):
+    """How long a model is trained, in steps.
 
     Attributes:
-      steps: of the target.
-      source_steps: of the source before, if it is pretrained.
+      steps: all of them.
       report_every: from one report to the next.
       checkpoint_every: from one checkpoint to the next.
     """
 
     steps: int
-    source_steps: int
     report_every: int
     checkpoint_every: int
+
+
+class Schedule(NamedTuple):
+    """How long the target is trained, and the source before it where it is pretrained."""
+
+    source: Lengths
+    target: Lengths
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +53,7 @@ class RunConfig:
     steps: int = 300
     """Steps of training the target."""
     epochs: int | None = None
-    """Epochs of training the target instead of --steps; reports and checkpoints are then counted in its epochs too."""
+    """Epochs of training the target instead of --steps; reports and checkpoints are then counted in epochs too."""
     source_epochs: int | None = None
     """Epochs of training the source, where --epochs is given; as many as the target's by default."""
     batch_size: int = 50
@@ -103,19 +108,22 @@ class RunConfig:
         if self.coordinator is not None and self.run_dir is None:
             raise ValueError("several processes need a run_dir that all of them see")
 
-    def schedule(self, target_examples: int, source_examples: int) -> Schedule:
+    def schedule(self, source_examples: int, target_examples: int) -> Schedule:
         """Returns the lengths in steps, for as many examples to train each model on."""
         if self.epochs is None:
-            return Schedule(self.steps, self.source_steps, self.report_every, self.checkpoint_every)
-        epoch, source_epoch = (math.ceil(size / self.batch_size) for size in (target_examples, source_examples))
+            source, target = (
+                Lengths(steps, self.report_every, self.checkpoint_every) for steps in (self.source_steps, self.steps)
+            )
+            return Schedule(source, target)
+
+        def lengths(epochs: int, examples: int) -> Lengths:
+            epoch = math.ceil(examples / self.batch_size)
+            return Lengths(epochs * epoch, self.report_every * epoch, self.checkpoint_every * epoch)
+
         source_epochs = self.epochs if self.source_epochs is None else self.source_epochs
-        return Schedule(
-            self.epochs * epoch,
-            source_epochs * source_epoch,
-            self.report_every * epoch,
-            self.checkpoint_every * epoch,
-        )
+        return Schedule(lengths(source_epochs, source_examples), lengths(self.epochs, target_examples))
 
     def identity(self) -> dict[str, Any]:
         """Returns the options that say what the run is; with others, it is another run."""
-        return {name: value for name, value in asdict(self).items() if name not in _NOT_OF_THE_RUN}
+        options = {name: value for name, value in asdict(self).items() if name not in _NOT_OF_THE_RUN}
+        return {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}

@@ -155,12 +155,23 @@ PRESETS = {
     "small": replace(
         _CIFAR100,
         seeds=3,
-        epochs=10,
+        methods=get_args(MethodName),
         image_size=16,
+        validation=1000,
+        labels=5000,
+        source="pretrained",
+        source_epochs=4,
+        epochs=10,
         source_model="resnet18_quarter",
         target_model="mobilenet_v2_half",
         learning_rate_schedule="cosine",
-        routes=("stage6_2/project/kernel=fc/kernel", "fc/kernel=fc/kernel"),
+        routes=(
+            "stage2_0/expand/kernel=stage1_0/conv1/kernel",
+            "stage3_0/expand/kernel=stage2_0/conv1/kernel",
+            "stage5_0/expand/kernel=stage3_0/conv1/kernel",
+            "head/kernel=stage4_1/conv2/kernel",
+            "fc/kernel=fc/kernel",
+        ),
     ),
     "short": replace(_PAPER, seeds=3, epochs=30, validation=5000, checkpoint_every=1, methods=get_args(MethodName)),
     "paper": replace(_PAPER, seeds=3, methods=get_args(MethodName)),
@@ -183,15 +194,15 @@ def build(config: Config) -> Scenario:
         "source": make_role(config.source_model, source, data, augment=config.augment),
         "target": make_role(config.target_model, target, data, labels=config.labels, augment=config.augment),
     }
-    schedule = config.schedule(*(len(roles[role].splits(0).train["label"]) for role in ("target", "source")))
-    source_steps = schedule.source_steps if config.source == "pretrained" else schedule.steps
+    schedule = config.schedule(*(len(roles[role].splits(0).train["label"]) for role in ("source", "target")))
+    source_steps = (schedule.source if config.source == "pretrained" else schedule.target).steps
 
     def task(apply: ModelApply, steps: int, loss: ClassificationLoss | None = None) -> mj.Task:
         optimizer = sgd(config.learning_rate, steps, config.learning_rate_schedule)
         return mj.Task(mj.classification_loss(apply, loss), optimizer)
 
     source_apply, target_apply = make_apply(source, data), make_apply(target, data)
-    methods = _methods(config, source_apply, target_apply, partial(task, steps=schedule.steps))
+    methods = _methods(config, source_apply, target_apply, partial(task, steps=schedule.target.steps))
     return Scenario(
         name="cross_structure",
         **roles,
@@ -266,7 +277,7 @@ def _adapter_rate(config: Config, schedule: Schedule) -> optax.ScalarOrSchedule:
     """Returns the adapter's learning rate by the number of its own updates, one a transfer."""
     if config.adapter_schedule == "constant":
         return config.adapter_learning_rate
-    updates = max(2, round(config.stop * schedule.steps / config.cycle))
+    updates = max(2, round(config.stop * schedule.target.steps / config.cycle))
     held = max(1, round(0.02 * updates))
     falling = optax.cosine_decay_schedule(config.adapter_learning_rate, updates - held)
     return optax.join_schedules([optax.constant_schedule(config.adapter_learning_rate), falling], [held])

@@ -33,11 +33,11 @@ def print_plan(scenario: Scenario, config: RunConfig, layout: Layout, folder: Ru
             f"{sizes[0]} examples to train, {sizes[1]} to validate, {sizes[2]} to test"
         )
     training = (
-        f"trained {scenario.schedule.source_steps} steps, then frozen"
+        f"trained {scenario.schedule.source.steps} steps, then frozen"
         if config.source == "pretrained"
         else "trained beside the target"
     )
-    print(f"source is {training}; target trains {scenario.schedule.steps} steps of {config.batch_size}")
+    print(f"source is {training}; target trains {scenario.schedule.target.steps} steps of {config.batch_size}")
     print(f"methods: {', '.join(scenario.methods)}; seeds: {config.seeds}")
     device = jax.devices()[0].device_kind
     sharing = f"{layout.num_devices} x {device} by {config.parallel}" if layout.num_devices > 1 else device
@@ -86,7 +86,7 @@ def print_results(
     environment = folder.read_json("environment.json", [])[0]
     plural = "s" if config.seeds > 1 else ""
     notes = (
-        f"{scenario.source.name} -> {scenario.target.name}; after the last of {scenario.schedule.steps} steps; "
+        f"{scenario.source.name} -> {scenario.target.name}; after the last of {scenario.schedule.target.steps} steps; "
         f"mean ± standard error over {config.seeds} seed{plural}, differences paired by seed. "
         "best val.: best validation accuracy of all reports. s/run: seconds of training; "
         "compile s: seconds of compiling its loop, once.\n"

@@ -37,8 +37,9 @@ def prepare_run(scenario: Scenario, config: RunConfig) -> Callable[[], None]:
     else:
         layout = jit_layout(data_mesh(config.devices), sharded=config.shard_state)
     # Shapes alone tell whether all fits together.
-    steps, side_by_side = steps_per_call(scenario.schedule), config.seeds if _side_by_side(config) else None
-    lowered = {name: stage.lower(layout, steps, side_by_side) for name, stage in stages.items()}
+    side_by_side = config.seeds if _side_by_side(config) else None
+    with Console(stderr=True).status("checking that all fits together"):
+        lowered = {name: stage.lower(layout, steps_per_call(stage), side_by_side) for name, stage in stages.items()}
     run_dir = config.run_dir or _numbered_folder(scenario.name, config.resume)
     folder = RunFolder.open(run_dir, config.identity(), resume=config.resume)
 
@@ -81,9 +82,9 @@ def _run(
         with Console().status("compiling"):
             compiled = {name: compile_epoch(stage) for name, stage in lowered.items()}
         quiet = True if jax.process_index() > 0 else None  # None: where standard error is no terminal, it is plain.
-        total = config.seeds * sum(stage.num_steps for stage in stages.values())
+        total = config.seeds * sum(stage.lengths.steps for stage in stages.values())
         with tqdm(total=total, unit="step", desc=scenario.name, mininterval=0.5, disable=quiet) as bar:
-            trainer = Trainer(scenario.schedule, layout, compiled, folder, log, bar)
+            trainer = Trainer(layout, compiled, folder, log, bar)
             _train_all(scenario, config, stages, trainer, log, folder, results)
     print_results(scenario, config, results, folder)
     save_curves(list(scenario.methods), log.records(), folder)

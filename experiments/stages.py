@@ -8,7 +8,7 @@ import numpy as np
 import optax
 from jax.stages import Lowered
 
-from experiments.config import RunConfig
+from experiments.config import Lengths, RunConfig
 from experiments.scenario import Method, Role, Scenario
 from merge_jax.data import indices_of
 from merge_jax.epoch import Epoch, augmented, make_epoch
@@ -33,7 +33,7 @@ class Stage:
       roles: the models by the part they play; without `source` there is none, and its parameters are `{}`.
       source_task: what the source learns beside the target; None for a frozen source, or none.
       method: the method.
-      num_steps: steps of the target.
+      lengths: how long it is trained.
       batch_size: examples in a batch of either.
       optimizer: the adapter's optimizer.
       epoch: many joint steps in one loop, of one seed.
@@ -43,7 +43,7 @@ class Stage:
     roles: Mapping[str, Role]
     source_task: Task | None
     method: Method
-    num_steps: int
+    lengths: Lengths
     batch_size: int
     optimizer: optax.GradientTransformation
     epoch: Epoch
@@ -136,14 +136,16 @@ def _initial_key(seed: int, purpose: int) -> jax.Array:
 def make_stages(scenario: Scenario, config: RunConfig) -> dict[str, Stage]:
     """Returns the stages of a seed in order: the source's own training, unless it is live, then the methods."""
 
-    def stage(name: str, roles: Mapping[str, Role], source_task: Task | None, method: Method, num_steps: int) -> Stage:
+    def stage(
+        name: str, roles: Mapping[str, Role], source_task: Task | None, method: Method, lengths: Lengths
+    ) -> Stage:
         step = make_joint_step(
             source_task,
             method.task,
             method.transfer,
             cycle=config.cycle,
             stop=method.stop,
-            num_steps=num_steps,
+            num_steps=lengths.steps,
             update=config.update,
             teacher=method.teacher,
             adapter_optimizer=scenario.adapter_optimizer,
@@ -157,7 +159,7 @@ def make_stages(scenario: Scenario, config: RunConfig) -> dict[str, Stage]:
             roles,
             source_task,
             method,
-            num_steps,
+            lengths,
             config.batch_size,
             scenario.adapter_optimizer,
             make_epoch(step),
@@ -172,9 +174,9 @@ def make_stages(scenario: Scenario, config: RunConfig) -> dict[str, Stage]:
             {"target": scenario.source},
             None,
             Method(scenario.source_task),
-            scenario.schedule.source_steps,
+            scenario.schedule.source,
         )
     roles = {"source": scenario.source, "target": scenario.target}
     for name, method in scenario.methods.items():
-        stages[name] = stage(name, roles, live_task, method, scenario.schedule.steps)
+        stages[name] = stage(name, roles, live_task, method, scenario.schedule.target)
     return stages

@@ -10,7 +10,6 @@ import numpy as np
 from jax.stages import Lowered
 from tqdm.auto import tqdm
 
-from experiments.scenario import Schedule
 from experiments.stages import Stage
 from merge_jax.checkpoint import Checkpoints
 from merge_jax.joint import JointState, TrainState
@@ -42,12 +41,13 @@ class Outcome(NamedTuple):
     seconds: float
 
 
-def steps_per_call(schedule: Schedule) -> int:
+def steps_per_call(stage: Stage) -> int:
     """Returns how many steps one call of a compiled epoch takes: all between two reports.
 
     On a CPU at most ten: calls cost nothing there, steps take long, and the progress bar should move.
     """
-    return min(schedule.report_every, 10) if jax.default_backend() == "cpu" else schedule.report_every
+    most = stage.lengths.report_every
+    return min(most, 10) if jax.default_backend() == "cpu" else most
 
 
 def compile_epoch(lowered: Lowered) -> Compiled:
@@ -62,20 +62,19 @@ class Trainer:
 
     def __init__(
         self,
-        schedule: Schedule,
         layout: Layout,
         compiled: Mapping[str, Compiled],
         folder: RunFolder,
         log: MetricsLog,
         bar: tqdm,
     ):
-        """Takes the lengths of the run, how it lies on devices, the compiled stages, and where to write."""
-        self._schedule, self._layout, self._compiled = schedule, layout, compiled
+        """Takes how a run lies on devices, the compiled stages, and where to write."""
+        self._layout, self._compiled = layout, compiled
         self._folder, self._log, self._bar = folder, log, bar
 
     def skip(self, stage: Stage, seeds: Sequence[int]) -> None:
         """Counts a stage that was trained before as done."""
-        self._bar.update(stage.num_steps * len(seeds))
+        self._bar.update(stage.lengths.steps * len(seeds))
 
     def compile_seconds(self, stage: Stage) -> float:
         """Returns how long the stage's epoch compiled."""
@@ -107,12 +106,12 @@ class Trainer:
             state = run_loop(
                 self._advance(stage, seeds),
                 state,
-                num_steps=stage.num_steps,
-                report_every=self._schedule.report_every,
+                num_steps=stage.lengths.steps,
+                report_every=stage.lengths.report_every,
                 report=report,
-                steps_per_call=steps_per_call(self._schedule),
+                steps_per_call=steps_per_call(stage),
                 checkpoints=checkpoints,
-                checkpoint_every=self._schedule.checkpoint_every,
+                checkpoint_every=stage.lengths.checkpoint_every,
                 on_steps=lambda count: self._bar.update(count * len(seeds)),
             )
             seconds = (time.perf_counter() - start) / len(seeds)
@@ -123,7 +122,7 @@ class Trainer:
         arrays = [stage.arrays(seed) for seed in seeds]
         arrays = self._layout.put_arrays(stack_arrays(arrays) if len(seeds) > 1 else arrays[0])
         indices_at = [stage.indices_at(seed) for seed in seeds]
-        epoch, most = self._compiled[stage.name].epoch, steps_per_call(self._schedule)
+        epoch, most = self._compiled[stage.name].epoch, steps_per_call(stage)
 
         def advance(state: JointState, first: int, count: int) -> tuple[JointState, Metrics]:
             # Always as many rows as were compiled for; those after `count` are not read.

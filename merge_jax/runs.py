@@ -30,7 +30,8 @@ _README = """\
   `source-seed<n>` the source is trained on its own, in the role of the target.
 - `tensorboard/`: the same for TensorBoard (`tensorboard --logdir` this folder).
 - `results.json`, `table.txt`, `curves.png`: what came out; they appear as runs end.
-- `checkpoints/<method>-seed<n>/<step>/` (or `-seeds<first>-<last>`, where seeds ran side by side): Orbax checkpoints of everything (both models, adapter, optimizers, step, key).
+- `checkpoints/<method>-seed<n>/<step>/`: Orbax checkpoints of everything (both models, adapter, optimizers, step, key);
+  `<method>-seeds<first>-<last>` where seeds ran side by side.
 
 Go on after an interruption with the command above and `--resume --run-dir` this folder.
 """
