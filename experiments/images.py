@@ -93,7 +93,7 @@ def load_images(name: str, data_dir: Path | None, image_size: int | None, valida
     else:
         images = load_tfds_images(name, data_dir, image_size=image_size)
     size = len(images.train["label"])
-    if not 0 <= validation <= size - images.num_classes or 0 < validation < images.num_classes:
+    if validation != 0 and not images.num_classes <= validation <= size - images.num_classes:
         raise ValueError(
             f"validation must be 0, or leave one image of each of the {images.num_classes} classes on either side "
             f"of the {size}, got {validation}"

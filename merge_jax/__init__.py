@@ -6,6 +6,8 @@ MergeNet (arXiv:2404.13322) as pure functions over parameter pytrees.
 from merge_jax import models
 from merge_jax.checkpoint import Checkpoints
 from merge_jax.combinators import chain, scheduled, several_sources
+from merge_jax.epoch import augmented, make_epoch
+from merge_jax.hosts import connect
 from merge_jax.joint import (
     AdapterState,
     JointState,
@@ -15,7 +17,7 @@ from merge_jax.joint import (
     init_joint_state,
     make_joint_step,
 )
-from merge_jax.loop import run_loop
+from merge_jax.loop import run_loop, stepwise
 from merge_jax.losses import cross_entropy, distillation_loss, dkd_loss, nkd_loss, rkd_loss
 from merge_jax.low_rank import LowRankConv, LowRankDense, core_bases, decode, encode, row_basis
 from merge_jax.lpka import LPKA, KnowledgeTransferLayer
@@ -23,17 +25,27 @@ from merge_jax.matrices import MatrixSpec, as_matrix, copy_overlap, from_matrix,
 from merge_jax.methods import lpka_transfer, mlp_transfer, published_transfer
 from merge_jax.metrics import accuracy, top_k_accuracy
 from merge_jax.official import OfficialAdapter, export_official_adapter, load_official_adapter
+from merge_jax.parallel import DATA_AXIS, Layout, data_mesh, jit_layout, pmap_layout, state_shardings
 from merge_jax.paths import find_paths, flatten, replace, select
 from merge_jax.reparameterised import bake, make_reparameterised_step
 from merge_jax.routes import Route, match
+from merge_jax.seeds import over_seeds, stack_seeds, unstack_seeds
 from merge_jax.stacks import Gated
 from merge_jax.summary import summarize
-from merge_jax.tasks import classification_loss, evaluate_classifier, logits_teacher
+from merge_jax.tasks import (
+    Outputs,
+    classification_loss,
+    evaluate_classifier,
+    logits_teacher,
+    on_pixels,
+    with_features,
+)
 from merge_jax.transfer import adapter_transfer, identity_transfer, share_transfer
 from merge_jax.types import Adapter, Batch, LossFn, Params, RouteSummary, Transfer
 from merge_jax.weights import load_safetensors, save_safetensors
 
 __all__ = [
+    "DATA_AXIS",
     "LPKA",
     "Adapter",
     "AdapterState",
@@ -42,11 +54,13 @@ __all__ = [
     "Gated",
     "JointState",
     "KnowledgeTransferLayer",
+    "Layout",
     "LossFn",
     "LowRankConv",
     "LowRankDense",
     "MatrixSpec",
     "OfficialAdapter",
+    "Outputs",
     "Params",
     "Route",
     "RouteSummary",
@@ -57,12 +71,15 @@ __all__ = [
     "adapter_adamw",
     "adapter_transfer",
     "as_matrix",
+    "augmented",
     "bake",
     "chain",
     "classification_loss",
+    "connect",
     "copy_overlap",
     "core_bases",
     "cross_entropy",
+    "data_mesh",
     "decode",
     "distillation_loss",
     "dkd_loss",
@@ -74,10 +91,12 @@ __all__ = [
     "from_matrix",
     "identity_transfer",
     "init_joint_state",
+    "jit_layout",
     "load_official_adapter",
     "load_safetensors",
     "logits_teacher",
     "lpka_transfer",
+    "make_epoch",
     "make_joint_step",
     "make_reparameterised_step",
     "match",
@@ -85,6 +104,9 @@ __all__ = [
     "mlp_transfer",
     "models",
     "nkd_loss",
+    "on_pixels",
+    "over_seeds",
+    "pmap_layout",
     "published_transfer",
     "replace",
     "rkd_loss",
@@ -95,6 +117,11 @@ __all__ = [
     "select",
     "several_sources",
     "share_transfer",
+    "stack_seeds",
+    "state_shardings",
+    "stepwise",
     "summarize",
     "top_k_accuracy",
+    "unstack_seeds",
+    "with_features",
 ]

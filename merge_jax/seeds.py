@@ -11,7 +11,7 @@ from merge_jax.epoch import Epoch
 from merge_jax.joint import JointState
 from merge_jax.types import Batch, Metrics
 
-__all__ = ["over_seeds", "stack_seeds", "unstack_seeds"]
+__all__ = ["over_seeds", "stack_arrays", "stack_seeds", "unstack_seeds"]
 
 # Seeds stand at the same step: with a step each, every one would pay for a transfer whenever one has it.
 _AXES = JointState(step=None, key=0, source=0, target=0, adapter=0)  # type: ignore[arg-type]
@@ -28,15 +28,20 @@ def stack_seeds(states: Sequence[JointState]) -> JointState:
     if len({int(state.step) for state in states}) != 1:
         raise ValueError(f"seeds must stand at the same step, got {[int(state.step) for state in states]}")
     together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
-    return together.replace(step=states[0].step)
+    return together.replace(step=_copy(states[0].step))
 
 
 def unstack_seeds(state: JointState) -> list[JointState]:
     """Returns the states of the seeds that were stacked."""
     return [
-        jax.tree.map(lambda leaf: leaf[i], state.replace(step=())).replace(step=state.step)  # noqa: B023
+        jax.tree.map(lambda leaf: leaf[i], state.replace(step=())).replace(step=_copy(state.step))  # noqa: B023
         for i in range(len(state.key))
     ]
+
+
+def _copy(step: jax.Array) -> jax.Array:
+    # States may be donated, each on its own.
+    return jnp.array(step, copy=True)
 
 
 def over_seeds(epoch: Epoch) -> Epoch:

@@ -47,7 +47,8 @@ def with_features(apply_fn: ModelApply) -> ModelApply:
     """
 
     def apply(variables: Any, inputs: jax.Array, *, mutable: Any = False, **options: Any) -> Any:
-        collections = [*(mutable or ()), "intermediates"]
+        asked = (mutable,) if isinstance(mutable, str) else mutable or ()
+        collections = [*asked, "intermediates"]
         logits, updates = apply_fn(variables, inputs, mutable=collections, **options)
         sown = dict(updates).pop("intermediates", {})
         if "features" not in sown:
@@ -66,7 +67,12 @@ def on_pixels(apply_fn: ModelApply, mean: Sequence[float], std: Sequence[float])
       apply_fn: `model.apply` of a model of float images.
       mean: of each channel, of pixels in [0, 1].
       std: their standard deviation.
+
+    Raises:
+      ValueError: a standard deviation that is not above 0.
     """
+    if not all(one > 0 for one in std):
+        raise ValueError(f"std must be above 0, got {list(std)}")
     scale = 1 / (255 * jnp.asarray(std, jnp.float32))
     shift = jnp.asarray(mean, jnp.float32) / jnp.asarray(std, jnp.float32)
 

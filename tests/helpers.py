@@ -14,11 +14,13 @@ class Tiny(nn.Module):
 
     width: int
     dropout: float = 0.2
+    axis_name: str | None = None
 
     @nn.compact
     def __call__(self, x, *, train=False):
         x = nn.Dense(self.width, name="hidden")(x)
-        x = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.9, name="norm")(x))
+        norm = nn.BatchNorm(use_running_average=not train, momentum=0.9, axis_name=self.axis_name, name="norm")
+        x = nn.relu(norm(x))
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         return nn.Dense(3, name="fc")(x)
 

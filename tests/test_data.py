@@ -1,7 +1,9 @@
+import itertools
+
 import numpy as np
 import pytest
 
-from merge_jax.data import batches_of, class_balanced, load_digits
+from merge_jax.data import batches_of, class_balanced, indices_of, load_digits
 
 
 def test_every_example_comes_once_an_epoch_in_a_new_order():
@@ -27,6 +29,37 @@ def test_a_batch_larger_than_the_set_spans_epochs():
     batch = batches_of({"label": np.arange(3)}, 8, seed=0)(1)["label"]
     assert len(batch) == 8
     assert set(batch) == {0, 1, 2}
+
+
+def test_the_batch_of_a_step_holds_the_examples_that_the_indices_name():
+    arrays = {"image": np.random.default_rng(0).normal(size=(23, 2)), "label": np.arange(23)}
+    batch_at, rows = batches_of(arrays, 5, seed=3), indices_of(23, 5, seed=3)(0, 20)
+    assert rows.shape == (20, 5)
+    assert rows.dtype == np.int32
+    for step, indices in enumerate(rows):
+        batch = batch_at(step)
+        np.testing.assert_array_equal(batch["label"], indices)
+        np.testing.assert_array_equal(batch["image"], arrays["image"][indices])
+
+
+@pytest.mark.parametrize(("size", "batch_size"), [(23, 5), (20, 5), (3, 8), (7, 7)])
+def test_any_division_of_the_steps_gives_the_same_indices(size, batch_size):
+    whole = indices_of(size, batch_size, seed=0)(0, 30)
+    # Whole epochs, wherever batches begin and end: every example comes equally often, but for the last epoch.
+    epochs = whole.ravel()[: 30 * batch_size // size * size].reshape(-1, size)
+    np.testing.assert_array_equal(np.sort(epochs, axis=1), np.tile(np.arange(size), (len(epochs), 1)))
+    random = np.random.default_rng(1)
+    for _ in range(10):
+        cuts = [0, *np.sort(random.choice(np.arange(1, 30), 4, replace=False)).tolist(), 30]
+        indices_at = indices_of(size, batch_size, seed=0)
+        parts = [indices_at(first, last - first) for first, last in itertools.pairwise(cuts)]
+        np.testing.assert_array_equal(np.concatenate(parts), whole)
+    np.testing.assert_array_equal(indices_at(17, 4), whole[17:21])  # Out of turn, as a resumed run asks for it.
+
+
+def test_orders_differ_by_seed_and_by_epoch():
+    first, other = (indices_of(50, 50, seed)(0, 2) for seed in (0, 1))
+    assert len({tuple(row) for row in (*first, *other)}) == 4
 
 
 def test_digits_are_real_images_in_disjoint_splits():

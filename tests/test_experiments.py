@@ -1,6 +1,7 @@
 """The experiments as users run them: from the command line, in a process of their own."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from experiments.report import mean_and_error
 from experiments.stages import make_stages
 from merge_jax.checkpoint import Checkpoints
 from merge_jax.paths import flatten
+from tests import test_image_sets
 
 ROOT = Path(__file__).parent.parent
 
@@ -40,9 +42,23 @@ runpy.run_module("experiments.cross_structure", run_name="__main__")
 """
 
 
-def run(*arguments, program=("-m", "experiments.cross_structure")):
+def run(*arguments, program=("-m", "experiments.cross_structure"), devices=1):
     command = [sys.executable, *program, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
+    environment = {**os.environ, "XLA_FLAGS": flags}
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment)
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_close(found, expected):
+    """Compares records of metrics up to what other roundings do to ten steps."""
+    assert [(r["run"], r["step"]) for r in found] == [(r["run"], r["step"]) for r in expected]
+    for one, other in zip(found, expected, strict=True):
+        for name in ("target/loss", "target/validation_loss", "adapter/change"):
+            assert one[name] == pytest.approx(other[name], rel=1e-3), (one["run"], one["step"], name)
 
 
 def last_state(folder, stage_name):
@@ -145,6 +161,74 @@ def test_a_live_source_trains_beside_the_target(tmp_path):
     assert {"source/loss", "source/validation_accuracy", "target/loss"} <= records[0].keys()
 
 
+def test_seeds_side_by_side_are_those_of_separate_runs(unbroken, tmp_path):
+    together = run(*TEN_STEPS, "--seeds", "2", "--vectorized", "--run-dir", tmp_path / "run")
+    assert together.returncode == 0, together.stderr
+    assert (tmp_path / "run" / "checkpoints" / "mergenet-seeds0-1" / "10").is_dir()
+    found = records(tmp_path / "run")
+    assert {record["run"] for record in found} == {
+        f"{name}-seed{seed}" for name in ("source", "mergenet") for seed in (0, 1)
+    }
+    assert_close([record for record in found if record["run"].endswith("seed0")], records(unbroken[0]))
+    assert found[0]["target/loss"] != found[1]["target/loss"]
+    assert [result["seed"] for result in json.loads((tmp_path / "run" / "results.json").read_text())] == [0, 1]
+
+
+@pytest.mark.parametrize("options", [(), ("--parallel", "pmap"), ("--shard-state",)])
+def test_a_run_begun_on_five_devices_goes_on_on_one(unbroken, tmp_path, options):
+    folder = tmp_path / "run"
+    stopped = run(*TEN_STEPS, "--run-dir", folder, *options, program=("-c", INTERRUPTED), devices=5)
+    assert stopped.returncode == 130, stopped.stderr
+    assert f"5 x cpu by {'pmap' if 'pmap' in options else 'jit'}" in stopped.stdout
+    done = run(*TEN_STEPS, "--run-dir", folder, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert_close(records(folder), records(unbroken[0]))
+
+
+def test_a_batch_that_does_not_divide_among_the_devices_is_refused(tmp_path):
+    refused = run("smoke", "--run-dir", tmp_path / "run", devices=8)
+    assert refused.returncode == 2
+    assert "error: a batch of 50 (target) does not divide among 8 devices: take a multiple of 8" in refused.stderr
+    assert not (tmp_path / "run").exists()
+
+
+SMALL_NETWORKS = [
+    *("--source-model", "small_resnet", "--target-model", "small_mobilenet_v2", "--stages", "1"),
+    *("--routes", "fc/kernel=fc/kernel", "--num-layers", "1", "--num-heads", "1", "--seeds", "1"),
+    *("--epochs", "2", "--batch-size", "16"),
+]
+
+
+def test_the_short_preset_trains_on_an_archive_of_cifar100(tmp_path):
+    """The whole path: TFDS's layout, uint8 pixels, augmentation, epochs, both models live; only the networks are small."""
+    files, *_ = test_image_sets.cifar_members("cifar100")
+    test_image_sets.put_archive(tmp_path / "data", "cifar100", files)
+    done = run(
+        *("short", "--data-dir", tmp_path / "data", "--validation", "0", "--image-size", "8", *SMALL_NETWORKS),
+        *("--methods", "vanilla", "rkd", "dkd", "nkd", "mergenet_kd", "--dtype", "bfloat16"),
+        *("--run-dir", tmp_path / "run"),
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert [result["method"] for result in results] == ["vanilla", "rkd", "dkd", "nkd", "mergenet_kd"]
+    found = records(tmp_path / "run")
+    steps = sorted({record["step"] for record in found})
+    assert len(steps) == 2
+    assert steps[1] == 2 * steps[0]
+    assert all(np.isfinite(record["target/loss"]) for record in found)
+    assert all("source/loss" in record and "target/validation_accuracy" not in record for record in found)
+
+
+def test_a_folder_of_images_is_data_too(tmp_path):
+    test_image_sets.write_folder(tmp_path / "images")
+    done = run(
+        *("--data", tmp_path / "images", "--validation", "0", "--labels", "None", *SMALL_NETWORKS),
+        *("--methods", "vanilla", "--report-every", "1", "--checkpoint-every", "1", "--run-dir", tmp_path / "run"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "vanilla" in done.stdout
+
+
 def test_help_shows_every_option_with_meaning_and_default():
     shown = run("--help")
     assert shown.returncode == 0
@@ -190,9 +274,20 @@ def refusal(capsys, *arguments):
         (["--adapter-learning-rate", "nan"], "adapter_learning_rate must be above 0, got nan"),
         (["--learning-rate", "-1"], "learning_rate must be above 0, got -1.0"),
         (["--temperature", "0"], "temperature must be above 0, got 0.0"),
-        (["--routes", "fc/kernal"], "unknown route 'fc/kernal'; did you mean 'fc/kernel'"),
-        (["--routes", "fc/kernel", "fc/kernel"], "'fc/kernel' is routed twice"),
+        (["--routes", "fc/kernal"], "a route must be target=source, such as fc/kernel=fc/kernel, got 'fc/kernal'"),
+        (["--routes", "fc/kernel=fc/kernel", "fc/kernel=head/kernel"], "'fc/kernel' is routed twice"),
         (["--routes"], "no routes"),
+        (["--epochs", "0"], "epochs must be a whole number of at least 1, got 0"),
+        (["--source-epochs", "2"], "source_epochs is given without epochs"),
+        (["--devices", "99"], "the number of devices must lie in [1, "),
+        (["--devices", "99", "--parallel", "pmap"], "the number of devices must lie in [1, "),
+        (["--parallel", "pmap", "--shard-state"], "shard_state is for jit"),
+        (["--coordinator", "localhost:80"], "need all of coordinator, num_processes and process_id"),
+        (["--num-processes", "2"], "need all of coordinator, num_processes and process_id"),
+        (["--image-size", "4"], "digits are 8x8 images: image_size is for other data, got 4"),
+        (["--data", "cifar1000"], "cifar100"),
+        (["--data", "no/such/folder"], "no/such/folder"),
+        (["--source-model", "resnet51"], "resnet50"),
         (["--methods"], "no methods"),
         (["--methods", "kd", "kd"], "the method 'kd' is named twice"),
     ],

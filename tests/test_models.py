@@ -1,22 +1,76 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import merge_jax as mj
-from merge_jax.models.layers import DepthwiseConv
+from merge_jax.models.layers import Conv3x3, DepthwiseConv, _convolution, _product_of_windows
+
+SMALL = {"resnet": mj.models.small_resnet, "mobilenet": mj.models.small_mobilenet_v2}
 
 
+@functools.cache
 def shapes(model, image):
     return jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *image)))["params"]
 
 
+def parameters(model):
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes(model, (32, 32, 3))))
+
+
+def dtypes(tree):
+    return {leaf.dtype.name for leaf in jax.tree.leaves(tree)}
+
+
+def convolution(x, kernel, stride, **options):
+    return jax.lax.conv_general_dilated(
+        x, kernel, (stride, stride), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC"), **options
+    )
+
+
+def images(size=8, channels=1):
+    return jax.random.normal(jax.random.key(0), (4, size, size, channels))
+
+
+def initialised(model, x):
+    """Returns variables with all vectors shaken: what starts at 0 or 1 would hide what it is for."""
+    variables = mj.flatten(jax.jit(model.init)(jax.random.key(1), x))
+    random = np.random.default_rng(1)
+    shaken = {
+        path: leaf + 0.1 * random.normal(size=leaf.shape).astype(np.float32) if leaf.ndim == 1 else leaf
+        for path, leaf in variables.items()
+    }
+    return mj.replace(jax.eval_shape(model.init, jax.random.key(1), x), shaken)
+
+
+def outputs_of_layers(model, variables, x):
+    """Returns the logits and what each submodule gave, by name."""
+    apply = functools.partial(model.apply, capture_intermediates=True, mutable=["intermediates"])
+    logits, updates = jax.jit(apply)(variables, x)
+    return logits, updates["intermediates"]
+
+
 @pytest.mark.parametrize(
-    ("model", "parameters"),
-    [(mj.models.resnet50(100), 23_705_252), (mj.models.mobilenet_v2(100), 2_369_380)],
+    ("model", "expected"),
+    [
+        (mj.models.resnet50(100), 23_705_252),
+        (mj.models.mobilenet_v2(100), 2_369_380),
+        (mj.models.resnet18(100), 11_220_132),
+        (mj.models.mobilenet_v2_half(100), 812_836),
+    ],
 )
-def test_published_models_have_the_published_number_of_parameters(model, parameters):
-    assert sum(leaf.size for leaf in jax.tree.leaves(shapes(model, (32, 32, 3)))) == parameters
+def test_published_models_have_the_published_number_of_parameters(model, expected):
+    assert parameters(model) == expected
+
+
+def test_a_width_scales_all_channels():
+    narrow, wide = (mj.flatten(shapes(mj.models.resnet18(100, width=w), (32, 32, 3))) for w in (0.25, 1.0))
+    assert narrow["stem/kernel"].shape == (3, 3, 3, 16)
+    assert narrow["stage4_1/conv2/kernel"].shape == (3, 3, 128, 128)
+    assert narrow.keys() == wide.keys()
+    assert sum(leaf.size for leaf in narrow.values()) == pytest.approx(0.7e6, rel=0.02)
 
 
 def test_the_published_route_is_there_by_name():
@@ -26,29 +80,139 @@ def test_the_published_route_is_there_by_name():
     assert source["fc/kernel"].shape == (2048, 100)
 
 
+@pytest.mark.parametrize("implementation", [_convolution, _product_of_windows])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("size", [(8, 8), (5, 7)])
+def test_both_convolutions_equal_xlas_in_value_and_gradient(implementation, stride, size):
+    x = jax.random.normal(jax.random.key(0), (2, *size, 5))
+    kernel = jax.random.normal(jax.random.key(1), (3, 3, 5, 4))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def value_and_gradient(convolve, x, kernel):
+        y, pullback = jax.vjp(convolve, x, kernel)
+        return y, pullback(jax.random.normal(jax.random.key(2), y.shape))
+
+    expected = value_and_gradient(functools.partial(convolution, stride=stride), x, kernel)
+    actual = value_and_gradient(functools.partial(implementation, stride=stride), x, kernel)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-4), actual, expected)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_the_convolution_layer_equals_xlas_on_the_device_at_hand(stride):
+    x, layer = images(7, 5), Conv3x3(4, stride)
+    variables = layer.init(jax.random.key(1), x)
+    assert list(variables["params"]) == ["kernel"]
+    expected = convolution(x, variables["params"]["kernel"], stride)
+    np.testing.assert_allclose(jax.jit(layer.apply)(variables, x), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("use_bias", [True, False])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("size", [7, 8])
-def test_depthwise_convolution_equals_the_grouped_one(stride, size):
-    x = jax.random.normal(jax.random.key(0), (2, size, size, 5))
-    variables = DepthwiseConv(stride).init(jax.random.key(1), x)
-    kernel = variables["params"]["kernel"]
-    expected = jax.lax.conv_general_dilated(
-        x,
-        kernel,
-        (stride, stride),
-        ((1, 1), (1, 1)),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=5,
-    )
-    np.testing.assert_allclose(DepthwiseConv(stride).apply(variables, x), expected, atol=1e-5)
+def test_depthwise_convolution_equals_the_grouped_one(stride, size, use_bias):
+    x, layer = images(size, 5), DepthwiseConv(stride, use_bias)
+    variables = initialised(layer, x)
+    expected = convolution(x, variables["params"]["kernel"], stride, feature_group_count=5)
+    if use_bias:
+        expected += variables["params"]["bias"][None, None, None]
+    else:
+        assert list(variables["params"]) == ["kernel"]
+    np.testing.assert_allclose(layer.apply(variables, x), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("model", [mj.models.small_resnet(10), mj.models.small_mobilenet_v2(10)])
-def test_small_models_map_images_to_logits_and_keep_statistics(model):
-    x = jax.random.normal(jax.random.key(0), (4, 8, 8, 1))
+@pytest.mark.parametrize("make", SMALL.values(), ids=SMALL)
+def test_small_models_map_images_to_logits_and_keep_statistics(make):
+    model, x = make(10), images()
     variables = jax.jit(model.init)(jax.random.key(1), x)
     apply = jax.jit(lambda v, x: model.apply(v, x, train=True, mutable=["batch_stats"]))
     logits, updates = apply(variables, x)
     assert logits.shape == (4, 10)
     assert np.isfinite(logits).all()
     assert jax.tree.structure(updates["batch_stats"]) == jax.tree.structure(variables["batch_stats"])
+    before, after = mj.flatten(variables["batch_stats"]), mj.flatten(updates["batch_stats"])
+    assert all(not np.array_equal(before[path], after[path]) for path in before)
+
+
+@pytest.mark.parametrize("make", SMALL.values(), ids=SMALL)
+def test_the_logits_are_the_last_layer_of_the_sown_features(make):
+    model, x = make(10, num_stages=1, dtype=jnp.bfloat16), images()
+    variables = initialised(model, x)
+    logits, updates = jax.jit(functools.partial(model.apply, mutable=["intermediates"]))(variables, x)
+    (features,) = updates["intermediates"]["features"]
+    fc = variables["params"]["fc"]
+    assert features.shape == (4, fc["kernel"].shape[0])
+    assert features.dtype == jnp.float32
+    assert features.std() > 0.01
+    np.testing.assert_allclose(logits, features @ fc["kernel"] + fc["bias"][None], atol=1e-5)
+
+
+@pytest.mark.parametrize("make", SMALL.values(), ids=SMALL)
+def test_in_bfloat16_parameters_statistics_and_logits_stay_float32(make):
+    model, x = make(10, num_stages=1, dtype=jnp.bfloat16), images()
+    variables = jax.eval_shape(model.init, jax.random.key(0), x)
+    assert dtypes(variables) == {"float32"}
+    apply = functools.partial(model.apply, train=True, mutable=["batch_stats"])
+    logits, updates = jax.eval_shape(apply, variables, x)
+    assert logits.dtype == jnp.float32
+    assert dtypes(updates) == {"float32"}
+
+
+@pytest.mark.parametrize("make", SMALL.values(), ids=SMALL)
+def test_bfloat16_computes_every_layer_but_the_last_and_comes_near_float32(make):
+    model, x = make(10, num_stages=1), images()
+    variables = initialised(model, x)
+    expected, _ = outputs_of_layers(model, variables, x)
+    logits, layers = outputs_of_layers(model.clone(dtype=jnp.bfloat16), variables, x)
+    of_layers = {path: leaf for path, leaf in mj.flatten(layers).items() if "__call__" in path}
+    last = [of_layers.pop(path) for path in ("__call__/0", "fc/__call__/0")]
+    assert dtypes(last) == {"float32"}
+    assert dtypes(of_layers) == {"bfloat16"}
+    # From image to image, the logits differ by a third of their size or more.
+    assert 0 < np.linalg.norm(logits - expected) / np.linalg.norm(expected) < 0.03
+
+
+@pytest.mark.parametrize(
+    ("make", "side"), [(mj.models.mobilenet_v2, 34), (mj.models.mobilenet_v2_half, 16), (mj.models.resnet18, 32)]
+)
+def test_the_stem_of_images_of_32_pixels_gives_maps_of_the_published_size(make, side):
+    model, x = make(100).clone(stages=()), jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), x)
+    apply = functools.partial(model.apply, capture_intermediates=True, mutable=["intermediates"])
+    _, updates = jax.eval_shape(apply, variables, x)
+    assert updates["intermediates"]["stem"]["__call__"][0].shape[1:3] == (side, side)
+
+
+@pytest.mark.parametrize("stem", ["padded_1x1", "strided_3x3"])
+def test_the_stem_is_the_convolution_that_its_name_says(stem):
+    model, x = mj.models.small_mobilenet_v2(10, num_stages=0, stem=stem), images(8, 3)
+    variables = initialised(model, x)
+    _, layers = outputs_of_layers(model, variables, x)
+    of_stem = variables["params"]["stem"]
+    if stem == "padded_1x1":
+        expected = convolution(x, of_stem["kernel"][None, None], 1) + of_stem["bias"][None, None, None]
+    else:
+        expected = convolution(x, of_stem["kernel"], 2)
+    np.testing.assert_allclose(layers["stem"]["__call__"][0], expected, atol=1e-5)
+
+
+def test_an_unknown_stem_is_refused():
+    model = mj.models.small_mobilenet_v2(10, stem="strided_3x4")
+    with pytest.raises(ValueError, match="unknown stem 'strided_3x4'; did you mean 'strided_3x3'"):
+        model.init(jax.random.key(0), images())
+
+
+def test_the_network_of_half_width_has_no_biases_before_its_norms():
+    paths = mj.flatten(shapes(mj.models.mobilenet_v2_half(100), (32, 32, 3)))
+    kernels, biases = ({p.rpartition("/")[0] for p in paths if p.endswith(end)} for end in ("/kernel", "/bias"))
+    assert kernels & biases == {"fc"}
+
+
+@pytest.mark.parametrize("clipped", [True, False])
+def test_activations_are_clipped_at_6_or_not_at_all(clipped):
+    model, x = mj.models.small_mobilenet_v2(10, num_stages=0, clipped=clipped), images()
+    variables = initialised(model, x)
+    variables["params"]["head_norm"]["bias"] += 10
+    _, layers = outputs_of_layers(model, variables, x)
+    assert (layers["features"][0].max() <= 6) == clipped
+    assert not mj.models.mobilenet_v2_half(100).clipped
+    assert mj.models.mobilenet_v2(100).clipped

@@ -1,11 +1,12 @@
 """MobileNetV2 for small images (Sandler et al., arXiv:1801.04381): two networks of that name, which differ."""
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from merge_jax.checks import check_choice
 from merge_jax.models.layers import Layers
 
 __all__ = [
@@ -83,6 +84,7 @@ class MobileNetV2(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         """Maps images `[B, H, W, C]` to logits `[B, num_classes]`; `train` takes the batch's statistics."""
+        check_choice("stem", self.stem, get_args(Stem))
         layers = Layers(self.dtype, self.axis_name, train)
         activation = nn.relu6 if self.clipped else nn.relu
         if self.stem == "padded_1x1":

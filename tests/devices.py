@@ -1,0 +1,92 @@
+"""A program for test_parallel.py: it trains five steps on several devices, in a process of its own.
+
+    python -m tests.devices OUT MODE DEVICES [COORDINATOR NUM_PROCESSES PROCESS_ID]
+
+It writes the losses of each step and the final parameters to OUT/<mode><devices>.npz, and saves a checkpoint to
+OUT/checkpoints-<mode><devices>. The number of devices must be known before JAX starts, hence the process.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+out, mode, devices, *others = sys.argv[1:]
+local = int(devices) // (int(others[1]) if others else 1)
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={local} --xla_backend_optimization_level=0"
+
+# ruff: noqa: E402
+import jax
+import numpy as np
+import optax
+
+import merge_jax as mj
+from tests import helpers
+
+STEPS, BATCH = 5, 16
+TRANSFER = mj.lpka_transfer(
+    helpers.ROUTES, num_layers=1, num_heads=2, output="official", attention_dropout=0.0, feed_forward_dropout=0.0
+)
+
+
+def make_tasks(axis_name=None):
+    """No dropout: devices of a pmap draw their own. Adam, so that there are moments to split."""
+
+    def make(width):
+        model = helpers.Tiny(width, dropout=0.0, axis_name=axis_name)
+        return mj.Task(mj.classification_loss(model.apply, inputs="x"), optax.adam(1e-2))
+
+    return make(64), make(48)
+
+
+def initial_state():
+    source, target = (helpers.variables(helpers.Tiny(width), seed) for seed, width in enumerate((64, 48)))
+    return mj.init_joint_state(
+        jax.random.key(2),
+        *make_tasks(),
+        TRANSFER,
+        source_params=source[0],
+        source_state=source[1],
+        target_params=target[0],
+        target_state=target[1],
+    )
+
+
+def main():
+    if others:
+        mj.connect(others[0], int(others[1]), int(others[2]), timeout=60)
+    assert len(jax.devices()) == int(devices)
+    axis_name = mj.DATA_AXIS if mode == "pmap" else None
+    layout = mj.pmap_layout() if mode == "pmap" else mj.jit_layout(mj.data_mesh(), sharded=mode == "sharded")
+    step = mj.make_joint_step(*make_tasks(axis_name), TRANSFER, cycle=2, axis_name=axis_name)
+    state = layout.put_state(initial_state())
+    examples = helpers.batch(0, size=STEPS * BATCH)
+    arrays = layout.put_arrays({"source": examples, "target": examples})
+    indices = np.arange(STEPS * BATCH, dtype=np.int32).reshape(STEPS, 1, BATCH)
+    epoch = layout.lower(
+        mj.make_epoch(step), state, arrays, {"source": indices[0], "target": indices[0]}, np.int32(1)
+    ).compile()
+    losses = []
+    for of_step in indices:
+        placed = layout.put_indices({"source": of_step, "target": of_step})
+        state, metrics = epoch(state, arrays, placed, np.int32(1))
+        losses.append([float(metrics[name]) for name in ("source/loss", "target/loss", "adapter/gradient_norm")])
+
+    name, folder = f"{mode}{devices}", Path(out)
+    with mj.Checkpoints(folder / f"checkpoints-{name}") as checkpoints:
+        checkpoints.save(STEPS, state)
+    restored = {}
+    for path in sorted(folder.glob("checkpoints-*")):
+        with mj.Checkpoints(path) as checkpoints:
+            saved_step, other = checkpoints.restore_latest(state)
+        placements = jax.tree.map(lambda a, b: a.sharding.is_equivalent_to(b.sharding, a.ndim), other, state)
+        restored[path.name] = [saved_step, int(other.step), all(jax.tree.leaves(placements))]
+    if jax.process_index() == 0:
+        # Parts are on every device: the largest share of one tells whether the state is split.
+        leaves = [leaf for leaf in jax.tree.leaves(state.adapter) if leaf.size >= 2**12]
+        share = max(leaf.addressable_shards[0].data.size / leaf.size for leaf in leaves)
+        (folder / f"{name}.json").write_text(json.dumps({"losses": losses, "share": share, "restored": restored}))
+
+
+if __name__ == "__main__":
+    main()

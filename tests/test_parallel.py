@@ -1,0 +1,115 @@
+"""Several devices and several processes, each set in a process of its own (tests/devices.py)."""
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+import merge_jax as mj
+from tests import helpers
+
+ROOT = Path(__file__).parent.parent
+
+
+def start(*arguments):
+    command = [sys.executable, "-m", "tests.devices", *map(str, arguments)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process):
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output[-3000:]
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """What every mode came to; each one also restores the checkpoints of those before it."""
+    out = tmp_path_factory.mktemp("devices")
+    for mode, devices in (("jit", 1), ("jit", 8), ("sharded", 8), ("pmap", 8)):
+        finish(start(out, mode, devices))
+    address = f"localhost:{free_port()}"
+    pair = [start(out, "jit", 2, address, 2, process_id) for process_id in (0, 1)]
+    for process in pair:
+        finish(process)
+    finish(start(out, "again", 1))  # One device, which reads what all others saved.
+    return {path.stem: json.loads(path.read_text()) for path in out.glob("*.json")}
+
+
+@pytest.mark.parametrize("name", ["jit8", "sharded8", "pmap8", "jit2"])
+def test_many_devices_give_the_losses_of_one(outcomes, name):
+    expected = np.array(outcomes["jit1"]["losses"])
+    assert expected[:, 2].tolist() == [pytest.approx(x) if x else 0 for x in expected[:, 2]]
+    np.testing.assert_allclose(outcomes[name]["losses"], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_training_moves_the_losses_and_the_adapter_learns_at_every_second_step(outcomes):
+    source, target, gradient = np.array(outcomes["jit1"]["losses"]).T
+    assert len(set(source)) == len(set(target)) == 5
+    assert [bool(x) for x in gradient] == [True, False, True, False, True]
+
+
+def test_a_sharded_state_lies_in_parts(outcomes):
+    assert outcomes["sharded8"]["share"] == 1 / 8
+    assert outcomes["jit8"]["share"] == 1
+
+
+@pytest.mark.parametrize(
+    ("reader", "writer"),
+    [
+        *(("jit8", "jit1"), ("sharded8", "jit1"), ("sharded8", "jit8"), ("pmap8", "sharded8"), ("jit2", "jit8")),
+        *(("again1", writer) for writer in ("jit8", "sharded8", "pmap8", "jit2")),
+    ],
+)
+def test_a_checkpoint_of_some_devices_is_read_on_others(outcomes, reader, writer):
+    assert outcomes[reader]["restored"][f"checkpoints-{writer}"] == [5, 5, True]
+
+
+def test_a_batch_that_does_not_divide_is_refused(tmp_path):
+    process = start(tmp_path, "jit", 3)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode != 0
+    assert "a batch of 16 (source) does not divide among 3 devices: take a multiple of 3, or fewer devices" in output
+
+
+@pytest.mark.parametrize("number", [0, 2, -1])
+def test_devices_that_are_not_there_are_refused(number):
+    available = len(jax.devices())
+    number = number if number < 1 else available + 1
+    for layout in (mj.data_mesh, mj.pmap_layout):
+        with pytest.raises(ValueError, match=rf"number of devices must lie in \[1, {available}\], got {number}"):
+            layout(number)
+
+
+def test_only_large_leaves_with_an_axis_that_divides_are_split():
+    one = mj.data_mesh(1)
+    tree = {"small": np.zeros(8), "large": np.zeros((3, 4096)), "scalar": np.zeros(())}
+    specs = jax.tree.map(lambda s: s.spec, mj.state_shardings(tree, one, sharded=True))
+    assert specs["small"] == specs["scalar"] == jax.sharding.PartitionSpec()
+    assert specs["large"] == jax.sharding.PartitionSpec(None, "data")
+    copied = mj.state_shardings(tree, one, sharded=False)
+    assert all(s.spec == jax.sharding.PartitionSpec() for s in jax.tree.leaves(copied))
+
+
+@pytest.mark.parametrize("layout", [mj.jit_layout(mj.data_mesh(1)), mj.pmap_layout(1)])
+def test_a_layout_of_one_device_trains_as_jit_does(layout):
+    transfer = mj.share_transfer(helpers.ROUTES)
+    epoch = mj.make_epoch(helpers.joint_step(transfer, cycle=1))
+    examples, rows = helpers.batch(0), np.arange(16, dtype=np.int32)[None]
+    arrays, indices = {"source": examples, "target": examples}, {"source": rows, "target": rows}
+    expected, _ = jax.jit(epoch)(helpers.initial_state(transfer), arrays, indices, 1)
+    state = layout.put_state(helpers.initial_state(transfer))
+    compiled = layout.lower(epoch, state, arrays, indices, np.int32(1)).compile()
+    state, _ = compiled(state, layout.put_arrays(arrays), layout.put_indices(indices), np.int32(1))
+    chex.assert_trees_all_close(state.target.params, expected.target.params, atol=1e-6)
