@@ -4,33 +4,31 @@
     python -m benchmarks.joint_step published  # ResNet50 to MobileNetV2 at 32x32, the published route and adapter
     python -m benchmarks.joint_step capped     # the same with the default caps on the adapter's widths
 
-A repetition times every row once, so that whatever else the machine does falls on all of them alike; the table shows
-medians over repetitions. Compilation is timed apart, and without a transfer the joint step does just what the two
-plain steps do. Memory is what the compiled step needs beside its arguments, as XLA plans it.
+Each row is one compiled loop of some steps, as the experiments run them, and each includes the same plain steps of both
+models. A repetition times every row once, so that whatever else the machine does falls on all of them alike; the table
+shows medians over repetitions. Compilation is timed apart. Memory is what the compiled loop needs beside its arguments,
+as XLA plans it.
 """
 
-import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from rich import box
+from jax import lax
 from rich.console import Console
-from rich.table import Table
 from tqdm.auto import tqdm
 
 import merge_jax as mj
-from experiments.cli import parse
+from benchmarks.report import parse_config, report
 from experiments.cross_structure import ROUTES
-from merge_jax.runs import describe_environment
+
+_EPOCH = 50_000  # Training images of CIFAR-100.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,18 +43,20 @@ class Config:
     """Timed repetitions of every row."""
     steps: int = 20
     """Steps in a repetition, a multiple of 4 so that each has its transfers."""
-    json: Path = Path("runs/benchmarks/joint_step.json")
-    """Where the figures are written."""
+    update: Literal["exact", "surrogate"] = "exact"
+    """What the adapter follows."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the computation in both models."""
+
+    def check(self) -> None:
+        """Raises ValueError for an option out of range."""
+        if self.steps < 4 or self.steps % 4 or self.repetitions < 1 or self.batch_size < 1:
+            raise ValueError("steps must be a multiple of 4; repetitions and batch_size at least 1")
 
 
 PRESETS = {
     "default": Config(),
-    **{
-        pair: Config(
-            pair=pair, batch_size=16, repetitions=3, steps=4, json=Path(f"runs/benchmarks/joint_step_{pair}.json")
-        )
-        for pair in ("published", "capped")
-    },
+    **{pair: Config(pair=pair, batch_size=128, repetitions=3, steps=4) for pair in ("published", "capped")},
 }
 
 
@@ -70,40 +70,44 @@ class Pair:
     transfer: mj.Transfer
 
 
-def make_pair(name: str) -> Pair:
+def make_pair(name: str, dtype: Any = jnp.float32) -> Pair:
     """Returns the models and the transfer of a pair by its name."""
     if name in ("published", "capped"):
         route = {"stage6_2/project/kernel": "fc/kernel"}
         transfer = mj.published_transfer(route) if name == "published" else mj.lpka_transfer(route, output="official")
-        return Pair(mj.models.resnet50(100), mj.models.mobilenet_v2(100), (32, 32, 3), transfer)
+        models = mj.models.resnet50(100, dtype=dtype), mj.models.mobilenet_v2(100, dtype=dtype)
+        return Pair(*models, (32, 32, 3), transfer)
     transfer = mj.lpka_transfer(ROUTES, num_layers=1, num_heads=8)
-    return Pair(mj.models.small_resnet(10), mj.models.small_mobilenet_v2(10), (8, 8, 1), transfer)
+    models = mj.models.small_resnet(10, dtype=dtype), mj.models.small_mobilenet_v2(10, dtype=dtype)
+    return Pair(*models, (8, 8, 1), transfer)
 
 
 @dataclass
 class Row:
-    """One thing that is timed: a compiled step, the state it goes through, and what was measured."""
+    """One thing that is timed: a compiled loop, the state it goes through, and what was measured."""
 
     name: str
-    step: Any
+    loop: Any
     state: Any
     compile_seconds: float
     temporary_bytes: int
     seconds: list[float]
 
-    def run(self, batches: Any, steps: int) -> None:
+    def run(self, steps: int) -> None:
         """Times some steps and notes the seconds a step."""
         start = time.perf_counter()
-        for _ in range(steps):
-            self.state, _ = self.step(self.state, batches)
-        jax.block_until_ready(self.state)
+        self.state = jax.block_until_ready(self.loop(self.state, np.int32(steps)))
         self.seconds.append((time.perf_counter() - start) / steps)
 
 
 def compile_row(name: str, step: Callable[..., Any], state: Any, batches: Any) -> Row:
-    """Compiles a step with its state donated."""
+    """Compiles a loop of a step on the same batches, with its state donated."""
+
+    def loop(state: Any, steps: Any) -> Any:
+        return lax.fori_loop(0, steps, lambda _, state: step(state, batches)[0], state)
+
     start = time.perf_counter()
-    compiled = jax.jit(step, donate_argnums=0).lower(state, batches).compile()
+    compiled = jax.jit(loop, donate_argnums=0).lower(state, np.int32(0)).compile()
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()  # Not every backend tells.
     return Row(name, compiled, state, seconds, memory.temp_size_in_bytes if memory else 0, [])
@@ -129,9 +133,9 @@ def plain_step(source: mj.Task, target: mj.Task) -> Callable[..., Any]:
     return step
 
 
-def make_rows(config: Config) -> tuple[list[Row], Any, int]:
-    """Returns the compiled rows, the batches, and the number of the adapter's parameters."""
-    pair = make_pair(config.pair)
+def make_rows(config: Config) -> tuple[list[Row], int]:
+    """Returns the compiled rows and the number of the adapter's parameters."""
+    pair = make_pair(config.pair, jnp.dtype(config.dtype))
     num_classes = pair.source.num_classes
     random = np.random.default_rng(0)
     batch = {
@@ -171,76 +175,55 @@ def make_rows(config: Config) -> tuple[list[Row], Any, int]:
         ("joint, cycle 4", 4, 1.0),
         ("joint, cycle 1", 1, 1.0),
     ):
-        step = mj.make_joint_step(source, target, pair.transfer, cycle=cycle, stop=stop)
+        step = mj.make_joint_step(source, target, pair.transfer, cycle=cycle, stop=stop, update=config.update)
         rows.append(compile_row(name, step, joint_state(), batches))
     adapter_parameters = sum(leaf.size for leaf in jax.tree.leaves(state.adapter.params))
-    return rows, batches, adapter_parameters
+    return rows, adapter_parameters
 
 
 def main() -> None:
     """Runs the benchmark; prints a table and writes JSON."""
-    try:
-        config = parse(PRESETS, "benchmarks.joint_step", __doc__ or "", sys.argv[1:])
-        if config.steps < 4 or config.steps % 4 or config.repetitions < 1 or config.batch_size < 1:
-            raise ValueError("steps must be a multiple of 4; repetitions and batch_size at least 1")
-        config.json.parent.mkdir(parents=True, exist_ok=True)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    with Console().status("compiling"):
-        rows, batches, adapter_parameters = make_rows(config)
+    config = parse_config(PRESETS, "benchmarks.joint_step", __doc__, Config.check)
+    with Console(stderr=True).status("compiling"):
+        rows, adapter_parameters = make_rows(config)
     for row in rows:  # The first steps allocate what the later ones reuse.
-        row.run(batches, config.steps)
+        row.run(config.steps)
         row.seconds.clear()
     for _ in tqdm(range(config.repetitions), unit="repetition"):
         for row in rows:
-            row.run(batches, config.steps)
-    _report(config, rows, adapter_parameters)
-
-
-def _report(config: Config, rows: list[Row], adapter_parameters: int) -> None:
-    environment = describe_environment()
-    table = Table(box=box.SIMPLE, title=f"joint step, {config.pair} pair, batch {config.batch_size}")
-    table.add_column("step", no_wrap=True)
-    for heading in ("ms/step", "ratio", "compile s", "temporaries MiB"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    figures = []
-    for row in rows:
-        # The ratio of each repetition's neighbours, since the machine's speed drifts over a run.
-        ratio = statistics.median(a / b for a, b in zip(row.seconds, rows[0].seconds, strict=True))
-        milliseconds = 1000 * statistics.median(row.seconds)
-        figures.append(
-            {
-                "step": row.name,
-                "milliseconds": milliseconds,
-                "ratio": ratio,
-                "compile_seconds": row.compile_seconds,
-                "temporary_bytes": row.temporary_bytes,
-            }
-        )
-        table.add_row(
-            row.name,
-            f"{milliseconds:.2f}",
-            f"{ratio:.3f}",
-            f"{row.compile_seconds:.1f}",
-            f"{row.temporary_bytes / 2**20:.1f}",
-        )
-    console = Console(width=100)
-    console.print(table)
-    print(
+            row.run(config.steps)
+    figures = [
+        {
+            "step": row.name,
+            "seconds": statistics.median(row.seconds),
+            # The ratio of each repetition's neighbours, since the machine's speed drifts over a run.
+            "ratio": statistics.median(a / b for a, b in zip(row.seconds, rows[0].seconds, strict=True)),
+            "compile_seconds": row.compile_seconds,
+            "temporary_bytes": row.temporary_bytes,
+        }
+        for row in rows
+    ]
+    report(
+        f"joint step {config.pair}",
+        config,
+        ("step", "ms/step", "ratio", "images/s", "s/50,000 images", "compile s", "temporaries MiB"),
+        [
+            (
+                figure["step"],
+                f"{1000 * figure['seconds']:.2f}",
+                f"{figure['ratio']:.3f}",
+                f"{config.batch_size / figure['seconds']:.0f}",
+                f"{_EPOCH / config.batch_size * figure['seconds']:.1f}",
+                f"{figure['compile_seconds']:.1f}",
+                f"{figure['temporary_bytes'] / 2**20:.1f}",
+            )
+            for figure in figures
+        ],
+        {"adapter_parameters": adapter_parameters, "rows": figures},
+        f"batch {config.batch_size} of each; medians of {config.repetitions} repetitions of {config.steps} steps\n"
         f"adapter: {adapter_parameters:,} parameters, {4 * adapter_parameters / 2**20:.1f} MiB, "
-        f"three times that with AdamW's moments\n"
-        f"medians of {config.repetitions} repetitions of {config.steps} steps; "
-        f"{environment['devices'][0]}, {environment['cpu_count']} cores, jax {environment['versions']['jax']}, "
-        f"{environment['date'][:10]}\n{environment['command']}\nwritten to {config.json}"
+        "three times that with AdamW's moments",
     )
-    content = {
-        "config": {name: str(value) for name, value in asdict(config).items()},
-        "environment": environment,
-        "adapter_parameters": adapter_parameters,
-        "rows": figures,
-    }
-    config.json.write_text(json.dumps(content, indent=2) + "\n")
 
 
 if __name__ == "__main__":

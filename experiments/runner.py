@@ -81,9 +81,10 @@ def _run(
     else:
         with Console().status("compiling"):
             compiled = {name: compile_epoch(stage) for name, stage in lowered.items()}
-        quiet = True if jax.process_index() > 0 else None  # None: where standard error is no terminal, it is plain.
         total = config.seeds * sum(stage.lengths.steps for stage in stages.values())
-        with tqdm(total=total, unit="step", desc=scenario.name, mininterval=0.5, disable=quiet) as bar:
+        with tqdm(
+            total=total, unit="step", desc=scenario.name, mininterval=0.5, disable=jax.process_index() > 0
+        ) as bar:
             trainer = Trainer(layout, compiled, folder, log, bar)
             _train_all(scenario, config, stages, trainer, log, folder, results)
     print_results(scenario, config, results, folder)

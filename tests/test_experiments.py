@@ -200,7 +200,7 @@ SMALL_NETWORKS = [
 
 
 def test_the_short_preset_trains_on_an_archive_of_cifar100(tmp_path):
-    """The whole path: TFDS's layout, uint8 pixels, augmentation, epochs, both models live; only the networks are small."""
+    """The whole path: TFDS's layout, uint8 pixels, augmentation, epochs, both models live; the networks are small."""
     files, *_ = test_image_sets.cifar_members("cifar100")
     test_image_sets.put_archive(tmp_path / "data", "cifar100", files)
     done = run(
