@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 import merge_jax as mj
 from benchmarks.report import parse_config, report
 from merge_jax.checks import check_at_least_one
+from merge_jax.epoch import Epoch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +58,7 @@ class _Perceptron(nn.Module):
         return nn.Dense(10, name="fc")(x)
 
 
-def _epoch_and_states(config: Config) -> tuple[mj.epoch.Epoch, list[mj.JointState]]:
+def _epoch_and_states(config: Config) -> tuple[Epoch, list[mj.JointState]]:
     if config.pair == "digits":
         source, target = mj.models.small_resnet(), mj.models.small_mobilenet_v2()
     else:
