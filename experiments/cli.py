@@ -37,7 +37,8 @@ def parse(presets: Mapping[str, _Options], module: str, description: str, argume
         default=preset,
         args=options,
         prog=f"python -m {module} [{'|'.join(presets)}]",
-        description=f"{description}\n\nThe first word picks a preset. Defaults shown are those of {name!r}.",
+        description=f"{description}\n\nThe first word picks a preset. Defaults shown are those of {name!r} "
+        "(PRESET --help for another).",
     )
 
 
@@ -62,6 +63,7 @@ def main(
         config = parse(presets, module, description or "", arguments)
         config.check()
         if config.coordinator is not None:
+            print(f"waiting for all {config.num_processes} processes at {config.coordinator}", file=sys.stderr)
             connect(config.coordinator, config.num_processes, config.process_id)
         if config.process_id > 0:  # Process 0 speaks for all.
             sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115

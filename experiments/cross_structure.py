@@ -56,7 +56,7 @@ class Config(RunConfig):
     adapter_schedule: Literal["constant", "cosine"] = "constant"
     """Course of that rate; cosine falls to 0 after the first 2 percent of the run, as published."""
     data: str = "digits"
-    """digits, a TFDS set such as cifar100 or cifar10, or a folder with train/<class>/ and test/<class>/ images."""
+    """digits, a TFDS set such as cifar100, or a folder (./name) of train/<class>/ and test/<class>/ images."""
     data_dir: Path | None = None
     """Folder of TFDS; an archive in its downloads/manual/ is used instead of a download. TFDS's own by default."""
     image_size: int | None = None
@@ -96,15 +96,17 @@ class Config(RunConfig):
     output: OutputForm = "warm"
     """How the adapter's output becomes the target's: see lpka_transfer."""
     temperature: float = 4.0
-    """Temperature of the distillation in kd."""
+    """Temperature of the distillation in kd and mergenet_kd; rkd, dkd and nkd have their papers' options."""
     distillation_weight: float = 0.9
-    """Weight of the distillation in kd; the labels have the rest."""
+    """Weight of the distillation in kd and mergenet_kd; the labels have the rest."""
 
     def check(self) -> None:
         """Raises ValueError for an option out of range."""
         super().check()
         if not 0 < self.learning_rate < float("inf"):
             raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
+        if self.validation < 0:
+            raise ValueError(f"validation must be 0 or more, got {self.validation}")
         if not 1 <= self.stages <= 3:
             raise ValueError(f"stages must lie in [1, 3], got {self.stages}")
 

@@ -95,8 +95,8 @@ def load_images(name: str, data_dir: Path | None, image_size: int | None, valida
     size = len(images.train["label"])
     if validation != 0 and not images.num_classes <= validation <= size - images.num_classes:
         raise ValueError(
-            f"validation must be 0, or leave one image of each of the {images.num_classes} classes on either side "
-            f"of the {size}, got {validation}"
+            f"validation is {validation} of the {size} training images of {images.num_classes} classes: give "
+            "--validation 0 to hold out none, or a number that leaves one of each class on either side"
         )
 
     def splits(seed: int) -> Splits:

@@ -91,7 +91,8 @@ def print_results(
         "best val.: best validation accuracy of all reports. s/run: seconds of training; "
         "compile s: seconds of compiling its loop, once.\n"
         f"{environment['command']}\n"
-        f"{environment['devices'][0]}, {environment['cpu_count']} cores, jax "
+        f"{config.devices or len(environment['devices'])} x {environment['devices'][0]}, "
+        f"{environment['cpu_count']} cores, jax "
         f"{environment['versions']['jax']}, {environment['date'][:10]}"
     )
     console = Console(record=True, width=max(100, shutil.get_terminal_size().columns))
@@ -123,7 +124,7 @@ def save_curves(methods: Sequence[str], records: Sequence[Mapping[str, Any]], fo
                 values.setdefault(record["step"], []).append(100 * record[name])
         steps = sorted(values)
         means, errors = np.array([mean_and_error(values[step]) for step in steps], float).T
-        axes.plot(steps, means, label=method)
+        axes.plot(steps, means, label=method, marker="." if len(steps) < 20 else None)
         axes.fill_between(steps, means - errors, means + errors, alpha=0.2)
     kind = "validation" if validated else "training"
     axes.set(xlabel="step of the target", ylabel=f"{kind} accuracy of the target (%)")

@@ -38,7 +38,8 @@ def prepare_run(scenario: Scenario, config: RunConfig) -> Callable[[], None]:
         layout = jit_layout(data_mesh(config.devices), sharded=config.shard_state)
     # Shapes alone tell whether all fits together.
     side_by_side = config.seeds if _side_by_side(config) else None
-    with Console(stderr=True).status("checking that all fits together"):
+    print("checking that models, data and routes fit together", file=sys.stderr)
+    with Console(stderr=True).status("tracing"):
         lowered = {name: stage.lower(layout, steps_per_call(stage), side_by_side) for name, stage in stages.items()}
     run_dir = config.run_dir or _numbered_folder(scenario.name, config.resume)
     folder = RunFolder.open(run_dir, config.identity(), resume=config.resume)
@@ -79,7 +80,8 @@ def _run(
     if len(results) == config.seeds * len(scenario.methods):
         print("all runs are done already: nothing to train")
     else:
-        with Console().status("compiling"):
+        print(f"compiling {len(lowered)} programs", file=sys.stderr)
+        with Console(stderr=True).status("compiling"):
             compiled = {name: compile_epoch(stage) for name, stage in lowered.items()}
         total = config.seeds * sum(stage.lengths.steps for stage in stages.values())
         with tqdm(

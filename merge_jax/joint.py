@@ -218,8 +218,8 @@ def make_joint_step(
         are averaged over it, and every device draws its own dropout. None under `jit`, which needs no such thing.
 
     Raises:
-      ValueError: a cycle below 1, a stop outside [0, 1] or without `num_steps`, an unknown update rule; while
-        tracing, batches without one of the roles, or a state made for a frozen source where this one has a task.
+      ValueError: a cycle below 1, a stop outside [0, 1], without `num_steps` or before the first step, an unknown
+        update rule; while tracing, batches without one of the roles, or a state made for a frozen source where this one has a task.
     """
     check_tasks(source, target, transfer)
     check_at_least_one(cycle=cycle)
@@ -227,6 +227,8 @@ def make_joint_step(
         raise ValueError(f"stop must be a fraction in [0, 1], got {stop}")
     if 0 < stop < 1 and num_steps is None:
         raise ValueError(f"stop is {stop}, a fraction of the run: give num_steps too")
+    if 0 < stop < 1 and num_steps is not None and round(stop * num_steps) == 0:
+        raise ValueError(f"stop is {stop} of {num_steps} steps, less than one: nothing would be transferred")
     check_choice("update rule", update, get_args(UpdateRule))
     adapter_optimizer = adapter_optimizer or adapter_adamw()
 

@@ -149,7 +149,13 @@ def pmap_layout(num_devices: int | None = None) -> Layout:
         )
         return program.lower(state, arrays, jax.eval_shape(put_indices, indices), count)
 
-    return Layout(len(devices), lambda state: state, lambda arrays: arrays, put_indices, lower)
+    # A compiled program takes its arguments where it wants them, and a restored state may lie anywhere.
+    copied = NamedSharding(data_mesh(len(devices)), PartitionSpec())
+
+    def put(tree: Any) -> Any:
+        return jax.tree.map(lambda leaf: _put(leaf, copied), tree)
+
+    return Layout(len(devices), put, put, put_indices, lower)
 
 
 def _check_divides(indices: Mapping[str, Any], num_devices: int) -> None:

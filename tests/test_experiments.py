@@ -180,6 +180,9 @@ def test_a_run_begun_on_five_devices_goes_on_on_one(unbroken, tmp_path, options)
     stopped = run(*TEN_STEPS, "--run-dir", folder, *options, program=("-c", INTERRUPTED), devices=5)
     assert stopped.returncode == 130, stopped.stderr
     assert f"5 x cpu by {'pmap' if 'pmap' in options else 'jit'}" in stopped.stdout
+    # The source is saved whole; the joint run is stopped on five devices again, and ends on one.
+    stopped = run(*TEN_STEPS, "--run-dir", folder, "--resume", *options, program=("-c", INTERRUPTED), devices=5)
+    assert stopped.returncode == 130, stopped.stderr
     done = run(*TEN_STEPS, "--run-dir", folder, "--resume")
     assert done.returncode == 0, done.stderr
     assert_close(records(folder), records(unbroken[0]))
@@ -284,6 +287,8 @@ def refusal(capsys, *arguments):
         (["--parallel", "pmap", "--shard-state"], "shard_state is for jit"),
         (["--coordinator", "localhost:80"], "need all of coordinator, num_processes and process_id"),
         (["--num-processes", "2"], "need all of coordinator, num_processes and process_id"),
+        (["--validation", "-1"], "validation must be 0 or more, got -1"),
+        (["--steps", "4"], "stop is 0.1 of 4 steps, less than one: nothing would be transferred"),
         (["--image-size", "4"], "digits are 8x8 images: image_size is for other data, got 4"),
         (["--data", "cifar1000"], "cifar100"),
         (["--data", "no/such/folder"], "no/such/folder"),

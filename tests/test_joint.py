@@ -41,6 +41,11 @@ def test_traced_once_with_donated_state_and_metrics_by_role():
     assert all(value.shape == () for value in metrics.values())
 
 
+def test_a_stop_before_the_first_step_is_refused():
+    with pytest.raises(ValueError, match=r"stop is 0.1 of 4 steps, less than one: nothing would be transferred"):
+        helpers.joint_step(SHARE, stop=0.1, num_steps=4)
+
+
 def test_donation_leaves_the_users_arrays_alone():
     params, model_state = helpers.variables(helpers.TARGET, 1)
     state = mj.init_joint_state(

@@ -125,7 +125,7 @@ def _prepared(name: str, root: Path) -> Any:
     except tfds.core.DatasetNotFoundError as error:
         # Without the community's sets, whose list may come from the network.
         names = tfds.list_builders(with_community_datasets=False)
-        raise ValueError(f"unknown data set {name!r}; {near_misses(name, names)}") from error
+        raise ValueError(f"unknown data set {name!r}; {near_misses(name, names)} (a folder is ./{name})") from error
     except ImportError as error:
         raise ValueError(
             f"{name} needs TensorFlow, or another package, to be prepared ({_one_line(error)}); prepare it once where"
