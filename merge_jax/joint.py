@@ -219,7 +219,8 @@ def make_joint_step(
 
     Raises:
       ValueError: a cycle below 1, a stop outside [0, 1], without `num_steps` or before the first step, an unknown
-        update rule; while tracing, batches without one of the roles, or a state made for a frozen source where this one has a task.
+        update rule; while tracing, batches without one of the roles, or a state made for a frozen source where
+        this one has a task.
     """
     check_tasks(source, target, transfer)
     check_at_least_one(cycle=cycle)
