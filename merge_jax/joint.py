@@ -226,9 +226,10 @@ def make_joint_step(
     check_at_least_one(cycle=cycle)
     if not 0 <= stop <= 1:
         raise ValueError(f"stop must be a fraction in [0, 1], got {stop}")
-    if 0 < stop < 1 and num_steps is None:
+    until = None if stop == 1 or num_steps is None else round(stop * num_steps)
+    if 0 < stop < 1 and until is None:
         raise ValueError(f"stop is {stop}, a fraction of the run: give num_steps too")
-    if 0 < stop < 1 and num_steps is not None and round(stop * num_steps) == 0:
+    if stop > 0 and until == 0:
         raise ValueError(f"stop is {stop} of {num_steps} steps, less than one: nothing would be transferred")
     check_choice("update rule", update, get_args(UpdateRule))
     adapter_optimizer = adapter_optimizer or adapter_adamw()
@@ -270,8 +271,8 @@ def make_joint_step(
             # The target's step stands in both branches, so the adapter's residuals live in one of them only:
             # steps without a transfer pay nothing for it, and no forward pass of the adapter runs twice.
             transfers = state.step % cycle == 0
-            if stop < 1 and num_steps is not None:
-                transfers &= state.step < round(stop * num_steps)
+            if until is not None:
+                transfers &= state.step < until
             outcome = lax.cond(transfers, transfer_and_learn, learn_alone)
         new_target, new_adapter, target_metrics, of_adapter = outcome
 

@@ -1,5 +1,6 @@
 """Several seeds of one run side by side in one program."""
 
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -34,7 +35,7 @@ def stack_seeds(states: Sequence[JointState]) -> JointState:
 def unstack_seeds(state: JointState) -> list[JointState]:
     """Returns the states of the seeds that were stacked."""
     return [
-        jax.tree.map(lambda leaf: leaf[i], state.replace(step=())).replace(step=_copy(state.step))  # noqa: B023
+        jax.tree.map(operator.itemgetter(i), state.replace(step=())).replace(step=_copy(state.step))
         for i in range(len(state.key))
     ]
 
