@@ -1,0 +1,70 @@
+"""Texts with labels, and questions on passages, as they are before they become tokens."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+__all__ = ["LabelledTexts", "Question", "QuestionSet", "TextSet"]
+
+
+@dataclass(frozen=True)
+class LabelledTexts:
+    """Texts, each with the number of its class.
+
+    Attributes:
+      texts: N of them.
+      labels: `[N]`, int32, in `[0, classes)`.
+    """
+
+    texts: Sequence[str]
+    labels: np.ndarray
+
+
+@dataclass(frozen=True)
+class TextSet:
+    """A set of texts to classify.
+
+    Attributes:
+      name: of the set.
+      train: what there is to learn from.
+      test: what is read once, at the end.
+      classes: their names, in the order of their labels.
+    """
+
+    name: str
+    train: LabelledTexts
+    test: LabelledTexts
+    classes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question on a passage.
+
+    Attributes:
+      question: the question.
+      passage: where its answer stands, if it has one.
+      answers: every text that counts as right; the first one is learned. Empty for a question without an answer.
+      start: the position of the first character of `answers[0]` in the passage; -1 without an answer.
+    """
+
+    question: str
+    passage: str
+    answers: tuple[str, ...]
+    start: int
+
+
+@dataclass(frozen=True)
+class QuestionSet:
+    """A set of questions on passages.
+
+    Attributes:
+      name: of the set.
+      train: what there is to learn from.
+      test: what is read once, at the end.
+    """
+
+    name: str
+    train: Sequence[Question]
+    test: Sequence[Question]
