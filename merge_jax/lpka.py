@@ -7,6 +7,7 @@ what a module is given, so queries are `[r, c]` and keys `[s, k]`.
 """
 
 import dataclasses
+import math
 from typing import Any, Literal, get_args
 
 import chex
@@ -131,8 +132,7 @@ def _attend(
         # Beyond that, one rounding of a score is more than an exponential can take, and XLA may round twice.
         weights = nn.softmax(jnp.clip(scores, -_LARGEST_SCORE, _LARGEST_SCORE))
         if dropout_key is not None:
-            kept = jax.random.bernoulli(dropout_key, 1 - dropout_rate, weights.shape)
-            weights = jnp.where(kept, weights / (1 - dropout_rate), 0.0)
+            weights = jnp.where(_kept(dropout_key, dropout_rate, weights.shape), weights / (1 - dropout_rate), 0.0)
         return jnp.einsum("hrs,shd->rhd", weights.astype(values.dtype), values)
 
     r, h, d = queries.shape
@@ -145,6 +145,15 @@ def _attend(
     # Under checkpoint a chunk's map lives only while the chunk is worked on, in the backward pass too.
     mixed = lax.map(lambda chunk: jax.checkpoint(mix)(*chunk), (padded, dropout_keys))
     return mixed.reshape(chunks * chunk, h, d)[:r]
+
+
+def _kept(key: jax.Array, dropout_rate: float, shape: tuple[int, ...]) -> jax.Array:
+    """Returns a mask that keeps each entry with probability `1 - rate`, to a 65536th."""
+    # Two entries of each random word: making the words takes longer than all else that dropout does.
+    size = math.prod(shape)
+    words = jax.random.bits(key, (-(-size // 2),), jnp.uint32)
+    halves = lax.bitcast_convert_type(words, jnp.uint16).reshape(-1)[:size]
+    return halves.reshape(shape) >= min(round(dropout_rate * 2**16), 2**16 - 1)
 
 
 class _SpectralDense(nn.Module):
