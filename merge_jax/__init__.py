@@ -5,7 +5,7 @@ MergeNet (arXiv:2404.13322) as pure functions over parameter pytrees.
 
 from merge_jax import models
 from merge_jax.checkpoint import Checkpoints
-from merge_jax.combinators import chain, scheduled, several_sources
+from merge_jax.combinators import chain, scheduled, self_transfer, several_sources
 from merge_jax.epoch import augmented, make_epoch
 from merge_jax.hosts import connect
 from merge_jax.joint import (
@@ -18,7 +18,7 @@ from merge_jax.joint import (
     make_joint_step,
 )
 from merge_jax.loop import run_loop, stepwise
-from merge_jax.losses import cross_entropy, distillation_loss, dkd_loss, nkd_loss, rkd_loss
+from merge_jax.losses import cross_entropy, distillation_loss, dkd_loss, nkd_loss, rkd_loss, tf_kd_loss
 from merge_jax.low_rank import LowRankConv, LowRankDense, core_bases, decode, encode, row_basis
 from merge_jax.lpka import LPKA, KnowledgeTransferLayer
 from merge_jax.matrices import MatrixSpec, as_matrix, copy_overlap, from_matrix, matrix_spec
@@ -30,6 +30,8 @@ from merge_jax.paths import find_paths, flatten, replace, select
 from merge_jax.reparameterised import bake, make_reparameterised_step
 from merge_jax.routes import Route, match
 from merge_jax.seeds import over_seeds, stack_seeds, unstack_seeds
+from merge_jax.span import evaluate_spans, span_loss
+from merge_jax.squad import squad_scores
 from merge_jax.stacks import Gated
 from merge_jax.summary import summarize
 from merge_jax.tasks import (
@@ -40,6 +42,7 @@ from merge_jax.tasks import (
     on_pixels,
     with_features,
 )
+from merge_jax.trajectory import Trajectory, last_of, load_trajectory, replay_evenly, replayed
 from merge_jax.transfer import adapter_transfer, identity_transfer, share_transfer
 from merge_jax.types import Adapter, Batch, LossFn, Params, RouteSummary, Transfer
 from merge_jax.weights import load_safetensors, save_safetensors
@@ -66,6 +69,7 @@ __all__ = [
     "RouteSummary",
     "Task",
     "TrainState",
+    "Trajectory",
     "Transfer",
     "accuracy",
     "adapter_adamw",
@@ -85,6 +89,7 @@ __all__ = [
     "dkd_loss",
     "encode",
     "evaluate_classifier",
+    "evaluate_spans",
     "export_official_adapter",
     "find_paths",
     "flatten",
@@ -92,8 +97,10 @@ __all__ = [
     "identity_transfer",
     "init_joint_state",
     "jit_layout",
+    "last_of",
     "load_official_adapter",
     "load_safetensors",
+    "load_trajectory",
     "logits_teacher",
     "lpka_transfer",
     "make_epoch",
@@ -109,18 +116,24 @@ __all__ = [
     "pmap_layout",
     "published_transfer",
     "replace",
+    "replay_evenly",
+    "replayed",
     "rkd_loss",
     "row_basis",
     "run_loop",
     "save_safetensors",
     "scheduled",
     "select",
+    "self_transfer",
     "several_sources",
     "share_transfer",
+    "span_loss",
+    "squad_scores",
     "stack_seeds",
     "state_shardings",
     "stepwise",
     "summarize",
+    "tf_kd_loss",
     "top_k_accuracy",
     "unstack_seeds",
     "with_features",

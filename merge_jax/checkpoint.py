@@ -1,5 +1,8 @@
 """Checkpoints of training states: the one module that knows Orbax."""
 
+import functools
+import operator
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar, cast
@@ -26,23 +29,24 @@ class Checkpoints:
     ...     checkpoints.save(step + 1, state)
     """
 
-    def __init__(self, folder: Path | str, *, keep: int = 2):
+    def __init__(self, folder: Path | str, *, keep: int | None = 2):
         """Opens the folder, and makes it where there is none.
 
         Args:
           folder: where the steps are, one folder each.
-          keep: how many of the newest steps stay, 1 or more.
+          keep: how many of the newest steps stay, 1 or more; None for all, which makes a trajectory of them.
 
         Raises:
           ValueError: keep is below 1.
         """
-        if keep < 1:
+        if keep is not None and keep < 1:
             raise ValueError(f"keep must be at least 1, got {keep}")
+        policies = ocp.training.preservation_policies
         self._checkpointer = ocp.training.Checkpointer(
             str(Path(folder).absolute()),
             # Orbax gives its policies for the type of its older interface.
             save_decision_policy=cast(Any, ocp.training.save_decision_policies.FixedIntervalPolicy(1)),
-            preservation_policy=cast(Any, ocp.training.preservation_policies.LatestN(keep)),
+            preservation_policy=cast(Any, policies.PreserveAll() if keep is None else policies.LatestN(keep)),
             # A process that was killed while saving leaves such a folder; it never holds a whole step.
             cleanup_tmp_directories=True,
         )
@@ -59,6 +63,16 @@ class Checkpoints:
     ) -> None:
         """Closes, whatever happened."""
         self.close()
+
+    @property
+    def folder(self) -> Path:
+        """Where the steps are."""
+        return Path(self._checkpointer.directory)
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """The steps that are saved whole, in order."""
+        return tuple(sorted(checkpoint.step for checkpoint in self._checkpointer.checkpoints))
 
     @property
     def latest_step(self) -> int | None:
@@ -92,19 +106,43 @@ class Checkpoints:
             return None
         wanted = flatten(jax.eval_shape(lambda: state))
         self._check_fits(step, wanted)
-        default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        abstract = [
-            jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(like, "sharding", None) or default)
-            for leaf, like in zip(wanted.values(), jax.tree.leaves(state), strict=True)
-        ]
-        structure = jax.tree.structure(state)
-        return step, self._checkpointer.load(step, jax.tree.unflatten(structure, abstract))
+        return step, self._checkpointer.load(step, _abstract(state))
 
-    def _check_fits(self, step: int, wanted: dict[str, jax.ShapeDtypeStruct]) -> None:
+    def restore_parts(self, step: int, parts: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns parts of what was saved at a step, e.g. the parameters of one model.
+
+        Args:
+          step: the step, one of `steps`.
+          parts: trees by the paths of the parts, e.g. `{"target/params": params}` of a `JointState`; read as in
+            `restore_latest`.
+
+        Raises:
+          ValueError: the step is not saved, or a part has other leaves, shapes or dtypes; each is named.
+        """
+        if step not in self.steps:
+            raise ValueError(f"step {step} is not saved in {self.folder}; saved: {list(self.steps)}")
+        tree: dict[str, Any] = {}
+        for path, part in parts.items():
+            *parents, name = path.split("/")
+            functools.reduce(lambda node, parent: node.setdefault(parent, {}), parents, tree)[name] = _abstract(part)
+        self._check_fits(step, flatten(tree), tuple(parts))
+        context = ocp.Context()
+        context.pytree.loading.partial_load = True
+        with context:
+            loaded = self._checkpointer.load(step, tree)
+        return {path: functools.reduce(operator.getitem, path.split("/"), loaded) for path in parts}
+
+    def _check_fits(
+        self, step: int, wanted: dict[str, jax.ShapeDtypeStruct], parts: Sequence[str] | None = None
+    ) -> None:
         """Raises ValueError for every difference: Orbax's own error is long, and it casts dtypes silently."""
         saved = flatten(self._checkpointer.metadata(step).metadata)
         problems = [f"{path} is not saved" for path in wanted.keys() - saved.keys()]
-        problems += [f"{path} is saved, but not wanted" for path in saved.keys() - wanted.keys()]
+        problems += [
+            f"{path} is saved, but not wanted"
+            for path in saved.keys() - wanted.keys()
+            if parts is None or any(path.startswith(f"{part}/") for part in parts)
+        ]
         for path in wanted.keys() & saved.keys():
             leaf = wanted[path]
             if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
@@ -114,7 +152,7 @@ class Checkpoints:
                 problems.append(f"{path} is saved as {found}, wanted as {expected}")
         if problems:
             raise ValueError(
-                f"step {step} in {self._checkpointer.directory} does not fit: "
+                f"step {step} in {self.folder} does not fit: "
                 + "; ".join(sorted(problems)[:10])
                 + (f"; and {len(problems) - 10} more" if len(problems) > 10 else "")
             )
@@ -122,3 +160,16 @@ class Checkpoints:
     def close(self) -> None:
         """Waits until all saves have ended and closes the folder."""
         self._checkpointer.close()
+
+
+def _abstract(tree: _State) -> _State:
+    """Returns the tree with shapes, dtypes and placements for leaves."""
+    default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    shapes = jax.eval_shape(lambda: tree)
+    return jax.tree.map(
+        lambda leaf, like: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=getattr(like, "sharding", None) or default
+        ),
+        shapes,
+        tree,
+    )

@@ -6,13 +6,14 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
 from merge_jax.checks import check_number_or_schedule, check_transfer
 from merge_jax.paths import flatten, near_misses, replace
 from merge_jax.transfer import RoutedTransfer
-from merge_jax.types import Adapter, Params, RouteSummary, Transfer
+from merge_jax.types import Adapter, Metrics, Params, RouteSummary, Transfer
 
-__all__ = ["chain", "scheduled", "several_sources"]
+__all__ = ["chain", "scheduled", "self_transfer", "several_sources"]
 
 
 def chain(*transfers: Transfer) -> Transfer:
@@ -52,7 +53,14 @@ def chain(*transfers: Transfer) -> Transfer:
             for row in transfer.describe(source_params, target_params)
         )
 
-    return RoutedTransfer(init, apply, describe, lambda step: chain(*(one.at(step) for one in transfers)))
+    def monitor(adapter: Adapter, source_params: Params, target_params: Params) -> Metrics:
+        return {
+            f"{name}/{scalar}": value
+            for name, transfer in by_name.items()
+            for scalar, value in transfer.monitor(adapter[name], source_params, target_params).items()
+        }
+
+    return RoutedTransfer(init, apply, describe, lambda step: chain(*(one.at(step) for one in transfers)), monitor)
 
 
 def scheduled(transfer: Transfer, schedule: optax.ScalarOrSchedule) -> Transfer:
@@ -90,10 +98,14 @@ def scheduled(transfer: Transfer, schedule: optax.ScalarOrSchedule) -> Transfer:
             }
             return replace(target_params, mixed)
 
-        return RoutedTransfer(transfer.init, apply, now.describe)
+        def monitor(adapter: Adapter, source_params: Params, target_params: Params) -> Metrics:
+            of_transfer = now.monitor(adapter, source_params, target_params)
+            return {**of_transfer, "weight": jnp.asarray(weight, jnp.float32)}
+
+        return RoutedTransfer(transfer.init, apply, now.describe, monitor=monitor)
 
     unbound = apply_unbound if callable(schedule) else at(0).apply
-    return RoutedTransfer(transfer.init, unbound, transfer.describe, at)
+    return RoutedTransfer(transfer.init, unbound, transfer.describe, at, transfer.monitor)
 
 
 def several_sources(transfers: Mapping[str, Transfer]) -> Transfer:
@@ -148,12 +160,54 @@ def several_sources(transfers: Mapping[str, Transfer]) -> Transfer:
             for row in transfer.describe(source_params[name], target_params)
         )
 
+    def monitor(adapter: Adapter, source_params: Params, target_params: Params) -> Metrics:
+        return {
+            f"{name}/{scalar}": value
+            for name, transfer in transfers.items()
+            for scalar, value in transfer.monitor(adapter[name], source_params[name], target_params).items()
+        }
+
     return RoutedTransfer(
         init,
         apply,
         describe,
         lambda step: several_sources({name: transfer.at(step) for name, transfer in transfers.items()}),
+        monitor,
     )
+
+
+def self_transfer(transfer: Transfer) -> Transfer:
+    """Returns the transfer inside one model: the target is its own source, `T' = t(stop_gradient(T), T)`.
+
+    Routes lead from one layer to another, e.g. deep to shallow, `{"layer_0/kernel": "layer_5/kernel"}`; all layers are
+    read as they stand before the transfer. The source's parameters are not used: give `{}`, and None as its task. As
+    between two models, no gradient runs through the side that gives (our choice; it matters to
+    `make_reparameterised_step` alone). Self transfer: arXiv:2404.13322.
+
+    Raises:
+      ValueError: something that is no transfer.
+    """
+    check_transfer("what a model gives to itself", transfer)
+
+    def init(key: jax.Array, source_params: Params, target_params: Params) -> Adapter:
+        del source_params  # The target is its own.
+        return transfer.init(key, target_params, target_params)
+
+    def apply(
+        adapter: Adapter, source_params: Params, target_params: Params, *, key: jax.Array | None = None
+    ) -> Params:
+        del source_params
+        return transfer.apply(adapter, lax.stop_gradient(target_params), target_params, key=key)
+
+    def describe(source_params: Params, target_params: Params) -> tuple[RouteSummary, ...]:
+        del source_params
+        return transfer.describe(target_params, target_params)
+
+    def monitor(adapter: Adapter, source_params: Params, target_params: Params) -> Metrics:
+        del source_params
+        return transfer.monitor(adapter, target_params, target_params)
+
+    return RoutedTransfer(init, apply, describe, lambda step: self_transfer(transfer.at(step)), monitor)
 
 
 def _inside(name: str, row: RouteSummary) -> RouteSummary:

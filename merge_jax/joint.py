@@ -174,7 +174,7 @@ def make_joint_step(
     target: Task,
     transfer: Transfer,
     *,
-    cycle: int = 4,
+    cycle: int | optax.Schedule = 4,
     stop: float = 1.0,
     num_steps: int | None = None,
     update: UpdateRule = "exact",
@@ -199,13 +199,15 @@ def make_joint_step(
 
     Metrics are a flat dict of scalars: `source/...` and `target/...` for the loss and what each loss function
     reports, and `adapter/transferred` (1 or 0), `adapter/change` (`|T' - T| / |T|`) and
-    `adapter/gradient_norm` (before clipping), which are 0 where nothing was transferred.
+    `adapter/gradient_norm` (before clipping), which are 0 where nothing was transferred, and what the transfer has
+    to `monitor`: `adapter/gate/<target path>` for learned gates, `adapter/gate` and `adapter/weight` for schedules.
 
     Args:
       source: the source's task; None freezes the source, and its batch is not needed.
       target: the target's task.
       transfer: the transfer.
-      cycle: steps from one transfer to the next, 1 or more (the published grid is 1 to 5).
+      cycle: steps from one transfer to the next, 1 or more (the published grid is 1 to 5); or a schedule of it by the
+        step, rounded, for transfers that grow rarer or denser (the outlook of arXiv:2404.13322).
       stop: the fraction of `num_steps` after which only self-learning goes on; 0 means no transfer at all. A
         transfer that shares (`share_transfer`, the output `warm`) overwrites what the target has learned in the
         overlap, so it should stop early.
@@ -223,7 +225,8 @@ def make_joint_step(
         this one has a task.
     """
     check_tasks(source, target, transfer)
-    check_at_least_one(cycle=cycle)
+    if not callable(cycle):
+        check_at_least_one(cycle=cycle)
     if not 0 <= stop <= 1:
         raise ValueError(f"stop must be a fraction in [0, 1], got {stop}")
     until = None if stop == 1 or num_steps is None else round(stop * num_steps)
@@ -265,21 +268,29 @@ def make_joint_step(
 
         if stop == 0:
             outcome = learn_alone()
-        elif cycle == 1 and stop == 1:
+        elif isinstance(cycle, int) and cycle == 1 and stop == 1:
             outcome = transfer_and_learn()
         else:
             # The target's step stands in both branches, so the adapter's residuals live in one of them only:
             # steps without a transfer pay nothing for it, and no forward pass of the adapter runs twice.
-            transfers = state.step % cycle == 0
+            transfers = state.step % _cycle_at(cycle, state.step) == 0
             if until is not None:
                 transfers &= state.step < until
             outcome = lax.cond(transfers, transfer_and_learn, learn_alone)
         new_target, new_adapter, target_metrics, of_adapter = outcome
+        # The gates that this step used, not those it has learned.
+        gates = transfer.at(state.step).monitor(state.adapter.params, state.source.params, state.target.params)
 
         new_state = state.replace(step=state.step + 1, source=new_source, target=new_target, adapter=new_adapter)
-        return new_state, metrics_by_role(source_metrics, target_metrics, of_adapter)
+        return new_state, metrics_by_role(source_metrics, target_metrics, {**of_adapter, **gates})
 
     return step
+
+
+def _cycle_at(cycle: int | optax.Schedule, step: jax.Array) -> Any:
+    if not callable(cycle):
+        return cycle
+    return jnp.maximum(1, jnp.round(jnp.asarray(cycle(step))).astype(jnp.int32))
 
 
 def check_tasks(source: Task | None, target: Task, transfer: Transfer) -> None:

@@ -68,8 +68,9 @@ def make_reparameterised_step(
         new_target = TrainState(optax.apply_updates(state.target.params, updates), model_state, opt_state)
         new_adapter = learn_adapter(adapter_optimizer, state.adapter, adapter_grads)
         of_adapter = adapter_metrics(state.target.params, merged, adapter_grads)
+        gates = now.monitor(state.adapter.params, state.source.params, state.target.params)
         new_state = state.replace(step=state.step + 1, source=new_source, target=new_target, adapter=new_adapter)
-        return new_state, metrics_by_role(source_metrics, metrics, of_adapter)
+        return new_state, metrics_by_role(source_metrics, metrics, {**of_adapter, **gates})
 
     return step
 

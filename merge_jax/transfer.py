@@ -17,10 +17,13 @@ from merge_jax.low_rank import core_bases, decode, encode, row_basis
 from merge_jax.paths import flatten, near_misses, replace
 from merge_jax.routes import ResolvedRoute, Routes, as_routes, check_rank, check_view, resolve
 from merge_jax.stacks import Gated, WithKinds
-from merge_jax.types import Adapter, ApplyFn, InitFn, Params, RouteSummary, Transfer
+from merge_jax.types import Adapter, ApplyFn, InitFn, Metrics, Params, RouteSummary, Transfer
 from merge_jax.views import AttentionView, ViewName, proportional
 
 __all__ = ["AdapterOptions", "OutputForm", "RoutedTransfer", "adapter_transfer", "identity_transfer", "share_transfer"]
+
+MonitorFn = Callable[[Adapter, Params, Params], Metrics]
+"""`(adapter, source_params, target_params) -> scalars by name`; see `Transfer.monitor`."""
 
 OutputForm = Literal["official", "residual", "warm"]
 """How the adapter's output becomes the new target leaf; see `adapter_transfer`."""
@@ -238,8 +241,25 @@ def adapter_transfer(
                 rows[number] = _summary(route, group.name, core=core, parameters=parameters, flops=flops)
         return tuple(rows[number] for number in sorted(rows))
 
-    at = (lambda step: RoutedTransfer(init, apply_with(gate(step)), describe)) if callable(gate) else None
-    return RoutedTransfer(init, apply_with(gate), describe, at)
+    def monitor_with(gate_now: Any) -> MonitorFn:
+        def monitor(adapter: Adapter, source_params: Params, target_params: Params) -> Metrics:
+            if output == "official" or callable(gate_now):
+                return {}
+            if gate_now is not None:
+                return {"gate": jnp.asarray(gate_now, jnp.float32)}
+            gates: dict[str, jax.Array] = {}
+            for group in groups_of(source_params, target_params):
+                learned = jnp.broadcast_to(adapter[group.name]["gate"], len(group.routes))
+                gates |= {f"gate/{route.target[0]}": learned[i] for i, route in enumerate(group.routes)}
+            return gates
+
+        return monitor
+
+    def at(step: jax.Array | int) -> Transfer:
+        now = gate(step) if callable(gate) else gate
+        return RoutedTransfer(init, apply_with(now), describe, monitor=monitor_with(now))
+
+    return RoutedTransfer(init, apply_with(gate), describe, at if callable(gate) else None, monitor=monitor_with(gate))
 
 
 def share_transfer(routes: Routes, *, view: ViewName = "matrix") -> Transfer:
@@ -322,6 +342,7 @@ class RoutedTransfer(Transfer):
 
     _describe: Callable[[Params, Params], tuple[RouteSummary, ...]]
     _at: Callable[[Any], Transfer] | None
+    _monitor: MonitorFn | None
 
     def __new__(  # noqa: D102
         cls,
@@ -329,9 +350,10 @@ class RoutedTransfer(Transfer):
         apply: ApplyFn,
         describe: Callable[[Params, Params], tuple[RouteSummary, ...]],
         at: Callable[[Any], Transfer] | None = None,
+        monitor: MonitorFn | None = None,
     ) -> "RoutedTransfer":
         self = super().__new__(cls, init, apply)
-        self._describe, self._at = describe, at
+        self._describe, self._at, self._monitor = describe, at, monitor
         return self
 
     def at(self, step: jax.Array | int, /) -> Transfer:
@@ -341,6 +363,10 @@ class RoutedTransfer(Transfer):
     def describe(self, source_params: Params, target_params: Params, /) -> tuple[RouteSummary, ...]:
         """Returns what each route is and costs."""
         return self._describe(source_params, target_params)
+
+    def monitor(self, adapter: Adapter, source_params: Params, target_params: Params, /) -> Metrics:
+        """Returns the gates."""
+        return {} if self._monitor is None else self._monitor(adapter, source_params, target_params)
 
 
 def _encodes(rank: int | None, shape: tuple[int, ...], is_target: bool) -> bool:

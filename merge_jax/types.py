@@ -135,3 +135,8 @@ class Transfer(NamedTuple):
         """Returns what each route is and costs, from shapes alone; nothing for a transfer without routes."""
         del source_params, target_params
         return ()
+
+    def monitor(self, adapter: Adapter, source_params: Params, target_params: Params, /) -> Metrics:
+        """Returns scalars worth following while the adapter learns, such as its gates; nothing for most transfers."""
+        del adapter, source_params, target_params
+        return {}

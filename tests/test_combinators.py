@@ -90,7 +90,62 @@ def test_several_sources_meet_in_the_mean():
     assert [row.source for row in transfer.describe(sources, TARGET)] == ["one: a", "one: b", "two: a"]
 
 
+def test_a_model_may_be_its_own_source():
+    model = {"deep": jnp.full((4, 3), 2.0), "shallow": jnp.ones((3, 3)), "rest": jnp.zeros(2)}
+    transfer = mj.self_transfer(mj.share_transfer({"shallow": "deep", "deep": "shallow"}))
+    merged = transfer.apply(transfer.init(jax.random.key(0), {}, model), {}, model)
+    # Both layers are read as they stood.
+    np.testing.assert_array_equal(merged["shallow"], 2.0)
+    np.testing.assert_array_equal(merged["deep"][:3], 1.0)
+    assert merged["rest"] is model["rest"]
+    assert [row.source for row in transfer.describe({}, model)] == ["deep", "shallow"]
+
+
+def test_no_gradient_runs_through_the_side_that_gives():
+    model = {"deep": jnp.full((2, 2), 2.0), "shallow": jnp.ones((2, 2))}
+    transfer = mj.self_transfer(mj.share_transfer({"shallow": "deep"}))
+    gradient = jax.grad(lambda model: transfer.apply({}, {}, model)["shallow"].sum())(model)
+    np.testing.assert_array_equal(gradient["deep"], 0.0)
+
+
+def test_a_self_transfer_trains_without_a_source():
+    params, model_state = helpers.variables(helpers.TARGET, 1)
+    task = helpers.task(helpers.TARGET)
+    transfer = mj.self_transfer(mj.lpka_transfer({"fc/kernel": "hidden/kernel"}, num_layers=1, output="residual"))
+    state = mj.init_joint_state(
+        jax.random.key(0), None, task, transfer, source_params={}, target_params=params, target_state=model_state
+    )
+    step = jax.jit(mj.make_joint_step(None, task, transfer, cycle=1))
+    for i in range(2):
+        state, metrics = step(state, {"target": helpers.batch(i)})
+    assert metrics["adapter/gradient_norm"] > 0
+    assert metrics["adapter/gate/fc/kernel"] != 0
+
+
+def test_what_is_followed_has_the_names_of_its_transfers():
+    source, target = {"a": jnp.ones((2, 3)), "b": jnp.ones((2, 3))}, {"a": jnp.ones((2, 3)), "b": jnp.ones((2, 3))}
+    options = {"num_layers": 1, "num_heads": 1, "attentions": ("rows_rows",)}
+    two = mj.lpka_transfer({"a": "a", "b": "b"}, **options)
+
+    def monitored(transfer, sources=source):
+        now = transfer.at(1)
+        found = now.monitor(now.init(jax.random.key(0), sources, target), sources, target)
+        return {name: float(value) for name, value in found.items()}
+
+    assert monitored(two) == {"gate/a": 0.0, "gate/b": 0.0}
+    assert monitored(mj.lpka_transfer({"a": "a", "b": "b"}, shared=True, **options)) == {"gate/a": 0.0, "gate/b": 0.0}
+    assert monitored(mj.lpka_transfer({"a": "a"}, gate=optax.linear_schedule(0.0, 1.0, 4), **options)) == {"gate": 0.25}
+    assert monitored(mj.lpka_transfer({"a": "a"}, output="official", **options)) == {}
+    assert monitored(mj.scheduled(two, optax.linear_schedule(1.0, 0.0, 2)))["weight"] == 0.5
+    assert monitored(mj.chain(SHARE_A, mj.lpka_transfer({"b": "b"}, **options))) == {"1/gate/b": 0.0}
+    several = mj.several_sources({"one": mj.lpka_transfer({"b": "b"}, **options)})
+    assert monitored(several, {"one": source}) == {"one/gate/b": 0.0}
+    assert monitored(mj.identity_transfer()) == monitored(SHARE_A) == {}
+
+
 def test_bad_combinations_are_refused():
+    with pytest.raises(ValueError, match="what a model gives to itself must be a Transfer"):
+        mj.self_transfer(None)
     with pytest.raises(ValueError, match="no transfers to chain"):
         mj.chain()
     with pytest.raises(ValueError, match="a mapping of names to transfers, at least one, got dict"):

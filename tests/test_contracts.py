@@ -117,6 +117,12 @@ TABLE = {
         OF_DENSE,
         source={"a": SOURCE, "b": source_tree(50)},
     ),
+    "self": Row(mj.self_transfer(mj.lpka_transfer({"dense/0/kernel": "dense/1/kernel"}, **TINY)), OF_ONE),
+    "replayed": Row(
+        mj.replayed(mj.lpka_transfer(ONE, **TINY), mj.replay_evenly(2, 3)),
+        OF_ONE,
+        source=jax.tree.map(lambda *leaves: jnp.stack(leaves), SOURCE, source_tree(50)),
+    ),
 }
 
 every_row = pytest.mark.parametrize("name", TABLE)

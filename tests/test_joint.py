@@ -77,6 +77,25 @@ def test_transfers_follow_cycle_and_stop(cycle, stop, expected):
         assert (metrics["adapter/change"] > 0) == bool(transferred)
 
 
+def test_a_cycle_may_follow_a_schedule():
+    """Every step at first, then every third, then (2.6 rounded) every third too."""
+    schedule = optax.piecewise_interpolate_schedule("linear", 1.0, {2: 3.0, 8: 2.6 / 3.0})
+    assert [round(float(schedule(i))) for i in (0, 2, 8)] == [1, 3, 3]
+    outcomes = run(helpers.joint_step(SHARE, cycle=schedule), helpers.initial_state(SHARE), 10)
+    assert [metrics["adapter/transferred"] for _, metrics in outcomes] == [1, 0, 0, 1, 0, 0, 1, 0, 0, 1]
+    every = run(helpers.joint_step(SHARE, cycle=optax.constant_schedule(0.2)), helpers.initial_state(SHARE), 2)
+    assert [metrics["adapter/transferred"] for _, metrics in every] == [1, 1]
+
+
+def test_gates_are_among_the_metrics_as_the_step_used_them():
+    gated = mj.lpka_transfer(helpers.ROUTES, num_layers=1, num_heads=1, attentions=("rows_rows",))
+    name = f"adapter/gate/{next(iter(helpers.ROUTES))}"
+    outcomes = run(helpers.joint_step(gated, cycle=2), helpers.initial_state(gated), 3)
+    gates = [float(state.adapter.params["hidden/kernel"]["gate"]) for state, _ in outcomes]
+    assert [float(metrics[name]) for _, metrics in outcomes] == [0.0, gates[0], gates[1]]
+    assert gates[0] != 0
+
+
 def test_self_learning_steps_leave_the_adapter_alone():
     outcomes = run(helpers.joint_step(LPKA, cycle=2), helpers.initial_state(LPKA), 2)
     (first, _), (second, _) = outcomes
