@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-__all__ = ["cross_entropy", "distillation_loss", "dkd_loss", "nkd_loss", "rkd_loss"]
+__all__ = ["cross_entropy", "distillation_loss", "dkd_loss", "nkd_loss", "rkd_loss", "tf_kd_loss"]
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -32,8 +32,7 @@ def distillation_loss(
       ValueError: a temperature that is not above 0, or a weight outside [0, 1].
     """
     _check_temperature(temperature)
-    if not 0 <= weight <= 1:
-        raise ValueError(f"weight must lie in [0, 1], got {weight}")
+    _check_fraction(weight)
     log_student = jax.nn.log_softmax(logits / temperature)
     log_teacher = jax.nn.log_softmax(jax.lax.stop_gradient(teacher_logits) / temperature)
     divergence = optax.losses.kl_divergence_with_log_targets(log_student, log_teacher)
@@ -150,6 +149,46 @@ def rkd_loss(
     return distance_weight * distance + angle_weight * angle
 
 
+def tf_kd_loss(
+    logits: jax.Array,
+    labels: jax.Array,
+    *,
+    temperature: float = 20.0,
+    correct: float = 0.99,
+    weight: float = 0.1,
+    student_temperature: float = 1.0,
+) -> jax.Array:
+    """Returns the loss of teacher-free knowledge distillation by a designed teacher (Tf-KD reg), in nats, `[...]`.
+
+    `(1 - w) CE(z, y) + w KL(softmax(u / t) || softmax(z / s))`, with logits `z [..., C]` and labels `y [...]` in
+    [0, C). The teacher is no network: `u` is `correct` at the label and `(1 - correct) / (C - 1)` elsewhere, and its
+    probabilities go into the softmax as if they were logits. `t` is `temperature`, `s` `student_temperature`; there
+    is no factor `t^2`.
+
+    Source: Yuan et al., arXiv:1909.11723, equation 9, with its code (yuanli2333/Teacher-free-Knowledge-Distillation)
+    where they differ. The paper has `s = t`; the code for CIFAR-100 has `s = 1`, which its author (issue 3) found to
+    work better there. The code divides the divergence by C and multiplies it by a factor of each model; the defaults
+    here are its ResNet-18 on CIFAR-100, whose factor, 100, cancels that C. Its averages over the batch are left to
+    the caller.
+
+    Raises:
+      ValueError: a temperature that is not above 0, a weight outside [0, 1], `correct` outside [1 / C, 1], logits of
+        fewer than two classes, or labels that do not fit them.
+    """
+    _check_temperature(temperature)
+    _check_temperature(student_temperature, name="student_temperature")
+    _check_fraction(weight)
+    _check_logits(logits, logits, labels)
+    classes = logits.shape[-1]
+    if not 1 / classes <= correct <= 1:
+        raise ValueError(f"correct must lie in [1/{classes}, 1] for {classes} classes, got {correct}")
+    teacher = _without_label(jnp.full_like(logits, (1 - correct) / (classes - 1)), labels, correct)
+    log_teacher = jax.nn.log_softmax(teacher / temperature)
+    log_student = jax.nn.log_softmax(logits / student_temperature)
+    divergence = optax.losses.kl_divergence_with_log_targets(log_student, log_teacher)
+    return (1 - weight) * cross_entropy(logits, labels) + weight * divergence
+
+
 def _relations(features: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns relative distances `[B, B]` and cosines of angles `[B, B, B]` of features `[B, D]`.
 
@@ -189,10 +228,16 @@ def _without_label(array: jax.Array, labels: jax.Array, value: float) -> jax.Arr
     return jnp.where(jax.nn.one_hot(labels, array.shape[-1], dtype=bool), value, array)
 
 
-def _check_temperature(temperature: float) -> None:
+def _check_temperature(temperature: float, *, name: str = "temperature") -> None:
     """Raises ValueError unless the temperature is above 0."""
     if not temperature > 0:
-        raise ValueError(f"temperature must be above 0, got {temperature}")
+        raise ValueError(f"{name} must be above 0, got {temperature}")
+
+
+def _check_fraction(weight: float) -> None:
+    """Raises ValueError unless the weight is of two parts that sum to 1."""
+    if not 0 <= weight <= 1:
+        raise ValueError(f"weight must lie in [0, 1], got {weight}")
 
 
 def _check_weights(**weights: float) -> None:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import merge_jax as mj
-from merge_jax.losses import dkd_loss, nkd_loss, rkd_loss
+from merge_jax.losses import dkd_loss, nkd_loss, rkd_loss, tf_kd_loss
 
 RANDOM = np.random.default_rng(0)
 STUDENT, TEACHER = RANDOM.normal(size=(2, 6, 4)) * 3
@@ -66,6 +66,17 @@ def nkd(student, teacher, labels, weight=1.5, temperature=1.0):
     return np.array(losses)
 
 
+def tf_kd(student, labels, temperature=20.0, correct=0.99, weight=0.1, student_temperature=1.0):
+    losses = []
+    for z, y in zip(student, labels, strict=True):
+        u = [(correct if i == y else (1 - correct) / (len(z) - 1)) / temperature for i in range(len(z))]
+        log_teacher = [value - log_sum_exp(u) for value in u]
+        log_student = z / student_temperature - log_sum_exp(z / student_temperature)
+        hard = log_sum_exp(z) - z[y]
+        losses.append((1 - weight) * hard + weight * divergence(log_teacher, log_student))
+    return np.array(losses)
+
+
 def huber(error):
     return error**2 / 2 if abs(error) <= 1 else abs(error) - 1 / 2
 
@@ -108,6 +119,70 @@ def test_losses_of_logits_equal_their_equations(loss, equation, options, scale):
     student, teacher = STUDENT * scale, TEACHER * scale
     result = loss(jnp.array(student), jnp.array(teacher), LABELS, **options)
     np.testing.assert_allclose(result, equation(student, teacher, LABELS, **options), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1, 1e4], ids=["usual", "extreme"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"temperature": 1.0, "correct": 0.9, "weight": 0.5},
+        {"temperature": 40.0, "weight": 0.95, "student_temperature": 40.0},
+        {"temperature": 0.05, "correct": 1.0, "weight": 1.0, "student_temperature": 2.0},
+        {"correct": 0.25, "weight": 1.0},
+        {"weight": 0.0},
+    ],
+)
+def test_the_teacher_free_loss_equals_its_equation(options, scale):
+    student = STUDENT * scale
+    value, gradient = jax.value_and_grad(lambda z: tf_kd_loss(z, LABELS, **options).sum())(jnp.array(student))
+    np.testing.assert_allclose(
+        tf_kd_loss(jnp.array(student), LABELS, **options), tf_kd(student, LABELS, **options), rtol=1e-4, atol=1e-5
+    )
+    assert np.isfinite(value)
+    assert np.isfinite(gradient).all()
+    if scale == 1:
+        expected = differences(lambda z: tf_kd(z, LABELS, **options).sum(), student)
+        np.testing.assert_allclose(gradient, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_the_teacher_free_loss_takes_any_leading_axes():
+    student = jnp.array(STUDENT)
+    flat = tf_kd_loss(student, LABELS)
+    np.testing.assert_allclose(
+        tf_kd_loss(student.reshape(2, 3, 4), LABELS.reshape(2, 3)), flat.reshape(2, 3), rtol=1e-5
+    )
+    np.testing.assert_allclose(tf_kd_loss(student[0], LABELS[0]), flat[0], rtol=1e-5)
+
+
+def test_a_teacher_that_knows_nothing_is_label_smoothing():
+    """A uniform teacher: `(1 - w) CE + w (mean of -log p) - w log C`, with the divergence's constant."""
+    log_p = np.log(softmax(STUDENT))
+    expected = -0.7 * log_p[np.arange(6), LABELS] - 0.3 * (log_p.mean(axis=1) + np.log(4))
+    loss = mj.tf_kd_loss(jnp.array(STUDENT), LABELS, correct=1 / 4, weight=0.3)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": 0.0}, "^temperature must be above 0, got 0.0$"),
+        ({"student_temperature": -1.0}, "^student_temperature must be above 0, got -1.0$"),
+        ({"weight": -0.1}, r"^weight must lie in \[0, 1\], got -0.1$"),
+        ({"correct": 0.2}, r"^correct must lie in \[1/4, 1\] for 4 classes, got 0.2$"),
+        ({"correct": 1.1}, r"^correct must lie in \[1/4, 1\] for 4 classes, got 1.1$"),
+    ],
+)
+def test_bad_options_of_the_teacher_free_loss_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        tf_kd_loss(jnp.array(STUDENT), LABELS, **options)
+
+
+def test_the_teacher_free_loss_refuses_labels_that_do_not_fit():
+    with pytest.raises(ValueError, match=r"^labels of logits \(6, 4\) must have shape \(6,\), got \(5,\)$"):
+        tf_kd_loss(jnp.array(STUDENT), LABELS[:5])
+    with pytest.raises(ValueError, match=r"^logits must have at least 2 classes"):
+        tf_kd_loss(jnp.array(STUDENT[:, :1]), LABELS)
 
 
 @pytest.mark.parametrize("loss", [dkd_loss, nkd_loss])

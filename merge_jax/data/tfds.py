@@ -1,0 +1,203 @@
+"""Sets of TensorFlow Datasets (TFDS), prepared and read without TensorFlow.
+
+TFDS is imported inside functions: it takes longer to import than merge_jax does, and few programs need it.
+"""
+
+import contextlib
+import gzip
+import hashlib
+import io
+import re
+import tarfile
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from merge_jax.paths import near_misses
+
+__all__ = [
+    "archive_members",
+    "fetch",
+    "one_line",
+    "open_split",
+    "prepare",
+    "prepare_from_files",
+    "root_folder",
+    "tamed_tfds",
+]
+
+_FINGERPRINT = "archive.sha256"
+
+
+def root_folder(data_dir: Path | str | None) -> Path:
+    """Returns `data_dir`, or TFDS's own folder where it is None."""
+    from tensorflow_datasets.core import constants
+
+    return Path(constants.DATA_DIR if data_dir is None else data_dir).expanduser()
+
+
+@contextlib.contextmanager
+def tamed_tfds() -> Iterator[None]:
+    """Keeps TFDS from printing, and from trying for minutes where there is no network."""
+    from tensorflow_datasets.core.download import downloader
+
+    # It prints advice about TensorFlow, which is not needed, and where it writes; its bars go to stderr and stay. Where
+    # there is no network it would try ten times, for over three minutes.
+    with (
+        contextlib.redirect_stdout(io.StringIO()),
+        mock.patch.object(downloader, "MAX_RETRIES", 4, create=True),
+    ):
+        yield
+
+
+def prepare(name: str, root: Path, check: Callable[[str, Any], None], *, hint: str = "") -> Any:
+    """Returns the builder of any set, prepared in `root` as its official builder does it.
+
+    Args:
+      name: of the set, with its config where it has several.
+      root: the folder of all sets.
+      check: raises ValueError for a name and features that do not fit, before anything is downloaded.
+      hint: the end of the message on an unknown name.
+
+    Raises:
+      ValueError: the set is unknown, does not pass the check, or cannot be downloaded or prepared.
+    """
+    import tensorflow_datasets as tfds
+
+    builder = _builder(name, root, hint)
+    check(name, builder.info.features)
+    try:
+        # Returns at once where the set is there already.
+        builder.download_and_prepare(file_format="array_record")
+    except ImportError as error:
+        raise ValueError(
+            f"{name} needs TensorFlow, or another package, to be prepared ({one_line(error)}); prepare it once where"
+            f" that is installed, with tfds.builder({name!r}, data_dir=...)"
+            f".download_and_prepare(file_format='array_record'), and move the result into {root}"
+        ) from error
+    except (OSError, tfds.download.DownloadError, AssertionError) as error:
+        # TFDS asserts that the files are there which one has to download by hand.
+        raise ValueError(f"{name} cannot be downloaded or prepared in {root}: {one_line(error)}") from error
+    return builder
+
+
+def _builder(name: str, root: Path, hint: str) -> Any:
+    import tensorflow_datasets as tfds
+
+    try:
+        return tfds.builder(name, data_dir=str(root))
+    except ImportError as error:
+        raise ValueError(f"{name} needs another package ({one_line(error)})") from error
+    except (ValueError, AssertionError) as error:
+        # Without the community's sets, whose list may come from the network.
+        names = tfds.list_builders(with_community_datasets=False)
+        family = re.split("[/:]", name)[0]
+        if family in names:
+            names = [f"{family}/{config}" for config in tfds.builder_cls(family).builder_configs] or [family]
+        raise ValueError(f"unknown data set {name!r}; {near_misses(name, names)}{hint}") from error
+
+
+def prepare_from_files(builder: Any) -> None:
+    """Prepares the set of a builder that gets its `sources` by `fetch`; one that is there already is used as it is.
+
+    Raises:
+      ValueError: a file by hand is not the one that the set was prepared from, or what the builder raises.
+    """
+    prepared = Path(builder.data_dir)
+    if prepared.exists():
+        # Without a record the set is TFDS's own, which takes the official files alone.
+        record = prepared / _FINGERPRINT
+        official = [builder.url_infos[url].checksum for url in builder.sources]
+        known = record.read_text().split() if record.exists() else official
+        for url, digest in zip(builder.sources, known, strict=True):
+            manual = _manual_file(builder, url)
+            if manual.exists() and _fingerprint(manual) != digest:
+                raise ValueError(
+                    f"{builder.name} in {prepared} was prepared from another archive than {manual}; remove the folder"
+                    f" {prepared} to prepare it anew, or the archive to use it as it is"
+                )
+    builder.download_and_prepare(file_format="array_record")
+
+
+def fetch(builder: Any, dl_manager: Any) -> list[Path]:
+    """Returns the file of each address in `builder.sources`.
+
+    It is the one in `<data_dir>/downloads/manual/` if it lies there, and downloaded otherwise. Which files they were
+    stays on record beside the set.
+
+    Raises:
+      ValueError: a file neither lies there nor can be downloaded.
+    """
+    files = []
+    for url in builder.sources:
+        manual = _manual_file(builder, url)
+        files.append(manual if manual.exists() else _download(dl_manager, url, manual))
+    # `data_dir` is a temporary one here, which TFDS renames once all is written: no set lacks its record.
+    (Path(builder.data_dir) / _FINGERPRINT).write_text("\n".join(map(_fingerprint, files)))
+    return files
+
+
+def _manual_file(builder: Any, url: str) -> Path:
+    return Path(builder.data_dir_root) / "downloads" / "manual" / url.rsplit("/", 1)[1]
+
+
+def _download(dl_manager: Any, url: str, manual: Path) -> Path:
+    try:
+        return Path(dl_manager.download(url))
+    except Exception as error:  # Of requests, of TFDS, or of the disk.
+        raise ValueError(
+            f"{url} cannot be downloaded ({one_line(error)}); download it elsewhere and put it at {manual}"
+        ) from error
+
+
+def _fingerprint(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def archive_members(archive: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes | None]]:
+    """Yields the name of every member of a tar.gz, and the bytes of those that are wanted files, None of others.
+
+    Nothing is written to the disk, so no member can do anything.
+
+    Raises:
+      ValueError: the archive is truncated or broken; at its end too, where the checksum is.
+    """
+    try:
+        with gzip.open(archive) as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
+            for member in tar:
+                file = tar.extractfile(member) if member.isreg() and wanted(member.name) else None
+                yield member.name, None if file is None else file.read()
+            # The checksum is at the end of the file, behind the last member.
+            while stream.read(1 << 20):
+                pass
+    except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
+        raise ValueError(
+            f"the archive {archive} is truncated or broken ({one_line(error)}); replace it with a whole one"
+        ) from error
+
+
+def open_split(builder: Any, split: str, **options: Any) -> Any:
+    """Returns the examples of a split, by index; options are those of TFDS's `as_data_source`.
+
+    Raises:
+      ValueError: the split is empty, or lies there in a format that needs TensorFlow.
+    """
+    try:
+        source = builder.as_data_source(split, **options)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"{builder.name} lies in {builder.data_dir} as {builder.info.file_format.value}, which cannot be read"
+            " without TensorFlow; remove that folder, or prepare the set with file_format='array_record' in another"
+            " data_dir"
+        ) from error
+    if not len(source):
+        raise ValueError(f"{builder.name} in {builder.data_dir} has no examples in the split {split!r}")
+    return source
+
+
+def one_line(error: Exception) -> str:
+    """Returns the message of an error without its line breaks."""
+    return " ".join(str(error).split())

@@ -1,0 +1,140 @@
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import merge_jax as mj
+
+LENGTH, VOCABULARY = 7, 11
+ANSWERS = [["one"], [], ["two three", "three"], ["four"], []]
+
+
+class Model(nn.Module):
+    """Tokens `[B, L]` to logits `[B, L, 2]`, with BatchNorm and dropout."""
+
+    dropout: float = 0.0
+
+    @nn.compact
+    def __call__(self, tokens, *, train=False):
+        x = nn.Embed(VOCABULARY, 8)(tokens)
+        x = nn.BatchNorm(use_running_average=not train)(x)
+        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        return nn.Dense(2)(x + nn.Dense(8)(x.mean(axis=1))[:, None])
+
+
+def variables(model):
+    both = model.init(jax.random.key(0), jnp.zeros((1, LENGTH), jnp.int32))
+    return both["params"], {"batch_stats": both["batch_stats"]}
+
+
+def arrays(size=5):
+    random = np.random.default_rng(0)
+    start = random.integers(0, LENGTH, size).astype(np.int32)
+    end = np.minimum(start + random.integers(0, 3, size), LENGTH - 1).astype(np.int32)
+    tokens = random.integers(0, VOCABULARY, (size, LENGTH)).astype(np.int32)
+    return {"tokens": tokens, "start": start, "end": end, "example": (np.arange(size) % len(ANSWERS)).astype(np.int32)}
+
+
+def span_by_hand(logits, start, end):
+    """Losses and whether both ends are right, one example at a time, in float64."""
+    losses, right = [], []
+    for z, *ends in zip(np.asarray(logits, np.float64), start, end, strict=True):
+        each = [np.log(np.exp(z[:, i]).sum()) - z[ends[i], i] for i in range(2)]
+        losses.append(sum(each) / 2)
+        right.append(all(z[:, i].argmax() == ends[i] for i in range(2)))
+    return np.array(losses), np.array(right)
+
+
+def constant(logits):
+    """A model that gives these logits, whatever its input."""
+    return lambda variables, tokens, **options: (jnp.asarray(logits), {}) if "mutable" in options else logits
+
+
+def test_the_loss_equals_its_equation():
+    batch = arrays(6)
+    logits = np.random.default_rng(1).normal(size=(6, LENGTH, 2)).astype(np.float32) * 3
+    # The first has both ends right, the next two have one.
+    for index, shifts in enumerate([(0, 0), (0, 1), (1, 0)]):
+        for column, shift in enumerate(shifts):
+            right_place = (batch["start"], batch["end"])[column][index]
+            logits[index, (right_place + shift) % LENGTH, column] = 20
+    losses, right = span_by_hand(logits, batch["start"], batch["end"])
+    assert right[:3].tolist() == [True, False, False]
+    loss, (_, metrics) = mj.span_loss(constant(logits))({}, {}, batch, jax.random.key(0))
+    np.testing.assert_allclose(loss, losses.mean(), rtol=1e-5)
+    assert set(metrics) == {"accuracy"}
+    np.testing.assert_allclose(metrics["accuracy"], right.mean())
+
+
+def test_the_loss_trains_statistics_and_draws_dropout_from_its_key():
+    model = Model(dropout=0.5)
+    params, model_state = variables(model)
+    loss_fn = mj.span_loss(model.apply)
+    first, (new_state, _) = loss_fn(params, model_state, arrays(), jax.random.key(0))
+    second, _ = loss_fn(params, model_state, arrays(), jax.random.key(1))
+    assert first != second
+    before, after = mj.flatten(model_state), mj.flatten(new_state)
+    assert all(not np.array_equal(before[path], after[path]) for path in before)
+
+
+@pytest.mark.parametrize("batch_size", [2, 3, 5, 64])
+def test_evaluation_counts_every_example_once_and_compiles_once(batch_size):
+    params, model_state = variables(Model())
+    data, traces, seen = arrays(), [], []
+
+    def apply_fn(variables, tokens, *, train):
+        traces.append(tokens.shape)
+        return Model().apply(variables, tokens, train=train)
+
+    def decode(logits, given):
+        seen.append(logits)
+        assert given is data
+        return ["one", "", "a three", "", "five"]
+
+    metrics = mj.evaluate_spans(apply_fn, decode, ANSWERS, batch_size=batch_size)(params, model_state, data)
+    assert traces == [(min(batch_size, 5), LENGTH)]
+    logits = Model().apply({"params": params, **model_state}, data["tokens"])
+    [on_host] = seen
+    assert isinstance(on_host, np.ndarray)
+    assert on_host.dtype == np.float32
+    np.testing.assert_allclose(on_host, logits, rtol=1e-4, atol=1e-5)
+    losses, _ = span_by_hand(logits, data["start"], data["end"])
+    assert metrics == {
+        "loss": pytest.approx(losses.mean(), rel=1e-5),
+        "exact_match": pytest.approx(3 / 5),
+        "f1": pytest.approx(3 / 5),
+    }
+
+
+def test_answers_are_those_of_the_question_with_the_number_in_the_arrays():
+    data = arrays(3) | {"example": np.array([3, 2, 2], np.int32)}
+    evaluate = mj.evaluate_spans(constant(np.zeros((3, LENGTH, 2))), lambda *_: ["four", "three", "two"], ANSWERS)
+    metrics = evaluate({}, {}, data)
+    assert metrics["exact_match"] == pytest.approx(2 / 3)
+    assert metrics["f1"] == pytest.approx((1 + 1 + 2 / 3) / 3)
+    assert metrics["loss"] == pytest.approx(np.log(LENGTH), rel=1e-6)
+
+
+def test_bad_input_is_named():
+    params, model_state = variables(Model())
+    data = arrays()
+    evaluate = mj.evaluate_spans(Model().apply, lambda logits, arrays: [""], ANSWERS)
+    loss_fn = mj.span_loss(Model().apply, inputs="token")
+    with pytest.raises(ValueError, match=r"^the batch has no 'token'; did you mean 'tokens'"):
+        loss_fn(params, model_state, data, jax.random.key(0))
+    for entry in ("start", "end", "example"):
+        with pytest.raises(ValueError, match=f"^the batch has no '{entry}'; "):
+            evaluate(params, model_state, {name: array for name, array in data.items() if name != entry})
+    with pytest.raises(
+        ValueError, match=r"^logits must be \[B, L, 2\] and 'start' \[B\], got shapes \(5, 2\) and \(5,\)"
+    ):
+        mj.span_loss(constant(np.zeros((5, 2))))(params, model_state, data, jax.random.key(0))
+    with pytest.raises(ValueError, match=r"^cannot evaluate on no examples$"):
+        evaluate(params, model_state, {name: array[:0] for name, array in data.items()})
+    with pytest.raises(ValueError, match=r"^decode must give an answer to each of 5 examples, got 1$"):
+        evaluate(params, model_state, data)
+    with pytest.raises(ValueError, match=r"^arrays\['example'\] must lie in \[0, 5\), .* found 0 to 5$"):
+        evaluate(params, model_state, data | {"example": np.array([0, 5, 0, 0, 0])})
+    with pytest.raises(ValueError, match=r"^batch_size must be a whole number of at least 1, got 0$"):
+        mj.evaluate_spans(Model().apply, lambda logits, arrays: [], ANSWERS, batch_size=0)
