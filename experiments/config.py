@@ -5,6 +5,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import optax
+
 from merge_jax.checks import check_at_least_one
 from merge_jax.joint import UpdateRule
 
@@ -46,8 +48,14 @@ class RunConfig:
     """Number of seeds. A seed fixes splits, source, start and batches, the same for every method."""
     vectorized: bool = False
     """All seeds side by side in one program; the results are those of separate runs, up to rounding."""
-    source: Literal["pretrained", "live"] = "pretrained"
-    """Pretrained: trained first, then frozen. Live: from scratch beside the target, as in the paper."""
+    source: Literal["pretrained", "live", "frozen", "trajectory"] = "pretrained"
+    """Pretrained: trained first, then frozen. Live: from scratch beside the target, as in the paper. Frozen: read from
+    --source-from. Trajectory: its saved steps are replayed in order, of --source-from, or trained first."""
+    source_from: Path | None = None
+    """Where a frozen source is read from: a .safetensors file, or the folder of a run that trained one; for a
+    trajectory, the folder of such a run."""
+    snapshots: int = 8
+    """About how many steps of its training a trajectory has."""
     source_steps: int = 400
     """Steps of training the source before the transfer; a live source takes --steps instead."""
     steps: int = 300
@@ -60,10 +68,10 @@ class RunConfig:
     """Examples in a batch, over all devices."""
     cycle: int = 4
     """Steps from one transfer to the next; the steps between are self-learning."""
+    cycle_end: int | None = None
+    """Cycle at the last step, if it is to change evenly over the run."""
     update: UpdateRule = "exact"
     """What the adapter follows: the gradient of the target's loss, or the published surrogate."""
-    adapter_learning_rate: float = 1e-3
-    """Learning rate of the adapter's AdamW."""
     report_every: int = 15
     """Steps (or epochs) from one report, metrics and validation, to the next."""
     checkpoint_every: int = 150
@@ -87,18 +95,25 @@ class RunConfig:
 
     def check(self) -> None:
         """Raises ValueError for an option out of range."""
-        for name in ("seeds", "source_steps", "steps", "batch_size", "report_every"):
+        for name in ("seeds", "source_steps", "steps", "batch_size", "report_every", "snapshots"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        optional = {"epochs": self.epochs, "source_epochs": self.source_epochs, "devices": self.devices}
+        optional = {name: getattr(self, name) for name in ("epochs", "source_epochs", "devices", "cycle_end")}
         check_at_least_one(**{name: value for name, value in optional.items() if value is not None})
+        if self.source == "frozen" and self.source_from is None:
+            raise ValueError("a frozen source needs --source-from, a .safetensors file or the folder of a run")
+        if self.source_from is not None and self.source not in ("frozen", "trajectory"):
+            raise ValueError(
+                f"source_from is for a source that is frozen or a trajectory; this one is {self.source}, "
+                "and trained here"
+            )
+        if self.source == "trajectory" and self.vectorized:
+            raise ValueError("a trajectory is read seed by seed: leave out --vectorized")
         if self.checkpoint_every < 1 or self.checkpoint_every % self.report_every:
             raise ValueError(
                 f"checkpoint_every must be a multiple of report_every, "
                 f"got {self.checkpoint_every} and {self.report_every}"
             )
-        if not 0 < self.adapter_learning_rate < float("inf"):
-            raise ValueError(f"adapter_learning_rate must be above 0, got {self.adapter_learning_rate}")
         if self.source_epochs is not None and self.epochs is None:
             raise ValueError("source_epochs is given without epochs: lengths are in steps or in epochs, not in both")
         if self.shard_state and self.parallel == "pmap":
@@ -122,6 +137,12 @@ class RunConfig:
 
         source_epochs = self.epochs if self.source_epochs is None else self.source_epochs
         return Schedule(lengths(source_epochs, source_examples), lengths(self.epochs, target_examples))
+
+    def cycle_over(self, num_steps: int) -> int | optax.Schedule:
+        """Returns the cycle of a run of so many steps."""
+        if self.cycle_end is None:
+            return self.cycle
+        return optax.linear_schedule(self.cycle, self.cycle_end, num_steps)
 
     def identity(self) -> dict[str, Any]:
         """Returns the options that say what the run is; with others, it is another run."""

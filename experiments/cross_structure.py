@@ -23,16 +23,14 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
-import optax
 
 import merge_jax as mj
 from experiments.cli import main
-from experiments.config import RunConfig, Schedule
 from experiments.images import LearningRateSchedule, ModelName, load_images, make_apply, make_model, make_role, sgd
 from experiments.scenario import Method, Scenario, choose
+from experiments.transfers import TransferConfig, parse_routes
 from merge_jax.parallel import DATA_AXIS
 from merge_jax.tasks import ClassificationLoss, ModelApply, with_features
-from merge_jax.transfer import OutputForm
 
 MethodName = Literal["vanilla", "share", "kd", "rkd", "dkd", "nkd", "mergenet", "mergenet_kd"]
 
@@ -46,15 +44,11 @@ ROUTES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(RunConfig):
+class Config(TransferConfig):
     """Options of the experiment."""
 
     methods: tuple[MethodName, ...] = ("vanilla", "share", "kd", "mergenet")
     """Methods to compare."""
-    adapter_learning_rate: float = 1e-2
-    """Learning rate of the adapter's AdamW."""
-    adapter_schedule: Literal["constant", "cosine"] = "constant"
-    """Course of that rate; cosine falls to 0 after the first 2 percent of the run, as published."""
     data: str = "digits"
     """digits, a TFDS set such as cifar100, or a folder (./name) of train/<class>/ and test/<class>/ images."""
     data_dir: Path | None = None
@@ -81,20 +75,6 @@ class Config(RunConfig):
     """Course of that rate."""
     routes: tuple[str, ...] = tuple(f"{target}={source}" for target, source in ROUTES.items())
     """Layers that take part, as target=source; see merge_jax.Route for patterns."""
-    stop: float = 0.1
-    """Fraction of the run after which share and mergenet leave the target to itself."""
-    num_layers: int = 1
-    """Layers of each route's LPKA."""
-    num_heads: int = 8
-    """Heads of each attention."""
-    capped: bool = True
-    """Cap the widths of the LPKA as lpka_transfer does; without, they are the published ones."""
-    attention_dropout: float = 0.1
-    """Dropout on the attention weights of each LPKA."""
-    feed_forward_dropout: float = 0.2
-    """Dropout on the feed-forward block of each LPKA."""
-    output: OutputForm = "warm"
-    """How the adapter's output becomes the target's: see lpka_transfer."""
     temperature: float = 4.0
     """Temperature of the distillation in kd and mergenet_kd; rkd, dkd and nkd have their papers' options."""
     distillation_weight: float = 0.9
@@ -198,27 +178,28 @@ def build(config: Config) -> Scenario:
         "target": make_role(config.target_model, target, data, labels=config.labels, augment=config.augment),
     }
     schedule = config.schedule(*(len(roles[role].splits(0).train["label"]) for role in ("source", "target")))
-    source_steps = (schedule.source if config.source == "pretrained" else schedule.target).steps
+    source_steps = (schedule.target if config.source == "live" else schedule.source).steps
 
     def task(apply: ModelApply, steps: int, loss: ClassificationLoss | None = None) -> mj.Task:
         optimizer = sgd(config.learning_rate, steps, config.learning_rate_schedule)
         return mj.Task(mj.classification_loss(apply, loss), optimizer)
 
     source_apply, target_apply = make_apply(source, data), make_apply(target, data)
-    methods = _methods(config, source_apply, target_apply, partial(task, steps=schedule.target.steps))
+    num_steps = schedule.target.steps
+    methods = _methods(config, source_apply, target_apply, partial(task, steps=num_steps), num_steps)
     return Scenario(
         name="cross_structure",
         **roles,
         source_task=task(source_apply, source_steps),
         methods=choose(methods, config.methods),
         schedule=schedule,
-        adapter_optimizer=mj.adapter_adamw(_adapter_rate(config, schedule)),
+        adapter_optimizer=config.adapter_optimizer(schedule),
         axis_name=axis_name,
     )
 
 
 def _methods(
-    config: Config, source_apply: ModelApply, target_apply: ModelApply, task: Callable[..., mj.Task]
+    config: Config, source_apply: ModelApply, target_apply: ModelApply, task: Callable[..., mj.Task], num_steps: int
 ) -> dict[str, Method]:
     """Returns all methods; the losses of distillation are the label's cross entropy and theirs."""
 
@@ -243,17 +224,8 @@ def _methods(
         label = batch["label"]
         return mj.cross_entropy(logits, label) + mj.nkd_loss(logits, batch["teacher_logits"], label)
 
-    routes = [_route(route) for route in config.routes]
-    lpka = mj.lpka_transfer(
-        routes,
-        num_layers=config.num_layers,
-        num_heads=config.num_heads,
-        output=config.output,
-        attention_dropout=config.attention_dropout,
-        feed_forward_dropout=config.feed_forward_dropout,
-        max_width=512 if config.capped else None,
-        max_hidden=1024 if config.capped else None,
-    )
+    routes = parse_routes(config.routes)
+    lpka = config.lpka(routes, num_steps)
     teacher = mj.logits_teacher(source_apply)
     feature_teacher = mj.logits_teacher(with_features(source_apply))
     plain, distilled = task(target_apply), task(target_apply, loss=kd)
@@ -267,23 +239,6 @@ def _methods(
         "mergenet": Method(plain, lpka, config.stop),
         "mergenet_kd": Method(distilled, lpka, config.stop, teacher),
     }
-
-
-def _route(words: str) -> tuple[str, str]:
-    target, equals, source = words.partition("=")
-    if not (target and equals and source):
-        raise ValueError(f"a route must be target=source, such as fc/kernel=fc/kernel, got {words!r}")
-    return target, source
-
-
-def _adapter_rate(config: Config, schedule: Schedule) -> optax.ScalarOrSchedule:
-    """Returns the adapter's learning rate by the number of its own updates, one a transfer."""
-    if config.adapter_schedule == "constant":
-        return config.adapter_learning_rate
-    updates = max(2, round(config.stop * schedule.target.steps / config.cycle))
-    held = max(1, round(0.02 * updates))
-    falling = optax.cosine_decay_schedule(config.adapter_learning_rate, updates - held)
-    return optax.join_schedules([optax.constant_schedule(config.adapter_learning_rate), falling], [held])
 
 
 if __name__ == "__main__":

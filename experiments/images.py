@@ -160,7 +160,7 @@ def make_role(
         return {**batch, "image": crop_flip_rotate(key, batch["image"])}
 
     evaluate = mj.evaluate_classifier(make_apply(model, data), batch_size=_EVALUATED_AT_ONCE)
-    return Role(name, init, lru_cache(maxsize=1)(few_labels), evaluate, change if augment else None)
+    return Role(name, init, lru_cache(maxsize=1)(few_labels), evaluate, augment=change if augment else None)
 
 
 def sgd(learning_rate: float, steps: int, schedule: LearningRateSchedule) -> optax.GradientTransformation:

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from experiments.config import RunConfig
 from experiments.report import print_plan, print_results, save_curves
 from experiments.scenario import Scenario
+from experiments.sources import Origin, origin_of, read_trajectory
 from experiments.stages import Stage, make_stages
 from experiments.training import Trainer, compile_epoch, steps_per_call
 from merge_jax.joint import TrainState
@@ -31,7 +32,8 @@ def prepare_run(scenario: Scenario, config: RunConfig) -> Callable[[], None]:
       ValueError: an option out of range, a route or a loss that does not fit the models, data that cannot be
         had, a run folder that cannot be used.
     """
-    stages = make_stages(scenario, config)
+    origin = origin_of(scenario, config)
+    stages = make_stages(scenario, config, origin)
     if config.parallel == "pmap":
         layout = pmap_layout(config.devices)
     else:
@@ -41,12 +43,15 @@ def prepare_run(scenario: Scenario, config: RunConfig) -> Callable[[], None]:
     print("checking that models, data and routes fit together", file=sys.stderr)
     with Console(stderr=True).status("tracing"):
         lowered = {name: stage.lower(layout, steps_per_call(stage), side_by_side) for name, stage in stages.items()}
+        if origin.read is not None:
+            for seed in range(config.seeds):  # What does not fit the model is told now.
+                origin.read(seed)
     run_dir = config.run_dir or _numbered_folder(scenario.name, config.resume)
     folder = RunFolder.open(run_dir, config.identity(), resume=config.resume)
 
     def run() -> None:
         try:
-            _run(scenario, config, stages, layout, lowered, folder)
+            _run(scenario, config, origin, stages, layout, lowered, folder)
         except KeyboardInterrupt:
             print(
                 f"\ninterrupted; the same command with --resume --run-dir {folder.path} "
@@ -68,6 +73,7 @@ def _numbered_folder(name: str, resume: bool) -> Path:
 def _run(
     scenario: Scenario,
     config: RunConfig,
+    origin: Origin,
     stages: Mapping[str, Stage],
     layout: Layout,
     lowered: Mapping[str, Lowered],
@@ -76,7 +82,7 @@ def _run(
     """Trains what is not done yet, then prints and saves what came out."""
     log = MetricsLog(folder)
     results = folder.read_json("results.json", [])
-    print_plan(scenario, config, layout, folder)
+    print_plan(scenario, config, origin, layout, folder)
     if len(results) == config.seeds * len(scenario.methods):
         print("all runs are done already: nothing to train")
     else:
@@ -88,15 +94,16 @@ def _run(
             total=total, unit="step", desc=scenario.name, mininterval=0.5, disable=jax.process_index() > 0
         ) as bar:
             trainer = Trainer(layout, compiled, folder, log, bar)
-            _train_all(scenario, config, stages, trainer, log, folder, results)
+            _train_all(scenario, config, origin, stages, trainer, log, folder, results)
     print_results(scenario, config, results, folder)
-    save_curves(list(scenario.methods), log.records(), folder)
+    save_curves(scenario, log.records(), folder)
     print(f"run folder: {folder.path}")
 
 
 def _train_all(
     scenario: Scenario,
     config: RunConfig,
+    origin: Origin,
     stages: Mapping[str, Stage],
     trainer: Trainer,
     log: MetricsLog,
@@ -107,7 +114,7 @@ def _train_all(
     done = {(result["method"], result["seed"]) for result in results}
     groups = [range(config.seeds)] if _side_by_side(config) else [[seed] for seed in range(config.seeds)]
     for seeds in groups:
-        sources = _sources(trainer, stages, seeds)
+        sources = _sources(trainer, origin, stages, seeds, folder)
         for name in scenario.methods:
             if {(name, seed) for seed in seeds} <= done:
                 trainer.skip(stages[name], seeds)
@@ -120,13 +127,26 @@ def _side_by_side(config: RunConfig) -> bool:
     return config.vectorized and config.seeds > 1
 
 
-def _sources(trainer: Trainer, stages: Mapping[str, Stage], seeds: Sequence[int]) -> list[TrainState]:
-    """Returns the source that all methods of a seed start from: trained first, or fresh where it is live."""
+def _sources(
+    trainer: Trainer,
+    origin: Origin,
+    stages: Mapping[str, Stage],
+    seeds: Sequence[int],
+    folder: RunFolder,
+) -> list[TrainState]:
+    """Returns the source that all methods of a seed start from: read, trained first, or fresh where it is live."""
+    if origin.read is not None:
+        return [origin.read(seed) for seed in seeds]
     if "source" not in stages:
         return [next(iter(stages.values())).fresh_source(seed) for seed in seeds]
     alone = stages["source"]
     outcomes = trainer.train(alone, seeds, [alone.fresh_source(seed) for seed in seeds])
-    return [outcome.state.target for outcome in outcomes]
+    if origin.snapshots is None:
+        return [outcome.state.target for outcome in outcomes]
+    return [
+        read_trajectory(folder.checkpoints / f"source-seed{seed}", outcome.state.target)
+        for seed, outcome in zip(seeds, outcomes, strict=True)
+    ]
 
 
 def _results(
@@ -139,9 +159,9 @@ def _results(
         {
             "method": stage.name,
             "seed": seed,
-            "target_test_accuracy": stage.test_accuracy(state, seed, "target"),
-            "target_best_validation_accuracy": best.get(seed),
-            "source_test_accuracy": stage.test_accuracy(state, seed, "source"),
+            "target_test": stage.test(state, seed, "target"),
+            "target_best_validation": best.get(seed),
+            "source_test": stage.test(state, seed, "source"),
             "seconds": seconds,
             "compile_seconds": trainer.compile_seconds(stage),
             "adapter_parameters": sum(leaf.size for leaf in jax.tree.leaves(state.adapter.params)),
@@ -151,10 +171,11 @@ def _results(
 
 
 def _best_validation(stage: Stage, log: MetricsLog) -> dict[int, float]:
-    """Returns the target's best validation accuracy of each seed, over all reports."""
+    """Returns the target's best validation metric of each seed, over all reports."""
     best: dict[int, float] = {}
+    metric = f"target/validation_{stage.roles['target'].metric}"
     for record in log.records():
         name, _, seed = record["run"].rpartition("-seed")
-        if name == stage.name and "target/validation_accuracy" in record:
-            best[int(seed)] = max(best.get(int(seed), 0.0), record["target/validation_accuracy"])
+        if name == stage.name and metric in record:
+            best[int(seed)] = max(best.get(int(seed), 0.0), record[metric])
     return best

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import jax
 import optax
@@ -13,6 +14,7 @@ from merge_jax.epoch import Augment
 from merge_jax.joint import Task
 from merge_jax.transfer import identity_transfer
 from merge_jax.types import ModelState, Params, TeacherFn, Transfer
+from merge_jax.weights import load_params
 
 __all__ = ["Method", "Role", "Scenario", "choose"]
 
@@ -25,15 +27,19 @@ class Role:
       name: of the model, for people.
       init: `key -> (params, model_state)`.
       splits: `seed -> Splits`.
-      evaluate: `(params, model_state, arrays) -> metrics`, with `accuracy` in [0, 1].
+      evaluate: `(params, model_state, arrays) -> metrics`, with the one it is judged by, a fraction in [0, 1].
+      metric: the name of that one.
       augment: changes its batches at random while it trains; None for batches as they are.
+      load: `(path, params) -> params` from a file of weights, where `params` is the model as it starts.
     """
 
     name: str
     init: Callable[[jax.Array], tuple[Params, ModelState]]
     splits: Callable[[int], Splits]
     evaluate: Callable[[Params, ModelState, Arrays], dict[str, float]]
+    metric: str = "accuracy"
     augment: Augment | None = None
+    load: Callable[[Path, Params], Params] = load_params
 
 
 @dataclass(frozen=True)
@@ -59,9 +65,9 @@ class Scenario:
 
     Attributes:
       name: of the scenario.
-      source: the model that gives.
+      source: the model that gives; None where the target is its own source.
       target: the model that receives.
-      source_task: what the source learns.
+      source_task: what the source learns, if there is one.
       methods: by name.
       schedule: the lengths of the run.
       adapter_optimizer: of every method's adapter.
@@ -69,9 +75,9 @@ class Scenario:
     """
 
     name: str
-    source: Role
+    source: Role | None
     target: Role
-    source_task: Task
+    source_task: Task | None
     methods: Mapping[str, Method]
     schedule: Schedule
     adapter_optimizer: optax.GradientTransformation

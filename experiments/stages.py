@@ -1,20 +1,24 @@
 """What a run trains, once a seed: the methods, and before them the source on its own."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.stages import Lowered
 
 from experiments.config import Lengths, RunConfig
 from experiments.scenario import Method, Role, Scenario
-from merge_jax.data import indices_of
+from experiments.sources import Origin, initial_key
+from merge_jax.data import indices_of, num_examples
 from merge_jax.epoch import Epoch, augmented, make_epoch
 from merge_jax.joint import JointState, Task, TrainState, init_joint_state, make_joint_step
 from merge_jax.parallel import Layout
 from merge_jax.seeds import over_seeds
+from merge_jax.trajectory import last_of, replay_evenly, replayed
 from merge_jax.types import Batch
 
 __all__ = ["Stage", "make_stages"]
@@ -37,6 +41,8 @@ class Stage:
       batch_size: examples in a batch of either.
       optimizer: the adapter's optimizer.
       epoch: many joint steps in one loop, of one seed.
+      snapshots: steps of the source's training, where the source is a trajectory.
+      keep: how many checkpoints stay; None for all.
     """
 
     name: str
@@ -47,6 +53,8 @@ class Stage:
     batch_size: int
     optimizer: optax.GradientTransformation
     epoch: Epoch
+    snapshots: int | None = None
+    keep: int | None = 2
 
     def lower(self, layout: Layout, steps: int, seeds: int | None) -> Lowered:
         """Returns the jitted epoch of up to `steps` steps, traced for the shapes of its arguments alone.
@@ -68,16 +76,19 @@ class Stage:
         return layout.lower(epoch, *shapes, jax.ShapeDtypeStruct((), np.int32))
 
     def fresh_source(self, seed: int) -> TrainState:
-        """Returns the source of a seed as it starts."""
+        """Returns the source of a seed as it starts; a trajectory starts as copies of that."""
         if "source" not in self.roles:
             return TrainState({}, {}, None)
-        return TrainState(*self.roles["source"].init(_initial_key(seed, 0)), None)
+        source = TrainState(*self.roles["source"].init(initial_key(seed, 0)), None)
+        if self.snapshots is None:
+            return source
+        return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (self.snapshots, *leaf.shape)), source)
 
     def initial_state(self, seed: int, source: TrainState) -> JointState:
         """Returns the state before the first step; for a seed, it is the same for every method."""
-        params, model_state = self.roles["target"].init(_initial_key(seed, 1))
+        params, model_state = self.roles["target"].init(initial_key(seed, 1))
         state = init_joint_state(
-            _initial_key(seed, 2),
+            initial_key(seed, 2),
             self.source_task,
             self.method.task,
             self.method.transfer,
@@ -97,7 +108,7 @@ class Stage:
     def indices_at(self, seed: int) -> Callable[[int, int], Indices]:
         """Returns `(first step, count) -> {role: [count, B]}`: the examples in each batch."""
         by_role = {
-            role: indices_of(len(self.roles[role].splits(seed).train["label"]), self.batch_size, seed)
+            role: indices_of(num_examples(self.roles[role].splits(seed).train), self.batch_size, seed)
             for role in self._learning_roles
         }
         return lambda first, count: {role: indices(first, count) for role, indices in by_role.items()}
@@ -107,13 +118,15 @@ class Stage:
         return {
             f"{role}/validation_{name}": value
             for role in self._learning_roles
-            if len(self.roles[role].splits(seed).validation["label"])
+            if num_examples(self.roles[role].splits(seed).validation)
             for name, value in self._evaluate(state, seed, role, "validation").items()
         }
 
-    def test_accuracy(self, state: JointState, seed: int, role: str) -> float:
-        """Returns the accuracy on the test split, in [0, 1]; read once, after the last step."""
-        return self._evaluate(state, seed, role, "test")["accuracy"]
+    def test(self, state: JointState, seed: int, role: str) -> float | None:
+        """Returns a model's metric on the test split, in [0, 1]; read once, after the last step. None for no model."""
+        if role not in self.roles:
+            return None
+        return self._evaluate(state, seed, role, "test")[self.roles[role].metric]
 
     @property
     def _learning_roles(self) -> tuple[str, ...]:
@@ -121,29 +134,23 @@ class Stage:
 
     def _evaluate(self, state: JointState, seed: int, role: str, split: str) -> dict[str, float]:
         model: TrainState = getattr(state, role)
+        if role == "source" and self.snapshots is not None:
+            model = jax.tree.map(lambda leaf: leaf[-1], model)
         arrays = getattr(self.roles[role].splits(seed), split)
         return self.roles[role].evaluate(model.params, model.model_state, arrays)
 
 
-def _initial_key(seed: int, purpose: int) -> jax.Array:
-    """Returns the key of a seed for the source's start (0), the target's start (1) or the adapter's (2).
-
-    Of the kind that XLA compiles fastest: hundreds of small draws are a third of the compilation otherwise.
-    """
-    return jax.random.fold_in(jax.random.key(seed, impl="rbg"), purpose)
-
-
-def make_stages(scenario: Scenario, config: RunConfig) -> dict[str, Stage]:
-    """Returns the stages of a seed in order: the source's own training, unless it is live, then the methods."""
+def make_stages(scenario: Scenario, config: RunConfig, origin: Origin) -> dict[str, Stage]:
+    """Returns the stages of a seed in order: the source's own training, where it has one, then the methods."""
 
     def stage(
-        name: str, roles: Mapping[str, Role], source_task: Task | None, method: Method, lengths: Lengths
+        name: str, roles: Mapping[str, Role], source_task: Task | None, method: Method, lengths: Lengths, **options: Any
     ) -> Stage:
         step = make_joint_step(
             source_task,
             method.task,
             method.transfer,
-            cycle=config.cycle,
+            cycle=config.cycle_over(lengths.steps),
             stop=method.stop,
             num_steps=lengths.steps,
             update=config.update,
@@ -163,20 +170,32 @@ def make_stages(scenario: Scenario, config: RunConfig) -> dict[str, Stage]:
             config.batch_size,
             scenario.adapter_optimizer,
             make_epoch(step),
+            **options,
         )
 
     stages = {}
-    live_task = scenario.source_task
-    if config.source == "pretrained":
-        live_task = None
-        stages["source"] = stage(
-            "source",
-            {"target": scenario.source},
-            None,
-            Method(scenario.source_task),
-            scenario.schedule.source,
-        )
-    roles = {"source": scenario.source, "target": scenario.target}
+    roles = {"target": scenario.target}
+    if scenario.source is not None:
+        roles["source"] = scenario.source
+        if origin.lengths is not None and scenario.source_task is not None:
+            stages["source"] = stage(
+                "source",
+                {"target": scenario.source},
+                None,
+                Method(scenario.source_task),
+                origin.lengths,
+                keep=2 if origin.snapshots is None else None,
+            )
     for name, method in scenario.methods.items():
-        stages[name] = stage(name, roles, live_task, method, scenario.schedule.target)
+        if origin.snapshots is not None:
+            method = _replaying(method, origin.snapshots, scenario.schedule.target.steps)
+        live_task = scenario.source_task if origin.live else None
+        stages[name] = stage(name, roles, live_task, method, scenario.schedule.target, snapshots=origin.snapshots)
     return stages
+
+
+def _replaying(method: Method, snapshots: int, num_steps: int) -> Method:
+    """Returns the method from a source that is a trajectory, all of which is shown while there are transfers."""
+    replay = replay_evenly(snapshots, max(1, round(method.stop * num_steps)))
+    teacher = None if method.teacher is None else last_of(method.teacher)
+    return replace(method, transfer=replayed(method.transfer, replay), teacher=teacher)

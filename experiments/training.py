@@ -88,7 +88,7 @@ class Trainer:
         states = [stage.initial_state(seed, source) for seed, source in zip(seeds, sources, strict=True)]
         state = self._layout.put_state(stack_seeds(states) if stacked else states[0])
         with (
-            Checkpoints(self._folder.checkpoints / cell) as checkpoints,
+            Checkpoints(self._folder.checkpoints / cell, keep=stage.keep) as checkpoints,
             contextlib.ExitStack() as open_writers,
         ):
             first, state = checkpoints.restore_latest(state) or (0, state)

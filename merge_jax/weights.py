@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from merge_jax.paths import Pattern, find_paths, flatten, near_misses
 from merge_jax.types import Params
 
-__all__ = ["load_safetensors", "save_safetensors"]
+__all__ = ["load_params", "load_safetensors", "save_safetensors"]
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -63,6 +63,30 @@ def load_safetensors(path: str | os.PathLike[str], *, select: Pattern | Sequence
                     node = node.setdefault(parent, {})
                 node[leaf] = _tensor(tensors, shard, names[path])
     return tree
+
+
+def load_params(path: str | os.PathLike[str], like: Params) -> Params:
+    """Returns the parameters of a model from a file that `save_safetensors` wrote, in the structure of `like`.
+
+    Args:
+      path: as `load_safetensors`.
+      like: the model's parameters as they start, or their shapes.
+
+    Raises:
+      FileNotFoundError, ValueError: as `load_safetensors`; the file has other leaves, shapes or dtypes than the
+        model (each is named, the first ten).
+    """
+    found, wanted = flatten(load_safetensors(path)), flatten(like)
+    problems = [f"{name} is missing; {near_misses(name, found)}" for name in wanted.keys() - found.keys()]
+    problems += [f"{name} is there, but not in the model" for name in found.keys() - wanted.keys()]
+    for name in wanted.keys() & found.keys():
+        there, here = (f"{leaf.dtype}{list(leaf.shape)}" for leaf in (found[name], wanted[name]))
+        if there != here:
+            problems.append(f"{name} is {there}, the model's is {here}")
+    if problems:
+        more = f"; and {len(problems) - 10} more" if len(problems) > 10 else ""
+        raise ValueError(f"{path} does not fit the model: " + "; ".join(sorted(problems)[:10]) + more)
+    return jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in wanted])
 
 
 def save_safetensors(

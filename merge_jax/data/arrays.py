@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from sklearn.model_selection import train_test_split
 
-__all__ = ["Arrays", "Splits", "batches_of", "class_balanced", "indices_of", "split"]
+__all__ = ["Arrays", "Splits", "batches_of", "class_balanced", "indices_of", "num_examples", "split"]
 
 Arrays = Mapping[str, np.ndarray]
 """Examples by entry, e.g. `{"image": [N, H, W, C], "label": [N]}`, all with N on the leading axis."""
@@ -56,7 +56,7 @@ def batches_of(arrays: Arrays, batch_size: int, seed: int) -> Callable[[int], di
     Raises:
       ValueError: no examples, entries of unequal lengths, or a batch size below 1.
     """
-    indices_at = indices_of(_length(arrays), batch_size, seed)
+    indices_at = indices_of(num_examples(arrays), batch_size, seed)
 
     def batch_at(step: int) -> dict[str, np.ndarray]:
         (indices,) = indices_at(step, 1)
@@ -65,7 +65,12 @@ def batches_of(arrays: Arrays, batch_size: int, seed: int) -> Callable[[int], di
     return batch_at
 
 
-def _length(arrays: Arrays) -> int:
+def num_examples(arrays: Arrays) -> int:
+    """Returns N.
+
+    Raises:
+      ValueError: entries of unequal lengths.
+    """
     lengths = {name: len(array) for name, array in arrays.items()}
     if len(set(lengths.values())) != 1:
         raise ValueError(f"all entries must have the same number of examples, got {lengths}")

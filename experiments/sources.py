@@ -1,0 +1,121 @@
+"""Where the source of each seed comes from: trained in the run, or read from a file or from another run."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+
+from experiments.config import Lengths, RunConfig
+from experiments.scenario import Role, Scenario
+from merge_jax.checkpoint import Checkpoints
+from merge_jax.joint import TrainState
+from merge_jax.trajectory import load_trajectory
+
+__all__ = ["Origin", "initial_key", "origin_of", "read_trajectory"]
+
+_PARAMS, _MODEL_STATE = "target/params", "target/model_state"  # On its own, the source is trained as a target.
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the source of each seed comes from.
+
+    Attributes:
+      live: whether it learns beside the target.
+      lengths: how long it is trained on its own before; None where it is not.
+      snapshots: how many steps of its training a trajectory has; None for no trajectory.
+      read: `seed -> source`, where it is read; None where it is trained.
+    """
+
+    live: bool = False
+    lengths: Lengths | None = None
+    snapshots: int | None = None
+    read: Callable[[int], TrainState] | None = None
+
+
+def origin_of(scenario: Scenario, config: RunConfig) -> Origin:
+    """Returns where the source of a scenario comes from.
+
+    Raises:
+      ValueError: there is no file or run to read it from, or the run has not saved it for every seed.
+    """
+    role, lengths = scenario.source, scenario.schedule.source
+    if role is None:
+        return Origin()
+    if config.source == "live":
+        return Origin(live=True)
+    if config.source == "pretrained":
+        return Origin(lengths=lengths)
+
+    def start(seed: int) -> TrainState:
+        return TrainState(*role.init(initial_key(seed, 0)), None)
+
+    path = config.source_from
+    if config.source == "trajectory" and path is None:
+        every = config.report_every if config.epochs is None else lengths.report_every
+        # Saves fall on reports.
+        every *= max(1, round(lengths.steps / config.snapshots / every))
+        return Origin(lengths=lengths._replace(checkpoint_every=every), snapshots=math.ceil(lengths.steps / every))
+    assert path is not None  # config.check
+    if config.source == "frozen" and not (path / "checkpoints").is_dir():
+        return Origin(read=lambda seed: _read_file(role, path, start(seed)))
+    folders = [path / "checkpoints" / f"source-seed{seed}" for seed in range(config.seeds)]
+    missing = [folder.name for folder in folders if not folder.is_dir()]
+    if missing:
+        raise ValueError(
+            f"{path} has no checkpoints of {', '.join(missing)}: it must be the folder of a run that trained a source"
+            " on its own (--source pretrained or trajectory) for as many seeds, without --vectorized"
+        )
+    if config.source == "frozen":
+        return Origin(read=lambda seed: _read_last(folders[seed], start(seed)))
+    counts = []
+    for folder in folders:
+        with Checkpoints(folder) as checkpoints:
+            counts.append(len(checkpoints.steps))
+    if len(set(counts)) > 1 or counts[0] < 2:
+        raise ValueError(
+            f"a trajectory needs the same number of saved steps, 2 or more, of every seed; {path} has {counts}: train"
+            " it with --source trajectory, which keeps them"
+        )
+    return Origin(snapshots=counts[0], read=lambda seed: read_trajectory(folders[seed], start(seed)))
+
+
+def initial_key(seed: int, purpose: int) -> jax.Array:
+    """Returns the key of a seed for the source's start (0), the target's start (1) or the adapter's (2).
+
+    Of the kind that XLA compiles fastest: hundreds of small draws are a third of the compilation otherwise.
+    """
+    return jax.random.fold_in(jax.random.key(seed, impl="rbg"), purpose)
+
+
+def read_trajectory(folder: Path, start: TrainState) -> TrainState:
+    """Returns all saved steps of a source that was trained on its own, leaves `[K, ...]`.
+
+    Raises:
+      ValueError: what is saved does not fit the model.
+    """
+    with Checkpoints(folder, keep=None) as checkpoints:
+        parts = load_trajectory(checkpoints, _parts(start)).parts
+    return TrainState(parts[_PARAMS], parts[_MODEL_STATE], None)
+
+
+def _read_last(folder: Path, start: TrainState) -> TrainState:
+    with Checkpoints(folder, keep=None) as checkpoints:
+        if checkpoints.latest_step is None:
+            raise ValueError(f"{folder} has no saved steps")
+        parts = checkpoints.restore_parts(checkpoints.latest_step, _parts(start))
+    return TrainState(parts[_PARAMS], parts[_MODEL_STATE], None)
+
+
+def _parts(start: TrainState) -> dict[str, object]:
+    return {_PARAMS: start.params, _MODEL_STATE: start.model_state}
+
+
+def _read_file(role: Role, path: Path, start: TrainState) -> TrainState:
+    try:
+        params = role.load(path, start.params)
+    except OSError as error:
+        raise ValueError(f"the source cannot be read: {error}") from None
+    return TrainState(jax.tree.map(jax.numpy.asarray, params), start.model_state, None)
