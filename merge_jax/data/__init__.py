@@ -6,6 +6,7 @@ from merge_jax.data.folder import load_image_folder
 from merge_jax.data.image_set import ImageSet, channel_statistics, check_images
 from merge_jax.data.images import load_digits
 from merge_jax.data.tfds_images import load_tfds_images
+from merge_jax.data.tfds_text import load_tfds_questions, load_tfds_texts
 
 __all__ = [
     "Arrays",
@@ -20,5 +21,7 @@ __all__ = [
     "load_digits",
     "load_image_folder",
     "load_tfds_images",
+    "load_tfds_questions",
+    "load_tfds_texts",
     "split",
 ]
