@@ -1,0 +1,270 @@
+"""Text encoders with the norm after each block, BERT and DistilBERT, and what is put on them; input is tokens alone."""
+
+from typing import Any, Literal, get_args
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from merge_jax.checks import check_at_least_one, check_choice, check_dropout
+
+__all__ = [
+    "PoolerName",
+    "SpanExtractor",
+    "TextClassifier",
+    "TextEncoder",
+    "bert_base",
+    "distilbert_base",
+    "small_bert",
+    "small_distilbert",
+]
+
+PoolerName = Literal["tanh", "relu"]
+"""The layer before a classifier: `tanh` as in BERT, named `pooler`; `relu` as in DistilBERT, `pre_classifier`."""
+
+_PADDING = 0
+_INIT = nn.initializers.truncated_normal(0.02)
+# Far below any logit, yet finite: a label at such a place costs much, and is no NaN.
+_NEVER = -1e9
+
+
+def _norm(dtype: Any, name: str) -> nn.LayerNorm:
+    # So small an epsilon does not hide the rounding of the fast variance, E[x^2] - E[x]^2.
+    return nn.LayerNorm(epsilon=1e-12, dtype=dtype, use_fast_variance=False, name=name)
+
+
+def _dense(features: int, dtype: Any, name: str) -> nn.Dense:
+    return nn.Dense(features, dtype=dtype, kernel_init=_INIT, name=name)
+
+
+def _segments(tokens: jax.Array, separator: int) -> jax.Array:
+    """Returns the segment of each token, `[B, L]`: 1 after the first separator, 0 before it and for padding."""
+    is_separator = tokens == separator
+    earlier = jnp.cumsum(is_separator, axis=1) - is_separator
+    return ((earlier > 0) & (tokens != _PADDING)).astype(jnp.int32)
+
+
+class _Embeddings(nn.Module):
+    """The sum of what a token, its position and its segment are embedded as, `[B, L] -> [B, L, width]`."""
+
+    vocab_size: int
+    width: int
+    max_length: int
+    num_segments: int
+    dropout_rate: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array, segments: jax.Array, *, train: bool) -> jax.Array:
+        x = self._embed(self.vocab_size, "word")(tokens)
+        x += self._embed(self.max_length, "position")(jnp.arange(tokens.shape[1])[None])
+        if self.num_segments:
+            x += self._embed(self.num_segments, "segment")(segments)
+        return nn.Dropout(self.dropout_rate, deterministic=not train)(_norm(self.dtype, "norm")(x))
+
+    def _embed(self, count: int, name: str) -> nn.Embed:
+        return nn.Embed(count, self.width, dtype=self.dtype, embedding_init=_INIT, name=name)
+
+
+class _Layer(nn.Module):
+    """Attention and a feed-forward block, each with a shortcut and a norm after it, `[B, L, width]` to the same."""
+
+    num_heads: int
+    hidden: int
+    dropout_rate: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array, *, train: bool) -> jax.Array:
+        dropout = nn.Dropout(self.dropout_rate, deterministic=not train)
+        attention = nn.MultiHeadDotProductAttention(
+            self.num_heads,
+            dtype=self.dtype,
+            kernel_init=_INIT,
+            dropout_rate=self.dropout_rate,
+            broadcast_dropout=False,
+            deterministic=not train,
+            name="attention",
+        )
+        x = _norm(self.dtype, "norm1")(x + dropout(attention(x, mask=mask)))
+        y = nn.gelu(_dense(self.hidden, self.dtype, "up")(x), approximate=False)
+        y = _dense(x.shape[-1], self.dtype, "down")(y)
+        return _norm(self.dtype, "norm2")(x + dropout(y))
+
+
+class TextEncoder(nn.Module):
+    """A transformer over tokens, `[B, L]` int32 to `[B, L, width]`.
+
+    Each layer is `x = norm1(x + attention(x)); x = norm2(x + down(gelu(up(x))))`, with the exact gelu. Tokens 0 are
+    padding, which no position attends to. The segments are worked out from the tokens: 1 after the first separator,
+    0 before it and for padding, as the tokenizers of BERT give them for `[CLS] question [SEP] passage [SEP]`.
+    Dropout is in BERT's places: on the embeddings, on attention weights and after each block (our choice for
+    DistilBERT too, whose code has none after attention).
+
+    Leaves: `embeddings/{word,position,segment}/embedding`, `embeddings/norm/{scale,bias}`, and in `layer_<i>`, with `i`
+    from 0, `attention/{query,key,value}/kernel [width, heads, d]`, `attention/out/kernel [heads, d, width]`,
+    `up/kernel`, `down/kernel`, and the biases and norms. So `layer_<i>/attention` is a block for routes in the view
+    `attention`. Sources: arXiv:1810.04805 (BERT), arXiv:1910.01108 (DistilBERT).
+
+    Attributes:
+      vocab_size: number of tokens.
+      width: size of a position's vector.
+      num_layers: number of layers.
+      num_heads: heads of each attention, which share the width.
+      hidden: inner width of the feed-forward blocks.
+      max_length: number of positions, the most tokens a text may have.
+      num_segments: 2, or 0 for none, as in DistilBERT.
+      separator: the token that ends a segment; 102 is [SEP] in BERT's uncased vocabulary.
+      dropout_rate: of dropout, in [0, 1).
+      dtype: of the computation and the output, e.g. bfloat16; parameters are float32.
+    """
+
+    vocab_size: int
+    width: int
+    num_layers: int
+    num_heads: int
+    hidden: int
+    max_length: int
+    num_segments: int = 2
+    separator: int = 102
+    dropout_rate: float = 0.1
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array, *, train: bool = False) -> jax.Array:
+        """Maps tokens `[B, L]` to `[B, L, width]`; `train` turns dropout on.
+
+        Raises:
+          ValueError: while tracing, for an attribute out of range, tokens that are no whole numbers `[B, L]`, or more
+            of them than there are positions.
+        """
+        self._check(tokens)
+        segments = _segments(tokens, self.separator)
+        mask = (tokens != _PADDING)[:, None, None]
+        x = _Embeddings(
+            self.vocab_size,
+            self.width,
+            self.max_length,
+            self.num_segments,
+            self.dropout_rate,
+            self.dtype,
+            name="embeddings",
+        )(tokens, segments, train=train)
+        for i in range(self.num_layers):
+            layer = _Layer(self.num_heads, self.hidden, self.dropout_rate, self.dtype, name=f"layer_{i}")
+            x = layer(x, mask, train=train)
+        return x
+
+    def _check(self, tokens: jax.Array) -> None:
+        check_at_least_one(
+            vocab_size=self.vocab_size,
+            width=self.width,
+            num_layers=self.num_layers,
+            num_heads=self.num_heads,
+            hidden=self.hidden,
+            max_length=self.max_length,
+        )
+        check_dropout(dropout_rate=self.dropout_rate)
+        if self.width % self.num_heads:
+            raise ValueError(f"{self.num_heads} heads do not divide the width {self.width}")
+        if self.num_segments not in (0, 2):
+            raise ValueError(f"num_segments must be 2, or 0 for none, got {self.num_segments!r}")
+        # With a separator that no token can be, all of a text would be one segment, without a word.
+        if not _PADDING < self.separator < self.vocab_size:
+            raise ValueError(f"separator must be a token in [1, {self.vocab_size}), got {self.separator}")
+        if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+            raise ValueError(f"tokens must be whole numbers [B, L], got {tokens.dtype} {list(tokens.shape)}")
+        if tokens.shape[1] > self.max_length:
+            raise ValueError(f"texts of {tokens.shape[1]} tokens do not fit in {self.max_length} positions")
+
+
+class TextClassifier(nn.Module):
+    """Classes from a text's first token, tokens `[B, L]` to logits `[B, num_classes]`, float32.
+
+    `classifier(dropout(tanh(pooler(x_0))))`, or `classifier(dropout(relu(pre_classifier(x_0))))`. What the pooler
+    gives is sown as `intermediates/features`, before dropout.
+
+    Attributes:
+      encoder: of the text; its leaves are below `encoder`.
+      num_classes: size of the output.
+      pooler: `tanh` as in BERT, or `relu` as in DistilBERT.
+    """
+
+    encoder: TextEncoder
+    num_classes: int
+    pooler: PoolerName = "tanh"
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array, *, train: bool = False) -> jax.Array:
+        """Maps tokens `[B, L]` to logits `[B, num_classes]`; `train` turns dropout on.
+
+        Raises:
+          ValueError: while tracing, as the encoder, and for an unknown pooler or no classes.
+        """
+        check_choice("pooler", self.pooler, get_args(PoolerName))
+        check_at_least_one(num_classes=self.num_classes)
+        x = self.encoder(tokens, train=train)[:, 0].astype(jnp.float32)
+        if self.pooler == "tanh":
+            x = nn.tanh(_dense(x.shape[-1], jnp.float32, "pooler")(x))
+        else:
+            x = nn.relu(_dense(x.shape[-1], jnp.float32, "pre_classifier")(x))
+        self.sow("intermediates", "features", x)
+        x = nn.Dropout(self.encoder.dropout_rate, deterministic=not train)(x)
+        return _dense(self.num_classes, jnp.float32, "classifier")(x)
+
+
+class SpanExtractor(nn.Module):
+    """Where an answer starts and ends, tokens `[B, L]` to logits `[B, L, 2]`, float32, of start and end.
+
+    `qa_outputs(x)` where an answer can be, and -1e9 elsewhere. It can be in the passage, that is the tokens of segment
+    1 but for separators, and at the first token, which stands for "no answer".
+
+    Attributes:
+      encoder: of the text; its leaves are below `encoder`.
+    """
+
+    encoder: TextEncoder
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array, *, train: bool = False) -> jax.Array:
+        """Maps tokens `[B, L]` to logits `[B, L, 2]`; `train` turns dropout on.
+
+        Raises:
+          ValueError: while tracing, as the encoder.
+        """
+        x = self.encoder(tokens, train=train).astype(jnp.float32)
+        logits = _dense(2, jnp.float32, "qa_outputs")(x)
+        separator = self.encoder.separator
+        in_passage = (_segments(tokens, separator) == 1) & (tokens != separator)
+        answerable = in_passage.at[:, 0].set(True)
+        return jnp.where(answerable[..., None], logits, _NEVER)
+
+
+def bert_base(vocab_size: int = 30522, **options: Any) -> TextEncoder:
+    """Returns the encoder of BERT base; 109,482,240 parameters with a classifier's pooler, for its uncased vocabulary.
+
+    Options are the other attributes of `TextEncoder`, such as `dtype`.
+    """
+    return TextEncoder(vocab_size, 768, 12, 12, 3072, 512, **options)
+
+
+def distilbert_base(vocab_size: int = 30522, **options: Any) -> TextEncoder:
+    """Returns the encoder of DistilBERT base; 66,362,880 parameters for BERT's uncased vocabulary.
+
+    Options are the other attributes of `TextEncoder`, such as `dtype`.
+    """
+    return TextEncoder(vocab_size, 768, 6, 12, 3072, 512, num_segments=0, **options)
+
+
+def small_bert(
+    vocab_size: int, num_layers: int = 4, width: int = 64, *, max_length: int = 128, **options: Any
+) -> TextEncoder:
+    """Returns a BERT of 4 layers, width 64 and 4 heads, for examples that run in seconds."""
+    return TextEncoder(vocab_size, width, num_layers, 4, 4 * width, max_length, **options)
+
+
+def small_distilbert(
+    vocab_size: int, num_layers: int = 2, width: int = 48, *, max_length: int = 128, **options: Any
+) -> TextEncoder:
+    """Returns a DistilBERT of 2 layers, width 48 and 4 heads: in no size that of `small_bert`, whose partner it is."""
+    return TextEncoder(vocab_size, width, num_layers, 4, 4 * width, max_length, num_segments=0, **options)

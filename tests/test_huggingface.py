@@ -1,0 +1,295 @@
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.special import erf
+
+import merge_jax as mj
+from merge_jax import models
+
+VOCAB, WIDTH, HIDDEN, HEADS, LAYERS, POSITIONS, CLASSES = 20, 8, 12, 2, 2, 10, 3
+CLS, SEP = 2, 3
+TOKENS = np.array([[CLS, 5, 6, SEP, 7, 8, 9, SEP, 0, 0], [CLS, 5, SEP, 10, 11, SEP, 0, 0, 0, 0]], np.int32)
+SEGMENTS = np.array([[0, 0, 0, 0, 1, 1, 1, 1, 0, 0], [0, 0, 0, 1, 1, 1, 0, 0, 0, 0]])
+
+# For each architecture: its prefix, and the parts of a layer in the order of `layer` below.
+PARTS = {
+    "bert": (
+        "encoder.layer",
+        ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"),
+        ("attention.output.LayerNorm", "intermediate.dense", "output.dense", "output.LayerNorm"),
+    ),
+    "distilbert": (
+        "transformer.layer",
+        ("attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin"),
+        ("sa_layer_norm", "ffn.lin1", "ffn.lin2", "output_layer_norm"),
+    ),
+}
+both = pytest.mark.parametrize("architecture", PARTS)
+
+
+def tensors_of(architecture, head, seed=0):
+    """Returns random tensors under the names that transformers gives them, in torch's layout."""
+    random = np.random.default_rng(seed)
+    tensors = {}
+
+    def add(name, *shape, prefix=f"{architecture}."):
+        tensors[f"{prefix}{name}.weight"] = (0.5 * random.normal(size=shape)).astype(np.float32)
+        if "embeddings." not in name or "LayerNorm" in name:
+            tensors[f"{prefix}{name}.bias"] = (0.5 * random.normal(size=shape[:1])).astype(np.float32)
+
+    add("embeddings.word_embeddings", VOCAB, WIDTH)
+    add("embeddings.position_embeddings", POSITIONS, WIDTH)
+    if architecture == "bert":
+        add("embeddings.token_type_embeddings", 2, WIDTH)
+    add("embeddings.LayerNorm", WIDTH)
+    layer, attention, (norm1, up, down, norm2) = PARTS[architecture]
+    for i in range(LAYERS):
+        for part in attention:
+            add(f"{layer}.{i}.{part}", WIDTH, WIDTH)
+        add(f"{layer}.{i}.{norm1}", WIDTH)
+        add(f"{layer}.{i}.{up}", HIDDEN, WIDTH)
+        add(f"{layer}.{i}.{down}", WIDTH, HIDDEN)
+        add(f"{layer}.{i}.{norm2}", WIDTH)
+    if head == "classes":
+        if architecture == "bert":
+            add("pooler.dense", WIDTH, WIDTH)
+        else:
+            add("pre_classifier", WIDTH, WIDTH, prefix="")
+        add("classifier", CLASSES, WIDTH, prefix="")
+    if head == "spans":
+        add("qa_outputs", 2, WIDTH, prefix="")
+    return tensors
+
+
+def reference(architecture, head, tensors, tokens, segments):
+    """Returns what the published equations give, in float64 and one text and one head at a time."""
+
+    def dense(name, x):
+        return x @ tensors[f"{name}.weight"].astype(np.float64).T + tensors[f"{name}.bias"]
+
+    def norm(name, x):
+        centred = x - x.mean(-1, keepdims=True)
+        deviation = np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-12)
+        return centred / deviation * tensors[f"{name}.weight"] + tensors[f"{name}.bias"]
+
+    embeddings = f"{architecture}.embeddings"
+    layers, attention, (norm1, up, down, norm2) = PARTS[architecture]
+    found = []
+    for text, of_segments in zip(tokens, segments, strict=True):
+        x = tensors[f"{embeddings}.word_embeddings.weight"][text].astype(np.float64)
+        x = x + tensors[f"{embeddings}.position_embeddings.weight"][: len(text)]
+        if architecture == "bert":
+            x = x + tensors[f"{embeddings}.token_type_embeddings.weight"][of_segments]
+        x = norm(f"{embeddings}.LayerNorm", x)
+        for i in range(LAYERS):
+            layer = f"{architecture}.{layers}.{i}."
+            query, key, value = (dense(layer + part, x) for part in attention[:3])
+            contexts = []
+            for one in np.split(np.arange(WIDTH), HEADS):
+                scores = query[:, one] @ key[:, one].T / np.sqrt(len(one))
+                weights = np.exp(scores - scores.max(-1, keepdims=True)) * (text > 0)
+                contexts.append(weights / weights.sum(-1, keepdims=True) @ value[:, one])
+            x = norm(layer + norm1, x + dense(layer + attention[3], np.concatenate(contexts, -1)))
+            y = dense(layer + up, x)
+            x = norm(layer + norm2, x + dense(layer + down, y * (1 + erf(y / np.sqrt(2))) / 2))
+        if head == "spans":
+            x = dense("qa_outputs", x)
+            impossible = (of_segments == 0) | (text == SEP)
+            impossible[0] = False
+            x[impossible] = -1e9
+        elif head == "classes" and architecture == "bert":
+            x = dense("classifier", np.tanh(dense("bert.pooler.dense", x[0])))
+        elif head == "classes":
+            x = dense("classifier", np.maximum(dense("pre_classifier", x[0]), 0))
+        found.append(x)
+    return np.stack(found)
+
+
+def model_of(architecture, head, classes=CLASSES, **options):
+    sizes = {"width": WIDTH, "num_layers": LAYERS, "num_heads": HEADS, "hidden": HIDDEN, "max_length": POSITIONS}
+    segments = 2 if architecture == "bert" else 0
+    encoder = models.TextEncoder(
+        **{"vocab_size": VOCAB, **sizes, "num_segments": segments, "separator": SEP, **options}
+    )
+    if head == "classes":
+        return models.TextClassifier(encoder, classes, "tanh" if architecture == "bert" else "relu")
+    return models.SpanExtractor(encoder) if head == "spans" else encoder
+
+
+def params_of(model):
+    shapes = jax.eval_shape(model.init, jax.random.key(0), TOKENS)["params"]
+    return jax.tree.map(lambda leaf: jnp.full(leaf.shape, 7.0, leaf.dtype), shapes)
+
+
+@pytest.fixture
+def write(tmp_path):
+    """A function that writes tensors to a file, and gives its path."""
+
+    def save(tensors):
+        mj.save_safetensors(tmp_path / "model.safetensors", tensors, overwrite=True)
+        return tmp_path / "model.safetensors"
+
+    return save
+
+
+@both
+@pytest.mark.parametrize("head", ["classes", "spans", None])
+def test_a_model_of_a_file_gives_what_the_published_equations_give(architecture, head, write):
+    tensors, model = tensors_of(architecture, head), model_of(architecture, head)
+    loaded = models.from_huggingface(write(tensors), params_of(model))
+    assert loaded.kept == ()
+    found = np.asarray(jax.jit(model.apply)({"params": loaded.params}, TOKENS), np.float64)
+    expected = reference(architecture, head, tensors, TOKENS, SEGMENTS)
+    if head is None:
+        # What stands at padding is no one's.
+        found, expected = found[TOKENS > 0], expected[TOKENS > 0]
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def old(name):
+    if "LayerNorm" not in name:
+        return name
+    return name.replace(".weight", ".gamma").replace(".bias", ".beta")
+
+
+@both
+@pytest.mark.parametrize("head", ["classes", None])
+def test_older_names_names_without_prefix_and_other_tensors_are_known(architecture, head, write):
+    tensors, params = tensors_of(architecture, head), params_of(model_of(architecture, head))
+    expected = models.from_huggingface(write(tensors), params)
+    renamed = {old(name).removeprefix(f"{architecture}."): tensor for name, tensor in tensors.items()}
+    renamed |= {"embeddings.position_ids": np.arange(POSITIONS)[None], "cls.predictions.bias": np.zeros(VOCAB)}
+    path = write(renamed)
+    for of in (path, path.parent):
+        found = models.from_huggingface(of, params)
+        assert found.kept == ()
+        jax.tree.map(np.testing.assert_array_equal, found.params, expected.params)
+
+
+@both
+@pytest.mark.parametrize("head", ["classes", "spans", None])
+def test_what_was_loaded_goes_back_as_it_was(architecture, head, write, tmp_path):
+    tensors = tensors_of(architecture, head)
+    loaded = models.from_huggingface(write(tensors), params_of(model_of(architecture, head)))
+    if head is None:
+        # A bare model's names have no prefix.
+        tensors = {name.removeprefix(f"{architecture}."): tensor for name, tensor in tensors.items()}
+    back = models.to_huggingface(loaded.params)
+    assert back.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(back[name], tensor, err_msg=name)
+    mj.save_safetensors(tmp_path / "back.safetensors", back)
+    again = models.from_huggingface(tmp_path / "back.safetensors", loaded.params)
+    jax.tree.map(np.testing.assert_array_equal, again.params, loaded.params)
+
+
+@both
+def test_a_head_that_the_file_has_not_is_kept_and_named(architecture, write):
+    path = write(tensors_of(architecture, "spans"))
+    loaded = models.from_huggingface(path, params_of(model_of(architecture, "classes")))
+    pooler = "pooler" if architecture == "bert" else "pre_classifier"
+    assert set(loaded.kept) == {f"{name}/{leaf}" for name in ("classifier", pooler) for leaf in ("kernel", "bias")}
+    for path, leaf in mj.flatten(loaded.params).items():
+        assert (path in loaded.kept) == bool((leaf == 7.0).all()), path
+
+
+@both
+def test_a_head_of_other_classes_is_kept_whole(architecture, write):
+    tensors = tensors_of(architecture, "classes")
+    params = params_of(model_of(architecture, "classes", classes=5))
+    assert models.from_huggingface(write(tensors), params).kept == ("classifier/bias", "classifier/kernel")
+    # No kernel is taken without its bias.
+    del tensors["classifier.bias"]
+    params = params_of(model_of(architecture, "classes"))
+    loaded = models.from_huggingface(write(tensors), params)
+    assert loaded.kept == ("classifier/bias", "classifier/kernel")
+    np.testing.assert_array_equal(loaded.params["classifier"]["kernel"], 7.0)
+
+
+def test_leaves_keep_the_models_dtype(write):
+    tensors = {name: tensor.astype(np.float16) for name, tensor in tensors_of("bert", None).items()}
+    loaded = models.from_huggingface(write(tensors), params_of(model_of("bert", None)))
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(loaded.params)} == {"float32"}
+    words = tensors["bert.embeddings.word_embeddings.weight"]
+    np.testing.assert_array_equal(loaded.params["embeddings"]["word"]["embedding"], words.astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options", "message"),
+    [
+        ("distilbert", {}, r"model\.safetensors is of BERT, the model is a DistilBERT"),
+        ("bert", {"num_layers": 1}, r"model\.safetensors has 2 layers, the model has 1"),
+        ("bert", {"num_layers": 3}, r"model\.safetensors has 2 layers, the model has 3"),
+        ("bert", {"vocab_size": 30}, r"has a vocabulary of 20 tokens, the model has one of 30"),
+        ("bert", {"max_length": 12}, r"'embeddings.position_embeddings.weight' of .* is \[10, 8\], .* needs \[12, 8\]"),
+        ("bert", {"width": 16}, r"the tensor 'embeddings\..*' of .*, the model needs \["),
+        ("bert", {"hidden": 16}, r"the tensor 'encoder\.layer\.0\..*' of .* is \[.*12.*\], the model needs \[.*16.*\]"),
+    ],
+)
+def test_a_file_that_does_not_fit_is_refused(architecture, options, message, write):
+    path = write(tensors_of("bert", "classes"))
+    with pytest.raises(ValueError, match=message):
+        models.from_huggingface(path, params_of(model_of(architecture, "classes", **options)))
+
+
+def test_files_of_other_architectures_are_refused(write):
+    params = params_of(model_of("bert", None))
+    with pytest.raises(ValueError, match="is of DistilBERT, the model is a BERT"):
+        models.from_huggingface(write(tensors_of("distilbert", None)), params)
+    path = write({"h.0.attn.c_attn.weight": np.ones((2, 6)), "wte.weight": np.ones((3, 2))})
+    with pytest.raises(ValueError, match=r"is of neither BERT nor DistilBERT: it has .*'h\.0\.attn\.c_attn\.weight'"):
+        models.from_huggingface(path, params)
+
+
+def test_missing_tensors_are_named_ten_at_most(write):
+    tensors, params = tensors_of("bert", None), params_of(model_of("bert", None))
+    del tensors["bert.encoder.layer.1.output.dense.bias"]
+    with pytest.raises(ValueError, match=r"lacks the tensors 'encoder\.layer\.1\.output\.dense\.bias'$"):
+        models.from_huggingface(write(tensors), params)
+    few = {name: tensor for name, tensor in tensors.items() if "query.weight" in name}
+    with pytest.raises(ValueError, match=r"lacks the tensors ('[\w.]+'(, )?){10} and 25 more$"):
+        models.from_huggingface(write(few), params)
+
+
+def test_tensors_of_whole_numbers_are_refused(write):
+    tensors = tensors_of("bert", None)
+    name = "bert.encoder.layer.0.output.dense.weight"
+    tensors[name] = tensors[name].astype(np.int8)
+    with pytest.raises(ValueError, match=r"'encoder\.layer\.0\.output\.dense\.weight' of .* is int8, expected floats"):
+        models.from_huggingface(write(tensors), params_of(model_of("bert", None)))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "config", "message"),
+    [
+        ("bert", {"num_attention_heads": 4}, r"config\.json has num_attention_heads 4, the model has 2"),
+        ("distilbert", {"n_heads": 4}, r"config\.json has n_heads 4, the model has 2"),
+        ("bert", {"hidden_act": "gelu_new"}, r"config\.json has hidden_act 'gelu_new', the model has 'gelu'"),
+        ("distilbert", {"activation": "relu"}, r"config\.json has activation 'relu', the model has 'gelu'"),
+        ("bert", {"num_attention_heads": 2, "hidden_act": "gelu", "n_heads": 9}, None),
+        ("distilbert", {}, None),
+    ],
+)
+def test_what_no_tensor_tells_is_compared_with_the_configuration(architecture, config, message, write):
+    path, params = write(tensors_of(architecture, None)), params_of(model_of(architecture, None))
+    path.with_name("config.json").write_text(json.dumps(config))
+    for of in (path, path.parent):
+        if message is None:
+            models.from_huggingface(of, params)
+        else:
+            with pytest.raises(ValueError, match=message):
+                models.from_huggingface(of, params)
+
+
+def test_params_of_other_models_are_refused(write):
+    path, params = write(tensors_of("bert", None)), params_of(model_of("bert", None))
+    message = "params are of no text model, they have no 'embeddings/word/embedding'; did you mean 'params/embeddings"
+    with pytest.raises(ValueError, match=message):
+        models.from_huggingface(path, {"params": params})
+    with pytest.raises(ValueError, match=r"of no text model, .*; there is 'fc/kernel'"):
+        models.to_huggingface({"fc": {"kernel": jnp.ones((2, 2))}})
+    with pytest.raises(ValueError, match="params have the leaf 'mine/kernel', for which a BERT has no name"):
+        models.to_huggingface({"encoder": params, "mine": {"kernel": jnp.ones((2, 2))}})
