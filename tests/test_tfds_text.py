@@ -37,12 +37,13 @@ def manual(data_dir, name):
 
 
 def put_imdb(data_dir, files=IMDB):
+    """The official layout; `files` are texts by name, or pairs of them."""
     path = manual(data_dir, "aclImdb_v1.tar.gz")
     with tarfile.open(path, "w:gz") as archive:
         folder = tarfile.TarInfo("aclImdb/train/neg/")
         folder.type = tarfile.DIRTYPE
         archive.addfile(folder)
-        for name, text in files.items():
+        for name, text in files.items() if isinstance(files, dict) else files:
             content = text.encode() if isinstance(text, str) else text
             info = tarfile.TarInfo(name)
             info.size = len(content)
@@ -119,6 +120,11 @@ def test_imdb_is_read_from_its_archive_and_official_tfds_reads_what_was_prepared
 def test_an_archive_of_ones_own_needs_no_texts_without_labels(tmp_path):
     put_imdb(tmp_path, {name: text for name, text in IMDB.items() if "unsup" not in name})
     assert by_text(load_tfds_texts("imdb_reviews", tmp_path).train) == expected_imdb("train")
+
+
+def test_of_two_members_of_one_name_the_later_counts(tmp_path):
+    put_imdb(tmp_path, [("aclImdb/test/pos/0_10.txt", "No!"), *IMDB.items()])
+    assert by_text(load_tfds_texts(data_dir=tmp_path).test) == expected_imdb("test")
 
 
 def test_a_prepared_set_needs_its_archive_no_more_and_refuses_another(tmp_path):
@@ -239,6 +245,7 @@ def test_an_answer_that_is_nowhere_is_named(tmp_path):
         (b'{"data": ["x"]}', r"is truncated or no file of SQuAD v2.0 \(AttributeError: "),
         (TRAIN.replace(b"is_impossible", b"possible"), r"is truncated or .* \(KeyError: 'is_impossible'\)"),
         (b'{"data": []}', "has no questions"),
+        (squad_file(("a", "Who?", []), ("b", "Who?", []), ("a", "Where?", [])), "has 1 ids .* such as 'a'$"),
     ],
 )
 def test_a_wrong_file_of_squad_is_named_and_leaves_nothing_behind(content, message, tmp_path):

@@ -59,7 +59,8 @@ def _builder_class() -> Any:
 
 def _read_archive(archive: Path) -> dict[str, _Examples]:
     """Returns the examples of each split; that of texts without labels is left out where it has none."""
-    splits: dict[str, _Examples] = {"train": [], "test": [], "unsupervised": []}
+    # By name, since of two members of one name the later counts in a tar file.
+    splits: dict[str, dict[str, dict[str, Any]]] = {"train": {}, "test": {}, "unsupervised": {}}
     missing = [f"aclImdb/{split}/{label}/" for split in ("train", "test") for label in ("neg", "pos")]
     names = []
     for name, content in archive_members(archive, lambda name: _FILE.match(name) is not None):
@@ -72,8 +73,8 @@ def _read_archive(archive: Path) -> dict[str, _Examples]:
         except UnicodeDecodeError as error:
             raise ValueError(f"{archive}: {name} is not UTF-8 ({one_line(error)})") from error
         split, label = match["split"] or "unsupervised", match["label"] or _NO_LABEL
-        splits[split].append((name, {"text": text, "label": label}))
+        splits[split][name] = {"text": text, "label": label}
         missing = [folder for folder in missing if folder != match[0]]
     if missing:
         raise ValueError(f"the archive {archive} has no texts in {missing}, found {names[:20]}")
-    return {split: examples for split, examples in splits.items() if examples}
+    return {split: list(examples.items()) for split, examples in splits.items() if examples}

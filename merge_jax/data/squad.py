@@ -1,5 +1,6 @@
 """SQuAD from its JSON files, as TFDS has it, whether they are downloaded or lie there."""
 
+import collections
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -64,6 +65,9 @@ def _builder_class() -> Any:
                     ) from error
                 if not examples:
                     raise ValueError(f"{file} has no questions")
+                twice = [id_ for id_, count in collections.Counter(id_ for id_, _ in examples).items() if count > 1]
+                if twice:
+                    raise ValueError(f"{file} has {len(twice)} ids that stand twice, such as {twice[0]!r}")
                 return examples
 
     return FromFiles
