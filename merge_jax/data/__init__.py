@@ -5,23 +5,41 @@ from merge_jax.data.augment import crop_flip_rotate
 from merge_jax.data.folder import load_image_folder
 from merge_jax.data.image_set import ImageSet, channel_statistics, check_images
 from merge_jax.data.images import load_digits
+from merge_jax.data.synthetic_text import synthetic_questions, synthetic_reviews, synthetic_topics
+from merge_jax.data.text_files import load_questions, load_text_set, load_texts
+from merge_jax.data.text_set import LabelledTexts, Question, QuestionSet, TextSet
 from merge_jax.data.tfds_images import load_tfds_images
 from merge_jax.data.tfds_text import load_tfds_questions, load_tfds_texts
+from merge_jax.data.tokens import Encoded, EncodedQuestions, WordPiece, decode_spans
 
 __all__ = [
     "Arrays",
+    "Encoded",
+    "EncodedQuestions",
     "ImageSet",
+    "LabelledTexts",
+    "Question",
+    "QuestionSet",
     "Splits",
+    "TextSet",
+    "WordPiece",
     "batches_of",
     "channel_statistics",
     "check_images",
     "class_balanced",
     "crop_flip_rotate",
+    "decode_spans",
     "indices_of",
     "load_digits",
     "load_image_folder",
+    "load_questions",
+    "load_text_set",
+    "load_texts",
     "load_tfds_images",
     "load_tfds_questions",
     "load_tfds_texts",
     "split",
+    "synthetic_questions",
+    "synthetic_reviews",
+    "synthetic_topics",
 ]
