@@ -8,12 +8,14 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import merge_jax as mj
-from experiments.scenario import Role
+from experiments.scenario import Learner, Role
 from merge_jax.checks import check_choice
 from merge_jax.data import (
+    Arrays,
     Splits,
     channel_statistics,
     class_balanced,
@@ -27,8 +29,11 @@ from merge_jax.tasks import ModelApply, on_pixels
 
 __all__ = [
     "ImageData",
+    "ImageTaskName",
     "LearningRateSchedule",
     "ModelName",
+    "image_learner",
+    "load_image_task",
     "load_images",
     "make_apply",
     "make_model",
@@ -46,6 +51,10 @@ ModelName = Literal[
     "mobilenet_v2_half",
 ]
 """`resnet18_quarter` is ResNet18 with a quarter of its channels; the others are `merge_jax.models`."""
+
+ImageTaskName = Literal["digits", "parity", "parity_and_size", "cifar100", "cifar100_coarse"]
+"""What is learned of images: `parity` (odd or even) and `parity_and_size` (whether at least 5, too) are of the digits
+and share no label with them; `cifar100_coarse` are the 20 groups of CIFAR-100's 100 classes."""
 
 LearningRateSchedule = Literal["cosine", "steps"]
 """To 0 along a cosine, or times 0.2 after 30, 60 and 80 percent of the run, as published."""
@@ -72,7 +81,9 @@ class ImageData:
     pixels: tuple[tuple[float, ...], tuple[float, ...]] | None
 
 
-def load_images(name: str, data_dir: Path | None, image_size: int | None, validation: int) -> ImageData:
+def load_images(
+    name: str, data_dir: Path | None, image_size: int | None, validation: int, label: str = "label"
+) -> ImageData:
     """Returns the images of that name: `digits`, a TFDS set such as `cifar100`, or the path of a folder.
 
     Args:
@@ -80,6 +91,7 @@ def load_images(name: str, data_dir: Path | None, image_size: int | None, valida
       data_dir: of TFDS.
       image_size: height and width to bring images to; None for as they are.
       validation: how many training images to hold out, drawn anew for each seed; 0 for none. Digits always hold 200.
+      label: the feature of a TFDS set that is the label.
 
     Raises:
       ValueError: the images cannot be had, or fewer can be held out than that.
@@ -91,7 +103,7 @@ def load_images(name: str, data_dir: Path | None, image_size: int | None, valida
     if "/" in name or Path(name).is_dir():
         images = load_image_folder(name, image_size=image_size)
     else:
-        images = load_tfds_images(name, data_dir, image_size=image_size)
+        images = load_tfds_images(name, data_dir, image_size=image_size, label=label)
     size = len(images.train["label"])
     if validation != 0 and not images.num_classes <= validation <= size - images.num_classes:
         raise ValueError(
@@ -108,6 +120,35 @@ def load_images(name: str, data_dir: Path | None, image_size: int | None, valida
     height, width, channels = images.train["image"].shape[1:]
     pixels = channel_statistics(images.train["image"])
     return ImageData(name, lru_cache(maxsize=1)(splits), (height, width, channels), images.num_classes, pixels)
+
+
+def load_image_task(task: str, data_dir: Path | None, image_size: int | None, validation: int) -> ImageData:
+    """Returns the images of a task with its labels.
+
+    Raises:
+      ValueError: the task is unknown, or as `load_images`.
+    """
+    check_choice("task", task, get_args(ImageTaskName))
+    if task.startswith("cifar100"):
+        label = "coarse_label" if task == "cifar100_coarse" else "label"
+        return load_images("cifar100", data_dir, image_size, validation, label)
+    digits = load_images("digits", data_dir, image_size, validation)
+    if task == "parity":
+        return _relabelled(digits, task, 2, lambda digit: digit % 2)
+    if task == "parity_and_size":
+        return _relabelled(digits, task, 4, lambda digit: digit % 2 + 2 * (digit >= 5))
+    return digits
+
+
+def _relabelled(data: ImageData, name: str, num_classes: int, of: Callable[[np.ndarray], np.ndarray]) -> ImageData:
+    def change(arrays: Arrays) -> Arrays:
+        return {**arrays, "label": of(arrays["label"]).astype(np.int32)}
+
+    def splits(seed: int) -> Splits:
+        found = data.splits(seed)
+        return Splits(change(found.train), change(found.validation), change(found.test))
+
+    return replace(data, name=name, splits=lru_cache(maxsize=1)(splits), num_classes=num_classes)
 
 
 def make_model(name: str, num_classes: int, *, stages: int, **options: Any) -> mj.models.ResNet | mj.models.MobileNetV2:
@@ -161,6 +202,27 @@ def make_role(
 
     evaluate = mj.evaluate_classifier(make_apply(model, data), batch_size=_EVALUATED_AT_ONCE)
     return Role(name, init, lru_cache(maxsize=1)(few_labels), evaluate, augment=change if augment else None)
+
+
+def image_learner(
+    task: str,
+    model: str,
+    *,
+    data_dir: Path | None,
+    image_size: int | None,
+    validation: int,
+    labels: int | None,
+    stages: int,
+) -> Learner:
+    """Returns a model that learns an image task; see `load_image_task`, `make_model` and `make_role`.
+
+    Raises:
+      ValueError: the model or the task is unknown, or the images cannot be had.
+    """
+    data = load_image_task(task, data_dir, image_size, validation)
+    module = make_model(model, data.num_classes, stages=stages)
+    role = make_role(f"{model} ({task})", module, data, labels=labels)
+    return Learner(role, mj.classification_loss(make_apply(module, data)))
 
 
 def sgd(learning_rate: float, steps: int, schedule: LearningRateSchedule) -> optax.GradientTransformation:

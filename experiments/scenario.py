@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import optax
@@ -13,10 +14,10 @@ from merge_jax.data import Arrays, Splits
 from merge_jax.epoch import Augment
 from merge_jax.joint import Task
 from merge_jax.transfer import identity_transfer
-from merge_jax.types import ModelState, Params, TeacherFn, Transfer
+from merge_jax.types import LossFn, ModelState, Params, TeacherFn, Transfer
 from merge_jax.weights import load_params
 
-__all__ = ["Method", "Role", "Scenario", "choose"]
+__all__ = ["Learner", "Method", "Role", "Scenario", "choose"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,18 @@ class Role:
     metric: str = "accuracy"
     augment: Augment | None = None
     load: Callable[[Path, Params], Params] = load_params
+
+
+class Learner(NamedTuple):
+    """A model of a scenario with what it learns.
+
+    Attributes:
+      role: the model and its data.
+      loss_fn: what it learns.
+    """
+
+    role: Role
+    loss_fn: LossFn
 
 
 @dataclass(frozen=True)

@@ -46,21 +46,20 @@ class TransferConfig(RunConfig):
         if not 0 <= self.stop <= 1:
             raise ValueError(f"stop must be a fraction in [0, 1], got {self.stop}")
 
-    def lpka(self, routes: Any, num_steps: int, **options: Any) -> mj.Transfer:
-        """Returns the transfer of these options for a run of so many steps."""
+    def lpka(self, routes: Any, num_steps: int, *, output: OutputForm | None = None) -> mj.Transfer:
+        """Returns the transfer of these options for a run of so many steps, maybe in another output form."""
         ends = {"rising": (0.0, 1.0), "falling": (1.0, 0.0)}.get(self.gate)
         gate = None if ends is None else optax.linear_schedule(*ends, max(1, round(self.stop * num_steps)))
         return mj.lpka_transfer(
             routes,
             num_layers=self.num_layers,
             num_heads=self.num_heads,
-            output=self.output,
+            output=output or self.output,
             gate=gate,
             attention_dropout=self.attention_dropout,
             feed_forward_dropout=self.feed_forward_dropout,
             max_width=512 if self.capped else None,
             max_hidden=1024 if self.capped else None,
-            **options,
         )
 
     def adapter_optimizer(self, schedule: Schedule) -> optax.GradientTransformation:

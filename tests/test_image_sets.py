@@ -94,6 +94,16 @@ def test_cifar_is_read_from_its_archive_and_official_tfds_reads_what_was_prepare
     assert tfds.builder(name, data_dir=tmp_path).info.features["label"].int2str(3) == "class_3"
 
 
+def test_another_feature_may_be_the_label(tmp_path):
+    files, train, _ = cifar_members("cifar100")
+    put_archive(tmp_path, "cifar100", files)
+    loaded = load_tfds_images("cifar100", tmp_path, label="coarse_label")
+    assert loaded.classes == tuple(f"coarse_{i}" for i in range(20))
+    assert by_content(*loaded.train.values()) == by_content(train[0], [label // 5 for label in train[1]])
+    with pytest.raises(ValueError, match=r"cifar100 needs features 'image', an Image, and 'corse', a ClassLabel, found"):
+        load_tfds_images("cifar100", tmp_path, label="corse")
+
+
 def test_a_prepared_set_is_used_again_and_needs_its_archive_no_more(tmp_path):
     files, *_ = cifar_members("cifar10")
     archive = put_archive(tmp_path, "cifar10", files)

@@ -1,6 +1,6 @@
 """Data as NumPy arrays in memory, and batches of them as a pure function of the step."""
 
-from merge_jax.data.arrays import Arrays, Splits, batches_of, class_balanced, indices_of, split
+from merge_jax.data.arrays import Arrays, Splits, batches_of, class_balanced, indices_of, num_examples, split
 from merge_jax.data.augment import crop_flip_rotate
 from merge_jax.data.folder import load_image_folder
 from merge_jax.data.image_set import ImageSet, channel_statistics, check_images
@@ -38,6 +38,7 @@ __all__ = [
     "load_tfds_images",
     "load_tfds_questions",
     "load_tfds_texts",
+    "num_examples",
     "split",
     "synthetic_questions",
     "synthetic_reviews",

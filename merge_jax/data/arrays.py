@@ -78,13 +78,13 @@ def num_examples(arrays: Arrays) -> int:
 
 
 def split(arrays: Arrays, size: int, seed: int) -> tuple[Arrays, Arrays]:
-    """Returns `size` examples with the classes in proportion (by `label`), and the rest, drawn from `seed`.
+    """Returns `size` examples and the rest, drawn from `seed`; the classes of a `label` are in proportion in both.
 
     Raises:
       ValueError: either side would lack an example of some class.
     """
-    indices = np.arange(len(arrays["label"]))
-    rest, chosen = train_test_split(indices, test_size=size, stratify=arrays["label"], random_state=seed)
+    indices = np.arange(num_examples(arrays))
+    rest, chosen = train_test_split(indices, test_size=size, stratify=arrays.get("label"), random_state=seed)
     return _take(arrays, np.asarray(chosen)), _take(arrays, np.asarray(rest))
 
 

@@ -1,5 +1,6 @@
 """Image classification sets of TensorFlow Datasets (TFDS), prepared and read without TensorFlow."""
 
+import functools
 import io
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ __all__ = ["load_tfds_images"]
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
-def load_tfds_images(name: str, data_dir: Path | str | None = None, *, image_size: int | None = None) -> ImageSet:
+def load_tfds_images(
+    name: str, data_dir: Path | str | None = None, *, image_size: int | None = None, label: str = "label"
+) -> ImageSet:
     """Returns the image classification set that TFDS calls `name`, prepared in `data_dir` at the first call.
 
     The split "train" is learnt from; "test", or "validation" where there is none, is tested on. `data_dir` is TFDS's
@@ -29,7 +32,8 @@ def load_tfds_images(name: str, data_dir: Path | str | None = None, *, image_siz
     `<data_dir>/downloads/manual/` if it is there, and downloaded otherwise. One's own may hold fewer images. For other
     sets that depends on their TFDS builder.
 
-    With `image_size`, the central square of every image is scaled to that many pixels a side (bilinear).
+    With `image_size`, the central square of every image is scaled to that many pixels a side (bilinear). `label` is the
+    feature that the labels are, such as `coarse_label` of CIFAR-100.
 
     Raises:
       ValueError: the set is unknown, is not one of images and labels, cannot be downloaded or prepared, or was prepared
@@ -42,20 +46,22 @@ def load_tfds_images(name: str, data_dir: Path | str | None = None, *, image_siz
     with tamed_tfds():
         if name in CIFAR:
             builder = prepare_cifar(name, root)
+            _check_features(name, builder.info.features, label)
         else:
-            builder = prepare(name, root, _check_features, hint=f" (a folder is ./{name})")
+            check = functools.partial(_check_features, label=label)
+            builder = prepare(name, root, check, hint=f" (a folder is ./{name})")
     splits = list(builder.info.splits)
     test = next((split for split in ("test", "validation") if split in splits), None)
     if "train" not in splits or test is None:
         raise ValueError(f"{name} needs a split 'train' and one of 'test' and 'validation', found {splits}")
-    classes = tuple(builder.info.features["label"].names)
-    arrays = {split: _read(builder, split, image_size) for split in ("train", test)}
+    classes = tuple(builder.info.features[label].names)
+    arrays = {split: _read(builder, split, image_size, label) for split in ("train", test)}
     for split, part in arrays.items():
         check_images(f"{name} {split}", part, len(classes))
     return ImageSet(name, arrays["train"], arrays[test], classes)
 
 
-def _read(builder: Any, split: str, image_size: int | None) -> Arrays:
+def _read(builder: Any, split: str, image_size: int | None, label: str) -> Arrays:
     import tensorflow_datasets as tfds
 
     mode = _MODES[builder.info.features["image"].shape[-1]]
@@ -76,19 +82,19 @@ def _read(builder: Any, split: str, image_size: int | None) -> Arrays:
                 f" {index} is {pixels.shape} (height, width, channels); give image_size to scale them"
             )
         images[index] = pixels
-        labels[index] = example["label"]
+        labels[index] = example[label]
     assert images is not None  # No split is empty.
     return {"image": images, "label": labels}
 
 
-def _check_features(name: str, features: Any) -> None:
+def _check_features(name: str, features: Any, label: str) -> None:
     import tensorflow_datasets as tfds
 
-    expected = {"image": tfds.features.Image, "label": tfds.features.ClassLabel}
+    expected = {"image": tfds.features.Image, label: tfds.features.ClassLabel}
     found: dict[str, Any] = dict(features.items()) if isinstance(features, tfds.features.FeaturesDict) else {}
     if not all(isinstance(found.get(key), kind) for key, kind in expected.items()):
         types = {key: type(feature).__name__ for key, feature in found.items()}
-        raise ValueError(f"{name} needs features 'image', an Image, and 'label', a ClassLabel, found {types}")
+        raise ValueError(f"{name} needs features 'image', an Image, and {label!r}, a ClassLabel, found {types}")
     image = found["image"]
     if image.np_dtype != np.uint8 or image.shape[-1] not in _MODES:
         raise ValueError(

@@ -339,7 +339,6 @@ def _tokenizer(vocabulary: dict[str, int], lowercase: bool) -> Any:
     tokenizer = library.Tokenizer(library.models.WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer = library.normalizers.BertNormalizer(lowercase=lowercase)
     tokenizer.pre_tokenizer = library.pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = library.decoders.WordPiece()
     return tokenizer
 
 

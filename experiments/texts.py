@@ -1,0 +1,272 @@
+"""Text models as the roles of a scenario: tasks by name, data by name or file, and what they are trained with."""
+
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import merge_jax as mj
+from experiments.scenario import Learner, Role
+from merge_jax.checks import check_choice
+from merge_jax.data import (
+    Arrays,
+    LabelledTexts,
+    QuestionSet,
+    Splits,
+    TextSet,
+    WordPiece,
+    class_balanced,
+    decode_spans,
+    load_questions,
+    load_text_set,
+    load_texts,
+    load_tfds_questions,
+    load_tfds_texts,
+    num_examples,
+    split,
+    synthetic_questions,
+    synthetic_reviews,
+    synthetic_topics,
+)
+
+__all__ = ["TextModelName", "TextSource", "TextTaskName", "adamw", "load_text", "text_learner", "vocabulary"]
+
+TextTaskName = Literal["sentiment", "topic", "qa"]
+"""Sentiment and topic classify texts; qa finds the answer to a question in a passage, or that there is none."""
+
+TextModelName = Literal["small_bert", "small_distilbert", "bert_base", "distilbert_base"]
+"""The encoders of `merge_jax.models`, each with the head of its task."""
+
+_SYNTHETIC = {
+    "sentiment": partial(synthetic_reviews, 2000, 1000, seed=0),
+    "topic": partial(synthetic_topics, 2000, 1000, seed=0),
+    "qa": partial(synthetic_questions, 4000, 1000, seed=0),
+}
+_TFDS = {
+    "sentiment": partial(load_tfds_texts, "imdb_reviews"),
+    "topic": partial(load_tfds_texts, "ag_news_subset", text=("title", "description")),
+    "qa": partial(load_tfds_questions, "squad/v2.0"),
+}
+_TEST_SHARE = 0.2
+_EVALUATED_AT_ONCE = 200
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """Where the text of one role comes from.
+
+    Attributes:
+      data: `synthetic`, `tfds` for the set of TFDS that the task is known by, the name of another, or the path of a
+        file.
+      test_data: the file that is tested on, where `data` is one; a fifth of that one by default.
+      text: the columns, or features, that are the text.
+      label: the column of the label.
+    """
+
+    data: str
+    test_data: Path | None = None
+    text: tuple[str, ...] = ("text",)
+    label: str = "label"
+
+
+def load_text(task: str, source: TextSource, data_dir: Path | None) -> TextSet | QuestionSet:
+    """Returns the texts of a task.
+
+    Raises:
+      ValueError: the task is unknown, or the data cannot be had.
+    """
+    check_choice("task", task, get_args(TextTaskName))
+    path = Path(source.data)
+    if source.data == "synthetic":
+        return _SYNTHETIC[task]()
+    if source.data == "tfds":
+        return _TFDS[task](data_dir=data_dir)
+    if not ("/" in source.data and path.suffix) and not path.exists():
+        if task == "qa":
+            return load_tfds_questions(source.data, data_dir)
+        return load_tfds_texts(source.data, data_dir, text=source.text)
+    if task == "qa":
+        questions = load_questions(path)
+        if source.test_data is not None:
+            return QuestionSet(path.stem, questions, load_questions(source.test_data))
+        order = np.random.default_rng(0).permutation(len(questions))
+        cut = round(_TEST_SHARE * len(questions))
+        return QuestionSet(path.stem, [questions[i] for i in order[cut:]], [questions[i] for i in order[:cut]])
+    columns: Any = {"text": [_column(name) for name in source.text], "label": _column(source.label)}
+    if source.test_data is not None:
+        return load_text_set(path, source.test_data, name=path.stem, **columns)
+    texts, classes = load_texts(path, **columns)
+    rows = {"row": np.arange(len(texts.texts)), "label": texts.labels}
+    test, train = (
+        LabelledTexts([texts.texts[i] for i in part["row"]], part["label"])
+        for part in split(rows, round(_TEST_SHARE * len(texts.texts)), seed=0)
+    )
+    return TextSet(path.stem, train, test, classes)
+
+
+def _column(name: str) -> str | int:
+    return int(name) if name.isdigit() else name
+
+
+def vocabulary(path: Path | None, sets: Iterable[TextSet | QuestionSet], size: int) -> WordPiece:
+    """Returns the vocabulary of a file, or one learned from the training texts of some sets.
+
+    Raises:
+      ValueError: the file is no vocabulary, or the size leaves no place for every letter.
+    """
+    if path is not None:
+        return WordPiece.from_vocabulary(path)
+    return WordPiece.train([words for one in sets for words in _words_of(one)], size)
+
+
+def _words_of(texts: TextSet | QuestionSet) -> list[str]:
+    if isinstance(texts, TextSet):
+        return list(texts.train.texts)
+    passages = dict.fromkeys(question.passage for question in texts.train)
+    return [*passages, *(question.question for question in texts.train)]
+
+
+def text_learner(
+    task: str,
+    texts: TextSet | QuestionSet,
+    tokens: WordPiece,
+    model: str,
+    *,
+    max_length: int,
+    too_long: str = "truncate",
+    validation: int,
+    labels: int | None = None,
+    weights: Path | None = None,
+    dtype: Any = jnp.float32,
+) -> Learner:
+    """Returns a model that learns a text task.
+
+    Args:
+      task: its name.
+      texts: its data.
+      tokens: the vocabulary.
+      model: one of `TextModelName`.
+      max_length: tokens of a text, or of a question and its passage.
+      too_long: what to do with longer ones; those that are cut are counted on standard error.
+      validation: how many training examples to hold out, drawn anew for each seed.
+      labels: how many of the others it learns from; None for all.
+      weights: a Hugging Face safetensors file or folder to start from; None for random ones.
+      dtype: of the computation.
+
+    Raises:
+      ValueError: the model is unknown, fewer examples can be held out than that, a text does not fit, or weights that
+        do not fit the model and its vocabulary.
+    """
+    check_choice("model", model, get_args(TextModelName))
+    options: dict[str, Any] = {"separator": tokens.separator, "dtype": dtype}
+    if model.startswith("small_"):
+        options["max_length"] = max_length
+    encoder = getattr(mj.models, model)(tokens.vocab_size, **options)
+    if max_length > encoder.max_length:
+        raise ValueError(f"max_length must be at most {encoder.max_length}, the positions of {model}, got {max_length}")
+    name = f"{model} ({texts.name} {task})"
+    if isinstance(texts, QuestionSet):
+        module: Any = mj.models.SpanExtractor(encoder)
+        train, test, evaluate = _questions(texts, tokens, max_length, too_long, module.apply)
+        loss_fn, metric = mj.span_loss(module.apply), "f1"
+    else:
+        pooler = "tanh" if encoder.num_segments else "relu"
+        module = mj.models.TextClassifier(encoder, len(texts.classes), pooler)
+        train, test = (
+            _encoded(texts.name, tokens.encode_texts(part.texts, part.labels, max_length, too_long=too_long))
+            for part in (texts.train, texts.test)
+        )
+        evaluate = mj.evaluate_classifier(module.apply, inputs="tokens", batch_size=_EVALUATED_AT_ONCE)
+        loss_fn, metric = mj.classification_loss(module.apply, inputs="tokens"), "accuracy"
+    _check_sizes(texts.name, num_examples(train), validation, labels)
+
+    @jax.jit
+    def random_init(key: jax.Array) -> Any:
+        return module.init(key, jnp.zeros((1, max_length), jnp.int32))["params"]
+
+    def init(key: jax.Array) -> tuple[Any, dict[str, Any]]:
+        params = random_init(key)
+        return (params if weights is None else _from_huggingface(weights, params)), {}
+
+    def splits(seed: int) -> Splits:
+        held_out, rest = split(train, validation, seed)
+        if labels is not None:
+            rest = class_balanced(rest, labels, seed) if "label" in rest else split(rest, labels, seed)[0]
+        return Splits(_to_learn_from(rest), held_out, test)
+
+    role = Role(name, init, lru_cache(maxsize=1)(splits), evaluate, metric, load=_from_huggingface)
+    return Learner(role, loss_fn)
+
+
+def adamw(learning_rate: float, steps: int) -> optax.GradientTransformation:
+    """Returns AdamW as BERT is fine-tuned: a tenth of the run to warm up, then evenly to 0; gradients clipped at 1."""
+    warmup = max(1, round(0.1 * steps))
+    rising = optax.linear_schedule(0.0, learning_rate, warmup)
+    falling = optax.linear_schedule(learning_rate, 0.0, max(1, steps - warmup))
+    rate = optax.join_schedules([rising, falling], [warmup])
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=0.01))
+
+
+def _questions(
+    texts: QuestionSet, tokens: WordPiece, max_length: int, too_long: str, apply: Any
+) -> tuple[Arrays, Arrays, Callable[..., dict[str, float]]]:
+    """Returns the encoded questions to learn from and to test on, and what scores the answers to either."""
+    questions = [*texts.train, *texts.test]
+    encoded = tokens.encode_questions(questions, max_length, too_long=too_long)
+    if encoded.truncated:
+        _tell(f"{texts.name}: {encoded.truncated} of {len(questions)} passages were longer, and lost their end")
+    size = len(texts.train)
+    # A question whose answer was cut off would teach that there is none where there is one.
+    learned = np.flatnonzero(encoded.arrays["kept"][:size])
+    if len(learned) < size:
+        _tell(f"{texts.name}: {size - len(learned)} of {size} questions lost their answer: not learned from")
+    rows = (learned, np.arange(size, len(questions)))
+    train, test = ({name: array[part] for name, array in encoded.arrays.items()} for part in rows)
+    passages = [question.passage for question in questions]
+    answers = [question.answers for question in questions]
+
+    def decode(logits: np.ndarray, arrays: Arrays) -> Sequence[str]:
+        return decode_spans(logits, arrays, passages)
+
+    return train, test, mj.evaluate_spans(apply, decode, answers, batch_size=_EVALUATED_AT_ONCE)
+
+
+def _to_learn_from(arrays: Arrays) -> Arrays:
+    """Returns what goes to the device: without what only scores need."""
+    return {name: array for name, array in arrays.items() if name in ("tokens", "label", "start", "end")}
+
+
+def _encoded(name: str, encoded: Any) -> Arrays:
+    if encoded.truncated:
+        _tell(f"{name}: {encoded.truncated} of {num_examples(encoded.arrays)} texts were longer, and lost their end")
+    return encoded.arrays
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def _check_sizes(name: str, size: int, validation: int, labels: int | None) -> None:
+    if not 1 <= validation < size:
+        raise ValueError(
+            f"validation must lie in [1, {size - 1}], for {size} training examples of {name}, got {validation}"
+        )
+    if labels is not None and not 1 <= labels <= size - validation:
+        raise ValueError(
+            f"labels must lie in [1, {size - validation}], what {name} has beside {validation} to validate,"
+            f" got {labels}"
+        )
+
+
+def _from_huggingface(path: Path, params: Any) -> Any:
+    loaded = mj.models.from_huggingface(path, params)
+    if loaded.kept:
+        _tell(f"{path}: not in it, so as they start: {', '.join(loaded.kept)}")
+    return loaded.params
