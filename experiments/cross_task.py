@@ -22,28 +22,25 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import jax
-import optax
 
 import merge_jax as mj
 from experiments.cli import main
 from experiments.cross_structure import ROUTES
-from experiments.images import ImageTaskName, ModelName, image_learner, sgd
 from experiments.scenario import Learner, Method, Scenario, choose
 from experiments.several import side_by_side
-from experiments.texts import TextModelName, TextSource, TextTaskName, adamw, load_text, text_learner, vocabulary
-from experiments.transfers import TransferConfig, parse_routes
-from merge_jax.checks import check_choice
+from experiments.tasks import TASKS, ModelName, Spec, TaskConfig, TaskName
+from experiments.texts import TextSource
+from experiments.transfers import parse_routes
 from merge_jax.data import num_examples
 from merge_jax.transfer import OutputForm
 
 MethodName = Literal["vanilla", "share", "mergenet_residual", "mergenet_warm"]
-TaskName = TextTaskName | ImageTaskName
 
 _BY_DEPTH = "by depth"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(TransferConfig):
+class Config(TaskConfig):
     """Options of the experiment."""
 
     methods: tuple[MethodName, ...] = get_args(MethodName)
@@ -52,14 +49,10 @@ class Config(TransferConfig):
     """What the source learns; several tasks are several sources, one model each."""
     target_task: TaskName = "sentiment"
     """What the target learns."""
-    source_model: TextModelName | ModelName = "small_bert"
+    source_model: ModelName = "small_bert"
     """The network that gives."""
-    target_model: TextModelName | ModelName = "small_distilbert"
+    target_model: ModelName = "small_distilbert"
     """The network that receives."""
-    labels: int | None = 200
-    """Training examples that the target learns from, or None for all; the source has all."""
-    validation: int = 300
-    """Training examples held out to validate on; digits always hold out 200."""
     source_data: str = "synthetic"
     """Text of the source: synthetic; tfds for SQuAD v2 (qa), IMDb (sentiment) or AG News (topic); the name of another
     set of TFDS; or a .tsv, .csv or .jsonl file, for qa one in the layout of SQuAD."""
@@ -77,40 +70,22 @@ class Config(TransferConfig):
     """Column of the source's label."""
     target_label: str = "label"
     """Column of the target's label."""
-    data_dir: Path | None = None
-    """Folder of TFDS; archives in its downloads/manual/ are used instead of a download."""
-    max_length: int = 48
-    """Tokens of a text, or of a question and its passage."""
-    too_long: Literal["truncate", "error"] = "truncate"
-    """What to do with longer ones: cut and count them, or refuse."""
-    vocabulary: Path | None = None
-    """BERT's vocab.txt or a tokenizer.json; by default one is learned from both models' training texts."""
-    vocabulary_size: int = 1000
-    """Tokens of a vocabulary that is learned."""
     source_weights: Path | None = None
     """Hugging Face safetensors file or folder that a text source starts from."""
     target_weights: Path | None = None
     """The same for a text target."""
-    image_size: int | None = None
-    """Height and width to scale images to; None for as they are."""
-    stages: int = 3
-    """Stages of small image networks, 1 to 3."""
-    learning_rate: float = 1e-3
-    """Learning rate of both models: of AdamW for text, of SGD for images."""
     routes: tuple[str, ...] = (_BY_DEPTH,)
     """Layers that take part, as target=source; "by depth" are all attention blocks of text models."""
 
     def check(self) -> None:
         """Raises ValueError for an option out of range."""
         super().check()
-        if not 0 < self.learning_rate < float("inf"):
-            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
         if not self.source_task:
-            raise ValueError(f"source_task must name one or more of {', '.join(_TASKS)}")
+            raise ValueError(f"source_task must name one or more of {', '.join(TASKS)}")
+        if len(set(self.source_task)) < len(self.source_task):
+            raise ValueError(f"a source task stands twice in {self.source_task}")
 
 
-_TEXT_TASKS, _IMAGE_TASKS = get_args(TextTaskName), get_args(ImageTaskName)
-_TASKS = (*_TEXT_TASKS, *_IMAGE_TASKS)
 _TEXT = Config(batch_size=32, source_steps=1500, steps=300, report_every=30, checkpoint_every=150, stop=0.2)
 _IMAGES = Config(
     source_task=("digits",),
@@ -191,13 +166,18 @@ def build(config: Config) -> Scenario:
     Raises:
       ValueError: data that cannot be had, an unknown model or method, or an option that a method refuses.
     """
-    sources, target = _learners(config)
+    of_source = TextSource(config.source_data, config.source_test_data, config.source_text, config.source_label)
+    of_target = TextSource(config.target_data, config.target_test_data, config.target_text, config.target_label)
+    specs = [Spec(task, config.source_model, of_source, config.source_weights, None) for task in config.source_task]
+    specs.append(Spec(config.target_task, config.target_model, of_target, config.target_weights, config.labels))
+    *givers, target = config.learners(specs)
+    sources: dict[str, Learner] = dict(zip(config.source_task, givers, strict=True))
     source = sources[config.source_task[0]] if len(sources) == 1 else side_by_side(sources)
     lengths = [num_examples(learner.role.splits(0).train) for learner in (source, target)]
     schedule = config.schedule(*lengths)
     source_steps = (schedule.target if config.source == "live" else schedule.source).steps
     num_steps = schedule.target.steps
-    plain = mj.Task(target.loss_fn, _optimizer(config, config.target_task, num_steps))
+    plain = mj.Task(target.loss_fn, config.optimizer(config.target_task, num_steps))
 
     def transfer(make: Any) -> mj.Transfer:
         by_source = {name: make(_routes(config, learner, target)) for name, learner in sources.items()}
@@ -216,54 +196,11 @@ def build(config: Config) -> Scenario:
         name="cross_task",
         source=source.role,
         target=target.role,
-        source_task=mj.Task(source.loss_fn, _optimizer(config, config.source_task[0], source_steps)),
+        source_task=mj.Task(source.loss_fn, config.optimizer(config.source_task[0], source_steps)),
         methods=choose(methods, config.methods),
         schedule=schedule,
         adapter_optimizer=config.adapter_optimizer(schedule),
     )
-
-
-def _learners(config: Config) -> tuple[dict[str, Learner], Learner]:
-    """Returns the sources by task, and the target; text models have one vocabulary."""
-    for task in (*config.source_task, config.target_task):
-        check_choice("task", task, _TASKS)
-    of_source = TextSource(config.source_data, config.source_test_data, config.source_text, config.source_label)
-    of_target = TextSource(config.target_data, config.target_test_data, config.target_text, config.target_label)
-    roles = [*(("source", task, of_source) for task in config.source_task), ("target", config.target_task, of_target)]
-    texts = {
-        (role, task): load_text(task, source, config.data_dir) for role, task, source in roles if task in _TEXT_TASKS
-    }
-    tokens = vocabulary(config.vocabulary, texts.values(), config.vocabulary_size) if texts else None
-
-    def learner(role: str, task: str, model: str, labels: int | None, weights: Path | None) -> Learner:
-        if task not in _TEXT_TASKS:
-            return image_learner(
-                task,
-                model,
-                data_dir=config.data_dir,
-                image_size=config.image_size,
-                validation=config.validation,
-                labels=labels,
-                stages=config.stages,
-            )
-        assert tokens is not None
-        return text_learner(
-            task,
-            texts[role, task],
-            tokens,
-            model,
-            max_length=config.max_length,
-            too_long=config.too_long,
-            validation=config.validation,
-            labels=labels,
-            weights=weights,
-        )
-
-    sources = {
-        task: learner("source", task, config.source_model, None, config.source_weights) for task in config.source_task
-    }
-    target = learner("target", config.target_task, config.target_model, config.labels, config.target_weights)
-    return sources, target
 
 
 def _routes(config: Config, source: Learner, target: Learner) -> list[Any]:
@@ -274,12 +211,6 @@ def _routes(config: Config, source: Learner, target: Learner) -> list[Any]:
     blocks = "encoder/*/attention"
     found = mj.match(*shapes, source=blocks, target=blocks, view="attention")
     return [mj.Route(target, source, view="attention") for target, source in found.items()]
-
-
-def _optimizer(config: Config, task: str, steps: int) -> optax.GradientTransformation:
-    if task in _TEXT_TASKS:
-        return adamw(config.learning_rate, steps)
-    return sgd(config.learning_rate, steps, "cosine")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -222,7 +222,8 @@ def image_learner(
     data = load_image_task(task, data_dir, image_size, validation)
     module = make_model(model, data.num_classes, stages=stages)
     role = make_role(f"{model} ({task})", module, data, labels=labels)
-    return Learner(role, mj.classification_loss(make_apply(module, data)))
+    classify = partial(mj.classification_loss, make_apply(module, data))
+    return Learner(role, classify(), classify)
 
 
 def sgd(learning_rate: float, steps: int, schedule: LearningRateSchedule) -> optax.GradientTransformation:

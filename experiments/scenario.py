@@ -13,6 +13,7 @@ from merge_jax.checks import check_choice
 from merge_jax.data import Arrays, Splits
 from merge_jax.epoch import Augment
 from merge_jax.joint import Task
+from merge_jax.tasks import ClassificationLoss
 from merge_jax.transfer import identity_transfer
 from merge_jax.types import LossFn, ModelState, Params, TeacherFn, Transfer
 from merge_jax.weights import load_params
@@ -49,10 +50,12 @@ class Learner(NamedTuple):
     Attributes:
       role: the model and its data.
       loss_fn: what it learns.
+      classify: `loss -> loss function` of a classifier, with another loss of its logits; None for other models.
     """
 
     role: Role
     loss_fn: LossFn
+    classify: Callable[[ClassificationLoss], LossFn] | None = None
 
 
 @dataclass(frozen=True)

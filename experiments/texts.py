@@ -104,11 +104,12 @@ def load_text(task: str, source: TextSource, data_dir: Path | None) -> TextSet |
         return load_text_set(path, source.test_data, name=path.stem, **columns)
     texts, classes = load_texts(path, **columns)
     rows = {"row": np.arange(len(texts.texts)), "label": texts.labels}
-    test, train = (
-        LabelledTexts([texts.texts[i] for i in part["row"]], part["label"])
-        for part in split(rows, round(_TEST_SHARE * len(texts.texts)), seed=0)
-    )
-    return TextSet(path.stem, train, test, classes)
+    test, train = split(rows, round(_TEST_SHARE * len(texts.texts)), seed=0)
+
+    def taken(part: Arrays) -> LabelledTexts:
+        return LabelledTexts([texts.texts[int(row)] for row in part["row"]], part["label"])
+
+    return TextSet(path.stem, taken(train), taken(test), classes)
 
 
 def _column(name: str) -> str | int:
@@ -175,7 +176,7 @@ def text_learner(
     if isinstance(texts, QuestionSet):
         module: Any = mj.models.SpanExtractor(encoder)
         train, test, evaluate = _questions(texts, tokens, max_length, too_long, module.apply)
-        loss_fn, metric = mj.span_loss(module.apply), "f1"
+        loss_fn, classify, metric = mj.span_loss(module.apply), None, "f1"
     else:
         pooler = "tanh" if encoder.num_segments else "relu"
         module = mj.models.TextClassifier(encoder, len(texts.classes), pooler)
@@ -184,7 +185,8 @@ def text_learner(
             for part in (texts.train, texts.test)
         )
         evaluate = mj.evaluate_classifier(module.apply, inputs="tokens", batch_size=_EVALUATED_AT_ONCE)
-        loss_fn, metric = mj.classification_loss(module.apply, inputs="tokens"), "accuracy"
+        classify = partial(mj.classification_loss, module.apply, inputs="tokens")
+        loss_fn, metric = classify(), "accuracy"
     _check_sizes(texts.name, num_examples(train), validation, labels)
 
     @jax.jit
@@ -202,7 +204,7 @@ def text_learner(
         return Splits(_to_learn_from(rest), held_out, test)
 
     role = Role(name, init, lru_cache(maxsize=1)(splits), evaluate, metric, load=_from_huggingface)
-    return Learner(role, loss_fn)
+    return Learner(role, loss_fn, classify)
 
 
 def adamw(learning_rate: float, steps: int) -> optax.GradientTransformation:

@@ -1,0 +1,190 @@
+"""Inside one model: deep layers give to shallow ones, or the reverse; the model is its own source.
+
+    python -m experiments.self_transfer              # a small MobileNetV2 on handwritten digits
+    python -m experiments.self_transfer smoke        # seconds; shows that it works, not what it gains
+    python -m experiments.self_transfer resnet       # a small ResNet on the same
+    python -m experiments.self_transfer text         # a small BERT on synthetic reviews
+    python -m experiments.self_transfer cifar100     # MobileNetV2 at half width on CIFAR-100 at 16x16, for a CPU
+    python -m experiments.self_transfer paper        # MobileNetV2 on CIFAR-100, 200 epochs, for a GPU
+    python -m experiments.self_transfer --help
+
+There is no other model and nothing is trained before: layers move knowledge to layers of the same network while it
+learns. Methods: vanilla (no transfer), share (the overlapping block of the giving layer is copied every few steps),
+tf_kd (distillation without a teacher), and mergenet with two output forms, residual and warm. What was measured stands
+in experiments/README.md.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import jax
+import tyro
+
+import merge_jax as mj
+from experiments.cli import main
+from experiments.scenario import Method, Scenario, choose
+from experiments.tasks import ModelName, Spec, TaskConfig, TaskName
+from experiments.texts import TextSource
+from experiments.transfers import parse_routes
+from merge_jax.data import num_examples
+
+MethodName = Literal["vanilla", "share", "tf_kd", "mergenet_residual", "mergenet_warm"]
+
+_BY_DEPTH = "by depth"
+_MOBILENET = ("stage1_0/expand/kernel=stage3_0/expand/kernel", "stage2_0/expand/kernel=head/kernel")
+_RESNET = ("stage1_0/conv2/kernel=stage3_0/conv2/kernel", "stage2_0/conv2/kernel=stage3_0/conv1/kernel")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(TaskConfig):
+    """Options of the experiment."""
+
+    methods: tuple[MethodName, ...] = get_args(MethodName)
+    """Methods to compare."""
+    task: TaskName = "digits"
+    """What the model learns."""
+    model: ModelName = "small_mobilenet_v2"
+    """The network."""
+    labels: int | None = 100
+    """Training examples that it learns from, or None for all."""
+    data: str = "synthetic"
+    """Text: synthetic; tfds for SQuAD v2 (qa), IMDb (sentiment) or AG News (topic); the name of another set of TFDS; or
+    a .tsv, .csv or .jsonl file."""
+    test_data: Path | None = None
+    """File to test on, where --data is a file; a fifth of that by default."""
+    text: tuple[str, ...] = ("text",)
+    """Columns (or features) of the text, by name, or by number from 0 in a file without a header."""
+    label: str = "label"
+    """Column of the label."""
+    weights: Path | None = None
+    """Hugging Face safetensors file or folder that a text model starts from."""
+    routes: tuple[str, ...] = _MOBILENET
+    """Layers that take part, as shallow=deep; "by depth" are a text model's attention blocks, the upper half with the
+    lower."""
+    direction: Literal["deep_to_shallow", "shallow_to_deep"] = "deep_to_shallow"
+    """Which side of each route gives."""
+    learning_rate: float = 0.1
+    """Learning rate of the model: of AdamW for text, of SGD for images."""
+    # There is no source to choose, to read or to train.
+    source: tyro.conf.Suppress[Literal["pretrained"]] = "pretrained"
+    source_from: tyro.conf.Suppress[None] = None
+    source_steps: tyro.conf.Suppress[int] = 400
+    source_epochs: tyro.conf.Suppress[None] = None
+    snapshots: tyro.conf.Suppress[int] = 8
+
+
+_TEXT = Config(
+    task="sentiment",
+    model="small_bert",
+    labels=None,
+    batch_size=32,
+    learning_rate=1e-3,
+    steps=400,
+    report_every=40,
+    checkpoint_every=200,
+    routes=(_BY_DEPTH,),
+)
+
+PRESETS = {
+    "default": Config(),
+    "smoke": Config(
+        seeds=1,
+        steps=100,
+        methods=("vanilla", "tf_kd", "mergenet_warm"),
+        routes=_MOBILENET[:1],
+        cycle=1,
+        attention_dropout=0.0,
+        feed_forward_dropout=0.0,
+        report_every=25,
+        checkpoint_every=100,
+    ),
+    "resnet": Config(model="small_resnet", routes=_RESNET),
+    "text": _TEXT,
+    "cifar100": Config(
+        seeds=3,
+        task="cifar100",
+        model="mobilenet_v2_half",
+        image_size=16,
+        labels=5000,
+        validation=1000,
+        batch_size=128,
+        epochs=10,
+        report_every=1,
+        checkpoint_every=5,
+        routes=("stage2_0/expand/kernel=stage3_0/expand/kernel", "stage4_0/project/kernel=stage6_0/project/kernel"),
+    ),
+    "paper": Config(
+        seeds=3,
+        task="cifar100",
+        model="mobilenet_v2",
+        labels=None,
+        validation=5000,
+        batch_size=128,
+        epochs=200,
+        report_every=1,
+        checkpoint_every=5,
+        adapter_learning_rate=1e-3,
+        num_layers=2,
+        routes=("stage2_1/expand/kernel=stage6_2/expand/kernel", "stage4_0/project/kernel=stage6_2/project/kernel"),
+    ),
+}
+
+
+def build(config: Config) -> Scenario:
+    """Returns the scenario: the model, its data and the methods.
+
+    Raises:
+      ValueError: data that cannot be had, an unknown model or method, or an option that a method refuses.
+    """
+    text = TextSource(config.data, config.test_data, config.text, config.label)
+    (learner,) = config.learners([Spec(config.task, config.model, text, config.weights, config.labels)])
+    examples = num_examples(learner.role.splits(0).train)
+    schedule = config.schedule(examples, examples)
+    num_steps = schedule.target.steps
+    optimizer = config.optimizer(config.task, num_steps)
+    routes = _routes(config, learner.role.init)
+    plain = mj.Task(learner.loss_fn, optimizer)
+
+    def mergenet(output: Literal["residual", "warm"]) -> Method:
+        return Method(plain, mj.self_transfer(config.lpka(routes, num_steps, output=output)), config.stop)
+
+    methods = {
+        "vanilla": Method(plain),
+        "share": Method(plain, mj.self_transfer(mj.share_transfer(routes)), config.stop),
+        "mergenet_residual": mergenet("residual"),
+        "mergenet_warm": mergenet("warm"),
+    }
+    if learner.classify is not None:
+        smoothed = learner.classify(lambda logits, batch: mj.tf_kd_loss(logits, batch["label"]))
+        methods["tf_kd"] = Method(mj.Task(smoothed, optimizer))
+    return Scenario(
+        name="self_transfer",
+        source=None,
+        target=learner.role,
+        source_task=None,
+        methods=choose(methods, config.methods),
+        schedule=schedule,
+        adapter_optimizer=config.adapter_optimizer(schedule),
+    )
+
+
+def _routes(config: Config, init: Any) -> list[Any]:
+    """Returns the routes from layers to layers."""
+    if config.routes != (_BY_DEPTH,):
+        pairs = parse_routes(config.routes)
+    else:
+        shapes = jax.eval_shape(init, jax.random.key(0))[0]
+        if "encoder" not in shapes:
+            raise ValueError(f'routes "{_BY_DEPTH}" are for text models; name those of {config.model} as shallow=deep')
+        layers = sum(name.startswith("layer_") for name in shapes["encoder"])
+        lower = range(layers // 2)
+        pairs = [tuple(f"encoder/layer_{i}/attention" for i in (i, i + layers - layers // 2)) for i in lower]
+    if config.direction == "shallow_to_deep":
+        pairs = [(deep, shallow) for shallow, deep in pairs]
+    view = "attention" if config.routes == (_BY_DEPTH,) else None
+    return [mj.Route(target, source, view=view) for target, source in pairs]
+
+
+if __name__ == "__main__":
+    main(PRESETS, "experiments.self_transfer", __doc__, build)
