@@ -149,11 +149,12 @@ def synthetic_topics(num_train: int, num_test: int, seed: int) -> TextSet:
 
 
 def synthetic_questions(num_train: int, num_test: int, seed: int) -> QuestionSet:
-    """Returns questions on passages of four facts on two people, of at most 36 words and marks together.
+    """Returns questions on passages of three facts on two people, of at most 29 words and marks together.
 
-    A third have no answer: they ask about what the passage says of someone else, about someone else, or who is what
-    no one in it is. No passage comes twice, in train and test together. Works, and what people found of them, have the
-    words of the reviews.
+    Half of the passages tell the same kind of fact of both people. A third of the questions have no answer: half of
+    these ask for a kind of fact that the passage lacks, the others about someone else, or who is what no one in it is.
+    No passage comes twice, in train and test together. Works, and what people found of them, have the words of the
+    reviews.
 
     Source: our own templates, so that a run needs no download.
 
@@ -218,30 +219,39 @@ def _ask_person(rng: np.random.Generator) -> Question:
 
 def _ask_in_vain(rng: np.random.Generator) -> Question:
     facts, stranger = _facts(rng)
+    present = {fact.kind for fact in facts}
+    absent = [kind for kind in _KINDS if kind not in present]
     fact = _pick(rng, facts)
+    if rng.random() < 1 / 2:
+        # A kind of fact that the passage lacks.
+        kind = _pick(rng, absent)
+        detail, value = (_pick(rng, pool) for pool in kind.pools)
+        ask = _pick(rng, (kind.ask_value, kind.ask_person))
+        return _question(facts, ask.format(fact.person, detail, value))
     known = {other.value for other in facts}
     value = _pick(rng, [value for value in fact.kind.pools[1] if value not in known])
     having = [other.person for other in facts if other.kind is fact.kind]
-    without = [other.person for other in facts if other.person not in having]
     asked = [
         fact.kind.ask_value.format(stranger, fact.detail),
         fact.kind.ask_person.format(fact.person, fact.detail, value),
         # Where both people have such a fact there is no one to ask about.
-        *(fact.kind.ask_value.format(person, fact.detail) for person in without[:1]),
+        *(fact.kind.ask_value.format(other.person, fact.detail) for other in facts if other.person not in having),
     ]
     return _question(facts, _pick(rng, asked))
 
 
 def _facts(rng: np.random.Generator) -> tuple[list[_Fact], str]:
-    """Returns two facts of each of two people, in any order, and someone else; no value comes twice."""
-    *people, stranger = (_PEOPLE[i] for i in rng.permutation(len(_PEOPLE))[:3])
+    """Returns three facts on two people, in any order, and the name of someone else; no value comes twice.
+
+    In half of them one kind of fact is told of both people.
+    """
+    one, two, stranger = (_PEOPLE[i] for i in rng.permutation(len(_PEOPLE))[:3])
+    first, second, third = (_KINDS[i] for i in rng.permutation(len(_KINDS))[:3])
     facts: list[_Fact] = []
-    for person in people:
-        for i in rng.permutation(len(_KINDS))[:2]:
-            details, values = _KINDS[i].pools
-            known = {fact.value for fact in facts}
-            value = _pick(rng, [value for value in values if value not in known])
-            facts.append(_Fact(_KINDS[i], person, _pick(rng, details), value))
+    for person, kind in ((one, first), (two, second), (two, _pick(rng, (first, third)))):
+        known = {fact.value for fact in facts}
+        value = _pick(rng, [value for value in kind.pools[1] if value not in known])
+        facts.append(_Fact(kind, person, _pick(rng, kind.pools[0]), value))
     return [facts[i] for i in rng.permutation(len(facts))], stranger
 
 
