@@ -1,0 +1,17 @@
+"""Experiments run in this process, with little of everything."""
+
+import json
+
+from experiments import cross_structure, cross_task, self_transfer
+from experiments.cli import main
+
+EXPERIMENTS = {"cross_structure": cross_structure, "cross_task": cross_task, "self_transfer": self_transfer}
+
+
+def run(experiment, folder, *options):
+    """Runs an experiment and returns its results and the records of its metrics."""
+    module = EXPERIMENTS[experiment]
+    words = [*map(str, options), "--run-dir", str(folder)]
+    main(module.PRESETS, f"experiments.{experiment}", "", module.build, words)
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return json.loads((folder / "results.json").read_text()), records
