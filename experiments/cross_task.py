@@ -86,7 +86,7 @@ class Config(TaskConfig):
             raise ValueError(f"a source task stands twice in {self.source_task}")
 
 
-_TEXT = Config(batch_size=32, source_steps=1500, steps=300, report_every=30, checkpoint_every=150, stop=0.2)
+_TEXT = Config(labels=800, batch_size=32, source_steps=500, steps=300, report_every=30, checkpoint_every=150)
 _IMAGES = Config(
     source_task=("digits",),
     target_task="parity_and_size",
