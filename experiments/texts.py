@@ -35,6 +35,7 @@ from merge_jax.data import (
     synthetic_reviews,
     synthetic_topics,
 )
+from merge_jax.models.huggingface import Loaded
 
 __all__ = ["TextModelName", "TextSource", "TextTaskName", "adamw", "load_text", "text_learner", "vocabulary"]
 
@@ -193,9 +194,15 @@ def text_learner(
     def random_init(key: jax.Array) -> Any:
         return module.init(key, jnp.zeros((1, max_length), jnp.int32))["params"]
 
+    # Read once, and now, so that what does not fit is told before anything else.
+    given = None if weights is None else _read_weights(weights, random_init(jax.random.key(0)))
+
     def init(key: jax.Array) -> tuple[Any, dict[str, Any]]:
         params = random_init(key)
-        return (params if weights is None else _from_huggingface(weights, params)), {}
+        if given is None:
+            return params, {}
+        drawn = mj.flatten(params)
+        return mj.replace(given.params, {leaf: drawn[leaf] for leaf in given.kept}), {}
 
     def splits(seed: int) -> Splits:
         held_out, rest = split(train, validation, seed)
@@ -203,7 +210,10 @@ def text_learner(
             rest = class_balanced(rest, labels, seed) if "label" in rest else split(rest, labels, seed)[0]
         return Splits(_to_learn_from(rest), held_out, test)
 
-    role = Role(name, init, lru_cache(maxsize=1)(splits), evaluate, metric, load=_from_huggingface)
+    def load(path: Path, params: Any) -> Any:
+        return _read_weights(path, params).params
+
+    role = Role(name, init, lru_cache(maxsize=1)(splits), evaluate, metric, load=load)
     return Learner(role, loss_fn, classify)
 
 
@@ -267,8 +277,11 @@ def _check_sizes(name: str, size: int, validation: int, labels: int | None) -> N
         )
 
 
-def _from_huggingface(path: Path, params: Any) -> Any:
-    loaded = mj.models.from_huggingface(path, params)
+def _read_weights(path: Path, params: Any) -> Loaded:
+    try:
+        loaded = mj.models.from_huggingface(path, params)
+    except OSError as error:
+        raise ValueError(f"the weights cannot be read: {error}") from None
     if loaded.kept:
         _tell(f"{path}: not in it, so as they start: {', '.join(loaded.kept)}")
-    return loaded.params
+    return loaded

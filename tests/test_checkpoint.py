@@ -71,3 +71,20 @@ def test_another_tree_is_refused_by_name(tmp_path, wanted, message):
 def test_keep_must_be_positive(tmp_path):
     with pytest.raises(ValueError, match="keep must be at least 1, got 0"):
         Checkpoints(tmp_path, keep=0)
+
+
+def test_parts_of_a_step_are_read_by_path(tmp_path):
+    state = helpers.initial_state(LPKA)
+    with Checkpoints(tmp_path, keep=None) as checkpoints:
+        for step in (1, 2, 3):
+            checkpoints.save(step, state.replace(step=jnp.int32(10 * step)))
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.steps == (1, 2, 3)
+        parts = {"target/params": state.target.params, "step": state.step}
+        found = checkpoints.restore_parts(2, parts)
+        assert int(found["step"]) == 20
+        chex.assert_trees_all_equal(found["target/params"], state.target.params)
+        with pytest.raises(ValueError, match=r"step 4 is not saved in .*; saved: \[1, 2, 3\]"):
+            checkpoints.restore_parts(4, parts)
+        with pytest.raises(ValueError, match="source/params/hidden/bias is saved, but not wanted"):
+            checkpoints.restore_parts(2, {"source/params": {"fc": state.source.params["fc"]}})

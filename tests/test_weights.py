@@ -1,6 +1,7 @@
 import json
 import struct
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import merge_jax as mj
+from merge_jax.weights import load_params
 
 TENSORS = {
     "encoder.layer.0.attention.query.weight": np.arange(12, dtype=np.float32).reshape(3, 4),
@@ -226,3 +228,25 @@ def test_folders_without_or_with_too_many_files_are_refused(tmp_path):
 def test_a_selection_that_finds_nothing_names_near_misses(file):
     with pytest.raises(ValueError, match=r"file pattern '\*\*/query/kernel' matches no leaf; .*'conv/weight'"):
         mj.load_safetensors(file, select="**/query/kernel")
+
+
+MODEL = {"fc": {"kernel": np.arange(6, dtype=np.float32).reshape(2, 3), "bias": np.zeros(3, np.float32)}}
+
+
+def test_parameters_come_back_in_the_structure_of_the_model(tmp_path):
+    mj.save_safetensors(tmp_path / "model.safetensors", MODEL)
+    loaded = load_params(tmp_path / "model.safetensors", jax.eval_shape(lambda: jax.tree.map(jnp.asarray, MODEL)))
+    assert jax.tree.structure(loaded) == jax.tree.structure(MODEL)
+    np.testing.assert_array_equal(loaded["fc"]["kernel"], MODEL["fc"]["kernel"])
+
+
+@pytest.mark.parametrize(("like", "message"), [
+    ({"fc": {"kernel": np.zeros((2, 3), np.float32)}}, "fc/bias is there, but not in the model"),
+    ({"fc": {**MODEL["fc"], "scale": np.zeros(2)}}, "fc/scale is missing"),
+    ({"fc": {**MODEL["fc"], "bias": np.zeros(4, np.float32)}}, r"fc/bias is float32\[3\], the model's is float32\[4\]"),
+    ({"fc": {**MODEL["fc"], "bias": np.zeros(3, np.float16)}}, r"fc/bias is float32\[3\], the model's is float16\[3\]"),
+])  # fmt: skip
+def test_parameters_of_another_model_are_refused(tmp_path, like, message):
+    mj.save_safetensors(tmp_path / "model.safetensors", MODEL)
+    with pytest.raises(ValueError, match=message):
+        load_params(tmp_path / "model.safetensors", like)

@@ -1,0 +1,205 @@
+"""The experiment across tasks, and the data that it takes."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+import merge_jax as mj
+from experiments import cross_task
+from experiments.cli import parse
+from tests.runs import run
+
+LITTLE = [
+    *("--seeds", "1", "--steps", "4", "--source-steps", "4", "--report-every", "2", "--checkpoint-every", "2"),
+    *("--labels", "40", "--validation", "20", "--batch-size", "8", "--stop", "1.0", "--num-heads", "2"),
+]
+IMAGES = ["smoke", *LITTLE, "--methods", "share"]
+
+
+def build(*options):
+    return cross_task.build(parse(cross_task.PRESETS, "", "", list(map(str, options))))
+
+
+def check(*options):
+    """Builds a scenario, and lets its transfer check its routes."""
+    scenario = build(*options)
+    params = [jax.eval_shape(role.init, jax.random.key(0))[0] for role in (scenario.source, scenario.target)]
+    scenario.methods["share"].transfer.init(jax.random.key(0), *params)
+
+
+def write_texts(folder, name="texts", rows=60):
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{name}.tsv"
+    lines = [f"item {i} is {'good' if i % 2 else 'bad'} \t{i % 2}" for i in range(rows)]
+    path.write_text("sentence\tgrade\n" + "\n".join(lines) + "\n")
+    return path
+
+
+def write_questions(folder, rows=60):
+    path = folder / "squad.json"
+    paragraphs = []
+    for i in range(rows):
+        passage = f"The colour of item {i} is {'red' if i % 2 else 'blue'}."
+        answers = [{"text": passage[-4:-1].strip(), "answer_start": len(passage) - 4}] if i % 3 else []
+        asked = {"id": str(i), "question": f"what is item {i}?", "answers": answers, "is_impossible": not answers}
+        paragraphs.append({"context": passage, "qas": [asked]})
+    path.write_text(json.dumps({"version": "v2.0", "data": [{"title": "t", "paragraphs": paragraphs}]}))
+    return path
+
+
+def test_an_answering_model_gives_its_attention_to_a_classifier(tmp_path):
+    results, records = run("cross_task", tmp_path / "run", *LITTLE, "--methods", "share", "mergenet_warm")
+    assert [result["method"] for result in results] == ["share", "mergenet_warm"]
+    assert all(0 <= result["target_test"] <= 1 for result in results)
+    last = records[-1]
+    assert last["run"] == "mergenet_warm-seed0"
+    gates = [f"adapter/gate/encoder/layer_{i}/attention/query/kernel" for i in range(2)]
+    assert all(last[gate] != 0 for gate in gates)
+    assert "target/validation_accuracy" in last
+    assert (tmp_path / "run" / "gates.png").stat().st_size > 0
+    source = [record for record in records if record["run"] == "source-seed0"]
+    assert "target/validation_f1" in source[-1]
+
+
+def test_blocks_meet_by_depth():
+    scenario = build(*LITTLE, "--methods", "share")
+    params = {role: jax.eval_shape(getattr(scenario, role).init, jax.random.key(0))[0] for role in ("source", "target")}
+    rows = scenario.methods["share"].transfer.describe(params["source"], params["target"])
+    routes = {row.target.split("/attention")[0]: row.source.split("/attention")[0] for row in rows}
+    assert routes == {"encoder/layer_0": "encoder/layer_1", "encoder/layer_1": "encoder/layer_3"}
+
+
+def test_several_tasks_are_several_sources(tmp_path):
+    options = [*LITTLE, "--source-task", "qa", "topic", "--methods", "mergenet_warm"]
+    (result,), records = run("cross_task", tmp_path / "run", *options)
+    assert result["adapter_parameters"] > 0
+    source = [record for record in records if record["run"] == "source-seed0"][-1]
+    assert {"target/validation_qa_f1", "target/validation_topic_accuracy", "target/qa_loss"} <= source.keys()
+    for task in ("qa", "topic"):
+        assert f"adapter/{task}/gate/encoder/layer_0/attention/query/kernel" in records[-1]
+
+
+def test_files_of_ones_own_are_data_and_the_reverse_direction_runs(tmp_path):
+    texts, questions = write_texts(tmp_path), write_questions(tmp_path)
+    options = [
+        *(*LITTLE, "--source-task", "sentiment", "--source-data", texts, "--source-text", "sentence"),
+        *("--source-label", "grade", "--target-task", "qa", "--target-data", questions, "--labels", "20"),
+        *("--validation", "8", "--methods", "vanilla"),
+    ]
+    (result,), records = run("cross_task", tmp_path / "run", *options)
+    assert 0 <= result["target_test"] <= 1
+    assert "target/validation_f1" in records[-1]
+
+
+def test_what_is_held_out_is_never_learned_from():
+    for task in ("sentiment", "qa"):
+        role = build(*LITTLE, "--target-task", task, "--methods", "vanilla").target
+        splits = [role.splits(seed) for seed in (0, 1)]
+        for one in splits:
+            parts = [{row.tobytes() for row in arrays["tokens"]} for arrays in (one.train, one.validation, one.test)]
+            assert len(parts[0]) == 40
+            assert not parts[0] & parts[1]
+            assert not parts[0] & parts[2]
+        assert not np.array_equal(splits[0].train["tokens"], splits[1].train["tokens"])
+        np.testing.assert_array_equal(splits[0].test["tokens"], splits[1].test["tokens"])
+
+
+@pytest.mark.parametrize("task", ["parity", "parity_and_size"])
+def test_labels_of_digits_are_those_of_the_task(task):
+    scenario = build(*IMAGES, "--target-task", task)
+    digits, target = scenario.source.splits(3).test["label"], scenario.target.splits(3).test["label"]
+    expected = digits % 2 if task == "parity" else digits % 2 + 2 * (digits >= 5)
+    np.testing.assert_array_equal(target, expected)
+
+
+def test_weights_of_hugging_face_are_where_a_model_starts(tmp_path, capsys):
+    scenario = build(*LITTLE, "--methods", "vanilla")
+    params, _ = scenario.source.init(jax.random.key(5))
+    weights = {name: tensor for name, tensor in mj.models.to_huggingface(params).items() if "qa_outputs" not in name}
+    mj.save_safetensors(tmp_path / "model.safetensors", weights)
+    started = build(*LITTLE, "--methods", "vanilla", "--source-weights", tmp_path / "model.safetensors").source
+    loaded, _ = started.init(jax.random.key(6))
+    for path, leaf in mj.flatten(loaded).items():
+        assert np.array_equal(leaf, mj.flatten(params)[path]) == (path != "qa_outputs/kernel"), path
+    assert "not in it, so as they start: qa_outputs" in capsys.readouterr().err
+
+
+def test_a_frozen_text_source_is_a_file_of_hugging_face(tmp_path):
+    params, _ = build(*LITTLE, "--methods", "vanilla").source.init(jax.random.key(5))
+    mj.save_safetensors(tmp_path / "model.safetensors", mj.models.to_huggingface(params))
+    options = [*LITTLE, "--methods", "share", "--source", "frozen", "--source-from", tmp_path / "model.safetensors"]
+    results, records = run("cross_task", tmp_path / "run", *options)
+    assert len(results) == 1
+    assert {record["run"] for record in records} == {"share-seed0"}
+
+
+def test_what_is_cut_is_counted_or_refused(tmp_path, capsys):
+    texts = write_texts(tmp_path)
+    options = [
+        *LITTLE,
+        "--target-data",
+        texts,
+        "--target-text",
+        "sentence",
+        "--target-label",
+        "grade",
+        "--labels",
+        "20",
+    ]
+    build(*options, "--methods", "vanilla", "--validation", "8", "--max-length", "20")
+    assert "texts" not in capsys.readouterr().err
+    # A text has five words or more with both ends, a passage nine; in 12 places no passage is whole.
+    build(*options, "--methods", "vanilla", "--validation", "8", "--max-length", "18")
+    error = capsys.readouterr().err
+    assert "passages were longer, and lost their end" in error
+    assert "questions lost their answer: not learned from" in error
+    with pytest.raises(ValueError, match="tokens, but max_length 18 leaves"):
+        build(*options, "--methods", "vanilla", "--validation", "8", "--max-length", "18", "--too-long", "error")
+
+
+def test_bad_options_are_refused_by_name(tmp_path):
+    texts = write_texts(tmp_path)
+    own = ["--target-data", texts, "--target-text", "sentence", "--target-label", "grade"]
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n")
+    for options, message in [
+        (["--labels", "9999"], r"labels must lie in \[1, 1980\], what synthetic_reviews has beside 20 to validate"),
+        (
+            ["--validation", "5000"],
+            r"validation must lie in \[1, 3999\], for 4000 training examples of synth",
+        ),
+        (["--target-model", "resnet18"], "unknown model 'resnet18'"),
+        (["--target-data", tmp_path / "none.tsv"], "none.tsv"),
+        (["--target-data", "imdb_revews"], "imdb_reviews"),
+        ([*own[:-1], "grad"], "grade"),
+        ([*own[:3], "sentense", *own[4:]], "sentence"),
+        (["--vocabulary", tmp_path / "vocab.txt"], r"lacks the special tokens \[SEP\]"),
+        (["--vocabulary-size", "7"], "vocab_size must be at least"),
+        (["--target-model", "distilbert_base", "--max-length", "513"], "max_length must be at most 512, the positions"),
+        (["--routes", "encoder/layer_9/attention=encoder/layer_0/attention"], "encoder/layer_9/attention"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            check(*LITTLE, "--methods", "share", *options)
+    with pytest.raises(ValueError, match="source_task must name one or more of sentiment"):
+        parse(cross_task.PRESETS, "", "", ["--source-task"]).check()
+    with pytest.raises(ValueError, match="a source task stands twice"):
+        parse(cross_task.PRESETS, "", "", ["--source-task", "qa", "qa"]).check()
+
+
+def test_weights_and_vocabulary_that_do_not_fit_are_refused(tmp_path):
+    params, _ = build(*LITTLE, "--methods", "vanilla").source.init(jax.random.key(5))
+    mj.save_safetensors(tmp_path / "model.safetensors", mj.models.to_huggingface(params))
+    with pytest.raises(ValueError, match=r"has a vocabulary of [0-9]+ tokens, the model has one of 300"):
+        build(*LITTLE, "--source-weights", tmp_path / "model.safetensors", "--vocabulary-size", "300")
+    with pytest.raises(ValueError, match="the weights cannot be read: there is no file or folder"):
+        build(*LITTLE, "--target-weights", tmp_path / "none.safetensors")
+
+
+def test_a_run_is_resumed(tmp_path):
+    _, records = run("cross_task", tmp_path / "run", *IMAGES)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "share-seed0" / "4")
+    (tmp_path / "run" / "results.json").unlink()
+    _, again = run("cross_task", tmp_path / "run", *IMAGES, "--resume")
+    assert again == records
