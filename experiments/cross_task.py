@@ -115,7 +115,16 @@ PRESETS = {
         checkpoint_every=100,
     ),
     "reverse": replace(_TEXT, source_task=("sentiment",), target_task="qa"),
-    "topic": replace(_TEXT, source_task=("sentiment",), target_task="topic"),
+    # Words alone decide these topics, so that a few texts suffice.
+    "topic": replace(
+        _TEXT,
+        source_task=("sentiment",),
+        target_task="topic",
+        labels=60,
+        steps=100,
+        report_every=10,
+        checkpoint_every=100,
+    ),
     "digits": _IMAGES,
     "cifar100": replace(
         _IMAGES,
