@@ -55,7 +55,8 @@ class RunConfig:
     """Where a frozen source is read from: a .safetensors file, or the folder of a run that trained one; for a
     trajectory, the folder of such a run."""
     snapshots: int = 8
-    """About how many steps of its training a trajectory has."""
+    """About how many steps of its training a trajectory that is trained here has; one that is read has those that were
+    saved, which are all if its run was one with --source trajectory."""
     source_steps: int = 400
     """Steps of training the source before the transfer; a live source takes --steps instead."""
     steps: int = 300

@@ -1,7 +1,7 @@
 """Across structures: a ResNet gives to a MobileNetV2 that shares nothing with it but numbers.
 
     python -m experiments.cross_structure          # handwritten digits; one and a half to two minutes on two cores
-    python -m experiments.cross_structure smoke    # seconds; shows that it works, not what it gains
+    python -m experiments.cross_structure smoke    # under a minute; shows that it works, not what it gains
     python -m experiments.cross_structure small    # CIFAR-100 at 16x16 pixels with small networks, for a CPU
     python -m experiments.cross_structure short    # CIFAR-100, the published pair, 30 epochs, for a GPU
     python -m experiments.cross_structure paper    # the same with the published recipe of 200 epochs
@@ -189,7 +189,8 @@ def build(config: Config) -> Scenario:
     methods = _methods(config, source_apply, target_apply, partial(task, steps=num_steps), num_steps)
     return Scenario(
         name="cross_structure",
-        **roles,
+        source=roles["source"],
+        target=roles["target"],
         source_task=task(source_apply, source_steps),
         methods=choose(methods, config.methods),
         schedule=schedule,

@@ -1,7 +1,7 @@
 """Across tasks: what one model has learned of its task helps another with a task of other labels.
 
     python -m experiments.cross_task             # synthetic text: answering questions gives to sentiment
-    python -m experiments.cross_task smoke       # seconds; shows that it works, not what it gains
+    python -m experiments.cross_task smoke       # under a minute; shows that it works, not what it gains
     python -m experiments.cross_task reverse     # sentiment gives to answering questions
     python -m experiments.cross_task topic       # sentiment gives to topics
     python -m experiments.cross_task digits      # images: which digit gives to whether it is odd, and at least 5
@@ -75,7 +75,8 @@ class Config(TaskConfig):
     target_weights: Path | None = None
     """The same for a text target."""
     routes: tuple[str, ...] = (_BY_DEPTH,)
-    """Layers that take part, as target=source; "by depth" are all attention blocks of text models."""
+    """Layers that take part, as target=source, such as encoder/layer_0/attention=encoder/layer_1/attention; "by depth"
+    are all attention blocks of text models."""
 
     def check(self) -> None:
         """Raises ValueError for an option out of range."""
@@ -179,7 +180,7 @@ def build(config: Config) -> Scenario:
     of_target = TextSource(config.target_data, config.target_test_data, config.target_text, config.target_label)
     specs = [Spec(task, config.source_model, of_source, config.source_weights, None) for task in config.source_task]
     specs.append(Spec(config.target_task, config.target_model, of_target, config.target_weights, config.labels))
-    *givers, target = config.learners(specs)
+    (*givers, target), attach = config.learners(specs)
     sources: dict[str, Learner] = dict(zip(config.source_task, givers, strict=True))
     source = sources[config.source_task[0]] if len(sources) == 1 else side_by_side(sources)
     lengths = [num_examples(learner.role.splits(0).train) for learner in (source, target)]
@@ -209,13 +210,14 @@ def build(config: Config) -> Scenario:
         methods=choose(methods, config.methods),
         schedule=schedule,
         adapter_optimizer=config.adapter_optimizer(schedule),
+        attach=attach,
     )
 
 
 def _routes(config: Config, source: Learner, target: Learner) -> list[Any]:
     """Returns the routes from one source: all attention blocks by depth, or those that are given."""
     if config.routes != (_BY_DEPTH,):
-        return list(parse_routes(config.routes))
+        return parse_routes(config.routes)
     shapes = (jax.eval_shape(learner.role.init, jax.random.key(0))[0] for learner in (source, target))
     blocks = "encoder/*/attention"
     found = mj.match(*shapes, source=blocks, target=blocks, view="attention")

@@ -153,7 +153,7 @@ def save_curves(scenario: Scenario, records: Sequence[Mapping[str, Any]], folder
             f"{method}: {name.removeprefix('adapter/')}": _curve(records, method, name)
             for method, name in sorted(followed)
         }
-        _save_picture(folder, "gates.png", curves, "gates, and what else the transfer follows")
+        _save_picture(folder, "gates.png", curves, "gates and weights of the transfer (means between reports)")
 
 
 def _words(metric: str) -> str:

@@ -48,6 +48,8 @@ def prepare_run(scenario: Scenario, config: RunConfig) -> Callable[[], None]:
                 origin.read(seed)
     run_dir = config.run_dir or _numbered_folder(scenario.name, config.resume)
     folder = RunFolder.open(run_dir, config.identity(), resume=config.resume)
+    if scenario.attach is not None and jax.process_index() == 0:
+        scenario.attach(folder.path)
 
     def run() -> None:
         try:

@@ -88,6 +88,7 @@ class Scenario:
       schedule: the lengths of the run.
       adapter_optimizer: of every method's adapter.
       axis_name: the `pmap` axis that the models average over; None under jit.
+      attach: writes what belongs to a run beside its checkpoints, such as a vocabulary, into its folder.
     """
 
     name: str
@@ -98,6 +99,7 @@ class Scenario:
     schedule: Schedule
     adapter_optimizer: optax.GradientTransformation
     axis_name: str | None = None
+    attach: Callable[[Path], None] | None = None
 
 
 def choose(methods: Mapping[str, Method], names: Sequence[str]) -> dict[str, Method]:

@@ -1,7 +1,7 @@
 """Inside one model: deep layers give to shallow ones, or the reverse; the model is its own source.
 
     python -m experiments.self_transfer              # a small MobileNetV2 on handwritten digits
-    python -m experiments.self_transfer smoke        # seconds; shows that it works, not what it gains
+    python -m experiments.self_transfer smoke        # under a minute; shows that it works, not what it gains
     python -m experiments.self_transfer resnet       # a small ResNet on the same
     python -m experiments.self_transfer text         # a small BERT on synthetic reviews
     python -m experiments.self_transfer cifar100     # MobileNetV2 at half width on CIFAR-100 at 16x16, for a CPU
@@ -14,7 +14,7 @@ tf_kd (distillation without a teacher), and mergenet with two output forms, resi
 in experiments/README.md.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -138,7 +138,7 @@ def build(config: Config) -> Scenario:
       ValueError: data that cannot be had, an unknown model or method, or an option that a method refuses.
     """
     text = TextSource(config.data, config.test_data, config.text, config.label)
-    (learner,) = config.learners([Spec(config.task, config.model, text, config.weights, config.labels)])
+    (learner,), attach = config.learners([Spec(config.task, config.model, text, config.weights, config.labels)])
     examples = num_examples(learner.role.splits(0).train)
     schedule = config.schedule(examples, examples)
     num_steps = schedule.target.steps
@@ -166,24 +166,24 @@ def build(config: Config) -> Scenario:
         methods=choose(methods, config.methods),
         schedule=schedule,
         adapter_optimizer=config.adapter_optimizer(schedule),
+        attach=attach,
     )
 
 
-def _routes(config: Config, init: Any) -> list[Any]:
+def _routes(config: Config, init: Any) -> list[mj.Route]:
     """Returns the routes from layers to layers."""
-    if config.routes != (_BY_DEPTH,):
-        pairs = parse_routes(config.routes)
-    else:
+    words = config.routes
+    if words == (_BY_DEPTH,):
         shapes = jax.eval_shape(init, jax.random.key(0))[0]
         if "encoder" not in shapes:
             raise ValueError(f'routes "{_BY_DEPTH}" are for text models; name those of {config.model} as shallow=deep')
         layers = sum(name.startswith("layer_") for name in shapes["encoder"])
-        lower = range(layers // 2)
-        pairs = [tuple(f"encoder/layer_{i}/attention" for i in (i, i + layers - layers // 2)) for i in lower]
+        upper = layers - layers // 2
+        words = [f"encoder/layer_{i}/attention=encoder/layer_{upper + i}/attention" for i in range(layers // 2)]
+    routes = parse_routes(words)
     if config.direction == "shallow_to_deep":
-        pairs = [(deep, shallow) for shallow, deep in pairs]
-    view = "attention" if config.routes == (_BY_DEPTH,) else None
-    return [mj.Route(target, source, view=view) for target, source in pairs]
+        routes = [replace(route, target=route.source, source=route.target) for route in routes]
+    return routes
 
 
 if __name__ == "__main__":

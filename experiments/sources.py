@@ -1,7 +1,8 @@
 """Where the source of each seed comes from: trained in the run, or read from a file or from another run."""
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,7 +97,7 @@ def read_trajectory(folder: Path, start: TrainState) -> TrainState:
     Raises:
       ValueError: what is saved does not fit the model.
     """
-    with Checkpoints(folder, keep=None) as checkpoints:
+    with Checkpoints(folder, keep=None) as checkpoints, _told_as_source(folder):
         parts = load_trajectory(checkpoints, _parts(start)).parts
     return TrainState(parts[_PARAMS], parts[_MODEL_STATE], None)
 
@@ -105,8 +106,17 @@ def _read_last(folder: Path, start: TrainState) -> TrainState:
     with Checkpoints(folder, keep=None) as checkpoints:
         if checkpoints.latest_step is None:
             raise ValueError(f"{folder} has no saved steps")
-        parts = checkpoints.restore_parts(checkpoints.latest_step, _parts(start))
+        with _told_as_source(folder):
+            parts = checkpoints.restore_parts(checkpoints.latest_step, _parts(start))
     return TrainState(parts[_PARAMS], parts[_MODEL_STATE], None)
+
+
+@contextlib.contextmanager
+def _told_as_source(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"the source in {folder} is another model than this run's source: {error}") from None
 
 
 def _parts(start: TrainState) -> dict[str, object]:

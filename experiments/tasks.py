@@ -1,6 +1,6 @@
 """Tasks by name, of text and of images: the options that experiments on them have, and the models that learn them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
@@ -13,12 +13,15 @@ from experiments.scenario import Learner
 from experiments.texts import TextModelName, TextSource, TextTaskName, adamw, load_text, text_learner, vocabulary
 from experiments.transfers import TransferConfig
 from merge_jax.checks import check_choice
+from merge_jax.data import QuestionSet, TextSet, WordPiece
 
 __all__ = ["TASKS", "ModelName", "Spec", "TaskConfig", "TaskName"]
 
 TaskName = TextTaskName | ImageTaskName
+Attach = Callable[[Path], None]
 ModelName = TextModelName | ImageModelName
 
+_VOCABULARY = "vocabulary.json"
 _TEXT_TASKS = get_args(TextTaskName)
 TASKS: tuple[str, ...] = (*_TEXT_TASKS, *get_args(ImageTaskName))
 
@@ -56,7 +59,8 @@ class TaskConfig(TransferConfig):
     too_long: Literal["truncate", "error"] = "truncate"
     """What to do with longer ones: cut and count them, or refuse."""
     vocabulary: Path | None = None
-    """BERT's vocab.txt or a tokenizer.json; by default one is learned from the training texts of all models."""
+    """BERT's vocab.txt or a tokenizer.json; by default that of the run in --source-from, or one that is learned from
+    the training texts of all models. A run keeps its own as vocabulary.json."""
     vocabulary_size: int = 1000
     """Tokens of a vocabulary that is learned."""
     image_size: int | None = None
@@ -74,11 +78,11 @@ class TaskConfig(TransferConfig):
         if not 1 <= self.stages <= 3:
             raise ValueError(f"stages must lie in [1, 3], got {self.stages}")
 
-    def learners(self, specs: Sequence[Spec]) -> list[Learner]:
-        """Returns the models that are to learn; those of text have one vocabulary.
+    def learners(self, specs: Sequence[Spec]) -> tuple[list[Learner], Attach | None]:
+        """Returns the models that are to learn, and what saves their vocabulary; those of text have one for all.
 
         Raises:
-          ValueError: an unknown task or model, or data that cannot be had.
+          ValueError: an unknown task or model, data that cannot be had, or a vocabulary that is not the source's.
         """
         for spec in specs:
             check_choice("task", spec.task, TASKS)
@@ -87,7 +91,7 @@ class TaskConfig(TransferConfig):
             for i, spec in enumerate(specs)
             if spec.task in _TEXT_TASKS
         }
-        tokens = vocabulary(self.vocabulary, texts.values(), self.vocabulary_size) if texts else None
+        tokens = self._tokens(list(texts.values()), [spec.weights for spec in specs]) if texts else None
 
         def learner(i: int, spec: Spec) -> Learner:
             if tokens is None or i not in texts:
@@ -112,7 +116,22 @@ class TaskConfig(TransferConfig):
                 weights=spec.weights,
             )
 
-        return [learner(i, spec) for i, spec in enumerate(specs)]
+        attach = None if tokens is None else (lambda folder: tokens.save(folder / _VOCABULARY))
+        return [learner(i, spec) for i, spec in enumerate(specs)], attach
+
+    def _tokens(self, texts: Sequence[TextSet | QuestionSet], weights: Sequence[Path | None]) -> WordPiece:
+        """Returns the vocabulary: the one that is named, the one that the source has, or one that is learned."""
+        of_source = None if self.source_from is None else self.source_from / _VOCABULARY
+        # Weights mean nothing under other numbers of the same words, and would fit all the same.
+        if of_source is None or not of_source.exists():
+            files = [path for path in (self.source_from, *weights) if path is not None]
+            if files and self.vocabulary is None:
+                raise ValueError(f"the weights in {files[0]} need the vocabulary they were trained with: --vocabulary")
+            return vocabulary(self.vocabulary, texts, self.vocabulary_size)
+        tokens = WordPiece.from_vocabulary(of_source)
+        if self.vocabulary is not None and WordPiece.from_vocabulary(self.vocabulary).words != tokens.words:
+            raise ValueError(f"the vocabulary {self.vocabulary} is not that of the source, {of_source}: leave it out")
+        return tokens
 
     def optimizer(self, task: str, steps: int) -> optax.GradientTransformation:
         """Returns the optimizer of a model that learns a task for so many steps."""

@@ -55,6 +55,8 @@ _TFDS = {
     "topic": partial(load_tfds_texts, "ag_news_subset", text=("title", "description")),
     "qa": partial(load_tfds_questions, "squad/v2.0"),
 }
+_WORDS = "encoder/embeddings/word/embedding"
+_FILES = (".tsv", ".csv", ".jsonl", ".json")
 _TEST_SHARE = 0.2
 _EVALUATED_AT_ONCE = 200
 
@@ -89,7 +91,7 @@ def load_text(task: str, source: TextSource, data_dir: Path | None) -> TextSet |
         return _SYNTHETIC[task]()
     if source.data == "tfds":
         return _TFDS[task](data_dir=data_dir)
-    if not ("/" in source.data and path.suffix) and not path.exists():
+    if path.suffix not in _FILES and not path.exists():
         if task == "qa":
             return load_tfds_questions(source.data, data_dir)
         return load_tfds_texts(source.data, data_dir, text=source.text)
@@ -104,6 +106,7 @@ def load_text(task: str, source: TextSource, data_dir: Path | None) -> TextSet |
     if source.test_data is not None:
         return load_text_set(path, source.test_data, name=path.stem, **columns)
     texts, classes = load_texts(path, **columns)
+    _check_classes(path.stem, texts, classes)
     rows = {"row": np.arange(len(texts.texts)), "label": texts.labels}
     test, train = split(rows, round(_TEST_SHARE * len(texts.texts)), seed=0)
 
@@ -179,6 +182,7 @@ def text_learner(
         train, test, evaluate = _questions(texts, tokens, max_length, too_long, module.apply)
         loss_fn, classify, metric = mj.span_loss(module.apply), None, "f1"
     else:
+        _check_classes(texts.name, texts.train, texts.classes)
         pooler = "tanh" if encoder.num_segments else "relu"
         module = mj.models.TextClassifier(encoder, len(texts.classes), pooler)
         train, test = (
@@ -211,6 +215,8 @@ def text_learner(
         return Splits(_to_learn_from(rest), held_out, test)
 
     def load(path: Path, params: Any) -> Any:
+        if _WORDS in mj.flatten(mj.load_safetensors(path)):  # By our names, as save_safetensors wrote it.
+            return mj.load_params(path, params)
         return _read_weights(path, params).params
 
     role = Role(name, init, lru_cache(maxsize=1)(splits), evaluate, metric, load=load)
@@ -265,6 +271,14 @@ def _tell(line: str) -> None:
     print(line, file=sys.stderr)
 
 
+def _check_classes(name: str, texts: LabelledTexts, classes: Sequence[str]) -> None:
+    """Raises ValueError for a class with less than a text to learn from, one to validate and one to test."""
+    counts = np.bincount(texts.labels, minlength=len(classes))
+    rare = [f"{one!r} has {count}" for one, count in zip(classes, counts, strict=True) if count < 3]
+    if rare:
+        raise ValueError(f"each class of {name} needs three texts or more to learn from; {', '.join(rare)}")
+
+
 def _check_sizes(name: str, size: int, validation: int, labels: int | None) -> None:
     if not 1 <= validation < size:
         raise ValueError(
@@ -272,8 +286,8 @@ def _check_sizes(name: str, size: int, validation: int, labels: int | None) -> N
         )
     if labels is not None and not 1 <= labels <= size - validation:
         raise ValueError(
-            f"labels must lie in [1, {size - validation}], what {name} has beside {validation} to validate,"
-            f" got {labels}"
+            f"labels, how many examples are learned from, must lie in [1, {size - validation}], what {name} has beside"
+            f" {validation} to validate, got {labels}; None is all"
         )
 
 
@@ -282,6 +296,10 @@ def _read_weights(path: Path, params: Any) -> Loaded:
         loaded = mj.models.from_huggingface(path, params)
     except OSError as error:
         raise ValueError(f"the weights cannot be read: {error}") from None
+    except ValueError as error:
+        if "vocabulary" not in str(error):
+            raise
+        raise ValueError(f"{error}: --vocabulary names the one that the weights were trained with") from None
     if loaded.kept:
         _tell(f"{path}: not in it, so as they start: {', '.join(loaded.kept)}")
     return loaded

@@ -73,8 +73,10 @@ class TransferConfig(RunConfig):
         return mj.adapter_adamw(rate)
 
 
-def parse_routes(words: Iterable[str]) -> list[tuple[str, str]]:
+def parse_routes(words: Iterable[str]) -> list[mj.Route]:
     """Returns the routes that are given as `target=source`, each path or pattern as `merge_jax.Route` has it.
+
+    Paths that both end in `attention` are blocks of attention, which move head by head.
 
     Raises:
       ValueError: a word that is no such pair.
@@ -84,5 +86,6 @@ def parse_routes(words: Iterable[str]) -> list[tuple[str, str]]:
         target, equals, source = word.partition("=")
         if not (target and equals and source):
             raise ValueError(f"a route must be target=source, such as fc/kernel=fc/kernel, got {word!r}")
-        routes.append((target, source))
+        blocks = target.endswith("attention") and source.endswith("attention")
+        routes.append(mj.Route(target, source, view="attention" if blocks else None))
     return routes

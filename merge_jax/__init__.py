@@ -45,7 +45,7 @@ from merge_jax.tasks import (
 from merge_jax.trajectory import Trajectory, last_of, load_trajectory, replay_evenly, replayed
 from merge_jax.transfer import adapter_transfer, identity_transfer, share_transfer
 from merge_jax.types import Adapter, Batch, LossFn, Params, RouteSummary, Transfer
-from merge_jax.weights import load_safetensors, save_safetensors
+from merge_jax.weights import load_params, load_safetensors, save_safetensors
 
 __all__ = [
     "DATA_AXIS",
@@ -99,6 +99,7 @@ __all__ = [
     "jit_layout",
     "last_of",
     "load_official_adapter",
+    "load_params",
     "load_safetensors",
     "load_trajectory",
     "logits_teacher",

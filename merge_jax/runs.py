@@ -29,7 +29,8 @@ _README = """\
 - `metrics.jsonl`: one record a report: the run (method and seed), the step, and the metrics by role. In the runs
   `source-seed<n>` the source is trained on its own, in the role of the target.
 - `tensorboard/`: the same for TensorBoard (`tensorboard --logdir` this folder).
-- `results.json`, `table.txt`, `curves.png`: what came out; they appear as runs end.
+- `results.json`, `table.txt`, `curves.png`: what came out; they appear as runs end. `gates.png`, where a transfer has
+  gates, and `vocabulary.json`, of text models.
 - `checkpoints/<method>-seed<n>/<step>/`: Orbax checkpoints of everything (both models, adapter, optimizers, step, key);
   `<method>-seeds<first>-<last>` where seeds ran side by side.
 

@@ -120,20 +120,46 @@ def test_weights_of_hugging_face_are_where_a_model_starts(tmp_path, capsys):
     params, _ = scenario.source.init(jax.random.key(5))
     weights = {name: tensor for name, tensor in mj.models.to_huggingface(params).items() if "qa_outputs" not in name}
     mj.save_safetensors(tmp_path / "model.safetensors", weights)
-    started = build(*LITTLE, "--methods", "vanilla", "--source-weights", tmp_path / "model.safetensors").source
+    scenario.attach(tmp_path)
+    options = ["--source-weights", tmp_path / "model.safetensors", "--vocabulary", tmp_path / "vocabulary.json"]
+    started = build(*LITTLE, "--methods", "vanilla", *options).source
     loaded, _ = started.init(jax.random.key(6))
     for path, leaf in mj.flatten(loaded).items():
         assert np.array_equal(leaf, mj.flatten(params)[path]) == (path != "qa_outputs/kernel"), path
     assert "not in it, so as they start: qa_outputs" in capsys.readouterr().err
 
 
-def test_a_frozen_text_source_is_a_file_of_hugging_face(tmp_path):
-    params, _ = build(*LITTLE, "--methods", "vanilla").source.init(jax.random.key(5))
-    mj.save_safetensors(tmp_path / "model.safetensors", mj.models.to_huggingface(params))
-    options = [*LITTLE, "--methods", "share", "--source", "frozen", "--source-from", tmp_path / "model.safetensors"]
+@pytest.mark.parametrize("names", [mj.models.to_huggingface, lambda params: params], ids=["theirs", "ours"])
+def test_a_frozen_text_source_is_a_file_of_either_names(tmp_path, names):
+    scenario = build(*LITTLE, "--methods", "vanilla")
+    params, _ = scenario.source.init(jax.random.key(5))
+    mj.save_safetensors(tmp_path / "model.safetensors", names(params))
+    scenario.attach(tmp_path)
+    options = [
+        *(*LITTLE, "--methods", "share", "--source", "frozen", "--source-from", tmp_path / "model.safetensors"),
+        *("--vocabulary", tmp_path / "vocabulary.json"),
+    ]
     results, records = run("cross_task", tmp_path / "run", *options)
     assert len(results) == 1
     assert {record["run"] for record in records} == {"share-seed0"}
+
+
+def test_a_source_of_another_run_brings_its_vocabulary(tmp_path):
+    """The target reads other texts, from which another vocabulary would be learned; the source must not notice."""
+    (first,), _ = run("cross_task", tmp_path / "first", *LITTLE, "--methods", "share")
+    texts = write_texts(tmp_path)
+    options = [
+        *(*LITTLE, "--methods", "share", "--source", "frozen", "--source-from", tmp_path / "first"),
+        *("--target-data", texts, "--target-text", "sentence", "--target-label", "grade", "--labels", "20"),
+    ]
+    (second,), _ = run("cross_task", tmp_path / "second", *options)
+    assert second["source_test"] == first["source_test"]
+    kept = [(tmp_path / name / "vocabulary.json").read_text() for name in ("first", "second")]
+    assert kept[0] == kept[1]
+    build(*LITTLE, "--target-data", texts, *options[-6:]).attach(tmp_path)  # What would have been learned.
+    assert (tmp_path / "vocabulary.json").read_text() != kept[0]
+    with pytest.raises(ValueError, match=r"is not that of the source, .*: leave it out"):
+        build(*options, "--vocabulary", tmp_path / "vocabulary.json")
 
 
 def test_what_is_cut_is_counted_or_refused(tmp_path, capsys):
@@ -162,16 +188,23 @@ def test_what_is_cut_is_counted_or_refused(tmp_path, capsys):
 
 def test_bad_options_are_refused_by_name(tmp_path):
     texts = write_texts(tmp_path)
+    rare = tmp_path / "rare.tsv"
+    rare.write_text(texts.read_text() + "one more\t2\n")
     own = ["--target-data", texts, "--target-text", "sentence", "--target-label", "grade"]
     (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n")
     for options, message in [
-        (["--labels", "9999"], r"labels must lie in \[1, 1980\], what synthetic_reviews has beside 20 to validate"),
+        (
+            ["--labels", "9999"],
+            r"labels, how many examples are learned from, must lie in \[1, 1980\], what synthetic_reviews has beside",
+        ),
         (
             ["--validation", "5000"],
             r"validation must lie in \[1, 3999\], for 4000 training examples of synth",
         ),
         (["--target-model", "resnet18"], "unknown model 'resnet18'"),
         (["--target-data", tmp_path / "none.tsv"], "none.tsv"),
+        (["--target-data", "none.tsv"], "none.tsv is missing or not a file"),
+        ([*own[:1], rare, *own[2:]], "each class of rare needs three texts or more to learn from; '2' has 1"),
         (["--target-data", "imdb_revews"], "imdb_reviews"),
         ([*own[:-1], "grad"], "grade"),
         ([*own[:3], "sentense", *own[4:]], "sentence"),
@@ -191,10 +224,14 @@ def test_bad_options_are_refused_by_name(tmp_path):
 def test_weights_and_vocabulary_that_do_not_fit_are_refused(tmp_path):
     params, _ = build(*LITTLE, "--methods", "vanilla").source.init(jax.random.key(5))
     mj.save_safetensors(tmp_path / "model.safetensors", mj.models.to_huggingface(params))
-    with pytest.raises(ValueError, match=r"has a vocabulary of [0-9]+ tokens, the model has one of 300"):
-        build(*LITTLE, "--source-weights", tmp_path / "model.safetensors", "--vocabulary-size", "300")
+    build(*LITTLE, "--vocabulary-size", "300").attach(tmp_path)
+    vocabulary = ["--vocabulary", tmp_path / "vocabulary.json"]
+    with pytest.raises(ValueError, match=r"has a vocabulary of [0-9]+ tokens, the model has one of 300: --vocabulary"):
+        build(*LITTLE, "--source-weights", tmp_path / "model.safetensors", *vocabulary)
     with pytest.raises(ValueError, match="the weights cannot be read: there is no file or folder"):
-        build(*LITTLE, "--target-weights", tmp_path / "none.safetensors")
+        build(*LITTLE, "--target-weights", tmp_path / "none.safetensors", *vocabulary)
+    with pytest.raises(ValueError, match=r"model.safetensors need the vocabulary they were trained with"):
+        build(*LITTLE, "--source-weights", tmp_path / "model.safetensors")
 
 
 def test_a_run_is_resumed(tmp_path):

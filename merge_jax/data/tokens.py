@@ -150,6 +150,11 @@ class WordPiece:
         return self._size
 
     @property
+    def words(self) -> dict[str, int]:
+        """The tokens with their ids."""
+        return self._tokenizer.get_vocab(with_added_tokens=True)
+
+    @property
     def separator(self) -> int:
         """The id of `[SEP]`."""
         return self._separator
