@@ -41,6 +41,13 @@ ROUTES = {
     "head/kernel": "stage3_0/conv2/kernel",
     "fc/kernel": "fc/kernel",
 }
+# From a ResNet18 to a MobileNetV2 of the standard depths, but for their last layers.
+CIFAR_ROUTES = (
+    "stage2_0/expand/kernel=stage1_0/conv1/kernel",
+    "stage3_0/expand/kernel=stage2_0/conv1/kernel",
+    "stage5_0/expand/kernel=stage3_0/conv1/kernel",
+    "head/kernel=stage4_1/conv2/kernel",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,13 +155,7 @@ PRESETS = {
         source_model="resnet18_quarter",
         target_model="mobilenet_v2_half",
         learning_rate_schedule="cosine",
-        routes=(
-            "stage2_0/expand/kernel=stage1_0/conv1/kernel",
-            "stage3_0/expand/kernel=stage2_0/conv1/kernel",
-            "stage5_0/expand/kernel=stage3_0/conv1/kernel",
-            "head/kernel=stage4_1/conv2/kernel",
-            "fc/kernel=fc/kernel",
-        ),
+        routes=(*CIFAR_ROUTES, "fc/kernel=fc/kernel"),
     ),
     "short": replace(_PAPER, seeds=3, epochs=30, validation=5000, checkpoint_every=1, methods=get_args(MethodName)),
     "paper": replace(_PAPER, seeds=3, methods=get_args(MethodName)),

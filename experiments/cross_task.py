@@ -25,7 +25,7 @@ import jax
 
 import merge_jax as mj
 from experiments.cli import main
-from experiments.cross_structure import ROUTES
+from experiments.cross_structure import CIFAR_ROUTES, ROUTES
 from experiments.scenario import Learner, Method, Scenario, choose
 from experiments.several import side_by_side
 from experiments.tasks import TASKS, ModelName, Spec, TaskConfig, TaskName
@@ -142,12 +142,7 @@ PRESETS = {
         epochs=10,
         report_every=1,
         checkpoint_every=5,
-        routes=(
-            "stage2_0/expand/kernel=stage1_0/conv1/kernel",
-            "stage3_0/expand/kernel=stage2_0/conv1/kernel",
-            "stage5_0/expand/kernel=stage3_0/conv1/kernel",
-            "head/kernel=stage4_1/conv2/kernel",
-        ),
+        routes=CIFAR_ROUTES,
     ),
     "paper": replace(
         _TEXT,
