@@ -55,9 +55,8 @@ def origin_of(scenario: Scenario, config: RunConfig) -> Origin:
 
     path = config.source_from
     if config.source == "trajectory" and path is None:
-        every = config.report_every if config.epochs is None else lengths.report_every
         # Saves fall on reports.
-        every *= max(1, round(lengths.steps / config.snapshots / every))
+        every = lengths.report_every * max(1, round(lengths.steps / config.snapshots / lengths.report_every))
         return Origin(lengths=lengths._replace(checkpoint_every=every), snapshots=math.ceil(lengths.steps / every))
     assert path is not None  # config.check
     if config.source == "frozen" and not (path / "checkpoints").is_dir():

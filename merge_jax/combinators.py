@@ -54,11 +54,7 @@ def chain(*transfers: Transfer) -> Transfer:
         )
 
     def monitor(adapter: Adapter, source_params: Params, target_params: Params) -> Metrics:
-        return {
-            f"{name}/{scalar}": value
-            for name, transfer in by_name.items()
-            for scalar, value in transfer.monitor(adapter[name], source_params, target_params).items()
-        }
+        return _monitored(by_name, adapter, dict.fromkeys(by_name, source_params), target_params)
 
     return RoutedTransfer(init, apply, describe, lambda step: chain(*(one.at(step) for one in transfers)), monitor)
 
@@ -161,11 +157,7 @@ def several_sources(transfers: Mapping[str, Transfer]) -> Transfer:
         )
 
     def monitor(adapter: Adapter, source_params: Params, target_params: Params) -> Metrics:
-        return {
-            f"{name}/{scalar}": value
-            for name, transfer in transfers.items()
-            for scalar, value in transfer.monitor(adapter[name], source_params[name], target_params).items()
-        }
+        return _monitored(transfers, adapter, source_params, target_params)
 
     return RoutedTransfer(
         init,
@@ -208,6 +200,17 @@ def self_transfer(transfer: Transfer) -> Transfer:
         return transfer.monitor(adapter, target_params, target_params)
 
     return RoutedTransfer(init, apply, describe, lambda step: self_transfer(transfer.at(step)), monitor)
+
+
+def _monitored(
+    transfers: Mapping[str, Transfer], adapter: Adapter, sources: Mapping[str, Params], target_params: Params
+) -> Metrics:
+    """Returns what the transfers have to monitor, each scalar after its transfer's name."""
+    return {
+        f"{name}/{scalar}": value
+        for name, transfer in transfers.items()
+        for scalar, value in transfer.monitor(adapter[name], sources[name], target_params).items()
+    }
 
 
 def _inside(name: str, row: RouteSummary) -> RouteSummary:

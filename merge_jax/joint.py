@@ -268,7 +268,7 @@ def make_joint_step(
 
         if stop == 0:
             outcome = learn_alone()
-        elif isinstance(cycle, int) and cycle == 1 and stop == 1:
+        elif cycle == 1 and stop == 1:
             outcome = transfer_and_learn()
         else:
             # The target's step stands in both branches, so the adapter's residuals live in one of them only:

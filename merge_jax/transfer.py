@@ -256,10 +256,10 @@ def adapter_transfer(
         return monitor
 
     def at(step: jax.Array | int) -> Transfer:
-        now = gate(step) if callable(gate) else gate
+        now = gate(step)  # type: ignore[operator]
         return RoutedTransfer(init, apply_with(now), describe, monitor=monitor_with(now))
 
-    return RoutedTransfer(init, apply_with(gate), describe, at if callable(gate) else None, monitor=monitor_with(gate))
+    return RoutedTransfer(init, apply_with(gate), describe, at if callable(gate) else None, monitor_with(gate))
 
 
 def share_transfer(routes: Routes, *, view: ViewName = "matrix") -> Transfer:
