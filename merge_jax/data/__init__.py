@@ -1,10 +1,12 @@
-"""Data as NumPy arrays in memory, and batches of them as a pure function of the step."""
+"""Data as NumPy arrays, in memory or streamed, and batches of them as a pure function of the step."""
 
-from merge_jax.data.arrays import Arrays, Splits, batches_of, class_balanced, indices_of, num_examples, split
+from merge_jax.data.arrays import Arrays, Splits, batches_of, class_balanced, indices_of, num_examples, split, take
 from merge_jax.data.augment import crop_flip_rotate
 from merge_jax.data.folder import load_image_folder
 from merge_jax.data.image_set import ImageSet, channel_statistics, check_images
+from merge_jax.data.image_text import CaptionedImages, CaptionSet, VisualQuestions, VisualQuestionSet
 from merge_jax.data.images import load_digits
+from merge_jax.data.streams import Streamed
 from merge_jax.data.synthetic_text import synthetic_questions, synthetic_reviews, synthetic_topics
 from merge_jax.data.text_files import load_questions, load_text_set, load_texts
 from merge_jax.data.text_set import LabelledTexts, Question, QuestionSet, TextSet
@@ -14,6 +16,8 @@ from merge_jax.data.tokens import Encoded, EncodedQuestions, WordPiece, decode_s
 
 __all__ = [
     "Arrays",
+    "CaptionSet",
+    "CaptionedImages",
     "Encoded",
     "EncodedQuestions",
     "ImageSet",
@@ -21,7 +25,10 @@ __all__ = [
     "Question",
     "QuestionSet",
     "Splits",
+    "Streamed",
     "TextSet",
+    "VisualQuestionSet",
+    "VisualQuestions",
     "WordPiece",
     "batches_of",
     "channel_statistics",
@@ -43,4 +50,5 @@ __all__ = [
     "synthetic_questions",
     "synthetic_reviews",
     "synthetic_topics",
+    "take",
 ]

@@ -3,14 +3,20 @@
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from sklearn.model_selection import train_test_split
 
-__all__ = ["Arrays", "Splits", "batches_of", "class_balanced", "indices_of", "num_examples", "split"]
+from merge_jax.data.streams import Streamed
 
-Arrays = Mapping[str, np.ndarray]
-"""Examples by entry, e.g. `{"image": [N, H, W, C], "label": [N]}`, all with N on the leading axis."""
+__all__ = ["Arrays", "Splits", "batches_of", "class_balanced", "indices_of", "num_examples", "split", "take"]
+
+Arrays = Mapping[str, Any]  # np.ndarray or Streamed: most entries are never streamed, and used as what they are.
+"""Examples by entry, e.g. `{"image": [N, H, W, C], "label": [N]}`, all with N on the leading axis.
+
+An entry may also be `Streamed`: then `entry[rows]` reads rows, and `take` takes them unread.
+"""
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,7 @@ def batches_of(arrays: Arrays, batch_size: int, seed: int) -> Callable[[int], di
 
     def batch_at(step: int) -> dict[str, np.ndarray]:
         (indices,) = indices_at(step, 1)
-        return _take(arrays, indices)
+        return {name: array[indices] for name, array in arrays.items()}
 
     return batch_at
 
@@ -85,7 +91,7 @@ def split(arrays: Arrays, size: int, seed: int) -> tuple[Arrays, Arrays]:
     """
     indices = np.arange(num_examples(arrays))
     rest, chosen = train_test_split(indices, test_size=size, stratify=arrays.get("label"), random_state=seed)
-    return _take(arrays, np.asarray(chosen)), _take(arrays, np.asarray(rest))
+    return take(arrays, np.asarray(chosen)), take(arrays, np.asarray(rest))
 
 
 def class_balanced(arrays: Arrays, size: int, seed: int) -> Arrays:
@@ -102,9 +108,12 @@ def class_balanced(arrays: Arrays, size: int, seed: int) -> Arrays:
         )
     if size > total - classes:  # Too few would be left over for a split in proportion.
         order = np.random.default_rng(seed).permutation(total)
-        return _take(arrays, order[:size])
+        return take(arrays, order[:size])
     return split(arrays, size, seed)[0]
 
 
-def _take(arrays: Arrays, indices: np.ndarray) -> dict[str, np.ndarray]:
-    return {name: array[indices] for name, array in arrays.items()}
+def take(arrays: Arrays, indices: np.ndarray) -> dict[str, Any]:
+    """Returns the examples of these numbers; streamed entries stay unread."""
+    return {
+        name: array.take(indices) if isinstance(array, Streamed) else array[indices] for name, array in arrays.items()
+    }

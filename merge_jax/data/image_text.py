@@ -1,0 +1,89 @@
+"""Images with text: questions on them, and captions of them, as they are before they become arrays."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from merge_jax.data.streams import Table
+
+__all__ = ["CaptionSet", "CaptionedImages", "VisualQuestionSet", "VisualQuestions"]
+
+
+@dataclass(frozen=True)
+class VisualQuestions:
+    """Questions on images.
+
+    Attributes:
+      images: uint8 `[M, H, W, C]`, in memory or read when they are asked for.
+      image: `[N]`, int32: the image of each question.
+      questions: N of them.
+      answers: of each question, what each annotator answered, in any number; the same answer as often as it was given.
+      kinds: the kind of each question, to tell scores apart by; None where there is but one.
+    """
+
+    images: Table
+    image: np.ndarray
+    questions: Sequence[str]
+    answers: Sequence[Sequence[str]]
+    kinds: Sequence[str] | None = None
+
+
+@dataclass(frozen=True)
+class VisualQuestionSet:
+    """A set of questions on images.
+
+    Attributes:
+      name: of the set.
+      train: what there is to learn from.
+      test: what is read once, at the end.
+    """
+
+    name: str
+    train: VisualQuestions
+    test: VisualQuestions
+
+
+@dataclass(frozen=True)
+class CaptionedImages:
+    """Images and captions of them: an image and a caption fit each other where they have the same number.
+
+    Numbers of their own, one an image, are those of images that each have their captions; the number of a class fits
+    all its images to its name.
+
+    Attributes:
+      images: uint8 `[M, H, W, C]`, in memory or read when they are asked for.
+      image_group: `[M]`, int32: the number of each image.
+      captions: K texts.
+      caption_group: `[K]`, int32: the number of each caption.
+    """
+
+    images: Table
+    image_group: np.ndarray
+    captions: Sequence[str]
+    caption_group: np.ndarray
+
+    def pairs(self) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the image and the caption of all N pairs that fit, both `[N]`, int32, image by image."""
+        order = np.argsort(self.caption_group, kind="stable")
+        groups = self.caption_group[order]
+        first, last = (np.searchsorted(groups, self.image_group, side) for side in ("left", "right"))
+        counts = last - first
+        image = np.repeat(np.arange(len(counts)), counts)
+        offsets = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        return image.astype(np.int32), order[np.repeat(first, counts) + offsets].astype(np.int32)
+
+
+@dataclass(frozen=True)
+class CaptionSet:
+    """A set of images with captions.
+
+    Attributes:
+      name: of the set.
+      train: what there is to learn from.
+      test: what is read once, at the end.
+    """
+
+    name: str
+    train: CaptionedImages
+    test: CaptionedImages
