@@ -13,7 +13,7 @@ from jax.stages import Lowered
 from experiments.config import Lengths, RunConfig
 from experiments.scenario import Method, Role, Scenario
 from experiments.sources import Origin, initial_key
-from merge_jax.data import indices_of, num_examples
+from merge_jax.data import ReadAhead, indices_of, is_streamed, num_examples
 from merge_jax.epoch import Epoch, augmented, make_epoch
 from merge_jax.joint import JointState, Task, TrainState, init_joint_state, make_joint_step
 from merge_jax.parallel import Layout
@@ -65,8 +65,10 @@ class Stage:
           seeds: how many there are side by side; None for one at a time.
         """
         state = jax.eval_shape(lambda: self.initial_state(0, self.fresh_source(0)))
-        arrays, indices = self.arrays(0), self.indices_at(0)(0, steps)
-        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (state, arrays, indices))
+        indices = self.indices_at(0)(0, steps)
+        shapes = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (state, self._array_shapes(steps), indices)
+        )
         epoch = self.epoch
         if seeds is not None:
             step = shapes[0].step
@@ -105,13 +107,34 @@ class Stage:
         """Returns all examples to train on, of the roles that learn."""
         return {role: dict(self.roles[role].splits(seed).train) for role in self._learning_roles}
 
+    @property
+    def streams(self) -> bool:
+        """Whether examples are read when they are needed, and not all on the device."""
+        return any(is_streamed(arrays) for arrays in self.arrays(0).values())
+
+    def read_ahead(self, seed: int, steps: int) -> ReadAhead:
+        """Returns what reads the examples of so many steps at a time."""
+        return ReadAhead(self.arrays(seed), self._indices(seed), steps)
+
     def indices_at(self, seed: int) -> Callable[[int, int], Indices]:
         """Returns `(first step, count) -> {role: [count, B]}`: the examples in each batch."""
-        by_role = {
+        by_role = self._indices(seed)
+        return lambda first, count: {role: indices(first, count) for role, indices in by_role.items()}
+
+    def _indices(self, seed: int) -> dict[str, Callable[[int, int], np.ndarray]]:
+        return {
             role: indices_of(num_examples(self.roles[role].splits(seed).train), self.batch_size, seed)
             for role in self._learning_roles
         }
-        return lambda first, count: {role: indices(first, count) for role, indices in by_role.items()}
+
+    def _array_shapes(self, steps: int) -> Any:
+        """Returns shapes of the examples that one call of the epoch has: all of them, or those of its own steps."""
+
+        def shape(entry: Any) -> jax.ShapeDtypeStruct:
+            leading = steps * self.batch_size if self.streams else len(entry)
+            return jax.ShapeDtypeStruct((leading, *entry.shape[1:]), entry.dtype)
+
+        return {role: {name: shape(entry) for name, entry in arrays.items()} for role, arrays in self.arrays(0).items()}
 
     def validate(self, state: JointState, seed: int) -> dict[str, float]:
         """Returns the metrics on the validation splits, of the models that learn; none where a split is empty."""

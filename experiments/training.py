@@ -44,10 +44,11 @@ class Outcome(NamedTuple):
 def steps_per_call(stage: Stage) -> int:
     """Returns how many steps one call of a compiled epoch takes: all between two reports.
 
-    On a CPU at most ten: calls cost nothing there, steps take long, and the progress bar should move.
+    On a CPU at most ten: calls cost nothing there, steps take long, and the progress bar should move. As many where
+    examples are streamed, since those of all its steps are in memory.
     """
     most = stage.lengths.report_every
-    return min(most, 10) if jax.default_backend() == "cpu" else most
+    return min(most, 10) if stage.streams or jax.default_backend() == "cpu" else most
 
 
 def compile_epoch(lowered: Lowered) -> Compiled:
@@ -89,13 +90,11 @@ class Trainer:
         state = self._layout.put_state(stack_seeds(states) if stacked else states[0])
         with (
             Checkpoints(self._folder.checkpoints / cell, keep=stage.keep) as checkpoints,
-            contextlib.ExitStack() as open_writers,
+            contextlib.ExitStack() as open_files,
         ):
             first, state = checkpoints.restore_latest(state) or (0, state)
             self._bar.update(first * len(seeds))
-            writers = [
-                open_writers.enter_context(self._log.writer(f"{stage.name}-seed{seed}", first)) for seed in seeds
-            ]
+            writers = [open_files.enter_context(self._log.writer(f"{stage.name}-seed{seed}", first)) for seed in seeds]
 
             def report(step: int, metrics: dict[str, Any], state: JointState) -> None:
                 for i, (writer, one) in enumerate(zip(writers, _each(state, stacked), strict=True)):
@@ -104,7 +103,7 @@ class Trainer:
 
             start = time.perf_counter()
             state = run_loop(
-                self._advance(stage, seeds),
+                self._advance(stage, seeds, open_files),
                 state,
                 num_steps=stage.lengths.steps,
                 report_every=stage.lengths.report_every,
@@ -117,18 +116,29 @@ class Trainer:
             seconds = (time.perf_counter() - start) / len(seeds)
         return [Outcome(one, seconds) for one in _each(state, stacked)]
 
-    def _advance(self, stage: Stage, seeds: Sequence[int]) -> Any:
+    def _advance(self, stage: Stage, seeds: Sequence[int], open_files: contextlib.ExitStack) -> Any:
         """Returns the stage's compiled epoch with its data, as the loop wants it."""
-        arrays = [stage.arrays(seed) for seed in seeds]
-        arrays = self._layout.put_arrays(stack_arrays(arrays) if len(seeds) > 1 else arrays[0])
-        indices_at = [stage.indices_at(seed) for seed in seeds]
         epoch, most = self._compiled[stage.name].epoch, steps_per_call(stage)
 
-        def advance(state: JointState, first: int, count: int) -> tuple[JointState, Metrics]:
-            # Always as many rows as were compiled for; those after `count` are not read.
-            indices = [at(first, most) for at in indices_at]
-            placed = self._layout.put_indices(stack_arrays(indices) if len(seeds) > 1 else indices[0])
-            return epoch(state, arrays, placed, np.int32(count))
+        def put(arrays: Sequence[Any]) -> Any:
+            return self._layout.put_arrays(stack_arrays(arrays) if len(seeds) > 1 else arrays[0])
+
+        def put_indices(indices: Sequence[Any]) -> Any:
+            return self._layout.put_indices(stack_arrays(indices) if len(seeds) > 1 else indices[0])
+
+        # Always as many rows as were compiled for; those after `count` are not read.
+        if stage.streams:
+            readers = [open_files.enter_context(stage.read_ahead(seed, most)) for seed in seeds]
+
+            def advance(state: JointState, first: int, count: int) -> tuple[JointState, Metrics]:
+                arrays, indices = zip(*(reader.read(first, count) for reader in readers), strict=True)
+                return epoch(state, put(arrays), put_indices(indices), np.int32(count))
+        else:
+            arrays = put([stage.arrays(seed) for seed in seeds])
+            indices_at = [stage.indices_at(seed) for seed in seeds]
+
+            def advance(state: JointState, first: int, count: int) -> tuple[JointState, Metrics]:
+                return epoch(state, arrays, put_indices([at(first, most) for at in indices_at]), np.int32(count))
 
         return advance
 

@@ -3,7 +3,18 @@
 import numpy as np
 import pytest
 
-from merge_jax.data import CaptionedImages, Streamed, batches_of, class_balanced, num_examples, split, take
+from merge_jax.data import (
+    CaptionedImages,
+    ReadAhead,
+    Streamed,
+    batches_of,
+    class_balanced,
+    indices_of,
+    is_streamed,
+    num_examples,
+    split,
+    take,
+)
 
 
 class Reads:
@@ -72,3 +83,43 @@ def test_pairs_are_all_images_with_all_captions_of_their_group():
     found = CaptionedImages(np.zeros((20, 1, 1, 3), np.uint8), images, ["a"] * 15, captions).pairs()
     expected = [(i, k) for i in range(20) for k in range(15) if images[i] == captions[k]]
     assert list(zip(*found, strict=True)) == expected
+
+
+def test_what_is_read_ahead_is_what_the_indices_name():
+    table, entry = streamed(np.arange(30) % 5)
+    arrays = {"target": {"image": entry, "row": np.arange(30)}, "source": {"x": np.arange(7)}}
+    indices_at = {"target": indices_of(30, 4, seed=1), "source": indices_of(7, 2, seed=1)}
+    assert is_streamed(arrays["target"])
+    assert not is_streamed(arrays["source"])
+    with ReadAhead(arrays, indices_at, 3) as ahead:
+        # In turn, a short chunk at a report, and out of turn, as a resumed run asks.
+        for first, count in ((0, 3), (3, 2), (5, 3), (20, 1)):
+            found, indices = ahead.read(first, count)
+            for role, at in indices_at.items():
+                for name, whole in arrays[role].items():
+                    expected = whole[at(first, 3).ravel()].reshape(3, at(0, 1).shape[1], *whole.shape[1:])
+                    np.testing.assert_array_equal(found[role][name][indices[role]], expected)
+    assert max(map(len, table.read)) == 12
+
+
+def test_an_error_ahead_is_raised_when_its_chunk_is_asked_for():
+    class Breaks:
+        shape, dtype = (30, 2), np.uint8
+
+        def __getitem__(self, rows):
+            if 29 in rows:
+                raise ValueError("row 29 cannot be read")
+            return np.zeros((len(rows), 2), np.uint8)
+
+    entry = Streamed(Breaks(), np.arange(30))
+    in_order = {"target": lambda first, count: np.arange(2 * first, 2 * (first + count)).reshape(count, 2) % 30}
+    with ReadAhead({"target": {"image": entry}}, in_order, 5) as ahead:
+        for first in (0, 5):
+            ahead.read(first, 5)
+        with pytest.raises(ValueError, match="row 29 cannot be read"):
+            ahead.read(10, 5)
+
+
+def test_a_chunk_needs_steps():
+    with pytest.raises(ValueError, match="steps must be .*at least 1, got 0"):
+        ReadAhead({}, {}, 0)

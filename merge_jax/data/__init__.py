@@ -2,6 +2,7 @@
 
 from merge_jax.data.arrays import Arrays, Splits, batches_of, class_balanced, indices_of, num_examples, split, take
 from merge_jax.data.augment import crop_flip_rotate
+from merge_jax.data.chunks import ReadAhead, is_streamed
 from merge_jax.data.folder import load_image_folder
 from merge_jax.data.image_set import ImageSet, channel_statistics, check_images
 from merge_jax.data.image_text import CaptionedImages, CaptionSet, VisualQuestions, VisualQuestionSet
@@ -24,6 +25,7 @@ __all__ = [
     "LabelledTexts",
     "Question",
     "QuestionSet",
+    "ReadAhead",
     "Splits",
     "Streamed",
     "TextSet",
@@ -37,6 +39,7 @@ __all__ = [
     "crop_flip_rotate",
     "decode_spans",
     "indices_of",
+    "is_streamed",
     "load_digits",
     "load_image_folder",
     "load_questions",
