@@ -119,8 +119,26 @@ def print_results(
     )
     console = Console(record=True, width=max(100, shutil.get_terminal_size().columns))
     console.print(table)
+    others = [name for name in results[0]["test_metrics"]["target"] if name not in (scenario.target.metric, "loss")]
+    if others:
+        console.print(_other_metrics(scenario, results, others))
     console.print(notes, highlight=False)
     folder.write_text("table.txt", console.export_text())
+
+
+def _other_metrics(scenario: Scenario, results: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Table:
+    """Returns a table of the target's other metrics on the test split, one column a method."""
+    table = Table(box=box.SIMPLE, pad_edge=False, padding=(0, 0, 0, 1), title="other test metrics of the target, %")
+    table.add_column("metric", no_wrap=True)
+    for method in scenario.methods:
+        table.add_column(method, justify="right", no_wrap=True)
+    for name in names:
+        by_method = {
+            method: np.array([100 * r["test_metrics"]["target"][name] for r in results if r["method"] == method])
+            for method in scenario.methods
+        }
+        table.add_row(_words(name), *(_format(values) for values in by_method.values()))
+    return table
 
 
 def _format(values: np.ndarray, sign: str = "") -> str:

@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from experiments.config import RunConfig
 from experiments.report import print_plan, print_results, save_curves
+from experiments.samples import save_samples
 from experiments.scenario import Scenario
 from experiments.sources import Origin, origin_of, read_trajectory
 from experiments.stages import Stage, make_stages
@@ -99,6 +100,7 @@ def _run(
             _train_all(scenario, config, origin, stages, trainer, log, folder, results)
     print_results(scenario, config, results, folder)
     save_curves(scenario, log.records(), folder)
+    save_samples(scenario, results, folder)
     print(f"run folder: {folder.path}")
 
 
@@ -157,19 +159,24 @@ def _results(
     """Trains one method on some seeds and returns what the table says of each."""
     outcomes = trainer.train(stage, seeds, sources)
     best = _best_validation(stage, log)
-    return [
-        {
-            "method": stage.name,
-            "seed": seed,
-            "target_test": stage.test(state, seed, "target"),
-            "target_best_validation": best.get(seed),
-            "source_test": stage.test(state, seed, "source"),
-            "seconds": seconds,
-            "compile_seconds": trainer.compile_seconds(stage),
-            "adapter_parameters": sum(leaf.size for leaf in jax.tree.leaves(state.adapter.params)),
-        }
-        for seed, (state, seconds) in zip(seeds, outcomes, strict=True)
-    ]
+    results = []
+    for seed, (state, seconds) in zip(seeds, outcomes, strict=True):
+        metrics = {role: stage.test(state, seed, role) for role in ("target", "source")}
+        results.append(
+            {
+                "method": stage.name,
+                "seed": seed,
+                "target_test": metrics["target"][stage.roles["target"].metric],
+                "target_best_validation": best.get(seed),
+                "source_test": metrics["source"][stage.roles["source"].metric] if metrics["source"] else None,
+                "test_metrics": metrics,
+                "answers": stage.answers(state) if seed == 0 else {},
+                "seconds": seconds,
+                "compile_seconds": trainer.compile_seconds(stage),
+                "adapter_parameters": sum(leaf.size for leaf in jax.tree.leaves(state.adapter.params)),
+            }
+        )
+    return results
 
 
 def _best_validation(stage: Stage, log: MetricsLog) -> dict[int, float]:

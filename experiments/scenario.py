@@ -3,9 +3,11 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import jax
+import numpy as np
 import optax
 
 from experiments.config import Schedule
@@ -18,7 +20,22 @@ from merge_jax.transfer import identity_transfer
 from merge_jax.types import LossFn, ModelState, Params, TeacherFn, Transfer
 from merge_jax.weights import load_params
 
-__all__ = ["Learner", "Method", "Role", "Scenario", "choose"]
+__all__ = ["Learner", "Method", "Role", "Samples", "Scenario", "choose"]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """A few test images, for a picture of what is made of them.
+
+    Attributes:
+      images: reads them, uint8 `[n, H, W, C]`.
+      asked: what is asked of each, and what is right, in words.
+      answer: `(params, model_state) -> answers`, n of them.
+    """
+
+    images: Callable[[], np.ndarray]
+    asked: Sequence[str]
+    answer: Callable[[Params, ModelState], Sequence[str]]
 
 
 @dataclass(frozen=True)
@@ -33,6 +50,7 @@ class Role:
       metric: the name of that one.
       augment: changes its batches at random while it trains; None for batches as they are.
       load: `(path, params) -> params` from a file of weights, where `params` is the model as it starts.
+      samples: test images that it is shown with; None for a model of other things.
     """
 
     name: str
@@ -42,6 +60,7 @@ class Role:
     metric: str = "accuracy"
     augment: Augment | None = None
     load: Callable[[Path, Params], Params] = load_params
+    samples: Samples | None = None
 
 
 class Learner(NamedTuple):
@@ -51,11 +70,13 @@ class Learner(NamedTuple):
       role: the model and its data.
       loss_fn: what it learns.
       classify: `loss -> loss function` of a classifier, with another loss of its logits; None for other models.
+      attention: its attention blocks as a pattern of paths, by what they attend to: `vision`, `text`.
     """
 
     role: Role
     loss_fn: LossFn
     classify: Callable[[ClassificationLoss], LossFn] | None = None
+    attention: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from experiments.scenario import Learner, Role
-from merge_jax.data import Arrays, Splits, num_examples
+from merge_jax.data import Arrays, Splits, num_examples, take
 from merge_jax.types import Batch, ModelState, Params
 
 __all__ = ["side_by_side"]
@@ -41,7 +41,7 @@ def side_by_side(learners: Mapping[str, Learner]) -> Learner:
         for name, role in roles.items():
             own = _part(arrays, name)
             new = own.pop("new")  # Those that came again would count twice.
-            of_one = role.evaluate(params[name], model_state[name], {key: array[new] for key, array in own.items()})
+            of_one = role.evaluate(params[name], model_state[name], take(own, np.flatnonzero(new)))
             metrics |= {f"{name}_{metric}": value for metric, value in of_one.items()}
         judged = [metrics[f"{name}_{role.metric}"] for name, role in roles.items()]
         return {**metrics, "mean_score": float(np.mean(judged))}
@@ -63,10 +63,10 @@ def side_by_side(learners: Mapping[str, Learner]) -> Learner:
 def _joined(arrays: Mapping[str, Arrays]) -> Arrays:
     """Returns the arrays as one, entries `name/entry`, with as many rows as the longest, and what of them is new."""
     size = max(num_examples(one) for one in arrays.values())
-    joined: dict[str, np.ndarray] = {}
+    joined: dict[str, Any] = {}
     for name, one in arrays.items():
         rows = np.resize(np.arange(num_examples(one)), size)
-        joined |= {f"{name}/{entry}": array[rows] for entry, array in one.items()}
+        joined |= {f"{name}/{entry}": array for entry, array in take(one, rows).items()}
         joined[f"{name}/new"] = np.arange(size) < num_examples(one)
     return joined
 

@@ -145,22 +145,33 @@ class Stage:
             for name, value in self._evaluate(state, seed, role, "validation").items()
         }
 
-    def test(self, state: JointState, seed: int, role: str) -> float | None:
-        """Returns a model's metric on the test split, in [0, 1]; read once, after the last step. None for no model."""
-        if role not in self.roles:
-            return None
-        return self._evaluate(state, seed, role, "test")[self.roles[role].metric]
+    def test(self, state: JointState, seed: int, role: str) -> dict[str, float]:
+        """Returns a model's metrics on the test split; read once, after the last step. None of no model."""
+        return self._evaluate(state, seed, role, "test") if role in self.roles else {}
+
+    def answers(self, state: JointState) -> dict[str, list[str]]:
+        """Returns what each model that has samples makes of them."""
+        answers = {}
+        for role, model in self.roles.items():
+            if model.samples is not None:
+                trained = self._model(state, role)
+                answers[role] = list(model.samples.answer(trained.params, trained.model_state))
+        return answers
 
     @property
     def _learning_roles(self) -> tuple[str, ...]:
         return ("target",) if self.source_task is None else ("source", "target")
 
     def _evaluate(self, state: JointState, seed: int, role: str, split: str) -> dict[str, float]:
+        model = self._model(state, role)
+        arrays = getattr(self.roles[role].splits(seed), split)
+        return self.roles[role].evaluate(model.params, model.model_state, arrays)
+
+    def _model(self, state: JointState, role: str) -> TrainState:
         model: TrainState = getattr(state, role)
         if role == "source" and self.snapshots is not None:
             model = jax.tree.map(lambda leaf: leaf[-1], model)
-        arrays = getattr(self.roles[role].splits(seed), split)
-        return self.roles[role].evaluate(model.params, model.model_state, arrays)
+        return model
 
 
 def make_stages(scenario: Scenario, config: RunConfig, origin: Origin) -> dict[str, Stage]:

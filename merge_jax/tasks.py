@@ -63,6 +63,8 @@ def with_features(apply_fn: ModelApply) -> ModelApply:
 def on_pixels(apply_fn: ModelApply, mean: Sequence[float], std: Sequence[float]) -> ModelApply:
     """Returns the apply function for uint8 images `[B, H, W, C]`: `(x / 255 - mean) / std`, channel by channel.
 
+    Other inputs go on as they are.
+
     Args:
       apply_fn: `model.apply` of a model of float images.
       mean: of each channel, of pixels in [0, 1].
@@ -76,8 +78,8 @@ def on_pixels(apply_fn: ModelApply, mean: Sequence[float], std: Sequence[float])
     scale = 1 / (255 * jnp.asarray(std, jnp.float32))
     shift = jnp.asarray(mean, jnp.float32) / jnp.asarray(std, jnp.float32)
 
-    def apply(variables: Any, images: jax.Array, **options: Any) -> Any:
-        return apply_fn(variables, images * scale[None, None, None] - shift[None, None, None], **options)
+    def apply(variables: Any, images: jax.Array, *others: Any, **options: Any) -> Any:
+        return apply_fn(variables, images * scale[None, None, None] - shift[None, None, None], *others, **options)
 
     return apply
 

@@ -1,0 +1,40 @@
+"""A picture of a few test images with what each model made of them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from experiments.scenario import Scenario
+from merge_jax.runs import RunFolder
+
+__all__ = ["save_samples"]
+
+_COLUMNS = 3
+
+
+def save_samples(scenario: Scenario, results: Sequence[Mapping[str, Any]], folder: RunFolder) -> None:
+    """Saves `samples.png`, if the target has samples: each with the answers of every method's target, of seed 0.
+
+    Where the source was asked the same, its answers stand first.
+    """
+    samples = scenario.target.samples
+    if samples is None:
+        return
+    answers = {result["method"]: result["answers"]["target"] for result in results if result["seed"] == 0}
+    source = scenario.source
+    if source is not None and source.samples is not None and source.samples.asked == samples.asked:
+        answers = {"source": results[0]["answers"]["source"], **answers}
+
+    from matplotlib.figure import Figure  # It takes half a second that --help should not.
+
+    images = samples.images()
+    rows = -(-len(images) // _COLUMNS)
+    lines = max(asked.count("\n") + 1 for asked in samples.asked) + len(answers)
+    figure = Figure(figsize=(4 * _COLUMNS, (2.4 + 0.22 * lines) * rows), layout="constrained")
+    grid = figure.subplots(rows, _COLUMNS, squeeze=False).ravel()
+    for axes in grid:
+        axes.set_axis_off()
+    for i, (axes, image, asked) in enumerate(zip(grid, images, samples.asked, strict=False)):
+        axes.imshow(image if image.shape[-1] == 3 else image[..., 0], cmap="gray")
+        said = [f"{name}: {given[i]}" for name, given in answers.items()]
+        axes.set_title("\n".join([asked, *said]), fontsize=9, loc="left")
+    figure.savefig(folder.path / "samples.png", dpi=150)
