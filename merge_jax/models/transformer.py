@@ -7,6 +7,16 @@ import jax
 import jax.numpy as jnp
 
 from merge_jax.checks import check_at_least_one, check_choice, check_dropout
+from merge_jax.models.blocks import (
+    INIT,
+    PADDING,
+    attention,
+    check_heads,
+    dense,
+    feed_forward,
+    layer_norm,
+    not_padding,
+)
 
 __all__ = [
     "PoolerName",
@@ -22,26 +32,15 @@ __all__ = [
 PoolerName = Literal["tanh", "relu"]
 """The layer before a classifier: `tanh` as in BERT, named `pooler`; `relu` as in DistilBERT, `pre_classifier`."""
 
-_PADDING = 0
-_INIT = nn.initializers.truncated_normal(0.02)
 # Far below any logit, yet finite: a label at such a place costs much, and is no NaN.
 _NEVER = -1e9
-
-
-def _norm(dtype: Any, name: str) -> nn.LayerNorm:
-    # So small an epsilon does not hide the rounding of the fast variance, E[x^2] - E[x]^2.
-    return nn.LayerNorm(epsilon=1e-12, dtype=dtype, use_fast_variance=False, name=name)
-
-
-def _dense(features: int, dtype: Any, name: str) -> nn.Dense:
-    return nn.Dense(features, dtype=dtype, kernel_init=_INIT, name=name)
 
 
 def _segments(tokens: jax.Array, separator: int) -> jax.Array:
     """Returns the segment of each token, `[B, L]`: 1 after the first separator, 0 before it and for padding."""
     is_separator = tokens == separator
     earlier = jnp.cumsum(is_separator, axis=1) - is_separator
-    return ((earlier > 0) & (tokens != _PADDING)).astype(jnp.int32)
+    return ((earlier > 0) & (tokens != PADDING)).astype(jnp.int32)
 
 
 class _Embeddings(nn.Module):
@@ -60,10 +59,10 @@ class _Embeddings(nn.Module):
         x += self._embed(self.max_length, "position")(jnp.arange(tokens.shape[1])[None])
         if self.num_segments:
             x += self._embed(self.num_segments, "segment")(segments)
-        return nn.Dropout(self.dropout_rate, deterministic=not train)(_norm(self.dtype, "norm")(x))
+        return nn.Dropout(self.dropout_rate, deterministic=not train)(layer_norm(self.dtype, "norm")(x))
 
     def _embed(self, count: int, name: str) -> nn.Embed:
-        return nn.Embed(count, self.width, dtype=self.dtype, embedding_init=_INIT, name=name)
+        return nn.Embed(count, self.width, dtype=self.dtype, embedding_init=INIT, name=name)
 
 
 class _Layer(nn.Module):
@@ -77,19 +76,10 @@ class _Layer(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array, *, train: bool) -> jax.Array:
         dropout = nn.Dropout(self.dropout_rate, deterministic=not train)
-        attention = nn.MultiHeadDotProductAttention(
-            self.num_heads,
-            dtype=self.dtype,
-            kernel_init=_INIT,
-            dropout_rate=self.dropout_rate,
-            broadcast_dropout=False,
-            deterministic=not train,
-            name="attention",
-        )
-        x = _norm(self.dtype, "norm1")(x + dropout(attention(x, mask=mask)))
-        y = nn.gelu(_dense(self.hidden, self.dtype, "up")(x), approximate=False)
-        y = _dense(x.shape[-1], self.dtype, "down")(y)
-        return _norm(self.dtype, "norm2")(x + dropout(y))
+        attend = attention(self.num_heads, self.dropout_rate, self.dtype, "attention", train=train)
+        x = layer_norm(self.dtype, "norm1")(x + dropout(attend(x, mask=mask)))
+        y = feed_forward(x, self.hidden, self.dtype)
+        return layer_norm(self.dtype, "norm2")(x + dropout(y))
 
 
 class TextEncoder(nn.Module):
@@ -140,7 +130,7 @@ class TextEncoder(nn.Module):
         """
         self._check(tokens)
         segments = _segments(tokens, self.separator)
-        mask = (tokens != _PADDING)[:, None, None]
+        mask = not_padding(tokens)
         x = _Embeddings(
             self.vocab_size,
             self.width,
@@ -165,12 +155,11 @@ class TextEncoder(nn.Module):
             max_length=self.max_length,
         )
         check_dropout(dropout_rate=self.dropout_rate)
-        if self.width % self.num_heads:
-            raise ValueError(f"{self.num_heads} heads do not divide the width {self.width}")
+        check_heads(self.width, self.num_heads)
         if self.num_segments not in (0, 2):
             raise ValueError(f"num_segments must be 2, or 0 for none, got {self.num_segments!r}")
         # With a separator that no token can be, all of a text would be one segment, without a word.
-        if not _PADDING < self.separator < self.vocab_size:
+        if not PADDING < self.separator < self.vocab_size:
             raise ValueError(f"separator must be a token in [1, {self.vocab_size}), got {self.separator}")
         if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise ValueError(f"tokens must be whole numbers [B, L], got {tokens.dtype} {list(tokens.shape)}")
@@ -205,12 +194,12 @@ class TextClassifier(nn.Module):
         check_at_least_one(num_classes=self.num_classes)
         x = self.encoder(tokens, train=train)[:, 0].astype(jnp.float32)
         if self.pooler == "tanh":
-            x = nn.tanh(_dense(x.shape[-1], jnp.float32, "pooler")(x))
+            x = nn.tanh(dense(x.shape[-1], jnp.float32, "pooler")(x))
         else:
-            x = nn.relu(_dense(x.shape[-1], jnp.float32, "pre_classifier")(x))
+            x = nn.relu(dense(x.shape[-1], jnp.float32, "pre_classifier")(x))
         self.sow("intermediates", "features", x)
         x = nn.Dropout(self.encoder.dropout_rate, deterministic=not train)(x)
-        return _dense(self.num_classes, jnp.float32, "classifier")(x)
+        return dense(self.num_classes, jnp.float32, "classifier")(x)
 
 
 class SpanExtractor(nn.Module):
@@ -233,7 +222,7 @@ class SpanExtractor(nn.Module):
           ValueError: while tracing, as the encoder.
         """
         x = self.encoder(tokens, train=train).astype(jnp.float32)
-        logits = _dense(2, jnp.float32, "qa_outputs")(x)
+        logits = dense(2, jnp.float32, "qa_outputs")(x)
         separator = self.encoder.separator
         in_passage = (_segments(tokens, separator) == 1) & (tokens != separator)
         answerable = in_passage.at[:, 0].set(True)

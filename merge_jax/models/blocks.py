@@ -1,0 +1,57 @@
+"""What the transformers here are made of, whether they read text, images or both."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+__all__ = ["INIT", "PADDING", "attention", "check_heads", "dense", "feed_forward", "layer_norm", "not_padding"]
+
+INIT = nn.initializers.truncated_normal(0.02)
+"""How kernels and embeddings start, as in BERT."""
+
+PADDING = 0
+"""The token that stands for none."""
+
+
+def not_padding(tokens: jax.Array) -> jax.Array:
+    """Returns the mask of an attention with tokens `[B, L]` as keys, `[B, 1, 1, L]`: whether one is attended to."""
+    return (tokens != PADDING)[:, None, None]
+
+
+def layer_norm(dtype: Any, name: str) -> nn.LayerNorm:
+    """Returns a LayerNorm with epsilon 1e-12, as in BERT."""
+    # So small an epsilon does not hide the rounding of the fast variance, E[x^2] - E[x]^2.
+    return nn.LayerNorm(epsilon=1e-12, dtype=dtype, use_fast_variance=False, name=name)
+
+
+def dense(features: int, dtype: Any, name: str) -> nn.Dense:
+    """Returns a dense layer, kernel `[in, features]`."""
+    return nn.Dense(features, dtype=dtype, kernel_init=INIT, name=name)
+
+
+def attention(
+    num_heads: int, dropout_rate: float, dtype: Any, name: str, *, train: bool
+) -> nn.MultiHeadDotProductAttention:
+    """Returns an attention whose heads share the width of the queries; weights are dropped for each text or image."""
+    return nn.MultiHeadDotProductAttention(
+        num_heads,
+        dtype=dtype,
+        kernel_init=INIT,
+        dropout_rate=dropout_rate,
+        broadcast_dropout=False,
+        deterministic=not train,
+        name=name,
+    )
+
+
+def feed_forward(x: jax.Array, hidden: int, dtype: Any) -> jax.Array:
+    """Returns `down(gelu(up(x)))` with the exact gelu, `[..., width]` to the same; layers of the calling module."""
+    y = nn.gelu(dense(hidden, dtype, "up")(x), approximate=False)
+    return dense(x.shape[-1], dtype, "down")(y)
+
+
+def check_heads(width: int, num_heads: int) -> None:
+    """Raises ValueError unless the heads divide the width."""
+    if width % num_heads:
+        raise ValueError(f"{num_heads} heads do not divide the width {width}")
