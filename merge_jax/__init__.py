@@ -28,6 +28,7 @@ from merge_jax.official import OfficialAdapter, export_official_adapter, load_of
 from merge_jax.parallel import DATA_AXIS, Layout, data_mesh, jit_layout, pmap_layout, state_shardings
 from merge_jax.paths import find_paths, flatten, replace, select
 from merge_jax.reparameterised import bake, make_reparameterised_step
+from merge_jax.retrieval import contrastive_loss, evaluate_retrieval, recall_at_k, retrieval_loss, retrieval_scores
 from merge_jax.routes import Route, match
 from merge_jax.seeds import over_seeds, stack_seeds, unstack_seeds
 from merge_jax.span import evaluate_spans, span_loss
@@ -45,6 +46,8 @@ from merge_jax.tasks import (
 from merge_jax.trajectory import Trajectory, last_of, load_trajectory, replay_evenly, replayed
 from merge_jax.transfer import adapter_transfer, identity_transfer, share_transfer
 from merge_jax.types import Adapter, Batch, LossFn, Params, RouteSummary, Transfer
+from merge_jax.vqa import evaluate_vqa, predict_answers, vqa_loss
+from merge_jax.vqa_score import answer_coverage, answer_indices, answer_vocabulary, vqa_scores
 from merge_jax.weights import load_params, load_safetensors, save_safetensors
 
 __all__ = [
@@ -74,12 +77,16 @@ __all__ = [
     "accuracy",
     "adapter_adamw",
     "adapter_transfer",
+    "answer_coverage",
+    "answer_indices",
+    "answer_vocabulary",
     "as_matrix",
     "augmented",
     "bake",
     "chain",
     "classification_loss",
     "connect",
+    "contrastive_loss",
     "copy_overlap",
     "core_bases",
     "cross_entropy",
@@ -89,7 +96,9 @@ __all__ = [
     "dkd_loss",
     "encode",
     "evaluate_classifier",
+    "evaluate_retrieval",
     "evaluate_spans",
+    "evaluate_vqa",
     "export_official_adapter",
     "find_paths",
     "flatten",
@@ -115,10 +124,14 @@ __all__ = [
     "on_pixels",
     "over_seeds",
     "pmap_layout",
+    "predict_answers",
     "published_transfer",
+    "recall_at_k",
     "replace",
     "replay_evenly",
     "replayed",
+    "retrieval_loss",
+    "retrieval_scores",
     "rkd_loss",
     "row_basis",
     "run_loop",
@@ -137,5 +150,7 @@ __all__ = [
     "tf_kd_loss",
     "top_k_accuracy",
     "unstack_seeds",
+    "vqa_loss",
+    "vqa_scores",
     "with_features",
 ]
