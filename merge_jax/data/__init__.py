@@ -2,11 +2,14 @@
 
 from merge_jax.data.arrays import Arrays, Splits, batches_of, class_balanced, indices_of, num_examples, split, take
 from merge_jax.data.augment import crop_flip_rotate
+from merge_jax.data.captioned_scenes import scene_captions
 from merge_jax.data.chunks import ReadAhead, is_streamed
 from merge_jax.data.folder import load_image_folder
 from merge_jax.data.image_set import ImageSet, channel_statistics, check_images
 from merge_jax.data.image_text import CaptionedImages, CaptionSet, VisualQuestions, VisualQuestionSet
 from merge_jax.data.images import load_digits
+from merge_jax.data.scene_classes import scene_shapes
+from merge_jax.data.scene_questions import sort_of_clevr
 from merge_jax.data.streams import Streamed
 from merge_jax.data.synthetic_text import synthetic_questions, synthetic_reviews, synthetic_topics
 from merge_jax.data.text_files import load_questions, load_text_set, load_texts
@@ -49,6 +52,9 @@ __all__ = [
     "load_tfds_questions",
     "load_tfds_texts",
     "num_examples",
+    "scene_captions",
+    "scene_shapes",
+    "sort_of_clevr",
     "split",
     "synthetic_questions",
     "synthetic_reviews",

@@ -1,0 +1,120 @@
+"""Sort-of-CLEVR: questions on six shapes, of one of them alone or of how they stand to each other."""
+
+import numpy as np
+
+from merge_jax.data.image_text import VisualQuestions, VisualQuestionSet
+from merge_jax.data.scenes import CELLS, COLOURS, KINDS, Scene, Scenes, arrange, draw_scenes
+
+__all__ = ["sort_of_clevr"]
+
+_RADIUS = 5
+_MIDDLE = CELLS // 2
+_NUMBERS = ("one", "two", "three", "four", "five", "six")
+# Three questions on each of six colours.
+_MOST_QUESTIONS = 3 * len(COLOURS)
+
+
+def sort_of_clevr(
+    num_train: int,
+    num_test: int,
+    seed: int,
+    *,
+    image_size: int = 75,
+    relational: int = 10,
+    non_relational: int = 10,
+) -> VisualQuestionSet:
+    """Returns questions on images of six shapes, `num_train` and `num_test` images of `image_size` pixels a side.
+
+    Each image has a square or a circle, by an even chance, of each of the colours red, green, blue, orange, grey and
+    yellow, with white between them. `non_relational` questions of it ask what shape an object has, whether it is on
+    the left or right, or at the top or bottom; `relational` ones ask what shape the object nearest to it or farthest
+    from it has, or how many objects have its shape, itself among them. They are of three sorts each on six colours,
+    drawn without repetition, so at most 18 of a kind. All answers are one word; without the image, no guess is right
+    for more than 5/16 of the counts or 1/2 of the others. No image comes twice, in train and test together.
+
+    Source: Santoro et al., arXiv:1706.01427, section 3.2 and appendix, with 9,800 and 200 images and 10 questions of
+    each kind; sizes, places and colours are those of kimhc6028/relational-networks. Our choices: questions are
+    English, where theirs are bits, and positions are named, where that code answers yes or no; squares cannot
+    overlap, as they can there; edges are smooth; no question comes twice on an image; and an image is drawn anew
+    where an answer would be a tie, as of two objects equally near, or of one in the middle.
+
+    Raises:
+      ValueError: a number of images is below 1, the image size is below 16, a number of questions is not in [0, 18],
+        or both are 0.
+    """
+    counts = {"relational": relational, "non_relational": non_relational}
+    for name, count in counts.items():
+        if not isinstance(count, int) or isinstance(count, bool) or not 0 <= count <= _MOST_QUESTIONS:
+            raise ValueError(f"{name} must be a whole number in [0, {_MOST_QUESTIONS}], got {count!r}")
+    if not any(counts.values()):
+        raise ValueError("relational and non_relational are both 0; there is nothing to ask")
+    rng = np.random.default_rng(seed)
+    train, test = draw_scenes(rng, [_scene], num_train, num_test, image_size)
+    return VisualQuestionSet("sort_of_clevr", _ask(rng, train, counts), _ask(rng, test, counts))
+
+
+def _scene(rng: np.random.Generator) -> Scene:
+    looks = [(colour, KINDS[kind], _RADIUS) for colour, kind in zip(COLOURS, rng.integers(2, size=6), strict=True)]
+    while True:
+        scene = arrange(rng, looks)
+        if _decided(scene):
+            return scene
+
+
+def _decided(scene: Scene) -> bool:
+    """Returns whether each object is on one side of the middle, with one object nearest to it and one farthest."""
+    # The first of each row is 0, the distance to itself.
+    distances = np.sort(_squared_distances(scene), axis=1)
+    ties = (distances[:, 1] == distances[:, 2]) | (distances[:, -2] == distances[:, -1])
+    return not ties.any() and all(_MIDDLE not in (shape.x, shape.y) for shape in scene)
+
+
+def _squared_distances(scene: Scene) -> np.ndarray:
+    places = np.array([(shape.x, shape.y) for shape in scene])
+    return ((places[:, None] - places[None]) ** 2).sum(axis=-1)
+
+
+def _ask(rng: np.random.Generator, scenes: Scenes, counts: dict[str, int]) -> VisualQuestions:
+    image: list[int] = []
+    asked: list[tuple[str, str]] = []
+    kinds: list[str] = []
+    for number, scene in enumerate(scenes.scenes):
+        for kind, questions in (("relational", _relational(scene)), ("non_relational", _non_relational(scene))):
+            asked += [questions[i] for i in rng.permutation(len(questions))[: counts[kind]]]
+            image += [number] * counts[kind]
+            kinds += [kind] * counts[kind]
+    return VisualQuestions(
+        scenes.images,
+        np.array(image, np.int32),
+        tuple(question for question, _ in asked),
+        tuple((answer,) for _, answer in asked),
+        tuple(kinds),
+    )
+
+
+def _non_relational(scene: Scene) -> list[tuple[str, str]]:
+    """Returns all questions on single objects, with their answers."""
+    questions: list[tuple[str, str]] = []
+    for colour, kind, _, x, y in scene:
+        questions += [
+            (f"what is the shape of the {colour} object?", kind),
+            (f"is the {colour} object on the left or on the right?", "left" if x < _MIDDLE else "right"),
+            (f"is the {colour} object at the top or at the bottom?", "top" if y < _MIDDLE else "bottom"),
+        ]
+    return questions
+
+
+def _relational(scene: Scene) -> list[tuple[str, str]]:
+    """Returns all questions on objects among others, with their answers."""
+    distances = _squared_distances(scene)
+    farthest = distances.argmax(axis=1)
+    nearest = (distances + np.diag([2 * CELLS**2] * len(scene))).argmin(axis=1)
+    kinds = [shape.kind for shape in scene]
+    questions: list[tuple[str, str]] = []
+    for number, (colour, kind, *_) in enumerate(scene):
+        questions += [
+            (f"what is the shape of the object nearest to the {colour} object?", kinds[nearest[number]]),
+            (f"what is the shape of the object farthest from the {colour} object?", kinds[farthest[number]]),
+            (f"how many objects have the shape of the {colour} object?", _NUMBERS[kinds.count(kind) - 1]),
+        ]
+    return questions
