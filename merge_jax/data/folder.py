@@ -1,26 +1,20 @@
 """Images from a folder of one's own."""
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 from tqdm.auto import tqdm
 
 from merge_jax.checks import check_at_least_one
 from merge_jax.data.arrays import Arrays
-from merge_jax.data.image_set import ImageSet, as_pixels, check_images
+from merge_jax.data.image_files import BAR, check_inside, open_image, read_image
+from merge_jax.data.image_set import ImageSet, check_images
 from merge_jax.paths import natural_order
 
 __all__ = ["load_image_folder"]
 
 _SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp"})
-# Pillow goes by a file's content, and reads many more formats, some by running other programs.
-_FORMATS = ("PNG", "JPEG", "BMP", "WEBP")
-# Pillow would clip these deeper pixels to 255.
-_DEEP_MODES = ("I", "F")
-# Shown only where the work takes more than a second.
-_BAR: dict[str, Any] = {"unit": "image", "delay": 1, "leave": False}
 
 
 class _Header(NamedTuple):
@@ -77,7 +71,7 @@ def _class_folders(root: Path, split: str) -> dict[str, Path]:
     folder = root / split
     if not folder.is_dir():
         raise ValueError(f"the folder {folder} is missing; images are looked for in {folder}/<class>/")
-    _check_inside(root, folder)
+    check_inside(root, folder)
     folders = {child.name: child for child in _children(folder) if child.is_dir()}
     if not folders:
         raise ValueError(f"{folder} has no class folders; images are looked for in {folder}/<class>/")
@@ -85,14 +79,14 @@ def _class_folders(root: Path, split: str) -> dict[str, Path]:
 
 
 def _image_files(root: Path, folder: Path) -> list[Path]:
-    _check_inside(root, folder)
+    check_inside(root, folder)
     files = [child for child in _children(folder) if child.suffix.lower() in _SUFFIXES]
     if not files:
         raise ValueError(f"the class folder {folder} has no image; names must end in {', '.join(sorted(_SUFFIXES))}")
     for file in files:
         # Only a link can leave a folder that is inside; to resolve every file would take longer than to read it.
         if file.is_symlink():
-            _check_inside(root, file)
+            check_inside(root, file)
         if not file.is_file():
             raise ValueError(f"{file} is not a file")
     return files
@@ -103,46 +97,23 @@ def _children(folder: Path) -> list[Path]:
     return sorted(children, key=lambda child: natural_order(child.name))
 
 
-def _check_inside(root: Path, path: Path) -> None:
-    target = path.resolve()
-    if not target.is_relative_to(root):
-        raise ValueError(f"{path} leads to {target}, outside of {root}; move what it links to into the folder")
-
-
 def _headers(files: list[tuple[Path, int]]) -> list[_Header]:
     headers = []
-    for file, label in tqdm(files, desc="looking at images", **_BAR):
-        with _opened(file) as image:
-            if image.mode.startswith(_DEEP_MODES):
-                raise ValueError(f"the image {file} has pixels of mode {image.mode!r}, expected 8 bits a channel")
+    for file, label in tqdm(files, desc="looking at images", **BAR):
+        with open_image(file) as image:
             headers.append(_Header(file, label, image.size, image.mode))
     return headers
 
 
-def _opened(file: Path) -> Image.Image:
-    try:
-        return Image.open(file, formats=_FORMATS)
-    except Exception as error:  # Pillow has no one type for a file it cannot read.
-        raise _unreadable(file, error) from error
-
-
 def _read(headers: list[_Header], mode: str, image_size: int | None) -> Arrays:
     images: np.ndarray | None = None
-    for index, header in enumerate(tqdm(headers, desc="reading images", **_BAR)):
-        with _opened(header.path) as image:
-            try:
-                pixels = as_pixels(image, mode, image_size)
-            except Exception as error:  # As above.
-                raise _unreadable(header.path, error) from error
+    for index, header in enumerate(tqdm(headers, desc="reading images", **BAR)):
+        pixels = read_image(header.path, mode, image_size)
         if images is None:
             images = np.empty((len(headers), *pixels.shape), np.uint8)
         images[index] = pixels
     assert images is not None  # No class is empty.
     return {"image": images, "label": np.array([header.label for header in headers], np.int32)}
-
-
-def _unreadable(file: Path, error: Exception) -> ValueError:
-    return ValueError(f"the image {file} cannot be read: {error}")
 
 
 def _text(size: tuple[int, int]) -> str:
