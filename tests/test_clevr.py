@@ -12,7 +12,7 @@ import requests
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from merge_jax.data.clevr import load_clevr
+from merge_jax.data import load_clevr
 
 URL = "https://dl.fbaipublicfiles.com/clevr/CLEVR_v1.0.zip"
 COLOURS = [(250, 0, 0), (0, 250, 0), (0, 0, 250)]

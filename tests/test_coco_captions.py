@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from merge_jax.data.class_captions import class_captions
-from merge_jax.data.coco_captions import load_coco_captions
+from merge_jax.data import class_captions, load_coco_captions
 from merge_jax.data.image_set import ImageSet
 
 COLOURS = {9: (250, 0, 0), 25: (0, 250, 0), 30: (0, 0, 250), 42: (250, 250, 0)}

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from merge_jax.data.image_files import ImageFiles
-from merge_jax.data.vqa_files import load_vqa
+from merge_jax.data import ImageFiles, load_vqa
 
 COLOURS = {9: (250, 0, 0), 25: (0, 250, 0), 30: (0, 0, 250)}
 QUESTIONS = {

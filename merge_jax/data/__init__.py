@@ -4,7 +4,11 @@ from merge_jax.data.arrays import Arrays, Splits, batches_of, class_balanced, in
 from merge_jax.data.augment import crop_flip_rotate
 from merge_jax.data.captioned_scenes import scene_captions
 from merge_jax.data.chunks import ReadAhead, is_streamed
+from merge_jax.data.class_captions import class_captions
+from merge_jax.data.clevr import load_clevr
+from merge_jax.data.coco_captions import load_coco_captions
 from merge_jax.data.folder import load_image_folder
+from merge_jax.data.image_files import ImageFiles
 from merge_jax.data.image_set import ImageSet, channel_statistics, check_images
 from merge_jax.data.image_text import CaptionedImages, CaptionSet, VisualQuestions, VisualQuestionSet
 from merge_jax.data.images import load_digits
@@ -17,6 +21,7 @@ from merge_jax.data.text_set import LabelledTexts, Question, QuestionSet, TextSe
 from merge_jax.data.tfds_images import load_tfds_images
 from merge_jax.data.tfds_text import load_tfds_questions, load_tfds_texts
 from merge_jax.data.tokens import Encoded, EncodedQuestions, WordPiece, decode_spans
+from merge_jax.data.vqa_files import load_vqa
 
 __all__ = [
     "Arrays",
@@ -24,6 +29,7 @@ __all__ = [
     "CaptionedImages",
     "Encoded",
     "EncodedQuestions",
+    "ImageFiles",
     "ImageSet",
     "LabelledTexts",
     "Question",
@@ -39,10 +45,13 @@ __all__ = [
     "channel_statistics",
     "check_images",
     "class_balanced",
+    "class_captions",
     "crop_flip_rotate",
     "decode_spans",
     "indices_of",
     "is_streamed",
+    "load_clevr",
+    "load_coco_captions",
     "load_digits",
     "load_image_folder",
     "load_questions",
@@ -51,6 +60,7 @@ __all__ = [
     "load_tfds_images",
     "load_tfds_questions",
     "load_tfds_texts",
+    "load_vqa",
     "num_examples",
     "scene_captions",
     "scene_shapes",

@@ -59,7 +59,8 @@ def load_clevr(data_dir: Path | str | None = None, *, image_size: int, unreadabl
       data_dir: the folder of all TFDS sets, by default TFDS's own, `~/tensorflow_datasets`; or of `CLEVR_v1.0`.
       image_size: S; the central square of every image is scaled to S x S pixels (bilinear).
       unreadable: "error" stops at an image of the folder that is missing or no image. "skip" reads every image once,
-        and leaves those that cannot be read out, with their questions. Headers and checksums are checked when TFDS's set is prepared.
+        and leaves those that cannot be read out, with their questions. TFDS's are checked when they are prepared, by
+        header and checksum.
 
     Raises:
       ValueError: a file is missing, broken or of another layout, or cannot be downloaded; a question has no answer, or
