@@ -229,14 +229,19 @@ def test_the_loss_of_a_batch_of_one_group_is_least_where_all_is_alike():
     assert mj.contrastive_loss(image, image, group, 3.0).mean() > np.log(4)
 
 
-def test_a_pair_twice_is_no_wrong_answer_to_itself():
-    """The least loss of a batch of two pairs, each twice, is the entropy of two in equal parts."""
-    image = np.repeat(np.eye(2, dtype=np.float32), 2, axis=0)
-    losses = mj.contrastive_loss(image, image, np.array([0, 0, 1, 1]), 100.0)
-    np.testing.assert_allclose(losses, np.full(4, np.log(2)), rtol=1e-6)
-    wrong = mj.contrastive_loss(image, image, np.arange(4), 100.0)
-    np.testing.assert_allclose(wrong, losses, rtol=1e-6)
-    crossed = mj.contrastive_loss(image, image[::-1], np.array([0, 0, 1, 1]), 100.0)
+def test_partners_of_a_group_may_change_places():
+    image, text = np.random.default_rng(6).normal(size=(2, 5, 3)).astype(np.float32)
+    group, order = np.array([0, 1, 0, 1, 2]), np.array([2, 3, 0, 1, 4])
+    loss = mj.contrastive_loss(image, text, group, 2.0).mean()
+    np.testing.assert_allclose(mj.contrastive_loss(image, text[order], group, 2.0).mean(), loss, rtol=1e-6)
+    different = mj.contrastive_loss(image, text[order], np.arange(5), 2.0).mean()
+    assert abs(different - mj.contrastive_loss(image, text, np.arange(5), 2.0).mean()) > 0.1
+
+
+def test_a_pair_twice_costs_no_less_than_two_in_equal_parts():
+    image, group = np.repeat(np.eye(2, dtype=np.float32), 2, axis=0), np.array([0, 0, 1, 1])
+    np.testing.assert_allclose(mj.contrastive_loss(image, image, group, 100.0), np.full(4, np.log(2)), rtol=1e-6)
+    crossed = mj.contrastive_loss(image, image[::-1], group, 100.0)
     np.testing.assert_allclose(crossed, np.full(4, 100 + np.log(2)), rtol=1e-6)
 
 
