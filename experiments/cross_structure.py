@@ -26,7 +26,8 @@ import jax.numpy as jnp
 
 import merge_jax as mj
 from experiments.cli import main
-from experiments.images import LearningRateSchedule, ModelName, load_images, make_apply, make_model, make_role, sgd
+from experiments.images import ModelName, load_images, make_apply, make_model, make_role
+from experiments.optimizers import LearningRateSchedule, sgd
 from experiments.scenario import Method, Scenario, choose
 from experiments.transfers import TransferConfig, parse_routes
 from merge_jax.parallel import DATA_AXIS

@@ -182,7 +182,7 @@ def build(config: Config) -> Scenario:
     schedule = config.schedule(*lengths)
     source_steps = (schedule.target if config.source == "live" else schedule.source).steps
     num_steps = schedule.target.steps
-    plain = mj.Task(target.loss_fn, config.optimizer(config.target_task, num_steps))
+    plain = mj.Task(target.loss_fn, target.optimizer(config.learning_rate, num_steps))
 
     def transfer(make: Any) -> mj.Transfer:
         by_source = {name: make(_routes(config, learner, target)) for name, learner in sources.items()}
@@ -201,7 +201,7 @@ def build(config: Config) -> Scenario:
         name="cross_task",
         source=source.role,
         target=target.role,
-        source_task=mj.Task(source.loss_fn, config.optimizer(config.source_task[0], source_steps)),
+        source_task=mj.Task(source.loss_fn, source.optimizer(config.learning_rate, source_steps)),
         methods=choose(methods, config.methods),
         schedule=schedule,
         adapter_optimizer=config.adapter_optimizer(schedule),

@@ -1,21 +1,23 @@
 """Image classifiers as the roles of a scenario: models by name, data by name, and what they are trained with."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 import merge_jax as mj
+from experiments.optimizers import adamw, sgd
 from experiments.scenario import Learner, Role
 from merge_jax.checks import check_choice
 from merge_jax.data import (
     Arrays,
+    ImageSet,
     Splits,
     channel_statistics,
     class_balanced,
@@ -23,22 +25,24 @@ from merge_jax.data import (
     load_digits,
     load_image_folder,
     load_tfds_images,
+    scene_shapes,
     split,
 )
 from merge_jax.tasks import ModelApply, on_pixels
 
 __all__ = [
+    "VISION_ATTENTION",
     "ImageData",
     "ImageTaskName",
-    "LearningRateSchedule",
     "ModelName",
+    "VisionModelName",
     "image_learner",
     "load_image_task",
     "load_images",
     "make_apply",
     "make_model",
     "make_role",
-    "sgd",
+    "make_vision_encoder",
 ]
 
 ModelName = Literal[
@@ -52,12 +56,15 @@ ModelName = Literal[
 ]
 """`resnet18_quarter` is ResNet18 with a quarter of its channels; the others are `merge_jax.models`."""
 
-ImageTaskName = Literal["digits", "parity", "parity_and_size", "cifar100", "cifar100_coarse"]
-"""What is learned of images: `parity` (odd or even) and `parity_and_size` (whether at least 5, too) are of the digits
-and share no label with them; `cifar100_coarse` are the 20 groups of CIFAR-100's 100 classes."""
+VisionModelName = Literal["small_vit", "tiny_vit", "vit_base"]
+"""The vision transformers of `merge_jax.models`."""
 
-LearningRateSchedule = Literal["cosine", "steps"]
-"""To 0 along a cosine, or times 0.2 after 30, 60 and 80 percent of the run, as published."""
+ImageTaskName = Literal["digits", "parity", "parity_and_size", "shapes", "cifar100", "cifar100_coarse"]
+"""What is learned of images: `parity` (odd or even) and `parity_and_size` (whether at least 5, too) are of the digits
+and share no label with them; `shapes` are of rendered scenes; `cifar100_coarse` are the 20 groups of CIFAR-100's 100
+classes."""
+
+VISION_ATTENTION = "encoder/*/attention"
 
 _EVALUATED_AT_ONCE = 200  # Divides the digits' validation and test: one compilation serves both.
 
@@ -104,6 +111,10 @@ def load_images(
         images = load_image_folder(name, image_size=image_size)
     else:
         images = load_tfds_images(name, data_dir, image_size=image_size, label=label)
+    return _held_out(name, images, validation)
+
+
+def _held_out(name: str, images: ImageSet, validation: int) -> ImageData:
     size = len(images.train["label"])
     if validation != 0 and not images.num_classes <= validation <= size - images.num_classes:
         raise ValueError(
@@ -132,6 +143,8 @@ def load_image_task(task: str, data_dir: Path | None, image_size: int | None, va
     if task.startswith("cifar100"):
         label = "coarse_label" if task == "cifar100_coarse" else "label"
         return load_images("cifar100", data_dir, image_size, validation, label)
+    if task == "shapes":
+        return _held_out(task, scene_shapes(4000, 1000, seed=0, image_size=image_size or 32), validation)
     digits = load_images("digits", data_dir, image_size, validation)
     if task == "parity":
         return _relabelled(digits, task, 2, lambda digit: digit % 2)
@@ -165,14 +178,14 @@ def make_model(name: str, num_classes: int, *, stages: int, **options: Any) -> m
     return getattr(mj.models, name)(num_classes, **options)
 
 
-def make_apply(model: mj.models.ResNet | mj.models.MobileNetV2, data: ImageData) -> ModelApply:
+def make_apply(model: Any, data: ImageData) -> ModelApply:
     """Returns the model's apply function for images as the data has them."""
     return model.apply if data.pixels is None else on_pixels(model.apply, *data.pixels)
 
 
 def make_role(
     name: str,
-    model: mj.models.ResNet | mj.models.MobileNetV2,
+    model: Any,
     data: ImageData,
     *,
     labels: int | None = None,
@@ -191,7 +204,7 @@ def make_role(
     @jax.jit
     def init(key: jax.Array):
         variables = model.init(key, jnp.zeros((1, *data.shape)))
-        return variables["params"], {"batch_stats": variables["batch_stats"]}
+        return variables["params"], {name: state for name, state in variables.items() if name != "params"}
 
     def few_labels(seed: int) -> Splits:
         splits = data.splits(seed)
@@ -213,25 +226,59 @@ def image_learner(
     validation: int,
     labels: int | None,
     stages: int,
+    patch_size: int | None = None,
+    sizes: Mapping[str, int] = MappingProxyType({}),
 ) -> Learner:
     """Returns a model that learns an image task; see `load_image_task`, `make_model` and `make_role`.
+
+    A vision transformer learns by AdamW, has `sizes` and patches of `patch_size` (see `make_vision_encoder`), and
+    blocks of attention; other models learn by SGD.
 
     Raises:
       ValueError: the model or the task is unknown, or the images cannot be had.
     """
     data = load_image_task(task, data_dir, image_size, validation)
-    module = make_model(model, data.num_classes, stages=stages)
+    if model in get_args(VisionModelName):
+        height, width, _ = data.shape
+        if height != width:
+            raise ValueError(f"{model} takes square images, those of {data.name} are {height}x{width}")
+        encoder = make_vision_encoder(model, height, patch_size, sizes)
+        module: Any = mj.models.ImageClassifier(encoder, data.num_classes)
+        optimizer, attention = adamw, {"vision": VISION_ATTENTION}
+    else:
+        module = make_model(model, data.num_classes, stages=stages)
+        optimizer, attention = partial(sgd, schedule="cosine"), {}
     role = make_role(f"{model} ({task})", module, data, labels=labels)
     classify = partial(mj.classification_loss, make_apply(module, data))
-    return Learner(role, classify(), classify)
+    return Learner(role, classify(), optimizer, classify, attention)
 
 
-def sgd(learning_rate: float, steps: int, schedule: LearningRateSchedule) -> optax.GradientTransformation:
-    """Returns the models' published optimizer: SGD with momentum 0.9 and weight decay 5e-4 on all parameters."""
-    if schedule == "steps":
-        rate = optax.piecewise_constant_schedule(
-            learning_rate, {round(fraction * steps): 0.2 for fraction in (0.3, 0.6, 0.8)}
-        )
-    else:
-        rate = optax.cosine_decay_schedule(learning_rate, steps)
-    return optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(rate, momentum=0.9))
+def make_vision_encoder(
+    model: str,
+    image_size: int,
+    patch_size: int | None = None,
+    sizes: Mapping[str, int] = MappingProxyType({}),
+    **options: Any,
+) -> mj.models.VisionTransformer:
+    """Returns the vision transformer of that name for square images.
+
+    Args:
+      model: one of `VisionModelName`.
+      image_size: their height and width.
+      patch_size: of a small one; a quarter of the image by default.
+      sizes: layers and width of a small one; None are its own.
+      options: other attributes.
+
+    Raises:
+      ValueError: the model is unknown, takes images of another size, has sizes of its own, or patches do not fill the
+        image.
+    """
+    check_choice("vision model", model, get_args(VisionModelName))
+    if model == "vit_base":
+        if image_size != 224 or patch_size not in (None, 16) or sizes:
+            raise ValueError("vit_base has sizes of its own, with patches of 16: give it images of --image-size 224")
+        return mj.models.vit_base(**options)
+    patch_size = patch_size or max(1, image_size // 4)
+    if image_size % patch_size:
+        raise ValueError(f"patches of {patch_size} do not fill images of {image_size}x{image_size}")
+    return getattr(mj.models, model)(image_size, patch_size=patch_size, **sizes, **options)

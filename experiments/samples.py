@@ -1,5 +1,6 @@
 """A picture of a few test images with what each model made of them."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from merge_jax.runs import RunFolder
 __all__ = ["save_samples"]
 
 _COLUMNS = 3
+_LINE = 52
 
 
 def save_samples(scenario: Scenario, results: Sequence[Mapping[str, Any]], folder: RunFolder) -> None:
@@ -28,13 +30,17 @@ def save_samples(scenario: Scenario, results: Sequence[Mapping[str, Any]], folde
 
     images = samples.images()
     rows = -(-len(images) // _COLUMNS)
-    lines = max(asked.count("\n") + 1 for asked in samples.asked) + len(answers)
-    figure = Figure(figsize=(4 * _COLUMNS, (2.4 + 0.22 * lines) * rows), layout="constrained")
+    texts = [
+        [*asked, *(f"{name}: {given[i]}" for name, given in answers.items())] for i, asked in enumerate(samples.asked)
+    ]
+    titles = ["\n".join(textwrap.fill(line, _LINE, subsequent_indent="    ") for line in lines) for lines in texts]
+    most = max(title.count("\n") + 1 for title in titles)
+    figure = Figure(figsize=(3.6 * _COLUMNS, (2.4 + 0.16 * most) * rows), layout="constrained")
     grid = figure.subplots(rows, _COLUMNS, squeeze=False).ravel()
-    for axes in grid:
+    for axes in grid[len(images) :]:
         axes.set_axis_off()
-    for i, (axes, image, asked) in enumerate(zip(grid, images, samples.asked, strict=False)):
+    for axes, image, title in zip(grid, images, titles, strict=False):
         axes.imshow(image if image.shape[-1] == 3 else image[..., 0], cmap="gray")
-        said = [f"{name}: {given[i]}" for name, given in answers.items()]
-        axes.set_title("\n".join([asked, *said]), fontsize=9, loc="left")
+        axes.set(xticks=[], yticks=[])
+        axes.set_title(title, fontsize=8, loc="left", x=-0.25)
     figure.savefig(folder.path / "samples.png", dpi=150)

@@ -29,12 +29,12 @@ class Samples:
 
     Attributes:
       images: reads them, uint8 `[n, H, W, C]`.
-      asked: what is asked of each, and what is right, in words.
+      asked: lines on each: what is asked, and what is right.
       answer: `(params, model_state) -> answers`, n of them.
     """
 
     images: Callable[[], np.ndarray]
-    asked: Sequence[str]
+    asked: Sequence[Sequence[str]]
     answer: Callable[[Params, ModelState], Sequence[str]]
 
 
@@ -69,12 +69,14 @@ class Learner(NamedTuple):
     Attributes:
       role: the model and its data.
       loss_fn: what it learns.
+      optimizer: `(learning rate, steps) -> optimizer` that is usual for it.
       classify: `loss -> loss function` of a classifier, with another loss of its logits; None for other models.
       attention: its attention blocks as a pattern of paths, by what they attend to: `vision`, `text`.
     """
 
     role: Role
     loss_fn: LossFn
+    optimizer: Callable[[float, int], optax.GradientTransformation]
     classify: Callable[[ClassificationLoss], LossFn] | None = None
     attention: Mapping[str, str] = MappingProxyType({})
 

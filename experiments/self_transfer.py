@@ -142,7 +142,7 @@ def build(config: Config) -> Scenario:
     examples = num_examples(learner.role.splits(0).train)
     schedule = config.schedule(examples, examples)
     num_steps = schedule.target.steps
-    optimizer = config.optimizer(config.task, num_steps)
+    optimizer = learner.optimizer(config.learning_rate, num_steps)
     routes = _routes(config, learner.role.init)
     plain = mj.Task(learner.loss_fn, optimizer)
 

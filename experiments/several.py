@@ -16,8 +16,8 @@ __all__ = ["side_by_side"]
 def side_by_side(learners: Mapping[str, Learner]) -> Learner:
     """Returns the models as one whose parameters are `{name: parameters}`, as `several_sources` takes them.
 
-    Its loss is the sum of their losses, so that each gets its own gradient; its metric is the mean of theirs. An epoch
-    is as long as the longest: examples of the others come again.
+    Its loss is the sum of their losses, so that each gets its own gradient; its optimizer is that of the first; its
+    metric is the mean of theirs. An epoch is as long as the longest: examples of the others come again.
     """
     roles = {name: learner.role for name, learner in learners.items()}
 
@@ -57,7 +57,8 @@ def side_by_side(learners: Mapping[str, Learner]) -> Learner:
         return total, (states, metrics)
 
     name = " and ".join(role.name for role in roles.values())
-    return Learner(Role(name, init, splits, evaluate, "mean_score"), loss_fn)
+    optimizer = next(iter(learners.values())).optimizer
+    return Learner(Role(name, init, splits, evaluate, "mean_score"), loss_fn, optimizer)
 
 
 def _joined(arrays: Mapping[str, Arrays]) -> Arrays:

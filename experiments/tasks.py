@@ -1,19 +1,18 @@
 """Tasks by name, of text and of images: the options that experiments on them have, and the models that learn them."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from types import MappingProxyType
+from typing import Any, Literal, get_args
 
-import optax
-
-from experiments.images import ImageTaskName, image_learner, sgd
+from experiments.images import ImageTaskName, image_learner
 from experiments.images import ModelName as ImageModelName
 from experiments.scenario import Learner
-from experiments.texts import TextModelName, TextSource, TextTaskName, adamw, load_text, text_learner, vocabulary
+from experiments.texts import TextModelName, TextSource, TextTaskName, load_text, text_learner, vocabulary, words_of
 from experiments.transfers import TransferConfig
 from merge_jax.checks import check_choice
-from merge_jax.data import QuestionSet, TextSet, WordPiece
+from merge_jax.data import WordPiece
 
 __all__ = ["TASKS", "ModelName", "Spec", "TaskConfig", "TaskName"]
 
@@ -26,7 +25,8 @@ _TEXT_TASKS = get_args(TextTaskName)
 TASKS: tuple[str, ...] = (*_TEXT_TASKS, *get_args(ImageTaskName))
 
 
-class Spec(NamedTuple):
+@dataclass(frozen=True)
+class Spec:
     """A model and what it is to learn.
 
     Attributes:
@@ -35,6 +35,7 @@ class Spec(NamedTuple):
       text: where the text of a text task comes from.
       weights: a Hugging Face safetensors file or folder that a text model starts from.
       labels: how many training examples it learns from; None for all.
+      sizes: layers and width of a small model, where they are not its usual ones.
     """
 
     task: str
@@ -42,6 +43,7 @@ class Spec(NamedTuple):
     text: TextSource
     weights: Path | None
     labels: int | None
+    sizes: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,62 +81,74 @@ class TaskConfig(TransferConfig):
             raise ValueError(f"stages must lie in [1, 3], got {self.stages}")
 
     def learners(self, specs: Sequence[Spec]) -> tuple[list[Learner], Attach | None]:
-        """Returns the models that are to learn, and what saves their vocabulary; those of text have one for all.
+        """Returns the models that are to learn, the target last, and what saves the one vocabulary of those of text.
 
         Raises:
           ValueError: an unknown task or model, data that cannot be had, or a vocabulary that is not the source's.
         """
-        for spec in specs:
-            check_choice("task", spec.task, TASKS)
-        texts = {
-            i: load_text(spec.task, spec.text, self.data_dir)
-            for i, spec in enumerate(specs)
-            if spec.task in _TEXT_TASKS
-        }
-        tokens = self._tokens(list(texts.values()), [spec.weights for spec in specs]) if texts else None
+        texts = [self.load_texts(spec) for spec in specs]
+        if all(one is None for one in texts):
+            return [self.learner(spec, None, None) for spec in specs], None
+        words = [word for one in texts if one is not None for word in self.words_of(one)]
+        source_reads = any(one is not None for one in texts[:-1])
+        tokens = self._tokens(words, [spec.weights for spec in specs], source_reads)
+        learners = [self.learner(spec, one, tokens) for spec, one in zip(specs, texts, strict=True)]
+        return learners, lambda folder: tokens.save(folder / _VOCABULARY)
 
-        def learner(i: int, spec: Spec) -> Learner:
-            if tokens is None or i not in texts:
-                return image_learner(
-                    spec.task,
-                    spec.model,
-                    data_dir=self.data_dir,
-                    image_size=self.image_size,
-                    validation=self.validation,
-                    labels=spec.labels,
-                    stages=self.stages,
-                )
-            return text_learner(
+    def load_texts(self, spec: Spec) -> Any | None:
+        """Returns the data of a task that has text in it; None for one of images alone.
+
+        Raises:
+          ValueError: the task is unknown, or its data cannot be had.
+        """
+        check_choice("task", spec.task, TASKS)
+        return load_text(spec.task, spec.text, self.data_dir) if spec.task in _TEXT_TASKS else None
+
+    def words_of(self, texts: Any) -> Iterable[str]:
+        """Returns all texts there are to learn from in what `load_texts` gave."""
+        return words_of(texts)
+
+    def learner(self, spec: Spec, texts: Any | None, tokens: WordPiece | None) -> Learner:
+        """Returns a model that is to learn, from texts in these tokens, or from images alone.
+
+        Raises:
+          ValueError: the model is unknown, or does not fit its data.
+        """
+        if texts is None or tokens is None:
+            return image_learner(
                 spec.task,
-                texts[i],
-                tokens,
                 spec.model,
-                max_length=self.max_length,
-                too_long=self.too_long,
+                data_dir=self.data_dir,
+                image_size=self.image_size,
                 validation=self.validation,
                 labels=spec.labels,
-                weights=spec.weights,
+                stages=self.stages,
+                sizes=spec.sizes,
             )
+        return text_learner(
+            spec.task,
+            texts,
+            tokens,
+            spec.model,
+            max_length=self.max_length,
+            too_long=self.too_long,
+            validation=self.validation,
+            labels=spec.labels,
+            weights=spec.weights,
+            sizes=spec.sizes,
+        )
 
-        attach = None if tokens is None else (lambda folder: tokens.save(folder / _VOCABULARY))
-        return [learner(i, spec) for i, spec in enumerate(specs)], attach
-
-    def _tokens(self, texts: Sequence[TextSet | QuestionSet], weights: Sequence[Path | None]) -> WordPiece:
+    def _tokens(self, words: Iterable[str], weights: Sequence[Path | None], source_reads: bool) -> WordPiece:
         """Returns the vocabulary: the one that is named, the one that the source has, or one that is learned."""
-        of_source = None if self.source_from is None else self.source_from / _VOCABULARY
+        source = self.source_from if source_reads else None
+        of_source = None if source is None else source / _VOCABULARY
         # Weights mean nothing under other numbers of the same words, and would fit all the same.
         if of_source is None or not of_source.exists():
-            files = [path for path in (self.source_from, *weights) if path is not None]
+            files = [path for path in (source, *weights) if path is not None]
             if files and self.vocabulary is None:
                 raise ValueError(f"the weights in {files[0]} need the vocabulary they were trained with: --vocabulary")
-            return vocabulary(self.vocabulary, texts, self.vocabulary_size)
+            return vocabulary(self.vocabulary, words, self.vocabulary_size)
         tokens = WordPiece.from_vocabulary(of_source)
         if self.vocabulary is not None and WordPiece.from_vocabulary(self.vocabulary).words != tokens.words:
             raise ValueError(f"the vocabulary {self.vocabulary} is not that of the source, {of_source}: leave it out")
         return tokens
-
-    def optimizer(self, task: str, steps: int) -> optax.GradientTransformation:
-        """Returns the optimizer of a model that learns a task for so many steps."""
-        if task in _TEXT_TASKS:
-            return adamw(self.learning_rate, steps)
-        return sgd(self.learning_rate, steps, "cosine")

@@ -1,22 +1,24 @@
 """Text models as the roles of a scenario: tasks by name, data by name or file, and what they are trained with."""
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 import merge_jax as mj
+from experiments.optimizers import adamw
 from experiments.scenario import Learner, Role
 from merge_jax.checks import check_choice
 from merge_jax.data import (
     Arrays,
+    Encoded,
     LabelledTexts,
     QuestionSet,
     Splits,
@@ -37,13 +39,26 @@ from merge_jax.data import (
 )
 from merge_jax.models.huggingface import Loaded
 
-__all__ = ["TextModelName", "TextSource", "TextTaskName", "adamw", "load_text", "text_learner", "vocabulary"]
+__all__ = [
+    "TEXT_ATTENTION",
+    "TextModelName",
+    "TextSource",
+    "TextTaskName",
+    "load_text",
+    "make_text_encoder",
+    "text_learner",
+    "told",
+    "vocabulary",
+    "words_of",
+]
 
 TextTaskName = Literal["sentiment", "topic", "qa"]
 """Sentiment and topic classify texts; qa finds the answer to a question in a passage, or that there is none."""
 
 TextModelName = Literal["small_bert", "small_distilbert", "bert_base", "distilbert_base"]
 """The encoders of `merge_jax.models`, each with the head of its task."""
+
+TEXT_ATTENTION = "encoder/*/attention"
 
 _SYNTHETIC = {
     "sentiment": partial(synthetic_reviews, 2000, 1000, seed=0),
@@ -120,22 +135,42 @@ def _column(name: str) -> str | int:
     return int(name) if name.isdigit() else name
 
 
-def vocabulary(path: Path | None, sets: Iterable[TextSet | QuestionSet], size: int) -> WordPiece:
-    """Returns the vocabulary of a file, or one learned from the training texts of some sets.
+def vocabulary(path: Path | None, words: Iterable[str], size: int) -> WordPiece:
+    """Returns the vocabulary of a file, or one learned from texts.
 
     Raises:
       ValueError: the file is no vocabulary, or the size leaves no place for every letter.
     """
     if path is not None:
         return WordPiece.from_vocabulary(path)
-    return WordPiece.train([words for one in sets for words in _words_of(one)], size)
+    return WordPiece.train(list(words), size)
 
 
-def _words_of(texts: TextSet | QuestionSet) -> list[str]:
+def words_of(texts: TextSet | QuestionSet) -> list[str]:
+    """Returns all texts there are to learn from."""
     if isinstance(texts, TextSet):
         return list(texts.train.texts)
     passages = dict.fromkeys(question.passage for question in texts.train)
     return [*passages, *(question.question for question in texts.train)]
+
+
+def make_text_encoder(
+    model: str, tokens: WordPiece, max_length: int, sizes: Mapping[str, int] = MappingProxyType({}), **options: Any
+) -> mj.models.TextEncoder:
+    """Returns the encoder of that name; `sizes`, layers and width, are those of a small one, options all others.
+
+    Raises:
+      ValueError: the model is unknown, has no such length, or is not small and has sizes of its own.
+    """
+    check_choice("text model", model, get_args(TextModelName))
+    if model.startswith("small_"):
+        options |= {"max_length": max_length, **sizes}
+    elif sizes:
+        raise ValueError(f"{model} has sizes of its own: leave out {', '.join(sizes)}, or take a small model")
+    encoder = getattr(mj.models, model)(tokens.vocab_size, separator=tokens.separator, **options)
+    if max_length > encoder.max_length:
+        raise ValueError(f"max_length must be at most {encoder.max_length}, the positions of {model}, got {max_length}")
+    return encoder
 
 
 def text_learner(
@@ -149,6 +184,7 @@ def text_learner(
     validation: int,
     labels: int | None = None,
     weights: Path | None = None,
+    sizes: Mapping[str, int] = MappingProxyType({}),
     dtype: Any = jnp.float32,
 ) -> Learner:
     """Returns a model that learns a text task.
@@ -163,19 +199,14 @@ def text_learner(
       validation: how many training examples to hold out, drawn anew for each seed.
       labels: how many of the others it learns from; None for all.
       weights: a Hugging Face safetensors file or folder to start from; None for random ones.
+      sizes: of a small model, see `make_text_encoder`.
       dtype: of the computation.
 
     Raises:
       ValueError: the model is unknown, fewer examples can be held out than that, a text does not fit, or weights that
         do not fit the model and its vocabulary.
     """
-    check_choice("model", model, get_args(TextModelName))
-    options: dict[str, Any] = {"separator": tokens.separator, "dtype": dtype}
-    if model.startswith("small_"):
-        options["max_length"] = max_length
-    encoder = getattr(mj.models, model)(tokens.vocab_size, **options)
-    if max_length > encoder.max_length:
-        raise ValueError(f"max_length must be at most {encoder.max_length}, the positions of {model}, got {max_length}")
+    encoder = make_text_encoder(model, tokens, max_length, sizes, dtype=dtype)
     name = f"{model} ({texts.name} {task})"
     if isinstance(texts, QuestionSet):
         module: Any = mj.models.SpanExtractor(encoder)
@@ -186,7 +217,7 @@ def text_learner(
         pooler = "tanh" if encoder.num_segments else "relu"
         module = mj.models.TextClassifier(encoder, len(texts.classes), pooler)
         train, test = (
-            _encoded(texts.name, tokens.encode_texts(part.texts, part.labels, max_length, too_long=too_long))
+            told(texts.name, tokens.encode_texts(part.texts, part.labels, max_length, too_long=too_long))
             for part in (texts.train, texts.test)
         )
         evaluate = mj.evaluate_classifier(module.apply, inputs="tokens", batch_size=_EVALUATED_AT_ONCE)
@@ -220,16 +251,7 @@ def text_learner(
         return _read_weights(path, params).params
 
     role = Role(name, init, lru_cache(maxsize=1)(splits), evaluate, metric, load=load)
-    return Learner(role, loss_fn, classify)
-
-
-def adamw(learning_rate: float, steps: int) -> optax.GradientTransformation:
-    """Returns AdamW as BERT is fine-tuned: a tenth of the run to warm up, then evenly to 0; gradients clipped at 1."""
-    warmup = max(1, round(0.1 * steps))
-    rising = optax.linear_schedule(0.0, learning_rate, warmup)
-    falling = optax.linear_schedule(learning_rate, 0.0, max(1, steps - warmup))
-    rate = optax.join_schedules([rising, falling], [warmup])
-    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=0.01))
+    return Learner(role, loss_fn, adamw, classify, {"text": TEXT_ATTENTION})
 
 
 def _questions(
@@ -261,7 +283,8 @@ def _to_learn_from(arrays: Arrays) -> Arrays:
     return {name: array for name, array in arrays.items() if name in ("tokens", "label", "start", "end")}
 
 
-def _encoded(name: str, encoded: Any) -> Arrays:
+def told(name: str, encoded: Encoded) -> Arrays:
+    """Returns the arrays of texts, and says on standard error how many were cut."""
     if encoded.truncated:
         _tell(f"{name}: {encoded.truncated} of {num_examples(encoded.arrays)} texts were longer, and lost their end")
     return encoded.arrays

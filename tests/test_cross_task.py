@@ -201,7 +201,7 @@ def test_bad_options_are_refused_by_name(tmp_path):
             ["--validation", "5000"],
             r"validation must lie in \[1, 3999\], for 4000 training examples of synth",
         ),
-        (["--target-model", "resnet18"], "unknown model 'resnet18'"),
+        (["--target-model", "resnet18"], "unknown text model 'resnet18'"),
         (["--target-data", tmp_path / "none.tsv"], "none.tsv"),
         (["--target-data", "none.tsv"], "none.tsv is missing or not a file"),
         ([*own[:1], rare, *own[2:]], "each class of rare needs three texts or more to learn from; '2' has 1"),

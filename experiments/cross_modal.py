@@ -1,0 +1,217 @@
+"""Across modalities: attention that has learned to see gives to attention that reads, or the reverse.
+
+    python -m experiments.cross_modal                  # questions on rendered scenes: a vision model gives to words
+    python -m experiments.cross_modal smoke            # under a minute; shows that it works, not what it gains
+    python -m experiments.cross_modal text_to_vision   # the same questions: a text model gives to vision
+    python -m experiments.cross_modal within           # inside one model: its vision gives to its words
+    python -m experiments.cross_modal retrieval        # scenes and captions, find one by the other
+    python -m experiments.cross_modal paper            # VQA v2.0 with BERT and ViT, for a GPU
+    python -m experiments.cross_modal paper_retrieval  # MSCOCO with BERT and ViT, for a GPU
+    python -m experiments.cross_modal --help
+
+The target answers questions on images (vqa) or finds captions and images by each other (retrieval); it may also be a
+model of one modality. The source is a model of images, of text, or of both, or the target itself. Blocks of attention
+of one modality give to blocks of the other, matched by depth: the two share no input, no label and no width.
+
+Methods: vanilla (no transfer), share (the overlapping block of the source's layer is copied every few steps), and
+mergenet. What was measured stands in experiments/README.md.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import jax
+
+import merge_jax as mj
+from experiments.cli import main
+from experiments.image_text import (
+    Architecture,
+    ImageTextTaskName,
+    Reading,
+    image_text_learner,
+    load_image_text,
+    words_with_images,
+)
+from experiments.scenario import Learner, Method, Scenario, choose
+from experiments.tasks import Spec, TaskConfig, TaskName
+from experiments.texts import TextSource, TextTaskName
+from experiments.transfers import parse_routes
+from merge_jax.data import CaptionSet, VisualQuestionSet, WordPiece, num_examples
+
+MethodName = Literal["vanilla", "share", "mergenet"]
+Direction = Literal["vision_to_text", "text_to_vision"]
+SourceTaskName = Literal["itself"] | ImageTextTaskName | TaskName
+
+_BY_DEPTH = "by depth"
+_IMAGE_TEXT_TASKS = get_args(ImageTextTaskName)
+
+
+@dataclass(frozen=True)
+class _Spec(Spec):
+    """A model of images with text, or of either, and what it is to learn."""
+
+    architecture: Architecture = field(default_factory=Architecture)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(TaskConfig):
+    """Options of the experiment."""
+
+    methods: tuple[MethodName, ...] = get_args(MethodName)
+    """Methods to compare."""
+    target_task: ImageTextTaskName | TaskName = "vqa"
+    """What the target learns."""
+    source_task: SourceTaskName = "shapes"
+    """What the source learns; with "itself", the target is its own source."""
+    direction: Direction = "vision_to_text"
+    """Which attention gives to which."""
+    target_model: Architecture = field(default_factory=Architecture)
+    """The network that receives; a task of one modality has the encoder of that."""
+    source_model: Architecture = field(default_factory=lambda: Architecture("small_vit", "small_bert"))
+    """The network that gives."""
+    target_data: str = "synthetic"
+    """Data of the target. Of vqa: synthetic (Sort-of-CLEVR), clevr of TFDS, or a folder of VQA v2.0. Of retrieval:
+    synthetic (rendered scenes), a folder of MSCOCO, or a set of TFDS such as cifar100, whose classes are the captions.
+    Of text: as in cross_task."""
+    source_data: str = "synthetic"
+    """Data of the source, as --target-data."""
+    labels: int | None = 200
+    """Training images (with all their questions or captions) or texts that the target learns from, or None for all; a
+    source has all."""
+    validation: int = 100
+    """Training images or texts held out to validate on; digits always hold out 200."""
+    image_size: int | None = 32
+    """Height and width to scale images to; None for as they are, where data of images alone allow it."""
+    num_answers: int = 3129
+    """How many of the commonest training answers a model chooses from."""
+    uncovered: Literal["error", "skip"] = "error"
+    """What to do with training questions none of whose answers are among these."""
+    unreadable: Literal["error", "skip"] = "error"
+    """What to do with images that are missing or cannot be read: refuse, or leave out, name and count them."""
+    routes: tuple[str, ...] = (_BY_DEPTH,)
+    """Layers that take part, as target=source, such as text_encoder/layer_0/attention=encoder/layer_1/attention; "by
+    depth" are all attention blocks of the direction."""
+
+    def check(self) -> None:
+        """Raises ValueError for an option out of range."""
+        super().check()
+        if self.source_task == "itself" and self.source != "pretrained":
+            raise ValueError(f"a target that is its own source has none that is {self.source}: leave out --source")
+
+    def load_texts(self, spec: Spec) -> Any | None:
+        """Returns the data of a task with text in it; see `TaskConfig`."""
+        if spec.task not in _IMAGE_TEXT_TASKS:
+            return super().load_texts(spec)
+        if self.image_size is None:
+            raise ValueError(f"{spec.task} needs --image-size, which its images are scaled to")
+        return load_image_text(spec.task, spec.text.data, self.data_dir, self.image_size, self.unreadable)
+
+    def words_of(self, texts: Any) -> Iterable[str]:
+        """Returns all texts there are to learn from; see `TaskConfig`."""
+        if isinstance(texts, VisualQuestionSet | CaptionSet):
+            return words_with_images(texts)
+        return super().words_of(texts)
+
+    def learner(self, spec: Spec, texts: Any | None, tokens: WordPiece | None) -> Learner:
+        """Returns a model that is to learn; see `TaskConfig`."""
+        if not isinstance(texts, VisualQuestionSet | CaptionSet) or not isinstance(spec, _Spec) or tokens is None:
+            return super().learner(spec, texts, tokens)
+        reading = Reading(self.max_length, self.too_long, self.validation, self.num_answers, self.uncovered)
+        return image_text_learner(spec.task, texts, tokens, spec.architecture, reading, images=spec.labels)
+
+
+_RETRIEVAL = Config(target_task="retrieval", labels=None)
+
+PRESETS = {
+    "default": Config(),
+    "smoke": Config(),
+    "text_to_vision": Config(source_task="sentiment", direction="text_to_vision"),
+    "within": Config(source_task="itself"),
+    "retrieval": _RETRIEVAL,
+    "paper": Config(
+        seeds=3,
+        source="live",
+        source_task="itself",
+        target_model=Architecture("vit_base", "bert_base", fusion_layers=6),
+        target_data="./vqa",
+        labels=None,
+        validation=2000,
+        image_size=224,
+        max_length=32,
+        uncovered="skip",
+        epochs=10,
+        report_every=1,
+        checkpoint_every=1,
+        batch_size=64,
+        learning_rate=5e-5,
+        adapter_learning_rate=1e-3,
+        num_layers=2,
+    ),
+}
+
+
+def build(config: Config) -> Scenario:
+    """Returns the scenario: the models, their data and the methods.
+
+    Raises:
+      ValueError: data that cannot be had, an unknown model or method, a model that lacks the modality it is to give or
+        receive by, or an option that a method refuses.
+    """
+    specs = [_spec(config.target_task, config.target_model, config.target_data, config.labels)]
+    if config.source_task != "itself":
+        specs.insert(0, _spec(config.source_task, config.source_model, config.source_data, None))
+    (*sources, target), attach = config.learners(specs)
+    source = sources[0] if sources else target
+    lengths = [num_examples(learner.role.splits(0).train) for learner in (source, target)]
+    schedule = config.schedule(*lengths)
+    source_steps = (schedule.target if config.source == "live" else schedule.source).steps
+    num_steps = schedule.target.steps
+    plain = mj.Task(target.loss_fn, target.optimizer(config.learning_rate, num_steps))
+    routes = _routes(config, source, target)
+
+    def transfer(alone: mj.Transfer) -> mj.Transfer:
+        return alone if sources else mj.self_transfer(alone)
+
+    methods = {
+        "vanilla": Method(plain),
+        "share": Method(plain, transfer(mj.share_transfer(routes)), config.stop),
+        "mergenet": Method(plain, transfer(config.lpka(routes, num_steps)), config.stop),
+    }
+    source_task = mj.Task(source.loss_fn, source.optimizer(config.learning_rate, source_steps))
+    return Scenario(
+        name="cross_modal",
+        source=source.role if sources else None,
+        target=target.role,
+        source_task=source_task if sources else None,
+        methods=choose(methods, config.methods),
+        schedule=schedule,
+        adapter_optimizer=config.adapter_optimizer(schedule),
+        attach=attach,
+    )
+
+
+def _spec(task: str, architecture: Architecture, data: str, labels: int | None) -> Spec:
+    model = architecture.text if task in get_args(TextTaskName) else architecture.vision
+    return _Spec(task, model, TextSource(data), None, labels, architecture.sizes, architecture)
+
+
+def _routes(config: Config, source: Learner, target: Learner) -> list[mj.Route]:
+    """Returns the routes: all attention blocks of the direction by depth, or those that are given."""
+    if config.routes != (_BY_DEPTH,):
+        return parse_routes(config.routes)
+    giving, _, receiving = config.direction.partition("_to_")
+    for role, learner, modality in (("source", source, giving), ("target", target, receiving)):
+        if modality not in learner.attention:
+            raise ValueError(
+                f"{config.direction} needs a {role} with attention to {modality}; {learner.role.name} has"
+                f" {' and '.join(learner.attention) or 'none'}"
+            )
+    shapes = (jax.eval_shape(learner.role.init, jax.random.key(0))[0] for learner in (source, target))
+    blocks = {"source": source.attention[giving], "target": target.attention[receiving]}
+    found = mj.match(*shapes, **blocks, view="attention")
+    return [mj.Route(target, source, view="attention") for target, source in found.items()]
+
+
+if __name__ == "__main__":
+    main(PRESETS, "experiments.cross_modal", __doc__, build)

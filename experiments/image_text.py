@@ -1,0 +1,322 @@
+"""Models of images with text as the roles of a scenario: their tasks, data by name or folder, and their scores."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import merge_jax as mj
+from experiments.images import VisionModelName, make_vision_encoder
+from experiments.optimizers import adamw
+from experiments.scenario import Learner, Role, Samples
+from experiments.texts import TextModelName, make_text_encoder, told
+from merge_jax.checks import check_choice
+from merge_jax.data import (
+    Arrays,
+    CaptionedImages,
+    CaptionSet,
+    Splits,
+    Streamed,
+    VisualQuestionSet,
+    WordPiece,
+    class_captions,
+    load_clevr,
+    load_coco_captions,
+    load_tfds_images,
+    load_vqa,
+    scene_captions,
+    sort_of_clevr,
+    take,
+)
+
+__all__ = [
+    "Architecture",
+    "ImageTextTaskName",
+    "Reading",
+    "image_text_learner",
+    "load_image_text",
+    "words_with_images",
+]
+
+ImageTextTaskName = Literal["vqa", "retrieval"]
+"""vqa answers questions on images; retrieval finds the caption of an image, and the image of a caption."""
+
+_ATTENTION = {"vision": "image_encoder/*/attention", "text": "text_encoder/*/attention"}
+_EVALUATED_AT_ONCE = 100
+_NUM_SAMPLES = 6
+_HALF = (0.5, 0.5, 0.5)  # As vision transformers were published, and no pass over images that are streamed.
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A model's encoders and what joins them."""
+
+    vision: VisionModelName = "tiny_vit"
+    """The encoder of images."""
+    text: TextModelName = "small_distilbert"
+    """The encoder of text."""
+    layers: int | None = None
+    """Layers of a small encoder; its own number by default."""
+    width: int | None = None
+    """Width of a small encoder; its own by default."""
+    patch_size: int | None = None
+    """Height and width of a small vision encoder's patches; a quarter of the image by default."""
+    fusion_layers: int = 1
+    """Layers in which the words look at the image, for vqa."""
+    embedding_size: int = 32
+    """Size of the vectors that images and captions become, for retrieval."""
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """Sizes of small encoders that are not their usual ones."""
+        sizes = {"num_layers": self.layers, "width": self.width}
+        return MappingProxyType({name: size for name, size in sizes.items() if size is not None})
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How images and texts are read.
+
+    Attributes:
+      max_length: tokens of a text.
+      too_long: what to do with longer ones, `truncate` or `error`.
+      validation: how many training images to hold out, with all their questions or captions, drawn for each seed.
+      num_answers: how many answers a model chooses from.
+      uncovered: what to do with training questions none of whose answers are among these, `error` or `skip`.
+    """
+
+    max_length: int
+    too_long: str
+    validation: int
+    num_answers: int
+    uncovered: str
+
+
+def load_image_text(
+    task: str, data: str, data_dir: Path | None, image_size: int, unreadable: str
+) -> VisualQuestionSet | CaptionSet:
+    """Returns images with questions or captions.
+
+    Args:
+      task: one of `ImageTextTaskName`.
+      data: `synthetic` for rendered scenes; for vqa, `clevr` of TFDS or the folder of the files of VQA v2.0; for
+        retrieval, the name of a set of TFDS whose classes are its captions, or a folder of MSCOCO.
+      data_dir: of TFDS.
+      image_size: height and width that images are brought to.
+      unreadable: what to do with images that are missing or cannot be read, `error` or `skip`.
+
+    Raises:
+      ValueError: the task is unknown, or the data cannot be had.
+    """
+    check_choice("task", task, get_args(ImageTextTaskName))
+    is_folder = "/" in data or Path(data).is_dir()
+    if task == "vqa":
+        if data == "synthetic":
+            return sort_of_clevr(2000, 200, seed=0, image_size=image_size, relational=2, non_relational=2)
+        if data == "clevr":
+            return load_clevr(data_dir, image_size=image_size)
+        if not is_folder:
+            raise ValueError(f"unknown data {data!r} of vqa: synthetic, clevr, or a folder of VQA v2.0 such as ./vqa")
+        return load_vqa(data, image_size=image_size, unreadable=unreadable)
+    if data == "synthetic":
+        return scene_captions(4000, 400, seed=0, image_size=image_size)
+    if is_folder:
+        return load_coco_captions(data, image_size=image_size, unreadable=unreadable)
+    return class_captions(load_tfds_images(data, data_dir, image_size=image_size))
+
+
+def words_with_images(found: VisualQuestionSet | CaptionSet) -> Sequence[str]:
+    """Returns the questions or captions there are to learn from."""
+    return found.train.questions if isinstance(found, VisualQuestionSet) else found.train.captions
+
+
+def image_text_learner(
+    task: str,
+    found: VisualQuestionSet | CaptionSet,
+    tokens: WordPiece,
+    architecture: Architecture,
+    reading: Reading,
+    *,
+    images: int | None = None,
+) -> Learner:
+    """Returns a model that learns to answer questions on images, or to find captions and images.
+
+    Args:
+      task: its name.
+      found: its data.
+      tokens: the vocabulary of its texts.
+      architecture: the model.
+      reading: how images and texts are read.
+      images: how many training images it learns from; None for all.
+
+    Raises:
+      ValueError: the model does not fit the images, a text does not fit the model, there are fewer images, or answers
+        that the training questions have are not among those to choose from.
+    """
+    shape = found.train.images.shape
+    vision = make_vision_encoder(architecture.vision, shape[1], architecture.patch_size, architecture.sizes)
+    text = make_text_encoder(architecture.text, tokens, reading.max_length, architecture.sizes)
+    encode = partial(_encode, found.name, tokens, reading)
+    name = f"{architecture.vision} and {architecture.text} ({found.name} {task})"
+    if isinstance(found, VisualQuestionSet):
+        module, parts = _answerer(found, vision, text, architecture, reading, encode)
+    else:
+        module, parts = _finder(found, vision, text, architecture, encode)
+    splits = _splits_by_image(found.name, *parts.arrays, reading.validation, images, parts.learned)
+
+    @jax.jit
+    def init(key: jax.Array) -> Any:
+        variables = module.init(key, jnp.zeros((1, *shape[1:])), jnp.ones((1, reading.max_length), jnp.int32))
+        return variables["params"], {}
+
+    role = Role(name, init, splits, parts.evaluate, parts.metric, samples=parts.samples)
+    return Learner(role, parts.loss_fn, adamw, attention=_ATTENTION)
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What a task makes of its data: all training and test examples, which entries are learned from, and the rest."""
+
+    arrays: tuple[Arrays, Arrays]
+    learned: tuple[str, ...]
+    loss_fn: mj.LossFn
+    evaluate: Any
+    metric: str
+    samples: Samples
+
+
+def _answerer(
+    found: VisualQuestionSet, vision: Any, text: Any, architecture: Architecture, reading: Reading, encode: Any
+) -> tuple[Any, _Parts]:
+    vocabulary = mj.answer_vocabulary(found.train.answers, reading.num_answers)
+    questions = [*found.train.questions, *found.test.questions]
+    answers = [*found.train.answers, *found.test.answers]
+    kinds = None
+    if found.train.kinds is not None and found.test.kinds is not None:
+        kinds = [*found.train.kinds, *found.test.kinds]
+    indices, _ = mj.answer_indices(answers, vocabulary)
+    arrays: Arrays = {
+        "tokens": encode(questions),
+        "answers": indices,
+        "example": np.arange(len(questions), dtype=np.int32),
+    }
+    size = len(found.train.questions)
+    train = {**take(arrays, np.arange(size)), **_images(found.train.images, found.train.image)}
+    test = {**take(arrays, np.arange(size, len(questions))), **_images(found.test.images, found.test.image)}
+    covered = (indices[:size] >= 0).any(axis=1)
+    if not covered.all():
+        message = mj.answer_coverage(found.train.answers, vocabulary)
+        if reading.uncovered == "error":
+            raise ValueError(f"{found.name}: {message}: take more by --num-answers, or --uncovered skip")
+        print(f"{found.name}: {message}: not learned from", file=sys.stderr)
+        train = take(train, np.flatnonzero(covered))
+    module = mj.models.VisualAnswerer(vision, text, len(vocabulary), num_layers=architecture.fusion_layers)
+    apply = mj.on_pixels(module.apply, _HALF, _HALF)
+    evaluate = mj.evaluate_vqa(apply, vocabulary, answers, kinds, batch_size=_EVALUATED_AT_ONCE)
+    shown = _one_an_image(test)
+    few = take(test, shown)
+    asked = [(questions[i], f"right: {_commonest(answers[i])}") for i in few["example"]]
+    predict = mj.predict_answers(apply, vocabulary)
+    samples = Samples(partial(_read, few), asked, lambda params, state: predict(params, state, few))
+    loss_fn = mj.vqa_loss(apply)
+    return module, _Parts((train, test), ("image", "tokens", "answers"), loss_fn, evaluate, "accuracy", samples)
+
+
+def _finder(found: CaptionSet, vision: Any, text: Any, architecture: Architecture, encode: Any) -> tuple[Any, _Parts]:
+    train, test = (_pairs(part, encode(part.captions)) for part in (found.train, found.test))
+    module = mj.models.DualEncoder(vision, text, architecture.embedding_size)
+    apply = mj.on_pixels(module.apply, _HALF, _HALF)
+    embed_images = partial(apply, method="embed_images")
+    embed_texts = partial(module.apply, method="embed_texts")
+    evaluate = mj.evaluate_retrieval(embed_images, embed_texts, batch_size=_EVALUATED_AT_ONCE)
+    _, shown = np.unique(test["group"], return_index=True)
+    few = take(test, np.sort(shown)[:_NUM_SAMPLES])
+    captions = found.test.captions
+    _, first = np.unique(test["caption_id"], return_index=True)
+    of_captions = test["tokens"][first]
+
+    @jax.jit
+    def best(params: Any, state: Any, images: jax.Array, tokens: jax.Array) -> jax.Array:
+        variables = {"params": params, **state}
+        embedded: Any = embed_texts(variables, tokens)
+        return jnp.argmax(embed_images(variables, images) @ embedded.T, axis=1)
+
+    def answer(params: Any, state: Any) -> list[str]:
+        ids = test["caption_id"][first]
+        return [str(captions[ids[int(i)]]) for i in best(params, state, few["image"][:], of_captions)]
+
+    samples = Samples(partial(_read, few), [(f"right: {captions[i]}",) for i in few["caption_id"]], answer)
+    loss_fn = mj.retrieval_loss(apply)
+    return module, _Parts((train, test), ("image", "tokens", "group"), loss_fn, evaluate, "mean_recall", samples)
+
+
+def _pairs(part: CaptionedImages, tokens: np.ndarray) -> Arrays:
+    image, caption = part.pairs()
+    return {
+        **_images(part.images, image),
+        "tokens": tokens[caption],
+        "caption_id": caption,
+        "group": part.image_group[image].astype(np.int32),
+    }
+
+
+def _images(images: Any, rows: np.ndarray) -> dict[str, Any]:
+    return {"image": Streamed(images, rows), "image_id": rows.astype(np.int32)}
+
+
+def _read(arrays: Arrays) -> np.ndarray:
+    return arrays["image"][:]
+
+
+def _one_an_image(arrays: Arrays) -> np.ndarray:
+    """Returns an example of each of a few images, each with another of its questions."""
+    images = np.unique(arrays["image_id"])[:_NUM_SAMPLES]
+    rows = [np.flatnonzero(arrays["image_id"] == image) for image in images]
+    return np.array([of_one[i % len(of_one)] for i, of_one in enumerate(rows)])
+
+
+def _commonest(answers: Sequence[str]) -> str:
+    return max(answers, key=answers.count)
+
+
+def _encode(name: str, tokens: WordPiece, reading: Reading, texts: Sequence[str]) -> np.ndarray:
+    none = np.zeros(len(texts), np.int32)
+    return told(name, tokens.encode_texts(texts, none, reading.max_length, too_long=reading.too_long))["tokens"]
+
+
+def _splits_by_image(
+    name: str, train: Arrays, test: Arrays, validation: int, images: int | None, learned: Sequence[str]
+) -> Any:
+    """Returns `seed -> Splits`; no image is in two of them, and what is learned from has the learned entries alone."""
+    of_images = np.unique(train["image_id"])
+    left = len(of_images) - validation
+    if not 1 <= validation < len(of_images):
+        raise ValueError(
+            f"validation must lie in [1, {len(of_images) - 1}], for {len(of_images)} training images of {name}, got"
+            f" {validation}"
+        )
+    if images is not None and not 1 <= images <= left:
+        raise ValueError(
+            f"labels, how many images are learned from, must lie in [1, {left}], what {name} has beside {validation} to"
+            f" validate, got {images}; None is all"
+        )
+
+    @lru_cache(maxsize=1)
+    def splits(seed: int) -> Splits:
+        order = np.random.default_rng(seed).permutation(of_images)
+        held_out, rest = order[:validation], order[validation:][:images]
+
+        def of(part: np.ndarray) -> Arrays:
+            return take(train, np.flatnonzero(np.isin(train["image_id"], part)))
+
+        to_learn = {entry: array for entry, array in of(rest).items() if entry in learned}
+        return Splits(to_learn, of(held_out), test)
+
+    return splits
