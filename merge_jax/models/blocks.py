@@ -5,10 +5,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-__all__ = ["INIT", "PADDING", "attention", "check_heads", "dense", "feed_forward", "layer_norm", "not_padding"]
-
-INIT = nn.initializers.truncated_normal(0.02)
-"""How kernels and embeddings start, as in BERT."""
+__all__ = ["PADDING", "attention", "check_heads", "dense", "feed_forward", "layer_norm", "not_padding"]
 
 PADDING = 0
 """The token that stands for none."""
@@ -25,19 +22,19 @@ def layer_norm(dtype: Any, name: str) -> nn.LayerNorm:
     return nn.LayerNorm(epsilon=1e-12, dtype=dtype, use_fast_variance=False, name=name)
 
 
-def dense(features: int, dtype: Any, name: str) -> nn.Dense:
-    """Returns a dense layer, kernel `[in, features]`."""
-    return nn.Dense(features, dtype=dtype, kernel_init=INIT, name=name)
+def dense(features: int, dtype: Any, init: nn.initializers.Initializer, name: str) -> nn.Dense:
+    """Returns a dense layer, kernel `[in, features]`, which starts as `init` says."""
+    return nn.Dense(features, dtype=dtype, kernel_init=init, name=name)
 
 
 def attention(
-    num_heads: int, dropout_rate: float, dtype: Any, name: str, *, train: bool
+    num_heads: int, dropout_rate: float, dtype: Any, init: nn.initializers.Initializer, name: str, *, train: bool
 ) -> nn.MultiHeadDotProductAttention:
     """Returns an attention whose heads share the width of the queries; weights are dropped for each text or image."""
     return nn.MultiHeadDotProductAttention(
         num_heads,
         dtype=dtype,
-        kernel_init=INIT,
+        kernel_init=init,
         dropout_rate=dropout_rate,
         broadcast_dropout=False,
         deterministic=not train,
@@ -45,10 +42,10 @@ def attention(
     )
 
 
-def feed_forward(x: jax.Array, hidden: int, dtype: Any) -> jax.Array:
+def feed_forward(x: jax.Array, hidden: int, dtype: Any, init: nn.initializers.Initializer) -> jax.Array:
     """Returns `down(gelu(up(x)))` with the exact gelu, `[..., width]` to the same; layers of the calling module."""
-    y = nn.gelu(dense(hidden, dtype, "up")(x), approximate=False)
-    return dense(x.shape[-1], dtype, "down")(y)
+    y = nn.gelu(dense(hidden, dtype, init, "up")(x), approximate=False)
+    return dense(x.shape[-1], dtype, init, "down")(y)
 
 
 def check_heads(width: int, num_heads: int) -> None:

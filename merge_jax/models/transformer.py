@@ -7,16 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from merge_jax.checks import check_at_least_one, check_choice, check_dropout
-from merge_jax.models.blocks import (
-    INIT,
-    PADDING,
-    attention,
-    check_heads,
-    dense,
-    feed_forward,
-    layer_norm,
-    not_padding,
-)
+from merge_jax.models.blocks import PADDING, attention, check_heads, dense, feed_forward, layer_norm, not_padding
 
 __all__ = [
     "PoolerName",
@@ -32,6 +23,7 @@ __all__ = [
 PoolerName = Literal["tanh", "relu"]
 """The layer before a classifier: `tanh` as in BERT, named `pooler`; `relu` as in DistilBERT, `pre_classifier`."""
 
+_INIT = nn.initializers.truncated_normal(0.02)
 # Far below any logit, yet finite: a label at such a place costs much, and is no NaN.
 _NEVER = -1e9
 
@@ -62,7 +54,7 @@ class _Embeddings(nn.Module):
         return nn.Dropout(self.dropout_rate, deterministic=not train)(layer_norm(self.dtype, "norm")(x))
 
     def _embed(self, count: int, name: str) -> nn.Embed:
-        return nn.Embed(count, self.width, dtype=self.dtype, embedding_init=INIT, name=name)
+        return nn.Embed(count, self.width, dtype=self.dtype, embedding_init=_INIT, name=name)
 
 
 class _Layer(nn.Module):
@@ -76,9 +68,9 @@ class _Layer(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array, *, train: bool) -> jax.Array:
         dropout = nn.Dropout(self.dropout_rate, deterministic=not train)
-        attend = attention(self.num_heads, self.dropout_rate, self.dtype, "attention", train=train)
+        attend = attention(self.num_heads, self.dropout_rate, self.dtype, _INIT, "attention", train=train)
         x = layer_norm(self.dtype, "norm1")(x + dropout(attend(x, mask=mask)))
-        y = feed_forward(x, self.hidden, self.dtype)
+        y = feed_forward(x, self.hidden, self.dtype, _INIT)
         return layer_norm(self.dtype, "norm2")(x + dropout(y))
 
 
@@ -194,12 +186,12 @@ class TextClassifier(nn.Module):
         check_at_least_one(num_classes=self.num_classes)
         x = self.encoder(tokens, train=train)[:, 0].astype(jnp.float32)
         if self.pooler == "tanh":
-            x = nn.tanh(dense(x.shape[-1], jnp.float32, "pooler")(x))
+            x = nn.tanh(dense(x.shape[-1], jnp.float32, _INIT, "pooler")(x))
         else:
-            x = nn.relu(dense(x.shape[-1], jnp.float32, "pre_classifier")(x))
+            x = nn.relu(dense(x.shape[-1], jnp.float32, _INIT, "pre_classifier")(x))
         self.sow("intermediates", "features", x)
         x = nn.Dropout(self.encoder.dropout_rate, deterministic=not train)(x)
-        return dense(self.num_classes, jnp.float32, "classifier")(x)
+        return dense(self.num_classes, jnp.float32, _INIT, "classifier")(x)
 
 
 class SpanExtractor(nn.Module):
@@ -222,7 +214,7 @@ class SpanExtractor(nn.Module):
           ValueError: while tracing, as the encoder.
         """
         x = self.encoder(tokens, train=train).astype(jnp.float32)
-        logits = dense(2, jnp.float32, "qa_outputs")(x)
+        logits = dense(2, jnp.float32, _INIT, "qa_outputs")(x)
         separator = self.encoder.separator
         in_passage = (_segments(tokens, separator) == 1) & (tokens != separator)
         answerable = in_passage.at[:, 0].set(True)
