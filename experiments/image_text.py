@@ -16,7 +16,7 @@ import merge_jax as mj
 from experiments.images import VisionModelName, make_vision_encoder
 from experiments.optimizers import adamw
 from experiments.scenario import Learner, Role, Samples
-from experiments.texts import TextModelName, make_text_encoder, told
+from experiments.texts import TextModelName, make_text_encoder, read_weights, started, told
 from merge_jax.checks import check_choice
 from merge_jax.data import (
     Arrays,
@@ -26,6 +26,7 @@ from merge_jax.data import (
     Streamed,
     VisualQuestionSet,
     WordPiece,
+    channel_statistics,
     class_captions,
     load_clevr,
     load_coco_captions,
@@ -51,7 +52,7 @@ ImageTextTaskName = Literal["vqa", "retrieval"]
 _ATTENTION = {"vision": "image_encoder/*/attention", "text": "text_encoder/*/attention"}
 _EVALUATED_AT_ONCE = 100
 _NUM_SAMPLES = 6
-_HALF = (0.5, 0.5, 0.5)  # As vision transformers were published, and no pass over images that are streamed.
+_SEEN = 1000  # Images that mean and deviation of the pixels are taken of: no pass over all that are streamed.
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,10 @@ class Architecture:
     """Width of a small encoder; its own by default."""
     patch_size: int | None = None
     """Height and width of a small vision encoder's patches; a quarter of the image by default."""
-    fusion_layers: int = 1
+    fusion_layers: int = 2
     """Layers in which the words look at the image, for vqa."""
+    dropout: float = 0.0
+    """Dropout of both encoders and of those layers."""
     embedding_size: int = 32
     """Size of the vectors that images and captions become, for retrieval."""
 
@@ -100,7 +103,7 @@ class Reading:
 
 
 def load_image_text(
-    task: str, data: str, data_dir: Path | None, image_size: int, unreadable: str
+    task: str, data: str, data_dir: Path | None, image_size: int, unreadable: str, num_shapes: int
 ) -> VisualQuestionSet | CaptionSet:
     """Returns images with questions or captions.
 
@@ -111,6 +114,7 @@ def load_image_text(
       data_dir: of TFDS.
       image_size: height and width that images are brought to.
       unreadable: what to do with images that are missing or cannot be read, `error` or `skip`.
+      num_shapes: on each rendered image that is asked about.
 
     Raises:
       ValueError: the task is unknown, or the data cannot be had.
@@ -119,7 +123,9 @@ def load_image_text(
     is_folder = "/" in data or Path(data).is_dir()
     if task == "vqa":
         if data == "synthetic":
-            return sort_of_clevr(2000, 200, seed=0, image_size=image_size, relational=2, non_relational=2)
+            return sort_of_clevr(
+                4000, 500, 0, image_size=image_size, num_shapes=num_shapes, relational=2, non_relational=2
+            )
         if data == "clevr":
             return load_clevr(data_dir, image_size=image_size)
         if not is_folder:
@@ -145,6 +151,7 @@ def image_text_learner(
     reading: Reading,
     *,
     images: int | None = None,
+    text_weights: Path | None = None,
 ) -> Learner:
     """Returns a model that learns to answer questions on images, or to find captions and images.
 
@@ -155,26 +162,42 @@ def image_text_learner(
       architecture: the model.
       reading: how images and texts are read.
       images: how many training images it learns from; None for all.
+      text_weights: a Hugging Face safetensors file or folder that its text encoder starts from.
 
     Raises:
       ValueError: the model does not fit the images, a text does not fit the model, there are fewer images, or answers
         that the training questions have are not among those to choose from.
     """
     shape = found.train.images.shape
-    vision = make_vision_encoder(architecture.vision, shape[1], architecture.patch_size, architecture.sizes)
-    text = make_text_encoder(architecture.text, tokens, reading.max_length, architecture.sizes)
+    dropout = {"dropout_rate": architecture.dropout}
+    vision = make_vision_encoder(architecture.vision, shape[1], architecture.patch_size, architecture.sizes, **dropout)
+    text = make_text_encoder(architecture.text, tokens, reading.max_length, architecture.sizes, **dropout)
+    pixels = channel_statistics(found.train.images[np.arange(min(_SEEN, shape[0]))])
     encode = partial(_encode, found.name, tokens, reading)
     name = f"{architecture.vision} and {architecture.text} ({found.name} {task})"
     if isinstance(found, VisualQuestionSet):
-        module, parts = _answerer(found, vision, text, architecture, reading, encode)
+        fusion = {"num_layers": architecture.fusion_layers, **dropout}
+        module, parts = _answerer(
+            found, partial(mj.models.VisualAnswerer, vision, text, **fusion), pixels, reading, encode
+        )
     else:
-        module, parts = _finder(found, vision, text, architecture, encode)
+        module = mj.models.DualEncoder(vision, text, architecture.embedding_size)
+        parts = _finder(found, module, pixels, encode)
     splits = _splits_by_image(found.name, *parts.arrays, reading.validation, images, parts.learned)
 
     @jax.jit
-    def init(key: jax.Array) -> Any:
-        variables = module.init(key, jnp.zeros((1, *shape[1:])), jnp.ones((1, reading.max_length), jnp.int32))
-        return variables["params"], {}
+    def random_init(key: jax.Array) -> Any:
+        return module.init(key, jnp.zeros((1, *shape[1:])), jnp.ones((1, reading.max_length), jnp.int32))["params"]
+
+    given = None
+    if text_weights is not None:
+        given = read_weights(text_weights, random_init(jax.random.key(0))["text_encoder"])
+
+    def init(key: jax.Array) -> tuple[Any, dict[str, Any]]:
+        params = random_init(key)
+        if given is None:
+            return params, {}
+        return {**params, "text_encoder": started(given, params["text_encoder"])}, {}
 
     role = Role(name, init, splits, parts.evaluate, parts.metric, samples=parts.samples)
     return Learner(role, parts.loss_fn, adamw, attention=_ATTENTION)
@@ -192,9 +215,7 @@ class _Parts:
     samples: Samples
 
 
-def _answerer(
-    found: VisualQuestionSet, vision: Any, text: Any, architecture: Architecture, reading: Reading, encode: Any
-) -> tuple[Any, _Parts]:
+def _answerer(found: VisualQuestionSet, make: Any, pixels: Any, reading: Reading, encode: Any) -> tuple[Any, _Parts]:
     vocabulary = mj.answer_vocabulary(found.train.answers, reading.num_answers)
     questions = [*found.train.questions, *found.test.questions]
     answers = [*found.train.answers, *found.test.answers]
@@ -217,8 +238,8 @@ def _answerer(
             raise ValueError(f"{found.name}: {message}: take more by --num-answers, or --uncovered skip")
         print(f"{found.name}: {message}: not learned from", file=sys.stderr)
         train = take(train, np.flatnonzero(covered))
-    module = mj.models.VisualAnswerer(vision, text, len(vocabulary), num_layers=architecture.fusion_layers)
-    apply = mj.on_pixels(module.apply, _HALF, _HALF)
+    module = make(len(vocabulary))
+    apply = mj.on_pixels(module.apply, *pixels)
     evaluate = mj.evaluate_vqa(apply, vocabulary, answers, kinds, batch_size=_EVALUATED_AT_ONCE)
     shown = _one_an_image(test)
     few = take(test, shown)
@@ -229,10 +250,9 @@ def _answerer(
     return module, _Parts((train, test), ("image", "tokens", "answers"), loss_fn, evaluate, "accuracy", samples)
 
 
-def _finder(found: CaptionSet, vision: Any, text: Any, architecture: Architecture, encode: Any) -> tuple[Any, _Parts]:
+def _finder(found: CaptionSet, module: Any, pixels: Any, encode: Any) -> _Parts:
     train, test = (_pairs(part, encode(part.captions)) for part in (found.train, found.test))
-    module = mj.models.DualEncoder(vision, text, architecture.embedding_size)
-    apply = mj.on_pixels(module.apply, _HALF, _HALF)
+    apply = mj.on_pixels(module.apply, *pixels)
     embed_images = partial(apply, method="embed_images")
     embed_texts = partial(module.apply, method="embed_texts")
     evaluate = mj.evaluate_retrieval(embed_images, embed_texts, batch_size=_EVALUATED_AT_ONCE)
@@ -254,7 +274,7 @@ def _finder(found: CaptionSet, vision: Any, text: Any, architecture: Architectur
 
     samples = Samples(partial(_read, few), [(f"right: {captions[i]}",) for i in few["caption_id"]], answer)
     loss_fn = mj.retrieval_loss(apply)
-    return module, _Parts((train, test), ("image", "tokens", "group"), loss_fn, evaluate, "mean_recall", samples)
+    return _Parts((train, test), ("image", "tokens", "group"), loss_fn, evaluate, "mean_recall", samples)
 
 
 def _pairs(part: CaptionedImages, tokens: np.ndarray) -> Arrays:

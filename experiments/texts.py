@@ -46,6 +46,8 @@ __all__ = [
     "TextTaskName",
     "load_text",
     "make_text_encoder",
+    "read_weights",
+    "started",
     "text_learner",
     "told",
     "vocabulary",
@@ -230,14 +232,11 @@ def text_learner(
         return module.init(key, jnp.zeros((1, max_length), jnp.int32))["params"]
 
     # Read once, and now, so that what does not fit is told before anything else.
-    given = None if weights is None else _read_weights(weights, random_init(jax.random.key(0)))
+    given = None if weights is None else read_weights(weights, random_init(jax.random.key(0)))
 
     def init(key: jax.Array) -> tuple[Any, dict[str, Any]]:
         params = random_init(key)
-        if given is None:
-            return params, {}
-        drawn = mj.flatten(params)
-        return mj.replace(given.params, {leaf: drawn[leaf] for leaf in given.kept}), {}
+        return params if given is None else started(given, params), {}
 
     def splits(seed: int) -> Splits:
         held_out, rest = split(train, validation, seed)
@@ -248,7 +247,7 @@ def text_learner(
     def load(path: Path, params: Any) -> Any:
         if _WORDS in mj.flatten(mj.load_safetensors(path)):  # By our names, as save_safetensors wrote it.
             return mj.load_params(path, params)
-        return _read_weights(path, params).params
+        return read_weights(path, params).params
 
     role = Role(name, init, lru_cache(maxsize=1)(splits), evaluate, metric, load=load)
     return Learner(role, loss_fn, adamw, classify, {"text": TEXT_ATTENTION})
@@ -314,7 +313,18 @@ def _check_sizes(name: str, size: int, validation: int, labels: int | None) -> N
         )
 
 
-def _read_weights(path: Path, params: Any) -> Loaded:
+def started(given: Loaded, params: Any) -> Any:
+    """Returns the weights that were read, with what they lacked as it was drawn."""
+    drawn = mj.flatten(params)
+    return mj.replace(given.params, {leaf: drawn[leaf] for leaf in given.kept})
+
+
+def read_weights(path: Path, params: Any) -> Loaded:
+    """Returns weights of Hugging Face for a model, and says on standard error what they lack.
+
+    Raises:
+      ValueError: they cannot be read, or do not fit the model or its vocabulary.
+    """
     try:
         loaded = mj.models.from_huggingface(path, params)
     except OSError as error:

@@ -173,6 +173,22 @@ def test_answers_are_those_of_a_reader_of_pixels():
         assert len(set(part.questions)) == 36
 
 
+@pytest.mark.parametrize("num_shapes", [2, 3, 5])
+def test_fewer_shapes_are_asked_for_as_six_are(num_shapes):
+    most = 3 * num_shapes
+    part = sort_of_clevr(40, 5, 0, num_shapes=num_shapes, relational=most, non_relational=most).train
+    seen = [look(image) for image in part.images]
+    assert {len(each) for each in seen} == {num_shapes}
+    assert set().union(*seen) == set(COLOURS)
+    for number, question, answers in zip(part.image, part.questions, part.answers, strict=True):
+        assert answers == (answer(question, seen[number]),)
+    for each in seen if num_shapes > 2 else []:
+        for one in each.values():
+            distances = sorted(((one.centre - other.centre) ** 2).sum() for other in each.values())
+            assert distances[1] < distances[2]
+            assert distances[-2] < distances[-1]
+
+
 def test_answers_are_those_of_a_scene_worked_out_by_hand(monkeypatch):
     circle = {"red", "blue", "grey", "yellow"}
     places = {"red": (10, 10), "green": (10, 30), "blue": (64, 12), "orange": (60, 60), "grey": (12, 66)}
@@ -438,7 +454,7 @@ def flat(made):
 
 @pytest.mark.parametrize(
     ("make", "expected"),
-    [(sort_of_clevr, "5ef5bf2fb64987e8"), (scene_captions, "3761187e062fae0f"), (scene_shapes, "a9f280309667f182")],
+    [(sort_of_clevr, "94057406c108fe88"), (scene_captions, "3761187e062fae0f"), (scene_shapes, "a9f280309667f182")],
 )
 def test_scenes_depend_on_the_seed_alone(make, expected):
     one, again, other = (list(flat(make(30, 10, seed, image_size=16))) for seed in (3, 3, 4))
@@ -475,3 +491,9 @@ def test_no_questions_and_too_many_captions_are_refused():
         scene_captions(5, 5, 0, num_captions=0)
     with pytest.raises(ValueError, match=r"^num_captions must lie in \[1, 8\], got 9$"):
         scene_captions(5, 5, 0, num_captions=9)
+
+
+@pytest.mark.parametrize("count", [1, 7, 3.0, True])
+def test_numbers_of_shapes_are_checked(count):
+    with pytest.raises(ValueError, match=rf"^num_shapes must be a whole number in \[2, 6\], got {count}$"):
+        sort_of_clevr(5, 5, 0, num_shapes=count)

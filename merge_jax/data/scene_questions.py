@@ -1,5 +1,7 @@
 """Sort-of-CLEVR: questions on six shapes, of one of them alone or of how they stand to each other."""
 
+from functools import partial
+
 import numpy as np
 
 from merge_jax.data.image_text import VisualQuestions, VisualQuestionSet
@@ -10,8 +12,7 @@ __all__ = ["sort_of_clevr"]
 _RADIUS = 5
 _MIDDLE = CELLS // 2
 _NUMBERS = ("one", "two", "three", "four", "five", "six")
-# Three questions on each of six colours.
-_MOST_QUESTIONS = 3 * len(COLOURS)
+_SORTS = 3
 
 
 def sort_of_clevr(
@@ -20,41 +21,49 @@ def sort_of_clevr(
     seed: int,
     *,
     image_size: int = 75,
+    num_shapes: int = 6,
     relational: int = 10,
     non_relational: int = 10,
 ) -> VisualQuestionSet:
-    """Returns questions on images of six shapes, `num_train` and `num_test` images of `image_size` pixels a side.
+    """Returns questions on images of shapes, `num_train` and `num_test` images of `image_size` pixels a side.
 
     Each image has a square or a circle, by an even chance, of each of the colours red, green, blue, orange, grey and
-    yellow, with white between them. `non_relational` questions of it ask what shape an object has, whether it is on
+    yellow, or of `num_shapes` of them, with white between them. `non_relational` questions of it ask what shape an object has, whether it is on
     the left or right, or at the top or bottom; `relational` ones ask what shape the object nearest to it or farthest
-    from it has, or how many objects have its shape, itself among them. They are of three sorts each on six colours,
-    drawn without repetition, so at most 18 of a kind. All answers are one word; without the image, no guess is right
-    for more than 5/16 of the counts or 1/2 of the others. No image comes twice, in train and test together.
+    from it has, or how many objects have its shape, itself among them. They are of three sorts each on each
+    colour of the image, drawn without repetition, so at most 18 of a kind. All answers are one word; without the image,
+    no guess is right for more than 5/16 of the counts or 1/2 of the others (of six shapes; counts of fewer are guessed
+    more often). No image comes twice, in train and test together.
 
     Source: Santoro et al., arXiv:1706.01427, section 3.2 and appendix, with 9,800 and 200 images and 10 questions of
-    each kind; sizes, places and colours are those of kimhc6028/relational-networks. Our choices: questions are
+    each kind; sizes, places and colours are those of kimhc6028/relational-networks. Our choices: there may be fewer
+    shapes, which a small model learns sooner; questions are
     English, where theirs are bits, and positions are named, where that code answers yes or no; squares cannot
     overlap, as they can there; edges are smooth; no question comes twice on an image; and an image is drawn anew
     where an answer would be a tie, as of two objects equally near, or of one in the middle.
 
     Raises:
-      ValueError: a number of images is below 1, the image size is below 16, a number of questions is not in [0, 18],
-        or both are 0.
+      ValueError: a number of images is below 1, the image size is below 16, the number of shapes is not in [2, 6], a
+        number of questions is not in [0, 3 num_shapes], or both are 0.
     """
+    if not isinstance(num_shapes, int) or isinstance(num_shapes, bool) or not 2 <= num_shapes <= len(COLOURS):
+        raise ValueError(f"num_shapes must be a whole number in [2, {len(COLOURS)}], got {num_shapes!r}")
+    most = _SORTS * num_shapes
     counts = {"relational": relational, "non_relational": non_relational}
     for name, count in counts.items():
-        if not isinstance(count, int) or isinstance(count, bool) or not 0 <= count <= _MOST_QUESTIONS:
-            raise ValueError(f"{name} must be a whole number in [0, {_MOST_QUESTIONS}], got {count!r}")
+        if not isinstance(count, int) or isinstance(count, bool) or not 0 <= count <= most:
+            raise ValueError(f"{name} must be a whole number in [0, {most}], got {count!r}")
     if not any(counts.values()):
         raise ValueError("relational and non_relational are both 0; there is nothing to ask")
     rng = np.random.default_rng(seed)
-    train, test = draw_scenes(rng, [_scene], num_train, num_test, image_size)
+    train, test = draw_scenes(rng, [partial(_scene, num_shapes)], num_train, num_test, image_size)
     return VisualQuestionSet("sort_of_clevr", _ask(rng, train, counts), _ask(rng, test, counts))
 
 
-def _scene(rng: np.random.Generator) -> Scene:
-    looks = [(colour, KINDS[kind], _RADIUS) for colour, kind in zip(COLOURS, rng.integers(2, size=6), strict=True)]
+def _scene(num_shapes: int, rng: np.random.Generator) -> Scene:
+    colours = [tuple(COLOURS)[i] for i in np.sort(rng.permutation(len(COLOURS))[:num_shapes])]
+    kinds = rng.integers(2, size=num_shapes)
+    looks = [(colour, KINDS[kind], _RADIUS) for colour, kind in zip(colours, kinds, strict=True)]
     while True:
         scene = arrange(rng, looks)
         if _decided(scene):
@@ -65,8 +74,9 @@ def _decided(scene: Scene) -> bool:
     """Returns whether each object is on one side of the middle, with one object nearest to it and one farthest."""
     # The first of each row is 0, the distance to itself.
     distances = np.sort(_squared_distances(scene), axis=1)
-    ties = (distances[:, 1] == distances[:, 2]) | (distances[:, -2] == distances[:, -1])
-    return not ties.any() and all(_MIDDLE not in (shape.x, shape.y) for shape in scene)
+    # Of two objects, each has but one to be near to: the first comparison is of nothing.
+    ties = (distances[:, 1:2] == distances[:, 2:3]).any() or (distances[:, -2] == distances[:, -1]).any()
+    return not ties and all(_MIDDLE not in (shape.x, shape.y) for shape in scene)
 
 
 def _squared_distances(scene: Scene) -> np.ndarray:
