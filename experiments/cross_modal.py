@@ -19,7 +19,8 @@ mergenet. What was measured stands in experiments/README.md.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import jax
