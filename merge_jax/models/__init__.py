@@ -1,6 +1,7 @@
 """Plain Flax (Linen) models; nothing here knows of the method."""
 
 from merge_jax.models.huggingface import from_huggingface, to_huggingface
+from merge_jax.models.image_text import DualEncoder, Embeddings, VisualAnswerer
 from merge_jax.models.mobilenet import MobileNetV2, mobilenet_v2, mobilenet_v2_half, small_mobilenet_v2
 from merge_jax.models.resnet import ResNet, resnet18, resnet50, small_resnet
 from merge_jax.models.transformer import (
@@ -12,13 +13,19 @@ from merge_jax.models.transformer import (
     small_bert,
     small_distilbert,
 )
+from merge_jax.models.vit import ImageClassifier, VisionTransformer, small_vit, tiny_vit, vit_base
 
 __all__ = [
+    "DualEncoder",
+    "Embeddings",
+    "ImageClassifier",
     "MobileNetV2",
     "ResNet",
     "SpanExtractor",
     "TextClassifier",
     "TextEncoder",
+    "VisionTransformer",
+    "VisualAnswerer",
     "bert_base",
     "distilbert_base",
     "from_huggingface",
@@ -30,5 +37,8 @@ __all__ = [
     "small_distilbert",
     "small_mobilenet_v2",
     "small_resnet",
+    "small_vit",
+    "tiny_vit",
     "to_huggingface",
+    "vit_base",
 ]

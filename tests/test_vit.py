@@ -1,0 +1,278 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from scipy.special import erf
+
+import merge_jax as mj
+from merge_jax import models
+
+SIZE, PATCH, CHANNELS = 6, 3, 2
+IMAGES = np.random.default_rng(1).normal(size=(2, SIZE, SIZE, CHANNELS)).astype(np.float32)
+TOKENS = np.array([[2, 5, 6, 3, 0]], np.int32)
+
+TINY = {"image_size": SIZE, "patch_size": PATCH, "width": 8, "num_layers": 2, "num_heads": 2, "hidden": 12}
+
+
+def tiny(**options):
+    return models.VisionTransformer(**{**TINY, **options})
+
+
+MODEL = models.ImageClassifier(tiny(), 3)
+
+
+@functools.cache
+def initialised(model):
+    """Returns parameters that are all random and far from 0: what starts at 0 or 1 would hide what it is for."""
+    params = jax.eval_shape(model.init, jax.random.key(0), IMAGES)["params"]
+    random = np.random.default_rng(0)
+    return jax.tree.map(lambda leaf: jnp.asarray(0.5 * random.normal(size=leaf.shape), leaf.dtype), params)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "train"))
+def outputs(model, params, images, train=False, key=None):
+    return model.apply({"params": params}, images, train=train, rngs=None if key is None else {"dropout": key})
+
+
+def in_float64(tree):
+    return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), tree)
+
+
+def dense(layer, x):
+    return x @ layer["kernel"] + layer["bias"]
+
+
+def norm(layer, x):
+    deviation = np.sqrt(x.var(-1, keepdims=True) + 1e-12)
+    return (x - x.mean(-1, keepdims=True)) / deviation * layer["scale"] + layer["bias"]
+
+
+def attend(block, x, keys, seen=True):
+    """Returns what positions `x [N, width]` take from the keys `[M, width]` that are seen, one head at a time."""
+    result = block["out"]["bias"]
+    for head in range(block["out"]["kernel"].shape[0]):
+        query, key, value = (
+            inputs @ block[name]["kernel"][:, head] + block[name]["bias"][head]
+            for name, inputs in (("query", x), ("key", keys), ("value", keys))
+        )
+        scores = query @ key.T / np.sqrt(query.shape[-1])
+        weights = np.exp(scores - scores.max(-1, keepdims=True)) * seen
+        result = result + weights / weights.sum(-1, keepdims=True) @ value @ block["out"]["kernel"][head]
+    return result
+
+
+def feed_forward(layer, x):
+    y = dense(layer["up"], x)
+    return dense(layer["down"], y * (1 + erf(y / np.sqrt(2))) / 2)
+
+
+def encoded(params, image, patch_size=PATCH):
+    """Returns what the published equations give for one image, `[1 + P, width]`, in float64."""
+    starts = range(0, len(image), patch_size)
+    patches = [image[i : i + patch_size, j : j + patch_size].ravel() for i in starts for j in starts]
+    x = np.stack([params["class_token"], *dense(params["patch"], np.stack(patches))])
+    x = x + params["position"]["embedding"]
+    for i in range(sum(name.startswith("layer_") for name in params)):
+        layer = params[f"layer_{i}"]
+        y = norm(layer["norm1"], x)
+        x = x + attend(layer["attention"], y, y)
+        x = x + feed_forward(layer, norm(layer["norm2"], x))
+    return norm(params["norm"], x)
+
+
+def count(tree):
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def test_a_forward_pass_is_that_of_the_published_equations():
+    params = initialised(MODEL)
+    exact = in_float64(params)
+    expected = np.stack([encoded(exact["encoder"], image) for image in IMAGES])
+    found = outputs(MODEL.encoder, params["encoder"], IMAGES)
+    assert found.shape == (2, 5, 8)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    np.testing.assert_allclose(outputs(MODEL, params, IMAGES), dense(exact["classifier"], expected[:, 0]), atol=1e-5)
+
+
+def test_the_published_model_has_the_published_number_of_parameters():
+    params = jax.eval_shape(models.vit_base().init, jax.random.key(0), jnp.zeros((1, 224, 224, 3)))["params"]
+    assert count(params) == 85_798_656
+
+
+def test_small_encoders_differ_in_all_sizes():
+    small, tiny = models.small_vit(16), models.tiny_vit(8, 2, dtype=jnp.bfloat16)
+    assert (small.image_size, small.patch_size, small.num_layers, small.width, small.hidden) == (16, 4, 4, 64, 256)
+    assert (tiny.image_size, tiny.patch_size, tiny.num_layers, tiny.width, tiny.hidden) == (8, 2, 2, 48, 192)
+    assert (small.num_heads, tiny.num_heads, tiny.dtype) == (4, 4, jnp.bfloat16)
+
+
+def test_leaves_have_readable_names():
+    params = jax.eval_shape(MODEL.init, jax.random.key(0), IMAGES)["params"]
+    layer = {
+        **{f"attention/{name}/kernel": (8, 2, 4) for name in ("query", "key", "value")},
+        **{f"attention/{name}/bias": (2, 4) for name in ("query", "key", "value")},
+        "attention/out/kernel": (2, 4, 8),
+        "attention/out/bias": (8,),
+        "up/kernel": (8, 12),
+        "up/bias": (12,),
+        "down/kernel": (12, 8),
+        "down/bias": (8,),
+        **{f"norm{k}/{name}": (8,) for k in (1, 2) for name in ("scale", "bias")},
+    }
+    assert {path: leaf.shape for path, leaf in mj.flatten(params).items()} == {
+        "encoder/patch/kernel": (18, 8),
+        "encoder/patch/bias": (8,),
+        "encoder/class_token": (8,),
+        "encoder/position/embedding": (5, 8),
+        **{f"encoder/layer_{i}/{path}": shape for i in range(2) for path, shape in layer.items()},
+        "encoder/norm/scale": (8,),
+        "encoder/norm/bias": (8,),
+        "classifier/kernel": (8, 3),
+        "classifier/bias": (3,),
+    }
+
+
+def test_leaves_start_as_described():
+    model = models.ImageClassifier(models.VisionTransformer(64, 4, 64, 1, 4, 128), 64)
+    leaves = mj.flatten(jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 64, 64, 3)))["params"])
+    for path, leaf in leaves.items():
+        if path.endswith("kernel"):
+            # All kernels of an attention are 64 by 64 once heads are one axis.
+            fans = 2 * 64 if "attention" in path else sum(leaf.shape)
+            assert jnp.abs(leaf).max() <= np.sqrt(6 / fans), path
+            np.testing.assert_allclose(leaf.std(), np.sqrt(2 / fans), rtol=0.05, err_msg=path)
+        elif path.endswith(("embedding", "class_token")):
+            np.testing.assert_allclose(leaf.std(), 1 / 8, rtol=0.05 if leaf.ndim == 2 else 0.3, err_msg=path)
+        else:
+            np.testing.assert_array_equal(leaf, 1.0 if path.endswith("scale") else 0.0, err_msg=path)
+
+
+def in_training(model, params):
+    """Returns what each submodule gave in training, by name."""
+    apply = functools.partial(model.apply, train=True, capture_intermediates=True, mutable=["intermediates"])
+    _, found = jax.jit(apply)({"params": params}, IMAGES, rngs={"dropout": jax.random.key(0)})
+    return found["intermediates"]
+
+
+def test_dropout_is_in_training_alone():
+    params, keys = initialised(MODEL), jax.random.split(jax.random.key(0))
+    model = MODEL.clone(encoder=tiny(dropout_rate=0.5))
+    first, again, other = (outputs(model, params, IMAGES, True, key) for key in (keys[0], keys[0], keys[1]))
+    np.testing.assert_array_equal(first, again)
+    assert jnp.abs(first - other).max() > 0.01
+    np.testing.assert_array_equal(outputs(model, params, IMAGES), outputs(MODEL, params, IMAGES))
+    np.testing.assert_array_equal(outputs(MODEL, params, IMAGES, True), outputs(MODEL, params, IMAGES))
+
+
+def test_dropout_is_on_embeddings_and_after_each_block():
+    found = in_training(tiny(dropout_rate=0.5), initialised(MODEL)["encoder"])
+    dropped = [found[place]["Dropout_0"]["__call__"] for place in ("layer_0", "layer_1")]
+    assert list(map(len, dropped)) == [2, 2]
+    assert len(found["Dropout_0"]["__call__"]) == 1
+    for one in jax.tree.leaves([dropped, found["Dropout_0"]]):
+        assert 0.3 < (one == 0).mean() < 0.7
+
+
+def test_in_bfloat16_parameters_and_logits_stay_float32():
+    narrow, params = MODEL.clone(encoder=tiny(dtype=jnp.bfloat16)), initialised(MODEL)
+    shapes = jax.eval_shape(narrow.init, jax.random.key(0), IMAGES)["params"]
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(shapes)} == {"float32"}
+    assert outputs(narrow.encoder, params["encoder"], IMAGES).dtype == jnp.bfloat16
+    found = jax.jit(mj.with_features(narrow.apply))({"params": params}, IMAGES)
+    logits, expected = found.logits, outputs(MODEL, params, IMAGES)
+    assert (logits.dtype, found.features.dtype) == (jnp.float32, jnp.float32)
+    np.testing.assert_allclose(logits, expected, atol=0.2)
+    assert jnp.abs(logits - expected).max() > 1e-4
+
+
+def test_gradients_reach_every_leaf():
+    def loss(params):
+        logits = MODEL.apply({"params": params}, IMAGES)
+        return jnp.sum(logits * jax.random.normal(jax.random.key(1), logits.shape))
+
+    for path, leaf in mj.flatten(jax.jit(jax.grad(loss))(initialised(MODEL))).items():
+        largest = float(jnp.abs(leaf).max())
+        if path.endswith("attention/key/bias"):
+            # It adds one number to all scores of a query, which the softmax takes out again.
+            assert largest < 1e-5, path
+        else:
+            assert largest > 1e-4, path
+
+
+def test_the_logits_are_the_last_layer_of_the_sown_features():
+    params = initialised(MODEL)
+    found = jax.jit(mj.with_features(MODEL.apply))({"params": params}, IMAGES)
+    assert found.features.shape == (2, 8)
+    np.testing.assert_allclose(
+        found.logits, dense(in_float64(params["classifier"]), in_float64(found.features)), atol=1e-5
+    )
+
+
+def test_an_image_classifier_learns_where_a_patch_is():
+    """All images have the same patches, so that positions alone tell them apart."""
+    model = models.ImageClassifier(models.tiny_vit(4, 2), 4)
+    images = np.zeros((4, 4, 4, 1), np.float32)
+    for i in range(4):
+        images[i, 2 * (i // 2) :, 2 * (i % 2) :][:2, :2] = 1
+    loss_fn = mj.classification_loss(model.apply)
+    optimizer = optax.adam(1e-3)
+
+    @jax.jit
+    def step(params, state, key):
+        batch = {"image": images, "label": jnp.arange(4)}
+        (loss, _), gradient = jax.value_and_grad(loss_fn, has_aux=True)(params, {}, batch, key)
+        updates, state = optimizer.update(gradient, state)
+        return optax.apply_updates(params, updates), state, loss
+
+    params = jax.jit(model.init)(jax.random.key(0), images)["params"]
+    state, losses = optimizer.init(params), []
+    for i in range(60):
+        params, state, loss = step(params, state, jax.random.key(i))
+        losses.append(float(loss))
+    assert losses[0] > 1
+    assert losses[-1] < 0.1
+
+
+def test_attention_moves_between_images_and_texts():
+    of_images = models.ImageClassifier(models.small_vit(SIZE, PATCH), 3)
+    of_texts = models.TextClassifier(models.small_distilbert(20, separator=3), 2, "relu")
+    source = jax.jit(of_images.init)(jax.random.key(0), IMAGES)["params"]
+    target = jax.jit(of_texts.init)(jax.random.key(1), TOKENS)["params"]
+    blocks = "encoder/*/attention"
+    routes = mj.match(source, target, source=blocks, target=blocks, view="attention")
+    assert routes == {f"encoder/layer_{i}/attention": f"encoder/layer_{2 * i + 1}/attention" for i in range(2)}
+    back = mj.match(target, source, source=blocks, target=blocks, view="attention")
+    assert back == {f"encoder/layer_{i}/attention": f"encoder/layer_{i // 2}/attention" for i in range(4)}
+    transfer = mj.lpka_transfer(routes, view="attention", num_layers=1, num_heads=2)
+    adapter = jax.jit(transfer.init)(jax.random.key(2), source, target)
+    merged = mj.flatten(jax.jit(transfer.apply)(adapter, source, target))
+    kernels = ("query", "key", "value", "out")
+    changed = {path for path, leaf in mj.flatten(target).items() if not np.array_equal(leaf, merged[path])}
+    assert changed == {f"encoder/layer_{i}/attention/{kernel}/kernel" for i in range(2) for kernel in kernels}
+    # In the warm form, a new adapter gives the source's overlapping block: heads of 12 by 48 in heads of 16 by 64.
+    taken = mj.flatten(source)["encoder/layer_1/attention/query/kernel"][:48, :, :12]
+    np.testing.assert_allclose(merged["encoder/layer_0/attention/query/kernel"], taken, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("model", "images", "message"),
+    [
+        (tiny(width=9), IMAGES, "2 heads do not divide the width 9"),
+        (tiny(num_layers=0), IMAGES, "num_layers must be a whole number of at least 1, got 0"),
+        (tiny(patch_size=1.5), IMAGES, "patch_size must be a whole number of at least 1, got 1.5"),
+        (tiny(patch_size=4), IMAGES, "patch_size 4 does not divide image_size 6"),
+        (tiny(dropout_rate=1.0), IMAGES, r"dropout_rate must lie in \[0, 1\), got 1.0"),
+        (tiny(dtype=jnp.int32), IMAGES, "dtype must be a float type, such as jnp.bfloat16, got"),
+        (tiny(image_size=9), IMAGES, r"images must be floats \[B, 9, 9, C\], got float32 \[2, 6, 6, 2\]"),
+        (tiny(), IMAGES[:, :3], r"images must be floats \[B, 6, 6, C\], got float32 \[2, 3, 6, 2\]"),
+        (tiny(), IMAGES[..., 0], r"images must be floats \[B, 6, 6, C\], got float32 \[2, 6, 6\]"),
+        (tiny(), IMAGES.astype(np.uint8), r"images must be floats \[B, 6, 6, C\], got uint8 \[2, 6, 6, 2\]"),
+        (models.ImageClassifier(tiny(), 0), IMAGES, "num_classes must be a whole number of at least 1, got 0"),
+    ],
+)
+def test_what_does_not_fit_is_named(model, images, message):
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(model.init, jax.random.key(0), images)
