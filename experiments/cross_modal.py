@@ -225,10 +225,12 @@ def build(config: Config) -> Scenario:
 
 
 def _spec(task: str, architecture: Architecture, data: str, weights: Path | None, labels: int | None) -> Spec:
-    model = architecture.text if task in get_args(TextTaskName) else architecture.vision
+    reads = task in get_args(TextTaskName)
+    model = architecture.text if reads else architecture.vision
+    attributes = architecture.text_attributes if reads else architecture.vision_attributes
     if weights is not None and task not in (*get_args(TextTaskName), *_IMAGE_TEXT_TASKS):
         raise ValueError(f"the weights {weights} are of a text encoder, which {model} ({task}) has not")
-    return _Spec(task, model, TextSource(data), weights, labels, architecture.sizes, architecture)
+    return _Spec(task, model, TextSource(data), weights, labels, attributes, architecture)
 
 
 def _routes(config: Config, source: Learner, target: Learner) -> list[mj.Route]:

@@ -1,13 +1,13 @@
 """Models of images with text as the roles of a scenario: their tasks, data by name or folder, and their scores."""
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Literal, get_args
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -77,10 +77,22 @@ class Architecture:
     """Size of the vectors that images and captions become, for retrieval."""
 
     @property
-    def sizes(self) -> Mapping[str, int]:
-        """Sizes of small encoders that are not their usual ones."""
+    def vision_attributes(self) -> dict[str, Any]:
+        """Attributes of the vision encoder that are not its usual ones."""
+        return self._sizes if self.patch_size is None else {**self._sizes, "patch_size": self.patch_size}
+
+    @property
+    def text_attributes(self) -> dict[str, Any]:
+        """Attributes of the text encoder that are not its usual ones."""
+        if self.text.endswith("_base"):
+            return self._sizes
+        # As in vision: kernels of a source at another scale would change the target by that alone.
+        return {**self._sizes, "kernel_init": nn.initializers.xavier_uniform()}
+
+    @property
+    def _sizes(self) -> dict[str, Any]:
         sizes = {"num_layers": self.layers, "width": self.width}
-        return MappingProxyType({name: size for name, size in sizes.items() if size is not None})
+        return {name: size for name, size in sizes.items() if size is not None}
 
 
 @dataclass(frozen=True)
@@ -170,8 +182,8 @@ def image_text_learner(
     """
     shape = found.train.images.shape
     dropout = {"dropout_rate": architecture.dropout}
-    vision = make_vision_encoder(architecture.vision, shape[1], architecture.patch_size, architecture.sizes, **dropout)
-    text = make_text_encoder(architecture.text, tokens, reading.max_length, architecture.sizes, **dropout)
+    vision = make_vision_encoder(architecture.vision, shape[1], architecture.vision_attributes, **dropout)
+    text = make_text_encoder(architecture.text, tokens, reading.max_length, architecture.text_attributes, **dropout)
     pixels = channel_statistics(found.train.images[np.arange(min(_SEEN, shape[0]))])
     encode = partial(_encode, found.name, tokens, reading)
     name = f"{architecture.vision} and {architecture.text} ({found.name} {task})"

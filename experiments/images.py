@@ -226,13 +226,12 @@ def image_learner(
     validation: int,
     labels: int | None,
     stages: int,
-    patch_size: int | None = None,
-    sizes: Mapping[str, int] = MappingProxyType({}),
+    attributes: Mapping[str, Any] = MappingProxyType({}),
 ) -> Learner:
     """Returns a model that learns an image task; see `load_image_task`, `make_model` and `make_role`.
 
-    A vision transformer learns by AdamW, has `sizes` and patches of `patch_size` (see `make_vision_encoder`), and
-    blocks of attention; other models learn by SGD.
+    A vision transformer learns by AdamW, has `attributes` (see `make_vision_encoder`) and blocks of attention; other
+    models learn by SGD.
 
     Raises:
       ValueError: the model or the task is unknown, or the images cannot be had.
@@ -242,7 +241,7 @@ def image_learner(
         height, width, _ = data.shape
         if height != width:
             raise ValueError(f"{model} takes square images, those of {data.name} are {height}x{width}")
-        encoder = make_vision_encoder(model, height, patch_size, sizes)
+        encoder = make_vision_encoder(model, height, attributes)
         module: Any = mj.models.ImageClassifier(encoder, data.num_classes)
         optimizer, attention = adamw, {"vision": VISION_ATTENTION}
     else:
@@ -256,8 +255,7 @@ def image_learner(
 def make_vision_encoder(
     model: str,
     image_size: int,
-    patch_size: int | None = None,
-    sizes: Mapping[str, int] = MappingProxyType({}),
+    attributes: Mapping[str, Any] = MappingProxyType({}),
     **options: Any,
 ) -> mj.models.VisionTransformer:
     """Returns the vision transformer of that name for square images.
@@ -265,9 +263,8 @@ def make_vision_encoder(
     Args:
       model: one of `VisionModelName`.
       image_size: their height and width.
-      patch_size: of a small one; a quarter of the image by default.
-      sizes: layers and width of a small one; None are its own.
-      options: other attributes.
+      attributes: of a small one, such as layers, width and patch size; that is a quarter of the image by default.
+      options: attributes of any.
 
     Raises:
       ValueError: the model is unknown, takes images of another size, has sizes of its own, or patches do not fill the
@@ -275,10 +272,10 @@ def make_vision_encoder(
     """
     check_choice("vision model", model, get_args(VisionModelName))
     if model == "vit_base":
-        if image_size != 224 or patch_size not in (None, 16) or sizes:
+        if image_size != 224 or attributes:
             raise ValueError("vit_base has sizes of its own, with patches of 16: give it images of --image-size 224")
         return mj.models.vit_base(**options)
-    patch_size = patch_size or max(1, image_size // 4)
-    if image_size % patch_size:
-        raise ValueError(f"patches of {patch_size} do not fill images of {image_size}x{image_size}")
-    return getattr(mj.models, model)(image_size, patch_size=patch_size, **sizes, **options)
+    attributes = {"patch_size": max(1, image_size // 4), **attributes}
+    if image_size % attributes["patch_size"]:
+        raise ValueError(f"patches of {attributes['patch_size']} do not fill images of {image_size}x{image_size}")
+    return getattr(mj.models, model)(image_size, **attributes, **options)

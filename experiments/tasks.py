@@ -35,7 +35,7 @@ class Spec:
       text: where the text of a text task comes from.
       weights: a Hugging Face safetensors file or folder that a text model starts from.
       labels: how many training examples it learns from; None for all.
-      sizes: layers and width of a small model, where they are not its usual ones.
+      attributes: of a small transformer, such as layers and width, where they are not its usual ones.
     """
 
     task: str
@@ -43,7 +43,7 @@ class Spec:
     text: TextSource
     weights: Path | None
     labels: int | None
-    sizes: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    attributes: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +123,7 @@ class TaskConfig(TransferConfig):
                 validation=self.validation,
                 labels=spec.labels,
                 stages=self.stages,
-                sizes=spec.sizes,
+                attributes=spec.attributes,
             )
         return text_learner(
             spec.task,
@@ -135,7 +135,7 @@ class TaskConfig(TransferConfig):
             validation=self.validation,
             labels=spec.labels,
             weights=spec.weights,
-            sizes=spec.sizes,
+            attributes=spec.attributes,
         )
 
     def _tokens(self, words: Iterable[str], weights: Sequence[Path | None], source_reads: bool) -> WordPiece:

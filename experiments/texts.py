@@ -157,18 +157,18 @@ def words_of(texts: TextSet | QuestionSet) -> list[str]:
 
 
 def make_text_encoder(
-    model: str, tokens: WordPiece, max_length: int, sizes: Mapping[str, int] = MappingProxyType({}), **options: Any
+    model: str, tokens: WordPiece, max_length: int, attributes: Mapping[str, Any] = MappingProxyType({}), **options: Any
 ) -> mj.models.TextEncoder:
-    """Returns the encoder of that name; `sizes`, layers and width, are those of a small one, options all others.
+    """Returns the encoder of that name; `attributes`, such as layers and width, are of a small one, options of any.
 
     Raises:
       ValueError: the model is unknown, has no such length, or is not small and has sizes of its own.
     """
     check_choice("text model", model, get_args(TextModelName))
     if model.startswith("small_"):
-        options |= {"max_length": max_length, **sizes}
-    elif sizes:
-        raise ValueError(f"{model} has sizes of its own: leave out {', '.join(sizes)}, or take a small model")
+        options |= {"max_length": max_length, **attributes}
+    elif attributes:
+        raise ValueError(f"{model} has sizes of its own: leave out {', '.join(attributes)}, or take a small model")
     encoder = getattr(mj.models, model)(tokens.vocab_size, separator=tokens.separator, **options)
     if max_length > encoder.max_length:
         raise ValueError(f"max_length must be at most {encoder.max_length}, the positions of {model}, got {max_length}")
@@ -186,7 +186,7 @@ def text_learner(
     validation: int,
     labels: int | None = None,
     weights: Path | None = None,
-    sizes: Mapping[str, int] = MappingProxyType({}),
+    attributes: Mapping[str, Any] = MappingProxyType({}),
     dtype: Any = jnp.float32,
 ) -> Learner:
     """Returns a model that learns a text task.
@@ -201,14 +201,14 @@ def text_learner(
       validation: how many training examples to hold out, drawn anew for each seed.
       labels: how many of the others it learns from; None for all.
       weights: a Hugging Face safetensors file or folder to start from; None for random ones.
-      sizes: of a small model, see `make_text_encoder`.
+      attributes: of a small model, see `make_text_encoder`.
       dtype: of the computation.
 
     Raises:
       ValueError: the model is unknown, fewer examples can be held out than that, a text does not fit, or weights that
         do not fit the model and its vocabulary.
     """
-    encoder = make_text_encoder(model, tokens, max_length, sizes, dtype=dtype)
+    encoder = make_text_encoder(model, tokens, max_length, attributes, dtype=dtype)
     name = f"{model} ({texts.name} {task})"
     if isinstance(texts, QuestionSet):
         module: Any = mj.models.SpanExtractor(encoder)

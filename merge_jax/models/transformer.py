@@ -64,13 +64,14 @@ class _Layer(nn.Module):
     hidden: int
     dropout_rate: float
     dtype: Any
+    kernel_init: nn.initializers.Initializer
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array, *, train: bool) -> jax.Array:
         dropout = nn.Dropout(self.dropout_rate, deterministic=not train)
-        attend = attention(self.num_heads, self.dropout_rate, self.dtype, _INIT, "attention", train=train)
+        attend = attention(self.num_heads, self.dropout_rate, self.dtype, self.kernel_init, "attention", train=train)
         x = layer_norm(self.dtype, "norm1")(x + dropout(attend(x, mask=mask)))
-        y = feed_forward(x, self.hidden, self.dtype, _INIT)
+        y = feed_forward(x, self.hidden, self.dtype, self.kernel_init)
         return layer_norm(self.dtype, "norm2")(x + dropout(y))
 
 
@@ -99,6 +100,8 @@ class TextEncoder(nn.Module):
       separator: the token that ends a segment; 102 is [SEP] in BERT's uncased vocabulary.
       dropout_rate: of dropout, in [0, 1).
       dtype: of the computation and the output, e.g. bfloat16; parameters are float32.
+      kernel_init: how the kernels of the layers start, as in BERT by default. That is for its width: in small models
+        it makes attention all but uniform, and `nn.initializers.xavier_uniform()` lets them learn sooner.
     """
 
     vocab_size: int
@@ -111,6 +114,7 @@ class TextEncoder(nn.Module):
     separator: int = 102
     dropout_rate: float = 0.1
     dtype: Any = jnp.float32
+    kernel_init: nn.initializers.Initializer = _INIT
 
     @nn.compact
     def __call__(self, tokens: jax.Array, *, train: bool = False) -> jax.Array:
@@ -133,7 +137,8 @@ class TextEncoder(nn.Module):
             name="embeddings",
         )(tokens, segments, train=train)
         for i in range(self.num_layers):
-            layer = _Layer(self.num_heads, self.hidden, self.dropout_rate, self.dtype, name=f"layer_{i}")
+            options = (self.dropout_rate, self.dtype, self.kernel_init)
+            layer = _Layer(self.num_heads, self.hidden, *options, name=f"layer_{i}")
             x = layer(x, mask, train=train)
         return x
 
