@@ -184,7 +184,8 @@ def image_text_learner(
     dropout = {"dropout_rate": architecture.dropout}
     vision = make_vision_encoder(architecture.vision, shape[1], architecture.vision_attributes, **dropout)
     text = make_text_encoder(architecture.text, tokens, reading.max_length, architecture.text_attributes, **dropout)
-    pixels = channel_statistics(found.train.images[np.arange(min(_SEEN, shape[0]))])
+    mean, std = channel_statistics(found.train.images[np.arange(min(_SEEN, shape[0]))])
+    pixels = (mean, tuple(max(one, 1 / 255) for one in std))  # A channel may be the same everywhere.
     encode = partial(_encode, found.name, tokens, reading)
     name = f"{architecture.vision} and {architecture.text} ({found.name} {task})"
     if isinstance(found, VisualQuestionSet):

@@ -2,10 +2,15 @@
 
 import json
 
-from experiments import cross_structure, cross_task, self_transfer
+from experiments import cross_modal, cross_structure, cross_task, self_transfer
 from experiments.cli import main
 
-EXPERIMENTS = {"cross_structure": cross_structure, "cross_task": cross_task, "self_transfer": self_transfer}
+EXPERIMENTS = {
+    "cross_modal": cross_modal,
+    "cross_structure": cross_structure,
+    "cross_task": cross_task,
+    "self_transfer": self_transfer,
+}
 
 
 def run(experiment, folder, *options):

@@ -20,7 +20,9 @@ def learner(model, seed, sizes):
 
     splits = Splits(*(helpers.batch(seed + i, size) for i, size in enumerate(sizes)))
     evaluate = mj.evaluate_classifier(model.apply, inputs="x", batch_size=4)
-    return Learner(Role("tiny", init, lambda _: splits, evaluate), helpers.task(model).loss_fn, lambda *_: optax.sgd(0.1))
+    return Learner(
+        Role("tiny", init, lambda _: splits, evaluate), helpers.task(model).loss_fn, lambda *_: optax.sgd(0.1)
+    )
 
 
 ONE, TWO = learner(helpers.SOURCE, 0, (8, 5, 6)), learner(helpers.TARGET, 10, (12, 3, 6))

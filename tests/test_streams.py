@@ -121,5 +121,5 @@ def test_an_error_ahead_is_raised_when_its_chunk_is_asked_for():
 
 
 def test_a_chunk_needs_steps():
-    with pytest.raises(ValueError, match="steps must be .*at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"steps must be .*at least 1, got 0"):
         ReadAhead({}, {}, 0)
