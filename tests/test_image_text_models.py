@@ -19,7 +19,8 @@ def text_encoder(**options):
     return models.TextEncoder(**{**sizes, "num_segments": 0, "separator": SEP, **options})
 
 
-ANSWERER = models.VisualAnswerer(tiny(num_layers=1), text_encoder(), 5, num_layers=2, num_heads=2)
+ANSWERER = models.VisualAnswerer(tiny(num_layers=1), text_encoder(), 5, num_heads=2)
+DEEP_ANSWERER = ANSWERER.clone(num_layers=2)
 DUAL = models.DualEncoder(tiny(num_layers=1), text_encoder(), 6)
 both = pytest.mark.parametrize("model", [ANSWERER, DUAL], ids=["answerer", "dual"])
 
@@ -36,9 +37,14 @@ def initialised(model):
     return mj.replace(params, {path: jnp.float32(value + path.endswith("scale")) for path, value in values.items()})
 
 
-@functools.partial(jax.jit, static_argnames=("model", "train"))
-def outputs(model, params, images=IMAGES, tokens=TOKENS, train=False, key=None):
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _outputs(model, train, params, images, tokens, key):
     return model.apply({"params": params}, images, tokens, train=train, rngs=None if key is None else {"dropout": key})
+
+
+def outputs(model, params, images=IMAGES, tokens=TOKENS, train=False, key=None):
+    # All arguments are given here: `jit` would compile once more for those that are left out.
+    return _outputs(model, train, params, images, tokens, key)
 
 
 def read(params, text):
@@ -64,10 +70,10 @@ def fused(params, image, text):
 
 
 def test_an_answer_is_that_of_the_described_equations():
-    params = initialised(ANSWERER)
+    params = initialised(DEEP_ANSWERER)
     exact = in_float64(params)
     first = [fused(exact, image, text)[0] for image, text in zip(IMAGES, TOKENS, strict=True)]
-    logits = outputs(ANSWERER, params)
+    logits = outputs(DEEP_ANSWERER, params)
     assert logits.shape == (2, 5)
     np.testing.assert_allclose(logits, dense(exact["answer"], np.stack(first)), atol=1e-5)
 
@@ -113,7 +119,7 @@ def test_leaves_have_readable_names():
     fusion = {f"fusion_{i}/{path}": shape for i in range(2) for path, shape in layer.items()}
     projection = {"image_projection/kernel": (8, 12), "image_projection/bias": (12,)}
     answer = {"answer/kernel": (12, 5), "answer/bias": (5,)}
-    assert leaves(ANSWERER) == {**projection, **fusion, **answer}
+    assert leaves(DEEP_ANSWERER) == {**projection, **fusion, **answer}
     of_one_width = ANSWERER.clone(text_encoder=text_encoder(width=8, num_heads=2))
     assert not [path for path in leaves(of_one_width) if path.startswith("image_projection")]
     assert leaves(DUAL) == {"image_projection/kernel": (8, 6), "text_projection/kernel": (12, 6), "log_scale": ()}
@@ -194,10 +200,10 @@ def test_dropout_of_the_fusion_is_after_each_block_and_before_the_answer():
     apply = functools.partial(model.apply, train=True, capture_intermediates=True, mutable=["intermediates"])
     logits, found = jax.jit(apply)({"params": params}, IMAGES, TOKENS, rngs={"dropout": jax.random.key(0)})
     found = found["intermediates"]
-    dropped = [found[place]["Dropout_0"]["__call__"] for place in ("fusion_0", "fusion_1")]
-    assert list(map(len, dropped)) == [3, 3]
+    dropped = found["fusion_0"]["Dropout_0"]["__call__"]
+    assert len(dropped) == 3
     (last,) = found["Dropout_0"]["__call__"]
-    for one in (*jax.tree.leaves(dropped), last):
+    for one in (*dropped, last):
         assert 0.2 < (one == 0).mean() < 0.8
     np.testing.assert_allclose(logits, dense(in_float64(params["answer"]), in_float64(last)), atol=1e-5)
 
@@ -233,18 +239,20 @@ def test_the_logits_are_the_last_layer_of_the_sown_features():
 
 def test_images_and_texts_are_embedded_alone_too_and_in_any_number():
     variables = {"params": initialised(DUAL)}
-    found = outputs(DUAL, variables["params"], IMAGES, TOKENS[:1])
+    found = outputs(DUAL, variables["params"])
     images = jax.jit(functools.partial(DUAL.apply, method="embed_images"))(variables, IMAGES)
-    texts = jax.jit(functools.partial(DUAL.apply, method="embed_texts"))(variables, TOKENS[:1])
+    texts = jax.jit(functools.partial(DUAL.apply, method="embed_texts"))(variables, TOKENS)
     np.testing.assert_allclose(images, found.image, atol=1e-6)
     np.testing.assert_allclose(texts, found.text, atol=1e-6)
-    assert (images.shape, texts.shape, found.scale.shape) == ((2, 6), (1, 6), ())
+    shapes = jax.eval_shape(DUAL.apply, variables, IMAGES, TOKENS[:1])
+    assert jax.tree.map(jnp.shape, shapes) == ((2, 6), (1, 6), ())
 
 
 def test_the_scale_starts_at_the_published_one_and_is_at_most_100():
-    params = jax.jit(DUAL.init)(jax.random.key(0), IMAGES, TOKENS)["params"]
-    np.testing.assert_allclose(outputs(DUAL, params).scale, 1 / 0.07, rtol=1e-6)
-    for log_scale, expected in ((0.5, np.exp(0.5)), (4.7, 100), (1e3, 100)):
+    params = initialised(DUAL)
+    start = jax.jit(DUAL.init)(jax.random.key(0), IMAGES, TOKENS)["params"]["log_scale"]
+    np.testing.assert_allclose(start, np.log(1 / 0.07), rtol=1e-6)
+    for log_scale, expected in ((0.5, np.exp(0.5)), (2.5, np.exp(2.5)), (4.7, 100), (1e3, 100)):
         np.testing.assert_allclose(
             outputs(DUAL, {**params, "log_scale": jnp.float32(log_scale)}).scale, expected, rtol=1e-6
         )

@@ -64,7 +64,7 @@ class _Layer(nn.Module):
     hidden: int
     dropout_rate: float
     dtype: Any
-    kernel_init: nn.initializers.Initializer
+    kernel_init: nn.initializers.Initializer = _INIT
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array, *, train: bool) -> jax.Array:
