@@ -134,7 +134,8 @@ class Config(TaskConfig):
 
 
 # A rate that small transformers from scratch bear, and steps that fit five seeds into three minutes on two cores.
-_SMALL = Config(steps=500, source_steps=400, report_every=50, checkpoint_every=250, learning_rate=2e-3)
+_SMALL = Config(steps=400, source_steps=300, report_every=40, checkpoint_every=200, learning_rate=2e-3, max_length=16)
+_RETRIEVAL = replace(_SMALL, target_task="retrieval", max_length=24)
 _PAPER = Config(
     seeds=3,
     source_task="itself",
@@ -156,9 +157,8 @@ _PAPER = Config(
 PRESETS = {
     "default": _SMALL,
     "smoke": replace(
-        _SMALL,
+        _RETRIEVAL,
         seeds=1,
-        target_task="retrieval",
         target_model=Architecture(layers=1),
         source_model=Architecture("small_vit", "small_bert", layers=1),
         image_size=16,
@@ -170,12 +170,10 @@ PRESETS = {
         attention_dropout=0.0,
         feed_forward_dropout=0.0,
     ),
-    "text_to_vision": replace(_SMALL, source_task="sentiment", direction="text_to_vision"),
+    "text_to_vision": replace(_SMALL, source_task="sentiment", direction="text_to_vision", max_length=24),
     "within": replace(_SMALL, source_task="itself"),
-    "retrieval": replace(_SMALL, target_task="retrieval"),
-    "retrieval_text_to_vision": replace(
-        _SMALL, target_task="retrieval", source_task="sentiment", direction="text_to_vision"
-    ),
+    "retrieval": _RETRIEVAL,
+    "retrieval_text_to_vision": replace(_RETRIEVAL, source_task="sentiment", direction="text_to_vision"),
     "paper": _PAPER,
     "paper_retrieval": replace(_PAPER, target_task="retrieval", target_data="./coco"),
 }
