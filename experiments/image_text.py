@@ -139,7 +139,7 @@ def load_image_text(
                 4000, 500, 0, image_size=image_size, num_shapes=num_shapes, relational=2, non_relational=2
             )
         if data == "clevr":
-            return load_clevr(data_dir, image_size=image_size)
+            return load_clevr(data_dir, image_size=image_size, unreadable=unreadable)
         if not is_folder:
             raise ValueError(f"unknown data {data!r} of vqa: synthetic, clevr, or a folder of VQA v2.0 such as ./vqa")
         return load_vqa(data, image_size=image_size, unreadable=unreadable)
