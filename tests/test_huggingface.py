@@ -240,7 +240,9 @@ def test_files_of_other_architectures_are_refused(write):
     with pytest.raises(ValueError, match="is of DistilBERT, the model is a BERT"):
         models.from_huggingface(write(tensors_of("distilbert", None)), params)
     path = write({"h.0.attn.c_attn.weight": np.ones((2, 6)), "wte.weight": np.ones((3, 2))})
-    with pytest.raises(ValueError, match=r"is of neither BERT nor DistilBERT: it has .*'h\.0\.attn\.c_attn\.weight'"):
+    with pytest.raises(
+        ValueError, match=r"is of neither BERT nor DistilBERT nor ViT: it has .*'h\.0\.attn\.c_attn\.weight'"
+    ):
         models.from_huggingface(path, params)
 
 
@@ -286,10 +288,207 @@ def test_what_no_tensor_tells_is_compared_with_the_configuration(architecture, c
 
 def test_params_of_other_models_are_refused(write):
     path, params = write(tensors_of("bert", None)), params_of(model_of("bert", None))
-    message = "params are of no text model, they have no 'embeddings/word/embedding'; did you mean 'params/embeddings"
+    message = "no 'embeddings/word/embedding' or 'patch/kernel'; did you mean 'params/embeddings"
     with pytest.raises(ValueError, match=message):
         models.from_huggingface(path, {"params": params})
-    with pytest.raises(ValueError, match=r"of no text model, .*; there is 'fc/kernel'"):
+    with pytest.raises(ValueError, match=r"of no text model or vision transformer, .*; there is 'fc/kernel'"):
         models.to_huggingface({"fc": {"kernel": jnp.ones((2, 2))}})
     with pytest.raises(ValueError, match="params have the leaf 'mine/kernel', for which a BERT has no name"):
         models.to_huggingface({"encoder": params, "mine": {"kernel": jnp.ones((2, 2))}})
+
+
+IMAGE, PATCH, CHANNELS = 12, 4, 3
+IMAGES = np.random.default_rng(1).normal(size=(2, IMAGE, IMAGE, CHANNELS)).astype(np.float32)
+VIT_LAYER = "vit.encoder.layer"
+heads = pytest.mark.parametrize("head", ["classes", None])
+
+
+def vit_tensors(head, seed=0, channels=CHANNELS):
+    """Returns random tensors under the names that transformers gives them in a file, in torch's layout."""
+    random = np.random.default_rng(seed)
+    tensors = {}
+
+    def add(name, *shape):
+        tensors[name] = (0.5 * random.normal(size=shape)).astype(np.float32)
+
+    def add_dense(name, *shape):
+        add(f"{name}.weight", *shape)
+        add(f"{name}.bias", shape[0])
+
+    add("vit.embeddings.cls_token", 1, 1, WIDTH)
+    add("vit.embeddings.position_embeddings", 1, 1 + (IMAGE // PATCH) ** 2, WIDTH)
+    add_dense("vit.embeddings.patch_embeddings.projection", WIDTH, channels, PATCH, PATCH)
+    for i in range(LAYERS):
+        for part in ("attention.attention.query", "attention.attention.key", "attention.attention.value"):
+            add_dense(f"{VIT_LAYER}.{i}.{part}", WIDTH, WIDTH)
+        add_dense(f"{VIT_LAYER}.{i}.attention.output.dense", WIDTH, WIDTH)
+        add_dense(f"{VIT_LAYER}.{i}.layernorm_before", WIDTH)
+        add_dense(f"{VIT_LAYER}.{i}.layernorm_after", WIDTH)
+        add_dense(f"{VIT_LAYER}.{i}.intermediate.dense", HIDDEN, WIDTH)
+        add_dense(f"{VIT_LAYER}.{i}.output.dense", WIDTH, HIDDEN)
+    add_dense("vit.layernorm", WIDTH)
+    if head:
+        add_dense("classifier", CLASSES, WIDTH)
+    return tensors
+
+
+def vit_reference(head, tensors, images):
+    """Returns what the published equations give, in float64 and one image, one patch and one head at a time."""
+
+    def dense(name, x):
+        return x @ tensors[f"{name}.weight"].astype(np.float64).T + tensors[f"{name}.bias"]
+
+    def norm(name, x):
+        centred = x - x.mean(-1, keepdims=True)
+        deviation = np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-12)
+        return centred / deviation * tensors[f"{name}.weight"] + tensors[f"{name}.bias"]
+
+    projection = "vit.embeddings.patch_embeddings.projection"
+    found = []
+    for image in images.astype(np.float64):
+        rows = [tensors["vit.embeddings.cls_token"][0, 0]]
+        for top in range(0, IMAGE, PATCH):
+            for left in range(0, IMAGE, PATCH):
+                patch = image[top : top + PATCH, left : left + PATCH]
+                moved = np.einsum("hwc,ochw->o", patch, tensors[f"{projection}.weight"])
+                rows.append(moved + tensors[f"{projection}.bias"])
+        x = np.stack(rows) + tensors["vit.embeddings.position_embeddings"][0]
+        for i in range(LAYERS):
+            layer = f"{VIT_LAYER}.{i}"
+            y = norm(f"{layer}.layernorm_before", x)
+            query, key, value = (dense(f"{layer}.attention.attention.{part}", y) for part in ("query", "key", "value"))
+            contexts = []
+            for one in np.split(np.arange(WIDTH), HEADS):
+                scores = query[:, one] @ key[:, one].T / np.sqrt(len(one))
+                weights = np.exp(scores - scores.max(-1, keepdims=True))
+                contexts.append(weights / weights.sum(-1, keepdims=True) @ value[:, one])
+            x = x + dense(f"{layer}.attention.output.dense", np.concatenate(contexts, -1))
+            y = dense(f"{layer}.intermediate.dense", norm(f"{layer}.layernorm_after", x))
+            x = x + dense(f"{layer}.output.dense", y * (1 + erf(y / np.sqrt(2))) / 2)
+        x = norm("vit.layernorm", x)
+        found.append(dense("classifier", x[0]) if head else x)
+    return np.stack(found)
+
+
+def vit_of(head, classes=CLASSES, **options):
+    sizes = {"image_size": IMAGE, "patch_size": PATCH, "width": WIDTH, "num_layers": LAYERS, "num_heads": HEADS}
+    encoder = models.VisionTransformer(**{**sizes, "hidden": HIDDEN, **options})
+    return models.ImageClassifier(encoder, classes) if head else encoder
+
+
+def vit_params(head, channels=CHANNELS, **options):
+    model = vit_of(head, **options)
+    size = options.get("image_size", IMAGE)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, size, size, channels)))["params"]
+    return jax.tree.map(lambda leaf: jnp.full(leaf.shape, 7.0, leaf.dtype), shapes)
+
+
+@heads
+def test_a_vision_transformer_of_a_file_gives_what_the_published_equations_give(head, write):
+    tensors = vit_tensors(head)
+    loaded = models.from_huggingface(write(tensors), vit_params(head))
+    assert loaded.kept == ()
+    found = np.asarray(jax.jit(vit_of(head).apply)({"params": loaded.params}, IMAGES), np.float64)
+    np.testing.assert_allclose(found, vit_reference(head, tensors, IMAGES), atol=1e-5)
+
+
+@heads
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_a_vision_transformer_goes_back_as_it_was(head, channels, write, tmp_path):
+    tensors = vit_tensors(head, channels=channels)
+    loaded = models.from_huggingface(write(tensors), vit_params(head, channels))
+    if head is None:
+        # A bare model's names have no prefix.
+        tensors = {name.removeprefix("vit."): tensor for name, tensor in tensors.items()}
+    back = models.to_huggingface(loaded.params, num_channels=channels)
+    assert back.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(back[name], tensor, err_msg=name)
+    mj.save_safetensors(tmp_path / "back.safetensors", back)
+    again = models.from_huggingface(tmp_path / "back.safetensors", loaded.params)
+    jax.tree.map(np.testing.assert_array_equal, again.params, loaded.params)
+
+
+def test_the_pooler_of_a_bare_vision_transformer_is_left_and_a_missing_head_kept(write):
+    tensors = {name.removeprefix("vit."): tensor for name, tensor in vit_tensors(None).items()}
+    tensors["pooler.dense.weight"] = np.ones((WIDTH, WIDTH), np.float32)
+    path = write(tensors)
+    assert models.from_huggingface(path, vit_params(None)).kept == ()
+    loaded = models.from_huggingface(path, vit_params("classes"))
+    assert loaded.kept == ("classifier/bias", "classifier/kernel")
+    for leaf, value in mj.flatten(loaded.params).items():
+        assert (leaf in loaded.kept) == bool((value == 7.0).all()), leaf
+    other = models.from_huggingface(write(vit_tensors("classes")), vit_params("classes", classes=5))
+    assert other.kept == loaded.kept
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_layers": 3}, r"model\.safetensors has 2 layers, the model has 3"),
+        (
+            {"image_size": 16},
+            r"safetensors has positions for 9 patches, the model for 16, in images of 16x16 pixels$",
+        ),
+        ({"patch_size": 2}, r"has patches of 4x4 pixels of 3 channels, 48 numbers; those of the model have 12$"),
+        ({"channels": 1}, r"has patches of 4x4 pixels of 3 channels, 48 numbers; those of the model have 16$"),
+        ({"width": 16}, r"the tensor 'embeddings\.cls_token' of .* is \[1, 1, 8\], the model needs \[1, 1, 16\]"),
+        ({"hidden": 16}, r"'encoder\.layer\.0\.output\.dense\.weight' of .* is \[8, 12\], the model needs \[8, 16\]"),
+    ],
+)
+def test_a_file_that_does_not_fit_a_vision_transformer_is_refused(options, message, write):
+    with pytest.raises(ValueError, match=message):
+        models.from_huggingface(write(vit_tensors("classes")), vit_params("classes", **options))
+
+
+def test_broken_files_of_a_vision_transformer_are_refused(write):
+    tensors, params = vit_tensors(None), vit_params(None)
+    bert = params_of(model_of("bert", None))
+    with pytest.raises(ValueError, match="is of ViT, the model is a BERT"):
+        models.from_huggingface(write(tensors), bert)
+    with pytest.raises(ValueError, match="is of BERT, the model is a ViT"):
+        models.from_huggingface(write(tensors_of("bert", None)), params)
+    for name in ("embeddings.cls_token", "embeddings.position_embeddings", "layernorm.bias"):
+        rest = {key: tensor for key, tensor in tensors.items() if key != f"vit.{name}"}
+        with pytest.raises(ValueError, match=rf"lacks the tensors '{name}'$"):
+            models.from_huggingface(write(rest), params)
+    whole = {**tensors, "vit.embeddings.cls_token": np.ones((1, 1, WIDTH), np.int8)}
+    with pytest.raises(ValueError, match=r"'embeddings\.cls_token' of .* is int8, expected floats"):
+        models.from_huggingface(write(whole), params)
+    flat = {**tensors, "vit.embeddings.patch_embeddings.projection.weight": np.ones((WIDTH, 48), np.float32)}
+    with pytest.raises(ValueError, match=r"kernel of patches \[8, 48\], expected \[width, channels, p, p\]"):
+        models.from_huggingface(write(flat), params)
+    for shape, message in (((10,), r"is \[10\]"), ((10, WIDTH), r"is \[10, 8\], the model needs \[1, 10, 8\]")):
+        odd = {**tensors, "vit.embeddings.position_embeddings": np.ones(shape, np.float32)}
+        with pytest.raises(ValueError, match=message):
+            models.from_huggingface(write(odd), params)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"num_attention_heads": 4}, r"config\.json has num_attention_heads 4, the model has 2"),
+        ({"hidden_act": "quick_gelu"}, r"config\.json has hidden_act 'quick_gelu', the model has 'gelu'"),
+        ({"num_attention_heads": 2, "hidden_act": "gelu"}, None),
+    ],
+)
+def test_a_vision_transformers_configuration_is_compared(config, message, write):
+    path, params = write(vit_tensors(None)), vit_params(None)
+    path.with_name("config.json").write_text(json.dumps(config))
+    if message is None:
+        models.from_huggingface(path, params)
+    else:
+        with pytest.raises(ValueError, match=message):
+            models.from_huggingface(path, params)
+
+
+def test_params_of_no_vision_transformer_are_refused():
+    params = vit_params(None)
+    with pytest.raises(ValueError, match="did you mean 'params/patch/kernel'"):
+        models.to_huggingface({"params": params})
+    with pytest.raises(ValueError, match="params have the leaf 'mine/kernel', for which a ViT has no name"):
+        models.to_huggingface({"encoder": params, "mine": {"kernel": jnp.ones((2, 2))}})
+    with pytest.raises(ValueError, match="patches of 48 numbers are no squares of num_channels 1"):
+        models.to_huggingface(params, num_channels=1)
+    with pytest.raises(ValueError, match="num_channels must be a whole number of at least 1, got 0"):
+        models.to_huggingface(params, num_channels=0)

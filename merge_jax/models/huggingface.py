@@ -1,16 +1,19 @@
-"""Weights of BERT and DistilBERT between Hugging Face's files and the text models here; one table for both ways."""
+"""Weights of BERT, DistilBERT and ViT between Hugging Face's files and the models here; one table for both ways."""
 
 import json
+import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
-from merge_jax.matrices import as_matrix, from_matrix, matrix_spec
+from merge_jax.checks import check_at_least_one
+from merge_jax.matrices import MatrixSpec, as_matrix, from_matrix, matrix_spec
 from merge_jax.paths import flatten, near_misses, replace
 from merge_jax.types import Params
 from merge_jax.weights import load_safetensors
@@ -28,7 +31,7 @@ class Loaded(NamedTuple):
 class _Architecture(NamedTuple):
     """How Hugging Face names an architecture's modules, by the path of ours, and what its configuration calls things.
 
-    In a file of a bare encoder, the names lack the `prefix`.
+    In a file of a bare encoder, the names lack the `prefix`; `leaves` are tensors that are no module's.
     """
 
     name: str
@@ -36,9 +39,13 @@ class _Architecture(NamedTuple):
     modules: Mapping[str, str]
     heads: str
     activation: str
+    leaves: Mapping[str, str] = MappingProxyType({})
 
 
 _WORDS = "embeddings/word/embedding"
+_PATCH = "patch/kernel"
+_POSITION = "position/embedding"
+_CLASS_TOKEN = "class_token"
 _QUERY = "layer_{}/attention/query"
 _LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
 _HEADS = {name: name for name in ("pooler", "pre_classifier", "classifier", "qa_outputs")}
@@ -84,10 +91,31 @@ _DISTILBERT = _Architecture(
     heads="n_heads",
     activation="activation",
 )
+_VIT = _Architecture(
+    "ViT",
+    "vit.",
+    {
+        "patch": "vit.embeddings.patch_embeddings.projection",
+        "layer_{}/norm1": "vit.encoder.layer.{}.layernorm_before",
+        _QUERY: "vit.encoder.layer.{}.attention.attention.query",
+        "layer_{}/attention/key": "vit.encoder.layer.{}.attention.attention.key",
+        "layer_{}/attention/value": "vit.encoder.layer.{}.attention.attention.value",
+        "layer_{}/attention/out": "vit.encoder.layer.{}.attention.output.dense",
+        "layer_{}/norm2": "vit.encoder.layer.{}.layernorm_after",
+        "layer_{}/up": "vit.encoder.layer.{}.intermediate.dense",
+        "layer_{}/down": "vit.encoder.layer.{}.output.dense",
+        "norm": "vit.layernorm",
+        "classifier": "classifier",
+    },
+    heads="num_attention_heads",
+    activation="hidden_act",
+    leaves={_CLASS_TOKEN: "vit.embeddings.cls_token", _POSITION: "vit.embeddings.position_embeddings"},
+)
+_ARCHITECTURES = (_BERT, _DISTILBERT, _VIT)
 
 
 def from_huggingface(path: str | os.PathLike[str], params: Params) -> Loaded:
-    """Returns the parameters with the weights of a BERT or DistilBERT as Hugging Face saves it, without torch.
+    """Returns the parameters with the weights of a BERT, DistilBERT or ViT as Hugging Face saves it, without torch.
 
     All leaves of the encoder are taken. A head's layer (`pooler`, `pre_classifier`, `classifier`, `qa_outputs`) is
     taken where the file has it in the same shapes and keeps its values otherwise; `kept` names those leaves. Leaves
@@ -97,12 +125,14 @@ def from_huggingface(path: str | os.PathLike[str], params: Params) -> Loaded:
 
     Args:
       path: what `load_safetensors` reads: a file, an index of shards, or a model's folder.
-      params: of a `TextEncoder`, `TextClassifier` or `SpanExtractor`, for their leaves and shapes.
+      params: of a `TextEncoder`, `TextClassifier`, `SpanExtractor`, `VisionTransformer` or `ImageClassifier`, for
+        their leaves and shapes.
 
     Raises:
       FileNotFoundError: as `load_safetensors`.
-      ValueError: as `load_safetensors`; params of another model; a file of another architecture, vocabulary, shape,
-        number of layers, number of heads or activation; tensors that are missing or are no floats.
+      ValueError: as `load_safetensors`; params of another model; a file of another architecture, vocabulary, size of
+        images or patches, shape, number of layers, number of heads or activation; tensors that are missing or are no
+        floats.
     """
     leaves = flatten(params)
     encoder = _encoder(leaves)
@@ -117,59 +147,117 @@ def from_huggingface(path: str | os.PathLike[str], params: Params) -> Loaded:
     if missing:
         more = f" and {len(missing) - 10} more" if len(missing) > 10 else ""
         raise ValueError(f"{path} lacks the tensors {', '.join(map(repr, missing[:10]))}{more}")
+    num_channels = 1
+    if ours is _VIT:
+        patch, position = encoder + _PATCH, encoder + _POSITION
+        found = (tensors[names[patch]], tensors[names[position]])
+        num_channels = _check_patches(path, *found, leaves[patch], leaves[position])
+    layouts = {leaf: _layout(leaf.removeprefix(encoder), old.shape, ours, num_channels) for leaf, old in leaves.items()}
     for leaf in in_encoder:
-        _check_tensor(path, leaf, names[leaf], tensors[names[leaf]], leaves[leaf])
+        _check_tensor(path, leaf, names[leaf], tensors[names[leaf]], layouts[leaf].theirs)
     # By layers, so that no kernel is taken without its bias.
     kept_layers = {
         leaf.rpartition("/")[0]
         for leaf in leaves.keys() - in_encoder
-        if names[leaf] not in tensors or tensors[names[leaf]].shape != _torch_shape(leaf, leaves[leaf])
+        if names[leaf] not in tensors or tensors[names[leaf]].shape != layouts[leaf].theirs
     }
     kept = tuple(leaf for leaf in leaves if leaf.rpartition("/")[0] in kept_layers)
     taken = {
-        leaf: jnp.asarray(from_matrix(tensors[names[leaf]], matrix_spec(leaf, old.shape), old.shape), old.dtype)
+        leaf: jnp.asarray(layouts[leaf].to_ours(tensors[names[leaf]]).reshape(old.shape), old.dtype)
         for leaf, old in leaves.items()
         if leaf not in kept
     }
     return Loaded(replace(params, taken), kept)
 
 
-def to_huggingface(params: Params) -> dict[str, np.ndarray]:
-    """Returns the parameters of a text model by Hugging Face's names and in its layout, for `save_safetensors`.
+def to_huggingface(params: Params, num_channels: int = 3) -> dict[str, np.ndarray]:
+    """Returns a model's parameters by Hugging Face's names and in its layout, for `save_safetensors`.
 
-    Those of a `TextEncoder` get the names of a bare model, without prefix. With the right `config.json` beside it,
-    `transformers` reads the file; give `save_safetensors` the metadata `{"format": "pt"}` for it.
+    Those of a `TextEncoder` or `VisionTransformer` get the names of a bare model, without prefix. With the right
+    `config.json` beside it, `transformers` reads the file; give `save_safetensors` the metadata `{"format": "pt"}` for
+    it.
+
+    Args:
+      params: of a model that `from_huggingface` knows.
+      num_channels: of a vision transformer's images, since `patch/kernel` does not tell them from a patch's pixels.
 
     Raises:
-      ValueError: params of another model.
+      ValueError: params of another model, or patches that are no squares of so many channels.
     """
+    check_at_least_one(num_channels=num_channels)
     leaves = flatten(params)
     encoder = _encoder(leaves)
     architecture = _architecture(leaves, encoder)
     tensors = {}
     for leaf, array in leaves.items():
-        name = _name(architecture, leaf.removeprefix(encoder))
-        matrix = np.asarray(as_matrix(array, matrix_spec(leaf, array.shape)))
-        tensors[name if encoder else name.removeprefix(architecture.prefix)] = matrix.reshape(_torch_shape(leaf, array))
+        bare = leaf.removeprefix(encoder)
+        name = _name(architecture, bare)
+        layout = _layout(bare, array.shape, architecture, num_channels)
+        tensors[name if encoder else name.removeprefix(architecture.prefix)] = layout.to_theirs(np.asarray(array))
     return tensors
+
+
+class _Layout(NamedTuple):
+    """How a leaf of ours lies in torch: the shape that it is a matrix in, how, and torch's own shape."""
+
+    ours: tuple[int, ...]
+    spec: MatrixSpec
+    theirs: tuple[int, ...]
+
+    def to_ours(self, tensor: Any) -> Any:
+        return from_matrix(tensor, self.spec, self.ours)
+
+    def to_theirs(self, array: Any) -> np.ndarray:
+        return np.asarray(as_matrix(array.reshape(self.ours), self.spec)).reshape(self.theirs)
+
+
+def _layout(leaf: str, shape: tuple[int, ...], architecture: _Architecture, num_channels: int) -> _Layout:
+    """Returns the layout of a leaf, by its path in the encoder or the head.
+
+    Torch's is `[out, in]` or a vector. A ViT's patches are a convolution, `[width, C, p, p]`, whose kernel
+    `[p, p, C, width]` is flat here; its class token and its positions have axes of size 1 before theirs.
+    """
+    if architecture is _VIT and leaf == _PATCH:
+        side = _side(shape[0], num_channels)
+        shape = (side, side, num_channels, shape[1])
+        return _Layout(shape, matrix_spec(leaf, shape), (shape[3], num_channels, side, side))
+    spec = matrix_spec(leaf, shape)
+    theirs = spec.matrix_shape(shape) if spec.rows else (math.prod(shape),)
+    if leaf in architecture.leaves:
+        theirs = (1,) * (3 - len(theirs)) + theirs
+    return _Layout(shape, spec, theirs)
+
+
+def _side(size: int, num_channels: int) -> int:
+    """Returns the height of a patch of that many numbers."""
+    side = math.isqrt(size // num_channels)
+    if side * side * num_channels != size:
+        raise ValueError(f"patches of {size} numbers are no squares of num_channels {num_channels}")
+    return side
 
 
 def _encoder(leaves: Mapping[str, Any]) -> str:
     """Returns what the paths of the encoder's leaves begin with."""
     for encoder in ("encoder/", ""):
-        if encoder + _WORDS in leaves:
+        if encoder + _WORDS in leaves or encoder + _PATCH in leaves:
             return encoder
+    wanted = _PATCH if any(leaf.endswith(_PATCH) for leaf in leaves) else _WORDS
     raise ValueError(
-        f"params are of no text model, they have no {_WORDS!r}; {near_misses('encoder/' + _WORDS, leaves)}"
+        f"params are of no text model or vision transformer, they have no {_WORDS!r} or {_PATCH!r};"
+        f" {near_misses('encoder/' + wanted, leaves)}"
     )
 
 
 def _architecture(leaves: Mapping[str, Any], encoder: str) -> _Architecture:
+    if encoder + _PATCH in leaves:
+        return _VIT
     return _BERT if f"{encoder}embeddings/segment/embedding" in leaves else _DISTILBERT
 
 
 def _name(architecture: _Architecture, leaf: str) -> str:
     """Returns the name of the tensor that is a leaf of ours, by its path in the encoder or the head."""
+    if leaf in architecture.leaves:
+        return architecture.leaves[leaf]
     module, _, kind = leaf.rpartition("/")
     number = re.search(r"(?<=layer_)\d+", module)
     module = re.sub(r"(?<=layer_)\d+", "{}", module)
@@ -180,24 +268,19 @@ def _name(architecture: _Architecture, leaf: str) -> str:
 
 def _bare(name: str) -> str:
     """Returns a tensor's name without prefix, and with the newer names of a norm's two vectors."""
-    name = name.removeprefix(_BERT.prefix).removeprefix(_DISTILBERT.prefix)
+    for architecture in _ARCHITECTURES:
+        name = name.removeprefix(architecture.prefix)
     return re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name))
 
 
-def _torch_shape(leaf: str, array: Any) -> tuple[int, ...]:
-    """Returns the shape that torch has a leaf in: `[out, in]`, or a vector."""
-    spec = matrix_spec(leaf, array.shape)
-    return spec.matrix_shape(array.shape) if spec.rows else (array.size,)
-
-
-def _check_architecture(path: Any, ours: _Architecture, names: Iterable[str], num_layers: int) -> None:
+def _check_architecture(path: Any, ours: _Architecture, names: Mapping[str, Any], num_layers: int) -> None:
     counts = {}
-    for architecture in (_BERT, _DISTILBERT):
+    for architecture in _ARCHITECTURES:
         before, after = _bare(f"{architecture.modules[_QUERY]}.weight").split("{}")
         counts[architecture.name] = sum(name.startswith(before) and name.endswith(after) for name in names)
     found = [name for name, count in counts.items() if count]
     if not found:
-        raise ValueError(f"{path} is of neither BERT nor DistilBERT: it has tensors such as {sorted(names)[:3]}")
+        raise ValueError(f"{path} is of neither {' nor '.join(counts)}: it has tensors such as {sorted(names)[:3]}")
     if ours.name not in found:
         raise ValueError(f"{path} is of {found[0]}, the model is a {ours.name}")
     if counts[ours.name] != num_layers:
@@ -215,8 +298,29 @@ def _check_config(path: str | os.PathLike[str], ours: _Architecture, num_heads: 
             raise ValueError(f"{folder / 'config.json'} has {key} {found!r}, the model has {expected!r}")
 
 
-def _check_tensor(path: Any, leaf: str, name: str, tensor: np.ndarray, ours: Any) -> None:
-    expected = _torch_shape(leaf, ours)
+def _check_patches(path: Any, kernel: Any, positions: Any, our_kernel: Any, our_positions: Any) -> int:
+    """Returns the number of channels of a ViT's images, whose patches are the model's in size and number."""
+    if kernel.ndim != 4 or kernel.shape[2] != kernel.shape[3]:
+        raise ValueError(f"{path} has a kernel of patches {list(kernel.shape)}, expected [width, channels, p, p]")
+    _, channels, side, _ = kernel.shape
+    size = len(our_kernel)
+    if channels * side * side != size:
+        raise ValueError(
+            f"{path} has patches of {side}x{side} pixels of {channels} channels, {kernel[0].size} numbers; those of"
+            f" the model have {size}"
+        )
+    patches = len(our_positions) - 1
+    # Positions of another rank are refused by their shape, as any tensor.
+    if positions.ndim == 3 and positions.shape[1] != 1 + patches:
+        height = math.isqrt(patches) * side
+        raise ValueError(
+            f"{path} has positions for {positions.shape[1] - 1} patches, the model for {patches}, in images of"
+            f" {height}x{height} pixels"
+        )
+    return channels
+
+
+def _check_tensor(path: Any, leaf: str, name: str, tensor: np.ndarray, expected: tuple[int, ...]) -> None:
     if tensor.shape != expected and leaf.endswith(_WORDS) and tensor.shape[1:] == expected[1:]:
         raise ValueError(f"{path} has a vocabulary of {len(tensor)} tokens, the model has one of {expected[0]}")
     if tensor.shape != expected:
