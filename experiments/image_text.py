@@ -1,5 +1,6 @@
 """Models of images with text as the roles of a scenario: their tasks, data by name or folder, and their scores."""
 
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -164,6 +165,7 @@ def image_text_learner(
     *,
     images: int | None = None,
     text_weights: Path | None = None,
+    vision_weights: Path | None = None,
 ) -> Learner:
     """Returns a model that learns to answer questions on images, or to find captions and images.
 
@@ -175,17 +177,17 @@ def image_text_learner(
       reading: how images and texts are read.
       images: how many training images it learns from; None for all.
       text_weights: a Hugging Face safetensors file or folder that its text encoder starts from.
+      vision_weights: the same for its vision transformer; a preprocessor_config.json beside them scales the pixels.
 
     Raises:
-      ValueError: the model does not fit the images, a text does not fit the model, there are fewer images, or answers
-        that the training questions have are not among those to choose from.
+      ValueError: the model does not fit the images, a text or weights do not fit the model, there are fewer images, or
+        answers that the training questions have are not among those to choose from.
     """
     shape = found.train.images.shape
     dropout = {"dropout_rate": architecture.dropout}
     vision = make_vision_encoder(architecture.vision, shape[1], architecture.vision_attributes, **dropout)
     text = make_text_encoder(architecture.text, tokens, reading.max_length, architecture.text_attributes, **dropout)
-    mean, std = channel_statistics(found.train.images[np.arange(min(_SEEN, shape[0]))])
-    pixels = (mean, tuple(max(one, 1 / 255) for one in std))  # A channel may be the same everywhere.
+    pixels = _scale_of_pixels(found, vision_weights)
     encode = partial(_encode, found.name, tokens, reading)
     name = f"{architecture.vision} and {architecture.text} ({found.name} {task})"
     if isinstance(found, VisualQuestionSet):
@@ -202,18 +204,29 @@ def image_text_learner(
     def random_init(key: jax.Array) -> Any:
         return module.init(key, jnp.zeros((1, *shape[1:])), jnp.ones((1, reading.max_length), jnp.int32))["params"]
 
-    given = None
-    if text_weights is not None:
-        given = read_weights(text_weights, random_init(jax.random.key(0))["text_encoder"])
+    weights = {"text_encoder": text_weights, "image_encoder": vision_weights}
+    weights = {encoder: path for encoder, path in weights.items() if path is not None}
+    drawn = random_init(jax.random.key(0)) if weights else {}
+    given = {encoder: read_weights(path, drawn[encoder]) for encoder, path in weights.items()}
 
     def init(key: jax.Array) -> tuple[Any, dict[str, Any]]:
         params = random_init(key)
-        if given is None:
-            return params, {}
-        return {**params, "text_encoder": started(given, params["text_encoder"])}, {}
+        return {**params, **{encoder: started(one, params[encoder]) for encoder, one in given.items()}}, {}
 
     role = Role(name, init, splits, parts.evaluate, parts.metric, samples=parts.samples)
     return Learner(role, parts.loss_fn, adamw, attention=_ATTENTION)
+
+
+def _scale_of_pixels(found: VisualQuestionSet | CaptionSet, weights: Path | None) -> tuple[Sequence[float], ...]:
+    """Returns mean and deviation that pixels are scaled by: those that weights learned with, or the images' own."""
+    if weights is not None:
+        config = (weights if weights.is_dir() else weights.parent) / "preprocessor_config.json"
+        learned = json.loads(config.read_text("utf-8")) if config.exists() else {}
+        if {"image_mean", "image_std"} <= learned.keys():
+            return learned["image_mean"], learned["image_std"]
+    images = found.train.images
+    mean, std = channel_statistics(images[np.arange(min(_SEEN, images.shape[0]))])
+    return mean, tuple(max(one, 1 / 255) for one in std)  # A channel may be the same everywhere.
 
 
 @dataclass(frozen=True)
