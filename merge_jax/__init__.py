@@ -40,6 +40,7 @@ from merge_jax.tasks import (
     classification_loss,
     evaluate_classifier,
     logits_teacher,
+    model_loss,
     on_pixels,
     with_features,
 )
@@ -119,6 +120,7 @@ __all__ = [
     "match",
     "matrix_spec",
     "mlp_transfer",
+    "model_loss",
     "models",
     "nkd_loss",
     "on_pixels",

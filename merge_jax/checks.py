@@ -1,7 +1,7 @@
 """Checks of options, so that a wrong one is named before anything is computed."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ __all__ = [
     "check_at_least_one",
     "check_choice",
     "check_dropout",
+    "check_entries",
     "check_flag",
     "check_float_dtype",
     "check_number_or_schedule",
@@ -31,6 +32,13 @@ def check_dropout(**options: float) -> None:
     for name, rate in options.items():
         if not 0 <= rate < 1:
             raise ValueError(f"{name} must lie in [0, 1), got {rate}")
+
+
+def check_entries(batch: Mapping[str, Any], *names: str, hint: str = "") -> None:
+    """Raises ValueError unless a batch has all these entries; near misses are named, and the hint ends the message."""
+    for name in names:
+        if name not in batch:
+            raise ValueError(f"the batch has no {name!r}; {near_misses(name, batch)}{hint}")
 
 
 def check_flag(**options: Any) -> None:

@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from merge_jax.checks import check_at_least_one
-from merge_jax.paths import near_misses
-from merge_jax.tasks import ModelApply
+from merge_jax.checks import check_at_least_one, check_entries
+from merge_jax.tasks import ModelApply, model_loss
 from merge_jax.types import Batch, LossFn, ModelState, Params
 
 __all__ = ["contrastive_loss", "evaluate_retrieval", "recall_at_k", "retrieval_loss", "retrieval_scores"]
@@ -131,24 +130,13 @@ def retrieval_loss(apply_fn: ModelApply) -> LossFn:
       ValueError: while tracing, for a batch that lacks an entry or embeddings that do not fit it.
     """
 
-    def loss_fn(
-        params: Params, model_state: ModelState, batch: Batch, key: jax.Array
-    ) -> tuple[jax.Array, tuple[ModelState, dict[str, jax.Array]]]:
-        _check_entries(batch, "image", "tokens", "group")
-        embeddings, new_state = apply_fn(
-            {"params": params, **model_state},
-            batch["image"],
-            batch["tokens"],
-            train=True,
-            mutable=list(model_state),
-            rngs={"dropout": key},
-        )
+    def of(embeddings: Any, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
         group = jnp.asarray(batch["group"])
         losses = contrastive_loss(embeddings.image, embeddings.text, group, embeddings.scale)
         best = jnp.argmax(embeddings.image @ embeddings.text.T, axis=1)
-        return losses.mean(), (new_state, {"accuracy": (group[best] == group).mean()})
+        return losses, {"accuracy": (group[best] == group).mean()}
 
-    return loss_fn
+    return model_loss(apply_fn, ("image", "tokens"), of, needs=("group",))
 
 
 def evaluate_retrieval(
@@ -192,7 +180,7 @@ def evaluate_retrieval(
     image_embedder, text_embedder = embedder(embed_images), embedder(embed_texts)
 
     def evaluate(params: Params, model_state: ModelState, arrays: Mapping[str, Any]) -> dict[str, float]:
-        _check_entries(arrays, "image", "tokens", "image_id", "caption_id", "group")
+        check_entries(arrays, "image", "tokens", "image_id", "caption_id", "group")
         group = np.asarray(arrays["group"])
         if len(group) == 0:
             raise ValueError("cannot evaluate on no pairs")
@@ -264,9 +252,3 @@ def _check_groups(one: str, groups: np.ndarray, other: str, other_groups: np.nda
             f"every {one} needs at least one {other} of its group; {alone.size} of {groups.size} have none, the first"
             f" is {one} {alone[0]} of group {groups[alone[0]]}"
         )
-
-
-def _check_entries(batch: Mapping[str, Any], *names: str) -> None:
-    for name in names:
-        if name not in batch:
-            raise ValueError(f"the batch has no {name!r}; {near_misses(name, batch)}")

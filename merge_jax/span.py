@@ -1,17 +1,15 @@
 """Loss function and evaluation of models that answer a question by a span of its passage."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from merge_jax.checks import check_at_least_one
+from merge_jax.checks import check_at_least_one, check_entries
 from merge_jax.losses import cross_entropy
-from merge_jax.paths import near_misses
 from merge_jax.squad import squad_scores
-from merge_jax.tasks import ModelApply
+from merge_jax.tasks import ModelApply, model_loss
 from merge_jax.types import Batch, LossFn, ModelState, Params
 
 __all__ = ["Decode", "evaluate_spans", "span_loss"]
@@ -36,21 +34,11 @@ def span_loss(apply_fn: ModelApply, *, inputs: str = "tokens") -> LossFn:
       ValueError: while tracing, for a batch that lacks an entry or logits of another shape.
     """
 
-    def loss_fn(
-        params: Params, model_state: ModelState, batch: Batch, key: jax.Array
-    ) -> tuple[jax.Array, tuple[ModelState, dict[str, jax.Array]]]:
-        _check_entries(batch, inputs)
-        logits, new_state = apply_fn(
-            {"params": params, **model_state},
-            batch[inputs],
-            train=True,
-            mutable=list(model_state),
-            rngs={"dropout": key},
-        )
+    def of(logits: jax.Array, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
         losses, right = _losses_and_right(logits, batch)
-        return losses.mean(), (new_state, {"accuracy": right.mean()})
+        return losses, {"accuracy": right.mean()}
 
-    return loss_fn
+    return model_loss(apply_fn, (inputs,), of, needs=("start", "end"))
 
 
 def evaluate_spans(
@@ -86,7 +74,7 @@ def evaluate_spans(
         return _losses_and_right(logits, batch)[0], logits
 
     def evaluate(params: Params, model_state: ModelState, arrays: Mapping[str, np.ndarray]) -> dict[str, float]:
-        _check_entries(arrays, inputs, "example")
+        check_entries(arrays, inputs, "example", "start", "end")
         size = len(arrays["start"])
         if size == 0:
             raise ValueError("cannot evaluate on no examples")
@@ -112,12 +100,6 @@ def evaluate_spans(
         return {"loss": loss, **squad_scores(predictions, [answers[int(index)] for index in example])}
 
     return evaluate
-
-
-def _check_entries(batch: Mapping[str, Any], *names: str) -> None:
-    for name in (*names, "start", "end"):
-        if name not in batch:
-            raise ValueError(f"the batch has no {name!r}; {near_misses(name, batch)}")
 
 
 def _losses_and_right(logits: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from merge_jax.checks import check_entries
 from merge_jax.losses import cross_entropy
 from merge_jax.metrics import accuracy
-from merge_jax.paths import near_misses
 from merge_jax.types import Batch, LossFn, ModelState, Params, TeacherFn
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "classification_loss",
     "evaluate_classifier",
     "logits_teacher",
+    "model_loss",
     "on_pixels",
     "with_features",
 ]
@@ -88,10 +89,51 @@ def _logits(outputs: Any) -> jax.Array:
     return outputs.logits if isinstance(outputs, Outputs) else outputs
 
 
+_HINT = " (see the option `inputs`)"
+
+
 def _entry(batch: Batch, name: str) -> jax.Array:
-    if name not in batch:
-        raise ValueError(f"the batch has no {name!r}; {near_misses(name, batch)} (see the option `inputs`)")
+    check_entries(batch, name, hint=_HINT)
     return batch[name]
+
+
+def model_loss(
+    apply_fn: ModelApply,
+    inputs: Sequence[str],
+    of: Callable[[Any, Batch], tuple[jax.Array, dict[str, jax.Array]]],
+    *,
+    needs: Sequence[str] = (),
+    hint: str = "",
+) -> LossFn:
+    """Returns the loss function of a Linen model: the mean over the batch of the losses that `of` makes of its outputs.
+
+    Args:
+      apply_fn: `model.apply` of a Linen module called as `(*inputs, train=True)`; its collections (BatchNorm
+        statistics) update, and dropout draws from the step's key.
+      inputs: the entries of the batch that are the model's inputs, in order.
+      of: `(outputs, batch) -> (losses [B], metrics)`.
+      needs: the other entries that `of` reads.
+      hint: the end of the message on an entry that is missing.
+
+    Raises:
+      ValueError: while tracing, for a batch that lacks an entry.
+    """
+
+    def loss_fn(
+        params: Params, model_state: ModelState, batch: Batch, key: jax.Array
+    ) -> tuple[jax.Array, tuple[ModelState, dict[str, jax.Array]]]:
+        check_entries(batch, *inputs, *needs, hint=hint)
+        outputs, new_state = apply_fn(
+            {"params": params, **model_state},
+            *(batch[name] for name in inputs),
+            train=True,
+            mutable=list(model_state),
+            rngs={"dropout": key},
+        )
+        losses, metrics = of(outputs, batch)
+        return losses.mean(), (new_state, metrics)
+
+    return loss_fn
 
 
 def classification_loss(
@@ -112,22 +154,10 @@ def classification_loss(
 
     per_example = loss or label_loss
 
-    def loss_fn(
-        params: Params, model_state: ModelState, batch: Batch, key: jax.Array
-    ) -> tuple[jax.Array, tuple[ModelState, dict[str, jax.Array]]]:
-        outputs, new_state = apply_fn(
-            {"params": params, **model_state},
-            _entry(batch, inputs),
-            train=True,
-            mutable=list(model_state),
-            rngs={"dropout": key},
-        )
-        return per_example(outputs, batch).mean(), (
-            new_state,
-            {"accuracy": accuracy(_logits(outputs), batch["label"])},
-        )
+    def of(outputs: Any, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+        return per_example(outputs, batch), {"accuracy": accuracy(_logits(outputs), batch["label"])}
 
-    return loss_fn
+    return model_loss(apply_fn, (inputs,), of, hint=_HINT)
 
 
 def logits_teacher(apply_fn: ModelApply, *, inputs: str = "image") -> TeacherFn:

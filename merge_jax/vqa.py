@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from merge_jax.checks import check_at_least_one
-from merge_jax.paths import near_misses
-from merge_jax.tasks import ModelApply
+from merge_jax.checks import check_at_least_one, check_entries
+from merge_jax.tasks import ModelApply, model_loss
 from merge_jax.types import Batch, LossFn, ModelState, Params
 from merge_jax.vqa_score import answer_accuracy, vqa_scores
 
@@ -37,26 +36,15 @@ def vqa_loss(apply_fn: ModelApply) -> LossFn:
       ValueError: while tracing, for a batch that lacks an entry or logits of another shape.
     """
 
-    def loss_fn(
-        params: Params, model_state: ModelState, batch: Batch, key: jax.Array
-    ) -> tuple[jax.Array, tuple[ModelState, dict[str, jax.Array]]]:
-        _check_entries(batch, "image", "tokens", "answers")
-        logits, new_state = apply_fn(
-            {"params": params, **model_state},
-            batch["image"],
-            batch["tokens"],
-            train=True,
-            mutable=list(model_state),
-            rngs={"dropout": key},
-        )
+    def of(logits: jax.Array, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
         answers = jnp.asarray(batch["answers"])
         losses = _losses(logits, answers)
         counts = (answers == jnp.argmax(logits, axis=-1)[:, None]).sum(axis=-1)
         annotators = answers.shape[-1]
         table = jnp.array([answer_accuracy(count, annotators) for count in range(annotators + 1)], jnp.float32)
-        return losses.mean(), (new_state, {"accuracy": table[counts].mean()})
+        return losses, {"accuracy": table[counts].mean()}
 
-    return loss_fn
+    return model_loss(apply_fn, ("image", "tokens"), of, needs=("answers",))
 
 
 def evaluate_vqa(
@@ -94,7 +82,7 @@ def evaluate_vqa(
         return _losses(logits, batch["answers"]), jnp.argmax(logits, axis=-1)
 
     def evaluate(params: Params, model_state: ModelState, arrays: Mapping[str, Any]) -> dict[str, float]:
-        _check_entries(arrays, "image", "tokens", "answers", "example")
+        check_entries(arrays, "image", "tokens", "answers", "example")
         example = np.asarray(arrays["example"])
         if example.size and not 0 <= example.min() <= example.max() < len(answers):
             raise ValueError(
@@ -139,7 +127,7 @@ def predict_answers(
         return jnp.argmax(_logits(apply_fn, len(vocabulary), params, model_state, batch), axis=-1)
 
     def predict(params: Params, model_state: ModelState, arrays: Mapping[str, Any]) -> list[str]:
-        _check_entries(arrays, "image", "tokens")
+        check_entries(arrays, "image", "tokens")
         predictions = []
         for kept, batch in _batches(arrays, ("image", "tokens"), batch_size):
             best = np.asarray(best_of(params, model_state, batch))[:kept]
@@ -164,12 +152,6 @@ def _losses(logits: jax.Array, answers: jax.Array) -> jax.Array:
     given = answers >= 0
     log_p = jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.where(given, answers, 0), axis=-1)
     return -jnp.where(given, log_p, 0).sum(axis=-1) / jnp.maximum(given.sum(axis=-1), 1)
-
-
-def _check_entries(batch: Mapping[str, Any], *names: str) -> None:
-    for name in names:
-        if name not in batch:
-            raise ValueError(f"the batch has no {name!r}; {near_misses(name, batch)}")
 
 
 def _batches(

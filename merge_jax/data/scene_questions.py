@@ -28,12 +28,12 @@ def sort_of_clevr(
     """Returns questions on images of shapes, `num_train` and `num_test` images of `image_size` pixels a side.
 
     Each image has a square or a circle, by an even chance, of each of the colours red, green, blue, orange, grey and
-    yellow, or of `num_shapes` of them, with white between them. `non_relational` questions of it ask what shape an object has, whether it is on
-    the left or right, or at the top or bottom; `relational` ones ask what shape the object nearest to it or farthest
-    from it has, or how many objects have its shape, itself among them. They are of three sorts each on each
-    colour of the image, drawn without repetition, so at most 18 of a kind. All answers are one word; without the image,
-    no guess is right for more than 5/16 of the counts or 1/2 of the others (of six shapes; counts of fewer are guessed
-    more often). No image comes twice, in train and test together.
+    yellow, or of `num_shapes` of them, with white between them. `non_relational` questions of it ask what shape an
+    object has, whether it is on the left or right, or at the top or bottom; `relational` ones ask what shape the object
+    nearest to it or farthest from it has, or how many objects have its shape, itself among them. They are of three
+    sorts each on each colour of the image, drawn without repetition, so at most 18 of a kind. All answers are one word;
+    without the image, no guess is right for more than 5/16 of the counts or 1/2 of the others (of six shapes; the
+    counts of fewer are guessed more often). No image comes twice, in train and test together.
 
     Source: Santoro et al., arXiv:1706.01427, section 3.2 and appendix, with 9,800 and 200 images and 10 questions of
     each kind; sizes, places and colours are those of kimhc6028/relational-networks. Our choices: there may be fewer
