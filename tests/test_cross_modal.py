@@ -11,7 +11,7 @@ from PIL import Image
 import merge_jax as mj
 from experiments import cross_modal
 from experiments.cli import parse
-from merge_jax.data import Streamed
+from merge_jax.data import Streamed, channel_statistics, take
 from tests.runs import run
 
 LITTLE = [
@@ -192,6 +192,33 @@ def test_a_text_encoder_starts_from_weights_of_hugging_face(tmp_path):
     assert not np.array_equal(loaded["answer"]["kernel"], params["answer"]["kernel"])
 
 
+def test_a_vision_transformer_starts_from_weights_of_hugging_face(tmp_path):
+    options = [*RETRIEVAL, "--methods", "vanilla"]
+    scenario = build(*options)
+    params, _ = scenario.target.init(jax.random.key(5))
+    mj.save_safetensors(tmp_path / "model.safetensors", mj.models.to_huggingface(params["image_encoder"]))
+    learned_with = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.5, 0.6, 0.7]}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(learned_with))
+    started = build(*options, "--target-vision-weights", tmp_path)
+    loaded, _ = started.target.init(jax.random.key(6))
+    for path, leaf in mj.flatten(loaded).items():
+        given = np.array_equal(leaf, mj.flatten(params)[path])
+        assert given or not path.startswith("image_encoder/"), path
+    assert not np.array_equal(loaded["image_projection"]["kernel"], params["image_projection"]["kernel"])
+    # Pixels are scaled as when the weights learned, and not by the statistics of this data.
+    batch = take(started.target.splits(0).train, np.arange(4))
+    mean, std = map(np.array, channel_statistics(batch["image"].table[np.arange(1000)]))
+    pixels = np.asarray(batch["image"][:], np.float32)
+    learned_pixels = (pixels / 255 - learned_with["image_mean"]) / learned_with["image_std"]
+    same_pixels = np.asarray(255 * (learned_pixels * std + mean), np.float32)
+
+    def loss(of, image):
+        return float(of.methods["vanilla"].task.loss_fn(loaded, {}, {**batch, "image": image}, jax.random.key(0))[0])
+
+    assert loss(started, pixels) == pytest.approx(loss(scenario, same_pixels), rel=1e-5)
+    assert loss(started, pixels) != pytest.approx(loss(scenario, pixels), rel=1e-3)
+
+
 def test_answers_that_are_not_covered_are_refused_or_left_out(tmp_path, capsys):
     data = write_vqa(tmp_path / "vqa", answers=("red", "blue", "red"))
     options = ["within", *LITTLE, "--target-data", data, "--validation", "3", "--methods", "vanilla"]
@@ -261,6 +288,11 @@ def test_captions_that_are_too_long_are_counted_or_refused(capsys):
             ["--source-text-weights", "w.safetensors"],
             r"w.safetensors are of a text encoder, which small_vit \(shapes\)",
         ),
+        (
+            ["--source-vision-weights", "w"],
+            r"weights w are for the vision transformer of .*, which small_vit \(shapes\)",
+        ),
+        (["--target-vision-weights", "none.safetensors"], "the weights cannot be read: .*none.safetensors"),
     ],
 )
 def test_bad_options_are_refused_by_name(options, message):
