@@ -112,6 +112,8 @@ class Config(TaskConfig):
         super().check()
         if self.source_task == "itself" and self.source != "pretrained":
             raise ValueError(f"a target that is its own source has none that is {self.source}: leave out --source")
+        if self.source_task == "itself" and (self.source_text_weights or self.source_vision_weights):
+            raise ValueError("a target that is its own source starts from its own weights: use --target-text-weights")
 
     def load_texts(self, spec: Spec) -> Any | None:
         """Returns the data of a task with text in it; see `TaskConfig`."""

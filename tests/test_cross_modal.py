@@ -308,3 +308,5 @@ def test_bad_options_are_refused_by_name(options, message):
 def test_a_target_that_is_its_own_source_has_no_other():
     with pytest.raises(ValueError, match="a target that is its own source has none that is live: leave out --source"):
         parse(cross_modal.PRESETS, "", "", ["within", "--source", "live"]).check()
+    with pytest.raises(ValueError, match="its own source starts from its own weights: use --target-text-weights"):
+        parse(cross_modal.PRESETS, "", "", ["within", "--source-text-weights", "bert"]).check()
