@@ -39,6 +39,7 @@ from experiments.scenario import Learner, Method, Scenario, choose
 from experiments.tasks import Spec, TaskConfig, TaskName
 from experiments.texts import TextSource, TextTaskName
 from experiments.transfers import parse_routes
+from merge_jax.checks import check_at_least_one
 from merge_jax.data import CaptionSet, VisualQuestionSet, WordPiece, num_examples
 
 MethodName = Literal["vanilla", "share", "mergenet"]
@@ -92,7 +93,9 @@ class Config(TaskConfig):
     """Training images (with all their questions or captions) or texts that the target learns from, or None for all; a
     source has all."""
     validation: int = 100
-    """Training images or texts held out to validate on; digits always hold out 200."""
+    """Training images or texts of the target held out to validate on; digits always hold out 200."""
+    source_validation: int = 100
+    """The same of the source."""
     image_size: int | None = 32
     """Height and width to scale images to; None for as they are, where data of images alone allow it."""
     num_shapes: int = 2
@@ -110,6 +113,7 @@ class Config(TaskConfig):
     def check(self) -> None:
         """Raises ValueError for an option out of range."""
         super().check()
+        check_at_least_one(num_answers=self.num_answers)
         if self.source_task == "itself" and self.source != "pretrained":
             raise ValueError(f"a target that is its own source has none that is {self.source}: leave out --source")
         if self.source_task == "itself" and (self.source_text_weights or self.source_vision_weights):
@@ -135,7 +139,8 @@ class Config(TaskConfig):
         """Returns a model that is to learn; see `TaskConfig`."""
         if not isinstance(texts, VisualQuestionSet | CaptionSet) or not isinstance(spec, _Spec) or tokens is None:
             return super().learner(spec, texts, tokens)
-        reading = Reading(self.max_length, self.too_long, self.validation, self.num_answers, self.uncovered)
+        validation = self.validation if spec.validation is None else spec.validation
+        reading = Reading(self.max_length, self.too_long, validation, self.num_answers, self.uncovered)
         weights = {"text_weights": spec.weights, "vision_weights": spec.vision_weights}
         return image_text_learner(spec.task, texts, tokens, spec.architecture, reading, images=spec.labels, **weights)
 
@@ -197,7 +202,8 @@ def build(config: Config) -> Scenario:
     specs: list[Spec] = []
     if config.source_task != "itself":
         weights = (config.source_text_weights, config.source_vision_weights)
-        specs.append(_spec(config.source_task, config.source_model, config.source_data, *weights, None))
+        source = _spec(config.source_task, config.source_model, config.source_data, *weights, None)
+        specs.append(replace(source, validation=config.source_validation))
     weights = (config.target_text_weights, config.target_vision_weights)
     specs.append(_spec(config.target_task, config.target_model, config.target_data, *weights, config.labels))
     (*sources, target), attach = config.learners(specs)
@@ -248,7 +254,7 @@ def _spec(
             f"the weights {vision_weights} are for the vision transformer of a model of images with text, which {model}"
             f" ({task}) is not"
         )
-    return _Spec(task, model, TextSource(data), weights, labels, attributes, architecture, vision_weights)
+    return _Spec(task, model, TextSource(data), weights, labels, None, attributes, architecture, vision_weights)
 
 
 def _routes(config: Config, source: Learner, target: Learner) -> list[mj.Route]:

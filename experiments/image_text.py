@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -37,6 +38,8 @@ from merge_jax.data import (
     sort_of_clevr,
     take,
 )
+from merge_jax.paths import near_misses
+from merge_jax.vqa_score import normalize_answer
 
 __all__ = [
     "Architecture",
@@ -53,6 +56,8 @@ ImageTextTaskName = Literal["vqa", "retrieval"]
 _ATTENTION = {"vision": "image_encoder/*/attention", "text": "text_encoder/*/attention"}
 _EVALUATED_AT_ONCE = 100
 _NUM_SAMPLES = 6
+_CANDIDATES = 200
+_LARGEST_RANK = 10
 _SEEN = 1000  # Images that mean and deviation of the pixels are taken of: no pass over all that are streamed.
 
 
@@ -142,7 +147,8 @@ def load_image_text(
         if data == "clevr":
             return load_clevr(data_dir, image_size=image_size, unreadable=unreadable)
         if not is_folder:
-            raise ValueError(f"unknown data {data!r} of vqa: synthetic, clevr, or a folder of VQA v2.0 such as ./vqa")
+            names = near_misses(data, ("synthetic", "clevr"))
+            raise ValueError(f"unknown data {data!r} of vqa; {names}, or give a folder of VQA v2.0 such as ./vqa")
         return load_vqa(data, image_size=image_size, unreadable=unreadable)
     if data == "synthetic":
         return scene_captions(4000, 400, seed=0, image_size=image_size)
@@ -199,6 +205,9 @@ def image_text_learner(
         module = mj.models.DualEncoder(vision, text, architecture.embedding_size)
         parts = _finder(found, module, pixels, encode)
     splits = _splits_by_image(found.name, *parts.arrays, reading.validation, images, parts.learned)
+    if isinstance(found, CaptionSet):
+        _check_ranks(f"--validation: {found.name} has, held out of its training images,", splits(0).validation)
+        _check_ranks(f"{found.name} has to test on", parts.arrays[1])
 
     @jax.jit
     def random_init(key: jax.Array) -> Any:
@@ -269,9 +278,10 @@ def _answerer(found: VisualQuestionSet, make: Any, pixels: Any, reading: Reading
     evaluate = mj.evaluate_vqa(apply, vocabulary, answers, kinds, batch_size=_EVALUATED_AT_ONCE)
     shown = _one_an_image(test)
     few = take(test, shown)
-    asked = [(questions[i], f"right: {_commonest(answers[i])}") for i in few["example"]]
+    asked = [questions[i] for i in few["example"]]
+    right = [_commonest_first(answers[i]) for i in few["example"]]
     predict = mj.predict_answers(apply, vocabulary)
-    samples = Samples(partial(_read, few), asked, lambda params, state: predict(params, state, few))
+    samples = Samples(partial(_read, few), asked, right, lambda params, state: predict(params, state, few))
     loss_fn = mj.vqa_loss(apply)
     return module, _Parts((train, test), ("image", "tokens", "answers"), loss_fn, evaluate, "accuracy", samples)
 
@@ -285,7 +295,11 @@ def _finder(found: CaptionSet, module: Any, pixels: Any, encode: Any) -> _Parts:
     _, shown = np.unique(test["group"], return_index=True)
     few = take(test, np.sort(shown)[:_NUM_SAMPLES])
     captions = found.test.captions
+    captions_of: dict[int, list[str]] = {}
+    for group, caption in zip(found.test.caption_group, captions, strict=True):
+        captions_of.setdefault(int(group), []).append(str(caption))
     _, first = np.unique(test["caption_id"], return_index=True)
+    first = first[:_CANDIDATES]  # At once on the device.
     of_captions = test["tokens"][first]
 
     @jax.jit
@@ -298,9 +312,19 @@ def _finder(found: CaptionSet, module: Any, pixels: Any, encode: Any) -> _Parts:
         ids = test["caption_id"][first]
         return [str(captions[ids[int(i)]]) for i in best(params, state, few["image"][:], of_captions)]
 
-    samples = Samples(partial(_read, few), [(f"right: {captions[i]}",) for i in few["caption_id"]], answer)
+    fitting = [captions_of[int(group)] for group in few["group"]]
+    samples = Samples(partial(_read, few), [""] * len(fitting), fitting, answer)
     loss_fn = mj.retrieval_loss(apply)
     return _Parts((train, test), ("image", "tokens", "group"), loss_fn, evaluate, "mean_recall", samples)
+
+
+def _check_ranks(what: str, arrays: Arrays) -> None:
+    images, captions = (len(np.unique(arrays[name])) for name in ("image_id", "caption_id"))
+    if min(images, captions) < _LARGEST_RANK:
+        raise ValueError(
+            f"{what} {images} images and {captions} captions; recall among the first {_LARGEST_RANK} needs as many of"
+            " each"
+        )
 
 
 def _pairs(part: CaptionedImages, tokens: np.ndarray) -> Arrays:
@@ -328,13 +352,18 @@ def _one_an_image(arrays: Arrays) -> np.ndarray:
     return np.array([of_one[i % len(of_one)] for i, of_one in enumerate(rows)])
 
 
-def _commonest(answers: Sequence[str]) -> str:
-    return max(answers, key=answers.count)
+def _commonest_first(answers: Sequence[str]) -> list[str]:
+    """Returns the different answers as models give them."""
+    return [normalize_answer(answer) for answer, _ in Counter(answers).most_common()]
 
 
 def _encode(name: str, tokens: WordPiece, reading: Reading, texts: Sequence[str]) -> np.ndarray:
     none = np.zeros(len(texts), np.int32)
-    return told(name, tokens.encode_texts(texts, none, reading.max_length, too_long=reading.too_long))["tokens"]
+    try:
+        encoded = tokens.encode_texts(texts, none, reading.max_length, too_long=reading.too_long)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error} (two are special): take a larger --max-length, or cut texts") from None
+    return told(name, encoded)["tokens"]
 
 
 def _splits_by_image(
@@ -345,7 +374,7 @@ def _splits_by_image(
     left = len(of_images) - validation
     if not 1 <= validation < len(of_images):
         raise ValueError(
-            f"validation must lie in [1, {len(of_images) - 1}], for {len(of_images)} training images of {name}, got"
+            f"--validation must lie in [1, {len(of_images) - 1}], for {len(of_images)} training images of {name}, got"
             f" {validation}"
         )
     if images is not None and not 1 <= images <= left:

@@ -118,8 +118,8 @@ def _held_out(name: str, images: ImageSet, validation: int) -> ImageData:
     size = len(images.train["label"])
     if validation != 0 and not images.num_classes <= validation <= size - images.num_classes:
         raise ValueError(
-            f"validation is {validation} of the {size} training images of {images.num_classes} classes: give "
-            "--validation 0 to hold out none, or a number that leaves one of each class on either side"
+            f"validation is {validation} of the {size} training images of {name}, of {images.num_classes} classes: "
+            "give --validation 0 to hold out none, or a number that leaves one of each class on either side"
         )
 
     def splits(seed: int) -> Splits:

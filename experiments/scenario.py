@@ -29,12 +29,14 @@ class Samples:
 
     Attributes:
       images: reads them, uint8 `[n, H, W, C]`.
-      asked: lines on each: what is asked, and what is right.
+      asked: what is asked of each, if anything is.
+      right: of each, all answers that are right, the one to show first.
       answer: `(params, model_state) -> answers`, n of them.
     """
 
     images: Callable[[], np.ndarray]
-    asked: Sequence[Sequence[str]]
+    asked: Sequence[str]
+    right: Sequence[Sequence[str]]
     answer: Callable[[Params, ModelState], Sequence[str]]
 
 

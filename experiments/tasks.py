@@ -35,6 +35,7 @@ class Spec:
       text: where the text of a text task comes from.
       weights: a Hugging Face safetensors file or folder that a text model starts from.
       labels: how many training examples it learns from; None for all.
+      validation: how many training examples to hold out, where it is not the config's number.
       attributes: of a small transformer, such as layers and width, where they are not its usual ones.
     """
 
@@ -43,6 +44,7 @@ class Spec:
     text: TextSource
     weights: Path | None
     labels: int | None
+    validation: int | None = None
     attributes: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
 
@@ -114,13 +116,14 @@ class TaskConfig(TransferConfig):
         Raises:
           ValueError: the model is unknown, or does not fit its data.
         """
+        validation = self.validation if spec.validation is None else spec.validation
         if texts is None or tokens is None:
             return image_learner(
                 spec.task,
                 spec.model,
                 data_dir=self.data_dir,
                 image_size=self.image_size,
-                validation=self.validation,
+                validation=validation,
                 labels=spec.labels,
                 stages=self.stages,
                 attributes=spec.attributes,
@@ -132,7 +135,7 @@ class TaskConfig(TransferConfig):
             spec.model,
             max_length=self.max_length,
             too_long=self.too_long,
-            validation=self.validation,
+            validation=validation,
             labels=spec.labels,
             weights=spec.weights,
             attributes=spec.attributes,

@@ -30,7 +30,7 @@ _README = """\
   `source-seed<n>` the source is trained on its own, in the role of the target.
 - `tensorboard/`: the same for TensorBoard (`tensorboard --logdir` this folder).
 - `results.json`, `table.txt`, `curves.png`: what came out; they appear as runs end. `gates.png`, where a transfer has
-  gates, and `vocabulary.json`, of text models.
+  gates, `samples.png`, test images with what models made of them, and `vocabulary.json`, of text models.
 - `checkpoints/<method>-seed<n>/<step>/`: Orbax checkpoints of everything (both models, adapter, optimizers, step, key);
   `<method>-seeds<first>-<last>` where seeds ran side by side.
 

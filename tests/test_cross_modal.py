@@ -183,6 +183,7 @@ def test_a_text_encoder_starts_from_weights_of_hugging_face(tmp_path):
     scenario = build(*VQA, "--methods", "vanilla")
     params, _ = scenario.target.init(jax.random.key(5))
     mj.save_safetensors(tmp_path / "model.safetensors", mj.models.to_huggingface(params["text_encoder"]))
+    assert scenario.attach is not None
     scenario.attach(tmp_path)
     options = ["--target-text-weights", tmp_path / "model.safetensors", "--vocabulary", tmp_path / "vocabulary.json"]
     loaded, _ = build(*VQA, "--methods", "vanilla", *options).target.init(jax.random.key(6))
@@ -265,7 +266,7 @@ def test_captions_that_are_too_long_are_counted_or_refused(capsys):
     [
         (
             ["--target-data", "vqa"],
-            r"unknown data 'vqa' of vqa: synthetic, clevr, or a folder of VQA v2.0 such as ./vqa",
+            r"unknown data 'vqa' of vqa; .*synthetic.*, or give a folder of VQA v2.0 such as ./vqa",
         ),
         (["--target-data", "./none"], "none"),
         (
@@ -274,12 +275,17 @@ def test_captions_that_are_too_long_are_counted_or_refused(capsys):
         ),
         (
             ["--source-task", "itself", "--validation", "4000"],
-            r"validation must lie in \[1, 3999\], for 4000 training images of sort_of_clevr",
+            r"--validation must lie in \[1, 3999\], for 4000 training images of sort_of_clevr",
         ),
         (["--image-size", "None"], "vqa needs --image-size, which its images are scaled to"),
         (["--target-model.patch-size", "5"], "patches of 5 do not fill images of 16x16"),
         (["--target-model.vision", "vit_base"], "vit_base has sizes of its own"),
         (["--target-model.text", "bert_base"], "bert_base has sizes of its own: leave out num_layers, or take a small"),
+        (
+            ["--target-task", "retrieval", "--validation", "9"],
+            r"--validation: scene_captions has, held out of its training images, 9 images and 9 captions; recall among "
+            "the first 10 needs as many of each",
+        ),
         (["--num-shapes", "7"], r"num_shapes must be a whole number in \[2, 6\], got 7"),
         (["--source-task", "sentiment"], r"vision_to_text needs a source with attention to vision; small_bert .* text"),
         (["--target-task", "shapes"], r"vision_to_text needs a target with attention to text; tiny_vit .* vision"),
