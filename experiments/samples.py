@@ -23,8 +23,8 @@ def save_samples(scenario: Scenario, results: Sequence[Mapping[str, Any]], folde
         return
     answers = {result["method"]: result["answers"]["target"] for result in results if result["seed"] == 0}
     source = scenario.source
-    same = source is not None and source.samples is not None
-    if same and (source.samples.asked, source.samples.right) == (samples.asked, samples.right):
+    of_source = None if source is None else source.samples
+    if of_source is not None and (of_source.asked, of_source.right) == (samples.asked, samples.right):
         answers = {"source": results[0]["answers"]["source"], **answers}
 
     from matplotlib.figure import Figure  # It takes half a second that --help should not.

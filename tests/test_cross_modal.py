@@ -304,7 +304,8 @@ def test_captions_that_are_too_long_are_counted_or_refused(capsys):
 def test_bad_options_are_refused_by_name(options, message):
     def check():
         scenario = build(*VQA, "--methods", "share", *options)
-        params = [jax.eval_shape(role.init, jax.random.key(0))[0] for role in (scenario.source, scenario.target)]
+        roles = [role for role in (scenario.source, scenario.target) if role is not None]
+        params = [jax.eval_shape(role.init, jax.random.key(0))[0] for role in roles]
         scenario.methods["share"].transfer.init(jax.random.key(0), *params)
 
     with pytest.raises(ValueError, match=message):
