@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -107,7 +108,7 @@ class Stage:
         """Returns all examples to train on, of the roles that learn."""
         return {role: dict(self.roles[role].splits(seed).train) for role in self._learning_roles}
 
-    @property
+    @cached_property
     def streams(self) -> bool:
         """Whether examples are read when they are needed, and not all on the device."""
         return any(is_streamed(arrays) for arrays in self.arrays(0).values())
