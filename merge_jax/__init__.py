@@ -4,8 +4,9 @@ MergeNet (arXiv:2404.13322) as pure functions over parameter pytrees.
 """
 
 from merge_jax import models
+from merge_jax.agreement import agreeing, cka, features_teacher, mixed
 from merge_jax.checkpoint import Checkpoints
-from merge_jax.combinators import chain, scheduled, self_transfer, several_sources
+from merge_jax.combinators import chain, scheduled, self_transfer, several_sources, without_source
 from merge_jax.epoch import augmented, make_epoch
 from merge_jax.hosts import connect
 from merge_jax.joint import (
@@ -17,6 +18,7 @@ from merge_jax.joint import (
     init_joint_state,
     make_joint_step,
 )
+from merge_jax.linear_operators import linear_operator_transfer
 from merge_jax.loop import run_loop, stepwise
 from merge_jax.losses import cross_entropy, distillation_loss, dkd_loss, nkd_loss, rkd_loss, tf_kd_loss
 from merge_jax.low_rank import LowRankConv, LowRankDense, core_bases, decode, encode, row_basis
@@ -26,11 +28,13 @@ from merge_jax.methods import lpka_transfer, mlp_transfer, published_transfer
 from merge_jax.metrics import accuracy, top_k_accuracy
 from merge_jax.official import OfficialAdapter, export_official_adapter, load_official_adapter
 from merge_jax.parallel import DATA_AXIS, Layout, data_mesh, jit_layout, pmap_layout, state_shardings
+from merge_jax.parameter_generator import parameter_generator_transfer
 from merge_jax.paths import find_paths, flatten, replace, select
 from merge_jax.reparameterised import bake, make_reparameterised_step
 from merge_jax.retrieval import contrastive_loss, evaluate_retrieval, recall_at_k, retrieval_loss, retrieval_scores
 from merge_jax.routes import Route, match
 from merge_jax.seeds import over_seeds, stack_seeds, unstack_seeds
+from merge_jax.selection import weight_selection_transfer
 from merge_jax.span import evaluate_spans, span_loss
 from merge_jax.squad import squad_scores
 from merge_jax.stacks import Gated
@@ -46,6 +50,7 @@ from merge_jax.tasks import (
 )
 from merge_jax.trajectory import Trajectory, last_of, load_trajectory, replay_evenly, replayed
 from merge_jax.transfer import adapter_transfer, identity_transfer, share_transfer
+from merge_jax.transport import optimal_transport_transfer
 from merge_jax.types import Adapter, Batch, LossFn, Params, RouteSummary, Transfer
 from merge_jax.vqa import evaluate_vqa, predict_answers, vqa_loss
 from merge_jax.vqa_score import answer_coverage, answer_indices, answer_vocabulary, vqa_scores
@@ -78,6 +83,7 @@ __all__ = [
     "accuracy",
     "adapter_adamw",
     "adapter_transfer",
+    "agreeing",
     "answer_coverage",
     "answer_indices",
     "answer_vocabulary",
@@ -85,6 +91,7 @@ __all__ = [
     "augmented",
     "bake",
     "chain",
+    "cka",
     "classification_loss",
     "connect",
     "contrastive_loss",
@@ -101,6 +108,7 @@ __all__ = [
     "evaluate_spans",
     "evaluate_vqa",
     "export_official_adapter",
+    "features_teacher",
     "find_paths",
     "flatten",
     "from_matrix",
@@ -108,6 +116,7 @@ __all__ = [
     "init_joint_state",
     "jit_layout",
     "last_of",
+    "linear_operator_transfer",
     "load_official_adapter",
     "load_params",
     "load_safetensors",
@@ -119,12 +128,15 @@ __all__ = [
     "make_reparameterised_step",
     "match",
     "matrix_spec",
+    "mixed",
     "mlp_transfer",
     "model_loss",
     "models",
     "nkd_loss",
     "on_pixels",
+    "optimal_transport_transfer",
     "over_seeds",
+    "parameter_generator_transfer",
     "pmap_layout",
     "predict_answers",
     "published_transfer",
@@ -154,5 +166,7 @@ __all__ = [
     "unstack_seeds",
     "vqa_loss",
     "vqa_scores",
+    "weight_selection_transfer",
     "with_features",
+    "without_source",
 ]

@@ -1,7 +1,7 @@
 """Transfers made of transfers."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from merge_jax.paths import flatten, near_misses, replace
 from merge_jax.transfer import RoutedTransfer
 from merge_jax.types import Adapter, Metrics, Params, RouteSummary, Transfer
 
-__all__ = ["chain", "scheduled", "self_transfer", "several_sources"]
+__all__ = ["chain", "scheduled", "self_transfer", "several_sources", "without_source"]
 
 
 def chain(*transfers: Transfer) -> Transfer:
@@ -180,26 +180,42 @@ def self_transfer(transfer: Transfer) -> Transfer:
       ValueError: something that is no transfer.
     """
     check_transfer("what a model gives to itself", transfer)
+    return _reading(transfer, lambda source_params, target_params: target_params)
+
+
+def without_source(transfer: Transfer) -> Transfer:
+    """Returns the transfer with nothing to read: `T' = t(0, T)`, zeros in the place of the source's parameters.
+
+    A control: as many parameters and as much computation as the transfer has, and no source. What it gains is not
+    knowledge of the source. Forms that start from the source's numbers (`share_transfer`, the output `warm`) would
+    write zeros; the output `residual` asks what the adapter is worth on its own. Our choice.
+
+    Raises:
+      ValueError: something that is no transfer.
+    """
+    check_transfer("what is to read no source", transfer)
+    return _reading(transfer, lambda source_params, target_params: jax.tree.map(jnp.zeros_like, source_params))
+
+
+def _reading(transfer: Transfer, given: Callable[[Params, Params], Params]) -> Transfer:
+    """Returns the transfer from what is given for the source: a function of source and target, without gradient."""
 
     def init(key: jax.Array, source_params: Params, target_params: Params) -> Adapter:
-        del source_params  # The target is its own.
-        return transfer.init(key, target_params, target_params)
+        return transfer.init(key, given(source_params, target_params), target_params)
 
     def apply(
         adapter: Adapter, source_params: Params, target_params: Params, *, key: jax.Array | None = None
     ) -> Params:
-        del source_params
-        return transfer.apply(adapter, lax.stop_gradient(target_params), target_params, key=key)
+        source_params = lax.stop_gradient(given(source_params, target_params))
+        return transfer.apply(adapter, source_params, target_params, key=key)
 
     def describe(source_params: Params, target_params: Params) -> tuple[RouteSummary, ...]:
-        del source_params
-        return transfer.describe(target_params, target_params)
+        return transfer.describe(given(source_params, target_params), target_params)
 
     def monitor(adapter: Adapter, source_params: Params, target_params: Params) -> Metrics:
-        del source_params
-        return transfer.monitor(adapter, target_params, target_params)
+        return transfer.monitor(adapter, given(source_params, target_params), target_params)
 
-    return RoutedTransfer(init, apply, describe, lambda step: self_transfer(transfer.at(step)), monitor)
+    return RoutedTransfer(init, apply, describe, lambda step: _reading(transfer.at(step), given), monitor)
 
 
 def _monitored(

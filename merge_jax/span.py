@@ -9,8 +9,8 @@ import numpy as np
 from merge_jax.checks import check_at_least_one, check_entries
 from merge_jax.losses import cross_entropy
 from merge_jax.squad import squad_scores
-from merge_jax.tasks import ModelApply, model_loss
-from merge_jax.types import Batch, LossFn, ModelState, Params
+from merge_jax.tasks import model_loss
+from merge_jax.types import Batch, LossFn, ModelApply, ModelState, Params
 
 __all__ = ["Decode", "evaluate_spans", "span_loss"]
 

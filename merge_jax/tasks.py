@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from merge_jax.agreement import Agreeing
 from merge_jax.checks import check_entries
 from merge_jax.losses import cross_entropy
 from merge_jax.metrics import accuracy
-from merge_jax.types import Batch, LossFn, ModelState, Params, TeacherFn
+from merge_jax.types import Batch, LossFn, ModelApply, ModelState, Params, TeacherFn
 
 __all__ = [
     "ClassificationLoss",
-    "ModelApply",
     "Outputs",
     "classification_loss",
     "evaluate_classifier",
@@ -23,9 +23,6 @@ __all__ = [
     "on_pixels",
     "with_features",
 ]
-
-ModelApply = Callable[..., Any]
-"""`model.apply` of a Linen module whose `__call__` takes `(inputs, train=...)` and returns logits `[B, C]`."""
 
 ClassificationLoss = Callable[[Any, Batch], jax.Array]
 """Logits `[B, C]`, or `Outputs` of a model `with_features`, and their batch to losses `[B]`."""
@@ -107,6 +104,8 @@ def model_loss(
 ) -> LossFn:
     """Returns the loss function of a Linen model: the mean over the batch of the losses that `of` makes of its outputs.
 
+    A model that is `agreeing` has its disagreement with the source added, and the metric `agreement`.
+
     Args:
       apply_fn: `model.apply` of a Linen module called as `(*inputs, train=True)`; its collections (BatchNorm
         statistics) update, and dropout draws from the step's key.
@@ -130,8 +129,12 @@ def model_loss(
             mutable=list(model_state),
             rngs={"dropout": key},
         )
-        losses, metrics = of(outputs, batch)
-        return losses.mean(), (new_state, metrics)
+        if not isinstance(outputs, Agreeing):
+            losses, metrics = of(outputs, batch)
+            return losses.mean(), (new_state, metrics)
+        losses, metrics = of(outputs.outputs, batch)
+        disagreement = outputs.disagreement(batch)
+        return losses.mean() + outputs.weight * disagreement, (new_state, {**metrics, "agreement": 1 - disagreement})
 
     return loss_fn
 

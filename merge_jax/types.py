@@ -4,7 +4,7 @@ Roles are names throughout: the **source** model gives knowledge, the **target**
 **adapter** holds the parameters of the transfer between them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -17,6 +17,7 @@ __all__ = [
     "InitFn",
     "LossFn",
     "Metrics",
+    "ModelApply",
     "ModelState",
     "Params",
     "RouteSummary",
@@ -40,6 +41,10 @@ Batch = Any
 
 Metrics = Mapping[str, jax.Array]
 """Scalars by name. The joint step prefixes each name with its role: `source/loss`, `target/accuracy`."""
+
+
+ModelApply = Callable[..., Any]
+"""`model.apply` of a Linen module whose `__call__` takes `(inputs, train=...)`."""
 
 
 class LossFn(Protocol):

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from merge_jax.checks import check_at_least_one, check_entries
-from merge_jax.tasks import ModelApply, model_loss
-from merge_jax.types import Batch, LossFn, ModelState, Params
+from merge_jax.tasks import model_loss
+from merge_jax.types import Batch, LossFn, ModelApply, ModelState, Params
 from merge_jax.vqa_score import answer_accuracy, vqa_scores
 
 __all__ = ["evaluate_vqa", "predict_answers", "vqa_loss"]

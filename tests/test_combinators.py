@@ -164,3 +164,18 @@ def test_bad_combinations_are_refused():
         mj.scheduled(SHARE_A, float("nan"))
     with pytest.raises(ValueError, match="'official' has no gate"):
         mj.lpka_transfer({"a": "a"}, output="official", gate=0.5)
+
+
+def test_without_a_source_nothing_of_it_matters():
+    """The transfer reads zeros: any two sources give the same, and it is that of a source of zeros."""
+    transfer = mj.lpka_transfer({"w": "w"}, num_layers=1, num_heads=2, output="residual", gate=0.5)
+    alone = mj.without_source(transfer)
+    target = {"w": jnp.array(np.random.default_rng(0).normal(size=(6, 5)), jnp.float32)}
+    sources = [{"w": jnp.full((4, 3), value)} for value in (1.0, 2.0, 0.0)]
+    adapter = alone.init(jax.random.key(0), sources[0], target)
+    first, second = (alone.apply(adapter, source, target)["w"] for source in sources[:2])
+    np.testing.assert_array_equal(first, second)
+    np.testing.assert_array_equal(first, transfer.apply(adapter, sources[2], target)["w"])
+    assert (first != target["w"]).any()
+    with pytest.raises(ValueError, match="what is to read no source must be a Transfer"):
+        mj.without_source("share")

@@ -109,6 +109,21 @@ TABLE = {
     "a module of one's own": Row(mj.adapter_transfer(DENSE, Mean(), output="official"), OF_DENSE, random=False),
     "share": Row(mj.share_transfer({**DENSE, **CONV}), (*OF_DENSE, *OF_CONV), random=False),
     "share attention": Row(mj.share_transfer(ATTENTION, view="attention"), OF_ATTENTION, random=False),
+    "weight selection": Row(mj.weight_selection_transfer({**DENSE, **CONV}), (*OF_DENSE, *OF_CONV), random=False),
+    "linear operators": Row(mj.linear_operator_transfer({**DENSE, **CONV}), (*OF_DENSE, *OF_CONV), random=False),
+    "linear operators shared": Row(
+        mj.linear_operator_transfer(DENSE, start="selection", shared=True), OF_DENSE, random=False
+    ),
+    "parameter generator": Row(mj.parameter_generator_transfer(DENSE), OF_DENSE),
+    "parameter generator of several leaves": Row(
+        mj.parameter_generator_transfer({"dense/0/kernel": "dense/*/kernel"}, output="warm"), OF_ONE
+    ),
+    # Vectors and a convolution too; at a regularisation at which no plan is a permutation.
+    "optimal transport": Row(
+        mj.optimal_transport_transfer({**DENSE, "norm/0": "dense/1/kernel", **CONV}, regularisation=0.2),
+        (*OF_DENSE, "norm/0", *OF_CONV),
+        random=False,
+    ),
     "identity": Row(mj.identity_transfer(), (), random=False),
     "chain": Row(mj.chain(mj.share_transfer(CONV), mj.lpka_transfer(ONE, **TINY)), (*OF_ONE, *OF_CONV)),
     "scheduled": Row(mj.scheduled(mj.lpka_transfer(ONE, output="official", **TINY), RAMP), OF_ONE),
@@ -117,6 +132,7 @@ TABLE = {
         OF_DENSE,
         source={"a": SOURCE, "b": source_tree(50)},
     ),
+    "without source": Row(mj.without_source(mj.lpka_transfer(ONE, output="residual", **TINY)), OF_ONE),
     "self": Row(mj.self_transfer(mj.lpka_transfer({"dense/0/kernel": "dense/1/kernel"}, **TINY)), OF_ONE),
     "replayed": Row(
         mj.replayed(mj.lpka_transfer(ONE, **TINY), mj.replay_evenly(2, 3)),
@@ -275,4 +291,4 @@ def test_a_description_names_every_routed_leaf_and_counts_the_adapter(name):
     assert sum(one.parameters for one in rows) == sum(leaf.size for leaf in jax.tree.leaves(adapter))
     for one in rows:
         assert not one.adapter or any(path.startswith(one.adapter + "/") for path in mj.flatten(adapter))
-        assert (one.flops > 0) == (one.parameters > 1 or one.adapter != "") or "own" in name
+        assert (one.flops > 0) == (one.parameters > 1 or one.adapter != "") or "own" in name or "transport" in name

@@ -1,0 +1,188 @@
+"""Agreement of features: the measure, the loss that has it, and the adapter that learns from it."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import merge_jax as mj
+
+
+class Net(nn.Module):
+    """Two layers with BatchNorm, and an output."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self, x, *, train=False):
+        x = nn.relu(nn.BatchNorm(use_running_average=not train, name="norm")(nn.Dense(self.width, name="first")(x)))
+        self.sow("intermediates", "features", x)
+        return nn.Dense(3, name="last")(x)
+
+
+def naive_cka(x, y):
+    """Computes it by covariances of features, where the code compares examples."""
+    x, y = (np.asarray(a, np.float64).reshape(len(a), -1) for a in (x, y))
+    x, y = x - x.mean(0), y - y.mean(0)
+    return np.square(y.T @ x).sum() / np.sqrt(np.square(x.T @ x).sum() * np.square(y.T @ y).sum())
+
+
+def draw(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def test_cka_against_covariances():
+    x, y = draw(12, 3, 4), draw(12, 5, seed=1)
+    assert mj.cka(x, y) == pytest.approx(naive_cka(x, y), rel=1e-4)
+
+
+def test_cka_knows_no_rotation_scale_or_shift():
+    x = draw(10, 6)
+    rotation, _ = np.linalg.qr(draw(6, 6, seed=1))
+    assert mj.cka(x, 1e4 * x @ rotation + 3) == pytest.approx(1, abs=1e-4)
+    assert mj.cka(1e8 * x, 1e8 * x) == pytest.approx(1, abs=1e-4)
+
+
+def test_cka_of_constant_features_is_0_and_has_a_gradient():
+    x, constant = draw(6, 4), np.ones((6, 4), np.float32)
+    assert mj.cka(x, constant) == pytest.approx(0, abs=1e-4)
+    assert np.isfinite(jax.grad(mj.cka)(constant, x)).all()
+
+
+def test_cka_of_different_examples_is_refused():
+    with pytest.raises(ValueError, match="are compared, got 4 and 5"):
+        mj.cka(draw(4, 2), draw(5, 2))
+
+
+def models():
+    source, target = Net(8), Net(5)
+    variables = [net.init(jax.random.key(i), jnp.zeros((2, 4))) for i, net in enumerate((source, target))]
+    batch = {"image": draw(16, 4), "label": np.arange(16) % 3}
+    return source, target, variables, batch
+
+
+def split(variables):
+    return variables["params"], {"batch_stats": variables["batch_stats"]}
+
+
+def test_the_loss_is_the_tasks_and_the_disagreement():
+    source, target, (of_source, of_target), batch = models()
+    teacher = mj.features_teacher(source.apply, ["first", "features"])
+    shown = teacher(*split(of_source), batch)
+    plain = mj.classification_loss(target.apply)
+    drawn = mj.classification_loss(mj.agreeing(target.apply, ["first", "features"], weight=3.0))
+    key = jax.random.key(0)
+    loss, (state, metrics) = plain(*split(of_target), batch, key)
+    with_it, (same_state, more) = drawn(*split(of_target), shown, key)
+
+    def features(net, variables, train):
+        _, updates = net.apply(
+            variables, batch["image"], train=train, mutable=["intermediates", "batch_stats"], capture_intermediates=True
+        )
+        sown = updates["intermediates"]
+        return sown["first"]["__call__"][0], sown["features"][0]
+
+    pairs = zip(features(source, of_source, False), features(target, of_target, True), strict=True)
+    expected = np.mean([naive_cka(*pair) for pair in pairs])
+    assert more["agreement"] == pytest.approx(expected, rel=1e-4)
+    assert with_it == pytest.approx(float(loss) + 3 * (1 - expected), rel=1e-4)
+    assert more["accuracy"] == metrics["accuracy"]
+    assert jax.tree.structure(state) == jax.tree.structure(same_state)
+    np.testing.assert_array_equal(state["batch_stats"]["norm"]["mean"], same_state["batch_stats"]["norm"]["mean"])
+
+
+def test_the_gradient_draws_features_and_never_the_source():
+    source, target, (of_source, of_target), batch = models()
+    loss_fn = mj.classification_loss(mj.agreeing(target.apply, ["features"], weight=100.0))
+    teacher = mj.features_teacher(source.apply, ["features"])
+
+    def loss(target_params, source_params):
+        shown = teacher(source_params, split(of_source)[1], batch)
+        return loss_fn(target_params, split(of_target)[1], shown, jax.random.key(0))[0]
+
+    params = of_target["params"]
+    before = loss(params, of_source["params"])
+    for _ in range(20):
+        params = optax.apply_updates(
+            params, jax.tree.map(lambda g: -1e-3 * g, jax.grad(loss)(params, of_source["params"]))
+        )
+    assert loss(params, of_source["params"]) < before - 1
+    of_source_gradient = jax.grad(loss, argnums=1)(params, of_source["params"])
+    assert all(not leaf.any() for leaf in jax.tree.leaves(of_source_gradient))
+
+
+def test_the_adapter_learns_from_the_features():
+    source, target, (of_source, of_target), batch = models()
+    transfer = mj.lpka_transfer({"first/kernel": "first/kernel"}, num_layers=1, output="residual")
+    teacher = mj.features_teacher(source.apply, ["features"])
+
+    def gradient(weight):
+        task = mj.Task(mj.classification_loss(mj.agreeing(target.apply, ["features"], weight=weight)), optax.sgd(0.0))
+        state = mj.init_joint_state(
+            jax.random.key(0),
+            None,
+            task,
+            transfer,
+            source_params=of_source["params"],
+            source_state=split(of_source)[1],
+            target_params=of_target["params"],
+            target_state=split(of_target)[1],
+        )
+        step = mj.make_joint_step(None, task, transfer, cycle=1, teacher=teacher)
+        return step(state, {"target": batch})[1]["adapter/gradient_norm"]
+
+    assert gradient(100.0) > 3 * gradient(0.0)
+
+
+def test_bad_layers_are_named():
+    source, target, (of_source, of_target), batch = models()
+    with pytest.raises(ValueError, match=r"no layer 'frist'.*did you mean 'first'"):
+        mj.features_teacher(source.apply, ["frist"])(*split(of_source), batch)
+    for layers in ([], "first"):
+        with pytest.raises(ValueError, match="one or more paths of submodules"):
+            mj.agreeing(target.apply, layers)
+    with pytest.raises(ValueError, match="must be 0 or more, got -1"):
+        mj.agreeing(target.apply, ["first"], weight=-1)
+    loss_fn = mj.classification_loss(mj.agreeing(target.apply, ["first"]))
+    with pytest.raises(ValueError, match=r"no 'source_features'.*\(features_teacher adds them\)"):
+        loss_fn(*split(of_target), batch, jax.random.key(0))
+    shown = mj.features_teacher(source.apply, ["first", "features"])(*split(of_source), batch)
+    with pytest.raises(ValueError, match="1 layers are to agree with 2 of the source"):
+        loss_fn(*split(of_target), shown, jax.random.key(0))
+    with pytest.raises(ValueError, match=r"no 'img'.*option `inputs`"):
+        mj.features_teacher(source.apply, ["first"], inputs=("img",))(*split(of_source), batch)
+
+
+def test_agreeing_outputs_outside_of_a_loss():
+    _, target, (_, of_target), batch = models()
+    observed = mj.agreeing(target.apply, ["features"])(of_target, batch["image"])
+    np.testing.assert_array_equal(observed.outputs, target.apply(of_target, batch["image"]))
+    assert [leaf.shape for leaf in observed.features] == [(16, 5)]
+
+
+def test_a_view_is_what_both_are_compared_on():
+    source, target, (of_source, of_target), batch = models()
+    key = jax.random.key(0)
+
+    def outcome(view, image):
+        loss_fn = mj.classification_loss(mj.agreeing(target.apply, ["features"], view=view))
+        shown = mj.features_teacher(source.apply, ["features"], view=view)(*split(of_source), {**batch, "image": image})
+        return loss_fn(*split(of_target), shown, key)
+
+    image = batch["image"]
+    _, (state, seen) = outcome(mj.mixed, image)
+    _, (plain_state, plain) = outcome(None, image)
+    _, (_, by_hand) = outcome(None, (image + np.roll(image, 1, axis=0)) / 2)
+    assert seen["agreement"] == by_hand["agreement"] != plain["agreement"]
+    # Labels are learned of the inputs as they are, and so are the statistics.
+    assert seen["accuracy"] == plain["accuracy"]
+    np.testing.assert_array_equal(state["batch_stats"]["norm"]["mean"], plain_state["batch_stats"]["norm"]["mean"])
+
+
+def test_pixels_are_mixed_and_tokens_are_not():
+    pixels = np.array([[0, 255], [255, 255]], np.uint8)
+    np.testing.assert_array_equal(mj.mixed(pixels), [[127.5, 255], [127.5, 255]])
+    tokens = np.array([[3, 4], [5, 6]], np.int32)
+    np.testing.assert_array_equal(mj.mixed(tokens), tokens)
