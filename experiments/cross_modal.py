@@ -35,14 +35,13 @@ from experiments.image_text import (
     load_image_text,
     words_with_images,
 )
-from experiments.scenario import Learner, Method, Scenario, choose
+from experiments.scenario import Learner, Scenario, choose
 from experiments.tasks import Spec, TaskConfig, TaskName
 from experiments.texts import TextSource, TextTaskName
 from experiments.transfers import parse_routes
 from merge_jax.checks import check_at_least_one
 from merge_jax.data import CaptionSet, VisualQuestionSet, WordPiece, num_examples
 
-MethodName = Literal["vanilla", "share", "mergenet"]
 Direction = Literal["vision_to_text", "text_to_vision"]
 SourceTaskName = Literal["itself"] | ImageTextTaskName | TaskName
 
@@ -62,8 +61,8 @@ class _Spec(Spec):
 class Config(TaskConfig):
     """Options of the experiment."""
 
-    methods: tuple[MethodName, ...] = get_args(MethodName)
-    """Methods to compare."""
+    methods: tuple[str, ...] = ("vanilla", "share", "mergenet")
+    """Methods to compare: a transfer, an objective, or both as in share_agree; see experiments/README.md."""
     target_task: ImageTextTaskName | TaskName = "vqa"
     """What the target learns."""
     source_task: SourceTaskName = "shapes"
@@ -145,8 +144,18 @@ class Config(TaskConfig):
         return image_text_learner(spec.task, texts, tokens, spec.architecture, reading, images=spec.labels, **weights)
 
 
+_VISION_AGREES = ("image_encoder/layer_0=encoder/layer_1", "image_encoder/layer_1=encoder/layer_3")
+_TEXT_AGREES = ("text_encoder/layer_0=encoder/layer_1", "text_encoder/layer_1=encoder/layer_3")
 # A rate that small transformers from scratch bear, and steps that fit five seeds into three minutes on two cores.
-_SMALL = Config(steps=400, source_steps=300, report_every=40, checkpoint_every=200, learning_rate=2e-3, max_length=16)
+_SMALL = Config(
+    agree=_VISION_AGREES,
+    steps=400,
+    source_steps=300,
+    report_every=40,
+    checkpoint_every=200,
+    learning_rate=2e-3,
+    max_length=16,
+)
 # With few images: of all 3,900, the target needs no help.
 _RETRIEVAL = replace(_SMALL, target_task="retrieval", labels=500, max_length=24)
 _PAPER = Config(
@@ -175,6 +184,7 @@ PRESETS = {
         target_model=Architecture(layers=1),
         source_model=Architecture("small_vit", "small_bert", layers=1),
         image_size=16,
+        agree=("image_encoder/layer_0=encoder/layer_0",),
         source_steps=60,
         steps=60,
         report_every=20,
@@ -183,10 +193,14 @@ PRESETS = {
         attention_dropout=0.0,
         feed_forward_dropout=0.0,
     ),
-    "text_to_vision": replace(_SMALL, source_task="sentiment", direction="text_to_vision", max_length=24),
-    "within": replace(_SMALL, source_task="itself"),
+    "text_to_vision": replace(
+        _SMALL, source_task="sentiment", direction="text_to_vision", agree=_TEXT_AGREES, max_length=24
+    ),
+    "within": replace(_SMALL, source_task="itself", agree=()),
     "retrieval": _RETRIEVAL,
-    "retrieval_text_to_vision": replace(_RETRIEVAL, source_task="sentiment", direction="text_to_vision"),
+    "retrieval_text_to_vision": replace(
+        _RETRIEVAL, source_task="sentiment", direction="text_to_vision", agree=_TEXT_AGREES
+    ),
     "paper": _PAPER,
     "paper_retrieval": replace(_PAPER, target_task="retrieval", target_data="./coco"),
 }
@@ -212,17 +226,14 @@ def build(config: Config) -> Scenario:
     schedule = config.schedule(*lengths)
     source_steps = (schedule.target if config.source == "live" else schedule.source).steps
     num_steps = schedule.target.steps
-    plain = mj.Task(target.loss_fn, target.optimizer(config.learning_rate, num_steps))
     routes = _routes(config, source, target)
+    optimizer = target.optimizer(config.learning_rate, num_steps)
+    objectives = config.objectives_of(source if sources else None, target, optimizer)
 
-    def transfer(alone: mj.Transfer) -> mj.Transfer:
-        return alone if sources else mj.self_transfer(alone)
+    def bind(make: Any) -> mj.Transfer:
+        return make(routes) if sources else mj.self_transfer(make(routes))
 
-    methods = {
-        "vanilla": Method(plain),
-        "share": Method(plain, transfer(mj.share_transfer(routes)), config.stop),
-        "mergenet": Method(plain, transfer(config.lpka(routes, num_steps)), config.stop),
-    }
+    methods = config.methods_of(bind, num_steps, objectives)
     source_task = mj.Task(source.loss_fn, source.optimizer(config.learning_rate, source_steps))
     return Scenario(
         name="cross_modal",

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax.numpy as jnp
 
@@ -28,12 +28,11 @@ import merge_jax as mj
 from experiments.cli import main
 from experiments.images import ModelName, load_images, make_apply, make_model, make_role
 from experiments.optimizers import LearningRateSchedule, sgd
-from experiments.scenario import Method, Scenario, choose
-from experiments.transfers import TransferConfig, parse_routes
+from experiments.scenario import Reader, Scenario, choose
+from experiments.transfers import Objective, TransferConfig, parse_routes
 from merge_jax.parallel import DATA_AXIS
-from merge_jax.tasks import ClassificationLoss, ModelApply, with_features
-
-MethodName = Literal["vanilla", "share", "kd", "rkd", "dkd", "nkd", "mergenet", "mergenet_kd"]
+from merge_jax.tasks import ClassificationLoss, Outputs, with_features
+from merge_jax.types import ModelApply, TeacherFn
 
 ROUTES = {
     "stage1_0/expand/kernel": "stage1_0/conv1/kernel",
@@ -51,12 +50,19 @@ CIFAR_ROUTES = (
 )
 
 
+AGREE = ("stage1_0=stage1_0", "stage2_0=stage2_0", "stage3_0=stage3_0", "features=features")
+CIFAR_AGREE = (
+    *("stage2_1=stage1_1", "stage3_2=stage2_1", "stage5_2=stage3_1", "stage7_0=stage4_1"),
+    "features=features",
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config(TransferConfig):
     """Options of the experiment."""
 
-    methods: tuple[MethodName, ...] = ("vanilla", "share", "kd", "mergenet")
-    """Methods to compare."""
+    methods: tuple[str, ...] = ("vanilla", "share", "kd", "mergenet")
+    """Methods to compare: a transfer, an objective, or both as in share_agree; see experiments/README.md."""
     data: str = "digits"
     """digits, a TFDS set such as cifar100, or a folder (./name) of train/<class>/ and test/<class>/ images."""
     data_dir: Path | None = None
@@ -77,6 +83,9 @@ class Config(TransferConfig):
     """Stages of the small networks, 1 to 3: fewer compile faster, and lack the routes of the others."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the computation in both networks; parameters are float32."""
+    agree: tuple[str, ...] = AGREE
+    """Layers whose features are to agree, as target=source, in the methods with agree in their names; see
+    merge_jax.agreeing."""
     learning_rate: float = 0.1
     """Learning rate of both models' SGD (momentum 0.9, weight decay 5e-4)."""
     learning_rate_schedule: LearningRateSchedule = "cosine"
@@ -120,11 +129,14 @@ _PAPER = replace(
     adapter_learning_rate=1e-3,
     update="surrogate",
     routes=("stage6_2/project/kernel=fc/kernel",),
+    agree=("stage2_1=stage1_2", "stage4_3=stage2_3", "stage6_2=stage3_5", "stage7_0=stage4_2", "features=features"),
     stop=1.0,
     num_layers=2,
     capped=False,
     output="official",
 )
+
+_BASELINES = ("vanilla", "share", "kd", "rkd", "dkd", "nkd", "mergenet", "mergenet_kd")
 
 PRESETS = {
     "default": Config(),
@@ -135,6 +147,7 @@ PRESETS = {
         source_steps=200,
         steps=100,
         routes=("fc/kernel=fc/kernel",),
+        agree=("stage1_0=stage1_0", "features=features"),
         cycle=1,
         stop=1.0,
         attention_dropout=0.0,
@@ -146,7 +159,7 @@ PRESETS = {
         _CIFAR100,
         seeds=3,
         # Without rkd: its angles, the cube of the batch by the features, take ten times the step on a CPU.
-        methods=tuple(name for name in get_args(MethodName) if name != "rkd"),
+        methods=tuple(name for name in _BASELINES if name != "rkd"),
         image_size=16,
         validation=1000,
         labels=5000,
@@ -157,9 +170,10 @@ PRESETS = {
         target_model="mobilenet_v2_half",
         learning_rate_schedule="cosine",
         routes=(*CIFAR_ROUTES, "fc/kernel=fc/kernel"),
+        agree=CIFAR_AGREE,
     ),
-    "short": replace(_PAPER, seeds=3, epochs=30, validation=5000, checkpoint_every=1, methods=get_args(MethodName)),
-    "paper": replace(_PAPER, seeds=3, methods=get_args(MethodName)),
+    "short": replace(_PAPER, seeds=3, epochs=30, validation=5000, checkpoint_every=1, methods=_BASELINES),
+    "paper": replace(_PAPER, seeds=3, methods=_BASELINES),
 }
 
 
@@ -188,7 +202,8 @@ def build(config: Config) -> Scenario:
 
     source_apply, target_apply = make_apply(source, data), make_apply(target, data)
     num_steps = schedule.target.steps
-    methods = _methods(config, source_apply, target_apply, partial(task, steps=num_steps), num_steps)
+    objectives = _objectives(config, source_apply, target_apply, partial(task, steps=num_steps))
+    methods = config.methods_of(lambda make: make(parse_routes(config.routes)), num_steps, objectives)
     return Scenario(
         name="cross_structure",
         source=roles["source"],
@@ -201,10 +216,10 @@ def build(config: Config) -> Scenario:
     )
 
 
-def _methods(
-    config: Config, source_apply: ModelApply, target_apply: ModelApply, task: Callable[..., mj.Task], num_steps: int
-) -> dict[str, Method]:
-    """Returns all methods; the losses of distillation are the label's cross entropy and theirs."""
+def _objectives(
+    config: Config, source_apply: ModelApply, target_apply: ModelApply, task: Callable[..., mj.Task]
+) -> dict[str, Callable[[], Objective]]:
+    """Returns what the target may learn; the losses of distillation are the label's cross entropy and theirs."""
 
     def kd(logits: Any, batch: mj.Batch) -> Any:
         return mj.distillation_loss(
@@ -214,6 +229,14 @@ def _methods(
             temperature=config.temperature,
             weight=config.distillation_weight,
         )
+
+    def kd_mixed(outputs: Any, batch: mj.Batch) -> Any:
+        labelled = mj.cross_entropy(outputs.logits, batch["label"])
+        weight = config.distillation_weight
+        matched = mj.distillation_loss(
+            outputs.features, batch["mixed_logits"], batch["label"], temperature=config.temperature, weight=1.0
+        )
+        return (1 - weight) * labelled + weight * matched
 
     def rkd(outputs: Any, batch: mj.Batch) -> Any:
         labelled = mj.cross_entropy(outputs.logits, batch["label"])
@@ -227,21 +250,41 @@ def _methods(
         label = batch["label"]
         return mj.cross_entropy(logits, label) + mj.nkd_loss(logits, batch["teacher_logits"], label)
 
-    routes = parse_routes(config.routes)
-    lpka = config.lpka(routes, num_steps)
+    source = Reader(source_apply, ("image",), mj.classification_loss)
     teacher = mj.logits_teacher(source_apply)
     feature_teacher = mj.logits_teacher(with_features(source_apply))
-    plain, distilled = task(target_apply), task(target_apply, loss=kd)
+    agreeing = partial(config.agreeing, source, target_apply)
     return {
-        "vanilla": Method(plain),
-        "share": Method(plain, mj.share_transfer(routes), config.stop),
-        "kd": Method(distilled, teacher=teacher),
-        "rkd": Method(task(with_features(target_apply), loss=rkd), teacher=feature_teacher),
-        "dkd": Method(task(target_apply, loss=dkd), teacher=teacher),
-        "nkd": Method(task(target_apply, loss=nkd), teacher=teacher),
-        "mergenet": Method(plain, lpka, config.stop),
-        "mergenet_kd": Method(distilled, lpka, config.stop, teacher),
+        "": lambda: Objective(task(target_apply)),
+        "kd": lambda: Objective(task(target_apply, loss=kd), teacher),
+        "kd_mixed": lambda: Objective(task(_and_mixed(target_apply), loss=kd_mixed), _mixed_teacher(source_apply)),
+        "rkd": lambda: Objective(task(with_features(target_apply), loss=rkd), feature_teacher),
+        "dkd": lambda: Objective(task(target_apply, loss=dkd), teacher),
+        "nkd": lambda: Objective(task(target_apply, loss=nkd), teacher),
+        "agree": lambda: agreeing(task),
+        "kd_agree": lambda: agreeing(partial(task, loss=kd), teacher),
     }
+
+
+def _and_mixed(apply_fn: ModelApply) -> ModelApply:
+    """Returns the apply function with the logits of mixed images beside those of the images, as `Outputs.features`."""
+
+    def apply(variables: Any, images: Any, **options: Any) -> Any:
+        outputs = apply_fn(variables, images, **options)
+        between = apply_fn(variables, mj.mixed(images), **options)
+        if options.get("mutable"):
+            return Outputs(outputs[0], between[0]), outputs[1]
+        return Outputs(outputs, between)
+
+    return apply
+
+
+def _mixed_teacher(apply_fn: ModelApply) -> TeacherFn:
+    def teacher(params: mj.Params, model_state: Any, batch: mj.Batch) -> mj.Batch:
+        logits = apply_fn({"params": params, **model_state}, mj.mixed(batch["image"]), train=False)
+        return {**batch, "mixed_logits": logits}
+
+    return teacher
 
 
 if __name__ == "__main__":

@@ -19,22 +19,19 @@ mergenet with two output forms, residual and warm. What was measured stands in e
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import jax
 
 import merge_jax as mj
 from experiments.cli import main
-from experiments.cross_structure import CIFAR_ROUTES, ROUTES
-from experiments.scenario import Learner, Method, Scenario, choose
+from experiments.cross_structure import AGREE, CIFAR_AGREE, CIFAR_ROUTES, ROUTES
+from experiments.scenario import Learner, Scenario, choose
 from experiments.several import side_by_side
 from experiments.tasks import TASKS, ModelName, Spec, TaskConfig, TaskName
 from experiments.texts import TextSource
 from experiments.transfers import parse_routes
 from merge_jax.data import num_examples
-from merge_jax.transfer import OutputForm
-
-MethodName = Literal["vanilla", "share", "mergenet_residual", "mergenet_warm"]
 
 _BY_DEPTH = "by depth"
 
@@ -43,8 +40,8 @@ _BY_DEPTH = "by depth"
 class Config(TaskConfig):
     """Options of the experiment."""
 
-    methods: tuple[MethodName, ...] = get_args(MethodName)
-    """Methods to compare."""
+    methods: tuple[str, ...] = ("vanilla", "share", "mergenet_residual", "mergenet_warm")
+    """Methods to compare: a transfer, an objective, or both as in share_agree; see experiments/README.md."""
     source_task: tuple[TaskName, ...] = ("qa",)
     """What the source learns; several tasks are several sources, one model each."""
     target_task: TaskName = "sentiment"
@@ -87,7 +84,15 @@ class Config(TaskConfig):
             raise ValueError(f"a source task stands twice in {self.source_task}")
 
 
-_TEXT = Config(labels=800, batch_size=32, source_steps=500, steps=300, report_every=30, checkpoint_every=150)
+_TEXT = Config(
+    agree=("encoder/layer_0=encoder/layer_1", "encoder/layer_1=encoder/layer_3"),
+    labels=800,
+    batch_size=32,
+    source_steps=500,
+    steps=300,
+    report_every=30,
+    checkpoint_every=150,
+)
 _IMAGES = Config(
     source_task=("digits",),
     target_task="parity_and_size",
@@ -96,6 +101,7 @@ _IMAGES = Config(
     labels=100,
     learning_rate=0.1,
     routes=tuple(f"{target}={source}" for target, source in ROUTES.items()),
+    agree=AGREE,
 )
 
 PRESETS = {
@@ -108,6 +114,7 @@ PRESETS = {
         steps=100,
         methods=("vanilla", "share", "mergenet_warm"),
         routes=("fc/kernel=fc/kernel",),
+        agree=("stage1_0=stage1_0", "features=features"),
         cycle=1,
         stop=1.0,
         attention_dropout=0.0,
@@ -143,6 +150,7 @@ PRESETS = {
         report_every=1,
         checkpoint_every=5,
         routes=CIFAR_ROUTES,
+        agree=CIFAR_AGREE,
     ),
     "paper": replace(
         _TEXT,
@@ -161,6 +169,7 @@ PRESETS = {
         learning_rate=5e-5,
         adapter_learning_rate=1e-3,
         num_layers=2,
+        agree=("encoder/layer_2=encoder/layer_5", "encoder/layer_5=encoder/layer_11"),
     ),
 }
 
@@ -182,21 +191,13 @@ def build(config: Config) -> Scenario:
     schedule = config.schedule(*lengths)
     source_steps = (schedule.target if config.source == "live" else schedule.source).steps
     num_steps = schedule.target.steps
-    plain = mj.Task(target.loss_fn, target.optimizer(config.learning_rate, num_steps))
+    objectives = config.objectives_of(source, target, target.optimizer(config.learning_rate, num_steps))
 
-    def transfer(make: Any) -> mj.Transfer:
+    def bind(make: Any) -> mj.Transfer:
         by_source = {name: make(_routes(config, learner, target)) for name, learner in sources.items()}
         return by_source[config.source_task[0]] if len(by_source) == 1 else mj.several_sources(by_source)
 
-    def lpka(output: OutputForm) -> mj.Transfer:
-        return transfer(lambda routes: config.lpka(routes, num_steps, output=output))
-
-    methods = {
-        "vanilla": Method(plain),
-        "share": Method(plain, transfer(mj.share_transfer), config.stop),
-        "mergenet_residual": Method(plain, lpka("residual"), config.stop),
-        "mergenet_warm": Method(plain, lpka("warm"), config.stop),
-    }
+    methods = config.methods_of(bind, num_steps, objectives)
     return Scenario(
         name="cross_task",
         source=source.role,

@@ -17,7 +17,7 @@ import numpy as np
 import merge_jax as mj
 from experiments.images import VisionModelName, make_vision_encoder
 from experiments.optimizers import adamw
-from experiments.scenario import Learner, Role, Samples
+from experiments.scenario import Learner, Reader, Role, Samples
 from experiments.texts import TextModelName, make_text_encoder, read_weights, started, told
 from merge_jax.checks import check_choice
 from merge_jax.data import (
@@ -223,7 +223,8 @@ def image_text_learner(
         return {**params, **{encoder: started(one, params[encoder]) for encoder, one in given.items()}}, {}
 
     role = Role(name, init, splits, parts.evaluate, parts.metric, samples=parts.samples)
-    return Learner(role, parts.loss_fn, adamw, attention=_ATTENTION)
+    loss_fn = parts.reader.loss(parts.reader.apply)
+    return Learner(role, loss_fn, adamw, attention=_ATTENTION, reader=parts.reader)
 
 
 def _scale_of_pixels(found: VisualQuestionSet | CaptionSet, weights: Path | None) -> tuple[Sequence[float], ...]:
@@ -244,7 +245,7 @@ class _Parts:
 
     arrays: tuple[Arrays, Arrays]
     learned: tuple[str, ...]
-    loss_fn: mj.LossFn
+    reader: Reader
     evaluate: Any
     metric: str
     samples: Samples
@@ -282,8 +283,8 @@ def _answerer(found: VisualQuestionSet, make: Any, pixels: Any, reading: Reading
     right = [_commonest_first(answers[i]) for i in few["example"]]
     predict = mj.predict_answers(apply, vocabulary)
     samples = Samples(partial(_read, few), asked, right, lambda params, state: predict(params, state, few))
-    loss_fn = mj.vqa_loss(apply)
-    return module, _Parts((train, test), ("image", "tokens", "answers"), loss_fn, evaluate, "accuracy", samples)
+    reader = Reader(apply, ("image", "tokens"), mj.vqa_loss)
+    return module, _Parts((train, test), ("image", "tokens", "answers"), reader, evaluate, "accuracy", samples)
 
 
 def _finder(found: CaptionSet, module: Any, pixels: Any, encode: Any) -> _Parts:
@@ -314,8 +315,8 @@ def _finder(found: CaptionSet, module: Any, pixels: Any, encode: Any) -> _Parts:
 
     fitting = [captions_of[int(group)] for group in few["group"]]
     samples = Samples(partial(_read, few), [""] * len(fitting), fitting, answer)
-    loss_fn = mj.retrieval_loss(apply)
-    return _Parts((train, test), ("image", "tokens", "group"), loss_fn, evaluate, "mean_recall", samples)
+    reader = Reader(apply, ("image", "tokens"), mj.retrieval_loss)
+    return _Parts((train, test), ("image", "tokens", "group"), reader, evaluate, "mean_recall", samples)
 
 
 def _check_ranks(what: str, arrays: Arrays) -> None:

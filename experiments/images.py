@@ -13,7 +13,7 @@ import numpy as np
 
 import merge_jax as mj
 from experiments.optimizers import adamw, sgd
-from experiments.scenario import Learner, Role
+from experiments.scenario import Learner, Reader, Role
 from merge_jax.checks import check_choice
 from merge_jax.data import (
     Arrays,
@@ -28,7 +28,8 @@ from merge_jax.data import (
     scene_shapes,
     split,
 )
-from merge_jax.tasks import ModelApply, on_pixels
+from merge_jax.tasks import on_pixels
+from merge_jax.types import ModelApply
 
 __all__ = [
     "VISION_ATTENTION",
@@ -248,8 +249,9 @@ def image_learner(
         module = make_model(model, data.num_classes, stages=stages)
         optimizer, attention = partial(sgd, schedule="cosine"), {}
     role = make_role(f"{model} ({task})", module, data, labels=labels)
-    classify = partial(mj.classification_loss, make_apply(module, data))
-    return Learner(role, classify(), optimizer, classify, attention)
+    apply = make_apply(module, data)
+    reader = Reader(apply, ("image",), mj.classification_loss)
+    return Learner(role, reader.loss(apply), optimizer, partial(mj.classification_loss, apply), attention, reader)
 
 
 def make_vision_encoder(

@@ -17,10 +17,10 @@ from merge_jax.epoch import Augment
 from merge_jax.joint import Task
 from merge_jax.tasks import ClassificationLoss
 from merge_jax.transfer import identity_transfer
-from merge_jax.types import LossFn, ModelState, Params, TeacherFn, Transfer
+from merge_jax.types import LossFn, ModelApply, ModelState, Params, TeacherFn, Transfer
 from merge_jax.weights import load_params
 
-__all__ = ["Learner", "Method", "Role", "Samples", "Scenario", "choose"]
+__all__ = ["Learner", "Method", "Reader", "Role", "Samples", "Scenario", "choose"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,20 @@ class Role:
     samples: Samples | None = None
 
 
+class Reader(NamedTuple):
+    """How a model reads its inputs, for losses that look inside of it.
+
+    Attributes:
+      apply: its apply function.
+      inputs: the entries of a batch that it reads.
+      loss: `apply function -> loss function` of what it learns.
+    """
+
+    apply: ModelApply
+    inputs: tuple[str, ...]
+    loss: Callable[[ModelApply], LossFn]
+
+
 class Learner(NamedTuple):
     """A model of a scenario with what it learns.
 
@@ -74,6 +88,7 @@ class Learner(NamedTuple):
       optimizer: `(learning rate, steps) -> optimizer` that is usual for it.
       classify: `loss -> loss function` of a classifier, with another loss of its logits; None for other models.
       attention: its attention blocks as a pattern of paths, by what they attend to: `vision`, `text`.
+      reader: how it reads its inputs; None for several models in one.
     """
 
     role: Role
@@ -81,6 +96,7 @@ class Learner(NamedTuple):
     optimizer: Callable[[float, int], optax.GradientTransformation]
     classify: Callable[[ClassificationLoss], LossFn] | None = None
     attention: Mapping[str, str] = MappingProxyType({})
+    reader: Reader | None = None
 
 
 @dataclass(frozen=True)
@@ -127,8 +143,8 @@ class Scenario:
     attach: Callable[[Path], None] | None = None
 
 
-def choose(methods: Mapping[str, Method], names: Sequence[str]) -> dict[str, Method]:
-    """Returns the named methods in the order of their names.
+def choose(methods: Mapping[str, Callable[[], Method]], names: Sequence[str]) -> dict[str, Method]:
+    """Returns the named methods in the order of their names; only these are made.
 
     Raises:
       ValueError: no names, a name that is no method's, or one that stands twice.
@@ -140,5 +156,5 @@ def choose(methods: Mapping[str, Method], names: Sequence[str]) -> dict[str, Met
         check_choice("method", name, methods)
         if name in chosen:
             raise ValueError(f"the method {name!r} is named twice")
-        chosen[name] = methods[name]
+        chosen[name] = methods[name]()
     return chosen

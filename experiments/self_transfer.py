@@ -16,20 +16,18 @@ in experiments/README.md.
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
 import tyro
 
 import merge_jax as mj
 from experiments.cli import main
-from experiments.scenario import Method, Scenario, choose
+from experiments.scenario import Scenario, choose
 from experiments.tasks import ModelName, Spec, TaskConfig, TaskName
 from experiments.texts import TextSource
-from experiments.transfers import parse_routes
+from experiments.transfers import Objective, parse_routes
 from merge_jax.data import num_examples
-
-MethodName = Literal["vanilla", "share", "tf_kd", "mergenet_residual", "mergenet_warm"]
 
 _BY_DEPTH = "by depth"
 _MOBILENET = ("stage1_0/expand/kernel=stage3_0/expand/kernel", "stage2_0/expand/kernel=head/kernel")
@@ -40,8 +38,8 @@ _RESNET = ("stage1_0/conv2/kernel=stage3_0/conv2/kernel", "stage2_0/conv2/kernel
 class Config(TaskConfig):
     """Options of the experiment."""
 
-    methods: tuple[MethodName, ...] = get_args(MethodName)
-    """Methods to compare."""
+    methods: tuple[str, ...] = ("vanilla", "share", "tf_kd", "mergenet_residual", "mergenet_warm")
+    """Methods to compare: a transfer, an objective, or both as in share_agree; see experiments/README.md."""
     task: TaskName = "digits"
     """What the model learns."""
     model: ModelName = "small_mobilenet_v2"
@@ -144,20 +142,12 @@ def build(config: Config) -> Scenario:
     num_steps = schedule.target.steps
     optimizer = learner.optimizer(config.learning_rate, num_steps)
     routes = _routes(config, learner.role.init)
-    plain = mj.Task(learner.loss_fn, optimizer)
-
-    def mergenet(output: Literal["residual", "warm"]) -> Method:
-        return Method(plain, mj.self_transfer(config.lpka(routes, num_steps, output=output)), config.stop)
-
-    methods = {
-        "vanilla": Method(plain),
-        "share": Method(plain, mj.self_transfer(mj.share_transfer(routes)), config.stop),
-        "mergenet_residual": mergenet("residual"),
-        "mergenet_warm": mergenet("warm"),
-    }
-    if learner.classify is not None:
-        smoothed = learner.classify(lambda logits, batch: mj.tf_kd_loss(logits, batch["label"]))
-        methods["tf_kd"] = Method(mj.Task(smoothed, optimizer))
+    objectives = config.objectives_of(None, learner, optimizer)
+    classify = learner.classify
+    if classify is not None:
+        smoothed = classify(lambda logits, batch: mj.tf_kd_loss(logits, batch["label"]))
+        objectives["tf_kd"] = lambda: Objective(mj.Task(smoothed, optimizer))
+    methods = config.methods_of(lambda make: mj.self_transfer(make(routes)), num_steps, objectives)
     return Scenario(
         name="self_transfer",
         source=None,

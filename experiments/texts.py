@@ -14,7 +14,7 @@ import numpy as np
 
 import merge_jax as mj
 from experiments.optimizers import adamw
-from experiments.scenario import Learner, Role
+from experiments.scenario import Learner, Reader, Role
 from merge_jax.checks import check_choice
 from merge_jax.data import (
     Arrays,
@@ -213,7 +213,7 @@ def text_learner(
     if isinstance(texts, QuestionSet):
         module: Any = mj.models.SpanExtractor(encoder)
         train, test, evaluate = _questions(texts, tokens, max_length, too_long, module.apply)
-        loss_fn, classify, metric = mj.span_loss(module.apply), None, "f1"
+        loss, classify, metric = mj.span_loss, None, "f1"
     else:
         _check_classes(texts.name, texts.train, texts.classes)
         pooler = "tanh" if encoder.num_segments else "relu"
@@ -223,8 +223,8 @@ def text_learner(
             for part in (texts.train, texts.test)
         )
         evaluate = mj.evaluate_classifier(module.apply, inputs="tokens", batch_size=_EVALUATED_AT_ONCE)
-        classify = partial(mj.classification_loss, module.apply, inputs="tokens")
-        loss_fn, metric = classify(), "accuracy"
+        loss: Any = partial(mj.classification_loss, inputs="tokens")
+        classify, metric = partial(loss, module.apply), "accuracy"
     _check_sizes(texts.name, num_examples(train), validation, labels)
 
     @jax.jit
@@ -250,7 +250,8 @@ def text_learner(
         return read_weights(path, params).params
 
     role = Role(name, init, lru_cache(maxsize=1)(splits), evaluate, metric, load=load)
-    return Learner(role, loss_fn, adamw, classify, {"text": TEXT_ATTENTION})
+    reader = Reader(module.apply, ("tokens",), loss)
+    return Learner(role, loss(module.apply), adamw, classify, {"text": TEXT_ATTENTION}, reader)
 
 
 def _questions(

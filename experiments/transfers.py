@@ -1,16 +1,31 @@
-"""Options of the transfer that every experiment has, and what they make."""
+"""Options of the transfer that every experiment has, and the methods that they make."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
+from typing import Any, Literal, NamedTuple
 
 import optax
 
 import merge_jax as mj
 from experiments.config import RunConfig, Schedule
+from experiments.scenario import Learner, Method, Reader
 from merge_jax.transfer import OutputForm
+from merge_jax.types import ModelApply, TeacherFn
 
-__all__ = ["TransferConfig", "parse_routes"]
+__all__ = ["Objective", "TransferConfig", "parse_routes"]
+
+Routes = Sequence[mj.Route]
+Bind = Callable[[Callable[[Routes], mj.Transfer]], mj.Transfer]
+"""Makes a transfer of a factory: for the routes at hand, from one source, from several, or inside one model."""
+
+
+class Objective(NamedTuple):
+    """What a target learns, and what of the source it is shown for it."""
+
+    task: mj.Task
+    teacher: TeacherFn | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +52,13 @@ class TransferConfig(RunConfig):
     """Learning rate of the adapter's AdamW."""
     adapter_schedule: Literal["constant", "cosine"] = "constant"
     """Course of that rate; cosine falls to 0 after the first 2 percent of the run, as published."""
+    agree: tuple[str, ...] = ()
+    """Layers whose features are to agree, as target=source, in the methods with agree in their names; see
+    merge_jax.agreeing."""
+    agreement: float = 20.0
+    """Weight of their disagreement in the target's loss."""
+    view: Literal["mixed", "plain"] = "mixed"
+    """What they are compared on: images between those of the batch (text as it is), or the batch itself."""
 
     def check(self) -> None:
         """Raises ValueError for an option out of range."""
@@ -45,6 +67,9 @@ class TransferConfig(RunConfig):
             raise ValueError(f"adapter_learning_rate must be above 0, got {self.adapter_learning_rate}")
         if not 0 <= self.stop <= 1:
             raise ValueError(f"stop must be a fraction in [0, 1], got {self.stop}")
+        if not 0 <= self.agreement < float("inf"):
+            raise ValueError(f"agreement must be 0 or more, got {self.agreement}")
+        _pairs(self.agree, "a pair of layers", "stage1_0=stage1_0")
 
     def lpka(self, routes: Any, num_steps: int, *, output: OutputForm | None = None) -> mj.Transfer:
         """Returns the transfer of these options for a run of so many steps, maybe in another output form."""
@@ -61,6 +86,105 @@ class TransferConfig(RunConfig):
             max_width=512 if self.capped else None,
             max_hidden=1024 if self.capped else None,
         )
+
+    def methods_of(
+        self,
+        bind: Bind,
+        num_steps: int,
+        objectives: Mapping[str, Callable[[], Objective]],
+    ) -> dict[str, Callable[[], Method]]:
+        """Returns what makes each method: every transfer with every objective.
+
+        Args:
+          bind: makes a transfer of a factory; see `Bind`.
+          num_steps: of the run.
+          objectives: by name, as the methods have them; `""` is the target's own task. A method is named after its
+            transfer and its objective (`share_agree`), and after one of the two where the other is none (`share`,
+            `agree`); `vanilla` has neither.
+        """
+
+        def method(transfer: Callable[[Routes], mj.Transfer] | None, objective: Callable[[], Objective]) -> Method:
+            task, teacher = objective()
+            if transfer is None:
+                return Method(task, teacher=teacher)
+            return Method(task, bind(transfer), self.stop, teacher)
+
+        methods = {}
+        for (name, transfer), (of, objective) in product(self._factories(num_steps).items(), objectives.items()):
+            full_name = "_".join(part for part in (name, of) if part) or "vanilla"
+            methods[full_name] = partial(method, transfer, objective)
+        return methods
+
+    def _factories(self, num_steps: int) -> dict[str, Callable[[Routes], mj.Transfer] | None]:
+        """Returns the transfers by name: factories of a transfer of routes; `""` is none."""
+
+        def lpka(output: OutputForm | None = None) -> Callable[[Routes], mj.Transfer]:
+            return lambda routes: self.lpka(routes, num_steps, output=output)
+
+        def itself(routes: Routes) -> mj.Transfer:
+            routes = [replace(route, source=route.target) for route in routes]
+            return mj.self_transfer(lpka("residual")(routes))
+
+        return {
+            "": None,
+            "share": mj.share_transfer,
+            "mergenet": lpka(),
+            "mergenet_official": lpka("official"),
+            "mergenet_residual": lpka("residual"),
+            "mergenet_warm": lpka("warm"),
+            "selection": mj.weight_selection_transfer,
+            "linear_operators": mj.linear_operator_transfer,
+            "generator": mj.parameter_generator_transfer,
+            "transport": mj.optimal_transport_transfer,
+            # Controls: as many parameters as mergenet's, which read nothing, or the target itself.
+            "no_source": lambda routes: mj.without_source(lpka("residual")(routes)),
+            "itself": itself,
+        }
+
+    def objectives_of(
+        self, source: Learner | None, target: Learner, optimizer: optax.GradientTransformation
+    ) -> dict[str, Callable[[], Objective]]:
+        """Returns the objectives of any task: its own, `""`, and `agree`, with its features drawn to the source's."""
+        reader = target.reader
+        assert reader is not None  # Several models in one only give.
+
+        def agree() -> Objective:
+            of_source = None if source is None else source.reader
+            return self.agreeing(of_source, reader.apply, lambda apply: mj.Task(reader.loss(apply), optimizer))
+
+        return {"": lambda: Objective(mj.Task(target.loss_fn, optimizer)), "agree": agree}
+
+    def agreeing(
+        self,
+        source: Reader | None,
+        apply: ModelApply,
+        task: Callable[[ModelApply], mj.Task],
+        teacher: TeacherFn | None = None,
+    ) -> Objective:
+        """Returns an objective with the target's features drawn to the source's.
+
+        Args:
+          source: the model that gives.
+          apply: the target's apply function.
+          task: makes a task of the target of its apply function.
+          teacher: what else the target is shown of the source.
+
+        Raises:
+          ValueError: no layers that could agree, or a source that cannot be looked into.
+        """
+        if source is None:
+            raise ValueError("a method with agree needs one source that is a model of its own")
+        if not self.agree:
+            raise ValueError("a method with agree needs layers: --agree target=source, such as stage1_0=stage1_0")
+        target_layers, source_layers = zip(*_pairs(self.agree, "a pair of layers", "stage1_0=stage1_0"), strict=True)
+        view = mj.mixed if self.view == "mixed" else None
+        of_features = mj.features_teacher(source.apply, source_layers, inputs=source.inputs, view=view)
+
+        def both(params: Any, model_state: Any, batch: Any) -> Any:
+            batch = of_features(params, model_state, batch)
+            return batch if teacher is None else teacher(params, model_state, batch)
+
+        return Objective(task(mj.agreeing(apply, target_layers, weight=self.agreement, view=view)), both)
 
     def adapter_optimizer(self, schedule: Schedule) -> optax.GradientTransformation:
         """Returns the adapter's AdamW; its rate goes by the number of its own updates, one a transfer."""
@@ -82,10 +206,22 @@ def parse_routes(words: Iterable[str]) -> list[mj.Route]:
       ValueError: a word that is no such pair.
     """
     routes = []
-    for word in words:
-        target, equals, source = word.partition("=")
-        if not (target and equals and source):
-            raise ValueError(f"a route must be target=source, such as fc/kernel=fc/kernel, got {word!r}")
+    for target, source in _pairs(words, "a route", "fc/kernel=fc/kernel"):
         blocks = target.endswith("attention") and source.endswith("attention")
         routes.append(mj.Route(target, source, view="attention" if blocks else None))
     return routes
+
+
+def _pairs(words: Iterable[str], noun: str, example: str) -> list[tuple[str, str]]:
+    """Returns the two sides of each word.
+
+    Raises:
+      ValueError: a word that is no `target=source`.
+    """
+    pairs = []
+    for word in words:
+        target, equals, source = word.partition("=")
+        if not (target and equals and source):
+            raise ValueError(f"{noun} must be target=source, such as {example}, got {word!r}")
+        pairs.append((target, source))
+    return pairs
