@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 import optax
 
+from experiments.controls import SourceControl
 from merge_jax.checks import check_at_least_one
 from merge_jax.joint import UpdateRule
 
@@ -57,6 +58,10 @@ class RunConfig:
     snapshots: int = 8
     """About how many steps of its training a trajectory that is trained here has; one that is read has those that were
     saved, which are all if its run was one with --source trajectory."""
+    source_control: SourceControl = "none"
+    """A source to compare a trained one with. Random: as it starts, never trained. Shuffled: the trained entries of
+    each leaf permuted among themselves. Noise: normal numbers of each leaf's mean and deviation. Other_seed: trained on
+    the same split from another start, on other batches."""
     source_steps: int = 400
     """Steps of training the source before the transfer; a live source takes --steps instead."""
     steps: int = 300
@@ -110,6 +115,13 @@ class RunConfig:
             )
         if self.source == "trajectory" and self.vectorized:
             raise ValueError("a trajectory is read seed by seed: leave out --vectorized")
+        if self.source_control != "none" and self.source not in ("pretrained", "frozen"):
+            raise ValueError(
+                f"source_control is for a source that is pretrained or frozen; this one is {self.source}: "
+                f"leave out {self.source_control}"
+            )
+        if self.source_control == "other_seed" and self.source == "frozen":
+            raise ValueError("source_control other_seed trains a source of another seed: leave out --source frozen")
         if self.checkpoint_every < 1 or self.checkpoint_every % self.report_every:
             raise ValueError(
                 f"checkpoint_every must be a multiple of report_every, "

@@ -50,6 +50,8 @@ class Config(TaskConfig):
     """The network that gives."""
     target_model: ModelName = "small_distilbert"
     """The network that receives."""
+    source_learning_rate: float | None = None
+    """Learning rate of the source; that of both by default."""
     source_data: str = "synthetic"
     """Text of the source: synthetic; tfds for SQuAD v2 (qa), IMDb (sentiment) or AG News (topic); the name of another
     set of TFDS; or a .tsv, .csv or .jsonl file, for qa one in the layout of SQuAD."""
@@ -82,6 +84,8 @@ class Config(TaskConfig):
             raise ValueError(f"source_task must name one or more of {', '.join(TASKS)}")
         if len(set(self.source_task)) < len(self.source_task):
             raise ValueError(f"a source task stands twice in {self.source_task}")
+        if self.source_learning_rate is not None and not 0 < self.source_learning_rate < float("inf"):
+            raise ValueError(f"source_learning_rate must be above 0, got {self.source_learning_rate}")
 
 
 _TEXT = Config(
@@ -191,6 +195,7 @@ def build(config: Config) -> Scenario:
     schedule = config.schedule(*lengths)
     source_steps = (schedule.target if config.source == "live" else schedule.source).steps
     num_steps = schedule.target.steps
+    source_rate = config.learning_rate if config.source_learning_rate is None else config.source_learning_rate
     objectives = config.objectives_of(source, target, target.optimizer(config.learning_rate, num_steps))
 
     def bind(make: Any) -> mj.Transfer:
@@ -202,7 +207,7 @@ def build(config: Config) -> Scenario:
         name="cross_task",
         source=source.role,
         target=target.role,
-        source_task=mj.Task(source.loss_fn, source.optimizer(config.learning_rate, source_steps)),
+        source_task=mj.Task(source.loss_fn, source.optimizer(source_rate, source_steps)),
         methods=choose(methods, config.methods),
         schedule=schedule,
         adapter_optimizer=config.adapter_optimizer(schedule),

@@ -9,7 +9,6 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -90,10 +89,7 @@ class Architecture:
     @property
     def text_attributes(self) -> dict[str, Any]:
         """Attributes of the text encoder that are not its usual ones."""
-        if self.text.endswith("_base"):
-            return self._sizes
-        # As in vision: kernels of a source at another scale would change the target by that alone.
-        return {**self._sizes, "kernel_init": nn.initializers.xavier_uniform()}
+        return self._sizes
 
     @property
     def _sizes(self) -> dict[str, Any]:

@@ -48,6 +48,7 @@ __all__ = [
 
 ModelName = Literal[
     "small_resnet",
+    "small_resnet_half",
     "resnet18",
     "resnet18_quarter",
     "resnet50",
@@ -55,7 +56,7 @@ ModelName = Literal[
     "mobilenet_v2",
     "mobilenet_v2_half",
 ]
-"""`resnet18_quarter` is ResNet18 with a quarter of its channels; the others are `merge_jax.models`."""
+"""`resnet18_quarter` and `small_resnet_half` have that part of the channels; the others are `merge_jax.models`."""
 
 VisionModelName = Literal["small_vit", "tiny_vit", "vit_base"]
 """The vision transformers of `merge_jax.models`."""
@@ -176,6 +177,8 @@ def make_model(name: str, num_classes: int, *, stages: int, **options: Any) -> m
         return mj.models.resnet18(num_classes, width=0.25, **options)
     if name.startswith("small_"):
         options["num_stages"] = stages
+    if name == "small_resnet_half":
+        return mj.models.small_resnet(num_classes, width=0.5, **options)
     return getattr(mj.models, name)(num_classes, **options)
 
 

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.stages import Lowered
@@ -11,6 +11,7 @@ from rich.console import Console
 from tqdm.auto import tqdm
 
 from experiments.config import RunConfig
+from experiments.controls import controlled
 from experiments.report import print_plan, print_results, save_curves
 from experiments.samples import save_samples
 from experiments.scenario import Scenario
@@ -21,17 +22,33 @@ from merge_jax.joint import TrainState
 from merge_jax.parallel import Layout, data_mesh, jit_layout, pmap_layout
 from merge_jax.runs import MetricsLog, RunFolder
 
-__all__ = ["prepare_run"]
+__all__ = ["Checked", "check_run", "numbered_folder", "prepare_run"]
 
 _RUNS = Path("runs")
 
 
-def prepare_run(scenario: Scenario, config: RunConfig) -> Callable[[], None]:
-    """Checks all that can be checked, opens the run folder, and returns the function that trains.
+class Checked(NamedTuple):
+    """A run whose parts fit together.
+
+    Attributes:
+      origin: where the source comes from.
+      stages: what is trained.
+      layout: how it lies on devices.
+      lowered: the traced epoch of each stage.
+    """
+
+    origin: Origin
+    stages: Mapping[str, Stage]
+    layout: Layout
+    lowered: Mapping[str, Lowered]
+
+
+def check_run(scenario: Scenario, config: RunConfig) -> Checked:
+    """Checks all that can be checked without a run folder.
 
     Raises:
-      ValueError: an option out of range, a route or a loss that does not fit the models, data that cannot be
-        had, a run folder that cannot be used.
+      ValueError: an option out of range, a route or a loss that does not fit the models, data or a source that cannot
+        be had.
     """
     origin = origin_of(scenario, config)
     stages = make_stages(scenario, config, origin)
@@ -41,20 +58,31 @@ def prepare_run(scenario: Scenario, config: RunConfig) -> Callable[[], None]:
         layout = jit_layout(data_mesh(config.devices), sharded=config.shard_state)
     # Shapes alone tell whether all fits together.
     side_by_side = config.seeds if _side_by_side(config) else None
+    lowered = {name: stage.lower(layout, steps_per_call(stage), side_by_side) for name, stage in stages.items()}
+    if origin.read is not None:
+        for seed in range(config.seeds):  # What does not fit the model is told now.
+            origin.read(seed)
+    return Checked(origin, stages, layout, lowered)
+
+
+def prepare_run(scenario: Scenario, config: RunConfig) -> Callable[[], None]:
+    """Checks all that can be checked, opens the run folder, and returns the function that trains.
+
+    Raises:
+      ValueError: an option out of range, a route or a loss that does not fit the models, data that cannot be
+        had, a run folder that cannot be used.
+    """
     print("checking that models, data and routes fit together", file=sys.stderr)
     with Console(stderr=True).status("tracing"):
-        lowered = {name: stage.lower(layout, steps_per_call(stage), side_by_side) for name, stage in stages.items()}
-        if origin.read is not None:
-            for seed in range(config.seeds):  # What does not fit the model is told now.
-                origin.read(seed)
-    run_dir = config.run_dir or _numbered_folder(scenario.name, config.resume)
+        checked = check_run(scenario, config)
+    run_dir = config.run_dir or numbered_folder(scenario.name, config.resume)
     folder = RunFolder.open(run_dir, config.identity(), resume=config.resume)
     if scenario.attach is not None and jax.process_index() == 0:
         scenario.attach(folder.path)
 
     def run() -> None:
         try:
-            _run(scenario, config, origin, stages, layout, lowered, folder)
+            _run(scenario, config, checked, folder)
         except KeyboardInterrupt:
             print(
                 f"\ninterrupted; the same command with --resume --run-dir {folder.path} "
@@ -66,7 +94,7 @@ def prepare_run(scenario: Scenario, config: RunConfig) -> Callable[[], None]:
     return run
 
 
-def _numbered_folder(name: str, resume: bool) -> Path:
+def numbered_folder(name: str, resume: bool) -> Path:
     """Returns the last folder `runs/<name>-<number>` to resume, or the next one to make."""
     suffixes = [path.name.removeprefix(f"{name}-") for path in _RUNS.glob(f"{name}-*")]
     last = max((int(suffix) for suffix in suffixes if suffix.isdigit()), default=0)
@@ -76,16 +104,16 @@ def _numbered_folder(name: str, resume: bool) -> Path:
 def _run(
     scenario: Scenario,
     config: RunConfig,
-    origin: Origin,
-    stages: Mapping[str, Stage],
-    layout: Layout,
-    lowered: Mapping[str, Lowered],
+    checked: Checked,
     folder: RunFolder,
 ) -> None:
     """Trains what is not done yet, then prints and saves what came out."""
+    origin, stages, layout, lowered = checked
     log = MetricsLog(folder)
     results = folder.read_json("results.json", [])
     print_plan(scenario, config, origin, layout, folder)
+    if config.source_control != "none":
+        print(f"source control: {config.source_control}")
     if len(results) == config.seeds * len(scenario.methods):
         print("all runs are done already: nothing to train")
     else:
@@ -118,7 +146,10 @@ def _train_all(
     done = {(result["method"], result["seed"]) for result in results}
     groups = [range(config.seeds)] if _side_by_side(config) else [[seed] for seed in range(config.seeds)]
     for seeds in groups:
-        sources = _sources(trainer, origin, stages, seeds, folder)
+        sources = [
+            controlled(config.source_control, source, seed)
+            for seed, source in zip(seeds, _sources(trainer, origin, stages, seeds, folder), strict=True)
+        ]
         for name in scenario.methods:
             if {(name, seed) for seed in seeds} <= done:
                 trainer.skip(stages[name], seeds)
@@ -158,7 +189,7 @@ def _results(
 ) -> list[dict[str, Any]]:
     """Trains one method on some seeds and returns what the table says of each."""
     outcomes = trainer.train(stage, seeds, sources)
-    best = _best_validation(stage, log)
+    validation = _validation(stage, log)
     results = []
     for seed, (state, seconds) in zip(seeds, outcomes, strict=True):
         metrics = {role: stage.test(state, seed, role) for role in ("target", "source")}
@@ -166,8 +197,10 @@ def _results(
             {
                 "method": stage.name,
                 "seed": seed,
+                "target_metric": stage.roles["target"].metric,
                 "target_test": metrics["target"][stage.roles["target"].metric],
-                "target_best_validation": best.get(seed),
+                "target_validation": validation[seed][-1] if seed in validation else None,
+                "target_best_validation": max(validation[seed]) if seed in validation else None,
                 "source_test": metrics["source"][stage.roles["source"].metric] if metrics["source"] else None,
                 "test_metrics": metrics,
                 "answers": stage.answers(state) if seed == 0 else {},
@@ -179,12 +212,12 @@ def _results(
     return results
 
 
-def _best_validation(stage: Stage, log: MetricsLog) -> dict[int, float]:
-    """Returns the target's best validation metric of each seed, over all reports."""
-    best: dict[int, float] = {}
+def _validation(stage: Stage, log: MetricsLog) -> dict[int, list[float]]:
+    """Returns the target's validation metric of each seed, report by report."""
+    values: dict[int, list[float]] = {}
     metric = f"target/validation_{stage.roles['target'].metric}"
     for record in log.records():
         name, _, seed = record["run"].rpartition("-seed")
         if name == stage.name and metric in record:
-            best[int(seed)] = max(best.get(int(seed), 0.0), record[metric])
-    return best
+            values.setdefault(int(seed), []).append(record[metric])
+    return values

@@ -25,9 +25,9 @@ class Origin:
 
     Attributes:
       live: whether it learns beside the target.
-      lengths: how long it is trained on its own before; None where it is not.
+      lengths: how long it is trained on its own before, 0 steps where it is as it starts; None where it is not.
       snapshots: how many steps of its training a trajectory has; None for no trajectory.
-      read: `seed -> source`, where it is read; None where it is trained.
+      read: `seed -> source`, where it is read, or as it starts; None where it is trained.
     """
 
     live: bool = False
@@ -40,19 +40,26 @@ def origin_of(scenario: Scenario, config: RunConfig) -> Origin:
     """Returns where the source of a scenario comes from.
 
     Raises:
-      ValueError: there is no file or run to read it from, or the run has not saved it for every seed.
+      ValueError: there is no file or run to read it from, or the run has not saved it for every seed; a control of
+        the source where the target is its own.
     """
     role, lengths = scenario.source, scenario.schedule.source
     if role is None:
+        if config.source_control != "none":
+            raise ValueError(
+                f"a target that is its own source has none to control: leave out source_control {config.source_control}"
+            )
         return Origin()
-    if config.source == "live":
-        return Origin(live=True)
-    if config.source == "pretrained":
-        return Origin(lengths=lengths)
 
     def start(seed: int) -> TrainState:
         return TrainState(*role.init(initial_key(seed, 0)), None)
 
+    if config.source_control == "random":
+        return Origin(lengths=lengths._replace(steps=0), read=start)
+    if config.source == "live":
+        return Origin(live=True)
+    if config.source == "pretrained":
+        return Origin(lengths=lengths)
     path = config.source_from
     if config.source == "trajectory" and path is None:
         # Saves fall on reports.

@@ -12,6 +12,7 @@ import optax
 from jax.stages import Lowered
 
 from experiments.config import Lengths, RunConfig
+from experiments.controls import OTHER_SEED
 from experiments.scenario import Method, Role, Scenario
 from experiments.sources import Origin, initial_key
 from merge_jax.data import ReadAhead, indices_of, is_streamed, num_examples
@@ -44,6 +45,7 @@ class Stage:
       epoch: many joint steps in one loop, of one seed.
       snapshots: steps of the source's training, where the source is a trajectory.
       keep: how many checkpoints stay; None for all.
+      other_seed: added to a seed for the start and the batches, not for the split.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Stage:
     epoch: Epoch
     snapshots: int | None = None
     keep: int | None = 2
+    other_seed: int = 0
 
     def lower(self, layout: Layout, steps: int, seeds: int | None) -> Lowered:
         """Returns the jitted epoch of up to `steps` steps, traced for the shapes of its arguments alone.
@@ -89,6 +92,7 @@ class Stage:
 
     def initial_state(self, seed: int, source: TrainState) -> JointState:
         """Returns the state before the first step; for a seed, it is the same for every method."""
+        seed += self.other_seed
         params, model_state = self.roles["target"].init(initial_key(seed, 1))
         state = init_joint_state(
             initial_key(seed, 2),
@@ -124,7 +128,7 @@ class Stage:
 
     def _indices(self, seed: int) -> dict[str, Callable[[int, int], np.ndarray]]:
         return {
-            role: indices_of(num_examples(self.roles[role].splits(seed).train), self.batch_size, seed)
+            role: indices_of(num_examples(self.roles[role].splits(seed).train), self.batch_size, seed + self.other_seed)
             for role in self._learning_roles
         }
 
@@ -212,7 +216,7 @@ def make_stages(scenario: Scenario, config: RunConfig, origin: Origin) -> dict[s
     roles = {"target": scenario.target}
     if scenario.source is not None:
         roles["source"] = scenario.source
-        if origin.lengths is not None and scenario.source_task is not None:
+        if origin.read is None and origin.lengths is not None and scenario.source_task is not None:
             stages["source"] = stage(
                 "source",
                 {"target": scenario.source},
@@ -220,6 +224,7 @@ def make_stages(scenario: Scenario, config: RunConfig, origin: Origin) -> dict[s
                 Method(scenario.source_task),
                 origin.lengths,
                 keep=2 if origin.snapshots is None else None,
+                other_seed=OTHER_SEED if config.source_control == "other_seed" else 0,
             )
     for name, method in scenario.methods.items():
         if origin.snapshots is not None:

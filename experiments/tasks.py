@@ -6,7 +6,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
-from experiments.images import ImageTaskName, image_learner
+from experiments.images import ImageTaskName, VisionModelName, image_learner
 from experiments.images import ModelName as ImageModelName
 from experiments.scenario import Learner
 from experiments.texts import TextModelName, TextSource, TextTaskName, load_text, text_learner, vocabulary, words_of
@@ -18,7 +18,7 @@ __all__ = ["TASKS", "ModelName", "Spec", "TaskConfig", "TaskName"]
 
 TaskName = TextTaskName | ImageTaskName
 Attach = Callable[[Path], None]
-ModelName = TextModelName | ImageModelName
+ModelName = TextModelName | ImageModelName | VisionModelName
 
 _VOCABULARY = "vocabulary.json"
 _TEXT_TASKS = get_args(TextTaskName)

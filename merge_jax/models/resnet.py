@@ -125,7 +125,11 @@ def resnet18(num_classes: int = 100, width: float = 1.0, **options: Any) -> ResN
     return ResNet(stages, num_classes, stem_width=widths[0], bottleneck=False, **options)
 
 
-def small_resnet(num_classes: int = 10, num_stages: int = 3, **options: Any) -> ResNet:
-    """Returns a ResNet of up to three basic blocks for 8x8 images, for examples that run in seconds."""
-    stages = (ResNetStage(16, 1, 1), ResNetStage(32, 1, 2), ResNetStage(64, 1, 2))
-    return ResNet(stages[:num_stages], num_classes, stem_width=16, bottleneck=False, **options)
+def small_resnet(num_classes: int = 10, num_stages: int = 3, width: float = 1.0, **options: Any) -> ResNet:
+    """Returns a ResNet of up to three basic blocks for 8x8 images, for examples that run in seconds.
+
+    `width` scales its 16, 32 and 64 channels.
+    """
+    widths = [round(width * channels) for channels in (16, 32, 64)]
+    stages = [ResNetStage(channels, 1, stride) for channels, stride in zip(widths, (1, 2, 2), strict=True)]
+    return ResNet(tuple(stages[:num_stages]), num_classes, stem_width=widths[0], bottleneck=False, **options)
