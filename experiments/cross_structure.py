@@ -202,6 +202,7 @@ def build(config: Config) -> Scenario:
 
     source_apply, target_apply = make_apply(source, data), make_apply(target, data)
     num_steps = schedule.target.steps
+    readers = tuple(Reader(apply, ("image",), mj.classification_loss) for apply in (target_apply, source_apply))
     objectives = _objectives(config, source_apply, target_apply, partial(task, steps=num_steps))
     methods = config.methods_of(lambda make: make(parse_routes(config.routes)), num_steps, objectives)
     return Scenario(
@@ -213,6 +214,7 @@ def build(config: Config) -> Scenario:
         schedule=schedule,
         adapter_optimizer=config.adapter_optimizer(schedule),
         axis_name=axis_name,
+        readers=readers,
     )
 
 

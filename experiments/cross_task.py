@@ -212,6 +212,7 @@ def build(config: Config) -> Scenario:
         schedule=schedule,
         adapter_optimizer=config.adapter_optimizer(schedule),
         attach=attach,
+        readers=tuple(one.reader for one in (target, source) if one.reader is not None),
     )
 
 

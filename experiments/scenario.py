@@ -130,6 +130,7 @@ class Scenario:
       adapter_optimizer: of every method's adapter.
       axis_name: the `pmap` axis that the models average over; None under jit.
       attach: writes what belongs to a run beside its checkpoints, such as a vocabulary, into its folder.
+      readers: how the target and the source read their inputs; empty where that is not known.
     """
 
     name: str
@@ -141,6 +142,7 @@ class Scenario:
     adapter_optimizer: optax.GradientTransformation
     axis_name: str | None = None
     attach: Callable[[Path], None] | None = None
+    readers: tuple[Reader, ...] = ()
 
 
 def choose(methods: Mapping[str, Callable[[], Method]], names: Sequence[str]) -> dict[str, Method]:

@@ -14,7 +14,7 @@ from experiments.scenario import Learner, Method, Reader
 from merge_jax.transfer import OutputForm
 from merge_jax.types import ModelApply, TeacherFn
 
-__all__ = ["Objective", "TransferConfig", "parse_routes"]
+__all__ = ["Objective", "TransferConfig", "parse_pairs", "parse_routes"]
 
 Routes = Sequence[mj.Route]
 Bind = Callable[[Callable[[Routes], mj.Transfer]], mj.Transfer]
@@ -69,7 +69,7 @@ class TransferConfig(RunConfig):
             raise ValueError(f"stop must be a fraction in [0, 1], got {self.stop}")
         if not 0 <= self.agreement < float("inf"):
             raise ValueError(f"agreement must be 0 or more, got {self.agreement}")
-        _pairs(self.agree, "a pair of layers", "stage1_0=stage1_0")
+        parse_pairs(self.agree, "a pair of layers", "stage1_0=stage1_0")
 
     def lpka(self, routes: Any, num_steps: int, *, output: OutputForm | None = None) -> mj.Transfer:
         """Returns the transfer of these options for a run of so many steps, maybe in another output form."""
@@ -176,7 +176,9 @@ class TransferConfig(RunConfig):
             raise ValueError("a method with agree needs one source that is a model of its own")
         if not self.agree:
             raise ValueError("a method with agree needs layers: --agree target=source, such as stage1_0=stage1_0")
-        target_layers, source_layers = zip(*_pairs(self.agree, "a pair of layers", "stage1_0=stage1_0"), strict=True)
+        target_layers, source_layers = zip(
+            *parse_pairs(self.agree, "a pair of layers", "stage1_0=stage1_0"), strict=True
+        )
         view = mj.mixed if self.view == "mixed" else None
         of_features = mj.features_teacher(source.apply, source_layers, inputs=source.inputs, view=view)
 
@@ -206,13 +208,13 @@ def parse_routes(words: Iterable[str]) -> list[mj.Route]:
       ValueError: a word that is no such pair.
     """
     routes = []
-    for target, source in _pairs(words, "a route", "fc/kernel=fc/kernel"):
+    for target, source in parse_pairs(words, "a route", "fc/kernel=fc/kernel"):
         blocks = target.endswith("attention") and source.endswith("attention")
         routes.append(mj.Route(target, source, view="attention" if blocks else None))
     return routes
 
 
-def _pairs(words: Iterable[str], noun: str, example: str) -> list[tuple[str, str]]:
+def parse_pairs(words: Iterable[str], noun: str, example: str) -> list[tuple[str, str]]:
     """Returns the two sides of each word.
 
     Raises:

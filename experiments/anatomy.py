@@ -1,0 +1,174 @@
+"""What a transfer did to the target: how far it went, how much of the copy is left, what its layers agree on.
+
+    python -m experiments.anatomy cross_structure runs/cross_structure-001
+
+Reads the last checkpoints of a run of cross_structure or cross_task, and trains nothing. For each method, over seeds:
+
+- moved: |T_end - T_start| / |T_start| over the leaves that have a route.
+- kept: the cosine between T_end and the source over the entries that sharing would copy. 1 where the copy is left as it
+  was, about 0 where nothing of it is left, or nothing was copied.
+- rank: the effective rank of T_end - T_start, as a part of full rank, in the mean over its matrices.
+- the cka of each layer that is to agree (--agree of the run) with the source's, on the images that validate.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+import merge_jax as mj
+from experiments import cross_structure, cross_task
+from experiments.report import mean_and_error
+from experiments.scenario import Scenario
+from experiments.sources import initial_key
+from experiments.transfers import TransferConfig, parse_pairs, parse_routes
+from merge_jax.checkpoint import Checkpoints
+
+__all__ = ["main", "measure"]
+
+_EXPERIMENTS: dict[str, Any] = {"cross_structure": cross_structure, "cross_task": cross_task}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of the reading."""
+
+    experiment: tyro.conf.Positional[Literal["cross_structure", "cross_task"]]
+    """Which experiment the run is of."""
+    run_dir: tyro.conf.Positional[Path]
+    """Folder of a run that has ended."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Reads a run and prints the table; what is wrong is one line on standard error and exit code 2."""
+    options = tyro.cli(Options, args=arguments, prog="python -m experiments.anatomy", description=__doc__)
+    try:
+        scenario, config = _read(options)
+        rows = {name: _over_seeds(scenario, config, options.run_dir, name) for name in scenario.methods}
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    table = Table(box=box.SIMPLE, pad_edge=False, padding=(0, 0, 0, 1), title=f"anatomy of {options.run_dir}")
+    table.add_column("method", no_wrap=True)
+    for name in next(iter(rows.values())):
+        table.add_column(name, justify="right")
+    for name, values in rows.items():
+        table.add_row(name, *map(_format, values.values()))
+    Console(width=max(100, Console().width)).print(table)
+
+
+def measure(start: mj.Params, end: mj.Params, source: mj.Params, routes: Sequence[mj.Route]) -> dict[str, float]:
+    """Returns `moved`, `kept` and `rank` of a target that went from `start` to `end`; see the module.
+
+    Raises:
+      ValueError: routes that do not fit the parameters.
+    """
+    copying = mj.share_transfer(routes)
+    copied = mj.flatten(copying.apply({}, jax.tree.map(jnp.ones_like, source), jax.tree.map(jnp.zeros_like, end)))
+    copy, before, after = (mj.flatten(tree) for tree in (copying.apply({}, source, end), start, end))
+    routed = [path for path, mask in copied.items() if np.any(mask)]
+    changes = {path: np.asarray(after[path] - before[path], np.float64) for path in routed}
+    moved = _norm(changes.values()) / _norm(before[path] for path in routed)
+    masks = {path: np.asarray(copied[path]) > 0 for path in routed}
+    of_end, of_source = (
+        np.concatenate([np.asarray(tree[path], np.float64)[masks[path]] for path in routed]) for tree in (after, copy)
+    )
+    kept = of_end @ of_source / max(_norm([of_end]) * _norm([of_source]), 1e-12)
+    ranks = [_effective_rank(change.reshape(-1, change.shape[-1])) for change in changes.values() if change.ndim > 1]
+    return {"moved": moved, "kept": float(kept), "rank": float(np.mean(ranks)) if ranks else float("nan")}
+
+
+def _effective_rank(matrix: np.ndarray) -> float:
+    """Returns the exponential of the entropy of the singular values, by the full rank (Roy and Vetterli, 2007)."""
+    values = np.linalg.svd(matrix, compute_uv=False)
+    if not values.any():
+        return 0.0
+    shares = values[values > 0] / values.sum()
+    return float(np.exp(-np.sum(shares * np.log(shares))) / len(values))
+
+
+def _norm(arrays: Any) -> float:
+    return float(np.sqrt(sum(np.square(np.asarray(array, np.float64)).sum() for array in arrays)))
+
+
+def _read(options: Options) -> tuple[Scenario, TransferConfig]:
+    """Returns the scenario of a run, from the options that its folder has.
+
+    Raises:
+      ValueError: no such run, one of another experiment or version, or one whose routes are not named.
+    """
+    path = options.run_dir / "config.json"
+    if not path.exists():
+        raise ValueError(f"{options.run_dir} is no run folder: it has no config.json")
+    module = _EXPERIMENTS[options.experiment]
+    saved = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in json.loads(path.read_text()).items()
+    }
+    try:
+        config = replace(module.PRESETS["default"], **saved)
+    except TypeError as error:
+        raise ValueError(f"{path} is of another experiment or version: {error}") from None
+    if config.source_from is not None:
+        config = replace(config, source_from=Path(config.source_from))
+    if not all("=" in word for word in config.routes):
+        raise ValueError(f"the routes {', '.join(config.routes)} are not named by leaves: nothing to measure")
+    return module.build(config), config
+
+
+def _over_seeds(scenario: Scenario, config: Any, run_dir: Path, method: str) -> dict[str, list[float]]:
+    """Returns what was measured of a method, each a list over seeds."""
+    found: dict[str, list[float]] = {}
+    for seed in range(config.seeds):
+        for name, value in _of_seed(scenario, config, run_dir / "checkpoints" / f"{method}-seed{seed}", seed).items():
+            found.setdefault(name, []).append(value)
+    return found
+
+
+def _of_seed(scenario: Scenario, config: Any, folder: Path, seed: int) -> dict[str, float]:
+    source, target = scenario.source, scenario.target
+    assert source is not None  # Both experiments have one.
+    of_source, source_state = source.init(initial_key(seed, 0))
+    start, target_state = target.init(initial_key(seed, 1))
+    shapes = {
+        **{"source/params": of_source, "source/model_state": source_state},
+        **{"target/params": start, "target/model_state": target_state},
+    }
+    if not folder.is_dir():
+        raise ValueError(f"there is no checkpoint {folder}: the run has not ended, or its seeds ran side by side")
+    with Checkpoints(folder) as checkpoints:
+        step = checkpoints.latest_step
+        if step is None:
+            raise ValueError(f"{folder} has no saved steps")
+        saved = checkpoints.restore_parts(step, shapes)
+    params = {role: saved[f"{role}/params"] for role in ("source", "target")}
+    found = measure(start, params["target"], params["source"], parse_routes(config.routes))
+    batch = dict(target.splits(seed).validation)
+    pairs = parse_pairs(config.agree, "a pair of layers", "stage1_0=stage1_0")
+    for pair, word in zip(pairs, config.agree, strict=True):
+        features = [
+            mj.features_teacher(reader.apply, [layer], inputs=reader.inputs)(
+                params[role], saved[f"{role}/model_state"], batch
+            )["source_features"][0]
+            for role, layer, reader in zip(("target", "source"), pair, scenario.readers, strict=True)
+        ]
+        found[f"cka {word.partition('=')[0]}"] = float(mj.cka(*features))
+    return found
+
+
+def _format(values: Sequence[float]) -> str:
+    mean, error = mean_and_error(values)
+    return f"{mean:.2f}" + ("" if error is None else f" ± {error:.2f}")
+
+
+if __name__ == "__main__":
+    main()
