@@ -61,10 +61,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     table = Table(box=box.SIMPLE, pad_edge=False, padding=(0, 0, 0, 1), title=f"anatomy of {options.run_dir}")
     table.add_column("method", no_wrap=True)
     for name in next(iter(rows.values())):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for name, values in rows.items():
         table.add_row(name, *map(_format, values.values()))
-    Console(width=max(100, Console().width)).print(table)
+    Console(width=max(140, Console().width)).print(table)
 
 
 def measure(start: mj.Params, end: mj.Params, source: mj.Params, routes: Sequence[mj.Route]) -> dict[str, float]:
