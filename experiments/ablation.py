@@ -50,6 +50,7 @@ _OF_THE_TARGET = frozenset(
     }
 )
 _ROOT = Path(__file__).parent.parent
+_PATIENCE = 30.0  # Seconds that an interrupted process has to save and end.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -364,10 +365,7 @@ def _side_by_side(left: Sequence[_Planned], shares: Sequence[set[int]]) -> Gener
                     yield _Ended(one, time.perf_counter() - start, problem)
             time.sleep(0.1)
     finally:
-        for _, process, _ in running.values():
-            process.send_signal(signal.SIGINT)
-        for _, process, _ in running.values():
-            process.wait()
+        _stop([process for _, process, _ in running.values()])
         signal.signal(signal.SIGTERM, terminated)
 
 
@@ -392,6 +390,18 @@ def _start(one: _Planned, cores: set[int]) -> "subprocess.Popen[bytes]":
         finally:
             if cores:
                 os.sched_setaffinity(0, everything)
+
+
+def _stop(processes: Sequence["subprocess.Popen[bytes]"]) -> None:
+    """Interrupts processes, and terminates those that do not hear it: in the background, it may be ignored."""
+    for process in processes:
+        process.send_signal(signal.SIGINT)
+    for process in processes:
+        try:
+            process.wait(_PATIENCE)
+        except subprocess.TimeoutExpired:
+            process.terminate()
+            process.wait()
 
 
 def _lacks(one: _Planned, failed: set[str]) -> str | None:

@@ -214,23 +214,32 @@ def test_of_two_jobs_those_that_train_a_source_come_first(
 
 
 @two_cores
-def test_processes_end_with_a_study_that_is_interrupted(tmp_path, untraced, monkeypatch):
+@pytest.mark.parametrize("heard", [True, False])
+def test_processes_end_with_a_study_that_is_interrupted(heard, tmp_path, untraced, monkeypatch):
     begun = []
+    disposition = "default_int_handler" if heard else "SIG_IGN"
+    code = f"import signal, time; signal.signal(signal.SIGINT, signal.{disposition}); print(flush=True); time.sleep(60)"
 
     def start(one, cores):
-        begun.append(subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(60)"]))
-        return begun[-1]
+        process = subprocess.Popen(
+            [sys.executable, "-S", "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        )
+        process.stdout.readline()  # Now it hears, or not.
+        process.stdout.close()
+        begun.append(process)
+        return process
 
     def interrupt(seconds):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(ablation, "_start", start)
+    monkeypatch.setattr(ablation, "_PATIENCE", 10 if heard else 0.2)
     monkeypatch.setattr(ablation, "time", SimpleNamespace(sleep=interrupt, perf_counter=time.perf_counter))
     handler = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as stopped:
         study(write(tmp_path, LITTLE), tmp_path / "study", "--jobs", "2")
     assert stopped.value.code == 130
-    assert [process.poll() is not None for process in begun] == [True]
+    assert [process.poll() for process in begun] == [-signal.SIGINT if heard else -signal.SIGTERM]
     assert signal.getsignal(signal.SIGTERM) is handler
 
 
