@@ -13,7 +13,7 @@ Reads the last checkpoints of a run of cross_structure or cross_task, and trains
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +33,7 @@ from experiments.scenario import Scenario
 from experiments.sources import initial_key
 from experiments.transfers import TransferConfig, parse_pairs, parse_routes
 from merge_jax.checkpoint import Checkpoints
+from merge_jax.checks import check_choice
 
 __all__ = ["main", "measure"]
 
@@ -47,6 +48,8 @@ class Options:
     """Which experiment the run is of."""
     run_dir: tyro.conf.Positional[Path]
     """Folder of a run that has ended."""
+    methods: tuple[str, ...] = ()
+    """Methods to measure; all of the run by default."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -54,7 +57,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = tyro.cli(Options, args=arguments, prog="python -m experiments.anatomy", description=__doc__)
     try:
         scenario, config = _read(options)
-        rows = {name: _over_seeds(scenario, config, options.run_dir, name) for name in scenario.methods}
+        names = options.methods or tuple(scenario.methods)
+        for name in names:
+            check_choice("method of the run", name, scenario.methods)
+        observers = _observers(scenario, config)
+        rows = {name: _over_seeds(scenario, config, observers, options.run_dir, name) for name in names}
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -120,21 +127,37 @@ def _read(options: Options) -> tuple[Scenario, TransferConfig]:
         raise ValueError(f"{path} is of another experiment or version: {error}") from None
     if config.source_from is not None:
         config = replace(config, source_from=Path(config.source_from))
+    if not config.agree:
+        raise ValueError("the run has no layers that are to agree (--agree): nothing to compare features of")
     if not all("=" in word for word in config.routes):
         raise ValueError(f"the routes {', '.join(config.routes)} are not named by leaves: nothing to measure")
     return module.build(config), config
 
 
-def _over_seeds(scenario: Scenario, config: Any, run_dir: Path, method: str) -> dict[str, list[float]]:
+def _over_seeds(
+    scenario: Scenario, config: Any, observers: Sequence[Callable[..., Any]], run_dir: Path, method: str
+) -> dict[str, list[float]]:
     """Returns what was measured of a method, each a list over seeds."""
     found: dict[str, list[float]] = {}
     for seed in range(config.seeds):
-        for name, value in _of_seed(scenario, config, run_dir / "checkpoints" / f"{method}-seed{seed}", seed).items():
+        folder = run_dir / "checkpoints" / f"{method}-seed{seed}"
+        for name, value in _of_seed(scenario, config, observers, folder, seed).items():
             found.setdefault(name, []).append(value)
     return found
 
 
-def _of_seed(scenario: Scenario, config: Any, folder: Path, seed: int) -> dict[str, float]:
+def _observers(scenario: Scenario, config: Any) -> list[Callable[..., Any]]:
+    """Returns what gives the features of target and source, of the layers that are to agree."""
+    layers = zip(*parse_pairs(config.agree, "a pair of layers", "stage1_0=stage1_0"), strict=True)
+    return [
+        jax.jit(mj.features_teacher(reader.apply, of_role, inputs=reader.inputs))
+        for reader, of_role in zip(scenario.readers, layers, strict=True)
+    ]
+
+
+def _of_seed(
+    scenario: Scenario, config: Any, observers: Sequence[Callable[..., Any]], folder: Path, seed: int
+) -> dict[str, float]:
     source, target = scenario.source, scenario.target
     assert source is not None  # Both experiments have one.
     of_source, source_state = source.init(initial_key(seed, 0))
@@ -153,15 +176,12 @@ def _of_seed(scenario: Scenario, config: Any, folder: Path, seed: int) -> dict[s
     params = {role: saved[f"{role}/params"] for role in ("source", "target")}
     found = measure(start, params["target"], params["source"], parse_routes(config.routes))
     batch = dict(target.splits(seed).validation)
-    pairs = parse_pairs(config.agree, "a pair of layers", "stage1_0=stage1_0")
-    for pair, word in zip(pairs, config.agree, strict=True):
-        features = [
-            mj.features_teacher(reader.apply, [layer], inputs=reader.inputs)(
-                params[role], saved[f"{role}/model_state"], batch
-            )["source_features"][0]
-            for role, layer, reader in zip(("target", "source"), pair, scenario.readers, strict=True)
-        ]
-        found[f"cka {word.partition('=')[0]}"] = float(mj.cka(*features))
+    features = [
+        observe(params[role], saved[f"{role}/model_state"], batch)["source_features"]
+        for role, observe in zip(("target", "source"), observers, strict=True)
+    ]
+    for word, of_target, of_source in zip(config.agree, *features, strict=True):
+        found[f"cka {word.partition('=')[0]}"] = float(mj.cka(of_target, of_source))
     return found
 
 

@@ -1,6 +1,6 @@
 """Across structures: a ResNet gives to a MobileNetV2 that shares nothing with it but numbers.
 
-    python -m experiments.cross_structure          # handwritten digits; some minutes on two cores
+    python -m experiments.cross_structure          # handwritten digits; one and a half to two minutes on two cores
     python -m experiments.cross_structure smoke    # under a minute; shows that it works, not what it gains
     python -m experiments.cross_structure small    # CIFAR-100 at 16x16 pixels with small networks, for a CPU
     python -m experiments.cross_structure short    # CIFAR-100, the published pair, 30 epochs, for a GPU
@@ -62,7 +62,7 @@ CIFAR_AGREE = (
 class Config(TransferConfig):
     """Options of the experiment."""
 
-    methods: tuple[str, ...] = ("vanilla", "share", "kd", "mergenet", "agree", "mergenet_agree")
+    methods: tuple[str, ...] = ("vanilla", "share", "kd", "mergenet")
     """Methods to compare: a transfer, an objective, or both as in share_agree; see experiments/README.md."""
     data: str = "digits"
     """digits, a TFDS set such as cifar100, or a folder (./name) of train/<class>/ and test/<class>/ images."""
@@ -144,7 +144,6 @@ PRESETS = {
     # One stage, one route, no dropout, a transfer at every step: what compiles fastest.
     "smoke": Config(
         seeds=1,
-        methods=("vanilla", "share", "kd", "mergenet"),
         stages=1,
         source_steps=200,
         steps=100,
