@@ -204,7 +204,7 @@ def build(config: Config) -> Scenario:
     source_apply, target_apply = make_apply(source, data), make_apply(target, data)
     num_steps = schedule.target.steps
     readers = tuple(Reader(apply, ("image",), mj.classification_loss) for apply in (target_apply, source_apply))
-    objectives = _objectives(config, source_apply, target_apply, partial(task, steps=num_steps))
+    objectives = _objectives(config, readers[0], readers[1], partial(task, steps=num_steps))
     methods = config.methods_of(lambda make: make(parse_routes(config.routes)), num_steps, objectives)
     return Scenario(
         name="cross_structure",
@@ -220,7 +220,7 @@ def build(config: Config) -> Scenario:
 
 
 def _objectives(
-    config: Config, source_apply: ModelApply, target_apply: ModelApply, task: Callable[..., mj.Task]
+    config: Config, target: Reader, source: Reader, task: Callable[..., mj.Task]
 ) -> dict[str, Callable[[], Objective]]:
     """Returns what the target may learn; the losses of distillation are the label's cross entropy and theirs."""
 
@@ -253,7 +253,7 @@ def _objectives(
         label = batch["label"]
         return mj.cross_entropy(logits, label) + mj.nkd_loss(logits, batch["teacher_logits"], label)
 
-    source = Reader(source_apply, ("image",), mj.classification_loss)
+    source_apply, target_apply = source.apply, target.apply
     teacher = mj.logits_teacher(source_apply)
     feature_teacher = mj.logits_teacher(with_features(source_apply))
     agreeing = partial(config.agreeing, source, target_apply)
