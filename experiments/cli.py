@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import tyro
 
@@ -12,7 +12,7 @@ from experiments.config import RunConfig
 from experiments.runner import prepare_run
 from experiments.scenario import Scenario
 from merge_jax.checks import check_choice
-from merge_jax.hosts import connect
+from merge_jax.hosts import agree, connect, leaving_at_once
 
 __all__ = ["main", "parse"]
 
@@ -67,8 +67,30 @@ def main(
             connect(config.coordinator, config.num_processes, config.process_id)
         if config.process_id > 0:  # Process 0 speaks for all.
             sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
+    except (ValueError, TimeoutError) as error:
+        _refuse(error)
+    with leaving_at_once("start all of them again, with --resume"):
+        run = _prepared(build, config)
+        run()  # An error in here is no fault of the options, and keeps its traceback.
+        agree(None)  # All leave together: JAX waits a short time only for those that have more to print.
+
+
+def _prepared(build: Callable[[_Config], Scenario], config: _Config) -> Callable[[], None]:
+    """Returns what trains; where one of several processes is refused, all of them are."""
+    run, problem = None, None
+    try:
         run = prepare_run(build(config), config)
     except (ValueError, TimeoutError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    run()  # An error in here is no fault of the options, and keeps its traceback.
+        problem = error
+    try:
+        agree(problem)
+    except ValueError as error:
+        problem = error
+    if run is None or problem is not None:
+        _refuse(problem)
+    return run
+
+
+def _refuse(problem: Exception | None) -> NoReturn:
+    print(f"error: {problem}", file=sys.stderr)
+    raise SystemExit(2) from None

@@ -1,5 +1,6 @@
 """Runs a scenario: every method on every seed, paired, in one run folder that can be resumed."""
 
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,9 @@ from experiments.samples import save_samples
 from experiments.scenario import Scenario
 from experiments.sources import Origin, origin_of, read_trajectory
 from experiments.stages import Stage, make_stages
-from experiments.training import Trainer, compile_epoch, steps_per_call
+from experiments.training import RunStoppedError, Trainer, compile_epoch, steps_per_call
+from merge_jax.guard import NumericFaultError
+from merge_jax.interruption import StopSignals
 from merge_jax.joint import TrainState
 from merge_jax.parallel import Layout, data_mesh, jit_layout, pmap_layout
 from merge_jax.runs import MetricsLog, RunFolder
@@ -77,21 +80,44 @@ def prepare_run(scenario: Scenario, config: RunConfig) -> Callable[[], None]:
         checked = check_run(scenario, config)
     run_dir = config.run_dir or numbered_folder(scenario.name, config.resume)
     folder = RunFolder.open(run_dir, config.identity(), resume=config.resume)
-    if scenario.attach is not None and jax.process_index() == 0:
-        scenario.attach(folder.path)
+    try:
+        folder.check_space(_checkpoint_bytes(checked, config))
+        if scenario.attach is not None and jax.process_index() == 0:
+            scenario.attach(folder.path)
+    except BaseException:
+        folder.close()
+        raise
+    signals = StopSignals()
+    go_on = f"the same command with --resume --run-dir {folder.path} goes on"
 
     def run() -> None:
         try:
-            _run(scenario, config, checked, folder)
+            _run(scenario, config, checked, folder, signals)
         except KeyboardInterrupt:
-            print(
-                f"\ninterrupted; the same command with --resume --run-dir {folder.path} "
-                "goes on from the last checkpoint",
-                file=sys.stderr,
-            )
+            print(f"\ninterrupted; {go_on} from the last checkpoint", file=sys.stderr)
             raise SystemExit(130) from None
+        except RunStoppedError as stopped:
+            print(f"\nstopped: {stopped}, which is saved; {go_on} from there", file=sys.stderr)
+            raise SystemExit(128 + (signals.received or 0)) from None
+        except NumericFaultError as fault:
+            print(f"\nerror: {fault}; checkpoints of the steps before are in {folder.checkpoints}", file=sys.stderr)
+            raise SystemExit(1) from None
+        finally:
+            folder.close()
 
     return run
+
+
+def _checkpoint_bytes(checked: Checked, config: RunConfig) -> int:
+    """Returns about how many bytes the checkpoints of a run take on the disk when it has ended."""
+    total = 0
+    for name, stage in checked.stages.items():
+        state, *_ = checked.lowered[name].args_info[0]
+        of_state = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+        saves = math.ceil(stage.lengths.steps / stage.lengths.checkpoint_every)
+        kept = saves if stage.keep is None else min(saves, stage.keep + 1)  # The best one too.
+        total += of_state * kept * (1 if _side_by_side(config) else config.seeds)
+    return total
 
 
 def numbered_folder(name: str, resume: bool) -> Path:
@@ -106,6 +132,7 @@ def _run(
     config: RunConfig,
     checked: Checked,
     folder: RunFolder,
+    signals: StopSignals,
 ) -> None:
     """Trains what is not done yet, then prints and saves what came out."""
     origin, stages, layout, lowered = checked
@@ -121,10 +148,11 @@ def _run(
         with Console(stderr=True).status("compiling"):
             compiled = {name: compile_epoch(stage) for name, stage in lowered.items()}
         total = config.seeds * sum(stage.lengths.steps for stage in stages.values())
-        with tqdm(
-            total=total, unit="step", desc=scenario.name, mininterval=0.5, disable=jax.process_index() > 0
-        ) as bar:
-            trainer = Trainer(layout, compiled, folder, log, bar)
+        with (
+            tqdm(total=total, unit="step", desc=scenario.name, mininterval=0.5, disable=jax.process_index() > 0) as bar,
+            signals,
+        ):
+            trainer = Trainer(layout, compiled, folder, log, bar, signals)
             _train_all(scenario, config, origin, stages, trainer, log, folder, results)
     print_results(scenario, config, results, folder)
     save_curves(scenario, log.records(), folder)

@@ -79,7 +79,7 @@ def origin_of(scenario: Scenario, config: RunConfig) -> Origin:
         return Origin(read=lambda seed: _read_last(folders[seed], start(seed)))
     counts = []
     for folder in folders:
-        with Checkpoints(folder) as checkpoints:
+        with Checkpoints(folder, read_only=True) as checkpoints:
             counts.append(len(checkpoints.steps))
     if len(set(counts)) > 1 or counts[0] < 2:
         raise ValueError(
@@ -103,13 +103,13 @@ def read_trajectory(folder: Path, start: TrainState) -> TrainState:
     Raises:
       ValueError: what is saved does not fit the model.
     """
-    with Checkpoints(folder, keep=None) as checkpoints, _told_as_source(folder):
+    with Checkpoints(folder, read_only=True) as checkpoints, _told_as_source(folder):
         parts = load_trajectory(checkpoints, _parts(start)).parts
     return TrainState(parts[_PARAMS], parts[_MODEL_STATE], None)
 
 
 def _read_last(folder: Path, start: TrainState) -> TrainState:
-    with Checkpoints(folder, keep=None) as checkpoints:
+    with Checkpoints(folder, read_only=True) as checkpoints:
         if checkpoints.latest_step is None:
             raise ValueError(f"{folder} has no saved steps")
         with _told_as_source(folder):

@@ -1,6 +1,6 @@
 """What a run trains, once a seed: the methods, and before them the source on its own."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -15,7 +15,7 @@ from experiments.config import Lengths, RunConfig
 from experiments.controls import OTHER_SEED
 from experiments.scenario import Method, Role, Scenario
 from experiments.sources import Origin, initial_key
-from merge_jax.data import ReadAhead, indices_of, is_streamed, num_examples
+from merge_jax.data import ReadAhead, fingerprint, indices_of, is_streamed, num_examples
 from merge_jax.epoch import Epoch, augmented, make_epoch
 from merge_jax.joint import JointState, Task, TrainState, init_joint_state, make_joint_step
 from merge_jax.parallel import Layout
@@ -116,6 +116,17 @@ class Stage:
     def streams(self) -> bool:
         """Whether examples are read when they are needed, and not all on the device."""
         return any(is_streamed(arrays) for arrays in self.arrays(0).values())
+
+    def facts(self, seeds: Sequence[int]) -> dict[str, str | int]:
+        """Returns what the steps of some seeds depend on beside the state: which examples come in which order."""
+        return {
+            "seeds": ",".join(map(str, seeds)),
+            "batch_size": self.batch_size,
+            **{
+                f"{role}_data": ",".join(fingerprint(self.roles[role].splits(seed).train) for seed in seeds)
+                for role in self._learning_roles
+            },
+        }
 
     def read_ahead(self, seed: int, steps: int) -> ReadAhead:
         """Returns what reads the examples of so many steps at a time."""

@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from experiments.stages import Stage
 from merge_jax.checkpoint import Checkpoints
+from merge_jax.interruption import StopSignals
 from merge_jax.joint import JointState, TrainState
 from merge_jax.loop import run_loop
 from merge_jax.parallel import Layout
@@ -19,7 +20,7 @@ from merge_jax.runs import MetricsLog, RunFolder
 from merge_jax.seeds import stack_arrays, stack_seeds, unstack_seeds
 from merge_jax.types import Metrics
 
-__all__ = ["Compiled", "Outcome", "Trainer", "compile_epoch", "steps_per_call"]
+__all__ = ["Compiled", "Outcome", "RunStoppedError", "Trainer", "compile_epoch", "steps_per_call"]
 
 
 class Compiled(NamedTuple):
@@ -27,6 +28,10 @@ class Compiled(NamedTuple):
 
     epoch: Any
     seconds: float
+
+
+class RunStoppedError(Exception):
+    """A signal has stopped the run; the step that it reached is saved."""
 
 
 class Outcome(NamedTuple):
@@ -68,10 +73,12 @@ class Trainer:
         folder: RunFolder,
         log: MetricsLog,
         bar: tqdm,
+        signals: StopSignals,
     ):
-        """Takes how a run lies on devices, the compiled stages, and where to write."""
+        """Takes how a run lies on devices, the compiled stages, where to write, and what may stop it."""
         self._layout, self._compiled = layout, compiled
         self._folder, self._log, self._bar = folder, log, bar
+        self._signals = signals
 
     def skip(self, stage: Stage, seeds: Sequence[int]) -> None:
         """Counts a stage that was trained before as done."""
@@ -82,24 +89,33 @@ class Trainer:
         return self._compiled[stage.name].seconds
 
     def train(self, stage: Stage, seeds: Sequence[int], sources: Sequence[TrainState]) -> list[Outcome]:
-        """Returns the outcome of each seed; several train side by side in one program."""
+        """Returns the outcome of each seed; several train side by side in one program.
+
+        Raises:
+          RunStoppedError: a signal asked for it.
+        """
         stacked = len(seeds) > 1
         cell = f"{stage.name}-seeds{seeds[0]}-{seeds[-1]}" if stacked else f"{stage.name}-seed{seeds[0]}"
         self._bar.set_postfix_str(cell)
         states = [stage.initial_state(seed, source) for seed, source in zip(seeds, sources, strict=True)]
         state = self._layout.put_state(stack_seeds(states) if stacked else states[0])
         with (
-            Checkpoints(self._folder.checkpoints / cell, keep=stage.keep) as checkpoints,
+            Checkpoints(self._folder.checkpoints / cell, keep=stage.keep, facts=stage.facts(seeds)) as checkpoints,
             contextlib.ExitStack() as open_files,
         ):
             first, state = checkpoints.restore_latest(state) or (0, state)
             self._bar.update(first * len(seeds))
             writers = [open_files.enter_context(self._log.writer(f"{stage.name}-seed{seed}", first)) for seed in seeds]
 
-            def report(step: int, metrics: dict[str, Any], state: JointState) -> None:
+            def report(step: int, metrics: dict[str, Any], state: JointState) -> float | None:
+                scores = []
                 for i, (writer, one) in enumerate(zip(writers, _each(state, stacked), strict=True)):
                     own = {name: float(value[i] if stacked else value) for name, value in metrics.items()}
-                    writer.write(step, own | stage.validate(one, seeds[i]))
+                    validated = stage.validate(one, seeds[i])
+                    writer.write(step, own | validated)
+                    scores.append(validated.get(f"target/validation_{stage.roles['target'].metric}"))
+                known = [score for score in scores if score is not None]
+                return sum(known) / len(known) if known else None
 
             start = time.perf_counter()
             state = run_loop(
@@ -112,8 +128,11 @@ class Trainer:
                 checkpoints=checkpoints,
                 checkpoint_every=stage.lengths.checkpoint_every,
                 on_steps=lambda count: self._bar.update(count * len(seeds)),
+                should_stop=self._signals.should_stop,
             )
             seconds = (time.perf_counter() - start) / len(seeds)
+        if int(state.step) < stage.lengths.steps:
+            raise RunStoppedError(f"{cell} at step {int(state.step)} of {stage.lengths.steps}")
         return [Outcome(one, seconds) for one in _each(state, stacked)]
 
     def _advance(self, stage: Stage, seeds: Sequence[int], open_files: contextlib.ExitStack) -> Any:

@@ -1,19 +1,29 @@
 """Several processes, on one host or many, that run one program together."""
 
+import contextlib
+import os
 import socket
+import sys
 import time
+import traceback
+from collections.abc import Iterator
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
-__all__ = ["connect"]
+__all__ = ["agree", "connect", "leaving_at_once"]
 
 _GO = b"go"
+_HEARTBEAT = 20  # Seconds without a sign of life after which the others end; compiling does not stop it.
+_SHUTDOWN = 10  # Seconds to wait for the others at the end; by default it is 300.
 
 
 def connect(address: str, num_processes: int, process_id: int, *, timeout: float = 300.0) -> None:
     """Makes this process one of several that run the same program; call it before anything uses a device.
 
-    The processes meet first, since JAX's own service ends a process without an exception when one is missing.
+    The processes meet first, since JAX's own service ends a process without an exception when one is missing. Later,
+    when one dies, the others end within seconds; see `leaving_at_once`.
 
     Args:
       address: `host:port` of process 0, on which the others find it.
@@ -41,7 +51,55 @@ def connect(address: str, num_processes: int, process_id: int, *, timeout: float
             f"process {process_id} of {num_processes} found no coordinator at {address} within {timeout:g} s, "
             "or not all others came to it"
         )
-    jax.distributed.initialize(address, num_processes, process_id, initialization_timeout=max(30, int(timeout)))
+    jax.distributed.initialize(
+        address,
+        num_processes,
+        process_id,
+        initialization_timeout=max(30, int(timeout)),
+        heartbeat_timeout_seconds=_HEARTBEAT,
+        shutdown_timeout_seconds=_SHUTDOWN,
+    )
+
+
+def agree(problem: Exception | None) -> None:
+    """Waits for all processes, each of which has met a problem or none; does nothing where there is one process.
+
+    Raises:
+      ValueError: another process has one, and this has none.
+    """
+    if jax.process_count() == 1:
+        return
+    having = multihost_utils.process_allgather(np.array(problem is not None))
+    if problem is None and having.any():
+        who = ", ".join(str(i) for i in np.flatnonzero(having))
+        raise ValueError(f"this process could go on, but process {who} cannot: see what it says")
+
+
+@contextlib.contextmanager
+def leaving_at_once(advice: str) -> Iterator[None]:
+    """Ends one of several processes at once on an error; alone, errors pass as they are.
+
+    An error that unwinds would wait for the other processes, which wait for it, for minutes. The others see that it is
+    gone: at their next exchange of numbers, or when its heartbeat stops.
+
+    Args:
+      advice: what to do, printed after the error.
+    """
+    try:
+        yield
+    except Exception as error:
+        if jax.process_count() == 1:
+            raise
+        traceback.print_exc()
+        first = str(error).partition("\n")[0][:200]
+        print(
+            f"error: process {jax.process_index()} of {jax.process_count()} cannot go on, or another one has gone "
+            f"({type(error).__name__}: {first}); {advice}",
+            file=sys.stderr,
+            flush=True,
+        )
+        sys.stdout.flush()
+        os._exit(1)
 
 
 def _gather(port: int, num_processes: int, deadline: float) -> set[int]:

@@ -14,6 +14,7 @@ from flax import struct
 from jax import lax
 
 from merge_jax.checks import check_at_least_one, check_choice, check_transfer
+from merge_jax.guard import all_finite, keep_unless
 from merge_jax.paths import flatten
 from merge_jax.types import Adapter, Batch, LossFn, Metrics, ModelState, Params, TeacherFn, Transfer
 
@@ -181,6 +182,7 @@ def make_joint_step(
     teacher: TeacherFn | None = None,
     adapter_optimizer: optax.GradientTransformation | None = None,
     axis_name: str | None = None,
+    largest_growth: float = 1e3,
 ) -> JointStep:
     """Returns one step of joint training as a pure function of the state and both batches.
 
@@ -197,10 +199,16 @@ def make_joint_step(
        - `surrogate`: `T' - T_after_step_3`, as published and as in hypernetwork training: the output is drawn
          to where the target's optimizer went.
 
+    Faults of numbers spoil nothing (our choice): where the loss or the gradient of a model is not finite, that model
+    keeps its parameters, model state and optimizer state bit for bit, as if it had not had the step; where a transfer
+    gives numbers that are not finite, or `|T'| > largest_growth * |T|`, it is rejected and the target learns from `T`.
+    The adapter learns only from a transfer that was written and a target that has learned.
+
     Metrics are a flat dict of scalars: `source/...` and `target/...` for the loss and what each loss function
-    reports, and `adapter/transferred` (1 or 0), `adapter/change` (`|T' - T| / |T|`) and
-    `adapter/gradient_norm` (before clipping), which are 0 where nothing was transferred, and what the transfer has
-    to `monitor`: `adapter/gate/<target path>` for learned gates, `adapter/gate` and `adapter/weight` for schedules.
+    reports; `source/skipped`, `target/skipped` and `adapter/skipped`, 1 where an update was skipped, else 0; and
+    `adapter/transferred`, `adapter/rejected` (1 or 0), `adapter/change` (`|T' - T| / |T|`) and
+    `adapter/gradient_norm` (before clipping), which are 0 where nothing was to be transferred, and what the transfer
+    has to `monitor`: `adapter/gate/<target path>` for learned gates, `adapter/gate` and `adapter/weight` for schedules.
 
     Args:
       source: the source's task; None freezes the source, and its batch is not needed.
@@ -216,6 +224,7 @@ def make_joint_step(
       teacher: adds the source's outputs to the target's batch before the target's loss, for distillation; it
         sees the source after step 2.
       adapter_optimizer: the adapter's optimizer; `adapter_adamw()` if not given.
+      largest_growth: how many times the norm of the target's parameters that of the merged ones may be.
       axis_name: the axis of a `pmap` or `shard_map` that splits the batch: gradients, losses, metrics and model states
         are averaged over it, and every device draws its own dropout. None under `jit`, which needs no such thing.
 
@@ -235,6 +244,8 @@ def make_joint_step(
     if stop > 0 and until == 0:
         raise ValueError(f"stop is {stop} of {num_steps} steps, less than one: nothing would be transferred")
     check_choice("update rule", update, get_args(UpdateRule))
+    if not largest_growth > 0:
+        raise ValueError(f"largest_growth must be above 0, got {largest_growth}")
     adapter_optimizer = adapter_optimizer or adapter_adamw()
 
     def step(state: JointState, batches: Mapping[str, Batch]) -> tuple[JointState, Metrics]:
@@ -249,22 +260,23 @@ def make_joint_step(
                 return now.apply(adapter, state.source.params, state.target.params, key=transfer_key)
 
             merged, pullback = jax.vjp(apply, state.adapter.params)
-            new_target, grads, metrics = learn(target, state.target, merged, target_batch, target_key, axis_name)
-            cotangent = grads if update == "exact" else optax.tree.sub(merged, new_target.params)
+            own = state.target.params
+            accepted = all_finite(merged) & (optax.tree.norm(merged) <= largest_growth * optax.tree.norm(own))
+            written = keep_unless(accepted, merged, own)
+            new_target, grads, metrics = learn(target, state.target, written, target_batch, target_key, axis_name)
+            cotangent = grads if update == "exact" else optax.tree.sub(written, new_target.params)
             (adapter_grads,) = pullback(cotangent)
-            new_adapter = learn_adapter(adapter_optimizer, state.adapter, adapter_grads)
-            return new_target, new_adapter, metrics, adapter_metrics(state.target.params, merged, adapter_grads)
+            useful = accepted & (metrics["skipped"] == 0)
+            new_adapter, skipped = learn_adapter(adapter_optimizer, state.adapter, adapter_grads, useful)
+            of_adapter = adapter_metrics(own, merged, adapter_grads, accepted)
+            return new_target, new_adapter, metrics, {**of_adapter, "skipped": skipped}
 
         def learn_alone() -> tuple[TrainState, AdapterState, Metrics, Metrics]:
             new_target, _, metrics = learn(
                 target, state.target, state.target.params, target_batch, target_key, axis_name
             )
-            nothing: Metrics = {
-                "transferred": jnp.zeros(()),
-                "change": jnp.zeros(()),
-                "gradient_norm": jnp.zeros(()),
-            }
-            return new_target, state.adapter, metrics, nothing
+            names = ("transferred", "rejected", "change", "gradient_norm", "skipped")
+            return new_target, state.adapter, metrics, {name: jnp.zeros(()) for name in names}
 
         if stop == 0:
             outcome = learn_alone()
@@ -306,7 +318,10 @@ def check_tasks(source: Task | None, target: Task, transfer: Transfer) -> None:
 def learn(
     task: Task, state: TrainState, params: Params, batch: Batch, key: jax.Array, axis_name: str | None = None
 ) -> tuple[TrainState, Params, Metrics]:
-    """Takes one gradient step of a task from `params`; returns the new state, the gradient, and the metrics."""
+    """Takes one gradient step of a task from `params`; returns the new state, the gradient, and the metrics.
+
+    Where the loss or the gradient is not finite, the new state is the old one, and the metric `skipped` is 1.
+    """
     loss_and_grad = jax.value_and_grad(task.loss_fn, has_aux=True)
     if axis_name is not None:
         key = jax.random.fold_in(key, lax.axis_index(axis_name))
@@ -315,14 +330,19 @@ def learn(
         outcome = lax.pmean(outcome, axis_name)
     (loss, (model_state, metrics)), grads = outcome
     updates, opt_state = task.optimizer.update(grads, state.opt_state, params)
-    new_params = optax.apply_updates(params, updates)
-    return TrainState(new_params, model_state, opt_state), grads, {"loss": loss, **metrics}
+    # Looked at before the optimizer: clipping by the norm turns an infinite gradient into NaN everywhere.
+    ok = all_finite(loss, grads)
+    new_state = keep_unless(ok, TrainState(optax.apply_updates(params, updates), model_state, opt_state), state)
+    return new_state, grads, {"loss": loss, "skipped": _as_float32(~ok), **metrics}
 
 
-def learn_adapter(optimizer: optax.GradientTransformation, state: AdapterState, grads: Adapter) -> AdapterState:
-    """Takes one step of the adapter along its gradient."""
+def learn_adapter(
+    optimizer: optax.GradientTransformation, state: AdapterState, grads: Adapter, useful: jax.Array
+) -> tuple[AdapterState, jax.Array]:
+    """Takes one step of the adapter along its gradient, where it is useful and finite; returns whether it skipped."""
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    return AdapterState(optax.apply_updates(state.params, updates), opt_state)
+    ok = useful & all_finite(grads)
+    return keep_unless(ok, AdapterState(optax.apply_updates(state.params, updates), opt_state), state), _as_float32(~ok)
 
 
 def begin_step(
@@ -366,10 +386,15 @@ def metrics_by_role(source: Metrics, target: Metrics, adapter: Metrics) -> Metri
     return {f"{role}/{name}": value for role, metrics in roles.items() for name, value in metrics.items()}
 
 
-def adapter_metrics(old: Params, merged: Params, adapter_grads: Adapter) -> Metrics:
-    """Returns the adapter's metrics at a step that transfers, float32 scalars."""
+def adapter_metrics(old: Params, merged: Params, adapter_grads: Adapter, accepted: jax.Array) -> Metrics:
+    """Returns the adapter's metrics at a step that transfers, or would if it were accepted, float32 scalars."""
     change = optax.tree.norm(optax.tree.sub(merged, old)) / optax.tree.norm(old)
-    metrics = {"transferred": jnp.ones(()), "change": change, "gradient_norm": optax.tree.norm(adapter_grads)}
+    metrics = {
+        "transferred": accepted,
+        "rejected": ~accepted,
+        "change": change,
+        "gradient_norm": optax.tree.norm(adapter_grads),
+    }
     return jax.tree.map(_as_float32, metrics)
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from merge_jax.checkpoint import Checkpoints
+from merge_jax.guard import Skips
 from merge_jax.types import Batch, Metrics
 
 __all__ = ["Advance", "Report", "run_loop", "stepwise"]
@@ -23,8 +24,11 @@ _State = TypeVar("_State", bound=_HasStep)
 Advance = Callable[[_State, int, int], tuple[_State, Metrics]]
 """`(state, number of the first step, count) -> (state after count steps, sums of their metrics)`; donates the state."""
 
-Report = Callable[[int, dict[str, Any], Any], None]
-"""`(steps done, means of the metrics since the last report, state)`; called now and then and at the end."""
+Report = Callable[[int, dict[str, Any], Any], float | None]
+"""`(steps done, means of the metrics since the last report, state) -> score`; called now and then and at the end.
+
+The score, higher being better, is what the best checkpoint is chosen by; None for none.
+"""
 
 
 def stepwise(
@@ -59,28 +63,42 @@ def run_loop(
     checkpoints: Checkpoints | None = None,
     checkpoint_every: int | None = None,
     on_steps: Callable[[int], Any] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+    most_skipped: int = 100,
 ) -> _State:
     """Returns the state after step `num_steps`, from whatever step the given state has reached.
 
     The state is donated: use the returned one. Where the batches depend on the step alone and the state holds all
-    else, a run that was stopped and restored is equal to an unbroken one, bit for bit.
+    else, a run that was stopped and restored is equal to an unbroken one, bit for bit. Where it was stopped between
+    two reports, the metrics of the next one are the means of the steps after the stop.
 
     Args:
       advance: takes some steps: `stepwise(step_fn, batches_at)`, or a compiled `make_epoch` with its data.
       state: a state with `step`, the number of steps done.
       num_steps: steps of the whole run, those already done included.
       report_every: steps between reports.
-      report: gets the number of steps done, the means of all metrics since the last report, and the state.
+      report: gets the number of steps done, the means of all metrics since the last report, and the state; it
+        returns the score of the state, or None.
       steps_per_call: the most steps that `advance` is asked for at once.
       checkpoints: where to save; nothing is saved without.
       checkpoint_every: steps between saves, a multiple of `report_every` so that no mean is cut in two; the last
         step is always saved.
       on_steps: called after every call of `advance` with the number of its steps, e.g. to move a progress bar.
+      should_stop: asked after every call of `advance`; once it returns True, the step that was reached is saved and
+        its state returned, as with `StopSignals`.
+      most_skipped: how many updates of one model in a row may be skipped since its loss or gradient was not finite;
+        it is looked at when a report is due.
 
     Raises:
       ValueError: a number of steps below 1, or saves that do not fall on reports.
+      NumericFaultError: as many updates of one model in a row were skipped; what was saved stays.
     """
-    for name, value in (("num_steps", num_steps), ("report_every", report_every), ("steps_per_call", steps_per_call)):
+    for name, value in (
+        ("num_steps", num_steps),
+        ("report_every", report_every),
+        ("steps_per_call", steps_per_call),
+        ("most_skipped", most_skipped),
+    ):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     if checkpoint_every is not None and (checkpoint_every < 1 or checkpoint_every % report_every):
@@ -88,27 +106,35 @@ def run_loop(
             f"checkpoint_every must be a multiple of report_every, got {checkpoint_every} and {report_every}"
         )
     done = int(state.step)
-    window: list[Metrics] = []
-    window_start = done
+    window: list[tuple[int, Metrics]] = []
+    skips = Skips(most_skipped)
     while done < num_steps:
         next_report = min(num_steps, (done // report_every + 1) * report_every)
         count = min(steps_per_call, next_report - done)
         state, sums = advance(state, done, count)
-        window.append(sums)
+        window.append((count, sums))
         done += count
-        last = done == num_steps
+        score = None
         if done == next_report:
-            report(done, _means(window, done - window_start), state)
-            window, window_start = [], done
-        saves = last or (checkpoint_every is not None and done % checkpoint_every == 0)
-        if checkpoints is not None and saves:
-            checkpoints.save(done, state)
+            score = report(done, _means(window, done, skips), state)
+            window = []
         if on_steps is not None:
             on_steps(count)
+        stops = should_stop is not None and should_stop()
+        due = done == num_steps or (checkpoint_every is not None and done % checkpoint_every == 0)
+        if checkpoints is not None and (due or stops):
+            checkpoints.save(done, state, score=score)
+        if stops:
+            break
     return state
 
 
-def _means(window: list[Metrics], steps: int) -> dict[str, Any]:
+def _means(window: list[tuple[int, Metrics]], done: int, skips: Skips) -> dict[str, Any]:
     # Fetched at once: reading each metric after its step would make the device wait for the host.
-    fetched = jax.device_get(window)
-    return {name: np.sum([sums[name] for sums in fetched], axis=0) / steps for name in fetched[0]}
+    fetched: list[tuple[int, Any]] = jax.device_get(window)
+    steps = sum(count for count, _ in fetched)
+    at = done - steps
+    for count, sums in fetched:
+        at += count
+        skips.see(sums, count, at)
+    return {name: np.sum([sums[name] for _, sums in fetched], axis=0) / steps for name in fetched[0][1]}

@@ -3,8 +3,10 @@
 from collections.abc import Mapping
 
 import jax
+import jax.numpy as jnp
 import optax
 
+from merge_jax.guard import all_finite, keep_unless
 from merge_jax.joint import (
     JointState,
     JointStep,
@@ -38,7 +40,8 @@ def make_reparameterised_step(
     Beyond arXiv:2404.13322, whose transfers are written at every `cycle`-th step. A state of `init_joint_state`
     serves both kinds of step.
 
-    Metrics are those of `make_joint_step`; `adapter/transferred` is always 1.
+    Where the loss or the gradient of the target is not finite, target and adapter stay as they were, as in
+    `make_joint_step`. Metrics are those of `make_joint_step`; `adapter/transferred` is always 1.
 
     Args:
       source: the source's task; None freezes the source, and its batch is not needed.
@@ -65,12 +68,15 @@ def make_reparameterised_step(
         gradient = jax.grad(loss, argnums=(0, 1), has_aux=True)
         (adapter_grads, grads), (merged, model_state, metrics) = gradient(state.adapter.params, state.target.params)
         updates, opt_state = target.optimizer.update(grads, state.target.opt_state, state.target.params)
+        ok = all_finite(metrics["loss"], grads)
         new_target = TrainState(optax.apply_updates(state.target.params, updates), model_state, opt_state)
-        new_adapter = learn_adapter(adapter_optimizer, state.adapter, adapter_grads)
-        of_adapter = adapter_metrics(state.target.params, merged, adapter_grads)
+        new_target = keep_unless(ok, new_target, state.target)
+        new_adapter, skipped = learn_adapter(adapter_optimizer, state.adapter, adapter_grads, ok)
+        of_adapter = adapter_metrics(state.target.params, merged, adapter_grads, jnp.array(True))
+        metrics["skipped"] = jnp.asarray(~ok, jnp.float32)
         gates = now.monitor(state.adapter.params, state.source.params, state.target.params)
         new_state = state.replace(step=state.step + 1, source=new_source, target=new_target, adapter=new_adapter)
-        return new_state, metrics_by_role(source_metrics, metrics, {**of_adapter, **gates})
+        return new_state, metrics_by_role(source_metrics, metrics, {**of_adapter, "skipped": skipped, **gates})
 
     return step
 

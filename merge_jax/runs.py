@@ -7,6 +7,7 @@ import math
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -14,8 +15,10 @@ from pathlib import Path
 from typing import Any, Self
 
 import jax
-from jax.experimental import multihost_utils
 from tensorboardX import SummaryWriter
+
+from merge_jax.lock import FolderLock
+from merge_jax.manifest import changes
 
 __all__ = ["MetricsLog", "RunFolder", "describe_environment"]
 
@@ -39,12 +42,16 @@ Go on after an interruption with the command above and `--resume --run-dir` this
 
 
 class RunFolder:
-    """The folder of one run; opening it checks all that could go wrong, before anything is trained."""
+    """The folder of one run; opening it checks all that could go wrong, before anything is trained.
+
+    One process at a time has it open to write; another is refused.
+    """
 
     def __init__(self, path: Path):
-        """Use `RunFolder.open`."""
+        """Takes a folder to read; use `RunFolder.open` to write into it."""
         self.path = path
         self.checkpoints = path / "checkpoints"
+        self._lock: FolderLock | None = None
 
     @classmethod
     def open(cls, path: Path | str, config: Mapping[str, Any], *, resume: bool) -> Self:
@@ -55,21 +62,21 @@ class RunFolder:
           config: all options that say what the run is, as JSON types.
           resume: go on with the run in the folder.
 
-        Where several processes share a run, process 0 alone writes, and the others wait for it here.
+        Where several processes share a run, process 0 alone writes, and what is wrong is told by it alone.
 
         Raises:
           ValueError: the folder holds a run and `resume` is not set; `resume` is set and there is none, or one
-            with another config (the message names the fields); the folder cannot be written.
+            with another config (the message names the fields); another process is writing into it; the folder
+            cannot be written.
         """
         path = Path(path)
         if jax.process_index() > 0:
-            multihost_utils.sync_global_devices("run folder")
             return cls(path)
         config_path = path / "config.json"
         config = json.loads(json.dumps(config))  # As it will be read back: tuples are lists.
         try:
             if config_path.exists():
-                changed = _changed_fields(json.loads(config_path.read_text()), config)
+                changed = changes(json.loads(config_path.read_text()), config)
                 if changed:
                     raise ValueError(
                         f"the run folder {path} exists with another config:\n  "
@@ -89,6 +96,7 @@ class RunFolder:
                 )
             path.mkdir(parents=True, exist_ok=True)
             folder = cls(path)
+            folder._lock = FolderLock(path)
             if not config_path.exists():
                 folder.write_json("config.json", config)
                 folder.write_text("README.md", _README.format(command=_command()))
@@ -98,9 +106,22 @@ class RunFolder:
             raise ValueError(f"{config_path} is damaged: {error}") from None
         except OSError as error:
             raise ValueError(f"the run folder {path} cannot be written: {error}") from None
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("run folder")
         return folder
+
+    def check_space(self, needed: int) -> None:
+        """Raises ValueError where the disk has not the bytes that the checkpoints of the run will take in all."""
+        there = sum(path.stat().st_size for path in self.checkpoints.rglob("*") if path.is_file())
+        free = shutil.disk_usage(self.path).free
+        if needed - there > free:
+            raise ValueError(
+                f"the disk of {self.path} has {free / 2**30:.3g} GiB left, and the checkpoints of this run may need "
+                f"{(needed - there) / 2**30:.3g} GiB: make room, or give another --run-dir"
+            )
+
+    def close(self) -> None:
+        """Lets other processes write into the folder."""
+        if self._lock is not None:
+            self._lock.release()
 
     def write_json(self, name: str, content: Any) -> None:
         """Writes a file of the folder whole or not at all."""
@@ -220,12 +241,3 @@ def _commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return git.stdout.strip()
-
-
-def _changed_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    absent = "(absent)"
-    return [
-        f"{name} is {new.get(name, absent)!r}, was {old.get(name, absent)!r}"
-        for name in sorted(old.keys() | new.keys())
-        if old.get(name, absent) != new.get(name, absent)
-    ]

@@ -33,8 +33,8 @@ INTERRUPTED = """
 import runpy, sys
 from merge_jax.checkpoint import Checkpoints
 save = Checkpoints.save
-def save_and_stop(self, step, state):
-    save(self, step, state)
+def save_and_stop(self, step, state, **options):
+    save(self, step, state, **options)
     if step == 5:
         raise KeyboardInterrupt
 Checkpoints.save = save_and_stop

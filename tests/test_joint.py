@@ -36,6 +36,7 @@ def test_traced_once_with_donated_state_and_metrics_by_role():
     assert int(state.step) == 4
     assert set(metrics) == {
         *("source/loss", "source/accuracy", "target/loss", "target/accuracy"),
+        *("source/skipped", "target/skipped", "adapter/skipped", "adapter/rejected"),
         *("adapter/transferred", "adapter/change", "adapter/gradient_norm"),
     }
     assert all(value.shape == () for value in metrics.values())

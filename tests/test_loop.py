@@ -122,7 +122,7 @@ def test_saves_fall_on_their_steps_and_on_the_last(steps_per_call):
         def __init__(self):
             self.steps = []
 
-        def save(self, step, state):
+        def save(self, step, state, *, score):
             assert int(state.step) == step
             self.steps.append(step)
 

@@ -29,9 +29,9 @@ def test_a_run_can_be_resumed_with_the_same_config_only(tmp_path):
     RunFolder.open(tmp_path, CONFIG, resume=True)
     assert len(json.loads((tmp_path / "environment.json").read_text())) == 2
     changed = {"steps": 20, "methods": ("a", "b"), "new": 1}
-    with pytest.raises(ValueError, match=r"another config:\n  new is 1, was '\(absent\)'\n  steps is 20, was 10\nGive"):
+    with pytest.raises(ValueError, match=r"another config:\n  new was '\(absent\)', is 1\n  steps was 10, is 20\nGive"):
         RunFolder.open(tmp_path, changed, resume=True)
-    with pytest.raises(ValueError, match="exists with another config:\n  steps is 20, was 10"):
+    with pytest.raises(ValueError, match="exists with another config:\n  steps was 10, is 20"):
         RunFolder.open(tmp_path, {**CONFIG, "steps": 20}, resume=False)
     assert json.loads((tmp_path / "config.json").read_text())["steps"] == 10
 

@@ -7,6 +7,7 @@ from merge_jax.data.chunks import ReadAhead, is_streamed
 from merge_jax.data.class_captions import class_captions
 from merge_jax.data.clevr import load_clevr
 from merge_jax.data.coco_captions import load_coco_captions
+from merge_jax.data.fingerprint import fingerprint
 from merge_jax.data.folder import load_image_folder
 from merge_jax.data.image_files import ImageFiles
 from merge_jax.data.image_set import ImageSet, channel_statistics, check_images
@@ -48,6 +49,7 @@ __all__ = [
     "class_captions",
     "crop_flip_rotate",
     "decode_spans",
+    "fingerprint",
     "indices_of",
     "is_streamed",
     "load_clevr",

@@ -1,0 +1,61 @@
+"""Guards against numbers that are not finite: what they would have spoilt stays as it was."""
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+__all__ = ["NumericFaultError", "Skips", "all_finite", "keep_unless"]
+
+_Tree = TypeVar("_Tree")
+
+_SKIPPED = "/skipped"
+
+
+class NumericFaultError(ArithmeticError):
+    """A model's updates were skipped so often in a row that training it further makes no sense."""
+
+
+def all_finite(*trees: Any) -> jax.Array:
+    """Returns whether all numbers of all leaves are finite, a boolean scalar."""
+    leaves = [leaf for leaf in jax.tree.leaves(trees) if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)]
+    return jnp.all(jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in leaves] or [True]))
+
+
+def keep_unless(ok: jax.Array, new: _Tree, old: _Tree) -> _Tree:
+    """Returns the new tree where `ok`, the old one bit for bit otherwise."""
+    return jax.tree.map(lambda one, other: jnp.where(ok, one, other), new, old)
+
+
+class Skips:
+    """Counts skipped updates in a row, of each model, from the sums of metrics that a run fetches."""
+
+    def __init__(self, most: int):
+        """Takes how many in a row are borne."""
+        self._most = most
+        self._in_a_row: dict[str, np.ndarray] = {}
+
+    def see(self, sums: Mapping[str, Any], count: int, step: int) -> None:
+        """Counts those of some steps, of which only the sum is known: a row is one of steps that all were skipped.
+
+        Args:
+          sums: the sums of the metrics; those named `<role>/skipped` are read.
+          count: of how many steps.
+          step: the number of steps done after them.
+
+        Raises:
+          NumericFaultError: as many in a row as are borne.
+        """
+        for name, skipped in sums.items():
+            if not name.endswith(_SKIPPED):
+                continue
+            before = self._in_a_row.get(name, np.zeros(np.shape(skipped)))
+            self._in_a_row[name] = np.where(np.asarray(skipped) >= count, before + count, 0)
+            worst = int(np.max(self._in_a_row[name]))
+            if worst >= self._most:
+                raise NumericFaultError(
+                    f"loss or gradient of the {name.removesuffix(_SKIPPED)} was not finite in the last {worst} steps, "
+                    f"up to step {step}; its parameters are those before them. A smaller learning rate may help"
+                )

@@ -1,0 +1,75 @@
+"""Signals that ask a run to stop: heard between steps, so that the step that was reached is saved."""
+
+import contextlib
+import os
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+import jax
+from jax.experimental import multihost_utils
+
+__all__ = ["StopSignals"]
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
+
+
+class StopSignals:
+    """Hears SIGTERM, SIGHUP and the first Ctrl-C without dying of them; a context manager.
+
+    A second Ctrl-C raises KeyboardInterrupt at once. Several processes that run one program agree on where to stop,
+    through JAX's preemption service, whichever of them was asked. Signals that the process ignores (`nohup`) stay
+    ignored, and outside the main thread, where Python hears none, nothing changes.
+
+    >>> with StopSignals() as signals:  # doctest: +SKIP
+    ...     state = run_loop(..., should_stop=signals.should_stop)
+    """
+
+    def __init__(self) -> None:
+        """Hears nothing yet."""
+        self.received: signal.Signals | None = None
+        self._calls = 0
+        self._several = jax.process_count() > 1
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        """Begins to listen."""
+        if threading.current_thread() is threading.main_thread():
+            for number in _SIGNALS:
+                # Of several processes, JAX hears SIGTERM itself, to tell the others.
+                ours = not (self._several and number == signal.SIGTERM)
+                if ours and signal.getsignal(number) not in (signal.SIG_IGN, None):
+                    self._before[number] = signal.signal(number, self._hear)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Leaves signals to whoever heard them before."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def should_stop(self) -> bool:
+        """Returns whether to stop now; several processes call it after the same steps and get the same answer."""
+        self._calls += 1
+        if self._several:
+            if multihost_utils.reached_preemption_sync_point(self._calls):
+                self.received = self.received or signal.SIGTERM
+                return True
+            return False
+        return self.received is not None
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        if self.received is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if self.received is None:
+            self.received = signal.Signals(number)
+            with contextlib.suppress(OSError):  # The terminal may be gone. No print: it may be in one that was stopped.
+                os.write(2, b"\nstopping after this step, which is saved; Ctrl-C again leaves at once\n")
+            if self._several:
+                os.kill(os.getpid(), signal.SIGTERM)

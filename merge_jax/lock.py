@@ -1,0 +1,50 @@
+"""The lock of a folder: one process at a time writes into it."""
+
+import fcntl
+import json
+import os
+import platform
+import weakref
+from pathlib import Path
+
+__all__ = ["FolderLock"]
+
+
+class FolderLock:
+    """Keeps a second writer out of a folder until it is released, or its process ends, however it ends.
+
+    The system holds the lock, not the file: a file that a killed process left is taken over.
+    """
+
+    def __init__(self, folder: Path, name: str = "run.lock"):
+        """Takes the lock of a folder that is there.
+
+        Raises:
+          ValueError: another has it; the message names its process and host.
+          OSError: the folder cannot be written.
+        """
+        descriptor = os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o644)
+        # Closing it releases the lock, at the latest with the object.
+        self._close = weakref.finalize(self, os.close, descriptor)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = _read_holder(os.read(descriptor, 1024))
+            self._close()
+            raise ValueError(
+                f"another run is writing into {folder} ({holder}): wait for it, or give another folder"
+            ) from None
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, json.dumps({"pid": os.getpid(), "host": platform.node()}).encode())
+
+    def release(self) -> None:
+        """Lets others in; a second call does nothing."""
+        self._close()
+
+
+def _read_holder(content: bytes) -> str:
+    try:
+        holder = json.loads(content)
+        return f"process {holder['pid']} on {holder['host']}"
+    except (ValueError, KeyError, TypeError):
+        return "an unknown process"

@@ -1,0 +1,222 @@
+"""The manifest of a checkpoint: what was saved, digest by digest, and what the run was that saved it.
+
+Orbax does not notice when the numbers it has written have changed since; the manifest does.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+from merge_jax.paths import flatten
+
+__all__ = ["Facts", "Leaf", "Manifest", "changes", "differing_leaves", "environment_of", "specs_of"]
+
+_FORMAT = 1
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+_WHOLE = ""
+
+Facts = Mapping[str, str | int | float | bool | None]
+"""What saved steps depend on beside the state, by name, such as a fingerprint of the data."""
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """What was saved under one path.
+
+    Attributes:
+      shape: of the array; of a random key, that of the integers it stands for.
+      dtype: by its name.
+      sha256: of the bytes in row-major order, under `""`; of an array that lies on several hosts, of each part under
+        its place, `0:4,0:8`.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    sha256: Mapping[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        """Returns e.g. `float32[3, 4]`."""
+        return f"{self.dtype}{list(self.shape)}"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What stands beside the state of a saved step.
+
+    Attributes:
+      step: the step.
+      leaves: what was saved, by path.
+      facts: what the steps of the run depend on beside the state.
+      environment: what the bits of further steps depend on: devices, processes, threads and versions.
+      score: of the step, higher being better; None for none.
+    """
+
+    step: int
+    leaves: Mapping[str, Leaf]
+    facts: Facts
+    environment: Mapping[str, Any]
+    score: float | None = None
+
+    @classmethod
+    def of(cls, step: int, state: Any, facts: Facts, score: float | None) -> Self:
+        """Returns the manifest of a state; where several processes hold it, all of them call this together."""
+        specs = specs_of(state)
+        digests = _everyones({path: dict(_digests(leaf)) for path, leaf in _arrays(state)})
+        leaves = {path: Leaf(leaf.shape, leaf.dtype, digests[path]) for path, leaf in specs.items()}
+        return cls(step, leaves, dict(facts), environment_of(state), score)
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the manifest as JSON types, sealed with its own digest."""
+        content = json.loads(json.dumps({"format": _FORMAT, **asdict(self)}))
+        return {"content": content, "sha256": _seal(content)}
+
+    @classmethod
+    def from_json(cls, sealed: Any) -> Self:
+        """Returns the manifest that `to_json` gave.
+
+        Raises:
+          ValueError: there is none, it has changed since, or it is of another format.
+        """
+        if not isinstance(sealed, dict) or not isinstance(sealed.get("content"), dict):
+            raise ValueError("it has no manifest")
+        content = sealed["content"]
+        if sealed.get("sha256") != _seal(content):
+            raise ValueError("its manifest has changed since it was written")
+        if content["format"] != _FORMAT:
+            raise ValueError(f"its manifest has the format {content['format']}, this version reads {_FORMAT}")
+        leaves = {
+            path: Leaf(tuple(leaf["shape"]), leaf["dtype"], leaf["sha256"]) for path, leaf in content["leaves"].items()
+        }
+        return cls(content["step"], leaves, content["facts"], content["environment"], content["score"])
+
+
+def specs_of(tree: Any) -> dict[str, Leaf]:
+    """Returns shape and dtype of each leaf, by path, of arrays or of shapes."""
+    shapes = jax.eval_shape(lambda tree: jax.tree.map(_without_keys, tree), tree)
+    return {path: Leaf(tuple(leaf.shape), str(leaf.dtype)) for path, leaf in flatten(shapes).items()}
+
+
+def differing_leaves(manifest: Manifest, tree: Any) -> tuple[list[str], int]:
+    """Returns the paths whose numbers are not those that were saved, and how many parts no process could check.
+
+    A part of an array that lies on several hosts can be checked where one process has all of it, as it has wherever
+    the array lies as it lay; elsewhere it is counted. Several processes call this together.
+
+    Args:
+      manifest: of the step.
+      tree: what was restored of it.
+    """
+    wrong: dict[str, dict[str, str]] = {}
+    seen: dict[str, dict[str, str]] = {}
+    for path, leaf in _arrays(tree):
+        saved = manifest.leaves[path].sha256
+        found = {place: _sha256(part) for place in saved if (part := _part(leaf, place)) is not None}
+        seen[path] = found
+        wrong[path] = {place: digest for place, digest in found.items() if digest != saved[place]}
+    wrong, seen = _everyones(wrong), _everyones(seen)
+    unchecked = sum(len(manifest.leaves[path].sha256) - len(places) for path, places in seen.items())
+    return sorted(path for path, places in wrong.items() if places), unchecked
+
+
+def environment_of(tree: Any) -> dict[str, Any]:
+    """Returns what the bits of a run depend on beside its program: devices, processes, threads and versions."""
+    versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    shardings = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(tree)]
+    return {
+        "backend": jax.default_backend(),
+        "devices": max((len(sharding.device_set) for sharding in shardings if sharding is not None), default=1),
+        "processes": jax.process_count(),
+        # XLA splits sums over as many threads as this on a CPU, so it changes the last bits.
+        "threads": _num_threads(),
+        "python": platform.python_version(),
+        **versions,
+    }
+
+
+def _num_threads() -> int:
+    """Returns how many threads XLA has for a computation on a CPU."""
+    if os.environ.get("NPROC", "").isdigit():
+        return int(os.environ["NPROC"])
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Returns what differs between two mappings, as `name was old, is new`."""
+    absent = "(absent)"
+    return [
+        f"{name} was {old.get(name, absent)!r}, is {new.get(name, absent)!r}"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name, absent) != new.get(name, absent)
+    ]
+
+
+def _seal(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _without_keys(leaf: Any) -> Any:
+    if hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jax.random.key_data(leaf)
+    return leaf
+
+
+def _arrays(tree: Any) -> Iterator[tuple[str, Any]]:
+    yield from flatten(jax.tree.map(_without_keys, tree)).items()
+
+
+def _digests(leaf: Any) -> Iterator[tuple[str, str]]:
+    """Yields the digest of a leaf, or of those of its parts of which this process has the first copy."""
+    whole = _part(leaf, _WHOLE)
+    if whole is not None:
+        yield _WHOLE, _sha256(whole)
+        return
+    for shard in leaf.addressable_shards:
+        if shard.replica_id == 0:
+            bounds = (index.indices(size)[:2] for index, size in zip(shard.index, leaf.shape, strict=True))
+            yield ",".join(f"{start}:{stop}" for start, stop in bounds), _sha256(shard.data)
+
+
+def _part(leaf: Any, place: str) -> np.ndarray | None:
+    """Returns the part of a leaf at a place, or None where this process has not all of it."""
+    index = tuple(slice(*map(int, bounds.split(":"))) for bounds in place.split(",")) if place else ()
+    if getattr(leaf, "is_fully_addressable", True):
+        return np.asarray(leaf)[index]
+    for shard in leaf.addressable_shards:
+        starts = [of_shard.indices(size)[:2] for of_shard, size in zip(shard.index, leaf.shape, strict=True)]
+        wanted = index or tuple(slice(0, size) for size in leaf.shape)
+        if all(start <= one.start and one.stop <= stop for (start, stop), one in zip(starts, wanted, strict=True)):
+            local = tuple(
+                slice(one.start - start, one.stop - start) for (start, _), one in zip(starts, wanted, strict=True)
+            )
+            return np.asarray(shard.data)[local]
+    return None
+
+
+def _sha256(array: Any) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data).hexdigest()
+
+
+def _everyones(own: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
+    """Returns the entries of all processes together; they have the same outer names."""
+    if jax.process_count() == 1:
+        return own
+    text = np.frombuffer(json.dumps(own).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array(text.size))
+    padded = np.zeros(int(sizes.max()), np.uint8)
+    padded[: text.size] = text
+    rows = multihost_utils.process_allgather(padded)
+    together: dict[str, dict[str, str]] = {path: {} for path in own}
+    for row, size in zip(rows, sizes, strict=True):
+        for path, entries in json.loads(row[: int(size)].tobytes()).items():
+            together[path].update(entries)
+    return together
