@@ -60,7 +60,7 @@ class Checkpoints:
           keep: how many of the newest steps stay, 1 or more, beside the one of the best score; None for all, which
             makes a trajectory of them.
           facts: what the saved steps depend on beside the state, by name, such as a fingerprint of the data: steps
-            that were saved under others are not restored.
+            that were saved under others are not restored. None restores under any.
           read_only: save nothing, and leave everything as it is; the folder of a run that goes on can be read so.
 
         Raises:
@@ -76,7 +76,7 @@ class Checkpoints:
         if not read_only and jax.process_index() == 0:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = FolderLock(path)
-        self._facts: Facts = dict(facts or {})
+        self._facts = facts
         self._damaged: dict[int, str] = {}
         try:
             self._checkpointer = ocp.training.Checkpointer(
@@ -145,7 +145,7 @@ class Checkpoints:
             raise FileExistsError(f"cannot save step {step}: step {latest} is already there")
         if score is not None and not math.isfinite(score):
             score = None
-        manifest = Manifest.of(step, state, self._facts, score)
+        manifest = Manifest.of(step, state, self._facts or {}, score)
         if score is not None:
             self._scores[step] = score
         saved = self._checkpointer.save_async(step, state, custom_metadata={_MANIFEST: manifest.to_json()})
@@ -271,7 +271,7 @@ class Checkpoints:
         return loaded
 
     def _check_facts(self, manifest: Manifest) -> None:
-        changed = changes(manifest.facts, self._facts)
+        changed = [] if self._facts is None else changes(manifest.facts, self._facts)
         if changed:
             raise ValueError(
                 f"step {manifest.step} in {self.folder} was saved by another run: {'; '.join(changed)}. "
