@@ -5,10 +5,12 @@ MergeNet (arXiv:2404.13322) as pure functions over parameter pytrees.
 
 from merge_jax import models
 from merge_jax.agreement import agreeing, cka, features_teacher, mixed
-from merge_jax.checkpoint import Checkpoints
+from merge_jax.checkpoint import Checkpoints, DamagedCheckpointWarning, NotBitExactWarning
 from merge_jax.combinators import chain, scheduled, self_transfer, several_sources, without_source
 from merge_jax.epoch import augmented, make_epoch
+from merge_jax.guard import NumericFaultError
 from merge_jax.hosts import connect
+from merge_jax.interruption import StopSignals
 from merge_jax.joint import (
     AdapterState,
     JointState,
@@ -63,6 +65,7 @@ __all__ = [
     "AdapterState",
     "Batch",
     "Checkpoints",
+    "DamagedCheckpointWarning",
     "Gated",
     "JointState",
     "KnowledgeTransferLayer",
@@ -71,11 +74,14 @@ __all__ = [
     "LowRankConv",
     "LowRankDense",
     "MatrixSpec",
+    "NotBitExactWarning",
+    "NumericFaultError",
     "OfficialAdapter",
     "Outputs",
     "Params",
     "Route",
     "RouteSummary",
+    "StopSignals",
     "Task",
     "TrainState",
     "Trajectory",

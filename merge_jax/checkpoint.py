@@ -328,6 +328,10 @@ class Checkpoints:
         self._damaged = {}
         self._checkpointer.reload()
 
+    def wait(self) -> None:
+        """Waits until the save in flight, if any, has ended, and raises what went wrong."""
+        self._checkpointer.wait()
+
     def close(self) -> None:
         """Waits until all saves have ended and closes the folder."""
         try:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping
+from numbers import Real
 from typing import Any
 
 import jax.numpy as jnp
@@ -30,8 +31,8 @@ def check_at_least_one(**options: Any) -> None:
 def check_dropout(**options: float) -> None:
     """Raises ValueError unless every option is a rate in [0, 1)."""
     for name, rate in options.items():
-        if not 0 <= rate < 1:
-            raise ValueError(f"{name} must lie in [0, 1), got {rate}")
+        if not isinstance(rate, Real) or isinstance(rate, bool) or not 0 <= rate < 1:
+            raise ValueError(f"{name} must lie in [0, 1), got {rate!r}")
 
 
 def check_entries(batch: Mapping[str, Any], *names: str, hint: str = "") -> None:

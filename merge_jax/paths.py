@@ -71,7 +71,7 @@ def find_paths(paths: Iterable[str], pattern: Pattern, *, role: str = "tree") ->
     ['blocks/0/w', 'blocks/1/w']
 
     Raises:
-      ValueError: nothing is found; the message lists near misses.
+      ValueError: nothing is found, and the message lists near misses; or a glob that is none, as `[z-a]`.
     """
     paths = list(paths)
     if pattern in paths:
@@ -99,11 +99,20 @@ def _glob_expression(glob: str) -> re.Pattern[str]:
             parts.append("(?:[^/]+/)*")
             continue
         tokens = re.findall(r"\[[^]]+\]|.", part)
-        escaped = (t if len(t) > 1 else letters.get(t) or re.escape(t) for t in tokens)
+        escaped = (_one_of(t[1:-1]) if len(t) > 1 else letters.get(t) or re.escape(t) for t in tokens)
         parts.append("".join(escaped) + "/")
     # Every part ends with its slash, so that `**` may stand for none; the last has one too many.
     expression = "".join(parts)
-    return re.compile(expression[:-1] if expression.endswith("/") else expression[: -len("(?:[^/]+/)*")] + ".*")
+    expression = expression[:-1] if expression.endswith("/") else expression[: -len("(?:[^/]+/)*")] + ".*"
+    try:
+        return re.compile(expression)
+    except re.error as error:
+        raise ValueError(f"the pattern {glob!r} cannot be read: {error.msg}") from None
+
+
+def _one_of(letters: str) -> str:
+    # In a regular expression, these would say more than that they are letters.
+    return "[" + re.sub(r"[\\[&~|]", r"\\\g<0>", letters) + "]"
 
 
 def select(tree: Any, paths: Iterable[str], *, role: str = "tree") -> dict[str, Any]:

@@ -89,25 +89,34 @@ def as_routes(routes: Routes) -> tuple[Route, ...]:
     """Returns the routes as such, checked as far as they can be without the models.
 
     Raises:
-      ValueError: no routes, something that is no route, a target that is named twice, an unknown view, or a rank
-        below 1.
+      ValueError: no routes, something that is no route, a target that is named twice, an unknown view, a rank or a
+        number of heads below 1, or a spec that is none.
     """
     if not isinstance(routes, (Mapping, Sequence)) or isinstance(routes, str):
         raise ValueError(f"routes are a mapping or a sequence of pairs, got {routes!r}")
     pairs = list(routes.items()) if isinstance(routes, Mapping) else list(routes)
     if not pairs:
         raise ValueError("no routes: give at least one pair of a target and a source path")
-    named = tuple(pair if isinstance(pair, Route) else _route_of_pair(pair) for pair in pairs)
+    named = tuple(map(_as_route, pairs))
     sources: dict[Leaves, Leaves] = {}
     for route in named:
         if route.target in sources:
             raise _routed_twice(_text(route.target), _text(sources[route.target]), _text(route.source))
         sources[route.target] = route.source
-        if route.view is not None:
-            check_view(route.view)
-        if route.rank is not None and route.rank != "whole":
-            check_rank(route.rank)
+        _check_options(route)
     return named
+
+
+def _check_options(route: Route) -> None:
+    if route.view is not None:
+        check_view(route.view)
+    if route.rank is not None and route.rank != "whole":
+        check_rank(route.rank)
+    heads = {"target_heads": route.target_heads, "source_heads": route.source_heads}
+    check_at_least_one(**{name: number for name, number in heads.items() if number is not None})
+    for name, spec in (("target_spec", route.target_spec), ("source_spec", route.source_spec)):
+        if spec is not None and not isinstance(spec, MatrixSpec):
+            raise ValueError(f"{name} must be a MatrixSpec, got {spec!r}")
 
 
 def check_view(view: str) -> None:
@@ -120,11 +129,12 @@ def check_rank(rank: int) -> None:
     check_at_least_one(rank=rank)
 
 
-def _route_of_pair(pair: Any) -> Route:
+def _as_route(route: Any) -> Route:
+    pair = (route.target, route.source) if isinstance(route, Route) else route
     # A bare string is a sequence too; two of its letters would pass as a pair.
     if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2 or not all(map(_are_leaves, pair)):
         raise ValueError(f"a route is a pair (target path, source path) of strings or patterns, got {pair!r}")
-    return Route(*pair)
+    return route if isinstance(route, Route) else Route(*pair)
 
 
 def _are_leaves(leaves: Any) -> bool:

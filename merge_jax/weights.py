@@ -16,10 +16,12 @@ from safetensors.numpy import save_file
 from merge_jax.paths import Pattern, find_paths, flatten, near_misses
 from merge_jax.types import Params
 
-__all__ = ["load_params", "load_safetensors", "save_safetensors"]
+__all__ = ["load_params", "load_safetensors", "read_json", "save_safetensors"]
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+_DEEPEST = 100  # Parts of a name; a tree of thousands of levels would end the program.
+_OTHER_FORMATS = (".bin", ".ckpt", ".h5", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth")
 
 
 def load_safetensors(path: str | os.PathLike[str], *, select: Pattern | Sequence[Pattern] | None = None) -> Params:
@@ -134,7 +136,7 @@ def save_safetensors(
 
 def _weights_file(path: Path) -> Path:
     """Returns the file that a path stands for."""
-    if not path.exists():
+    if not os.path.exists(path):
         raise FileNotFoundError(f"there is no file or folder {path}")
     if not path.is_dir():
         return path
@@ -162,7 +164,7 @@ def _read_index(file: Path) -> dict[str, Path]:
     for shard in dict.fromkeys(weight_map.values()):
         # By its name alone: the files of a downloaded model are often links to a common store.
         paths = (PurePosixPath(shard), PureWindowsPath(shard))
-        if not shard or any(p.is_absolute() or p.drive or ".." in p.parts for p in paths):
+        if not paths[0].parts or any(p.is_absolute() or p.drive or ".." in p.parts for p in paths):
             raise ValueError(f"{file} names the shard {shard!r}, which is not inside its folder")
     return {name: file.parent / shard for name, shard in weight_map.items()}
 
@@ -189,19 +191,35 @@ def _names(file: Path) -> list[str]:
 
 
 def _opened(file: Path) -> Any:
-    if not file.exists():
+    if not os.path.exists(file):  # Path.exists raises for names that the disk does not take.
         raise FileNotFoundError(f"the file {file} is missing")
     try:
         return safe_open(file, framework="np")
     except (SafetensorError, OSError) as error:
+        if file.suffix.lower() in _OTHER_FORMATS:
+            raise ValueError(
+                f"{file} is no safetensors file: weights of other formats ({file.suffix}) are not read, since some run"
+                " code when they are; convert it"
+            ) from None
         raise ValueError(f"{file} is truncated or no safetensors file: {error}") from None
 
 
 def _tensor(tensors: Any, file: Path, name: str) -> np.ndarray:
     try:
         return tensors.get_tensor(name)
-    except (SafetensorError, TypeError, AttributeError) as error:
+    except (SafetensorError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"the tensor {name!r} of {file} cannot be read: {error}") from None
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Returns the object that a JSON file beside weights holds; raises ValueError where it is none."""
+    try:
+        content = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is no JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} must hold a JSON object, got {type(content).__name__}")
+    return content
 
 
 def _json(text: str, file: Path) -> dict[str, Any]:
@@ -214,8 +232,9 @@ def _json(text: str, file: Path) -> dict[str, Any]:
         return entries
 
     try:
-        return json.loads(text, object_pairs_hook=unique)
-    except json.JSONDecodeError as error:
+        # No number is read of it, and Python reads none of thousands of digits.
+        return json.loads(text, object_pairs_hook=unique, parse_int=float)
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{file} is no JSON: {error}") from None
 
 
@@ -226,6 +245,8 @@ def _paths(names: Mapping[str, Path], file: Path) -> dict[str, str]:
         path = name.replace(".", "/")
         if not all(path.split("/")):
             raise ValueError(f"{file} has the tensor {name!r}, whose name has an empty part")
+        if (depth := path.count("/") + 1) > _DEEPEST:
+            raise ValueError(f"{file} has a tensor whose name has {depth} parts, over the limit of {_DEEPEST}")
         if path in paths:
             raise ValueError(f"{file} has the tensors {paths[path]!r} and {name!r}, which are one path")
         paths[path] = name

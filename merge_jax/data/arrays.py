@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 from sklearn.model_selection import train_test_split
 
+from merge_jax.checks import check_at_least_one
 from merge_jax.data.streams import Streamed
+from merge_jax.paths import near_misses
 
 __all__ = ["Arrays", "Splits", "batches_of", "class_balanced", "indices_of", "num_examples", "split", "take"]
 
@@ -38,8 +40,8 @@ def indices_of(size: int, batch_size: int, seed: int) -> Callable[[int, int], np
     Raises:
       ValueError: no examples, or a batch size below 1.
     """
-    if size == 0 or batch_size < 1:
-        raise ValueError(f"batches need examples and a size of at least 1, got {size} and {batch_size}")
+    if size == 0 or not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batches need examples and a size of at least 1, got {size} and {batch_size!r}")
 
     # Ours, and not grain's: its map datasets build a batch one index at a time, which took five times as long
     # as a small model's step.
@@ -87,19 +89,36 @@ def split(arrays: Arrays, size: int, seed: int) -> tuple[Arrays, Arrays]:
     """Returns `size` examples and the rest, drawn from `seed`; the classes of a `label` are in proportion in both.
 
     Raises:
-      ValueError: either side would lack an example of some class.
+      ValueError: either side would have no example, or lack one of some class.
     """
-    indices = np.arange(num_examples(arrays))
-    rest, chosen = train_test_split(indices, test_size=size, stratify=arrays.get("label"), random_state=seed)
+    indices, labels = np.arange(num_examples(arrays)), arrays.get("label")
+    _check_size(size, len(indices), labels)
+    rest, chosen = train_test_split(indices, test_size=size, stratify=labels, random_state=seed)
     return take(arrays, np.asarray(chosen)), take(arrays, np.asarray(rest))
+
+
+def _check_size(size: int, total: int, labels: np.ndarray | None) -> None:
+    check_at_least_one(size=size)
+    least, sides = 1, ""
+    if labels is not None and total:
+        values, counts = np.unique(labels, return_counts=True)
+        if counts.min() < 2:
+            raise ValueError(f"a split needs two examples of each label, there is one of {values[counts.argmin()]}")
+        least, sides = len(values), f" with each of {len(values)} labels on either side"
+    if not least <= size <= total - least:
+        raise ValueError(
+            f"the size of a split of {total} examples{sides} must lie in [{least}, {total - least}], got {size}"
+        )
 
 
 def class_balanced(arrays: Arrays, size: int, seed: int) -> Arrays:
     """Returns `size` examples with the classes in proportion, drawn from `seed`.
 
     Raises:
-      ValueError: there are fewer examples, or fewer than one for each class.
+      ValueError: there are fewer examples, or fewer than one for each class; there are no labels.
     """
+    if "label" not in arrays:
+        raise ValueError(f"entry 'label' is missing; {near_misses('label', arrays)}")
     total, classes = len(arrays["label"]), len(np.unique(arrays["label"]))
     if not classes <= size <= total:
         raise ValueError(

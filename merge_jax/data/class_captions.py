@@ -5,7 +5,7 @@ import re
 import numpy as np
 
 from merge_jax.data.arrays import Arrays
-from merge_jax.data.image_set import ImageSet, check_images
+from merge_jax.data.image_set import ImageSet
 from merge_jax.data.image_text import CaptionedImages, CaptionSet
 
 __all__ = ["class_captions"]
@@ -47,7 +47,6 @@ def _caption(name: str, template: str) -> str:
 
 
 def _captioned(name: str, arrays: Arrays, captions: list[str]) -> CaptionedImages:
-    check_images(name, arrays, len(captions))
     images, labels = np.asarray(arrays["image"]), np.asarray(arrays["label"])
     if images.dtype != np.uint8:
         raise ValueError(f"{name}: images must be uint8, got {images.dtype}")

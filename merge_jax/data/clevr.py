@@ -18,7 +18,7 @@ from merge_jax.checks import check_at_least_one
 from merge_jax.data.image_files import BAR, check_inside, check_unreadable, open_image, read_image, read_rows
 from merge_jax.data.image_text import VisualQuestions, VisualQuestionSet
 from merge_jax.data.json_files import columns, entry, files_in, parse_json, read_json
-from merge_jax.data.tfds import fetch, one_line, open_split, root_folder, tamed_tfds
+from merge_jax.data.tfds import check_unpacked, fetch, one_line, open_split, root_folder, tamed_tfds
 from merge_jax.data.vqa_files import AskedOfFiles
 from merge_jax.paths import near_misses
 
@@ -32,6 +32,8 @@ _IMAGES = "images/{}"
 _SPLITS = {"train": "train", "val": "validation", "test": "test"}
 _ATTRIBUTES = ("color", "material", "shape", "size")
 _OBJECT = {**dict.fromkeys(_ATTRIBUTES, str), "rotation": float, "3d_coords": list, "pixel_coords": list}
+# Bytes that a member of the archive may unpack to: 0.7 GB of questions, and images of 0.2 MB.
+_LARGEST_JSON, _LARGEST_IMAGE = 2**31, 2**26
 # Of the last function of a question's program; those of other programs keep their own name.
 _KINDS = {
     **dict.fromkeys(("equal_integer", "less_than", "greater_than"), "compare integer"),
@@ -211,6 +213,11 @@ def _opened(archive: Path) -> Iterator[zipfile.ZipFile]:
         ) from error
 
 
+def _unpacked(archive: Path, file: zipfile.ZipFile, member: str, limit: int) -> bytes:
+    check_unpacked(archive, member, file.getinfo(member).file_size, limit)
+    return file.read(member)
+
+
 def _member(path: str, split: str) -> str:
     return f"{_FOLDER}/{path.format(split)}"
 
@@ -222,7 +229,8 @@ def _examples(archive: Path, file: zipfile.ZipFile, split: str) -> Iterator[tupl
     images = sorted(name.removeprefix(folder) for name in members if name.startswith(folder) and name != folder)
     questions: dict[str, list[dict[str, str]]] = {image: [] for image in images}
     name = f"{archive}: {_member(_QUESTIONS, split)}"
-    asked = _asked(parse_json(file.read(_member(_QUESTIONS, split)), name, _function_alone), name, split != "test")
+    annotations = _unpacked(archive, file, _member(_QUESTIONS, split), _LARGEST_JSON)
+    asked = _asked(parse_json(annotations, name, _function_alone), name, split != "test")
     # The test's answers are hidden; TFDS has empty ones.
     answers = asked.get("answer", [""] * len(asked["question"]))
     for image, question, answer in zip(asked["image_filename"], asked["question"], answers, strict=True):
@@ -231,7 +239,7 @@ def _examples(archive: Path, file: zipfile.ZipFile, split: str) -> Iterator[tupl
         questions[image].append({"question": question, "answer": answer})
     objects = _objects(archive, file, split) if _member(_SCENES, split) in members else {}
     for image in images:
-        content = file.read(folder + image)
+        content = _unpacked(archive, file, folder + image, _LARGEST_IMAGE)
         open_image(io.BytesIO(content), f"{archive}: {folder}{image}").close()
         yield (
             image,
@@ -247,7 +255,8 @@ def _examples(archive: Path, file: zipfile.ZipFile, split: str) -> Iterator[tupl
 def _objects(archive: Path, file: zipfile.ZipFile, split: str) -> dict[str, list[dict[str, Any]]]:
     """Returns the objects of each image, as the official builder has them."""
     name = f"{archive}: {_member(_SCENES, split)}"
-    content = parse_json(file.read(_member(_SCENES, split)), name, _without_relations)
+    annotations = _unpacked(archive, file, _member(_SCENES, split), _LARGEST_JSON)
+    content = parse_json(annotations, name, _without_relations)
     scenes = columns(content, "scenes", {"image_filename": str, "objects": list}, name)
     for position, objects in enumerate(scenes["objects"]):
         for number, found in enumerate(objects):

@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from merge_jax.data.arrays import Arrays
+from merge_jax.data.labels import check_labels
 from merge_jax.paths import near_misses
 
 __all__ = ["ImageSet", "as_pixels", "channel_statistics", "check_images"]
@@ -20,6 +21,11 @@ class ImageSet:
     train: Arrays
     test: Arrays
     classes: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        """Raises ValueError as `check_images`: an index out of range would be clipped or NaN in a compiled loss."""
+        for split in ("train", "test"):
+            check_images(f"{self.name} {split}", getattr(self, split), self.num_classes)
 
     @property
     def num_classes(self) -> int:
@@ -44,17 +50,7 @@ def check_images(name: str, arrays: Arrays, num_classes: int) -> None:
         raise ValueError(f"{name}: there are no examples, image has shape {images.shape}")
     if images.dtype != np.uint8 and not np.issubdtype(images.dtype, np.floating):
         raise ValueError(f"{name}: images must be uint8 or of a float type, got {images.dtype}")
-    if not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(f"{name}: labels must be of an integer type, got {labels.dtype}")
-    if labels.shape != images.shape[:1]:
-        raise ValueError(f"{name}: labels of {len(images)} images must be [{len(images)}], got shape {labels.shape}")
-    wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
-    if len(wrong):
-        index = wrong[0]
-        raise ValueError(
-            f"{name}: labels must lie in [0, {num_classes}), got {labels[index]} at index {index}"
-            f" ({len(wrong)} of {len(labels)} are out of range)"
-        )
+    check_labels(name, labels, len(images), num_classes, noun="images")
     if images.dtype != np.uint8:
         finite = np.isfinite(images)
         if not finite.all():

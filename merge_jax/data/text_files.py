@@ -19,7 +19,8 @@ Column = str | int
 """A column by its name in the header, or by its position, from 0, in a file without a header."""
 
 _SUFFIXES = (".csv", ".jsonl", ".tsv")
-_WHOLE = re.compile(r"[+-]?[0-9]+")
+# As long as numbers of 64 bits are.
+_WHOLE = re.compile(r"[+-]?[0-9]{1,18}")
 
 
 class _Row(NamedTuple):
@@ -95,9 +96,10 @@ def load_questions(path: Path | str) -> tuple[Question, ...]:
         in its passage.
     """
     path = Path(path)
+    text = _content(path)
     try:
-        content = json.loads(_content(path))
-    except json.JSONDecodeError as error:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON: {error}") from error
     questions = []
     for article, in_article in _items(content, "data", str(path)):
@@ -198,7 +200,7 @@ def _json_rows(path: Path, texts: list[Column], label: Column) -> list[_Row]:
         at = f"{path}, line {line}"
         try:
             entries = json.loads(content)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{at}: no JSON: {error}") from error
         found = [_entry(entries, str(column), str, at).strip() for column in texts]
         value = _entry(entries, label, (str, int), at)

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from merge_jax.data.labels import check_labels
+
 __all__ = ["LabelledTexts", "Question", "QuestionSet", "TextSet"]
 
 
@@ -36,6 +38,11 @@ class TextSet:
     train: LabelledTexts
     test: LabelledTexts
     classes: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        """Raises ValueError as `check_labels`: an index out of range would be clipped or NaN in a compiled loss."""
+        for split, part in (("train", self.train), ("test", self.test)):
+            check_labels(f"{self.name} {split}", part.labels, len(part.texts), len(self.classes))
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from merge_jax.paths import near_misses
 
 __all__ = [
     "archive_members",
+    "check_unpacked",
     "fetch",
     "one_line",
     "open_split",
@@ -29,13 +30,18 @@ __all__ = [
 ]
 
 _FINGERPRINT = "archive.sha256"
+# Bytes that an archive may unpack to: IMDb has half of that, and a small archive may claim more than the memory holds.
+_LARGEST = 2**30
 
 
 def root_folder(data_dir: Path | str | None) -> Path:
-    """Returns `data_dir`, or TFDS's own folder where it is None."""
+    """Returns `data_dir`, or TFDS's own folder where it is None; raises ValueError for what can be no path."""
     from tensorflow_datasets.core import constants
 
-    return Path(constants.DATA_DIR if data_dir is None else data_dir).expanduser()
+    root = Path(constants.DATA_DIR if data_dir is None else data_dir)
+    if "\0" in str(root):
+        raise ValueError(f"the folder {str(root)!r} is none: a path has no NUL in it")
+    return root.expanduser()
 
 
 @contextlib.contextmanager
@@ -163,20 +169,41 @@ def archive_members(archive: Path, wanted: Callable[[str], bool]) -> Iterator[tu
     Nothing is written to the disk, so no member can do anything.
 
     Raises:
-      ValueError: the archive is truncated or broken; at its end too, where the checksum is.
+      ValueError: the archive is truncated or broken; at its end too, where the checksum is. It unpacks to more than
+        1 GiB.
     """
     try:
-        with gzip.open(archive) as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
+        with gzip.open(archive) as file, tarfile.open(fileobj=_Bounded(file, archive), mode="r|") as tar:
             for member in tar:
-                file = tar.extractfile(member) if member.isreg() and wanted(member.name) else None
-                yield member.name, None if file is None else file.read()
+                check_unpacked(archive, member.name, member.size, _LARGEST)
+                content = tar.extractfile(member) if member.isreg() and wanted(member.name) else None
+                yield member.name, None if content is None else content.read()
             # The checksum is at the end of the file, behind the last member.
-            while stream.read(1 << 20):
+            while file.read(1 << 20):
                 pass
     except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
         raise ValueError(
             f"the archive {archive} is truncated or broken ({one_line(error)}); replace it with a whole one"
         ) from error
+
+
+class _Bounded:
+    """What a file unpacks to, as far as `_LARGEST` bytes: headers too may claim any size."""
+
+    def __init__(self, file: gzip.GzipFile, archive: Path) -> None:
+        self._file, self._archive, self._size = file, archive, 0
+
+    def read(self, size: int) -> bytes:
+        content = self._file.read(size)
+        self._size += len(content)
+        check_unpacked(self._archive, "all of it", self._size, _LARGEST)
+        return content
+
+
+def check_unpacked(archive: Path, what: str, size: int, limit: int) -> None:
+    """Raises ValueError where a part of an archive unpacks to more bytes than it may."""
+    if size > limit:
+        raise ValueError(f"the archive {archive} unpacks to {size} bytes ({what}), over the limit of {limit}")
 
 
 def open_split(builder: Any, split: str, **options: Any) -> Any:

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from tqdm.auto import tqdm
 
 from merge_jax.checks import check_at_least_one
 from merge_jax.data.arrays import Arrays
 from merge_jax.data.cifar import CIFAR, prepare_cifar
-from merge_jax.data.image_set import ImageSet, as_pixels, check_images
+from merge_jax.data.image_files import read_image
+from merge_jax.data.image_set import ImageSet
 from merge_jax.data.tfds import open_split, prepare, root_folder, tamed_tfds
 
 __all__ = ["load_tfds_images"]
@@ -56,8 +56,6 @@ def load_tfds_images(
         raise ValueError(f"{name} needs a split 'train' and one of 'test' and 'validation', found {splits}")
     classes = tuple(builder.info.features[label].names)
     arrays = {split: _read(builder, split, image_size, label) for split in ("train", test)}
-    for split, part in arrays.items():
-        check_images(f"{name} {split}", part, len(classes))
     return ImageSet(name, arrays["train"], arrays[test], classes)
 
 
@@ -72,8 +70,7 @@ def _read(builder: Any, split: str, image_size: int | None, label: str) -> Array
     bar = tqdm(range(len(source)), desc=f"reading {builder.name} {split}", unit="image", delay=1, leave=False)
     for index in bar:
         example = source[index]
-        with Image.open(io.BytesIO(example["image"])) as image:
-            pixels = as_pixels(image, mode, image_size)
+        pixels = read_image(io.BytesIO(example["image"]), mode, image_size, f"{index} of {builder.name} {split}")
         if images is None:
             images = np.empty((len(source), *pixels.shape), np.uint8)
         if pixels.shape != images.shape[1:]:

@@ -1,6 +1,5 @@
 """Weights of BERT, DistilBERT and ViT between Hugging Face's files and the models here; one table for both ways."""
 
-import json
 import math
 import os
 import re
@@ -16,7 +15,7 @@ from merge_jax.checks import check_at_least_one
 from merge_jax.matrices import MatrixSpec, as_matrix, from_matrix, matrix_spec
 from merge_jax.paths import flatten, near_misses, replace
 from merge_jax.types import Params
-from merge_jax.weights import load_safetensors
+from merge_jax.weights import load_safetensors, read_json
 
 __all__ = ["Loaded", "from_huggingface", "to_huggingface"]
 
@@ -291,7 +290,7 @@ def _check_config(path: str | os.PathLike[str], ours: _Architecture, num_heads: 
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
     if not (folder / "config.json").exists():
         return
-    config = json.loads((folder / "config.json").read_text("utf-8"))
+    config = read_json(folder / "config.json")
     for key, expected in ((ours.heads, num_heads), (ours.activation, "gelu")):
         found = config.get(key, expected)
         if found != expected:
