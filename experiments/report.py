@@ -123,6 +123,10 @@ def print_results(
     if others:
         console.print(_other_metrics(scenario, results, others))
     console.print(notes, highlight=False)
+    for result in results:
+        if result.get("faults"):
+            counts = ", ".join(f"{name} {count}" for name, count in result["faults"].items())
+            console.print(f"not finite, or out of bounds: {result['method']}, seed {result['seed']}: {counts}")
     folder.write_text("table.txt", console.export_text())
 
 

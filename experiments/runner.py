@@ -19,7 +19,8 @@ from experiments.scenario import Scenario
 from experiments.sources import Origin, origin_of, read_trajectory
 from experiments.stages import Stage, make_stages
 from experiments.training import RunStoppedError, Trainer, compile_epoch, steps_per_call
-from merge_jax.guard import NumericFaultError
+from merge_jax.checkpoint import CheckpointError
+from merge_jax.guard import NumericFaultError, check_finite
 from merge_jax.interruption import StopSignals
 from merge_jax.joint import TrainState
 from merge_jax.parallel import Layout, data_mesh, jit_layout, pmap_layout
@@ -64,7 +65,7 @@ def check_run(scenario: Scenario, config: RunConfig) -> Checked:
     lowered = {name: stage.lower(layout, steps_per_call(stage), side_by_side) for name, stage in stages.items()}
     if origin.read is not None:
         for seed in range(config.seeds):  # What does not fit the model is told now.
-            origin.read(seed)
+            check_finite(f"the source of seed {seed}", origin.read(seed).params)
     return Checked(origin, stages, layout, lowered)
 
 
@@ -99,6 +100,9 @@ def prepare_run(scenario: Scenario, config: RunConfig) -> Callable[[], None]:
         except RunStoppedError as stopped:
             print(f"\nstopped: {stopped}, which is saved; {go_on} from there", file=sys.stderr)
             raise SystemExit(128 + (signals.received or 0)) from None
+        except CheckpointError as problem:
+            print(f"\nerror: {problem}", file=sys.stderr)
+            raise SystemExit(2) from None
         except NumericFaultError as fault:
             print(f"\nerror: {fault}; checkpoints of the steps before are in {folder.checkpoints}", file=sys.stderr)
             raise SystemExit(1) from None
@@ -217,7 +221,7 @@ def _results(
 ) -> list[dict[str, Any]]:
     """Trains one method on some seeds and returns what the table says of each."""
     outcomes = trainer.train(stage, seeds, sources)
-    validation = _validation(stage, log)
+    validation, faults = _validation(stage, log), _faults(stage, log)
     results = []
     for seed, (state, seconds) in zip(seeds, outcomes, strict=True):
         metrics = {role: stage.test(state, seed, role) for role in ("target", "source")}
@@ -232,12 +236,31 @@ def _results(
                 "source_test": metrics["source"][stage.roles["source"].metric] if metrics["source"] else None,
                 "test_metrics": metrics,
                 "answers": stage.answers(state) if seed == 0 else {},
+                "faults": faults.get(seed, {}),
                 "seconds": seconds,
                 "compile_seconds": trainer.compile_seconds(stage),
                 "adapter_parameters": sum(leaf.size for leaf in jax.tree.leaves(state.adapter.params)),
             }
         )
     return results
+
+
+def _faults(stage: Stage, log: MetricsLog) -> dict[int, dict[str, int]]:
+    """Returns how many updates of each seed were skipped, and transfers rejected, by role; none where there were none.
+
+    Steps of a report that was cut short by a stop are not counted.
+    """
+    counts: dict[int, dict[str, int]] = {}
+    last: dict[str, int] = {}
+    for record in log.records():
+        name, _, seed = record["run"].rpartition("-seed")
+        steps = record["step"] - last.get(record["run"], 0)
+        last[record["run"]] = record["step"]
+        for metric, mean in record.items():
+            if name == stage.name and metric.endswith(("/skipped", "/rejected")) and mean:
+                of_seed = counts.setdefault(int(seed), {})
+                of_seed[metric] = of_seed.get(metric, 0) + round(mean * steps)
+    return counts
 
 
 def _validation(stage: Stage, log: MetricsLog) -> dict[int, list[float]]:

@@ -5,7 +5,7 @@ MergeNet (arXiv:2404.13322) as pure functions over parameter pytrees.
 
 from merge_jax import models
 from merge_jax.agreement import agreeing, cka, features_teacher, mixed
-from merge_jax.checkpoint import Checkpoints, DamagedCheckpointWarning, NotBitExactWarning
+from merge_jax.checkpoint import CheckpointError, Checkpoints, DamagedCheckpointWarning, NotBitExactWarning
 from merge_jax.combinators import chain, scheduled, self_transfer, several_sources, without_source
 from merge_jax.epoch import augmented, make_epoch
 from merge_jax.guard import NumericFaultError
@@ -64,6 +64,7 @@ __all__ = [
     "Adapter",
     "AdapterState",
     "Batch",
+    "CheckpointError",
     "Checkpoints",
     "DamagedCheckpointWarning",
     "Gated",

@@ -17,12 +17,16 @@ from orbax.checkpoint import v1 as ocp
 from merge_jax.lock import FolderLock
 from merge_jax.manifest import Facts, Leaf, Manifest, changes, differing_leaves, environment_of, specs_of
 
-__all__ = ["Checkpoints", "DamagedCheckpointWarning", "NotBitExactWarning"]
+__all__ = ["CheckpointError", "Checkpoints", "DamagedCheckpointWarning", "NotBitExactWarning"]
 
 _State = TypeVar("_State")
 
 _MANIFEST = "manifest"
 _DAMAGED = "damaged"
+
+
+class CheckpointError(ValueError):
+    """What is saved is not what is asked for: damaged, of another run, or of another model."""
 
 
 class DamagedCheckpointWarning(UserWarning):
@@ -164,8 +168,8 @@ class Checkpoints:
             which a `NotBitExactWarning` tells, as of other versions or threads.
 
         Raises:
-          ValueError: the saved tree has other leaves, shapes or dtypes than `state`, or was saved under other facts,
-            each of which is named; or all steps are damaged, each in its own way.
+          CheckpointError: the saved tree has other leaves, shapes or dtypes than `state`, or was saved under other
+            facts, each of which is named; or all steps are damaged, each in its own way.
         """
         damaged: dict[int, str] = {}
         for step in reversed(self.steps):
@@ -186,22 +190,22 @@ class Checkpoints:
             self._tell_environment(manifest, state)
             return step, restored
         if damaged:
-            raise ValueError(f"{_list_damage(self.folder, damaged)}; there is no other to go back to")
+            raise CheckpointError(f"{_list_damage(self.folder, damaged)}; there is no other to go back to")
         return None
 
     def restore_best(self, state: _State) -> tuple[int, _State]:
         """Returns the step of the best score and its state; `state` as in `restore_latest`.
 
         Raises:
-          ValueError: no step has a score, the best one is damaged, or it does not fit.
+          CheckpointError: no step has a score, the best one is damaged, or it does not fit.
         """
         step = self.best_step
         if step is None:
-            raise ValueError(f"no step in {self.folder} has a score; saved: {list(self.steps)}")
+            raise CheckpointError(f"no step in {self.folder} has a score; saved: {list(self.steps)}")
         try:
             return step, self._restore(self._manifest(step), state)
         except _DamagedError as error:
-            raise ValueError(_list_damage(self.folder, {step: str(error)})) from None
+            raise CheckpointError(_list_damage(self.folder, {step: str(error)})) from None
 
     def restore_parts(self, step: int, parts: Mapping[str, Any]) -> dict[str, Any]:
         """Returns parts of what was saved at a step, e.g. the parameters of one model.
@@ -212,10 +216,11 @@ class Checkpoints:
             `restore_latest`.
 
         Raises:
-          ValueError: the step is not saved, it is damaged, or a part has other leaves, shapes or dtypes; each is named.
+          CheckpointError: the step is not saved, it is damaged, or a part has other leaves, shapes or dtypes; each is
+            named.
         """
         if step not in self.steps:
-            raise ValueError(f"step {step} is not saved in {self.folder}; saved: {list(self.steps)}")
+            raise CheckpointError(f"step {step} is not saved in {self.folder}; saved: {list(self.steps)}")
         tree: dict[str, Any] = {}
         for path, part in parts.items():
             *parents, name = path.split("/")
@@ -223,7 +228,7 @@ class Checkpoints:
         try:
             loaded = self._restore(self._manifest(step), tree, tuple(parts))
         except _DamagedError as error:
-            raise ValueError(_list_damage(self.folder, {step: str(error)})) from None
+            raise CheckpointError(_list_damage(self.folder, {step: str(error)})) from None
         return {path: functools.reduce(operator.getitem, path.split("/"), loaded) for path in parts}
 
     def _manifest(self, step: int) -> Manifest:
@@ -273,13 +278,13 @@ class Checkpoints:
     def _check_facts(self, manifest: Manifest) -> None:
         changed = [] if self._facts is None else changes(manifest.facts, self._facts)
         if changed:
-            raise ValueError(
+            raise CheckpointError(
                 f"step {manifest.step} in {self.folder} was saved by another run: {'; '.join(changed)}. "
                 "Go on with what it was, or take another folder"
             )
 
     def _check_fits(self, manifest: Manifest, wanted: Mapping[str, Leaf], parts: Sequence[str] | None) -> None:
-        """Raises ValueError for every difference: Orbax's own error is long, and it casts dtypes silently."""
+        """Raises CheckpointError for every difference: Orbax's own error is long, and it casts dtypes silently."""
         saved = manifest.leaves
         problems = [f"{path} is not saved" for path in wanted.keys() - saved.keys()]
         problems += [
@@ -293,7 +298,7 @@ class Checkpoints:
             if str(wanted[path]) != str(saved[path])
         ]
         if problems:
-            raise ValueError(
+            raise CheckpointError(
                 f"step {manifest.step} in {self.folder} does not fit: "
                 + "; ".join(sorted(problems)[:10])
                 + (f"; and {len(problems) - 10} more" if len(problems) > 10 else "")

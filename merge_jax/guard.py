@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["NumericFaultError", "Skips", "all_finite", "keep_unless"]
+from merge_jax.paths import flatten
+
+__all__ = ["NumericFaultError", "Skips", "all_finite", "check_finite", "keep_unless"]
 
 _Tree = TypeVar("_Tree")
 
@@ -22,6 +24,14 @@ def all_finite(*trees: Any) -> jax.Array:
     """Returns whether all numbers of all leaves are finite, a boolean scalar."""
     leaves = [leaf for leaf in jax.tree.leaves(trees) if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)]
     return jnp.all(jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in leaves] or [True]))
+
+
+def check_finite(name: str, tree: Any) -> None:
+    """Raises ValueError unless all numbers of all leaves are finite; the leaves that are not are named."""
+    wrong = [path for path, leaf in flatten(tree).items() if not all_finite(leaf)]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ValueError(f"{name} has numbers that are not finite in {', '.join(wrong[:3])}{more}")
 
 
 def keep_unless(ok: jax.Array, new: _Tree, old: _Tree) -> _Tree:

@@ -9,7 +9,7 @@ import pytest
 
 import merge_jax as mj
 from merge_jax.checkpoint import Checkpoints
-from merge_jax.guard import NumericFaultError, Skips, all_finite, keep_unless
+from merge_jax.guard import NumericFaultError, Skips, all_finite, check_finite, keep_unless
 from merge_jax.loop import run_loop, stepwise
 from tests import helpers
 
@@ -201,3 +201,9 @@ def test_one_number_among_many_is_seen(bad, dtype):
     assert all_finite()
     old = jax.tree.map(jnp.zeros_like, tree)
     chex.assert_trees_all_equal(keep_unless(all_finite(tree), tree, old), tree if bad is None else old)
+
+
+def test_leaves_that_are_not_finite_are_named():
+    check_finite("the source", {"a": {"w": jnp.ones(3)}, "b": jnp.arange(2)})
+    with pytest.raises(ValueError, match=r"^the source has numbers that are not finite in a/w, b$"):
+        check_finite("the source", {"a": {"w": jnp.ones(3).at[1].set(jnp.nan)}, "b": jnp.float32(jnp.inf)})

@@ -1,0 +1,141 @@
+"""Every experiment, stopped in the middle of an epoch and of a report, ends as the unbroken run does, bit for bit."""
+
+import json
+import re
+
+import jax
+import pytest
+
+from experiments import stages
+from merge_jax.checkpoint import Checkpoints
+from merge_jax.interruption import StopSignals
+from tests import test_image_sets
+from tests.runs import run
+
+# Ten steps a call, so that the first call ends between two reports, and within an epoch.
+LENGTHS = [
+    *("--steps", "20", "--report-every", "15", "--checkpoint-every", "15", "--source-steps", "20", "--cycle", "3"),
+    *("--attention-dropout", "0.1", "--feed-forward-dropout", "0.2", "--num-layers", "1", "--num-heads", "1"),
+]
+CASES = {
+    "pretrained": ("cross_structure", "mergenet"),
+    "live": ("cross_structure", "mergenet", "--source", "live"),
+    "trajectory": ("cross_structure", "mergenet", "--source", "trajectory", "--snapshots", "2"),
+    "tasks": ("cross_task", "mergenet_warm"),
+    "modalities": ("cross_modal", "mergenet", "--source", "live"),
+    "itself": ("self_transfer", "mergenet_warm"),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_once(tmp_path_factory):
+    """The runs of one case compile the same programs."""
+    before = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    yield
+    jax.config.update("jax_compilation_cache_dir", before[0])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", before[1])
+
+
+def stopping_at(monkeypatch, call):
+    """Makes runs stop after so many calls of their epoch, as a signal would; None for never."""
+    calls = []
+
+    def should_stop(signals):
+        calls.append(None)
+        return len(calls) == call
+
+    monkeypatch.setattr(StopSignals, "should_stop", should_stop)
+
+
+def digests(folder):
+    """The digest of every leaf of the last step of every cell, taken of what is restored."""
+    found = {}
+    for cell in (folder / "checkpoints").iterdir():
+        with Checkpoints(cell, read_only=True) as checkpoints:
+            manifest = checkpoints._manifest(checkpoints.latest_step)
+        assert manifest.step == 20
+        found[cell.name] = {path: leaf.sha256 for path, leaf in manifest.leaves.items()}
+    return found
+
+
+def results_of(folder):
+    timed = ("seconds", "compile_seconds")
+    results = json.loads((folder / "results.json").read_text())
+    return [{name: value for name, value in result.items() if name not in timed} for result in results]
+
+
+def check(monkeypatch, tmp_path, capsys, experiment, words, calls):
+    run(experiment, tmp_path / "unbroken", *words)
+    for number, call in enumerate(calls):
+        stopping_at(monkeypatch, call)
+        with pytest.raises(SystemExit) as stopped:
+            run(experiment, tmp_path / "broken", *words, *(["--resume"] if number else []))
+        assert stopped.value.code == 128
+        printed = capsys.readouterr().err
+        assert "step 10 of 20, which is saved; the same command with --resume" in printed, printed[-1000:]
+    stopping_at(monkeypatch, None)
+    run(experiment, tmp_path / "broken", *words, "--resume")
+    expected = digests(tmp_path / "unbroken")
+    assert any(len(leaves) > 20 for leaves in expected.values())
+    assert digests(tmp_path / "broken") == expected
+    assert results_of(tmp_path / "broken") == results_of(tmp_path / "unbroken")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_stopped_in_the_middle_a_run_ends_as_the_unbroken_one(case, monkeypatch, tmp_path, capsys):
+    experiment, method, *options = CASES[case]
+    # Where the source is trained first, in two calls, the third is the method's first; once, the source is stopped too.
+    first = 1 if "live" in options or experiment == "self_transfer" else 3
+    calls = (1, 3) if case == "pretrained" else (first,)
+    check(monkeypatch, tmp_path, capsys, experiment, ["smoke", *LENGTHS, "--methods", method, *options], calls)
+
+
+def test_so_does_one_whose_images_are_changed_at_random(monkeypatch, tmp_path, capsys):
+    """An archive of CIFAR-100 through TFDS, with crops, flips and turns, both models live."""
+    files, *_ = test_image_sets.cifar_members("cifar100")
+    data_dir = tmp_path / "data"
+    test_image_sets.put_archive(data_dir, "cifar100", files)
+    words = [
+        *("--data", "cifar100", "--data-dir", str(data_dir), "--augment", "--source", "live", "--validation", "4"),
+        *("--source-model", "small_resnet", "--target-model", "small_mobilenet_v2", "--stages", "1", "--seeds", "1"),
+        *("--routes", "fc/kernel=fc/kernel", "--batch-size", "8"),
+        *("--methods", "mergenet", *LENGTHS),
+    ]
+    check(monkeypatch, tmp_path, capsys, "cross_structure", words, (1,))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("--batch-size", "40"), "batch_size was 50, is 40"),
+        (("--seeds", "2"), "seeds was 1, is 2"),
+        (("--labels", "50"), "labels was 100, is 50"),
+    ],
+)
+def test_what_changes_the_batches_is_refused_by_name(change, message, monkeypatch, tmp_path, capsys):
+    words = ["smoke", *LENGTHS, "--methods", "vanilla"]
+    stopping_at(monkeypatch, 1)
+    with pytest.raises(SystemExit):
+        run("cross_structure", tmp_path / "run", *words)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as refused:
+        run("cross_structure", tmp_path / "run", *words, *change, "--resume")
+    assert refused.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_other_numbers_in_the_data_are_refused_too(monkeypatch, tmp_path, capsys):
+    """The options are the same, but the pixels are not: a file may have changed."""
+    words = ["smoke", *LENGTHS, "--methods", "vanilla"]
+    stopping_at(monkeypatch, 1)
+    with pytest.raises(SystemExit):
+        run("cross_structure", tmp_path / "run", *words)
+    monkeypatch.setattr(stages, "fingerprint", lambda arrays: "changed")
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as refused:
+        run("cross_structure", tmp_path / "run", *words, "--resume")
+    assert refused.value.code == 2
+    printed = capsys.readouterr().err
+    assert re.search(r"error: .* saved by another run: \w+_data was '[0-9a-f]{16}', is 'changed'\. Go on", printed)
