@@ -68,10 +68,14 @@ class Checkpoints:
           read_only: save nothing, and leave everything as it is; the folder of a run that goes on can be read so.
 
         Raises:
-          ValueError: keep is below 1, another process is writing into the folder, or there is none to read.
+          ValueError: keep is below 1, a fact is no plain value, another process is writing into the folder, or there is
+            none to read.
         """
         if keep is not None and keep < 1:
             raise ValueError(f"keep must be at least 1, got {keep}")
+        for name, value in (facts or {}).items():
+            if not isinstance(value, str | int | float | bool | None):
+                raise ValueError(f"the fact {name!r} must be text, a number or True or False, got {value!r}")
         path = Path(folder).absolute()
         if read_only and not path.is_dir():
             raise ValueError(f"there is no folder of checkpoints {path}")
@@ -147,8 +151,7 @@ class Checkpoints:
         latest = self.latest_step
         if latest is not None and latest >= step:
             raise FileExistsError(f"cannot save step {step}: step {latest} is already there")
-        if score is not None and not math.isfinite(score):
-            score = None
+        score = None if score is None or not math.isfinite(score) else float(score)
         manifest = Manifest.of(step, state, self._facts or {}, score)
         if score is not None:
             self._scores[step] = score

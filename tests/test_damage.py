@@ -203,7 +203,7 @@ def test_parts_of_a_damaged_step_are_refused(folder):
 
 
 def test_the_newest_two_and_the_best_stay_and_a_nan_is_never_the_best(tmp_path):
-    scores = {1: 0.5, 2: 0.9, 3: math.nan, 4: 0.7, 5: None, 6: math.inf}
+    scores = {1: 0.5, 2: np.float32(0.9), 3: math.nan, 4: 0.7, 5: None, 6: math.inf}
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         for step, score in scores.items():
             checkpoints.save(step, state_of(step), score=score)
@@ -242,6 +242,13 @@ def test_other_facts_are_refused_by_name(tmp_path):
     for same in (facts, None):
         with Checkpoints(tmp_path, facts=same) as checkpoints:
             assert checkpoints.restore_latest(state_of(0))[0] == 1
+
+
+def test_facts_are_plain_values(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"the fact 'data' must be text, a number or True or False, got array\(\[1\]\)"
+    ):
+        Checkpoints(tmp_path, facts={"data": np.array([1])})
 
 
 def test_other_circumstances_are_told(tmp_path, monkeypatch):
