@@ -319,8 +319,10 @@ def _run_here(one: _Planned) -> str | None:
             run = prepare_run(_built(one.run, config), config)
             _write_command(one)
             run()
-        except SystemExit:  # Of an interruption.
-            raise KeyboardInterrupt from None
+        except SystemExit as left:
+            if left.code not in (1, 2):  # Of an interruption.
+                raise KeyboardInterrupt from None
+            return _last_line(one.log)
         except Exception as error:
             traceback.print_exc()
             return str(error) or type(error).__name__

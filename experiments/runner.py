@@ -24,7 +24,7 @@ from merge_jax.guard import NumericFaultError, check_finite
 from merge_jax.interruption import StopSignals
 from merge_jax.joint import TrainState
 from merge_jax.parallel import Layout, data_mesh, jit_layout, pmap_layout
-from merge_jax.runs import MetricsLog, RunFolder
+from merge_jax.runs import MetricsLog, RunFolder, check_space
 
 __all__ = ["Checked", "check_run", "numbered_folder", "prepare_run"]
 
@@ -80,14 +80,10 @@ def prepare_run(scenario: Scenario, config: RunConfig) -> Callable[[], None]:
     with Console(stderr=True).status("tracing"):
         checked = check_run(scenario, config)
     run_dir = config.run_dir or numbered_folder(scenario.name, config.resume)
+    check_space(run_dir, _checkpoint_bytes(checked, config))
     folder = RunFolder.open(run_dir, config.identity(), resume=config.resume)
-    try:
-        folder.check_space(_checkpoint_bytes(checked, config))
-        if scenario.attach is not None and jax.process_index() == 0:
-            scenario.attach(folder.path)
-    except BaseException:
-        folder.close()
-        raise
+    if scenario.attach is not None and jax.process_index() == 0:
+        scenario.attach(folder.path)
     signals = StopSignals()
     go_on = f"the same command with --resume --run-dir {folder.path} goes on"
 

@@ -20,7 +20,7 @@ from tensorboardX import SummaryWriter
 from merge_jax.lock import FolderLock
 from merge_jax.manifest import changes
 
-__all__ = ["MetricsLog", "RunFolder", "describe_environment"]
+__all__ = ["MetricsLog", "RunFolder", "check_space", "describe_environment"]
 
 _PACKAGES = ("merge_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -108,16 +108,6 @@ class RunFolder:
             raise ValueError(f"the run folder {path} cannot be written: {error}") from None
         return folder
 
-    def check_space(self, needed: int) -> None:
-        """Raises ValueError where the disk has not the bytes that the checkpoints of the run will take in all."""
-        there = sum(path.stat().st_size for path in self.checkpoints.rglob("*") if path.is_file())
-        free = shutil.disk_usage(self.path).free
-        if needed - there > free:
-            raise ValueError(
-                f"the disk of {self.path} has {free / 2**30:.3g} GiB left, and the checkpoints of this run may need "
-                f"{(needed - there) / 2**30:.3g} GiB: make room, or give another --run-dir"
-            )
-
     def close(self) -> None:
         """Lets other processes write into the folder."""
         if self._lock is not None:
@@ -200,6 +190,18 @@ class RunWriter:
             file.write(json.dumps({"run": self._run, "step": step, **values}) + "\n")
         for name, value in metrics.items():
             self._events.add_scalar(name, value, step)
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Raises ValueError where the disk has not the bytes that a run will need in a folder, which need not be there."""
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    free = shutil.disk_usage(existing).free
+    if needed - there > free:
+        raise ValueError(
+            f"the disk of {folder} has {free / 2**30:.3g} GiB left, and the checkpoints of this run may need "
+            f"{(needed - there) / 2**30:.3g} GiB: make room, or give another --run-dir"
+        )
 
 
 def describe_environment() -> dict[str, Any]:

@@ -1,9 +1,12 @@
 import json
 import math
+import re
+from types import SimpleNamespace
 
 import pytest
 
-from merge_jax.runs import MetricsLog, RunFolder
+from merge_jax import runs
+from merge_jax.runs import MetricsLog, RunFolder, check_space
 
 CONFIG = {"steps": 10, "methods": ("a", "b")}
 
@@ -59,6 +62,31 @@ def test_a_damaged_config_is_named(tmp_path):
     (tmp_path / "config.json").write_text('{"steps": 1')
     with pytest.raises(ValueError, match=r"config\.json is damaged"):
         RunFolder.open(tmp_path, CONFIG, resume=True)
+
+
+def test_a_folder_has_one_writer(tmp_path):
+    first = RunFolder.open(tmp_path, CONFIG, resume=False)
+    with pytest.raises(ValueError, match=rf"another run is writing into {re.escape(str(tmp_path))} \(process \d+ on "):
+        RunFolder.open(tmp_path, CONFIG, resume=True)
+    assert len(json.loads((tmp_path / "environment.json").read_text())) == 1
+    first.close()
+    RunFolder.open(tmp_path, CONFIG, resume=True)
+    assert len(json.loads((tmp_path / "environment.json").read_text())) == 2
+
+
+def test_a_disk_without_room_is_named_and_what_is_there_counts(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**30))
+    folder = tmp_path / "absent" / "run"
+    check_space(folder, 2**30)
+    message = r"the disk of .*absent/run has 1 GiB left, and the checkpoints of this run may need 1.5 GiB: make room"
+    with pytest.raises(ValueError, match=message):
+        check_space(folder, 3 * 2**29)
+    assert not folder.parent.exists()
+    folder.mkdir(parents=True)
+    (folder / "saved").write_bytes(bytes(1000))
+    check_space(folder, 2**30 + 1000)
+    with pytest.raises(ValueError, match="make room"):
+        check_space(folder, 2**30 + 1001)
 
 
 def test_metrics_are_one_record_a_report_and_rewind_to_a_step(tmp_path):
