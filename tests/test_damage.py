@@ -23,7 +23,9 @@ from merge_jax.manifest import Manifest, _seal
 ROOT = Path(__file__).parent.parent
 
 # Orbax leaves tasks behind when a file that it reads is damaged, and Python says so when it finds them.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine .* was never awaited:RuntimeWarning"
+)
 
 
 @pytest.fixture(autouse=True)
