@@ -80,7 +80,7 @@ def _prepared(build: Callable[[_Config], Scenario], config: _Config) -> Callable
     run, problem = None, None
     try:
         run = prepare_run(build(config), config)
-    except (ValueError, TimeoutError) as error:
+    except (ValueError, OSError) as error:  # Of the options, or of files and folders that they name.
         problem = error
     try:
         agree(problem)

@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 import optax
 
 from experiments.controls import SourceControl
+from experiments.option_types import check_option_types
 from merge_jax.checks import check_at_least_one
 from merge_jax.joint import UpdateRule
 
@@ -100,10 +101,12 @@ class RunConfig:
     """Go on from the newest checkpoints of --run-dir, or of the last numbered folder."""
 
     def check(self) -> None:
-        """Raises ValueError for an option out of range."""
-        for name in ("seeds", "source_steps", "steps", "batch_size", "report_every", "snapshots"):
+        """Raises ValueError for an option of another type or out of range."""
+        check_option_types(self)
+        for name in ("seeds", "source_steps", "steps", "batch_size", "report_every", "checkpoint_every", "snapshots"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_at_least_one(cycle=self.cycle, num_processes=self.num_processes)
         optional = {name: getattr(self, name) for name in ("epochs", "source_epochs", "devices", "cycle_end")}
         check_at_least_one(**{name: value for name, value in optional.items() if value is not None})
         if self.source == "frozen" and self.source_from is None:
@@ -122,7 +125,7 @@ class RunConfig:
             )
         if self.source_control == "other_seed" and self.source == "frozen":
             raise ValueError("source_control other_seed trains a source of another seed: leave out --source frozen")
-        if self.checkpoint_every < 1 or self.checkpoint_every % self.report_every:
+        if self.checkpoint_every % self.report_every:
             raise ValueError(
                 f"checkpoint_every must be a multiple of report_every, "
                 f"got {self.checkpoint_every} and {self.report_every}"
@@ -133,11 +136,24 @@ class RunConfig:
             raise ValueError("shard_state is for jit: pmap keeps a copy of all on every device")
         if (self.num_processes > 1) != (self.coordinator is not None):
             raise ValueError("several processes need all of coordinator, num_processes and process_id")
+        if not 0 <= self.process_id < self.num_processes:
+            raise ValueError(f"process_id must lie in [0, {self.num_processes}), got {self.process_id}")
         if self.coordinator is not None and self.run_dir is None:
             raise ValueError("several processes need a run_dir that all of them see")
 
     def schedule(self, source_examples: int, target_examples: int) -> Schedule:
-        """Returns the lengths in steps, for as many examples to train each model on."""
+        """Returns the lengths in steps, for as many examples to train each model on.
+
+        Raises:
+          ValueError: a batch has more examples than there are.
+        """
+        for role, examples in (("target", target_examples), ("source", source_examples)):
+            learns = role == "target" or self.source != "frozen"
+            if learns and examples < self.batch_size:
+                raise ValueError(
+                    f"batch_size is {self.batch_size}, but the {role} learns from {examples} examples: a batch would"
+                    " have some of them twice"
+                )
         if self.epochs is None:
             source, target = (
                 Lengths(steps, self.report_every, self.checkpoint_every) for steps in (self.source_steps, self.steps)

@@ -133,7 +133,7 @@ def read_grid(path: Path, seeds: int | None = None) -> Grid:
     """
     try:
         content = tomllib.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, UnicodeDecodeError, RecursionError, tomllib.TOMLDecodeError) as error:
         raise ValueError(f"the grid {path} cannot be read: {error}") from None
     table = _Table("the grid", content, {"seeds": int, "against": list, "settings": dict, "rows": dict})
     default = table.get("seeds", 10)

@@ -1,6 +1,5 @@
 """Models of images with text as the roles of a scenario: their tasks, data by name or folder, and their scores."""
 
-import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -39,6 +38,7 @@ from merge_jax.data import (
 )
 from merge_jax.paths import near_misses
 from merge_jax.vqa_score import normalize_answer
+from merge_jax.weights import read_json
 
 __all__ = [
     "Architecture",
@@ -227,12 +227,18 @@ def _scale_of_pixels(found: VisualQuestionSet | CaptionSet, weights: Path | None
     """Returns mean and deviation that pixels are scaled by: those that weights learned with, or the images' own."""
     if weights is not None:
         config = (weights if weights.is_dir() else weights.parent) / "preprocessor_config.json"
-        learned = json.loads(config.read_text("utf-8")) if config.exists() else {}
+        learned = read_json(config) if config.exists() else {}
         if {"image_mean", "image_std"} <= learned.keys():
-            return learned["image_mean"], learned["image_std"]
+            return tuple(_numbers(learned[key], f"{key} of {config}") for key in ("image_mean", "image_std"))
     images = found.train.images
     mean, std = channel_statistics(images[np.arange(min(_SEEN, images.shape[0]))])
     return mean, tuple(max(one, 1 / 255) for one in std)  # A channel may be the same everywhere.
+
+
+def _numbers(values: Any, name: str) -> Sequence[float]:
+    if not isinstance(values, list) or len(values) != 3 or not all(type(one) in (int, float) for one in values):
+        raise ValueError(f"{name} must be three numbers, one of each channel, got {values!r}")
+    return values
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import numpy as np
 import merge_jax as mj
 from experiments.optimizers import adamw, sgd
 from experiments.scenario import Learner, Reader, Role
-from merge_jax.checks import check_choice
+from merge_jax.checks import check_at_least_one, check_choice
 from merge_jax.data import (
     Arrays,
     ImageSet,
@@ -281,6 +281,7 @@ def make_vision_encoder(
             raise ValueError("vit_base has sizes of its own, with patches of 16: give it images of --image-size 224")
         return mj.models.vit_base(**options)
     attributes = {"patch_size": max(1, image_size // 4), **attributes}
+    check_at_least_one(patch_size=attributes["patch_size"])
     if image_size % attributes["patch_size"]:
         raise ValueError(f"patches of {attributes['patch_size']} do not fill images of {image_size}x{image_size}")
     return getattr(mj.models, model)(image_size, **attributes, **options)

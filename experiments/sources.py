@@ -66,6 +66,8 @@ def origin_of(scenario: Scenario, config: RunConfig) -> Origin:
         every = lengths.report_every * max(1, round(lengths.steps / config.snapshots / lengths.report_every))
         return Origin(lengths=lengths._replace(checkpoint_every=every), snapshots=math.ceil(lengths.steps / every))
     assert path is not None  # config.check
+    if not path.exists():  # Told before all is traced.
+        raise ValueError(f"the source cannot be read: there is no file or folder {path}")
     if config.source == "frozen" and not (path / "checkpoints").is_dir():
         return Origin(read=lambda seed: _read_file(role, path, start(seed)))
     folders = [path / "checkpoints" / f"source-seed{seed}" for seed in range(config.seeds)]

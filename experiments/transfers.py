@@ -11,6 +11,7 @@ import optax
 import merge_jax as mj
 from experiments.config import RunConfig, Schedule
 from experiments.scenario import Learner, Method, Reader
+from merge_jax.checks import check_at_least_one, check_dropout
 from merge_jax.transfer import OutputForm
 from merge_jax.types import ModelApply, TeacherFn
 
@@ -63,6 +64,8 @@ class TransferConfig(RunConfig):
     def check(self) -> None:
         """Raises ValueError for an option out of range."""
         super().check()
+        check_at_least_one(num_layers=self.num_layers, num_heads=self.num_heads)
+        check_dropout(attention_dropout=self.attention_dropout, feed_forward_dropout=self.feed_forward_dropout)
         if not 0 < self.adapter_learning_rate < float("inf"):
             raise ValueError(f"adapter_learning_rate must be above 0, got {self.adapter_learning_rate}")
         if not 0 <= self.stop <= 1:

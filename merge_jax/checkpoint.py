@@ -4,6 +4,7 @@ import contextlib
 import functools
 import math
 import operator
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -174,7 +175,7 @@ class Checkpoints:
           CheckpointError: the saved tree has other leaves, shapes or dtypes than `state`, or was saved under other
             facts, each of which is named; or all steps are damaged, each in its own way.
         """
-        damaged: dict[int, str] = {}
+        damaged = dict.fromkeys(self._in_the_way(), "what is in its place is no folder")
         for step in reversed(self.steps):
             try:
                 manifest = self._manifest(step)
@@ -233,6 +234,11 @@ class Checkpoints:
         except _DamagedError as error:
             raise CheckpointError(_list_damage(self.folder, {step: str(error)})) from None
         return {path: functools.reduce(operator.getitem, path.split("/"), loaded) for path in parts}
+
+    def _in_the_way(self) -> list[int]:
+        """Returns the steps in whose place is something else than a folder: Orbax passes it over, or fails to save."""
+        paths = [path for path in self.folder.iterdir() if re.fullmatch(r"0|[1-9][0-9]*", path.name)]
+        return sorted((int(path.name) for path in paths if not path.is_dir()), reverse=True)
 
     def _manifest(self, step: int) -> Manifest:
         try:

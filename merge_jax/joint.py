@@ -4,6 +4,7 @@ One pure function holds the whole of it, so that it compiles once and the transf
 part of it. Order and update rules follow the published training loop of arXiv:2404.13322.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -106,7 +107,15 @@ def adapter_adamw(
 
     Only kernels decay; biases, norms and gates do not. A schedule counts the adapter's own updates, one per
     transfer. The published grid of rates is 0.1, 0.01, 0.001, 0.0001; 0.001 is our choice among them.
+
+    Raises:
+      ValueError: a rate or a norm that is not a finite number above 0, or a decay that is not one of at least 0.
     """
+    for name, value in {"learning_rate": learning_rate, "max_norm": max_norm}.items():
+        if not callable(value) and not 0 < value < math.inf:
+            raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
+    if not 0 <= weight_decay < math.inf:
+        raise ValueError(f"weight_decay must be a finite number of at least 0, got {weight_decay!r}")
 
     def decays(params: Adapter) -> Any:
         leaves = [path.endswith("kernel") for path in flatten(params)]

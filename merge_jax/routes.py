@@ -130,7 +130,7 @@ def check_rank(rank: int) -> None:
 
 
 def _as_route(route: Any) -> Route:
-    pair = (route.target, route.source) if isinstance(route, Route) else route
+    pair: Any = (route.target, route.source) if isinstance(route, Route) else route
     # A bare string is a sequence too; two of its letters would pass as a pair.
     if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2 or not all(map(_are_leaves, pair)):
         raise ValueError(f"a route is a pair (target path, source path) of strings or patterns, got {pair!r}")

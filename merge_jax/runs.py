@@ -102,7 +102,7 @@ class RunFolder:
                 folder.write_text("README.md", _README.format(command=_command()))
             sessions = folder.read_json("environment.json", [])
             folder.write_json("environment.json", [*sessions, describe_environment()])
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ValueError(f"{config_path} is damaged: {error}") from None
         except OSError as error:
             raise ValueError(f"the run folder {path} cannot be written: {error}") from None

@@ -175,6 +175,7 @@ def test_vqa_is_read_from_its_official_files(tmp_path):
 def test_mscoco_is_read_from_its_official_files(tmp_path):
     data = write_coco(tmp_path / "coco")
     options = ["--target-data", data, "--validation", "11", "--labels", "None", "--methods", "vanilla"]
+    options += ["--batch-size", "4"]
     (result,), _ = run("cross_modal", tmp_path / "run", "within", *LITTLE, "--target-task", "retrieval", *options)
     assert all(text.startswith("picture") for text in result["answers"]["target"])
 
@@ -223,6 +224,7 @@ def test_a_vision_transformer_starts_from_weights_of_hugging_face(tmp_path):
 def test_answers_that_are_not_covered_are_refused_or_left_out(tmp_path, capsys):
     data = write_vqa(tmp_path / "vqa", answers=("red", "blue", "red"))
     options = ["within", *LITTLE, "--target-data", data, "--validation", "3", "--methods", "vanilla"]
+    options += ["--batch-size", "4"]
     build(*options)
     with pytest.raises(
         ValueError,

@@ -215,6 +215,20 @@ def test_steps_differ_by_their_keys():
     assert first["target/loss"] == again["target/loss"] != later["target/loss"]
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"learning_rate": float("nan")}, "learning_rate must be a finite number above 0, got nan"),
+        ({"learning_rate": -0.1}, "learning_rate must be a finite number above 0, got -0.1"),
+        ({"max_norm": 0}, "max_norm must be a finite number above 0, got 0"),
+        ({"weight_decay": float("inf")}, "weight_decay must be a finite number of at least 0, got inf"),
+    ],
+)
+def test_adapter_adamw_refuses_what_is_no_rate(options, message):
+    with pytest.raises(ValueError, match=message):
+        mj.adapter_adamw(**options)
+
+
 def test_adapter_adamw_decays_kernels_only_and_clips():
     params = {"r": {"dense": {"kernel": jnp.ones(3), "bias": jnp.ones(3)}, "gate": jnp.ones(()),
                     "norm": {"scale": jnp.ones(3), "bias": jnp.ones(3)}}}  # fmt: skip

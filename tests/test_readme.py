@@ -39,7 +39,15 @@ def test_the_documents_show_the_three_kinds_of_models():
     text = (ROOT / "docs" / "your_own_models.md").read_text()
     for heading in ("## Two Linen models", "## An NNX pair", "## A safetensors file as the source"):
         assert heading in text
-    assert {path.stem for path in DOCS} >= {"your_own_models", "transfers", "devices", "data", "text", "image_text", "long_runs"}
+    assert {path.stem for path in DOCS} >= {
+        "your_own_models",
+        "transfers",
+        "devices",
+        "data",
+        "text",
+        "image_text",
+        "long_runs",
+    }
 
 
 def test_the_opening_code_runs(capsys):

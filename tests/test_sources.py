@@ -138,7 +138,8 @@ def test_sources_that_cannot_be_read_are_refused(pretrained, trajectory, tmp_pat
 def test_a_trajectory_needs_two_steps_or_more(pretrained, tmp_path):
     copied = tmp_path / "run"
     shutil.copytree(pretrained[0], copied)
-    for path in sorted((copied / "checkpoints" / "source-seed0").iterdir())[:-1]:
+    steps = [path for path in (copied / "checkpoints" / "source-seed0").iterdir() if path.name.isdigit()]
+    for path in sorted(steps, key=lambda path: int(path.name))[:-1]:
         shutil.rmtree(path)
     with pytest.raises(ValueError, match=r"2 or more, of every seed; .* has \[1\]: train it with --source trajectory"):
         refused(["--source", "trajectory", "--source-from", copied], tmp_path / "other")

@@ -12,7 +12,7 @@ import tarfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 from merge_jax.paths import near_misses
@@ -173,7 +173,7 @@ def archive_members(archive: Path, wanted: Callable[[str], bool]) -> Iterator[tu
         1 GiB.
     """
     try:
-        with gzip.open(archive) as file, tarfile.open(fileobj=_Bounded(file, archive), mode="r|") as tar:
+        with gzip.open(archive) as file, tarfile.open(fileobj=cast(Any, _Bounded(file, archive)), mode="r|") as tar:
             for member in tar:
                 check_unpacked(archive, member.name, member.size, _LARGEST)
                 content = tar.extractfile(member) if member.isreg() and wanted(member.name) else None
