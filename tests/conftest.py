@@ -1,9 +1,19 @@
 import itertools
 import os
+import shutil
+import tempfile
 
 # Tests compile far more than they compute: without LLVM's optimisations they take two thirds of the time.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
+# Many tests, and the programs that they start, compile the same: what one has compiled, all others read. Set here, in
+# the process that starts those that run the tests.
+_STARTED_HERE = "JAX_COMPILATION_CACHE_DIR" not in os.environ
+if _STARTED_HERE:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="merge_jax-compiled-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+
+# ruff: noqa: E402
 import jax
 import pytest
 from hypothesis import settings
@@ -12,6 +22,11 @@ from hypothesis import settings
 settings.register_profile("quick", max_examples=50, deadline=None)
 settings.register_profile("thousand", max_examples=1000, deadline=None, derandomize=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
+
+
+def pytest_unconfigure():
+    if _STARTED_HERE:
+        shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

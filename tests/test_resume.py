@@ -3,7 +3,6 @@
 import json
 import re
 
-import jax
 import pytest
 
 from experiments import stages
@@ -25,17 +24,6 @@ CASES = {
     "live": ((1,), "cross_modal", "mergenet", "--source", "live"),
     "itself": ((1,), "self_transfer", "mergenet_warm"),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compiled_once(tmp_path_factory):
-    """The runs of one case compile the same programs."""
-    before = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    yield
-    jax.config.update("jax_compilation_cache_dir", before[0])
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", before[1])
 
 
 def stopping_at(monkeypatch, call):
