@@ -20,6 +20,8 @@ import pytest
 
 import merge_jax as mj
 
+pytestmark = pytest.mark.slow
+
 
 def normal(seed, *shape):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
@@ -148,7 +150,7 @@ every_row = pytest.mark.parametrize("name", TABLE)
 def made(name):
     """Returns the row's transfer at step 2 and its adapter with the gates open, so that all of it matters."""
     row = TABLE[name]
-    adapter = row.transfer.init(jax.random.key(7), row.source, TARGET)
+    adapter = jax.jit(row.transfer.init)(jax.random.key(7), row.source, TARGET)
     leaves = {p: leaf + 0.5 if p.endswith("gate") else leaf for p, leaf in mj.flatten(adapter).items()}
     return row, row.transfer.at(2), mj.replace(adapter, leaves)
 

@@ -24,6 +24,8 @@ from experiments.cli import parse
 from experiments.transfers import parse_routes
 from merge_jax.routes import Route, as_routes, resolve
 
+pytestmark = pytest.mark.slow
+
 
 def cases(full):
     """As many cases under the profile `thousand`, a tenth of them otherwise."""

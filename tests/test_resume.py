@@ -11,6 +11,8 @@ from merge_jax.interruption import StopSignals
 from tests import test_image_sets
 from tests.runs import run
 
+pytestmark = pytest.mark.slow
+
 # Ten steps a call, so that the first call ends between two reports, and within an epoch.
 LENGTHS = [
     *("--steps", "20", "--report-every", "15", "--checkpoint-every", "15", "--cycle", "3"),

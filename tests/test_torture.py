@@ -11,7 +11,10 @@ from benchmarks.torture_overhead import blocking
 from benchmarks.torture_pair import batches_at, digest, initial_state
 
 # Orbax leaves tasks behind when a file that it reads is damaged, and Python says so when it finds them.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 
 TIMED = "digests"
 SMALLEST = {
