@@ -67,7 +67,8 @@ def state_shardings(state: _Tree, mesh: Mesh, *, sharded: bool) -> _Tree:
 
     Then every leaf (parameters, moments of the optimizers, adapter) is split along its largest axis that the devices
     divide; small ones and those without such an axis are copied. It changes where numbers are, not which: the
-    compiler gathers what it needs. Our choice: the largest axis, so that parts stay contiguous more often.
+    compiler gathers what it needs, or works on parts and adds them up where that moves less. Moments lie as their
+    parameters do, since they have their shapes. Our choice: the largest axis, so that parts stay contiguous more often.
     """
 
     def placement(leaf: Any) -> NamedSharding:
