@@ -25,6 +25,7 @@ from flax import struct
 from jax.sharding import NamedSharding, PartitionSpec
 
 import merge_jax as mj
+from benchmarks.torture_files import flip_each
 from benchmarks.torture_pair import batches_at, digest, joint_step, load_step, shapes
 from merge_jax.hosts import leaving_at_once
 
@@ -106,6 +107,13 @@ def _write_too(folder: Path, step_file: Path) -> None:
     _tell("refused", message, time.perf_counter() - start)
 
 
+def _flip(folder: Path, step_file: Path) -> None:
+    """Flips bits of a saved step, each on its own, and restores it."""
+    del step_file
+    for effect in flip_each(folder):
+        _tell("flipped", effect)
+
+
 def _restore(checkpoints: mj.Checkpoints) -> tuple[int, mj.JointState]:
     with warnings.catch_warnings():
         # Nothing is damaged here, and the circumstances are the same: a warning is a failure.
@@ -122,6 +130,7 @@ _WORKS: Mapping[str, Callable[[Path, Path], None]] = {
     "run": _run,
     "go on": _go_on,
     "write too": _write_too,
+    "flip": _flip,
 }
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import json
 import logging
 import os
 import re
@@ -10,8 +11,9 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +24,10 @@ from benchmarks.damage import DAMAGE, Damage
 from benchmarks.torture_pair import digest
 from benchmarks.torture_part import Outcome, Tools, counted
 
-__all__ = ["damage", "flips"]
+if TYPE_CHECKING:
+    from benchmarks.torture_processes import Children
+
+__all__ = ["damage", "flip_each", "flips"]
 
 
 def _state(step: int) -> dict[str, Any]:
@@ -36,6 +41,7 @@ def _state(step: int) -> dict[str, Any]:
     }
 
 
+_FLIPPED = 3  # The step whose bits are flipped.
 _EFFECTS = ("exception", "digest", "harmless", "silent")
 _LIKE = jax.eval_shape(lambda: _state(0))
 
@@ -64,25 +70,48 @@ def _quiet() -> Iterator[None]:
 
 
 def flips(tools: Tools, n: int, seed: int) -> Outcome:
-    """Flips one bit at a time of a saved step, in files chosen by their size."""
-    folder, random = tools.folder / "flips", np.random.default_rng(seed)
-    _save(folder, 3)
-    files = sorted(path for path in (folder / "3").rglob("*") if path.is_file() and path.stat().st_size)
+    """Flips one bit at a time of a saved step, in files chosen by their size; each process has its share of them."""
+    whole, random = tools.folder / "whole", np.random.default_rng(seed)
+    _save(whole, _FLIPPED)
+    files = sorted(path for path in (whole / str(_FLIPPED)).rglob("*") if path.is_file() and path.stat().st_size)
     sizes = np.array([path.stat().st_size for path in files])
-    known = digest(_state(3))
-    counts: Counter[str] = Counter(dict.fromkeys(_EFFECTS, 0))
-    with _quiet():
-        for _ in range(n):
-            path = files[random.choice(len(files), p=sizes / sizes.sum())]
-            before = path.read_bytes()
-            content = bytearray(before)
-            content[random.integers(len(content))] ^= 1 << random.integers(8)
-            path.write_bytes(content)
-            counts[_effect(folder, known)] += 1
-            path.write_bytes(before)
+    chosen = random.choice(len(files), n, p=sizes / sizes.sum())
+    planned = [
+        (str(files[i].relative_to(whole)), int(random.integers(sizes[i])), int(random.integers(8))) for i in chosen
+    ]
+
+    def share(children: "Children", number: int) -> list[str]:
+        folder = tools.folder / f"flips-{number}"
+        shutil.copytree(whole, folder)
+        folder.with_suffix(".json").write_text(json.dumps(planned[number :: len(tools.children)]))
+        children.start("flip", folder)
+        effects = []
+        while (said := children.until("flipped")[-1])[0] == "flipped":
+            effects.append(said[1])
             tools.bar.update()
+        return effects
+
+    with ThreadPoolExecutor(len(tools.children)) as pool:
+        shares = list(pool.map(share, tools.children, range(len(tools.children))))
+    counts: Counter[str] = Counter(dict.fromkeys(_EFFECTS, 0))
+    for effects in shares:
+        counts.update(effects)
     result = ", ".join(f"{count} {name}" for name, count in counts.items())
-    return Outcome(result, counts["silent"] == 0 and set(counts) <= set(_EFFECTS), counts)
+    reached = counts["silent"] == 0 and set(counts) == set(_EFFECTS) and counts.total() == n
+    return Outcome(result, reached, counts)
+
+
+def flip_each(folder: Path) -> Iterator[str]:
+    """Flips the bits that the file beside a folder lists, one at a time, and yields how each was noticed."""
+    known = digest(_state(_FLIPPED))
+    with _quiet():
+        for name, byte, bit in json.loads(folder.with_suffix(".json").read_text()):
+            before = (folder / name).read_bytes()
+            content = bytearray(before)
+            content[byte] ^= 1 << bit
+            (folder / name).write_bytes(content)
+            yield _effect(folder, known)
+            (folder / name).write_bytes(before)
 
 
 def _effect(folder: Path, known: str) -> str:

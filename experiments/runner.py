@@ -217,7 +217,8 @@ def _results(
 ) -> list[dict[str, Any]]:
     """Trains one method on some seeds and returns what the table says of each."""
     outcomes = trainer.train(stage, seeds, sources)
-    validation, faults = _validation(stage, log), _faults(stage, log)
+    records = log.records()
+    validation, faults = _validation(stage, records), _faults(stage, records)
     results = []
     for seed, (state, seconds) in zip(seeds, outcomes, strict=True):
         metrics = {role: stage.test(state, seed, role) for role in ("target", "source")}
@@ -241,14 +242,14 @@ def _results(
     return results
 
 
-def _faults(stage: Stage, log: MetricsLog) -> dict[int, dict[str, int]]:
+def _faults(stage: Stage, records: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, int]]:
     """Returns how many updates of each seed were skipped, and transfers rejected, by role; none where there were none.
 
     Steps of a report that was cut short by a stop are not counted.
     """
     counts: dict[int, dict[str, int]] = {}
     last: dict[str, int] = {}
-    for record in log.records():
+    for record in records:
         name, _, seed = record["run"].rpartition("-seed")
         steps = record["step"] - last.get(record["run"], 0)
         last[record["run"]] = record["step"]
@@ -259,11 +260,11 @@ def _faults(stage: Stage, log: MetricsLog) -> dict[int, dict[str, int]]:
     return counts
 
 
-def _validation(stage: Stage, log: MetricsLog) -> dict[int, list[float]]:
+def _validation(stage: Stage, records: Sequence[Mapping[str, Any]]) -> dict[int, list[float]]:
     """Returns the target's validation metric of each seed, report by report."""
     values: dict[int, list[float]] = {}
     metric = f"target/validation_{stage.roles['target'].metric}"
-    for record in log.records():
+    for record in records:
         name, _, seed = record["run"].rpartition("-seed")
         if name == stage.name and metric in record:
             values.setdefault(int(seed), []).append(record[metric])

@@ -5,18 +5,23 @@ import functools
 import math
 import operator
 import re
+import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar, cast
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from merge_jax.lock import FolderLock
 from merge_jax.manifest import Facts, Leaf, Manifest, changes, differing_leaves, environment_of, specs_of
+from merge_jax.paths import flatten, some_of
 
 __all__ = ["CheckpointError", "Checkpoints", "DamagedCheckpointWarning", "NotBitExactWarning"]
 
@@ -24,6 +29,8 @@ _State = TypeVar("_State")
 
 _MANIFEST = "manifest"
 _DAMAGED = "damaged"
+# Orbax saves into one folder at a time in a process; there may be several.
+_ORBAX = threading.Lock()
 
 
 class CheckpointError(ValueError):
@@ -45,10 +52,11 @@ class _DamagedError(Exception):
 class Checkpoints:
     """The saved steps of one run, in a folder; a context manager, since a save in flight is lost without a close.
 
-    Saving is asynchronous: `save` returns once the state is copied, and the next save, or the close, waits for
-    the writing to end and raises what went wrong. With each step goes a manifest that holds a digest of every leaf;
-    what is restored is compared with it, so numbers that have changed on disk are never taken for those that were
-    saved. A folder has one writer at a time.
+    Saving is asynchronous: `save` returns once the state is copied to the host, and the next save, or the close, waits
+    for the writing to end and raises what went wrong. (Several processes take their digests together, before it
+    returns: what they exchange must not meet what their training exchanges.) With each step goes a manifest that holds
+    a digest of every leaf; what is restored is compared with it, so numbers that have changed on disk are never taken
+    for those that were saved. A folder has one writer at a time.
 
     >>> with Checkpoints(folder) as checkpoints:  # doctest: +SKIP
     ...     step, state = checkpoints.restore_latest(state) or (0, state)
@@ -87,6 +95,8 @@ class Checkpoints:
             self._lock = FolderLock(path)
         self._facts = facts
         self._damaged: dict[int, str] = {}
+        self._writer = ThreadPoolExecutor(1, "checkpoints")
+        self._writing: Future[None] | None = None
         try:
             self._checkpointer = ocp.training.Checkpointer(
                 str(path),
@@ -121,6 +131,10 @@ class Checkpoints:
     @property
     def steps(self) -> tuple[int, ...]:
         """The steps that are there, in order; whether they are whole is seen when they are restored."""
+        self._join()
+        return self._written_steps()
+
+    def _written_steps(self) -> tuple[int, ...]:
         return tuple(sorted(checkpoint.step for checkpoint in self._checkpointer.checkpoints))
 
     @property
@@ -131,6 +145,7 @@ class Checkpoints:
     @property
     def best_step(self) -> int | None:
         """The step of the highest score, the newest of several; None where no step has a score."""
+        self._join()
         return max(self._scores, key=lambda step: (self._scores[step], step), default=None)
 
     def save(self, step: int, state: Any, *, score: float | None = None) -> None:
@@ -153,12 +168,26 @@ class Checkpoints:
         if latest is not None and latest >= step:
             raise FileExistsError(f"cannot save step {step}: step {latest} is already there")
         score = None if score is None or not math.isfinite(score) else float(score)
-        manifest = Manifest.of(step, state, self._facts or {}, score)
+        environment = environment_of(state)
+        if jax.process_count() > 1:
+            self._write(step, state, environment, score)
+        else:
+            # Steps that follow may be given the state's buffers to write into.
+            copied = _copied_to_host(state)
+            self._writing = self._writer.submit(self._write, step, copied, environment, score)
+
+    def _write(self, step: int, state: Any, environment: Mapping[str, Any], score: float | None) -> None:
+        manifest = Manifest.of(step, state, self._facts or {}, environment, score)
         if score is not None:
             self._scores[step] = score
-        saved = self._checkpointer.save_async(step, state, custom_metadata={_MANIFEST: manifest.to_json()})
-        if saved is None:
-            raise RuntimeError(f"Orbax did not save step {step} in {self.folder}, and does not say why")
+        try:
+            with _ORBAX:
+                saved = self._checkpointer.save_async(step, state, custom_metadata={_MANIFEST: manifest.to_json()})
+            if saved is None:
+                raise RuntimeError(f"Orbax did not save step {step} in {self.folder}, and does not say why")
+        except BaseException:
+            self._scores.pop(step, None)  # No step that is not there may be the best.
+            raise
 
     def restore_latest(self, state: _State) -> tuple[int, _State] | None:
         """Returns the newest step that is whole and its state, or None where nothing is saved.
@@ -254,7 +283,7 @@ class Checkpoints:
     def _scores(self) -> dict[int, float]:
         """The scores of the steps that have one."""
         scores = {}
-        for step in self.steps:
+        for step in self._written_steps():  # The thread that writes asks for them too, and must not wait for itself.
             with contextlib.suppress(_DamagedError):
                 score = self._manifest(step).score
                 if score is not None:
@@ -267,14 +296,16 @@ class Checkpoints:
         context = ocp.Context()
         context.pytree.loading.partial_load = parts is not None
         try:
-            with context:
+            with _ORBAX, context:
                 loaded: _State = self._checkpointer.load(manifest.step, _abstract(tree))
         except Exception as error:
             raise _DamagedError(_reason(error)) from None
+        strange = [path for path, leaf in flatten(loaded).items() if not isinstance(leaf, jax.Array)]
+        if strange:
+            raise _DamagedError(f"{some_of(strange, 3)} came back as no array")
         wrong, unchecked = differing_leaves(manifest, loaded)
         if wrong:
-            more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-            raise _DamagedError(f"{', '.join(wrong[:3])}{more} changed since it was saved")
+            raise _DamagedError(f"{some_of(wrong, 3)} changed since it was saved")
         if unchecked:
             warnings.warn(
                 f"step {manifest.step} in {self.folder} lies on other hosts than it did: "
@@ -308,9 +339,7 @@ class Checkpoints:
         ]
         if problems:
             raise CheckpointError(
-                f"step {manifest.step} in {self.folder} does not fit: "
-                + "; ".join(sorted(problems)[:10])
-                + (f"; and {len(problems) - 10} more" if len(problems) > 10 else "")
+                f"step {manifest.step} in {self.folder} does not fit: {some_of(sorted(problems), 10, '; ')}"
             )
 
     def _tell_environment(self, manifest: Manifest, state: Any) -> None:
@@ -327,7 +356,7 @@ class Checkpoints:
         """Moves what was found damaged out of the way, where it can be looked at."""
         if not self._damaged:
             return
-        self._checkpointer.wait()
+        self.wait()
         if jax.process_index() == 0:
             for step in self._damaged:
                 to, number = self.folder / _DAMAGED / str(step), 1
@@ -344,12 +373,23 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Waits until the save in flight, if any, has ended, and raises what went wrong."""
+        self._join()
         self._checkpointer.wait()
+
+    def _join(self) -> None:
+        """Waits until Orbax has been given what there is to save."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
 
     def close(self) -> None:
         """Waits until all saves have ended and closes the folder."""
         try:
-            self._checkpointer.close()
+            try:
+                self._join()
+            finally:
+                self._writer.shutdown()
+                self._checkpointer.close()
         finally:
             self._release()
 
@@ -376,6 +416,20 @@ class _NewestAndBest:
         if scored:
             staying.add(max(scored, key=lambda step: (scores[step], step)))
         return [step in staying for step in steps]
+
+
+def _copied_to_host(tree: Any) -> Any:
+    """Returns the tree with copies of its arrays, in NumPy but for random keys, all fetched at once."""
+    for leaf in jax.tree.leaves(tree):
+        if isinstance(leaf, jax.Array):
+            leaf.copy_to_host_async()
+
+    def copied(leaf: Any) -> Any:
+        if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.random.clone(leaf)
+        return np.array(leaf) if isinstance(leaf, jax.Array | np.ndarray) else leaf
+
+    return jax.tree.map(copied, tree)
 
 
 def _abstract(tree: _State) -> _State:

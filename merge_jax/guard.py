@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from merge_jax.paths import flatten
+from merge_jax.paths import flatten, some_of
 
 __all__ = ["NumericFaultError", "Skips", "all_finite", "check_finite", "keep_unless"]
 
@@ -33,8 +33,7 @@ def check_finite(name: str, tree: Any) -> None:
     """Raises ValueError unless all numbers of all leaves are finite; the leaves that are not are named."""
     wrong = [path for path, leaf in flatten(tree).items() if not all_finite(leaf)]
     if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise ValueError(f"{name} has numbers that are not finite in {', '.join(wrong[:3])}{more}")
+        raise ValueError(f"{name} has numbers that are not finite in {some_of(wrong, 3)}")
 
 
 def keep_unless(ok: jax.Array, new: _Tree, old: _Tree) -> _Tree:

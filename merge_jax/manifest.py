@@ -9,6 +9,7 @@ import json
 import os
 import platform
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
@@ -68,12 +69,12 @@ class Manifest:
     score: float | None = None
 
     @classmethod
-    def of(cls, step: int, state: Any, facts: Facts, score: float | None) -> Self:
+    def of(cls, step: int, state: Any, facts: Facts, environment: Mapping[str, Any], score: float | None) -> Self:
         """Returns the manifest of a state; where several processes hold it, all of them call this together."""
         specs = specs_of(state)
-        digests = _everyones({path: dict(_digests(leaf)) for path, leaf in _arrays(state)})
+        digests = _everyones(_digests({path: dict(_parts(leaf)) for path, leaf in _arrays(state)}))
         leaves = {path: Leaf(leaf.shape, leaf.dtype, digests[path]) for path, leaf in specs.items()}
-        return cls(step, leaves, dict(facts), environment_of(state), score)
+        return cls(step, leaves, dict(facts), environment, score)
 
     def to_json(self) -> dict[str, Any]:
         """Returns the manifest as JSON types, sealed with its own digest."""
@@ -116,13 +117,15 @@ def differing_leaves(manifest: Manifest, tree: Any) -> tuple[list[str], int]:
       manifest: of the step.
       tree: what was restored of it.
     """
-    wrong: dict[str, dict[str, str]] = {}
-    seen: dict[str, dict[str, str]] = {}
-    for path, leaf in _arrays(tree):
-        saved = manifest.leaves[path].sha256
-        found = {place: _sha256(part) for place in saved if (part := _part(leaf, place)) is not None}
-        seen[path] = found
-        wrong[path] = {place: digest for place, digest in found.items() if digest != saved[place]}
+    saved = {path: leaf.sha256 for path, leaf in manifest.leaves.items()}
+    parts = {path: {place: _part(leaf, place) for place in saved[path]} for path, leaf in _arrays(tree)}
+    seen = _digests(
+        {path: {at: part for at, part in of_leaf.items() if part is not None} for path, of_leaf in parts.items()}
+    )
+    wrong = {
+        path: {place: digest for place, digest in found.items() if digest != saved[path][place]}
+        for path, found in seen.items()
+    }
     wrong, seen = _everyones(wrong), _everyones(seen)
     unchecked = sum(len(manifest.leaves[path].sha256) - len(places) for path, places in seen.items())
     return sorted(path for path, places in wrong.items() if places), unchecked
@@ -174,16 +177,16 @@ def _arrays(tree: Any) -> Iterator[tuple[str, Any]]:
     yield from flatten(jax.tree.map(_without_keys, tree)).items()
 
 
-def _digests(leaf: Any) -> Iterator[tuple[str, str]]:
-    """Yields the digest of a leaf, or of those of its parts of which this process has the first copy."""
+def _parts(leaf: Any) -> Iterator[tuple[str, Any]]:
+    """Yields a leaf, or those of its parts of which this process has the first copy, by place."""
     whole = _part(leaf, _WHOLE)
     if whole is not None:
-        yield _WHOLE, _sha256(whole)
+        yield _WHOLE, whole
         return
     for shard in leaf.addressable_shards:
         if shard.replica_id == 0:
             bounds = (index.indices(size)[:2] for index, size in zip(shard.index, leaf.shape, strict=True))
-            yield ",".join(f"{start}:{stop}" for start, stop in bounds), _sha256(shard.data)
+            yield ",".join(f"{start}:{stop}" for start, stop in bounds), shard.data
 
 
 def _part(leaf: Any, place: str) -> np.ndarray | None:
@@ -200,6 +203,18 @@ def _part(leaf: Any, place: str) -> np.ndarray | None:
             )
             return np.asarray(shard.data)[local]
     return None
+
+
+def _digests(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, str]]:
+    """Returns the digest of each part of each leaf, several at a time: hashlib lets other threads run."""
+    with ThreadPoolExecutor() as pool:
+        futures = {
+            path: {place: pool.submit(_sha256, part) for place, part in of_leaf.items()}
+            for path, of_leaf in parts.items()
+        }
+        return {
+            path: {place: future.result() for place, future in of_leaf.items()} for path, of_leaf in futures.items()
+        }
 
 
 def _sha256(array: Any) -> str:

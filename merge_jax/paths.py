@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-__all__ = ["Pattern", "find_paths", "flatten", "natural_order", "near_misses", "replace", "select"]
+__all__ = ["Pattern", "find_paths", "flatten", "natural_order", "near_misses", "replace", "select", "some_of"]
 
 Pattern = str | re.Pattern[str]
 """A path, a glob over paths (`**/attention/*/kernel`), or a compiled regular expression for whole paths."""
@@ -155,5 +155,15 @@ def near_misses(name: str, names: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     if near:
         return f"did you mean {' or '.join(map(repr, near))}?"
-    shown = ", ".join(map(repr, names[:20])) or "nothing"
-    return f"there is {shown}" + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+    return f"there is {some_of(map(repr, names), 20) or 'nothing'}"
+
+
+def some_of(texts: Iterable[str], most: int, separator: str = ", ") -> str:
+    """Returns the first texts in one line, and how many there are beside them.
+
+    >>> some_of(["a", "b", "c", "d"], 3)
+    'a, b, c and 1 more'
+    """
+    texts = list(texts)
+    more = f" and {len(texts) - most} more" if len(texts) > most else ""
+    return separator.join(texts[:most]) + more

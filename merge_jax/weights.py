@@ -13,7 +13,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from merge_jax.paths import Pattern, find_paths, flatten, near_misses
+from merge_jax.paths import Pattern, find_paths, flatten, near_misses, some_of
 from merge_jax.types import Params
 
 __all__ = ["load_params", "load_safetensors", "read_json", "save_safetensors"]
@@ -86,8 +86,7 @@ def load_params(path: str | os.PathLike[str], like: Params) -> Params:
         if there != here:
             problems.append(f"{name} is {there}, the model's is {here}")
     if problems:
-        more = f"; and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise ValueError(f"{path} does not fit the model: " + "; ".join(sorted(problems)[:10]) + more)
+        raise ValueError(f"{path} does not fit the model: {some_of(sorted(problems), 10, '; ')}")
     return jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in wanted])
 
 

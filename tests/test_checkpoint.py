@@ -1,6 +1,9 @@
+import threading
+
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import merge_jax as mj
@@ -51,6 +54,61 @@ def test_a_save_in_flight_survives_an_error(tmp_path):
         save_and_fail()
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.latest_step == 1
+
+
+def test_buffers_given_away_after_a_save_are_saved_as_they_were(tmp_path, monkeypatch):
+    """As the training loop gives them away: the next step writes into them while they are saved."""
+    overwrite = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf * 0 - 1, tree), donate_argnums=0)
+    numbers = np.arange(10**6, dtype=np.float32)
+    state = {"of jax": jnp.asarray(numbers), "of numpy": numbers.copy(), "half": jnp.asarray(numbers, jnp.bfloat16)}
+    overwritten = threading.Event()
+    with Checkpoints(tmp_path) as checkpoints:
+        write = checkpoints._write
+        monkeypatch.setattr(checkpoints, "_write", lambda *arguments: overwritten.wait() and write(*arguments))
+        checkpoints.save(1, {**state, "key": jax.random.key(1)})
+        given_away = overwrite({name: leaf for name, leaf in state.items() if name != "of numpy"})
+        state["of numpy"][:] = -1
+        overwritten.set()
+    assert given_away["of jax"][0] == -1
+    like = {**jax.tree.map(jnp.zeros_like, {**given_away, "of numpy": numbers}), "key": jax.random.key(0)}
+    with Checkpoints(tmp_path) as checkpoints:
+        _, restored = checkpoints.restore_latest(like)
+    np.testing.assert_array_equal(restored["of jax"], numbers)
+    np.testing.assert_array_equal(restored["of numpy"], numbers)
+    np.testing.assert_array_equal(restored["half"], jnp.asarray(numbers, jnp.bfloat16))
+    np.testing.assert_array_equal(jax.random.key_data(restored["key"]), jax.random.key_data(jax.random.key(1)))
+
+
+@pytest.mark.parametrize("ask", ["wait", "save", "close"])
+def test_what_went_wrong_while_writing_is_told_by_what_comes_next(tmp_path, monkeypatch, ask):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, {"x": jnp.ones(3)}, score=0.5)
+    checkpoints.wait()
+
+    def full(*unused, **options):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(checkpoints._checkpointer, "save_async", full)
+    checkpoints.save(2, {"x": jnp.ones(3)}, score=0.9)
+    following = {"wait": checkpoints.wait, "close": checkpoints.close}
+    following["save"] = lambda: checkpoints.save(3, {"x": jnp.ones(3)})
+    with pytest.raises(OSError, match="no space left on device"):
+        following[ask]()
+    checkpoints.close()
+    with Checkpoints(tmp_path) as again:
+        assert again.steps == (1,)
+        assert again.best_step == 1
+
+
+def test_a_step_that_was_not_saved_is_not_the_best(tmp_path, monkeypatch):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, {"x": jnp.ones(3)}, score=0.5)
+        checkpoints.wait()
+        monkeypatch.setattr(checkpoints._checkpointer, "save_async", lambda *unused, **options: None)
+        checkpoints.save(2, {"x": jnp.ones(3)}, score=0.9)
+        with pytest.raises(RuntimeError, match="Orbax did not save step 2"):
+            checkpoints.wait()
+        assert checkpoints.best_step == 1
 
 
 @pytest.mark.parametrize(

@@ -222,7 +222,7 @@ def test_other_circumstances_are_told(tmp_path, monkeypatch):
 
 
 def test_a_manifest_of_a_later_format_is_refused(tmp_path):
-    sealed = Manifest.of(1, {"x": jnp.ones(2)}, {}, None).to_json()
+    sealed = Manifest.of(1, {"x": jnp.ones(2)}, {}, {}, None).to_json()
     assert Manifest.from_json(sealed).step == 1
     content = {**sealed["content"], "format": 2}
     with pytest.raises(ValueError, match="its manifest has the format 2, this version reads 1"):

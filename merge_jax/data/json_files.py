@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_jax.data.image_files import check_inside
-from merge_jax.paths import natural_order
+from merge_jax.paths import natural_order, some_of
 
 __all__ = ["check_once", "columns", "entry", "files_in", "parse_json", "read_json"]
 
@@ -30,10 +30,8 @@ def files_in(folder: Path | str, names: Sequence[str]) -> tuple[Path, list[Path]
         place = (root / missing[0]).parent
         place = place if place.is_dir() else root
         found = sorted((child.name for child in place.iterdir()), key=natural_order)
-        shown = ", ".join(found[:20]) + (f" and {len(found) - 20} more" if len(found) > 20 else "")
-        raise ValueError(
-            f"{root} lacks {missing[0]}; expected are {', '.join(names)}, and in {place} there is {shown or 'nothing'}"
-        )
+        there = some_of(found, 20) or "nothing"
+        raise ValueError(f"{root} lacks {missing[0]}; expected are {', '.join(names)}, and in {place} there is {there}")
     for file in files:
         check_inside(root, file)
     return root, files

@@ -13,7 +13,7 @@ import numpy as np
 
 from merge_jax.checks import check_at_least_one
 from merge_jax.matrices import MatrixSpec, as_matrix, from_matrix, matrix_spec
-from merge_jax.paths import flatten, near_misses, replace
+from merge_jax.paths import flatten, near_misses, replace, some_of
 from merge_jax.types import Params
 from merge_jax.weights import load_safetensors, read_json
 
@@ -144,8 +144,7 @@ def from_huggingface(path: str | os.PathLike[str], params: Params) -> Loaded:
     in_encoder = [leaf for leaf in leaves if leaf.startswith(encoder)]
     missing = [names[leaf] for leaf in in_encoder if names[leaf] not in tensors]
     if missing:
-        more = f" and {len(missing) - 10} more" if len(missing) > 10 else ""
-        raise ValueError(f"{path} lacks the tensors {', '.join(map(repr, missing[:10]))}{more}")
+        raise ValueError(f"{path} lacks the tensors {some_of(map(repr, missing), 10)}")
     num_channels = 1
     if ours is _VIT:
         patch, position = encoder + _PATCH, encoder + _POSITION
