@@ -33,10 +33,10 @@ from experiments.ablation_report import write_report
 from experiments.cli import parse
 from experiments.config import RunConfig
 from experiments.grid import Grid, GridRun, find_grid, load_experiment, read_grid, runs_of, select
-from experiments.runner import check_run, numbered_folder, prepare_run
+from experiments.runner import check_run, prepare_run
 from experiments.scenario import Scenario
 from experiments.transfers import TransferConfig
-from merge_jax.runs import RunFolder
+from merge_jax.runs import RunFolder, numbered_folder
 
 __all__ = ["Options", "main"]
 

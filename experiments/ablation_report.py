@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.grid import Grid, GridRun, Row, Setting
-from experiments.report import mean_and_error
 from experiments.statistics import Comparison, holm, paired_difference
+from merge_jax.reports import mean_and_error
 from merge_jax.runs import RunFolder
 
 __all__ = ["Measured", "write_report"]

@@ -28,12 +28,12 @@ from rich.table import Table
 
 import merge_jax as mj
 from experiments import cross_structure, cross_task
-from experiments.report import mean_and_error
 from experiments.scenario import Scenario
 from experiments.sources import initial_key
 from experiments.transfers import TransferConfig, parse_pairs, parse_routes
 from merge_jax.checkpoint import Checkpoints
 from merge_jax.checks import check_choice
+from merge_jax.reports import mean_and_error
 
 __all__ = ["main", "measure"]
 

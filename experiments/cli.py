@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import NoReturn, TypeVar
 
 import tyro
@@ -48,6 +49,8 @@ def main(
     description: str | None,
     build: Callable[[_Config], Scenario],
     arguments: Sequence[str] | None = None,
+    *,
+    measured: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Parses, checks and runs; what is wrong with the options is one line on standard error and exit code 2.
 
@@ -57,6 +60,7 @@ def main(
       description: what the experiment is.
       build: makes the scenario of a config, or raises ValueError.
       arguments: words of the command line; those of this process by default.
+      measured: how long presets took where that was measured, in words.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
@@ -70,16 +74,24 @@ def main(
     except (ValueError, TimeoutError) as error:
         _refuse(error)
     with leaving_at_once("start all of them again, with --resume"):
-        run = _prepared(build, config)
+        run = _prepared(build, config, _expected(presets, config, measured))
         run()  # An error in here is no fault of the options, and keeps its traceback.
         agree(None)  # All leave together: JAX waits a short time only for those that have more to print.
 
 
-def _prepared(build: Callable[[_Config], Scenario], config: _Config) -> Callable[[], None]:
+def _expected(presets: Mapping[str, _Config], config: _Config, measured: Mapping[str, str]) -> str:
+    """Returns how long the preset took that has these options; nothing where there is none, or it was not measured."""
+    for name, preset in presets.items():
+        if preset.identity() == config.identity():
+            return measured.get(name, "")
+    return ""
+
+
+def _prepared(build: Callable[[_Config], Scenario], config: _Config, expected: str) -> Callable[[], None]:
     """Returns what trains; where one of several processes is refused, all of them are."""
     run, problem = None, None
     try:
-        run = prepare_run(build(config), config)
+        run = prepare_run(build(config), config, expected)
     except (ValueError, OSError) as error:  # Of the options, or of files and folders that they name.
         problem = error
     try:

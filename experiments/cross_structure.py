@@ -291,4 +291,4 @@ def _mixed_teacher(apply_fn: ModelApply) -> TeacherFn:
 
 
 if __name__ == "__main__":
-    main(PRESETS, "experiments.cross_structure", __doc__, build)
+    main(PRESETS, "experiments.cross_structure", __doc__, build, measured={"default": "93 s to 219 s on two CPU cores"})

@@ -3,7 +3,6 @@
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +12,7 @@ from tqdm.auto import tqdm
 
 from experiments.config import RunConfig
 from experiments.controls import controlled
-from experiments.report import print_plan, print_results, save_curves
+from experiments.plan import make_plan
 from experiments.samples import save_samples
 from experiments.scenario import Scenario
 from experiments.sources import Origin, origin_of, read_trajectory
@@ -24,11 +23,10 @@ from merge_jax.guard import NumericFaultError, check_finite
 from merge_jax.interruption import StopSignals
 from merge_jax.joint import TrainState
 from merge_jax.parallel import Layout, data_mesh, jit_layout, pmap_layout
-from merge_jax.runs import MetricsLog, RunFolder, check_space
+from merge_jax.reports import PLAN, Plan, Run, as_text, draw, followed, html_report, judged, notes, result_tables
+from merge_jax.runs import MetricsLog, RunFolder, check_space, numbered_folder
 
-__all__ = ["Checked", "check_run", "numbered_folder", "prepare_run"]
-
-_RUNS = Path("runs")
+__all__ = ["Checked", "check_run", "prepare_run"]
 
 
 class Checked(NamedTuple):
@@ -69,8 +67,13 @@ def check_run(scenario: Scenario, config: RunConfig) -> Checked:
     return Checked(origin, stages, layout, lowered)
 
 
-def prepare_run(scenario: Scenario, config: RunConfig) -> Callable[[], None]:
+def prepare_run(scenario: Scenario, config: RunConfig, expected: str = "") -> Callable[[], None]:
     """Checks all that can be checked, opens the run folder, and returns the function that trains.
+
+    Args:
+      scenario: what to run.
+      config: how.
+      expected: how long this took where it was measured; empty where it was not.
 
     Raises:
       ValueError: an option out of range, a route or a loss that does not fit the models, data that cannot be
@@ -79,6 +82,7 @@ def prepare_run(scenario: Scenario, config: RunConfig) -> Callable[[], None]:
     print("checking that models, data and routes fit together", file=sys.stderr)
     with Console(stderr=True).status("tracing"):
         checked = check_run(scenario, config)
+    plan = make_plan(scenario, config, checked.origin, checked.layout, expected)
     run_dir = config.run_dir or numbered_folder(scenario.name, config.resume)
     check_space(run_dir, _checkpoint_bytes(checked, config))
     folder = RunFolder.open(run_dir, config.identity(), resume=config.resume)
@@ -89,7 +93,7 @@ def prepare_run(scenario: Scenario, config: RunConfig) -> Callable[[], None]:
 
     def run() -> None:
         try:
-            _run(scenario, config, checked, folder, signals)
+            _run(scenario, config, checked, plan, folder, signals)
         except KeyboardInterrupt:
             print(f"\ninterrupted; {go_on} from the last checkpoint", file=sys.stderr)
             raise SystemExit(130) from None
@@ -120,17 +124,11 @@ def _checkpoint_bytes(checked: Checked, config: RunConfig) -> int:
     return total
 
 
-def numbered_folder(name: str, resume: bool) -> Path:
-    """Returns the last folder `runs/<name>-<number>` to resume, or the next one to make."""
-    suffixes = [path.name.removeprefix(f"{name}-") for path in _RUNS.glob(f"{name}-*")]
-    last = max((int(suffix) for suffix in suffixes if suffix.isdigit()), default=0)
-    return _RUNS / f"{name}-{max(last, 1) if resume else last + 1:03d}"
-
-
 def _run(
     scenario: Scenario,
     config: RunConfig,
     checked: Checked,
+    plan: Plan,
     folder: RunFolder,
     signals: StopSignals,
 ) -> None:
@@ -138,9 +136,9 @@ def _run(
     origin, stages, layout, lowered = checked
     log = MetricsLog(folder)
     results = folder.read_json("results.json", [])
-    print_plan(scenario, config, origin, layout, folder)
-    if config.source_control != "none":
-        print(f"source control: {config.source_control}")
+    folder.write_json(PLAN, plan.to_json())
+    print("\n".join(plan.lines()))
+    print(f"run folder: {folder.path}", flush=True)
     if len(results) == config.seeds * len(scenario.methods):
         print("all runs are done already: nothing to train")
     else:
@@ -154,10 +152,25 @@ def _run(
         ):
             trainer = Trainer(layout, compiled, folder, log, bar, signals)
             _train_all(scenario, config, origin, stages, trainer, log, folder, results)
-    print_results(scenario, config, results, folder)
-    save_curves(scenario, log.records(), folder)
-    save_samples(scenario, results, folder)
-    print(f"run folder: {folder.path}")
+    if jax.process_index() == 0:
+        save_samples(scenario, results, folder)
+        _show(Run.read(folder.path), folder)
+
+
+def _show(run: Run, folder: RunFolder) -> None:
+    """Prints and saves the table, the pictures and the report."""
+    text = as_text(result_tables(run), notes(run))
+    print(text, end="")
+    folder.write_text("table.txt", text)
+    curves, label = judged(run)
+    draw(curves, label).savefig(folder.path / "curves.png", dpi=150)
+    gates = followed(run)
+    if gates:
+        label = "gates and weights of the transfer (means between reports)"
+        draw(gates, label).savefig(folder.path / "gates.png", dpi=150)
+    folder.write_text("report.html", html_report(run))
+    print(f"run folder: {run.path}; all of it on one page: {run.path / 'report.html'}")
+    print(f"next: merge-jax compare {run.path} ANOTHER_RUN, or merge-jax summary {run.path}")
 
 
 def _train_all(

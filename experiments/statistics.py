@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-from experiments.report import mean_and_error
+from merge_jax.reports import mean_and_error
 
 __all__ = ["Comparison", "holm", "paired_difference"]
 

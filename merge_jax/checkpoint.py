@@ -264,6 +264,39 @@ class Checkpoints:
             raise CheckpointError(_list_damage(self.folder, {step: str(error)})) from None
         return {path: functools.reduce(operator.getitem, path.split("/"), loaded) for path in parts}
 
+    def restore_arrays(self, step: int) -> dict[str, Any]:
+        """Returns all that was saved at a step without a state to go by: nested dictionaries and lists of NumPy arrays.
+
+        Raises:
+          CheckpointError: the step is not saved, or it is damaged.
+        """
+        manifest = self.manifest(step)
+        try:
+            with _ORBAX, warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Sharding info not provided")  # On purpose.
+                loaded = self._checkpointer.load(step)
+            missing = sorted(manifest.leaves.keys() ^ flatten(loaded).keys())
+            wrong = missing or differing_leaves(manifest, loaded)[0]
+        except Exception as error:
+            raise CheckpointError(_list_damage(self.folder, {step: _reason(error)})) from None
+        if wrong:
+            reason = f"{some_of(wrong, 3)} changed since it was saved"
+            raise CheckpointError(_list_damage(self.folder, {step: reason}))
+        return loaded
+
+    def manifest(self, step: int) -> Manifest:
+        """Returns what stands beside the state of a step: leaves with shapes and digests, facts, circumstances, score.
+
+        Raises:
+          CheckpointError: the step is not saved, or its manifest is damaged.
+        """
+        if step not in self.steps:
+            raise CheckpointError(f"step {step} is not saved in {self.folder}; saved: {list(self.steps)}")
+        try:
+            return self._manifest(step)
+        except _DamagedError as error:
+            raise CheckpointError(_list_damage(self.folder, {step: str(error)})) from None
+
     def _in_the_way(self) -> list[int]:
         """Returns the steps in whose place is something else than a folder: Orbax passes it over, or fails to save."""
         paths = [path for path in self.folder.iterdir() if re.fullmatch(r"0|[1-9][0-9]*", path.name)]

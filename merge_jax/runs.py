@@ -20,7 +20,9 @@ from tensorboardX import SummaryWriter
 from merge_jax.lock import FolderLock
 from merge_jax.manifest import changes
 
-__all__ = ["MetricsLog", "RunFolder", "check_space", "describe_environment"]
+__all__ = ["MetricsLog", "RunFolder", "check_space", "describe_environment", "numbered_folder"]
+
+_RUNS = Path("runs")
 
 _PACKAGES = ("merge_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -32,8 +34,10 @@ _README = """\
 - `metrics.jsonl`: one record a report: the run (method and seed), the step, and the metrics by role. In the runs
   `source-seed<n>` the source is trained on its own, in the role of the target.
 - `tensorboard/`: the same for TensorBoard (`tensorboard --logdir` this folder).
-- `results.json`, `table.txt`, `curves.png`: what came out; they appear as runs end. `gates.png`, where a transfer has
-  gates, `samples.png`, test images with what models made of them, and `vocabulary.json`, of text models.
+- `plan.json`: the models, routes and lengths, as they were printed before the run began.
+- `results.json`, `table.txt`, `curves.png`: what came out; they appear as runs end, and `report.html`, which has all of
+  it on one page and needs no other file. `gates.png`, where a transfer has gates, `samples.png`, test images with what
+  models made of them, and `vocabulary.json`, of text models.
 - `checkpoints/<method>-seed<n>/<step>/`: Orbax checkpoints of everything (both models, adapter, optimizers, step, key);
   `<method>-seeds<first>-<last>` where seeds ran side by side.
 
@@ -190,6 +194,13 @@ class RunWriter:
             file.write(json.dumps({"run": self._run, "step": step, **values}) + "\n")
         for name, value in metrics.items():
             self._events.add_scalar(name, value, step)
+
+
+def numbered_folder(name: str, resume: bool = False) -> Path:
+    """Returns the next folder `runs/<name>-<number>` to make, or the last one to resume."""
+    suffixes = [path.name.removeprefix(f"{name}-") for path in _RUNS.glob(f"{name}-*")]
+    last = max((int(suffix) for suffix in suffixes if suffix.isdigit()), default=0)
+    return _RUNS / f"{name}-{max(last, 1) if resume else last + 1:03d}"
 
 
 def check_space(folder: Path, needed: int) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from experiments import cross_structure
 from experiments.cli import main, parse
-from experiments.report import mean_and_error
+from merge_jax.reports import mean_and_error
 from experiments.sources import origin_of
 from experiments.stages import make_stages
 from merge_jax.checkpoint import Checkpoints

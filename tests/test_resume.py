@@ -44,7 +44,7 @@ def digests(folder):
     found = {}
     for cell in (folder / "checkpoints").iterdir():
         with Checkpoints(cell, read_only=True) as checkpoints:
-            manifest = checkpoints._manifest(checkpoints.latest_step)
+            manifest = checkpoints.manifest(checkpoints.latest_step)
         assert manifest.step == 20
         found[cell.name] = {path: leaf.sha256 for path, leaf in manifest.leaves.items()}
     return found

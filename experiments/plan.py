@@ -1,0 +1,67 @@
+"""What a run is going to do, told before it starts."""
+
+import jax
+
+from experiments.config import RunConfig
+from experiments.scenario import Role, Scenario
+from experiments.sources import Origin
+from merge_jax.data import num_examples
+from merge_jax.parallel import Layout
+from merge_jax.reports import Model, Moved, Plan
+from merge_jax.types import Params
+
+__all__ = ["make_plan"]
+
+
+def make_plan(scenario: Scenario, config: RunConfig, origin: Origin, layout: Layout, expected: str) -> Plan:
+    """Returns the plan of a run; `expected` is how long it took where that was measured."""
+    target = _shapes(scenario.target)
+    source = {} if scenario.source is None else _shapes(scenario.source)
+    transfers = {}
+    for name, method in scenario.methods.items():
+        rows = method.transfer.describe(source, target)
+        if rows:
+            routes = tuple(f"{row.target} <- {row.source}" for row in rows)
+            transfers[name] = Moved(routes, sum(row.parameters for row in rows))
+    devices = f"{layout.num_devices} x {jax.devices()[0].device_kind}"
+    return Plan(
+        experiment=scenario.name,
+        source=None if scenario.source is None else _model(scenario.source),
+        target=_model(scenario.target),
+        origin=_origin(scenario, config, origin),
+        steps=scenario.schedule.target.steps,
+        batch_size=config.batch_size,
+        methods=tuple(scenario.methods),
+        seeds=config.seeds,
+        transfers=transfers,
+        devices=f"{devices} by {config.parallel}" if layout.num_devices > 1 else devices,
+        control="" if config.source_control == "none" else config.source_control,
+        expected=expected,
+    )
+
+
+def _shapes(role: Role) -> Params:
+    params, _ = jax.eval_shape(role.init, jax.random.key(0))
+    return params
+
+
+def _model(role: Role) -> Model:
+    splits = role.splits(0)
+    train, validation, test = (num_examples(split) for split in (splits.train, splits.validation, splits.test))
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(_shapes(role)))
+    return Model(role.name, parameters, role.metric, (train, validation, test))
+
+
+def _origin(scenario: Scenario, config: RunConfig, origin: Origin) -> str:
+    if scenario.source is None:
+        return "is the target itself"
+    if origin.live:
+        return "is trained beside the target"
+    trained = (
+        f"is trained {origin.lengths.steps} steps"
+        if origin.lengths is not None
+        else f"is read from {config.source_from}"
+    )
+    if origin.snapshots is None:
+        return f"{trained}, and frozen"
+    return f"{trained}; {origin.snapshots} steps of its training are replayed"

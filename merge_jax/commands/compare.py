@@ -1,0 +1,26 @@
+"""`merge-jax compare`: run folders side by side."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from merge_jax.reports import compare
+from merge_jax.runs import numbered_folder
+
+__all__ = ["compare_runs"]
+
+
+def compare_runs(runs: Sequence[Path], baseline: str | None, out: Path | None) -> None:
+    """Prints the table of runs, and writes it with the picture of their curves into a new folder.
+
+    Raises:
+      ValueError: what `merge_jax.reports.compare` refuses, or a folder that is not empty.
+    """
+    out = out or numbered_folder("compare")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} is there already, and nothing is overwritten: give another --out")
+    comparison = compare(runs, baseline)
+    print(comparison.text, end="")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "table.txt").write_text(comparison.text)
+    comparison.figure.savefig(out / "curves.png", dpi=150)
+    print(f"table and curves: {out}")

@@ -1,0 +1,119 @@
+"""Parses the command line of `merge-jax` and hands over to one of its commands."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+__all__ = ["main"]
+
+_DESCRIPTION = """\
+Moves knowledge between neural networks that share nothing but numbers.
+
+  merge-jax run cross_structure smoke        an experiment, with all options of python -m experiments.cross_structure
+  merge-jax compare runs/a runs/b            tables and curves of run folders
+  merge-jax summary runs/a                   what checkpoints or a safetensors file hold
+  merge-jax export runs/a/checkpoints/kd-seed0 kd.safetensors    a trained model as a file of weights
+  merge-jax doctor                           whether this machine is ready
+"""
+_EXIT_CODES = "exit codes: 0 done; 1 the doctor found a problem, or training failed; 2 something given is wrong"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Does what the words say, those of this process by default; ends the process with an exit code.
+
+    What is wrong with what was given is one line on standard error and exit code 2.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] == ["run"]:  # Its options are the experiment's own, --help too.
+        from merge_jax.commands.run import run
+
+        return _reporting(lambda: run(words[1:]))
+    options = _parser().parse_args(words)
+    return _reporting(lambda: _command(options))
+
+
+def _parser() -> argparse.ArgumentParser:
+    def command(name: str, text: str, epilog: str = "") -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name, help=text, description=text, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+
+    parser = argparse.ArgumentParser(
+        prog="merge-jax",
+        description=_DESCRIPTION,
+        epilog=_EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and leave")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    command("run", "run an experiment: merge-jax run EXPERIMENT [PRESET] [OPTIONS]; without words, list them")
+
+    compare = command("compare", "tables and overlaid curves of one or more run folders; one alone is its own table")
+    compare.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder")
+    compare.add_argument(
+        "--baseline", metavar="METHOD", help="method of the first RUN to compare with (vanilla, or its first method)"
+    )
+    compare.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="a new folder for the table and picture (default: runs/compare-NNN)"
+    )
+
+    summary = command(
+        "summary",
+        "what checkpoints or a file of weights hold: steps, scores, leaves, bytes, circumstances",
+        "CHECKPOINT is a run folder, a folder of checkpoints (RUN/checkpoints/METHOD-seedN), one step in it, or a\n"
+        ".safetensors file. Patterns are globs over paths: '**/kernel', 'target/params/**'.",
+    )
+    summary.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    summary.add_argument("--leaves", metavar="PATTERN", help="list the leaves that a pattern names, with their shapes")
+    summary.add_argument("--verify", action="store_true", help="read all numbers and compare them with their digests")
+
+    export = command(
+        "export",
+        "writes a part of a checkpoint, by default the target's parameters, to a new .safetensors file",
+        "Leaves are named by their paths with dots; merge_jax.load_params reads them into a model.",
+    )
+    export.add_argument(
+        "checkpoint", type=Path, metavar="CHECKPOINT", help="a folder of checkpoints, or one step in it"
+    )
+    export.add_argument("file", type=Path, metavar="FILE", help="the .safetensors file to write; it must not be there")
+    export.add_argument("--part", default="target/params", help="which part of the state (default: %(default)s)")
+    export.add_argument("--best", action="store_true", help="the step of the best score, not the newest")
+
+    command("doctor", "versions, devices, known bad combinations, free disk: whether this machine is ready")
+    return parser
+
+
+def _command(options: argparse.Namespace) -> None:
+    # What a command needs is imported with it: --help needs none of it.
+    if options.version:
+        from importlib.metadata import version
+
+        print(version("merge_jax"))
+    elif options.command == "compare":
+        from merge_jax.commands.compare import compare_runs
+
+        compare_runs(options.runs, options.baseline, options.out)
+    elif options.command == "summary":
+        from merge_jax.commands.summary import summarize_checkpoint
+
+        summarize_checkpoint(options.checkpoint, options.leaves, verify=options.verify)
+    elif options.command == "export":
+        from merge_jax.commands.export import export_part
+
+        export_part(options.checkpoint, options.file, options.part, best=options.best)
+    elif options.command == "doctor":
+        from merge_jax.commands.doctor import examine
+
+        raise SystemExit(examine())
+    else:
+        _parser().print_help()
+        raise SystemExit(2)
+
+
+def _reporting(work: Callable[[], None]) -> None:
+    try:
+        work()
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

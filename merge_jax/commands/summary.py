@@ -1,0 +1,126 @@
+"""`merge-jax summary`: what checkpoints and files of weights hold, from their headers alone."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from merge_jax.checkpoint import Checkpoints
+from merge_jax.commands.cells import cells_of, located
+from merge_jax.manifest import Leaf, Manifest
+from merge_jax.paths import find_paths, flatten
+from merge_jax.weights import load_safetensors
+
+__all__ = ["summarize_checkpoint"]
+
+
+class _Part(NamedTuple):
+    """A part of a state: the leaves under one path."""
+
+    leaves: int
+    numbers: int
+    bytes: int
+    dtypes: str
+
+
+def summarize_checkpoint(path: Path, pattern: str | None, *, verify: bool) -> None:
+    """Prints what a run's checkpoints, one folder of them, one step, or a safetensors file hold.
+
+    Args:
+      path: of any of these.
+      pattern: leaves to list; None for none.
+      verify: read all numbers of the step and compare them with their digests.
+
+    Raises:
+      ValueError: there is nothing of the kind, it is damaged, or the pattern names nothing.
+    """
+    console = Console()
+    if path.suffix == ".safetensors" or (path.is_dir() and list(path.glob("*.safetensors*"))):
+        leaves = {name: Leaf(leaf.shape, str(leaf.dtype)) for name, leaf in flatten(load_safetensors(path)).items()}
+        _print_parts(console, leaves, depth=1)
+        _print_leaves(console, leaves, pattern)
+        return
+    if (path / "config.json").exists():
+        _print_cells(console, path)
+        if pattern is not None or verify:
+            raise ValueError(f"{path} is a whole run: name one of its folders, such as {cells_of(path)[0]}")
+        return
+    folder, step = located(path)
+    with Checkpoints(folder, read_only=True) as checkpoints:
+        best = checkpoints.best_step
+        print(f"{folder}: steps {', '.join(map(str, checkpoints.steps))}" + ("" if best is None else f"; best {best}"))
+        manifest = checkpoints.manifest(checkpoints.steps[-1] if step is None else step)
+        _print_manifest(manifest)
+        _print_parts(console, manifest.leaves, depth=2)
+        _print_leaves(console, manifest.leaves, pattern)
+        if verify:
+            checkpoints.restore_arrays(manifest.step)
+            print(f"step {manifest.step}: all {len(manifest.leaves)} leaves are as they were saved")
+
+
+def _print_cells(console: Console, run: Path) -> None:
+    table = Table(box=box.SIMPLE, pad_edge=False, title=f"checkpoints of {run}")
+    for heading in ("folder", "steps", "best", "score", "MB"):
+        table.add_column(heading, justify="left" if heading == "folder" else "right")
+    cells = cells_of(run)
+    if not cells:
+        raise ValueError(f"{run} has no checkpoints yet")
+    for cell in cells:
+        with Checkpoints(cell, read_only=True) as checkpoints:
+            best = checkpoints.best_step
+            score = None if best is None else checkpoints.manifest(best).score
+            table.add_row(
+                str(cell.relative_to(run)),
+                ", ".join(map(str, checkpoints.steps)),
+                "" if best is None else str(best),
+                "" if score is None else f"{score:.4g}",
+                f"{sum(file.stat().st_size for file in cell.rglob('*') if file.is_file()) / 1e6:.1f}",
+            )
+    console.print(table)
+    print(f"one of them: merge-jax summary {cells[-1]}")
+
+
+def _print_manifest(manifest: Manifest) -> None:
+    score = "" if manifest.score is None else f", score {manifest.score:.4g}"
+    print(f"step {manifest.step}{score}")
+    for title, entries in (("facts", manifest.facts), ("saved under", manifest.environment)):
+        if entries:
+            print(f"{title}: " + ", ".join(f"{name} {str(value)[:24]}" for name, value in entries.items()))
+
+
+def _print_parts(console: Console, leaves: Mapping[str, Leaf], depth: int) -> None:
+    by_part: dict[str, list[Leaf]] = {}
+    for path, leaf in leaves.items():
+        by_part.setdefault("/".join(path.split("/")[:depth]), []).append(leaf)
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    for heading in ("part", "leaves", "numbers", "bytes", "dtypes"):
+        table.add_column(heading, justify="left" if heading in ("part", "dtypes") else "right")
+    for name, of_part in [*by_part.items(), ("all", list(leaves.values()))]:
+        part = _part(of_part)
+        table.add_row(name, f"{part.leaves:,}", f"{part.numbers:,}", f"{part.bytes:,}", part.dtypes)
+    console.print(table)
+
+
+def _part(leaves: Iterable[Leaf]) -> _Part:
+    leaves = list(leaves)
+    sizes = [int(np.prod(leaf.shape, dtype=np.int64)) for leaf in leaves]
+    width = [_item_size(leaf.dtype) for leaf in leaves]
+    dtypes = ", ".join(dict.fromkeys(leaf.dtype for leaf in leaves))
+    return _Part(len(leaves), sum(sizes), sum(size * one for size, one in zip(sizes, width, strict=True)), dtypes)
+
+
+def _item_size(dtype: str) -> int:
+    import jax.numpy as jnp
+
+    return jnp.dtype(dtype).itemsize
+
+
+def _print_leaves(console: Console, leaves: Mapping[str, Leaf], pattern: str | None) -> None:
+    if pattern is None:
+        return
+    for path in find_paths(leaves, pattern, role="checkpoint"):
+        console.print(f"{path}  {leaves[path]}", highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,24 @@
+"""Run folders, read and shown: tables, curves, an HTML page, several runs side by side."""
+
+from merge_jax.reports.compare import compare
+from merge_jax.reports.curves import draw, followed, judged
+from merge_jax.reports.html import html_report
+from merge_jax.reports.run import PLAN, Model, Moved, Plan, Run, mean_and_error
+from merge_jax.reports.table import as_text, notes, result_tables
+
+__all__ = [
+    "PLAN",
+    "Model",
+    "Moved",
+    "Plan",
+    "Run",
+    "as_text",
+    "compare",
+    "draw",
+    "followed",
+    "html_report",
+    "judged",
+    "mean_and_error",
+    "notes",
+    "result_tables",
+]

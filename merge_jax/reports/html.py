@@ -1,0 +1,117 @@
+"""A run as one HTML file that needs nothing else: no network, no other files."""
+
+import base64
+import html
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from merge_jax.reports.curves import as_svg, draw, followed, judged
+from merge_jax.reports.run import Run
+from merge_jax.reports.table import Rows, notes, result_tables
+
+__all__ = ["html_report"]
+
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
+table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
+caption { text-align: left; font-weight: 600; padding-bottom: .3rem; }
+th, td { padding: .2rem .8rem; text-align: right; border-bottom: 1px solid #ddd; }
+th:first-child, td:first-child { text-align: left; }
+.options td { text-align: left; }
+img { max-width: 100%; }
+code, pre { background: #f5f5f5; padding: .1rem .3rem; overflow-wrap: anywhere; white-space: pre-wrap; }
+.notes { color: #555; font-size: .9rem; }
+@media (prefers-color-scheme: dark) {
+  body { background: #1b1b1b; color: #ddd; } th, td { border-color: #444; } code, pre { background: #2b2b2b; }
+  .notes { color: #aaa; } img { background: #fff; }
+}
+"""
+
+
+def html_report(run: Run) -> str:
+    """Returns the report of a run: plan, table, curves, gates, samples, options, and where and when it ran."""
+    curves, label = judged(run)
+    sections = [
+        _section("What was done", _list(run.plan.lines())),
+        _section("Results", *map(_table, result_tables(run)), _notes(notes(run))),
+        _section("Curves", _picture(as_svg(draw(curves, label)).encode(), "svg+xml", label)),
+    ]
+    gates = followed(run)
+    if gates:
+        label = "gates and weights of the transfer (means between reports)"
+        sections.append(_section("Gates", _picture(as_svg(draw(gates, label)).encode(), "svg+xml", label)))
+    samples = run.path / "samples.png"
+    if samples.exists():
+        sections.append(_section("Samples", _picture(samples.read_bytes(), "png", "test images and answers")))
+    sections += [
+        _section("Options", _pairs({name: json.dumps(value) for name, value in run.config.items()})),
+        _section("Sessions", *(_pairs(_flat(session)) for session in run.sessions)),
+        _section("Go on", _commands(run)),
+    ]
+    title = html.escape(f"{run.plan.experiment}: {run.plan.models}")
+    return (
+        f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>{title}</title>\n'
+        f'<meta name="viewport" content="width=device-width">\n<style>{_STYLE}</style>\n<h1>{title}</h1>\n'
+        + "\n".join(sections)
+        + "\n</html>\n"
+    )
+
+
+def _section(heading: str, *contents: str) -> str:
+    return "\n".join([f"<h2>{html.escape(heading)}</h2>", *contents])
+
+
+def _list(lines: Iterable[str]) -> str:
+    return "<ul>\n" + "\n".join(f"<li>{html.escape(line)}</li>" for line in lines) + "\n</ul>"
+
+
+def _notes(lines: Iterable[str]) -> str:
+    return "\n".join(f'<p class="notes">{html.escape(line)}</p>' for line in lines)
+
+
+def _table(table: Rows) -> str:
+    rows = [("th", table.headings), *(("td", row) for row in table.rows)]
+    cells = ("".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) for tag, row in rows)
+    body = "\n".join(f"<tr>{row}</tr>" for row in cells)
+    return f"<table>\n<caption>{html.escape(table.title)}</caption>\n{body}\n</table>"
+
+
+def _pairs(entries: Mapping[str, str]) -> str:
+    rows = (
+        f"<tr><td>{html.escape(name)}</td><td><code>{html.escape(value)}</code></td></tr>"
+        for name, value in entries.items()
+    )
+    return '<table class="options">\n' + "\n".join(rows) + "\n</table>"
+
+
+def _flat(session: Mapping[str, Any]) -> dict[str, str]:
+    versions: Mapping[str, str] = session["versions"]
+    entries = {name: value for name, value in session.items() if name != "versions"}
+    return {
+        **{
+            name: ", ".join(map(str, v)) if isinstance(v, Sequence | set) and not isinstance(v, str) else str(v)
+            for name, v in entries.items()
+        },
+        **versions,
+    }
+
+
+def _picture(content: bytes, kind: str, words: str) -> str:
+    data = base64.b64encode(content).decode()
+    return f'<img alt="{html.escape(words)}" src="data:image/{kind};base64,{data}">'
+
+
+def _commands(run: Run) -> str:
+    name = Path(run.path).name
+    return (
+        "<p>From the folder in which the run was started:</p>\n<pre>"
+        + html.escape(
+            f"{run.sessions[0]['command']}\n"
+            f"merge-jax compare {run.path} ANOTHER_RUN    # this run beside others\n"
+            f"merge-jax summary {run.path}                # what its checkpoints hold\n"
+            f"merge-jax export {run.path}/checkpoints/{run.methods[-1]}-seed0 {name}.safetensors    # the target"
+        )
+        + "</pre>"
+    )
