@@ -12,11 +12,11 @@ import pytest
 
 from experiments import cross_structure
 from experiments.cli import main, parse
-from merge_jax.reports import mean_and_error
 from experiments.sources import origin_of
 from experiments.stages import make_stages
 from merge_jax.checkpoint import Checkpoints
 from merge_jax.paths import flatten
+from merge_jax.reports import mean_and_error
 from tests import test_image_sets
 
 ROOT = Path(__file__).parent.parent
