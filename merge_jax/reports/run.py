@@ -14,6 +14,7 @@ from merge_jax.runs import MetricsLog, RunFolder
 __all__ = ["PLAN", "Model", "Moved", "Plan", "Run", "mean_and_error", "words"]
 
 PLAN = "plan.json"
+"""The name of the file of a run folder that has the plan."""
 
 
 @dataclass(frozen=True)
