@@ -21,6 +21,14 @@ from tests.test_loop import Counter, batches_at, start, step_fn
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.fixture(autouse=True)
+def _heard():
+    """Ctrl-C is heard, also where the tests were started in a shell's background, which has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def run(checkpoints, should_stop, state=None, on_step=lambda step: None, num_steps=20):
     by_steps = stepwise(step_fn, batches_at)
 
