@@ -23,7 +23,9 @@ def summarize(transfer: Transfer, source_params: Params, target_params: Params) 
     rows = transfer.describe(source_params, target_params)
     console = Console()
     if not console.is_terminal or console.is_jupyter:
-        console.width = 10_000  # Nothing is folded in a file or on a page, which scrolls; a terminal folds what it must.
+        console.width = (
+            10_000  # Nothing is folded in a file or on a page, which scrolls; a terminal folds what it must.
+        )
     if not rows:
         console.print("a transfer without routes: nothing moves by a named path")
         return

@@ -32,10 +32,15 @@ def export_part(path: Path, file: Path, part: str, *, best: bool) -> None:
         step = checkpoints.steps[-1] if step is None else step
         if file.exists():
             raise ValueError(f"{file} is there already, and nothing is overwritten: give another name")
-        params = _part(checkpoints.restore_arrays(step), part)
+        state = checkpoints.restore_arrays(step)
+        params = _part(state, part)
     save_safetensors(file, params, metadata={"checkpoint": folder.name, "step": str(step), "part": part})
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     print(f"{part} of step {step}, {size:,} numbers: {file}")
+    role, _, rest = part.partition("/")
+    kept = sum(leaf.size for leaf in jax.tree.leaves(state.get(role, {}).get("model_state", {})))
+    if rest == "params" and kept:  # BatchNorm's statistics, without which it cannot be evaluated.
+        print(f"the model needs its model_state too, {kept:,} numbers: --part {role}/model_state ANOTHER_FILE")
 
 
 def _part(state: dict[str, Any], part: str) -> Params:

@@ -174,7 +174,7 @@ class Run:
         """
         path = Path(path)
         if not path.is_dir():
-            there = [str(one) for one in path.parent.iterdir() if one.is_dir()] if path.parent.is_dir() else []
+            there = [str(one.parent) for one in path.parent.glob("*/config.json")]
             raise ValueError(f"there is no run folder {path}; {near_misses(str(path), there)}")
         if not (path / "config.json").exists():
             raise ValueError(f"{path} is no run folder: it has no config.json")
