@@ -26,8 +26,8 @@ def make_plan(scenario: Scenario, config: RunConfig, origin: Origin, layout: Lay
     devices = f"{layout.num_devices} x {jax.devices()[0].device_kind}"
     return Plan(
         experiment=scenario.name,
-        source=None if scenario.source is None else _model(scenario.source),
-        target=_model(scenario.target),
+        source=None if scenario.source is None else _model(scenario.source, source),
+        target=_model(scenario.target, target),
         origin=_origin(scenario, config, origin),
         steps=scenario.schedule.target.steps,
         batch_size=config.batch_size,
@@ -45,10 +45,10 @@ def _shapes(role: Role) -> Params:
     return params
 
 
-def _model(role: Role) -> Model:
+def _model(role: Role, params: Params) -> Model:
     splits = role.splits(0)
     train, validation, test = (num_examples(split) for split in (splits.train, splits.validation, splits.test))
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(_shapes(role)))
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
     return Model(role.name, parameters, role.metric, (train, validation, test))
 
 

@@ -164,9 +164,8 @@ def _show(run: Run, folder: RunFolder) -> None:
     folder.write_text("table.txt", text)
     curves, label = judged(run)
     draw(curves, label).savefig(folder.path / "curves.png", dpi=150)
-    gates = followed(run)
+    gates, label = followed(run)
     if gates:
-        label = "gates and weights of the transfer (means between reports)"
         draw(gates, label).savefig(folder.path / "gates.png", dpi=150)
     folder.write_text("report.html", html_report(run))
     print(f"run folder: {run.path}; all of it on one page: {run.path / 'report.html'}")

@@ -7,7 +7,7 @@ import operator
 import re
 import threading
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -235,10 +235,8 @@ class Checkpoints:
         step = self.best_step
         if step is None:
             raise CheckpointError(f"no step in {self.folder} has a score; saved: {list(self.steps)}")
-        try:
+        with self._refusing_damage(step):
             return step, self._restore(self._manifest(step), state)
-        except _DamagedError as error:
-            raise CheckpointError(_list_damage(self.folder, {step: str(error)})) from None
 
     def restore_parts(self, step: int, parts: Mapping[str, Any]) -> dict[str, Any]:
         """Returns parts of what was saved at a step, e.g. the parameters of one model.
@@ -252,16 +250,13 @@ class Checkpoints:
           CheckpointError: the step is not saved, it is damaged, or a part has other leaves, shapes or dtypes; each is
             named.
         """
-        if step not in self.steps:
-            raise CheckpointError(f"step {step} is not saved in {self.folder}; saved: {list(self.steps)}")
+        manifest = self.manifest(step)
         tree: dict[str, Any] = {}
         for path, part in parts.items():
             *parents, name = path.split("/")
             functools.reduce(lambda node, parent: node.setdefault(parent, {}), parents, tree)[name] = part
-        try:
-            loaded = self._restore(self._manifest(step), tree, tuple(parts))
-        except _DamagedError as error:
-            raise CheckpointError(_list_damage(self.folder, {step: str(error)})) from None
+        with self._refusing_damage(step):
+            loaded = self._restore(manifest, tree, tuple(parts))
         return {path: functools.reduce(operator.getitem, path.split("/"), loaded) for path in parts}
 
     def restore_arrays(self, step: int) -> dict[str, Any]:
@@ -271,17 +266,16 @@ class Checkpoints:
           CheckpointError: the step is not saved, or it is damaged.
         """
         manifest = self.manifest(step)
-        try:
-            with _ORBAX, warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="Sharding info not provided")  # On purpose.
-                loaded = self._checkpointer.load(step)
-            missing = sorted(manifest.leaves.keys() ^ flatten(loaded).keys())
-            wrong = missing or differing_leaves(manifest, loaded)[0]
-        except Exception as error:
-            raise CheckpointError(_list_damage(self.folder, {step: _reason(error)})) from None
-        if wrong:
-            reason = f"{some_of(wrong, 3)} changed since it was saved"
-            raise CheckpointError(_list_damage(self.folder, {step: reason}))
+        with self._refusing_damage(step):
+            try:
+                with _ORBAX, warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", message="Sharding info not provided")  # On purpose.
+                    loaded = self._checkpointer.load(step)
+                missing = sorted(manifest.leaves.keys() ^ flatten(loaded).keys())
+                wrong = missing or differing_leaves(manifest, loaded)[0]
+            except Exception as error:
+                raise _DamagedError(_reason(error)) from None
+            _refuse_changed(wrong)
         return loaded
 
     def manifest(self, step: int) -> Manifest:
@@ -292,8 +286,14 @@ class Checkpoints:
         """
         if step not in self.steps:
             raise CheckpointError(f"step {step} is not saved in {self.folder}; saved: {list(self.steps)}")
-        try:
+        with self._refusing_damage(step):
             return self._manifest(step)
+
+    @contextlib.contextmanager
+    def _refusing_damage(self, step: int) -> Iterator[None]:
+        """Turns the damage of one step into a refusal, where no other step can be taken."""
+        try:
+            yield
         except _DamagedError as error:
             raise CheckpointError(_list_damage(self.folder, {step: str(error)})) from None
 
@@ -337,8 +337,7 @@ class Checkpoints:
         if strange:
             raise _DamagedError(f"{some_of(strange, 3)} came back as no array")
         wrong, unchecked = differing_leaves(manifest, loaded)
-        if wrong:
-            raise _DamagedError(f"{some_of(wrong, 3)} changed since it was saved")
+        _refuse_changed(wrong)
         if unchecked:
             warnings.warn(
                 f"step {manifest.step} in {self.folder} lies on other hosts than it did: "
@@ -476,6 +475,11 @@ def _abstract(tree: _State) -> _State:
         shapes,
         tree,
     )
+
+
+def _refuse_changed(paths: Sequence[str]) -> None:
+    if paths:
+        raise _DamagedError(f"{some_of(paths, 3)} changed since it was saved")
 
 
 def _reason(error: Exception) -> str:

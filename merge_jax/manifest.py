@@ -3,6 +3,7 @@
 Orbax does not notice when the numbers it has written have changed since; the manifest does.
 """
 
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -133,7 +134,6 @@ def differing_leaves(manifest: Manifest, tree: Any) -> tuple[list[str], int]:
 
 def environment_of(tree: Any) -> dict[str, Any]:
     """Returns what the bits of a run depend on beside its program: devices, processes, threads and versions."""
-    versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
     shardings = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(tree)]
     return {
         "backend": jax.default_backend(),
@@ -142,8 +142,14 @@ def environment_of(tree: Any) -> dict[str, Any]:
         # XLA splits sums over as many threads as this on a CPU, so it changes the last bits.
         "threads": _num_threads(),
         "python": platform.python_version(),
-        **versions,
+        **_versions(),
     }
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    """Returns the versions of the packages; read once, since every save asks for them."""
+    return {name: importlib.metadata.version(name) for name in _PACKAGES}
 
 
 def _num_threads() -> int:

@@ -7,7 +7,7 @@ import platform
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -105,7 +105,7 @@ def _devices() -> Iterator[Finding]:
         kinds[device.device_kind] = kinds.get(device.device_kind, 0) + 1
     yield Finding("good", "devices: " + ", ".join(f"{count} x {kind}" for kind, count in kinds.items()))
     asked = os.environ.get("JAX_PLATFORMS")
-    if jax.default_backend() == "cpu" and asked not in ("cpu",) and Path("/proc/driver/nvidia").exists():
+    if jax.default_backend() == "cpu" and asked != "cpu" and Path("/proc/driver/nvidia").exists():
         yield Finding("bad", 'there is an NVIDIA driver, but JAX computes on the CPU: pip install "jax[cuda13]"')
     if asked:
         yield Finding("note", f"JAX_PLATFORMS is set to {asked}")
@@ -151,13 +151,5 @@ def _folder() -> Iterator[Finding]:
 
 
 def _text() -> Iterator[Finding]:
-    looks: dict[str, Callable[[], bool]] = {
-        'tokenizers: texts of your own need it, pip install -e ".[text]"': lambda: _there("tokenizers"),
-    }
-    for text, there in looks.items():
-        if not there():
-            yield Finding("note", f"missing {text}")
-
-
-def _there(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
+    if importlib.util.find_spec("tokenizers") is None:
+        yield Finding("note", 'missing tokenizers: texts of your own need it, pip install -e ".[text]"')

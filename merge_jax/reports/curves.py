@@ -36,8 +36,8 @@ def judged(run: Run) -> tuple[dict[str, Curve], str]:
     return {method: _curve(run, method, name, 100) for method in run.methods}, f"{label} of the target (%)"
 
 
-def followed(run: Run) -> dict[str, Curve]:
-    """Returns the curves of gates, and of what else a transfer has to follow: means between two reports."""
+def followed(run: Run) -> tuple[dict[str, Curve], str]:
+    """Returns the curves of gates and of what else a transfer has to follow, if there are any, and what they are."""
     names = {
         (method, name)
         for record in run.records
@@ -46,7 +46,8 @@ def followed(run: Run) -> dict[str, Curve]:
         for method in [record["run"].rsplit("-seed", 1)[0]]
         if method in run.methods
     }
-    return {f"{method}: {name.removeprefix('adapter/')}": _curve(run, method, name) for method, name in sorted(names)}
+    curves = {f"{method}: {name.removeprefix('adapter/')}": _curve(run, method, name) for method, name in sorted(names)}
+    return curves, "gates and weights of the transfer (means between reports)"
 
 
 def overlaid(runs: Mapping[str, Run]) -> tuple[dict[str, Curve], str]:

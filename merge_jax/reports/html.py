@@ -3,7 +3,7 @@
 import base64
 import html
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +38,8 @@ def html_report(run: Run) -> str:
         _section("Results", *map(_table, result_tables(run)), _notes(notes(run))),
         _section("Curves", _picture(as_svg(draw(curves, label)).encode(), "svg+xml", label)),
     ]
-    gates = followed(run)
+    gates, label = followed(run)
     if gates:
-        label = "gates and weights of the transfer (means between reports)"
         sections.append(_section("Gates", _picture(as_svg(draw(gates, label)).encode(), "svg+xml", label)))
     samples = run.path / "samples.png"
     if samples.exists():
@@ -87,14 +86,9 @@ def _pairs(entries: Mapping[str, str]) -> str:
 
 
 def _flat(session: Mapping[str, Any]) -> dict[str, str]:
-    versions: Mapping[str, str] = session["versions"]
-    entries = {name: value for name, value in session.items() if name != "versions"}
+    own = {name: value for name, value in session.items() if name != "versions"}
     return {
-        **{
-            name: ", ".join(map(str, v)) if isinstance(v, Sequence | set) and not isinstance(v, str) else str(v)
-            for name, v in entries.items()
-        },
-        **versions,
+        name: str(value) for name, value in {**own, "devices": ", ".join(own["devices"]), **session["versions"]}.items()
     }
 
 
