@@ -10,12 +10,14 @@ from typing import NoReturn, TypeVar
 import tyro
 
 from experiments.config import RunConfig
-from experiments.runner import prepare_run
+from experiments.runner import check_paths, prepare_run
 from experiments.scenario import Scenario
 from merge_jax.checks import check_choice
 from merge_jax.hosts import agree, connect, leaving_at_once
 
 __all__ = ["main", "parse"]
+
+_SMOKE = "a smoke test: it shows that all works; its figures mean nothing"
 
 _Options = TypeVar("_Options")
 _Config = TypeVar("_Config", bound=RunConfig)
@@ -28,9 +30,7 @@ def parse(presets: Mapping[str, _Options], module: str, description: str, argume
       ValueError: no preset has that name.
       SystemExit: an unknown or malformed option (tyro prints it, with near misses), or `--help`.
     """
-    name, options = "default", list(arguments)
-    if options and not options[0].startswith("-"):
-        name = options.pop(0)
+    name, options = _preset_of(arguments)
     check_choice("preset", name, presets)
     preset = presets[name]
     return tyro.cli(
@@ -41,6 +41,13 @@ def parse(presets: Mapping[str, _Options], module: str, description: str, argume
         description=f"{description}\n\nThe first word picks a preset. Defaults shown are those of {name!r} "
         "(PRESET --help for another).",
     )
+
+
+def _preset_of(arguments: Sequence[str]) -> tuple[str, list[str]]:
+    """Returns the name of the preset, and the options that follow it."""
+    if arguments and not arguments[0].startswith("-"):
+        return arguments[0], list(arguments[1:])
+    return "default", list(arguments)
 
 
 def main(
@@ -74,7 +81,8 @@ def main(
     except (ValueError, TimeoutError) as error:
         _refuse(error)
     with leaving_at_once("start all of them again, with --resume"):
-        run = _prepared(build, config, _expected(presets, config, measured))
+        caution = _SMOKE if _preset_of(arguments)[0] == "smoke" else ""
+        run = _prepared(build, config, _expected(presets, config, measured), caution)
         run()  # An error in here is no fault of the options, and keeps its traceback.
         agree(None)  # All leave together: JAX waits a short time only for those that have more to print.
 
@@ -87,11 +95,12 @@ def _expected(presets: Mapping[str, _Config], config: _Config, measured: Mapping
     return ""
 
 
-def _prepared(build: Callable[[_Config], Scenario], config: _Config, expected: str) -> Callable[[], None]:
+def _prepared(build: Callable[[_Config], Scenario], config: _Config, expected: str, caution: str) -> Callable[[], None]:
     """Returns what trains; where one of several processes is refused, all of them are."""
     run, problem = None, None
     try:
-        run = prepare_run(build(config), config, expected)
+        check_paths(config)
+        run = prepare_run(build(config), config, expected, caution)
     except (ValueError, OSError) as error:  # Of the options, or of files and folders that they name.
         problem = error
     try:

@@ -14,6 +14,7 @@ import numpy as np
 
 import merge_jax as mj
 from experiments.images import VisionModelName, make_vision_encoder
+from experiments.model_code import model_code
 from experiments.optimizers import adamw
 from experiments.scenario import Learner, Reader, Role, Samples
 from experiments.texts import TextModelName, make_text_encoder, read_weights, started, told
@@ -218,7 +219,9 @@ def image_text_learner(
         params = random_init(key)
         return {**params, **{encoder: started(one, params[encoder]) for encoder, one in given.items()}}, {}
 
-    role = Role(name, init, splits, parts.evaluate, parts.metric, samples=parts.samples)
+    inputs = [f"jnp.zeros({(1, *shape[1:])})", f"jnp.zeros((1, {reading.max_length}), jnp.int32)"]
+    code = model_code(module, inputs, pixels)
+    role = Role(name, init, splits, parts.evaluate, parts.metric, samples=parts.samples, code=code)
     loss_fn = parts.reader.loss(parts.reader.apply)
     return Learner(role, loss_fn, adamw, attention=_ATTENTION, reader=parts.reader)
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import merge_jax as mj
+from experiments.model_code import model_code
 from experiments.optimizers import adamw, sgd
 from experiments.scenario import Learner, Reader, Role
 from merge_jax.checks import check_at_least_one, check_choice
@@ -218,7 +219,9 @@ def make_role(
         return {**batch, "image": crop_flip_rotate(key, batch["image"])}
 
     evaluate = mj.evaluate_classifier(make_apply(model, data), batch_size=_EVALUATED_AT_ONCE)
-    return Role(name, init, lru_cache(maxsize=1)(few_labels), evaluate, augment=change if augment else None)
+    code = model_code(model, [f"jnp.zeros({(1, *data.shape)})"], data.pixels)
+    augmented = change if augment else None
+    return Role(name, init, lru_cache(maxsize=1)(few_labels), evaluate, augment=augmented, code=code)
 
 
 def image_learner(

@@ -13,8 +13,10 @@ from merge_jax.types import Params
 __all__ = ["make_plan"]
 
 
-def make_plan(scenario: Scenario, config: RunConfig, origin: Origin, layout: Layout, expected: str) -> Plan:
-    """Returns the plan of a run; `expected` is how long it took where that was measured."""
+def make_plan(
+    scenario: Scenario, config: RunConfig, origin: Origin, layout: Layout, expected: str, caution: str
+) -> Plan:
+    """Returns the plan of a run; `expected` and `caution` as the plan has them."""
     target = _shapes(scenario.target)
     source = {} if scenario.source is None else _shapes(scenario.source)
     transfers = {}
@@ -37,6 +39,7 @@ def make_plan(scenario: Scenario, config: RunConfig, origin: Origin, layout: Lay
         devices=f"{devices} by {config.parallel}" if layout.num_devices > 1 else devices,
         control="" if config.source_control == "none" else config.source_control,
         expected=expected,
+        caution=caution,
     )
 
 
@@ -49,7 +52,7 @@ def _model(role: Role, params: Params) -> Model:
     splits = role.splits(0)
     train, validation, test = (num_examples(split) for split in (splits.train, splits.validation, splits.test))
     parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
-    return Model(role.name, parameters, role.metric, (train, validation, test))
+    return Model(role.name, parameters, role.metric, (train, validation, test), role.code)
 
 
 def _origin(scenario: Scenario, config: RunConfig, origin: Origin) -> str:

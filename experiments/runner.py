@@ -25,8 +25,9 @@ from merge_jax.joint import TrainState
 from merge_jax.parallel import Layout, data_mesh, jit_layout, pmap_layout
 from merge_jax.reports import PLAN, Plan, Run, as_text, draw, followed, html_report, judged, notes, result_tables
 from merge_jax.runs import MetricsLog, RunFolder, check_space, numbered_folder
+from merge_jax.weights import load_safetensors
 
-__all__ = ["Checked", "check_run", "prepare_run"]
+__all__ = ["Checked", "check_paths", "check_run", "prepare_run"]
 
 
 class Checked(NamedTuple):
@@ -67,13 +68,26 @@ def check_run(scenario: Scenario, config: RunConfig) -> Checked:
     return Checked(origin, stages, layout, lowered)
 
 
-def prepare_run(scenario: Scenario, config: RunConfig, expected: str = "") -> Callable[[], None]:
+def check_paths(config: RunConfig) -> None:
+    """Raises ValueError for a run folder or a source that cannot be used, before models and data are made."""
+    path = config.source_from
+    if path is not None:
+        if not path.exists():
+            raise ValueError(f"the source cannot be read: there is no file or folder {path}")
+        if path.is_file():
+            load_safetensors(path, select=())  # Its header alone.
+    if config.run_dir is not None and jax.process_index() == 0:
+        RunFolder.check(config.run_dir, config.identity(), resume=config.resume)
+
+
+def prepare_run(scenario: Scenario, config: RunConfig, expected: str = "", caution: str = "") -> Callable[[], None]:
     """Checks all that can be checked, opens the run folder, and returns the function that trains.
 
     Args:
       scenario: what to run.
       config: how.
       expected: how long this took where it was measured; empty where it was not.
+      caution: why its figures mean little; empty where they do not.
 
     Raises:
       ValueError: an option out of range, a route or a loss that does not fit the models, data that cannot be
@@ -82,7 +96,7 @@ def prepare_run(scenario: Scenario, config: RunConfig, expected: str = "") -> Ca
     print("checking that models, data and routes fit together", file=sys.stderr)
     with Console(stderr=True).status("tracing"):
         checked = check_run(scenario, config)
-    plan = make_plan(scenario, config, checked.origin, checked.layout, expected)
+    plan = make_plan(scenario, config, checked.origin, checked.layout, expected, caution)
     run_dir = config.run_dir or numbered_folder(scenario.name, config.resume)
     check_space(run_dir, _checkpoint_bytes(checked, config))
     folder = RunFolder.open(run_dir, config.identity(), resume=config.resume)

@@ -53,6 +53,7 @@ class Role:
       augment: changes its batches at random while it trains; None for batches as they are.
       load: `(path, params) -> params` from a file of weights, where `params` is the model as it starts.
       samples: test images that it is shown with; None for a model of other things.
+      code: lines of Python that make it, see `model_code`; empty for several models in one.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Role:
     augment: Augment | None = None
     load: Callable[[Path, Params], Params] = load_params
     samples: Samples | None = None
+    code: str = ""
 
 
 class Reader(NamedTuple):

@@ -13,6 +13,7 @@ from experiments.scenario import Role, Scenario
 from merge_jax.checkpoint import Checkpoints
 from merge_jax.joint import TrainState
 from merge_jax.trajectory import load_trajectory
+from merge_jax.weights import load_params, load_safetensors
 
 __all__ = ["Origin", "initial_key", "origin_of", "read_trajectory"]
 
@@ -66,8 +67,6 @@ def origin_of(scenario: Scenario, config: RunConfig) -> Origin:
         every = lengths.report_every * max(1, round(lengths.steps / config.snapshots / lengths.report_every))
         return Origin(lengths=lengths._replace(checkpoint_every=every), snapshots=math.ceil(lengths.steps / every))
     assert path is not None  # config.check
-    if not path.exists():  # Told before all is traced.
-        raise ValueError(f"the source cannot be read: there is no file or folder {path}")
     if config.source == "frozen" and not (path / "checkpoints").is_dir():
         return Origin(read=lambda seed: _read_file(role, path, start(seed)))
     folders = [path / "checkpoints" / f"source-seed{seed}" for seed in range(config.seeds)]
@@ -133,7 +132,11 @@ def _parts(start: TrainState) -> dict[str, object]:
 
 def _read_file(role: Role, path: Path, start: TrainState) -> TrainState:
     try:
-        params = role.load(path, start.params)
+        if "params" in load_safetensors(path):  # With its model state, as `merge-jax export` writes it.
+            read = load_params(path, {"params": start.params, **start.model_state})
+        else:
+            read = {"params": role.load(path, start.params), **start.model_state}
     except OSError as error:
         raise ValueError(f"the source cannot be read: {error}") from None
-    return TrainState(jax.tree.map(jax.numpy.asarray, params), start.model_state, None)
+    model_state = {name: jax.tree.map(jax.numpy.asarray, one) for name, one in read.items()}
+    return TrainState(model_state.pop("params"), model_state, None)

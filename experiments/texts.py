@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import merge_jax as mj
+from experiments.model_code import model_code
 from experiments.optimizers import adamw
 from experiments.scenario import Learner, Reader, Role
 from merge_jax.checks import check_choice
@@ -252,7 +253,8 @@ def text_learner(
             return mj.load_params(path, params)
         return read_weights(path, params).params
 
-    role = Role(name, init, lru_cache(maxsize=1)(splits), evaluate, metric, load=load)
+    code = model_code(module, [f"jnp.zeros((1, {max_length}), jnp.int32)"])
+    role = Role(name, init, lru_cache(maxsize=1)(splits), evaluate, metric, load=load, code=code)
     reader = Reader(module.apply, ("tokens",), loss)
     return Learner(role, loss(module.apply), adamw, classify, {"text": TEXT_ATTENTION}, reader)
 

@@ -33,7 +33,7 @@ _README = """\
 - `environment.json`: command, date, versions, devices and commit of the run, and of each resumption.
 - `metrics.jsonl`: one record a report: the run (method and seed), the step, and the metrics by role. In the runs
   `source-seed<n>` the source is trained on its own, in the role of the target.
-- `tensorboard/`: the same for TensorBoard (`tensorboard --logdir` this folder).
+- `tensorboard/`: the same for TensorBoard, once `pip install tensorboard` is done (`tensorboard --logdir` this folder).
 - `plan.json`: the models, routes and lengths, as they were printed before the run began.
 - `results.json`, `table.txt`, `curves.png`: what came out; they appear as runs end, and `report.html`, which has all of
   it on one page and needs no other file. `gates.png`, where a transfer has gates, `samples.png`, test images with what
@@ -76,11 +76,32 @@ class RunFolder:
         path = Path(path)
         if jax.process_index() > 0:
             return cls(path)
+        cls.check(path, config, resume=resume)
         config_path = path / "config.json"
         config = json.loads(json.dumps(config))  # As it will be read back: tuples are lists.
         try:
+            path.mkdir(parents=True, exist_ok=True)
+            folder = cls(path)
+            folder._lock = FolderLock(path)
+            if not config_path.exists():
+                folder.write_json("config.json", config)
+                folder.write_text("README.md", _README.format(command=_command()))
+            sessions = folder.read_json("environment.json", [])
+            folder.write_json("environment.json", [*sessions, describe_environment()])
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise ValueError(f"{path / 'environment.json'} is damaged: {error}") from None
+        except OSError as error:
+            raise ValueError(f"the run folder {path} cannot be written: {error}") from None
+        return folder
+
+    @staticmethod
+    def check(path: Path | str, config: Mapping[str, Any], *, resume: bool) -> None:
+        """Raises ValueError where `open` would because of what is in the folder; writes nothing."""
+        path = Path(path)
+        config_path = path / "config.json"
+        try:
             if config_path.exists():
-                changed = changes(json.loads(config_path.read_text()), config)
+                changed = changes(json.loads(config_path.read_text()), json.loads(json.dumps(config)))
                 if changed:
                     raise ValueError(
                         f"the run folder {path} exists with another config:\n  "
@@ -98,19 +119,10 @@ class RunFolder:
                 raise ValueError(
                     f"the run folder {path} is not empty, and no run: it has no config.json. Give another --run-dir"
                 )
-            path.mkdir(parents=True, exist_ok=True)
-            folder = cls(path)
-            folder._lock = FolderLock(path)
-            if not config_path.exists():
-                folder.write_json("config.json", config)
-                folder.write_text("README.md", _README.format(command=_command()))
-            sessions = folder.read_json("environment.json", [])
-            folder.write_json("environment.json", [*sessions, describe_environment()])
         except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ValueError(f"{config_path} is damaged: {error}") from None
         except OSError as error:
-            raise ValueError(f"the run folder {path} cannot be written: {error}") from None
-        return folder
+            raise ValueError(f"the run folder {path} cannot be read: {error}") from None
 
     def close(self) -> None:
         """Lets other processes write into the folder."""

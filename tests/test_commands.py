@@ -102,13 +102,33 @@ def test_runs_that_are_tested_otherwise_have_no_differences(runs, tmp_path, caps
 def test_a_comparison_goes_into_the_next_numbered_folder(runs, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for number in ("001", "002"):
-        assert f"table and curves: runs/compare-{number}" in said(capsys, "compare", runs / "two")
+        assert f"table and curves: runs/compare-{number}" in said(capsys, "compare", runs / "one", runs / "two")
         assert (tmp_path / "runs" / f"compare-{number}" / "curves.png").exists()
+
+
+def test_one_run_alone_has_its_table_already(runs, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert said(capsys, "compare", runs / "one") == (runs / "one" / "table.txt").read_text()
+    assert not list(tmp_path.iterdir())
+
+
+def test_few_seeds_in_common_and_other_lengths_are_told(runs, tmp_path, capsys):
+    longer = tmp_path / "longer"
+    shutil.copytree(runs / "two", longer)
+    plan = json.loads((longer / "plan.json").read_text())
+    (longer / "plan.json").write_text(json.dumps({**plan, "steps": 8}))
+    printed = said(capsys, "compare", runs / "one", longer, "--out", tmp_path / "out").replace("\n", " ")
+    assert "seeds that longer has in common with one, of 2: vanilla 1, share 1" in printed
+    assert "longer trains 8 steps, one 4: their differences are of that too" in printed
+    printed = said(capsys, "compare", runs / "two", runs / "one", "--out", tmp_path / "other").replace("\n", " ")
+    assert "in common" not in printed
+    assert "their differences are of that too" not in printed
 
 
 def test_what_cannot_be_compared_is_named(runs, tmp_path, capsys):
     assert f"there is no run folder {runs / 'on'}; did you mean" in refused(capsys, "compare", runs / "on")
     assert refused(capsys, "compare", tmp_path) == f"{tmp_path} is no run folder: it has no config.json"
+    assert f"; there are runs in it: {runs / 'one'}, {runs / 'two'}" in refused(capsys, "compare", runs)
     assert "is named twice" in refused(capsys, "compare", runs / "one", runs / "one" / "." / "")
     message = refused(capsys, "compare", runs / "one", "--baseline", "shared")
     assert message == f"{runs / 'one'} has no method 'shared'; did you mean 'share'?"
@@ -250,20 +270,52 @@ def test_changed_numbers_are_seen_by_verify_and_never_exported(runs, tmp_path, c
 
 @pytest.mark.parametrize("options", [[], ["--best"]])
 def test_an_exported_model_is_the_trained_one(runs, tmp_path, capsys, options):
-    cell = runs / "one" / "checkpoints" / "share-seed0"
-    assert "target/params of step 4, 1,906 numbers" in said(
-        capsys, "export", cell, tmp_path / "m.safetensors", *options
-    )
-    exported = mj.flatten(mj.load_safetensors(tmp_path / "m.safetensors"))
+    cell, file = runs / "one" / "checkpoints" / "share-seed0", tmp_path / "m.safetensors"
+    printed = said(capsys, "export", cell, file, *options)
+    assert printed.startswith("target of step 4, 2,130 numbers: ")
     with mj.Checkpoints(cell, read_only=True) as checkpoints:
-        saved = mj.flatten(checkpoints.restore_arrays(4)["target"]["params"])
-    assert exported.keys() == saved.keys()
-    for path, leaf in saved.items():
-        np.testing.assert_array_equal(exported[path], leaf)
+        saved = checkpoints.restore_arrays(4)["target"]
+    variables = {"params": saved["params"], **saved["model_state"]}
+    assert_equal_leaves(mj.load_safetensors(file), variables)
+    # What is printed reads it, and computes with it what the model of the run does.
+    images = np.random.default_rng(0).random((2, 8, 8, 1), np.float32)
+    names = {"images": images}
+    exec(printed.partition("\n")[2].replace("...", "images"), names)
+    expected = mj.models.small_mobilenet_v2(10, num_stages=1).apply(variables, images)
+    np.testing.assert_array_equal(names["outputs"], expected)
+
+
+def test_an_exported_part_is_as_it_is_saved(runs, tmp_path, capsys):
+    cell, file = runs / "one" / "checkpoints" / "share-seed0", tmp_path / "m.safetensors"
+    printed = said(capsys, "export", cell, file, "--part", "target/params")
+    assert printed == f"target/params of step 4, 1,906 numbers: {file}\n"
+    with mj.Checkpoints(cell, read_only=True) as checkpoints:
+        assert_equal_leaves(mj.load_safetensors(file), checkpoints.restore_arrays(4)["target"]["params"])
+
+
+def test_an_exported_source_is_told_as_one(runs, tmp_path, capsys):
+    cells = runs / "one" / "checkpoints"
+    of_source = said(capsys, "export", cells / "source-seed0", tmp_path / "s.safetensors")
+    of_pair = said(capsys, "export", cells / "share-seed0", tmp_path / "t.safetensors", "--part", "source")
+    assert "# small_resnet, in Python:\n" in of_source
+    assert "# small_resnet, in Python:\n" in of_pair
+    assert_equal_leaves(
+        mj.load_safetensors(tmp_path / "s.safetensors"), mj.load_safetensors(tmp_path / "t.safetensors")
+    )
+
+
+def assert_equal_leaves(found, expected):
+    found, expected = mj.flatten(found), mj.flatten(expected)
+    assert found.keys() == expected.keys()
+    for path, leaf in expected.items():
+        np.testing.assert_array_equal(found[path], leaf)
 
 
 def test_what_cannot_be_exported_is_named(runs, tmp_path, capsys):
     cell, file = runs / "one" / "checkpoints" / "share-seed0", tmp_path / "m.safetensors"
+    assert refused(capsys, "export", cell, tmp_path / "m.npz").endswith(
+        "must end in .safetensors, the format that is written"
+    )
     message = refused(capsys, "export", cell, file, "--part", "target/param")
     assert message.startswith("what is saved has no part 'target/param'; did you mean 'target/params'")
     assert "it is a run, name one of" in refused(capsys, "export", runs / "one", file)

@@ -11,6 +11,7 @@ from experiments import cross_structure
 from experiments.cli import parse
 from experiments.sources import origin_of
 from merge_jax.checkpoint import Checkpoints
+from merge_jax.commands.export import export_part
 from tests.runs import run
 
 LITTLE = [
@@ -62,6 +63,15 @@ def test_a_frozen_source_may_be_a_safetensors_file(pretrained, tmp_path):
     options = [*LITTLE[:-2], "share", "--source", "frozen", "--source-from", tmp_path / "source.safetensors"]
     found, _ = run("cross_structure", tmp_path / "run", *options)
     assert scores(found)["share"][0] == scores(results)["share"][0]
+
+
+def test_a_frozen_source_may_be_an_exported_model(pretrained, tmp_path):
+    """With its BatchNorm statistics, so what distils its outputs gives what it gave too."""
+    folder, results, _ = pretrained
+    file = tmp_path / "source.safetensors"
+    export_part(folder / "checkpoints" / "source-seed0", file, "target", best=False)
+    found, _ = run("cross_structure", tmp_path / "run", *LITTLE, "--source", "frozen", "--source-from", file)
+    assert scores(found) == scores(results)
 
 
 def test_a_trajectory_shows_every_saved_step_in_order(trajectory):

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from merge_jax.paths import natural_order, near_misses
+from merge_jax.paths import natural_order, near_misses, some_of
 
 __all__ = ["cells_of", "located"]
 
@@ -29,5 +29,5 @@ def located(path: Path) -> tuple[Path, int | None]:
     if any(child.is_dir() and child.name.isdigit() for child in path.iterdir()):
         return path, None
     cells = cells_of(path)
-    hint = f"; it is a run, name one of {', '.join(str(cell) for cell in cells[:3])}" if cells else ""
+    hint = f"; it is a run, name one of {some_of([str(cell) for cell in cells], 20)}" if cells else ""
     raise ValueError(f"{path} has no checkpoints{hint}")

@@ -12,14 +12,19 @@ __all__ = ["compare_runs"]
 def compare_runs(runs: Sequence[Path], baseline: str | None, out: Path | None) -> None:
     """Prints the table of runs, and writes it with the picture of their curves into a new folder.
 
+    Of one run both are there already: they are written again only where `out` is given.
+
     Raises:
       ValueError: what `merge_jax.reports.compare` refuses, or a folder that is not empty.
     """
-    out = out or numbered_folder("compare")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out is None and len(runs) > 1:
+        out = numbered_folder("compare")
+    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is there already, and nothing is overwritten: give another --out")
     comparison = compare(runs, baseline)
     print(comparison.text, end="")
+    if out is None:
+        return
     out.mkdir(parents=True, exist_ok=True)
     (out / "table.txt").write_text(comparison.text)
     comparison.figure.savefig(out / "curves.png", dpi=150)

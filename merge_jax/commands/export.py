@@ -1,5 +1,6 @@
-"""`merge-jax export`: a part of a checkpoint as a file of weights."""
+"""`merge-jax export`: a trained model, or a part of a checkpoint, as a file of weights."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import jax
 from merge_jax.checkpoint import Checkpoints
 from merge_jax.commands.cells import located
 from merge_jax.paths import near_misses
+from merge_jax.reports import PLAN, Model, Plan
 from merge_jax.types import Params
 from merge_jax.weights import save_safetensors
 
@@ -15,13 +17,18 @@ __all__ = ["export_part"]
 
 
 def export_part(path: Path, file: Path, part: str, *, best: bool) -> None:
-    """Writes a part of the newest, best or named step to a new safetensors file.
+    """Writes a part of the newest, best or named step to a new safetensors file, and says how it is read.
+
+    A role is written as Linen has its variables: its parameters as `params`, and beside them what its model state has,
+    such as `batch_stats`. Any other part is written as it is.
 
     Raises:
       ValueError: there is no such checkpoint or part, it is damaged, no step has a score, or the file is there or has
         another ending.
     """
     folder, step = located(path)
+    if file.suffix != ".safetensors":
+        raise ValueError(f"{file} must end in .safetensors, the format that is written")
     with Checkpoints(folder, read_only=True) as checkpoints:
         if best:
             if step is not None:
@@ -33,22 +40,47 @@ def export_part(path: Path, file: Path, part: str, *, best: bool) -> None:
         if file.exists():
             raise ValueError(f"{file} is there already, and nothing is overwritten: give another name")
         state = checkpoints.restore_arrays(step)
-        params = _part(state, part)
-    save_safetensors(file, params, metadata={"checkpoint": folder.name, "step": str(step), "part": part})
-    size = sum(leaf.size for leaf in jax.tree.leaves(params))
+        tree = _part(state, part)
+    whole = isinstance(tree, dict) and "params" in tree
+    tree = _variables(tree) if whole else tree
+    save_safetensors(file, tree, metadata={"checkpoint": folder.name, "step": str(step), "part": part})
+    size = sum(leaf.size for leaf in jax.tree.leaves(tree))
     print(f"{part} of step {step}, {size:,} numbers: {file}")
-    role, _, rest = part.partition("/")
-    kept = sum(leaf.size for leaf in jax.tree.leaves(state.get(role, {}).get("model_state", {})))
-    if rest == "params" and kept:  # BatchNorm's statistics, without which it cannot be evaluated.
-        print(f"the model needs its model_state too, {kept:,} numbers: --part {role}/model_state ANOTHER_FILE")
+    model = _model(folder, part) if whole else None
+    if model is not None and model.code:
+        print(f"\n# {model.name}, in Python:\n{_loading(model.code, file)}")
 
 
-def _part(state: dict[str, Any], part: str) -> Params:
+def _part(state: dict[str, Any], part: str) -> Any:
     node: Any = state
     for name in part.split("/"):
         if not isinstance(node, dict) or name not in node:
             roles = {role: of_role for role, of_role in state.items() if isinstance(of_role, dict)}
-            parts = [f"{role}/{name}" for role, of_role in roles.items() for name in of_role]
+            parts = [*roles, *(f"{role}/{name}" for role, of_role in roles.items() for name in of_role)]
             raise ValueError(f"what is saved has no part {part!r}; {near_misses(part, parts)}")
         node = node[name]
     return node
+
+
+def _variables(role: dict[str, Any]) -> Params:
+    """Returns what a role's model is: no optimizer state."""
+    model_state = role.get("model_state", {})
+    apart = not isinstance(model_state, dict) or "params" in model_state
+    return {"params": role["params"], **({"model_state": model_state} if apart else model_state)}
+
+
+def _model(folder: Path, role: str) -> Model | None:
+    """Returns what the plan of a checkpoint's run says of a role; None where there is no plan."""
+    try:
+        plan = Plan.from_json(json.loads((folder.parent.parent / PLAN).read_text()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    # On its own, a source is trained in the role of the target.
+    return plan.source if role == "source" or folder.name.startswith("source-") else plan.target
+
+
+def _loading(code: str, file: Path) -> str:
+    return (
+        f"import jax, jax.numpy as jnp\nimport merge_jax as mj\n\n{code}\n"
+        f'variables = mj.load_params("{file}", like)\noutputs = apply(variables, ...)  # what the model takes'
+    )

@@ -55,7 +55,10 @@ def _parser() -> argparse.ArgumentParser:
         "--baseline", metavar="METHOD", help="method of the first RUN to compare with (vanilla, or its first method)"
     )
     compare.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="a new folder for the table and picture (default: runs/compare-NNN)"
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="a new folder for the table and picture (default: runs/compare-NNN, of one RUN none)",
     )
 
     summary = command(
@@ -70,14 +73,19 @@ def _parser() -> argparse.ArgumentParser:
 
     export = command(
         "export",
-        "writes a part of a checkpoint, by default the target's parameters, to a new .safetensors file",
-        "Leaves are named by their paths with dots; merge_jax.load_params reads them into a model.",
+        "writes a trained model, by default the target, to a new .safetensors file, and prints how it is read",
+        "A role is written as params and, beside them, its model state, such as batch_stats; another part as it is.\n"
+        "Leaves are named by their paths with dots: merge_jax.load_params reads them into a model's variables.",
     )
     export.add_argument(
         "checkpoint", type=Path, metavar="CHECKPOINT", help="a folder of checkpoints, or one step in it"
     )
     export.add_argument("file", type=Path, metavar="FILE", help="the .safetensors file to write; it must not be there")
-    export.add_argument("--part", default="target/params", help="which part of the state (default: %(default)s)")
+    export.add_argument(
+        "--part",
+        default="target",
+        help="target, source, or a part such as target/params or adapter (default: %(default)s)",
+    )
     export.add_argument("--best", action="store_true", help="the step of the best score, not the newest")
 
     command("doctor", "versions, devices, known bad combinations, free disk: whether this machine is ready")

@@ -2,8 +2,14 @@
 
 from merge_jax.models.huggingface import from_huggingface, to_huggingface
 from merge_jax.models.image_text import DualEncoder, Embeddings, VisualAnswerer
-from merge_jax.models.mobilenet import MobileNetV2, mobilenet_v2, mobilenet_v2_half, small_mobilenet_v2
-from merge_jax.models.resnet import ResNet, resnet18, resnet50, small_resnet
+from merge_jax.models.mobilenet import (
+    InvertedResidualStage,
+    MobileNetV2,
+    mobilenet_v2,
+    mobilenet_v2_half,
+    small_mobilenet_v2,
+)
+from merge_jax.models.resnet import ResNet, ResNetStage, resnet18, resnet50, small_resnet
 from merge_jax.models.transformer import (
     SpanExtractor,
     TextClassifier,
@@ -19,8 +25,10 @@ __all__ = [
     "DualEncoder",
     "Embeddings",
     "ImageClassifier",
+    "InvertedResidualStage",
     "MobileNetV2",
     "ResNet",
+    "ResNetStage",
     "SpanExtractor",
     "TextClassifier",
     "TextEncoder",

@@ -51,7 +51,7 @@ def compare(paths: Sequence[Path | str], baseline: str | None = None) -> Compari
         return Comparison(as_text(result_tables(first), notes(first)), draw(curves, label))
     names = _names(runs)
     curves, label = overlaid(dict(zip(names, runs, strict=True)))
-    return Comparison(as_text([_table(runs, names, baseline)], _notes(runs, names)), draw(curves, label))
+    return Comparison(as_text([_table(runs, names, baseline)], _notes(runs, names, baseline)), draw(curves, label))
 
 
 def _names(runs: Sequence[Run]) -> list[str]:
@@ -98,7 +98,7 @@ def _same_test(run: Run, other: Run) -> bool:
     )
 
 
-def _notes(runs: Sequence[Run], names: Sequence[str]) -> list[str]:
+def _notes(runs: Sequence[Run], names: Sequence[str], baseline: str) -> list[str]:
     lines = [
         "after the last step; mean ± standard error over seeds, differences paired by seed. best val.: best validation "
         "metric of all reports."
@@ -113,6 +113,23 @@ def _notes(runs: Sequence[Run], names: Sequence[str]) -> list[str]:
             continue
         if not _same_test(run, first):
             lines.append(f"{name} is tested otherwise than {names[0]}: no differences between them")
+        else:
+            lines += _weak_points(run, first, name, names[0], baseline)
         changed = changes(first.config, run.config)
         lines.append(f"options of {names[0]} and {name}: {'; '.join(changed) or 'the same'}")
+    return lines
+
+
+def _weak_points(run: Run, first: Run, name: str, of_first: str, baseline: str) -> list[str]:
+    """Returns what makes differences between two runs mean less than they seem to."""
+    lines = []
+    compared = first.by_seed(baseline, "target_test").keys()
+    common = {method: len(run.by_seed(method, "target_test").keys() & compared) for method in run.methods}
+    if min(common.values()) < len(compared):
+        counts = ", ".join(f"{method} {count}" for method, count in common.items())
+        lines.append(f"seeds that {name} has in common with {of_first}, of {len(compared)}: {counts}")
+    if run.plan.steps != first.plan.steps:
+        lines.append(
+            f"{name} trains {run.plan.steps} steps, {of_first} {first.plan.steps}: their differences are of that too"
+        )
     return lines

@@ -3,6 +3,7 @@
 import base64
 import html
 import json
+import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -102,10 +103,19 @@ def _commands(run: Run) -> str:
     return (
         "<p>From the folder in which the run was started:</p>\n<pre>"
         + html.escape(
-            f"{run.sessions[0]['command']}\n"
+            f"{_resuming(run)}    # go on, if it was stopped\n"
             f"merge-jax compare {run.path} ANOTHER_RUN    # this run beside others\n"
             f"merge-jax summary {run.path}                # what its checkpoints hold\n"
             f"merge-jax export {run.path}/checkpoints/{run.methods[-1]}-seed0 {name}.safetensors    # the target"
         )
         + "</pre>"
     )
+
+
+def _resuming(run: Run) -> str:
+    """Returns the command that goes on with a run."""
+    command = run.sessions[0]["command"]
+    words = command.split()
+    given = any(word.split("=")[0].replace("_", "-") == "--run-dir" for word in words)
+    command += "" if given else f" --run-dir {shlex.quote(str(run.path))}"
+    return command if "--resume" in words else f"{command} --resume"

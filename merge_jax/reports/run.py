@@ -26,12 +26,15 @@ class Model:
       parameters: how many it has.
       metric: what it is judged by.
       examples: how many there are to train, to validate and to test.
+      code: lines of Python that make `model`, its variables as shapes, `like`, and its `apply` function; empty where
+        they are not known.
     """
 
     name: str
     parameters: int
     metric: str
     examples: tuple[int, int, int]
+    code: str = ""
 
     def __str__(self) -> str:
         """Returns the model in a line."""
@@ -72,6 +75,7 @@ class Plan:
       devices: how many of what kind.
       control: what is done to the source to compare it; empty for nothing.
       expected: how long this took where it was measured; empty where it was not.
+      caution: why its figures mean little; empty where they do not.
     """
 
     experiment: str
@@ -86,6 +90,7 @@ class Plan:
     devices: str
     control: str = ""
     expected: str = ""
+    caution: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Returns the plan as JSON types."""
@@ -97,7 +102,8 @@ class Plan:
 
         def model(entry: Mapping[str, Any]) -> Model:
             train, validate, test = entry["examples"]
-            return Model(entry["name"], entry["parameters"], entry["metric"], (train, validate, test))
+            examples = (train, validate, test)
+            return Model(entry["name"], entry["parameters"], entry["metric"], examples, entry.get("code", ""))
 
         transfers = {
             method: Moved(tuple(moved["routes"]), moved["parameters"]) for method, moved in content["transfers"].items()
@@ -130,6 +136,8 @@ class Plan:
         if adapters:
             lines.append(f"adapter parameters: {', '.join(adapters)}")
         unknown = "not measured for these options; the bar tells it once steps run"
+        if self.caution:
+            lines.append(self.caution)
         lines += [f"devices: {self.devices}", f"expected time: {self.expected or unknown}"]
         return lines
 
@@ -177,7 +185,9 @@ class Run:
             there = [str(one.parent) for one in path.parent.glob("*/config.json")]
             raise ValueError(f"there is no run folder {path}; {near_misses(str(path), there)}")
         if not (path / "config.json").exists():
-            raise ValueError(f"{path} is no run folder: it has no config.json")
+            inside = [str(one.parent) for one in sorted(path.glob("*/config.json"))]
+            hint = f"; there are runs in it: {some_of(inside, 10)}" if inside else ""
+            raise ValueError(f"{path} is no run folder: it has no config.json{hint}")
         folder = RunFolder(path)
         try:
             plan = folder.read_json(PLAN, None)

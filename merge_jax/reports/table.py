@@ -105,7 +105,7 @@ def notes(run: Run) -> list[str]:
         f"by seed. best val.: best validation {words(plan.target.metric)} of all reports. s/run: seconds of training; "
         "compile s: seconds of compiling its loop, once."
     )
-    lines = [protocol, session["command"]]
+    lines = [protocol, *filter(None, [plan.caution]), session["command"]]
     lines.append(
         f"{plan.devices}, {session['cpu_count']} cores, jax {session['versions']['jax']}, {session['date'][:10]}"
     )
