@@ -32,6 +32,8 @@ def make_epoch(step_fn: JointStep) -> Epoch:
     (`over_seeds`) and laid over devices (`jit_layout`, `pmap_layout`).
     """
 
+    step_fn = jax.jit(step_fn, inline=True)  # For its trace alone, which both its uses below then share.
+
     def epoch(
         state: JointState, arrays: Mapping[str, Batch], indices: Mapping[str, jax.Array], count: Any
     ) -> tuple[JointState, Metrics]:

@@ -113,6 +113,7 @@ def test_the_gradient_draws_features_and_never_the_source():
     assert all(not leaf.any() for leaf in jax.tree.leaves(of_source_gradient))
 
 
+@pytest.mark.slow
 def test_the_adapter_learns_from_the_features():
     source, target, (of_source, of_target), batch = models()
     transfer = mj.lpka_transfer({"first/kernel": "first/kernel"}, num_layers=1, output="residual")

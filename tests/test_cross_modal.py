@@ -78,6 +78,7 @@ def write_coco(folder, images=14):
     return folder
 
 
+@pytest.mark.slow
 def test_a_vision_model_gives_its_attention_to_the_words_of_a_question(tmp_path):
     results, records = run("cross_modal", tmp_path / "run", *VQA)
     assert [result["method"] for result in results] == ["vanilla", "share", "mergenet"]
@@ -94,6 +95,7 @@ def test_a_vision_model_gives_its_attention_to_the_words_of_a_question(tmp_path)
     assert "accuracy non relational" in (tmp_path / "run" / "table.txt").read_text()
 
 
+@pytest.mark.slow
 def test_a_text_model_gives_to_the_vision_of_retrieval(tmp_path):
     options = ["text_to_vision", *RETRIEVAL, "--methods", "mergenet", "--source-task", "sentiment"]
     (result,), records = run("cross_modal", tmp_path / "run", *options)
@@ -122,6 +124,7 @@ def test_blocks_of_one_modality_meet_those_of_the_other(options, receiving, givi
     assert routes_of(scenario) == {(f"{receiving}/layer_0/attention", f"{giving}/layer_0/attention")}
 
 
+@pytest.mark.slow
 def test_a_model_gives_to_itself(tmp_path):
     (result,), _ = run("cross_modal", tmp_path / "run", "within", *VQA, "--methods", "mergenet")
     assert result["source_test"] is None
@@ -140,6 +143,7 @@ def test_images_of_a_split_are_in_no_other():
         assert isinstance(one.train["image"], Streamed)
 
 
+@pytest.mark.slow
 def test_a_run_is_resumed_to_the_bit(tmp_path):
     options = [*RETRIEVAL, "--methods", "mergenet"]
     results, records = run("cross_modal", tmp_path / "run", *options)
@@ -153,6 +157,7 @@ def test_a_run_is_resumed_to_the_bit(tmp_path):
     assert again[0]["answers"] == results[0]["answers"]
 
 
+@pytest.mark.slow
 def test_seeds_side_by_side_stream_each_its_own(tmp_path):
     options = [*RETRIEVAL, "--methods", "vanilla", "--seeds", "2"]
     alone, _ = run("cross_modal", tmp_path / "alone", *options)

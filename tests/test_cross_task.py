@@ -50,6 +50,7 @@ def write_questions(folder, rows=60):
     return path
 
 
+@pytest.mark.slow
 def test_an_answering_model_gives_its_attention_to_a_classifier(tmp_path):
     results, records = run("cross_task", tmp_path / "run", *LITTLE, "--methods", "share", "mergenet_warm")
     assert [result["method"] for result in results] == ["share", "mergenet_warm"]
@@ -72,6 +73,7 @@ def test_blocks_meet_by_depth():
     assert routes == {"encoder/layer_0": "encoder/layer_1", "encoder/layer_1": "encoder/layer_3"}
 
 
+@pytest.mark.slow
 def test_several_tasks_are_several_sources(tmp_path):
     options = [*LITTLE, "--source-task", "qa", "topic", "--methods", "mergenet_warm"]
     (result,), records = run("cross_task", tmp_path / "run", *options)
@@ -82,6 +84,7 @@ def test_several_tasks_are_several_sources(tmp_path):
         assert f"adapter/{task}/gate/encoder/layer_0/attention/query/kernel" in records[-1]
 
 
+@pytest.mark.slow
 def test_files_of_ones_own_are_data_and_the_reverse_direction_runs(tmp_path):
     texts, questions = write_texts(tmp_path), write_questions(tmp_path)
     options = [
@@ -144,6 +147,7 @@ def test_a_frozen_text_source_is_a_file_of_either_names(tmp_path, names):
     assert {record["run"] for record in records} == {"share-seed0"}
 
 
+@pytest.mark.slow
 def test_a_source_of_another_run_brings_its_vocabulary(tmp_path):
     """The target reads other texts, from which another vocabulary would be learned; the source must not notice."""
     (first,), _ = run("cross_task", tmp_path / "first", *LITTLE, "--methods", "share")

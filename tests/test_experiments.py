@@ -163,6 +163,7 @@ def test_a_live_source_trains_beside_the_target(tmp_path):
     assert {"source/loss", "source/validation_accuracy", "target/loss"} <= records[0].keys()
 
 
+@pytest.mark.slow
 def test_seeds_side_by_side_are_those_of_separate_runs(unbroken, tmp_path):
     together = run(*TEN_STEPS, "--seeds", "2", "--vectorized", "--run-dir", tmp_path / "run")
     assert together.returncode == 0, together.stderr
@@ -176,6 +177,7 @@ def test_seeds_side_by_side_are_those_of_separate_runs(unbroken, tmp_path):
     assert [result["seed"] for result in json.loads((tmp_path / "run" / "results.json").read_text())] == [0, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [(), ("--parallel", "pmap"), ("--shard-state",)])
 def test_a_run_begun_on_five_devices_goes_on_on_one(unbroken, tmp_path, options):
     folder = tmp_path / "run"
@@ -205,6 +207,7 @@ SMALL_NETWORKS = [
 ]
 
 
+@pytest.mark.slow
 def test_the_short_preset_trains_on_an_archive_of_cifar100(tmp_path):
     """The whole path: TFDS's layout, uint8 pixels, augmentation, epochs, both models live; the networks are small."""
     files, *_ = test_image_sets.cifar_members("cifar100")

@@ -18,6 +18,7 @@ def build(*options):
     return self_transfer.build(parse(self_transfer.PRESETS, "", "", list(options)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("preset", "leaf"), [
     ("default", "stage1_0/expand/kernel"),
     ("resnet", "stage1_0/conv2/kernel"),
