@@ -183,7 +183,8 @@ def _show(run: Run, folder: RunFolder) -> None:
         draw(gates, label).savefig(folder.path / "gates.png", dpi=150)
     folder.write_text("report.html", html_report(run))
     print(f"run folder: {run.path}; all of it on one page: {run.path / 'report.html'}")
-    print(f"next: merge-jax compare {run.path} ANOTHER_RUN, or merge-jax summary {run.path}")
+    export = "" if run.trained is None else f", or merge-jax export {run.trained} FILE.safetensors"
+    print(f"next: merge-jax compare {run.path} ANOTHER_RUN, merge-jax summary {run.path}{export}")
 
 
 def _train_all(

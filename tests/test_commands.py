@@ -157,6 +157,9 @@ def test_the_plan_is_kept_and_tells_what_moves(runs):
     assert "source: small_resnet, 5,018 parameters; 1197 examples to train, 200 to validate, 400 to test" in lines
     assert "1 route (target <- source) of share: fc/kernel <- fc/kernel" in lines
     assert any(line.startswith("expected time: not measured") for line in lines)
+    caution = "a smoke test: it shows that all works; its figures mean nothing"
+    assert caution in lines
+    assert caution in (runs / "one" / "table.txt").read_text()
 
 
 class Page(html.parser.HTMLParser):
@@ -189,6 +192,8 @@ def test_a_run_is_one_page_that_needs_nothing_else(runs):
     for expected in (*run.plan.lines(), *run.config, run.sessions[0]["command"], run.sessions[0]["versions"]["jax"]):
         assert expected in text
     assert formatted(list(results(runs / "one", "share").values())) in text
+    assert f" --run-dir {run.path} --resume" in text
+    assert f"merge-jax export {run.path}/checkpoints/share-seed0 one.safetensors" in text
     assert html_report(run) == source  # The same again, to the byte.
 
 

@@ -5,7 +5,6 @@ import html
 import json
 import shlex
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from merge_jax.reports.curves import as_svg, draw, followed, judged
@@ -99,14 +98,15 @@ def _picture(content: bytes, kind: str, words: str) -> str:
 
 
 def _commands(run: Run) -> str:
-    name = Path(run.path).name
+    export = ""
+    if run.trained is not None:
+        export = f"\nmerge-jax export {run.trained} {run.path.name}.safetensors    # the target"
     return (
         "<p>From the folder in which the run was started:</p>\n<pre>"
         + html.escape(
             f"{_resuming(run)}    # go on, if it was stopped\n"
             f"merge-jax compare {run.path} ANOTHER_RUN    # this run beside others\n"
-            f"merge-jax summary {run.path}                # what its checkpoints hold\n"
-            f"merge-jax export {run.path}/checkpoints/{run.methods[-1]}-seed0 {name}.safetensors    # the target"
+            f"merge-jax summary {run.path}                # what its checkpoints hold{export}"
         )
         + "</pre>"
     )

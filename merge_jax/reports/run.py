@@ -213,6 +213,12 @@ class Run:
         ended = {result["method"] for result in self.results}
         return tuple(method for method in self.plan.methods if method in ended)
 
+    @property
+    def trained(self) -> Path | None:
+        """The folder of checkpoints of the last method and the first seed; None where seeds ran side by side."""
+        folder = self.path / "checkpoints" / f"{self.methods[-1]}-seed0"
+        return folder if folder.is_dir() else None
+
     def by_seed(self, method: str, name: str, scale: float = 1.0) -> dict[int, float]:
         """Returns a number of a method, of each seed that has it."""
         rows = sorted((r["seed"], r[name]) for r in self.results if r["method"] == method and r[name] is not None)
