@@ -17,7 +17,7 @@ from experiments.samples import save_samples
 from experiments.scenario import Scenario
 from experiments.sources import Origin, origin_of, read_trajectory
 from experiments.stages import Stage, make_stages
-from experiments.training import RunStoppedError, Trainer, compile_epoch, steps_per_call
+from experiments.training import Compiled, RunStoppedError, Trainer, cell_name, compile_epoch, steps_per_call
 from merge_jax.checkpoint import CheckpointError
 from merge_jax.guard import NumericFaultError, check_finite
 from merge_jax.interruption import StopSignals
@@ -28,6 +28,8 @@ from merge_jax.runs import MetricsLog, RunFolder, check_space, numbered_folder
 from merge_jax.weights import load_safetensors
 
 __all__ = ["Checked", "check_paths", "check_run", "prepare_run"]
+
+_LONG = 20.0  # Seconds of compiling that are worth a word on how to keep it.
 
 
 class Checked(NamedTuple):
@@ -103,7 +105,8 @@ def prepare_run(scenario: Scenario, config: RunConfig, expected: str = "", cauti
     if scenario.attach is not None and jax.process_index() == 0:
         scenario.attach(folder.path)
     signals = StopSignals()
-    go_on = f"the same command with --resume --run-dir {folder.path} goes on"
+    where = "" if config.run_dir else f" --run-dir {folder.path}"
+    go_on = f"the same command with --resume{where} goes on"
 
     def run() -> None:
         try:
@@ -156,19 +159,44 @@ def _run(
     if len(results) == config.seeds * len(scenario.methods):
         print("all runs are done already: nothing to train")
     else:
-        print(f"compiling {len(lowered)} programs", file=sys.stderr)
-        with Console(stderr=True).status("compiling"):
-            compiled = {name: compile_epoch(stage) for name, stage in lowered.items()}
+        compiled = _compiled({name: lowered[name] for name in _to_train(stages, config, folder, results)})
         total = config.seeds * sum(stage.lengths.steps for stage in stages.values())
-        with (
-            tqdm(total=total, unit="step", desc=scenario.name, mininterval=0.5, disable=jax.process_index() > 0) as bar,
-            signals,
-        ):
-            trainer = Trainer(layout, compiled, folder, log, bar, signals)
+        silent, often = jax.process_index() > 0, 0.5 if sys.stderr.isatty() else 30
+        with tqdm(total=total, unit="step", desc=scenario.name, mininterval=often, disable=silent) as bar, signals:
+            trainer = Trainer(layout, lowered, compiled, folder, log, bar, signals)
             _train_all(scenario, config, origin, stages, trainer, log, folder, results)
     if jax.process_index() == 0:
         save_samples(scenario, results, folder)
         _show(Run.read(folder.path), folder)
+
+
+def _to_train(
+    stages: Mapping[str, Stage], config: RunConfig, folder: RunFolder, results: Sequence[Mapping[str, Any]]
+) -> list[str]:
+    """Returns the stages that are not done yet for every seed."""
+    seeds = range(config.seeds)
+    done = {(result["method"], result["seed"]) for result in results}
+    names = [name for name in stages if not {(name, seed) for seed in seeds} <= done]
+    if "source" in stages:
+        last = str(stages["source"].lengths.steps)
+        groups = [seeds] if _side_by_side(config) else [[seed] for seed in seeds]
+        if all((folder.checkpoints / cell_name(stages["source"], group) / last).is_dir() for group in groups):
+            names.remove("source")
+    return names
+
+
+def _compiled(lowered: Mapping[str, Lowered]) -> dict[str, Compiled]:
+    """Returns the programs compiled, and says how far it is: on a CPU it may take longer than the training."""
+    compiled: dict[str, Compiled] = {}
+    for number, (name, program) in enumerate(lowered.items(), start=1):
+        with Console(stderr=True).status(f"compiling {name}, {number} of {len(lowered)}"):
+            compiled[name] = compile_epoch(program)
+        print(f"compiled {name}, {number} of {len(lowered)}: {compiled[name].seconds:.0f} s", file=sys.stderr)
+    if sum(one.seconds for one in compiled.values()) > _LONG and getattr(jax.config, "jax_compilation_cache_dir", None) is None:
+        print(
+            "JAX_COMPILATION_CACHE_DIR=FOLDER in the environment keeps what is compiled for later runs", file=sys.stderr
+        )
+    return compiled
 
 
 def _show(run: Run, folder: RunFolder) -> None:
@@ -209,8 +237,11 @@ def _train_all(
             if {(name, seed) for seed in seeds} <= done:
                 trainer.skip(stages[name], seeds)
                 continue
-            results += _results(trainer, stages[name], seeds, sources, log)
+            new = _results(trainer, stages[name], seeds, sources, log)
+            results += new
             folder.write_json("results.json", results)
+            for result in new:
+                trainer.tell(f"{name}-seed{result['seed']}: {100 * result['target_test']:.1f} %")
 
 
 def _side_by_side(config: RunConfig) -> bool:

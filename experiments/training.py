@@ -1,6 +1,7 @@
 """Trains a stage, on one seed or on several side by side, from its newest checkpoint on."""
 
 import contextlib
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from merge_jax.runs import MetricsLog, RunFolder
 from merge_jax.seeds import stack_arrays, stack_seeds, unstack_seeds
 from merge_jax.types import Metrics
 
-__all__ = ["Compiled", "Outcome", "RunStoppedError", "Trainer", "compile_epoch", "steps_per_call"]
+__all__ = ["Compiled", "Outcome", "RunStoppedError", "Trainer", "cell_name", "compile_epoch", "steps_per_call"]
 
 
 class Compiled(NamedTuple):
@@ -63,20 +64,26 @@ def compile_epoch(lowered: Lowered) -> Compiled:
     return Compiled(epoch, time.perf_counter() - start)
 
 
+def cell_name(stage: Stage, seeds: Sequence[int]) -> str:
+    """Returns the name of the checkpoints of seeds that train together."""
+    return f"{stage.name}-seeds{seeds[0]}-{seeds[-1]}" if len(seeds) > 1 else f"{stage.name}-seed{seeds[0]}"
+
+
 class Trainer:
     """Trains stages; it holds what all of them share."""
 
     def __init__(
         self,
         layout: Layout,
+        lowered: Mapping[str, Lowered],
         compiled: Mapping[str, Compiled],
         folder: RunFolder,
         log: MetricsLog,
         bar: tqdm,
         signals: StopSignals,
     ):
-        """Takes how a run lies on devices, the compiled stages, where to write, and what may stop it."""
-        self._layout, self._compiled = layout, compiled
+        """Takes how a run lies on devices, the traced stages, those compiled, where to write, and what may stop it."""
+        self._layout, self._lowered, self._compiled = layout, lowered, dict(compiled)
         self._folder, self._log, self._bar = folder, log, bar
         self._signals = signals
 
@@ -85,8 +92,12 @@ class Trainer:
         self._bar.update(stage.lengths.steps * len(seeds))
 
     def compile_seconds(self, stage: Stage) -> float:
-        """Returns how long the stage's epoch compiled."""
-        return self._compiled[stage.name].seconds
+        """Returns how long the stage's epoch compiled; 0 where that was not needed."""
+        return self._compiled[stage.name].seconds if stage.name in self._compiled else 0.0
+
+    def tell(self, line: str) -> None:
+        """Prints a line on standard error, above the bar."""
+        self._bar.write(line, file=sys.stderr)
 
     def train(self, stage: Stage, seeds: Sequence[int], sources: Sequence[TrainState]) -> list[Outcome]:
         """Returns the outcome of each seed; several train side by side in one program.
@@ -95,7 +106,7 @@ class Trainer:
           RunStoppedError: a signal asked for it.
         """
         stacked = len(seeds) > 1
-        cell = f"{stage.name}-seeds{seeds[0]}-{seeds[-1]}" if stacked else f"{stage.name}-seed{seeds[0]}"
+        cell = cell_name(stage, seeds)
         self._bar.set_postfix_str(cell)
         states = [stage.initial_state(seed, source) for seed, source in zip(seeds, sources, strict=True)]
         state = self._layout.put_state(stack_seeds(states) if stacked else states[0])
@@ -117,6 +128,9 @@ class Trainer:
                 known = [score for score in scores if score is not None]
                 return sum(known) / len(known) if known else None
 
+            if first < stage.lengths.steps and stage.name not in self._compiled:
+                # Its last checkpoint was there, but is damaged.
+                self._compiled[stage.name] = compile_epoch(self._lowered[stage.name])
             start = time.perf_counter()
             state = run_loop(
                 self._advance(stage, seeds, open_files),
@@ -137,6 +151,8 @@ class Trainer:
 
     def _advance(self, stage: Stage, seeds: Sequence[int], open_files: contextlib.ExitStack) -> Any:
         """Returns the stage's compiled epoch with its data, as the loop wants it."""
+        if stage.name not in self._compiled:  # Nothing is left of it to train.
+            return None
         epoch, most = self._compiled[stage.name].epoch, steps_per_call(stage)
 
         def put(arrays: Sequence[Any]) -> Any:

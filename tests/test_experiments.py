@@ -112,7 +112,7 @@ def test_resumed_in_a_new_process_a_run_is_the_unbroken_one_bit_for_bit(unbroken
     for resume in ([], ["--resume"]):
         stopped = run(*TEN_STEPS, "--run-dir", folder, *resume, program=("-c", INTERRUPTED))
         assert stopped.returncode == 130
-        assert f"--resume --run-dir {folder} goes on from the last checkpoint" in stopped.stderr
+        assert "the same command with --resume goes on from the last checkpoint" in stopped.stderr
         assert "Traceback" not in stopped.stderr
     for cell in ("source-seed0", "mergenet-seed0"):
         steps = [path.name for path in (folder / "checkpoints" / cell).iterdir()]
