@@ -113,8 +113,8 @@ class RunConfig:
             raise ValueError("a frozen source needs --source-from, a .safetensors file or the folder of a run")
         if self.source_from is not None and self.source not in ("frozen", "trajectory"):
             raise ValueError(
-                f"source_from is for a source that is frozen or a trajectory; this one is {self.source}, "
-                "and trained here"
+                f"--source-from is for a source that is frozen or a trajectory; this one is {self.source}, and trained "
+                "here: add --source frozen"
             )
         if self.source == "trajectory" and self.vectorized:
             raise ValueError("a trajectory is read seed by seed: leave out --vectorized")

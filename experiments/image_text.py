@@ -17,7 +17,7 @@ from experiments.images import VisionModelName, make_vision_encoder
 from experiments.model_code import model_code
 from experiments.optimizers import adamw
 from experiments.scenario import Learner, Reader, Role, Samples
-from experiments.texts import TextModelName, make_text_encoder, read_weights, started, told
+from experiments.texts import TextModelName, make_text_encoder, read_weights, started, told, told_tokens
 from merge_jax.checks import check_choice
 from merge_jax.data import (
     Arrays,
@@ -219,7 +219,10 @@ def image_text_learner(
         params = random_init(key)
         return {**params, **{encoder: started(one, params[encoder]) for encoder, one in given.items()}}, {}
 
-    inputs = [f"jnp.zeros({(1, *shape[1:])})", f"jnp.zeros((1, {reading.max_length}), jnp.int32)"]
+    inputs = {
+        f"jnp.zeros({(1, *shape[1:])})": f"images [N, {', '.join(map(str, shape[1:]))}], uint8",
+        f"jnp.zeros((1, {reading.max_length}), jnp.int32)": told_tokens(reading.max_length),
+    }
     code = model_code(module, inputs, pixels)
     role = Role(name, init, splits, parts.evaluate, parts.metric, samples=parts.samples, code=code)
     loss_fn = parts.reader.loss(parts.reader.apply)

@@ -219,7 +219,9 @@ def make_role(
         return {**batch, "image": crop_flip_rotate(key, batch["image"])}
 
     evaluate = mj.evaluate_classifier(make_apply(model, data), batch_size=_EVALUATED_AT_ONCE)
-    code = model_code(model, [f"jnp.zeros({(1, *data.shape)})"], data.pixels)
+    shape = ", ".join(map(str, data.shape))
+    told = f"images [N, {shape}], {'float32 in [0, 1]' if data.pixels is None else 'uint8'}"
+    code = model_code(model, {f"jnp.zeros((1, {shape}))": told}, data.pixels)
     augmented = change if augment else None
     return Role(name, init, lru_cache(maxsize=1)(few_labels), evaluate, augment=augmented, code=code)
 

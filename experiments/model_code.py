@@ -1,7 +1,7 @@
 """A model as lines of Python, for who takes its weights out of a run."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -13,25 +13,25 @@ __all__ = ["model_code"]
 _LEFT_OUT = ("parent", "name", "kernel_init", "axis_name")
 
 
-def model_code(model: nn.Module, inputs: Sequence[str], pixels: Sequence[Sequence[float]] | None = None) -> str:
+def model_code(model: nn.Module, inputs: Mapping[str, str], pixels: Sequence[Sequence[float]] | None = None) -> str:
     """Returns lines that make `model`, its variables as shapes, `like`, and its `apply` function.
 
     They need `jax`, `jax.numpy` as `jnp` and `merge_jax` as `mj`.
 
     Args:
       model: of `merge_jax.models`.
-      inputs: what it is called with, as expressions.
+      inputs: what it is called with, as expressions, and what they are, in words.
       pixels: mean and deviation of each channel that uint8 images are scaled by; None for inputs as they are.
     """
     apply = "model.apply"
     if pixels is not None:
         mean, std = (tuple(round(float(one), 8) for one in numbers) for numbers in pixels)
-        apply = f"mj.on_pixels(model.apply, {mean}, {std})  # uint8 images"
+        apply = f"mj.on_pixels(model.apply, {mean}, {std})"
     return "\n".join(
         [
             f"model = {_expression(model)}",
             f"like = jax.eval_shape(model.init, jax.random.key(0), {', '.join(inputs)})",
-            f"apply = {apply}",
+            f"apply = {apply}  # Of {' and '.join(inputs.values())}.",
         ]
     )
 

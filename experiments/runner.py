@@ -192,7 +192,10 @@ def _compiled(lowered: Mapping[str, Lowered]) -> dict[str, Compiled]:
         with Console(stderr=True).status(f"compiling {name}, {number} of {len(lowered)}"):
             compiled[name] = compile_epoch(program)
         print(f"compiled {name}, {number} of {len(lowered)}: {compiled[name].seconds:.0f} s", file=sys.stderr)
-    if sum(one.seconds for one in compiled.values()) > _LONG and getattr(jax.config, "jax_compilation_cache_dir", None) is None:
+    if (
+        sum(one.seconds for one in compiled.values()) > _LONG
+        and getattr(jax.config, "jax_compilation_cache_dir", None) is None
+    ):
         print(
             "JAX_COMPILATION_CACHE_DIR=FOLDER in the environment keeps what is compiled for later runs", file=sys.stderr
         )

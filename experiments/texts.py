@@ -253,7 +253,7 @@ def text_learner(
             return mj.load_params(path, params)
         return read_weights(path, params).params
 
-    code = model_code(module, [f"jnp.zeros((1, {max_length}), jnp.int32)"])
+    code = model_code(module, {f"jnp.zeros((1, {max_length}), jnp.int32)": told_tokens(max_length)})
     role = Role(name, init, lru_cache(maxsize=1)(splits), evaluate, metric, load=load, code=code)
     reader = Reader(module.apply, ("tokens",), loss)
     return Learner(role, loss(module.apply), adamw, classify, {"text": TEXT_ATTENTION}, reader)
@@ -293,6 +293,11 @@ def told(name: str, encoded: Encoded) -> Arrays:
     if encoded.truncated:
         _tell(f"{name}: {encoded.truncated} of {num_examples(encoded.arrays)} texts were longer, and lost their end")
     return encoded.arrays
+
+
+def told_tokens(max_length: int) -> str:
+    """Returns what a model of texts takes, in words."""
+    return f"tokens [N, {max_length}] of vocabulary.json, int32"
 
 
 def _tell(line: str) -> None:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.errors import ScopeCollectionNotFound
 
 from merge_jax.agreement import Agreeing
 from merge_jax.checks import check_entries
@@ -115,20 +116,27 @@ def model_loss(
       hint: the end of the message on an entry that is missing.
 
     Raises:
-      ValueError: while tracing, for a batch that lacks an entry.
+      ValueError: while tracing, for a batch that lacks an entry, or a model state that lacks a collection.
     """
 
     def loss_fn(
         params: Params, model_state: ModelState, batch: Batch, key: jax.Array
     ) -> tuple[jax.Array, tuple[ModelState, dict[str, jax.Array]]]:
         check_entries(batch, *inputs, *needs, hint=hint)
-        outputs, new_state = apply_fn(
-            {"params": params, **model_state},
-            *(batch[name] for name in inputs),
-            train=True,
-            mutable=list(model_state),
-            rngs={"dropout": key},
-        )
+        try:
+            outputs, new_state = apply_fn(
+                {"params": params, **model_state},
+                *(batch[name] for name in inputs),
+                train=True,
+                mutable=list(model_state),
+                rngs={"dropout": key},
+            )
+        except ScopeCollectionNotFound as error:
+            raise ValueError(
+                f"the model reads a collection that its state has not, {sorted(model_state)}: give all that "
+                'model.init made beside "params" as its state, such as target_state={"batch_stats": ...} of '
+                f"init_joint_state ({error})"
+            ) from None
         if not isinstance(outputs, Agreeing):
             losses, metrics = of(outputs, batch)
             return losses.mean(), (new_state, metrics)
@@ -160,7 +168,7 @@ def classification_loss(
     def of(outputs: Any, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
         return per_example(outputs, batch), {"accuracy": accuracy(_logits(outputs), batch["label"])}
 
-    return model_loss(apply_fn, (inputs,), of, hint=_HINT)
+    return model_loss(apply_fn, (inputs,), of, needs=("label",), hint=_HINT)
 
 
 def logits_teacher(apply_fn: ModelApply, *, inputs: str = "image") -> TeacherFn:

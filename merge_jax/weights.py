@@ -76,7 +76,7 @@ def load_params(path: str | os.PathLike[str], like: Params) -> Params:
 
     Raises:
       FileNotFoundError, ValueError: as `load_safetensors`; the file has other leaves, shapes or dtypes than the
-        model (each is named, the first ten).
+        model (the first three are named).
     """
     found, wanted = flatten(load_safetensors(path)), flatten(like)
     problems = [f"{name} is missing; {near_misses(name, found)}" for name in wanted.keys() - found.keys()]
@@ -86,7 +86,11 @@ def load_params(path: str | os.PathLike[str], like: Params) -> Params:
         if there != here:
             problems.append(f"{name} is {there}, the model's is {here}")
     if problems:
-        raise ValueError(f"{path} does not fit the model: {some_of(sorted(problems), 10, '; ')}")
+        there, here = (sum(np.size(leaf) for leaf in leaves.values()) for leaves in (found, wanted))
+        told = some_of(sorted(problems), 3, "; ")
+        raise ValueError(
+            f"{path} does not fit the model: {told} ({there:,} numbers in the file, {here:,} in the model)"
+        )
     return jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in wanted])
 
 

@@ -853,17 +853,19 @@ ROWS = {
     ),
     "weights: another shape": (
         loaded({"fc.kernel": np.ones((3, 4), np.float32), "fc.bias": np.ones(3, np.float32)}),
-        "TMP/m.safetensors does not fit the model: fc/kernel is float32[3, 4], the model's is float32[4, 3]",
+        "TMP/m.safetensors does not fit the model: fc/kernel is float32[3, 4], the model's is float32[4, 3]"
+        " (15 numbers in the file, 15 in the model)",
     ),
     "weights: another type": (
         loaded({"fc.kernel": np.ones((4, 3), np.float16), "fc.bias": np.ones(3, np.float32)}),
-        "TMP/m.safetensors does not fit the model: fc/kernel is float16[4, 3], the model's is float32[4, 3]",
+        "TMP/m.safetensors does not fit the model: fc/kernel is float16[4, 3], the model's is float32[4, 3]"
+        " (15 numbers in the file, 15 in the model)",
     ),
     "weights: missing and extra": (
         loaded({"fc.kernel": np.ones((4, 3), np.float32), "fc.base": np.ones(3, np.float32)}),
         "TMP/m.safetensors does not fit the model: fc/base is there, but not in the model; fc/bias is missing; did you"
         " mean"
-        " 'fc/base'?",
+        " 'fc/base'? (15 numbers in the file, 15 in the model)",
     ),
     "weights: a shard that is missing": (index({"a": "1.safetensors"}), "the file TMP/1.safetensors is missing"),
     "weights: a shard without a name": (
@@ -885,7 +887,7 @@ ROWS = {
     ),
     "source: named for one that is trained": (
         refused("cross_structure", "--source-from", "TMP"),
-        "source_from is for a source that is frozen or a trajectory; this one is pretrained, and trained here",
+        "--source-from is for a source that is frozen or a trajectory; this one is pretrained, and trained here: add",
     ),
     "source: no checkpoints": (
         refused("cross_structure", "--source", "trajectory", "--source-from", "TMP", "--seeds", "2"),

@@ -116,10 +116,13 @@ def test_few_seeds_in_common_and_other_lengths_are_told(runs, tmp_path, capsys):
     longer = tmp_path / "longer"
     shutil.copytree(runs / "two", longer)
     plan = json.loads((longer / "plan.json").read_text())
-    (longer / "plan.json").write_text(json.dumps({**plan, "steps": 8}))
+    wider = {**plan["target"], "parameters": 2000}
+    (longer / "plan.json").write_text(json.dumps({**plan, "steps": 8, "target": wider}))
     printed = said(capsys, "compare", runs / "one", longer, "--out", tmp_path / "out").replace("\n", " ")
     assert "seeds that longer has in common with one, of 2: vanilla 1, share 1" in printed
     assert "longer trains 8 steps, one 4: their differences are of that too" in printed
+    named = "small_mobilenet_v2 of 2,000 parameters, not small_mobilenet_v2 of 1,906"
+    assert f"longer has another target than one: {named}" in printed
     printed = said(capsys, "compare", runs / "two", runs / "one", "--out", tmp_path / "other").replace("\n", " ")
     assert "in common" not in printed
     assert "their differences are of that too" not in printed
@@ -284,8 +287,9 @@ def test_an_exported_model_is_the_trained_one(runs, tmp_path, capsys, options):
     assert_equal_leaves(mj.load_safetensors(file), variables)
     # What is printed reads it, and computes with it what the model of the run does.
     images = np.random.default_rng(0).random((2, 8, 8, 1), np.float32)
-    names = {"images": images}
-    exec(printed.partition("\n")[2].replace("...", "images"), names)
+    names = {"inputs": images}
+    assert "apply = model.apply  # Of images [N, 8, 8, 1], float32 in [0, 1]." in printed
+    exec(printed.partition("\n")[2], names)
     expected = mj.models.small_mobilenet_v2(10, num_stages=1).apply(variables, images)
     np.testing.assert_array_equal(names["outputs"], expected)
 
@@ -302,6 +306,7 @@ def test_an_exported_source_is_told_as_one(runs, tmp_path, capsys):
     cells = runs / "one" / "checkpoints"
     of_source = said(capsys, "export", cells / "source-seed0", tmp_path / "s.safetensors")
     of_pair = said(capsys, "export", cells / "share-seed0", tmp_path / "t.safetensors", "--part", "source")
+    assert of_source.startswith("source of step 4, 5,114 numbers: ")
     assert "# small_resnet, in Python:\n" in of_source
     assert "# small_resnet, in Python:\n" in of_pair
     assert_equal_leaves(

@@ -37,7 +37,7 @@ def test_the_code_of_a_role_makes_its_variables(experiment):
 @pytest.mark.parametrize("name", [*typing.get_args(ImageModelName)])
 def test_every_image_model_has_code(name):
     model = make_model(name, 7, stages=2, dtype=jnp.bfloat16, axis_name="batch")
-    like, apply = made(model_code(model, ["jnp.zeros((1, 32, 32, 3))"]))
+    like, apply = made(model_code(model, {"jnp.zeros((1, 32, 32, 3))": "images"}))
     assert shapes(like) == shapes(jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3))))
     outputs = jax.eval_shape(apply, like, jnp.zeros((5, 32, 32, 3)))
     assert outputs.shape == (5, 7)
@@ -47,7 +47,7 @@ def test_every_image_model_has_code(name):
 def test_every_vision_transformer_has_code(name):
     size = 224 if name == "vit_base" else 16
     model = mj.models.ImageClassifier(make_vision_encoder(name, size), 7)
-    like, _ = made(model_code(model, [f"jnp.zeros((1, {size}, {size}, 3))"]))
+    like, _ = made(model_code(model, {f"jnp.zeros((1, {size}, {size}, 3))": "images"}))
     assert shapes(like) == shapes(jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, size, size, 3))))
 
 
@@ -55,6 +55,6 @@ def test_the_code_computes_what_the_model_does():
     model, pixels = mj.models.small_mobilenet_v2(3, num_stages=1), ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8)
     variables = model.init(jax.random.key(1), jnp.zeros((1, 8, 8, 3)))
-    _, apply = made(model_code(model, ["jnp.zeros((1, 8, 8, 3))"], pixels))
+    _, apply = made(model_code(model, {"jnp.zeros((1, 8, 8, 3))": "images"}, pixels))
     expected = mj.on_pixels(model.apply, *pixels)(variables, images)
     np.testing.assert_allclose(apply(variables, images), expected, rtol=1e-5, atol=1e-6)

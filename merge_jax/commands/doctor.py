@@ -140,7 +140,7 @@ def _folder() -> Iterator[Finding]:
     here = Path.cwd()
     free = shutil.disk_usage(here).free
     kind = "good" if free >= _LEAST_DISK else "bad"
-    yield Finding(kind, f"free disk here: {free / 2**30:.1f} GiB; a run takes up to {_LEAST_DISK / 2**30:.0f}")
+    yield Finding(kind, f"free disk here: {free / 2**30:.1f} GiB; a run takes up to {_LEAST_DISK / 2**30:.0f} GiB")
     try:
         with tempfile.TemporaryDirectory(dir=here) as folder:
             from merge_jax.lock import FolderLock

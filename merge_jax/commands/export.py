@@ -43,9 +43,11 @@ def export_part(path: Path, file: Path, part: str, *, best: bool) -> None:
         tree = _part(state, part)
     whole = isinstance(tree, dict) and "params" in tree
     tree = _variables(tree) if whole else tree
-    save_safetensors(file, tree, metadata={"checkpoint": folder.name, "step": str(step), "part": part})
+    save_safetensors(file, tree, metadata={"checkpoint": f"{folder.name}/{step}/{part}"})
     size = sum(leaf.size for leaf in jax.tree.leaves(tree))
-    print(f"{part} of step {step}, {size:,} numbers: {file}")
+    role, *rest = part.split("/")
+    name = "/".join(["source" if _is_source(folder, role) else role, *rest])
+    print(f"{name} of step {step}, {size:,} numbers: {file}")
     model = _model(folder, part) if whole else None
     if model is not None and model.code:
         print(f"\n# {model.name}, in Python:\n{_loading(model.code, file)}")
@@ -75,12 +77,16 @@ def _model(folder: Path, role: str) -> Model | None:
         plan = Plan.from_json(json.loads((folder.parent.parent / PLAN).read_text()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+    return plan.source if _is_source(folder, role) else plan.target
+
+
+def _is_source(folder: Path, role: str) -> bool:
     # On its own, a source is trained in the role of the target.
-    return plan.source if role == "source" or folder.name.startswith("source-") else plan.target
+    return role == "source" or (role == "target" and folder.name.startswith("source-"))
 
 
 def _loading(code: str, file: Path) -> str:
     return (
         f"import jax, jax.numpy as jnp\nimport merge_jax as mj\n\n{code}\n"
-        f'variables = mj.load_params("{file}", like)\noutputs = apply(variables, ...)  # what the model takes'
+        f'variables = mj.load_params("{file}", like)\noutputs = apply(variables, inputs)'
     )

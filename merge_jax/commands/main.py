@@ -1,6 +1,7 @@
 """Parses the command line of `merge-jax` and hands over to one of its commands."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -122,6 +123,9 @@ def _command(options: argparse.Namespace) -> None:
 def _reporting(work: Callable[[], None]) -> None:
     try:
         work()
+        sys.stdout.flush()
+    except BrokenPipeError:  # Whoever read what is printed, such as `head`, has enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

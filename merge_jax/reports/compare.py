@@ -128,6 +128,12 @@ def _weak_points(run: Run, first: Run, name: str, of_first: str, baseline: str) 
     if min(common.values()) < len(compared):
         counts = ", ".join(f"{method} {count}" for method, count in common.items())
         lines.append(f"seeds that {name} has in common with {of_first}, of {len(compared)}: {counts}")
+    mine, others = run.plan.target, first.plan.target
+    if (mine.name, mine.parameters) != (others.name, others.parameters):
+        lines.append(
+            f"{name} has another target than {of_first}: {mine.name} of {mine.parameters:,} parameters, not "
+            f"{others.name} of {others.parameters:,}"
+        )
     if run.plan.steps != first.plan.steps:
         lines.append(
             f"{name} trains {run.plan.steps} steps, {of_first} {first.plan.steps}: their differences are of that too"

@@ -47,7 +47,7 @@ def followed(run: Run) -> tuple[dict[str, Curve], str]:
         if method in run.methods
     }
     curves = {f"{method}: {name.removeprefix('adapter/')}": _curve(run, method, name) for method, name in sorted(names)}
-    return curves, "gates and weights of the transfer (means between reports)"
+    return curves, "gates of the transfer, means"
 
 
 def overlaid(runs: Mapping[str, Run]) -> tuple[dict[str, Curve], str]:
@@ -83,7 +83,7 @@ def draw(curves: Mapping[str, Curve], label: str) -> "Figure":
         axes.fill_between(steps, means - errors, means + errors, alpha=0.2)
     axes.set(xlabel="step of the target", ylabel=label)
     axes.grid(alpha=0.3)
-    if len(curves) <= 6:
+    if len(curves) <= 4:
         axes.legend()
     else:  # Beside the curves: over them it would hide some.
         figure.set_size_inches(10, max(4.5, 0.25 * len(curves)))

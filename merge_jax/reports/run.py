@@ -131,7 +131,7 @@ class Plan:
             by_routes.setdefault(moved.routes, []).append(method)
         for routes, methods in by_routes.items():
             plural = f"{len(routes)} route{'s' if len(routes) > 1 else ''}"
-            lines.append(f"{plural} (target <- source) of {', '.join(methods)}: {some_of(routes, 6)}")
+            lines.append(f"{plural} (target <- source) of {', '.join(methods)}: {some_of(routes, 3)}")
         adapters = [f"{name} {moved.parameters:,}" for name, moved in self.transfers.items() if moved.parameters]
         if adapters:
             lines.append(f"adapter parameters: {', '.join(adapters)}")

@@ -99,10 +99,10 @@ def format_values(values: Iterable[float], sign: str = "") -> str:
 def notes(run: Run) -> list[str]:
     """Returns what the table does not say: models, protocol, command, hardware, versions, date, and what went wrong."""
     plan, session = run.plan, run.sessions[0]
-    seeds = f"{plan.seeds} seed{'s' if plan.seeds > 1 else ''}"
+    several = f"mean ± standard error over {plan.seeds} seeds, differences paired by seed and taken before rounding"
     protocol = (
-        f"{plan.models}; after the last of {plan.steps} steps; mean ± standard error over {seeds}, differences paired "
-        f"by seed. best val.: best validation {words(plan.target.metric)} of all reports. s/run: seconds of training; "
+        f"{plan.models}; after the last of {plan.steps} steps; {several if plan.seeds > 1 else 'one seed'}. "
+        f"best val.: best validation {words(plan.target.metric)} of all reports. s/run: seconds of training; "
         "compile s: seconds of compiling its loop, once."
     )
     lines = [protocol, *filter(None, [plan.caution]), session["command"]]
