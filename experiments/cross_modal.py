@@ -1,7 +1,7 @@
 """Across modalities: attention that has learned to see gives to attention that reads, or the reverse.
 
     python -m experiments.cross_modal                  # questions on rendered scenes: a vision model gives to words
-    python -m experiments.cross_modal smoke            # under a minute; shows that it works, not what it gains
+    python -m experiments.cross_modal smoke            # about a minute; shows that it works, not what it gains
     python -m experiments.cross_modal text_to_vision   # the same questions: a text model gives to vision
     python -m experiments.cross_modal within           # inside one model: its vision gives to its words
     python -m experiments.cross_modal retrieval        # scenes and captions, find one by the other

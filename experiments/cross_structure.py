@@ -1,7 +1,7 @@
 """Across structures: a ResNet gives to a MobileNetV2 that shares nothing with it but numbers.
 
-    python -m experiments.cross_structure          # handwritten digits; one and a half to two minutes on two cores
-    python -m experiments.cross_structure smoke    # under a minute; shows that it works, not what it gains
+    python -m experiments.cross_structure          # handwritten digits; two to four minutes on two cores, most of it compiling
+    python -m experiments.cross_structure smoke    # a minute; shows that it works, not what it gains
     python -m experiments.cross_structure small    # CIFAR-100 at 16x16 pixels with small networks, for a CPU
     python -m experiments.cross_structure short    # CIFAR-100, the published pair, 30 epochs, for a GPU
     python -m experiments.cross_structure paper    # the same with the published recipe of 200 epochs
@@ -290,5 +290,10 @@ def _mixed_teacher(apply_fn: ModelApply) -> TeacherFn:
     return teacher
 
 
+MEASURED = {
+    "default": "93 s to 219 s on two idle CPU cores, most of it compiling",
+    "smoke": "47 s to 82 s on two CPU cores, most of it compiling",
+}
+
 if __name__ == "__main__":
-    main(PRESETS, "experiments.cross_structure", __doc__, build, measured={"default": "93 s to 219 s on two CPU cores"})
+    main(PRESETS, "experiments.cross_structure", __doc__, build, measured=MEASURED)

@@ -1,7 +1,7 @@
 """Across tasks: what one model has learned of its task helps another with a task of other labels.
 
     python -m experiments.cross_task             # synthetic text: answering questions gives to sentiment
-    python -m experiments.cross_task smoke       # under a minute; shows that it works, not what it gains
+    python -m experiments.cross_task smoke       # about a minute; shows that it works, not what it gains
     python -m experiments.cross_task reverse     # sentiment gives to answering questions
     python -m experiments.cross_task topic       # sentiment gives to topics
     python -m experiments.cross_task digits      # images: which digit gives to whether it is odd, and at least 5

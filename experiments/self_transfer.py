@@ -1,7 +1,7 @@
 """Inside one model: deep layers give to shallow ones, or the reverse; the model is its own source.
 
     python -m experiments.self_transfer              # a small MobileNetV2 on handwritten digits
-    python -m experiments.self_transfer smoke        # under a minute; shows that it works, not what it gains
+    python -m experiments.self_transfer smoke        # about a minute; shows that it works, not what it gains
     python -m experiments.self_transfer resnet       # a small ResNet on the same
     python -m experiments.self_transfer text         # a small BERT on synthetic reviews
     python -m experiments.self_transfer cifar100     # MobileNetV2 at half width on CIFAR-100 at 16x16, for a CPU
