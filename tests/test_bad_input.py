@@ -887,7 +887,8 @@ ROWS = {
     ),
     "source: named for one that is trained": (
         refused("cross_structure", "--source-from", "TMP"),
-        "--source-from is for a source that is frozen or a trajectory; this one is pretrained, and trained here: add",
+        "--source-from is for a source that is frozen or a trajectory; this one is pretrained, and trained here: add"
+        " --source frozen",
     ),
     "source: no checkpoints": (
         refused("cross_structure", "--source", "trajectory", "--source-from", "TMP", "--seeds", "2"),
