@@ -1,6 +1,6 @@
 """Across structures: a ResNet gives to a MobileNetV2 that shares nothing with it but numbers.
 
-    python -m experiments.cross_structure          # handwritten digits; two to four minutes on two cores, most of it compiling
+    python -m experiments.cross_structure          # handwritten digits; two to four minutes on two cores
     python -m experiments.cross_structure smoke    # a minute; shows that it works, not what it gains
     python -m experiments.cross_structure small    # CIFAR-100 at 16x16 pixels with small networks, for a CPU
     python -m experiments.cross_structure short    # CIFAR-100, the published pair, 30 epochs, for a GPU

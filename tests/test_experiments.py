@@ -119,6 +119,8 @@ def test_resumed_in_a_new_process_a_run_is_the_unbroken_one_bit_for_bit(unbroken
         assert ("10" in steps) == (cell == "source-seed0")
     done = run(*TEN_STEPS, "--run-dir", folder, "--resume")
     assert done.returncode == 0, done.stderr
+    assert "compiled mergenet, 1 of 1: " in done.stderr  # The source is done, and is not compiled again.
+    assert "mergenet-seed0: " in done.stderr
     for name in ("source", "mergenet"):
         resumed, straight = last_state(folder, name), last_state(expected, name)
         assert resumed.keys() == straight.keys()

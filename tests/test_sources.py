@@ -125,7 +125,10 @@ def test_sources_that_cannot_be_read_are_refused(pretrained, trajectory, tmp_pat
     frozen, replayed = ["--source", "frozen"], ["--source", "trajectory"]
     cases = [
         (frozen, "a frozen source needs --source-from"),
-        (["--source-from", tmp_path], "--source-from is for a source that is frozen or a trajectory; this one is pretr"),
+        (
+            ["--source-from", tmp_path],
+            "--source-from is for a source that is frozen or a trajectory; this one is pretr",
+        ),
         ([*replayed, "--vectorized"], "a trajectory is read seed by seed: leave out --vectorized"),
         ([*replayed, "--snapshots", "0"], "snapshots must be at least 1, got 0"),
         ([*frozen, "--source-from", tmp_path / "none.safetensors"], "the source cannot be read: there is no file"),

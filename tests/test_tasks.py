@@ -47,6 +47,22 @@ def test_a_batch_without_the_input_says_what_it_has():
         mj.logits_teacher(helpers.TARGET.apply)(params, model_state, helpers.batch(0))
 
 
+def test_a_batch_without_labels_says_what_it_has():
+    params, model_state = helpers.variables(helpers.TARGET, 0)
+    loss_fn = mj.classification_loss(helpers.TARGET.apply, inputs="x")
+    batch = helpers.batch(0)
+    del batch["label"]
+    with pytest.raises(ValueError, match="the batch has no 'label'; there is 'x'"):
+        loss_fn(params, model_state, batch, jax.random.key(0))
+
+
+def test_a_state_without_a_collection_of_the_model_says_what_to_give():
+    params, _ = helpers.variables(helpers.TARGET, 0)
+    loss_fn = mj.classification_loss(helpers.TARGET.apply, inputs="x")
+    with pytest.raises(ValueError, match=r"its state has not, \[\]: give all .* target_state=.*\"batch_stats\""):
+        loss_fn(params, {}, helpers.batch(0), jax.random.key(0))
+
+
 def test_evaluation_on_nothing_is_refused():
     evaluate = mj.evaluate_classifier(helpers.TARGET.apply, inputs="x")
     with pytest.raises(ValueError, match="no examples"):
