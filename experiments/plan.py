@@ -1,5 +1,7 @@
 """What a run is going to do, told before it starts."""
 
+import math
+
 import jax
 
 from experiments.config import RunConfig
@@ -40,6 +42,7 @@ def make_plan(
         control="" if config.source_control == "none" else config.source_control,
         expected=expected,
         caution=caution,
+        moments=_moments(scenario, config),
     )
 
 
@@ -53,6 +56,18 @@ def _model(role: Role, params: Params) -> Model:
     train, validation, test = (num_examples(split) for split in (splits.train, splits.validation, splits.test))
     parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
     return Model(role.name, parameters, role.metric, (train, validation, test), role.code)
+
+
+def _moments(scenario: Scenario, config: RunConfig) -> str:
+    steps = scenario.schedule.target.steps
+    if config.cycle_end is not None:
+        return f"the cycle from transfer to transfer goes from {config.cycle} to {config.cycle_end} steps"
+    counts = {}
+    for name, method in scenario.methods.items():
+        if method.stop:
+            counts[name] = len(range(0, math.ceil(method.stop * steps), config.cycle))
+    told = [f"{name} {count}" for name, count in counts.items()]
+    return f"steps that transfer, of {steps}: {', '.join(told)} (every {config.cycle})" if told else ""
 
 
 def _origin(scenario: Scenario, config: RunConfig, origin: Origin) -> str:

@@ -155,11 +155,16 @@ def _run(
     results = folder.read_json("results.json", [])
     folder.write_json(PLAN, plan.to_json())
     print("\n".join(plan.lines()))
+    print(f"expected time: {plan.expected or 'not measured for these options; the bar tells it once steps run'}")
     print(f"run folder: {folder.path}", flush=True)
     if len(results) == config.seeds * len(scenario.methods):
         print("all runs are done already: nothing to train")
     else:
-        compiled = _compiled({name: lowered[name] for name in _to_train(stages, config, folder, results)})
+        names = _to_train(stages, config, folder, results)
+        if len(names) < len(stages):
+            done = [name for name in stages if name not in names]
+            print(f"done already: {', '.join(done)}; to train: {', '.join(names)}", flush=True)
+        compiled = _compiled({name: lowered[name] for name in names})
         total = config.seeds * sum(stage.lengths.steps for stage in stages.values())
         silent, often = jax.process_index() > 0, 0.5 if sys.stderr.isatty() else 30
         with tqdm(total=total, unit="step", desc=scenario.name, mininterval=often, disable=silent) as bar, signals:
@@ -207,6 +212,7 @@ def _show(run: Run, folder: RunFolder) -> None:
     text = as_text(result_tables(run), notes(run))
     print(text, end="")
     folder.write_text("table.txt", text)
+    print("drawing curves and writing the report", file=sys.stderr)
     curves, label = judged(run)
     draw(curves, label).savefig(folder.path / "curves.png", dpi=150)
     gates, label = followed(run)

@@ -138,5 +138,7 @@ def _read_file(role: Role, path: Path, start: TrainState) -> TrainState:
             read = {"params": role.load(path, start.params), **start.model_state}
     except OSError as error:
         raise ValueError(f"the source cannot be read: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{error}; the source is to be {role.name}") from None
     model_state = {name: jax.tree.map(jax.numpy.asarray, one) for name, one in read.items()}
     return TrainState(model_state.pop("params"), model_state, None)

@@ -89,7 +89,12 @@ class Trainer:
 
     def skip(self, stage: Stage, seeds: Sequence[int]) -> None:
         """Counts a stage that was trained before as done."""
-        self._bar.update(stage.lengths.steps * len(seeds))
+        self._count_as_done(stage.lengths.steps * len(seeds))
+
+    def _count_as_done(self, steps: int) -> None:
+        if not self._bar.disable:
+            self._bar.initial += steps  # Not of this session, so not of its pace.
+            self._bar.update(steps)
 
     def compile_seconds(self, stage: Stage) -> float:
         """Returns how long the stage's epoch compiled; 0 where that was not needed."""
@@ -115,7 +120,9 @@ class Trainer:
             contextlib.ExitStack() as open_files,
         ):
             first, state = checkpoints.restore_latest(state) or (0, state)
-            self._bar.update(first * len(seeds))
+            self._count_as_done(first * len(seeds))
+            if 0 < first < stage.lengths.steps:
+                self.tell(f"{cell} goes on from step {first} of {stage.lengths.steps}")
             writers = [open_files.enter_context(self._log.writer(f"{stage.name}-seed{seed}", first)) for seed in seeds]
 
             def report(step: int, metrics: dict[str, Any], state: JointState) -> float | None:

@@ -1,6 +1,7 @@
 """Loss functions, teachers and evaluation for classifiers written in Linen."""
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -95,6 +96,19 @@ def _entry(batch: Batch, name: str) -> jax.Array:
     return batch[name]
 
 
+@contextlib.contextmanager
+def _told_of_collections(model_state: ModelState, role: str = "target") -> Iterator[None]:
+    """Says what a state lacks that a Linen model reads, where Flax says where it reads it."""
+    try:
+        yield
+    except ScopeCollectionNotFound as error:
+        given = ", ".join(map(repr, sorted(model_state))) or "nothing"
+        raise ValueError(
+            f"the model reads a collection that is not in its state, which has {given}: give all that model.init made "
+            f'beside "params", such as {role}_state={{"batch_stats": ...}} of init_joint_state ({error})'
+        ) from None
+
+
 def model_loss(
     apply_fn: ModelApply,
     inputs: Sequence[str],
@@ -122,8 +136,9 @@ def model_loss(
     def loss_fn(
         params: Params, model_state: ModelState, batch: Batch, key: jax.Array
     ) -> tuple[jax.Array, tuple[ModelState, dict[str, jax.Array]]]:
-        check_entries(batch, *inputs, *needs, hint=hint)
-        try:
+        check_entries(batch, *inputs, hint=hint)
+        check_entries(batch, *needs)
+        with _told_of_collections(model_state):
             outputs, new_state = apply_fn(
                 {"params": params, **model_state},
                 *(batch[name] for name in inputs),
@@ -131,12 +146,6 @@ def model_loss(
                 mutable=list(model_state),
                 rngs={"dropout": key},
             )
-        except ScopeCollectionNotFound as error:
-            raise ValueError(
-                f"the model reads a collection that its state has not, {sorted(model_state)}: give all that "
-                'model.init made beside "params" as its state, such as target_state={"batch_stats": ...} of '
-                f"init_joint_state ({error})"
-            ) from None
         if not isinstance(outputs, Agreeing):
             losses, metrics = of(outputs, batch)
             return losses.mean(), (new_state, metrics)
@@ -184,7 +193,8 @@ def logits_teacher(apply_fn: ModelApply, *, inputs: str = "image") -> TeacherFn:
     """
 
     def teacher(params: Params, model_state: ModelState, batch: Batch) -> Batch:
-        outputs = apply_fn({"params": params, **model_state}, _entry(batch, inputs), train=False)
+        with _told_of_collections(model_state, "source"):
+            outputs = apply_fn({"params": params, **model_state}, _entry(batch, inputs), train=False)
         if isinstance(outputs, Outputs):
             return {**batch, "teacher_logits": outputs.logits, "teacher_features": outputs.features}
         return {**batch, "teacher_logits": outputs}
@@ -201,16 +211,19 @@ def evaluate_classifier(
     nats, the accuracy a fraction in [0, 1].
 
     Raises:
-      ValueError: the arrays hold no example.
+      ValueError: the arrays hold no example, or lack an entry, or the model state lacks a collection.
     """
 
     @jax.jit
     def sums(params: Params, model_state: ModelState, batch: Batch, weights: jax.Array) -> Any:
-        logits = apply_fn({"params": params, **model_state}, _entry(batch, inputs), train=False)
+        with _told_of_collections(model_state):
+            logits = apply_fn({"params": params, **model_state}, batch[inputs], train=False)
         correct = jnp.argmax(logits, axis=-1) == batch["label"]
         return (cross_entropy(logits, batch["label"]) * weights).sum(), (correct * weights).sum()
 
     def evaluate(params: Params, model_state: ModelState, arrays: Mapping[str, np.ndarray]) -> dict[str, float]:
+        check_entries(arrays, inputs, hint=_HINT)
+        check_entries(arrays, "label")
         size = len(arrays["label"])
         if size == 0:
             raise ValueError("cannot evaluate on no examples")

@@ -59,8 +59,14 @@ def test_a_batch_without_labels_says_what_it_has():
 def test_a_state_without_a_collection_of_the_model_says_what_to_give():
     params, _ = helpers.variables(helpers.TARGET, 0)
     loss_fn = mj.classification_loss(helpers.TARGET.apply, inputs="x")
-    with pytest.raises(ValueError, match=r"its state has not, \[\]: give all .* target_state=.*\"batch_stats\""):
+    with pytest.raises(
+        ValueError, match=r"not in its state, which has nothing: give all .* target_state=.*\"batch_stats\""
+    ):
         loss_fn(params, {}, helpers.batch(0), jax.random.key(0))
+    with pytest.raises(ValueError, match="source_state="):
+        mj.logits_teacher(helpers.TARGET.apply, inputs="x")(params, {}, helpers.batch(0))
+    with pytest.raises(ValueError, match="which has nothing"):
+        mj.evaluate_classifier(helpers.TARGET.apply, inputs="x")(params, {}, helpers.batch(0))
 
 
 def test_evaluation_on_nothing_is_refused():

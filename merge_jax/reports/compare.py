@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from merge_jax.manifest import changes
 from merge_jax.paths import near_misses
 from merge_jax.reports.curves import draw, judged, overlaid
 from merge_jax.reports.run import Run, words
@@ -115,8 +114,10 @@ def _notes(runs: Sequence[Run], names: Sequence[str], baseline: str) -> list[str
             lines.append(f"{name} is tested otherwise than {names[0]}: no differences between them")
         else:
             lines += _weak_points(run, first, name, names[0], baseline)
-        changed = changes(first.config, run.config)
-        lines.append(f"options of {names[0]} and {name}: {'; '.join(changed) or 'the same'}")
+        options = first.config.keys() | run.config.keys()
+        pairs = {option: (first.config.get(option), run.config.get(option)) for option in sorted(options)}
+        other = [f"{option} {mine!r} and {its!r}" for option, (mine, its) in pairs.items() if mine != its]
+        lines.append(f"options of {names[0]} and {name}: {'; '.join(other) or 'the same'}")
     return lines
 
 

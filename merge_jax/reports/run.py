@@ -76,6 +76,7 @@ class Plan:
       control: what is done to the source to compare it; empty for nothing.
       expected: how long this took where it was measured; empty where it was not.
       caution: why its figures mean little; empty where they do not.
+      moments: how many steps of how many transfer; empty where none does.
     """
 
     experiment: str
@@ -91,6 +92,7 @@ class Plan:
     control: str = ""
     expected: str = ""
     caution: str = ""
+    moments: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Returns the plan as JSON types."""
@@ -135,11 +137,11 @@ class Plan:
         adapters = [f"{name} {moved.parameters:,}" for name, moved in self.transfers.items() if moved.parameters]
         if adapters:
             lines.append(f"adapter parameters: {', '.join(adapters)}")
-        unknown = "not measured for these options; the bar tells it once steps run"
+        if self.moments:
+            lines.append(self.moments)
         if self.caution:
             lines.append(self.caution)
-        lines += [f"devices: {self.devices}", f"expected time: {self.expected or unknown}"]
-        return lines
+        return [*lines, f"devices: {self.devices}"]
 
     @property
     def models(self) -> str:
