@@ -127,7 +127,7 @@ def model_loss(
       inputs: the entries of the batch that are the model's inputs, in order.
       of: `(outputs, batch) -> (losses [B], metrics)`.
       needs: the other entries that `of` reads.
-      hint: the end of the message on an entry that is missing.
+      hint: the end of the message on an input that is missing.
 
     Raises:
       ValueError: while tracing, for a batch that lacks an entry, or a model state that lacks a collection.
