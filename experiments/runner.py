@@ -25,7 +25,7 @@ from merge_jax.joint import TrainState
 from merge_jax.parallel import Layout, data_mesh, jit_layout, pmap_layout
 from merge_jax.reports import PLAN, Plan, Run, as_text, draw, followed, html_report, judged, notes, result_tables
 from merge_jax.runs import MetricsLog, RunFolder, check_space, numbered_folder
-from merge_jax.weights import load_safetensors
+from merge_jax.weights import leaf_paths
 
 __all__ = ["Checked", "check_paths", "check_run", "prepare_run"]
 
@@ -77,7 +77,7 @@ def check_paths(config: RunConfig) -> None:
         if not path.exists():
             raise ValueError(f"the source cannot be read: there is no file or folder {path}")
         if path.is_file():
-            load_safetensors(path, select=())  # Its header alone.
+            leaf_paths(path)
     if config.run_dir is not None and jax.process_index() == 0:
         RunFolder.check(config.run_dir, config.identity(), resume=config.resume)
 

@@ -13,7 +13,7 @@ from experiments.scenario import Role, Scenario
 from merge_jax.checkpoint import Checkpoints
 from merge_jax.joint import TrainState
 from merge_jax.trajectory import load_trajectory
-from merge_jax.weights import load_params, load_safetensors
+from merge_jax.weights import leaf_paths, load_params
 
 __all__ = ["Origin", "initial_key", "origin_of", "read_trajectory"]
 
@@ -132,7 +132,9 @@ def _parts(start: TrainState) -> dict[str, object]:
 
 def _read_file(role: Role, path: Path, start: TrainState) -> TrainState:
     try:
-        if "params" in load_safetensors(path):  # With its model state, as `merge-jax export` writes it.
+        if any(
+            leaf.startswith("params/") for leaf in leaf_paths(path)
+        ):  # With its model state, as `merge-jax export` writes it.
             read = load_params(path, {"params": start.params, **start.model_state})
         else:
             read = {"params": role.load(path, start.params), **start.model_state}

@@ -40,6 +40,7 @@ from merge_jax.data import (
     synthetic_topics,
 )
 from merge_jax.models.huggingface import Loaded
+from merge_jax.weights import leaf_paths
 
 __all__ = [
     "TEXT_ATTENTION",
@@ -249,7 +250,7 @@ def text_learner(
         return Splits(_to_learn_from(rest), held_out, test)
 
     def load(path: Path, params: Any) -> Any:
-        if _WORDS in mj.flatten(mj.load_safetensors(path)):  # By our names, as save_safetensors wrote it.
+        if _WORDS in leaf_paths(path):  # By our names, as save_safetensors wrote it.
             return mj.load_params(path, params)
         return read_weights(path, params).params
 

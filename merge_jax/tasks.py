@@ -91,11 +91,6 @@ def _logits(outputs: Any) -> jax.Array:
 _HINT = " (see the option `inputs`)"
 
 
-def _entry(batch: Batch, name: str) -> jax.Array:
-    check_entries(batch, name, hint=_HINT)
-    return batch[name]
-
-
 @contextlib.contextmanager
 def _told_of_collections(model_state: ModelState, role: str = "target") -> Iterator[None]:
     """Says what a state lacks that a Linen model reads, where Flax says where it reads it."""
@@ -193,8 +188,9 @@ def logits_teacher(apply_fn: ModelApply, *, inputs: str = "image") -> TeacherFn:
     """
 
     def teacher(params: Params, model_state: ModelState, batch: Batch) -> Batch:
+        check_entries(batch, inputs, hint=_HINT)
         with _told_of_collections(model_state, "source"):
-            outputs = apply_fn({"params": params, **model_state}, _entry(batch, inputs), train=False)
+            outputs = apply_fn({"params": params, **model_state}, batch[inputs], train=False)
         if isinstance(outputs, Outputs):
             return {**batch, "teacher_logits": outputs.logits, "teacher_features": outputs.features}
         return {**batch, "teacher_logits": outputs}

@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from merge_jax.paths import Pattern, find_paths, flatten, near_misses, some_of
 from merge_jax.types import Params
 
-__all__ = ["load_params", "load_safetensors", "read_json", "save_safetensors"]
+__all__ = ["leaf_paths", "load_params", "load_safetensors", "read_json", "save_safetensors"]
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -42,10 +42,7 @@ def load_safetensors(path: str | os.PathLike[str], *, select: Pattern | Sequence
         that the index names and the shards have not or the other way round, names that collide as paths, a shard
         outside the folder of its index, or a pattern that names nothing (near misses are listed).
     """
-    file = _weights_file(Path(path))
-    shard_of = _read_index(file) if file.suffix == ".json" else dict.fromkeys(_names(file), file)
-    path_of = _paths(shard_of, file)
-    names = {path: name for name, path in path_of.items()}
+    shard_of, names = _listed(path)
     if select is None:
         chosen = list(names)
     else:
@@ -65,6 +62,22 @@ def load_safetensors(path: str | os.PathLike[str], *, select: Pattern | Sequence
                     node = node.setdefault(parent, {})
                 node[leaf] = _tensor(tensors, shard, names[path])
     return tree
+
+
+def leaf_paths(path: str | os.PathLike[str]) -> tuple[str, ...]:
+    """Returns the paths of the leaves that `load_safetensors` would read, from the headers alone.
+
+    Raises:
+      FileNotFoundError, ValueError: as `load_safetensors`, but for what only the numbers show.
+    """
+    return tuple(_listed(path)[1])
+
+
+def _listed(path: str | os.PathLike[str]) -> tuple[dict[str, Path], dict[str, str]]:
+    """Returns the shard of each tensor by its name, and the name of each leaf by its path."""
+    file = _weights_file(Path(path))
+    shard_of = _read_index(file) if file.suffix == ".json" else dict.fromkeys(_names(file), file)
+    return shard_of, {path: name for name, path in _paths(shard_of, file).items()}
 
 
 def load_params(path: str | os.PathLike[str], like: Params) -> Params:

@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import merge_jax as mj
-from merge_jax.weights import load_params
+from merge_jax.weights import leaf_paths, load_params
 
 TENSORS = {
     "encoder.layer.0.attention.query.weight": np.arange(12, dtype=np.float32).reshape(3, 4),
@@ -250,3 +250,13 @@ def test_parameters_of_another_model_are_refused(tmp_path, like, message):
     mj.save_safetensors(tmp_path / "model.safetensors", MODEL)
     with pytest.raises(ValueError, match=message):
         load_params(tmp_path / "model.safetensors", like)
+
+
+def test_the_paths_of_leaves_are_those_that_are_read(tmp_path):
+    tree = {"params": {"fc": {"kernel": np.ones((2, 3), np.float32)}}, "batch_stats": {"mean": np.zeros(3, np.float32)}}
+    mj.save_safetensors(tmp_path / "m.safetensors", tree)
+    assert set(leaf_paths(tmp_path / "m.safetensors")) == set(
+        mj.flatten(mj.load_safetensors(tmp_path / "m.safetensors"))
+    )
+    with pytest.raises(FileNotFoundError, match="there is no file or folder"):
+        leaf_paths(tmp_path / "n.safetensors")
