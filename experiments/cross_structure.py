@@ -26,6 +26,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 import merge_jax as mj
+from experiments.alignment import Alignment
 from experiments.cli import main
 from experiments.images import ModelName, load_images, make_apply, make_model, make_role
 from experiments.optimizers import LearningRateSchedule, sgd
@@ -205,7 +206,8 @@ def build(config: Config) -> Scenario:
     num_steps = schedule.target.steps
     readers = tuple(Reader(apply, ("image",), mj.classification_loss) for apply in (target_apply, source_apply))
     objectives = _objectives(config, readers[0], readers[1], partial(task, steps=num_steps))
-    methods = config.methods_of(lambda make: make(parse_routes(config.routes)), num_steps, objectives)
+    alignment = Alignment((roles["source"], readers[1]), (roles["target"], readers[0]))
+    methods = config.methods_of(lambda make: make(parse_routes(config.routes)), num_steps, objectives, alignment)
     return Scenario(
         name="cross_structure",
         source=roles["source"],

@@ -24,6 +24,7 @@ from typing import Any
 import jax
 
 import merge_jax as mj
+from experiments.alignment import Alignment
 from experiments.cli import main
 from experiments.cross_structure import AGREE, CIFAR_AGREE, CIFAR_ROUTES, ROUTES
 from experiments.scenario import Learner, Scenario, choose
@@ -202,7 +203,7 @@ def build(config: Config) -> Scenario:
         by_source = {name: make(_routes(config, learner, target)) for name, learner in sources.items()}
         return by_source[config.source_task[0]] if len(by_source) == 1 else mj.several_sources(by_source)
 
-    methods = config.methods_of(bind, num_steps, objectives)
+    methods = config.methods_of(bind, num_steps, objectives, Alignment.of(source, target))
     return Scenario(
         name="cross_task",
         source=source.role,

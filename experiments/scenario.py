@@ -14,13 +14,13 @@ from experiments.config import Schedule
 from merge_jax.checks import check_choice
 from merge_jax.data import Arrays, Splits
 from merge_jax.epoch import Augment
-from merge_jax.joint import Task
+from merge_jax.joint import Task, TrainState
 from merge_jax.tasks import ClassificationLoss
 from merge_jax.transfer import identity_transfer
-from merge_jax.types import LossFn, ModelApply, ModelState, Params, TeacherFn, Transfer
+from merge_jax.types import Adapter, Batch, LossFn, ModelApply, ModelState, Params, TeacherFn, Transfer
 from merge_jax.weights import load_params
 
-__all__ = ["Learner", "Method", "Reader", "Role", "Samples", "Scenario", "choose"]
+__all__ = ["FitFn", "Learner", "Method", "Reader", "Role", "Samples", "Scenario", "choose"]
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,10 @@ class Learner(NamedTuple):
     reader: Reader | None = None
 
 
+FitFn = Callable[[Adapter, TrainState, Params, Batch], Adapter]
+"""`(adapter as the transfer makes it, source, target's parameters, target's examples) -> adapter to start from`."""
+
+
 @dataclass(frozen=True)
 class Method:
     """What is compared: a choice of transfer and of what the target learns.
@@ -110,12 +114,14 @@ class Method:
       transfer: what moves parameters from the source to the target.
       stop: the fraction of the run after which it moves no more; 0 for no transfer.
       teacher: adds the source's outputs to the target's batches, for a loss that distils them.
+      fit: makes the adapter that the run starts from; None for the one that the transfer makes.
     """
 
     task: Task
     transfer: Transfer = field(default_factory=identity_transfer)
     stop: float = 0.0
     teacher: TeacherFn | None = None
+    fit: FitFn | None = None
 
 
 @dataclass(frozen=True)

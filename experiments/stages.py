@@ -21,7 +21,7 @@ from merge_jax.joint import JointState, Task, TrainState, init_joint_state, make
 from merge_jax.parallel import Layout
 from merge_jax.seeds import over_seeds
 from merge_jax.trajectory import last_of, replay_evenly, replayed
-from merge_jax.types import Batch
+from merge_jax.types import Adapter, Batch, Params
 
 __all__ = ["Stage", "make_stages"]
 
@@ -94,6 +94,7 @@ class Stage:
         """Returns the state before the first step; for a seed, it is the same for every method."""
         seed += self.other_seed
         params, model_state = self.roles["target"].init(initial_key(seed, 1))
+        adapter = None if self.method.fit is None else self._fitted(seed, source, params)
         state = init_joint_state(
             initial_key(seed, 2),
             self.source_task,
@@ -103,10 +104,17 @@ class Stage:
             source_state=source.model_state,
             target_params=params,
             target_state=model_state,
+            adapter=adapter,
             adapter_optimizer=self.optimizer,
         )
         # What the steps draw is the same for a seed on its own and among others; that of an rbg key would not be.
         return state.replace(key=jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), 3))
+
+    def _fitted(self, seed: int, source: TrainState, target_params: Params) -> Adapter:
+        assert self.method.fit is not None
+        last = source if self.snapshots is None else jax.tree.map(lambda leaf: leaf[-1], source)
+        adapter = self.method.transfer.init(initial_key(seed, 2), source.params, target_params)
+        return self.method.fit(adapter, last, target_params, self.arrays(seed)["target"])
 
     def arrays(self, seed: int) -> dict[str, Batch]:
         """Returns all examples to train on, of the roles that learn."""

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 import optax
 
 import merge_jax as mj
+from experiments.alignment import Alignment
 from experiments.config import RunConfig, Schedule
 from experiments.scenario import Learner, Method, Reader
 from merge_jax.checks import check_at_least_one, check_dropout
@@ -95,6 +96,7 @@ class TransferConfig(RunConfig):
         bind: Bind,
         num_steps: int,
         objectives: Mapping[str, Callable[[], Objective]],
+        alignment: Alignment | None = None,
     ) -> dict[str, Callable[[], Method]]:
         """Returns what makes each method: every transfer with every objective.
 
@@ -104,6 +106,7 @@ class TransferConfig(RunConfig):
           objectives: by name, as the methods have them; `""` is the target's own task. A method is named after its
             transfer and its objective (`share_agree`), and after one of the two where the other is none (`share`,
             `agree`); `vanilla` has neither.
+          alignment: the models, where their channels can be aligned.
         """
 
         def method(transfer: Callable[[Routes], mj.Transfer] | None, objective: Callable[[], Objective]) -> Method:
@@ -112,10 +115,27 @@ class TransferConfig(RunConfig):
                 return Method(task, teacher=teacher)
             return Method(task, bind(transfer), self.stop, teacher)
 
+        def aligned(learning: bool, objective: Callable[[], Objective]) -> Method:
+            if alignment is None:
+                raise ValueError("a method with aligned needs one source that is a model of its own")
+            task, teacher = objective()
+            transfer = bind(alignment.transfer)
+            if not isinstance(transfer, mj.AlignedTransfer):
+                raise ValueError("a method with aligned needs one source that is a model of its own")
+            if not learning:
+                return Method(task, transfer, 1 / num_steps, teacher, alignment.fit(transfer))
+            residual = bind(lambda routes: self.lpka(routes, num_steps, output="residual"))
+            both = mj.chain(alignment.first(transfer), residual)
+            return Method(task, both, self.stop, teacher, alignment.fit(transfer, lambda all_, own: {**all_, "0": own}))
+
         methods = {}
         for (name, transfer), (of, objective) in product(self._factories(num_steps).items(), objectives.items()):
             full_name = "_".join(part for part in (name, of) if part) or "vanilla"
             methods[full_name] = partial(method, transfer, objective)
+        for (name, learning), (of, objective) in product(
+            {"aligned": False, "mergenet_aligned": True}.items(), objectives.items()
+        ):
+            methods["_".join(part for part in (name, of) if part)] = partial(aligned, learning, objective)
         return methods
 
     def _factories(self, num_steps: int) -> dict[str, Callable[[Routes], mj.Transfer] | None]:

@@ -5,6 +5,7 @@ MergeNet (arXiv:2404.13322) as pure functions over parameter pytrees.
 
 from merge_jax import models
 from merge_jax.agreement import agreeing, cka, features_teacher, mixed
+from merge_jax.aligned import AlignedTransfer, aligned_transfer
 from merge_jax.checkpoint import CheckpointError, Checkpoints, DamagedCheckpointWarning, NotBitExactWarning
 from merge_jax.combinators import chain, scheduled, self_transfer, several_sources, without_source
 from merge_jax.epoch import augmented, make_epoch
@@ -57,12 +58,14 @@ from merge_jax.types import Adapter, Batch, LossFn, Params, RouteSummary, Transf
 from merge_jax.vqa import evaluate_vqa, predict_answers, vqa_loss
 from merge_jax.vqa_score import answer_coverage, answer_indices, answer_vocabulary, vqa_scores
 from merge_jax.weights import load_params, load_safetensors, save_safetensors
+from merge_jax.wiring import Wiring, input_moments, wiring
 
 __all__ = [
     "DATA_AXIS",
     "LPKA",
     "Adapter",
     "AdapterState",
+    "AlignedTransfer",
     "Batch",
     "CheckpointError",
     "Checkpoints",
@@ -87,10 +90,12 @@ __all__ = [
     "TrainState",
     "Trajectory",
     "Transfer",
+    "Wiring",
     "accuracy",
     "adapter_adamw",
     "adapter_transfer",
     "agreeing",
+    "aligned_transfer",
     "answer_coverage",
     "answer_indices",
     "answer_vocabulary",
@@ -121,6 +126,7 @@ __all__ = [
     "from_matrix",
     "identity_transfer",
     "init_joint_state",
+    "input_moments",
     "jit_layout",
     "last_of",
     "linear_operator_transfer",
@@ -174,6 +180,7 @@ __all__ = [
     "vqa_loss",
     "vqa_scores",
     "weight_selection_transfer",
+    "wiring",
     "with_features",
     "without_source",
 ]

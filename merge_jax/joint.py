@@ -137,6 +137,7 @@ def init_joint_state(
     target_params: Params,
     source_state: ModelState = None,
     target_state: ModelState = None,
+    adapter: Adapter | None = None,
     adapter_optimizer: optax.GradientTransformation | None = None,
 ) -> JointState:
     """Returns the state before the first step; `key` is consumed.
@@ -152,6 +153,7 @@ def init_joint_state(
       target_params: parameters of the target.
       source_state: the source's model state; `{}` if not given.
       target_state: the target's model state; `{}` if not given.
+      adapter: to start from, such as one that `AlignedTransfer.fit` has made; by default what `transfer.init` makes.
       adapter_optimizer: the one that `make_joint_step` gets; `adapter_adamw()` if not given.
 
     Raises:
@@ -160,7 +162,8 @@ def init_joint_state(
     check_tasks(source, target, transfer)
     adapter_optimizer = adapter_optimizer or adapter_adamw()
     adapter_key, step_key = jax.random.split(key)
-    adapter = transfer.init(adapter_key, source_params, target_params)
+    made = transfer.init(adapter_key, source_params, target_params) if adapter is None else adapter
+    adapter_params: Adapter = jax.tree.map(_copy, made)
 
     def train_state(task: Task | None, params: Params, model_state: ModelState) -> TrainState:
         params, model_state = jax.tree.map(_copy, (params, model_state or {}))
@@ -171,7 +174,7 @@ def init_joint_state(
         key=step_key,
         source=train_state(source, source_params, source_state),
         target=train_state(target, target_params, target_state),
-        adapter=AdapterState(adapter, adapter_optimizer.init(adapter)),
+        adapter=AdapterState(adapter_params, adapter_optimizer.init(adapter_params)),
     )
 
 

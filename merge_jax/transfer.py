@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, TypedDict, get_args
+from typing import Any, Literal, Self, TypedDict, get_args
 
 import flax.errors
 import flax.linen as nn
@@ -351,7 +351,7 @@ class RoutedTransfer(Transfer):
         describe: Callable[[Params, Params], tuple[RouteSummary, ...]],
         at: Callable[[Any], Transfer] | None = None,
         monitor: MonitorFn | None = None,
-    ) -> "RoutedTransfer":
+    ) -> Self:
         self = super().__new__(cls, init, apply)
         self._describe, self._at, self._monitor = describe, at, monitor
         return self
