@@ -1,6 +1,7 @@
 """Alignment: channels of a source are chosen for the target's, alike in all layers that share them."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import NamedTuple, Self
 
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from merge_jax.blocks import kernel_routes
+from merge_jax.cost import count_flops
 from merge_jax.paths import flatten, near_misses, replace
 from merge_jax.routes import ResolvedRoute, Routes, resolve
 from merge_jax.selection import evenly_chosen
@@ -161,12 +163,15 @@ def aligned_transfer(routes: Routes, source_wiring: Wiring, target_wiring: Wirin
     def describe(source_params: Params, target_params: Params) -> tuple[RouteSummary, ...]:
         rows = like_share.describe(source_params, target_params)
         plan, seen, described = plan_of(source_params, target_params), set(), []
+        adapter = jax.eval_shape(lambda: _evenly(plan))
         for row, leaf in zip(rows, plan.leaves, strict=True):
             parameters = sum(axis.sizes[0] * axis.sizes[1] for axis in leaf.axes if axis.contracted)
             for pair in {axis.pair for axis in leaf.axes if not axis.contracted} - seen:
                 seen.add(pair)
                 parameters += plan.pairs[pair][0][0] * plan.pairs[pair][0][1]
-            described.append(dataclasses.replace(row, adapter=leaf.target, parameters=parameters))
+            leaves = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in leaf.shapes]
+            flops = count_flops(functools.partial(_made, leaf), adapter, *leaves)
+            described.append(dataclasses.replace(row, adapter="spaces", parameters=parameters, flops=flops))
         return tuple(described)
 
     def fit(moments: Mapping[str, jax.Array], source_params: Params, target_params: Params) -> Adapter:

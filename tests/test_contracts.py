@@ -76,6 +76,15 @@ class Row:
     source: Any = field(default_factory=lambda: SOURCE)
 
 
+def wired(params, last):
+    """Returns the wiring of a residual block of two dense layers."""
+
+    def run(params, x):
+        return x + jnp.tanh(x @ params["dense"][0]["kernel"]) @ params["dense"][last]["kernel"].T
+
+    return mj.wiring(run, params, jnp.ones((1, params["dense"][0]["kernel"].shape[0])))
+
+
 RAMP = optax.linear_schedule(0.25, 1.0, 4)
 TABLE = {
     "lpka official": Row(mj.lpka_transfer(DENSE, output="official", **SMALL), OF_DENSE),
@@ -126,6 +135,7 @@ TABLE = {
         (*OF_DENSE, "norm/0", *OF_CONV),
         random=False,
     ),
+    "aligned": Row(mj.aligned_transfer(DENSE, wired(SOURCE, 2), wired(TARGET, 1)), OF_DENSE, random=False),
     "identity": Row(mj.identity_transfer(), (), random=False),
     "chain": Row(mj.chain(mj.share_transfer(CONV), mj.lpka_transfer(ONE, **TINY)), (*OF_ONE, *OF_CONV)),
     "scheduled": Row(mj.scheduled(mj.lpka_transfer(ONE, output="official", **TINY), RAMP), OF_ONE),
@@ -180,10 +190,11 @@ def compiled(name):
 
 
 def test_every_public_factory_of_a_transfer_has_a_row():
-    factories = {name for name in mj.__all__ if inspect.isfunction(getattr(mj, name))
-                 and inspect.signature(getattr(mj, name)).return_annotation is mj.Transfer}  # fmt: skip
+    functions = {name: getattr(mj, name) for name in mj.__all__ if inspect.isfunction(getattr(mj, name))}
+    returned = {name: inspect.signature(function).return_annotation for name, function in functions.items()}
+    factories = {name for name, kind in returned.items() if kind in (mj.Transfer, mj.AlignedTransfer)}
     text = Path(__file__).read_text()
-    assert len(factories) >= 9
+    assert len(factories) >= 10
     assert {name for name in factories if f"mj.{name}(" in text} == factories
 
 
