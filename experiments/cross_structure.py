@@ -2,6 +2,7 @@
 
     python -m experiments.cross_structure          # handwritten digits; two to four minutes on two cores
     python -m experiments.cross_structure smoke    # a minute; shows that it works, not what it gains
+    python -m experiments.cross_structure family   # to a ResNet of half the width, which has 50 digits
     python -m experiments.cross_structure small    # CIFAR-100 at 16x16 pixels with small networks, for a CPU
     python -m experiments.cross_structure short    # CIFAR-100, the published pair, 30 epochs, for a GPU
     python -m experiments.cross_structure paper    # the same with the published recipe of 200 epochs
@@ -13,8 +14,9 @@ comes through TFDS (see --data-dir), or is read from an archive that is there al
 
 Methods: vanilla (no transfer), share (the overlapping block of the source's layer is copied every few steps), kd, rkd,
 dkd and nkd (distillation of the source's outputs), mergenet (a learned adapter makes the target's layer from both),
-agree (the target's features are drawn to the source's), and a transfer with an objective, such as mergenet_kd or
-mergenet_agree; all of them are in experiments/README.md, with what was measured.
+agree (the target's features are drawn to the source's), aligned (channels are taken over as wholes, once), and a
+transfer with an objective, such as mergenet_kd or aligned_agree; all of them are in experiments/README.md, with what
+was measured.
 """
 
 from collections.abc import Callable
@@ -156,6 +158,13 @@ PRESETS = {
         feed_forward_dropout=0.0,
         report_every=25,
         checkpoint_every=100,
+    ),
+    # One family, half the width: here channels can be taken over as wholes.
+    "family": Config(
+        labels=50,
+        target_model="small_resnet_half",
+        routes=("**=**",),
+        methods=("vanilla", "share", "kd", "agree", "aligned", "aligned_agree"),
     ),
     "small": replace(
         _CIFAR100,
