@@ -184,14 +184,13 @@ def aligned_transfer(routes: Routes, source_wiring: Wiring, target_wiring: Wirin
 def _plan(routes: tuple[ResolvedRoute, ...], source_wiring: Wiring, target_wiring: Wiring) -> _Plan:
     pairs: dict[str, tuple[tuple[int, int], str]] = {}
     leaves = [_leaf(route, source_wiring, target_wiring, pairs) for route in routes]
-    read = {target_wiring.spaces[path][axis] for path, axes in target_wiring.inputs.items() for axis in axes}
     for leaf in leaves:
         for axis in leaf.axes:
             target, source = axis.sizes
-            if target != source and target_wiring.spaces[leaf.target][axis.target] not in read:
+            if target != source and target_wiring.spaces[leaf.target][axis.target] not in target_wiring.read:
                 raise ValueError(
                     f"{leaf.target!r} has {target} entries along axis {axis.target}, {leaf.source!r} has {source}, and "
-                    "no layer reads them, as it is with labels or tokens, so nothing says which to choose: leave out "
+                    "nothing reads them, as it is with labels or tokens, so nothing says which to choose: leave out "
                     "the route"
                 )
     return _Plan(tuple(leaves), pairs)

@@ -35,10 +35,12 @@ class Wiring:
         of the space is to permute all of them alike. A space is named after the first of its axes, such as
         `stage1_0/conv1/kernel:3`.
       inputs: `{leaf path: axes that are summed over with what enters the layer}`; the other axes make channels.
+      read: spaces that are summed over anywhere, by a layer or, as in attention, with other channels.
     """
 
     spaces: Mapping[str, tuple[str, ...]]
     inputs: Mapping[str, tuple[int, ...]]
+    read: frozenset[str]
 
     def of(self, path: str) -> tuple[str, ...]:
         """Returns the spaces of a leaf.
@@ -91,7 +93,8 @@ def wiring(fn: Callable[..., Any], params: Params, *inputs: Any) -> Wiring:
     contracted: dict[str, set[int]] = {}
     for site in sites:
         contracted.setdefault(site.path, set()).add(site.axis)
-    return Wiring(spaces, {path: tuple(sorted(contracted.get(path, ()))) for path in spaces})
+    read = frozenset(names[root] for root in map(trace.root, trace.read) if root in names)
+    return Wiring(spaces, {path: tuple(sorted(contracted.get(path, ()))) for path in spaces}, read)
 
 
 def input_moments(fn: Callable[..., Any], params: Params, *inputs: Any) -> dict[str, jax.Array]:
@@ -126,6 +129,7 @@ class _Trace:
     def __init__(self, fn: Callable[..., Any], params: Params, inputs: Sequence[Any]):
         self._jaxpr = jax.make_jaxpr(fn)(params, *inputs)
         self._parents: list[int] = []
+        self.read: set[int] = set()
         self.leaves = {path: self._fresh(len(np.shape(leaf))) for path, leaf in flatten(params).items()}
         self._place_of = {node: (path, axis) for path, nodes in self.leaves.items() for axis, node in enumerate(nodes)}
 
@@ -300,6 +304,7 @@ class _Trace:
     def _sum_over(self, a: _Value, axis: int, b: _Value, other: int, on_site: Callable[[_Site], None]) -> None:
         places = self._place_of.get(a.nodes[axis]), self._place_of.get(b.nodes[other])
         self._tie(a.nodes[axis], b.nodes[other])
+        self.read.add(a.nodes[axis])
         if places[1] is not None and places[0] is None:
             on_site(_Site(*places[1], a.value, axis))
         elif places[0] is not None and places[1] is None:

@@ -77,6 +77,15 @@ def test_residual_sums_norms_and_biases_are_one_space():
     assert wiring.inputs["stem_norm/scale"] == ()
 
 
+def test_what_attention_multiplies_is_read_too():
+    model, images = MODELS["vit"]
+    wiring = mj.wiring(reading(model), *variables_of(model, images), images)
+    (of_query,) = {wiring.spaces["encoder/layer_0/attention/query/kernel"][2]}
+    assert wiring.spaces["encoder/layer_0/attention/key/kernel"][2] == of_query
+    assert of_query in wiring.read
+    assert wiring.spaces["classifier/kernel"][1] not in wiring.read
+
+
 def test_depthwise_convolutions_pass_channels_on():
     model, images = MODELS["mobilenet"]
     wiring = mj.wiring(reading(model), *variables_of(model, images), images)
