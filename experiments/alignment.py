@@ -11,6 +11,7 @@ import merge_jax as mj
 from experiments.scenario import FitFn, Learner, Reader, Role
 from merge_jax.aligned import AlignedTransfer
 from merge_jax.data import num_examples
+from merge_jax.selection import evenly_chosen
 from merge_jax.types import Adapter, Batch, ModelState, Params
 
 __all__ = ["Alignment"]
@@ -70,7 +71,8 @@ class Alignment(NamedTuple):
         return mj.wiring(_reading(reader), params, model_state, *inputs)
 
     def _inputs(self, reader: Reader, examples: Any) -> list[np.ndarray]:
-        rows = np.arange(min(_EXAMPLES, num_examples(examples)))
+        total = num_examples(examples)
+        rows = evenly_chosen(min(_EXAMPLES, total), total)  # Of a set that may be sorted by class.
         return [np.asarray(examples[name][rows]) for name in reader.inputs]
 
 

@@ -112,9 +112,8 @@ class Stage:
 
     def _fitted(self, seed: int, source: TrainState, target_params: Params) -> Adapter:
         assert self.method.fit is not None
-        last = source if self.snapshots is None else jax.tree.map(lambda leaf: leaf[-1], source)
         adapter = self.method.transfer.init(initial_key(seed, 2), source.params, target_params)
-        return self.method.fit(adapter, last, target_params, self.arrays(seed)["target"])
+        return self.method.fit(adapter, source, target_params, self.arrays(seed)["target"])
 
     def arrays(self, seed: int) -> dict[str, Batch]:
         """Returns all examples to train on, of the roles that learn."""
@@ -246,6 +245,11 @@ def make_stages(scenario: Scenario, config: RunConfig, origin: Origin) -> dict[s
                 other_seed=OTHER_SEED if config.source_control == "other_seed" else 0,
             )
     for name, method in scenario.methods.items():
+        if method.fit is not None and config.source in ("live", "trajectory"):
+            raise ValueError(
+                f"the method {name!r} is fitted to a source that has been trained, once: with --source {config.source} "
+                "there is none before the first step; take pretrained or frozen"
+            )
         if origin.snapshots is not None:
             method = _replaying(method, origin.snapshots, scenario.schedule.target.steps)
         live_task = scenario.source_task if origin.live else None

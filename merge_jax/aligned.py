@@ -135,8 +135,8 @@ def aligned_transfer(routes: Routes, source_wiring: Wiring, target_wiring: Wirin
 
     Raises:
       ValueError: as `share_transfer`; for a route with the view `attention`, several leaves in one, leaves with other
-        numbers of channel axes, axes of unequal sizes that nothing reads (labels, tokens), a wiring of another model,
-        or, in `apply`, an adapter of other routes.
+        numbers of channel axes or of other layouts, axes of unequal sizes that nothing reads (labels, tokens), a wiring
+        of another model, or, in `apply`, an adapter of other routes.
     """
     named_routes = kernel_routes(routes)
     like_share = share_transfer(named_routes)
@@ -190,8 +190,8 @@ def _plan(routes: tuple[ResolvedRoute, ...], source_wiring: Wiring, target_wirin
             if target != source and target_wiring.spaces[leaf.target][axis.target] not in target_wiring.read:
                 raise ValueError(
                     f"{leaf.target!r} has {target} entries along axis {axis.target}, {leaf.source!r} has {source}, and "
-                    "nothing reads them, as it is with labels or tokens, so nothing says which to choose: leave out "
-                    "the route"
+                    "nothing that can be followed reads them, as it is with labels and tokens, and where channels "
+                    "are split, merged or looped over: nothing says which to choose. Leave out the route"
                 )
     return _Plan(tuple(leaves), pairs)
 
@@ -232,7 +232,14 @@ def _leaf(
         if pairs.setdefault(pair, (sizes, of_source)) != (sizes, of_source):
             pair = f"{of_target} from {of_source}"
             pairs.setdefault(pair, (sizes, of_source))
-        axes.append(_Axis(t, s, pair, t in target_wiring.inputs[target], sizes))
+        contracted = t in target_wiring.inputs[target]
+        if contracted != (s in source_wiring.inputs[source]):
+            reads, makes = ("target", "source") if contracted else ("source", "target")
+            raise ValueError(
+                f"{target!r} and {source!r} are of other layouts: axis {t if contracted else s} is an input of the "
+                f"{reads}'s layer, and axis {s if contracted else t} none of the {makes}'s"
+            )
+        axes.append(_Axis(t, s, pair, contracted, sizes))
     return _Leaf(target, source, shapes, tuple(axes), (specs[0].window, specs[1].window))
 
 
@@ -306,16 +313,17 @@ def _reconstruction(moments: jax.Array, chosen: jax.Array) -> jax.Array:
 def _check_adapter(adapter: Adapter, plan: _Plan) -> None:
     shapes = jax.eval_shape(lambda: _evenly(plan))
     for part, expected in shapes.items():
+        found = adapter.get(part, {})
         for name, matrix in expected.items():
-            if name not in adapter[part]:
+            if name not in found:
                 raise ValueError(
                     f"the adapter has nothing for {name!r}; was it made for other routes or models? "
-                    f"{near_misses(name, adapter[part])}"
+                    f"{near_misses(name, found)}"
                 )
-            if adapter[part][name].shape != matrix.shape:
+            if found[name].shape != matrix.shape:
                 raise ValueError(
                     f"the adapter's {name!r} does not fit; was it made for other models? Expected {matrix.shape}, got "
-                    f"{adapter[part][name].shape}"
+                    f"{found[name].shape}"
                 )
 
 

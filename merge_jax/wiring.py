@@ -22,8 +22,15 @@ _REDUCTIONS = {
     *("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or"),
     *("argmax", "argmin"),
 }
-# They mix or reorder entries along an axis, though shapes stay; all else whose shapes stay works entry by entry.
-_NOT_BY_ENTRY = {"sort", "rev", "fft", "scan", "while", "cond", "gather", "scatter", "scatter-add", "top_k", "cholesky"}
+_BY_ENTRY = {
+    *("add", "add_any", "sub", "mul", "div", "rem", "max", "min", "pow", "integer_pow", "atan2", "nextafter"),
+    *("neg", "sign", "abs", "floor", "ceil", "round", "square", "sqrt", "rsqrt", "cbrt", "is_finite"),
+    *("exp", "exp2", "log", "expm1", "log1p", "tanh", "logistic", "erf", "erfc", "erf_inv"),
+    *("sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "asinh", "acosh", "atanh"),
+    *("eq", "ne", "lt", "le", "gt", "ge", "and", "or", "xor", "not", "select_n", "clamp"),
+    *("convert_element_type", "reduce_precision", "copy", "copy_p", "name", "sharding_constraint", "pvary"),
+}
+_WINDOWS = {"reduce_window", "reduce_window_max", "reduce_window_sum"}
 
 
 @dataclass(frozen=True)
@@ -54,10 +61,11 @@ class Wiring:
 
 
 class _Value(NamedTuple):
-    """A value of the computation with the node of each of its axes."""
+    """A value of the computation with the node of each of its axes, and whether it is made of leaves alone."""
 
     value: Any
     nodes: tuple[int, ...]
+    of_leaves: bool = False
 
 
 class _Site(NamedTuple):
@@ -76,8 +84,10 @@ def wiring(fn: Callable[..., Any], params: Params, *inputs: Any) -> Wiring:
     `jax.ShapeDtypeStruct`s. It is any JAX function of a parameter tree, such as
     `lambda params, x: model.apply({"params": params, **state}, x, train=False)`; no library of layers is asked. What
     ties axes: sums and products entry by entry, products of matrices, convolutions, and the lookup of embeddings.
-    Across reshapes that split or merge channels, and inside of loops (`nn.scan`), nothing is tied. Our choice; Git
-    Re-Basin (arXiv:2209.04836) writes down by hand for each model what is found here.
+    Nothing is tied across reshapes that split or merge channels, concatenation and padding along them, groups of a
+    convolution, and inside of loops (`nn.scan`); and it is not seen where channels have an order of their own, as in
+    rotary embeddings. Our choice; Git Re-Basin (arXiv:2209.04836) writes down by hand for each model what is found
+    here.
 
     Raises:
       ValueError: leaves that cannot be named, as `flatten`.
@@ -93,6 +103,8 @@ def wiring(fn: Callable[..., Any], params: Params, *inputs: Any) -> Wiring:
     contracted: dict[str, set[int]] = {}
     for site in sites:
         contracted.setdefault(site.path, set()).add(site.axis)
+    for path, axis in trace.looked_up:  # A table that is read as a kernel too makes channels first of all.
+        contracted.get(path, set()).discard(axis)
     read = frozenset(names[root] for root in map(trace.root, trace.read) if root in names)
     return Wiring(spaces, {path: tuple(sorted(contracted.get(path, ()))) for path in spaces}, read)
 
@@ -130,12 +142,13 @@ class _Trace:
         self._jaxpr = jax.make_jaxpr(fn)(params, *inputs)
         self._parents: list[int] = []
         self.read: set[int] = set()
+        self.looked_up: set[tuple[str, int]] = set()
         self.leaves = {path: self._fresh(len(np.shape(leaf))) for path, leaf in flatten(params).items()}
         self._place_of = {node: (path, axis) for path, nodes in self.leaves.items() for axis, node in enumerate(nodes)}
 
     def run(self, params: Params, inputs: Sequence[Any], on_site: Callable[[_Site], None]) -> list[Any]:
         """Evaluates the function, and hands over each sum over an axis of a leaf."""
-        leaves = [_Value(leaf, self.leaves[path]) for path, leaf in flatten(params).items()]
+        leaves = [_Value(leaf, self.leaves[path], True) for path, leaf in flatten(params).items()]
         rest = [_Value(leaf, self._fresh(jnp.ndim(leaf))) for leaf in jax.tree.leaves(tuple(inputs))]
         outputs = self._evaluate(self._jaxpr.jaxpr, self._jaxpr.consts, [*leaves, *rest], on_site)
         return [output.value for output in outputs]
@@ -156,8 +169,10 @@ class _Trace:
         older, newer = sorted((self.root(node), self.root(other)))
         self._parents[newer] = older
 
-    def _tied(self, node: int) -> int:
-        """Returns a new node that is tied to one: an axis of another value of the same space."""
+    def _tied(self, node: int, of_leaves: bool = False) -> int:
+        """Returns a new node that is tied to one, an axis of another value of the same space; of leaves the same."""
+        if of_leaves:
+            return node
         (fresh,) = self._fresh(1)
         self._tie(node, fresh)
         return fresh
@@ -169,10 +184,10 @@ class _Trace:
 
         def read(var: Any) -> _Value:
             if isinstance(var, core.Literal):
-                return _Value(var.val, self._fresh(np.ndim(var.val)))
+                return _Value(var.val, self._fresh(np.ndim(var.val)), True)
             return known[var]
 
-        constants = [_Value(const, self._fresh(np.ndim(const))) for const in consts]
+        constants = [_Value(const, self._fresh(np.ndim(const)), True) for const in consts]
         known |= dict(zip([*jaxpr.constvars, *jaxpr.invars], [*constants, *inputs], strict=True))
         of_platform: set[Any] = set()
         for eqn in jaxpr.eqns:
@@ -203,6 +218,12 @@ class _Trace:
     ) -> list[_Value]:
         """Returns the results with the nodes of their axes."""
         name, params = eqn.primitive.name, eqn.params
+        if name == "optimization_barrier":
+            return [one._replace(value=result) for one, result in zip(values, results, strict=True)]
+        of_leaves = all(one.of_leaves for one in values)
+        fresh = [_Value(result, self._fresh(jnp.ndim(result)), of_leaves) for result in results]
+        if not values or not results:
+            return fresh
         shapes = [jnp.shape(one.value) for one in values]
         shape = jnp.shape(results[0])
         if name == "dot_general":
@@ -219,16 +240,19 @@ class _Trace:
             nodes = tuple(node for axis, node in enumerate(values[0].nodes) if axis not in params["axes"])
         elif name == "gather":
             nodes = self._gathered(params, values[0].nodes, shapes[0], shape)
-        elif name in ("slice", "dynamic_slice", "pad", "reduce_window_max", "reduce_window_sum", "reduce_window"):
-            nodes = self._where_whole(values[0].nodes, shapes[0], shape)
+        elif name in ("slice", "dynamic_slice"):
+            nodes = self._where_whole(values[0].nodes, [a == b for a, b in zip(shapes[0], shape, strict=True)])
+        elif name == "pad":
+            nodes = self._where_whole(values[0].nodes, [not any(sides) for sides in params["padding_config"]])
+        elif name in _WINDOWS:
+            nodes = self._where_whole(values[0].nodes, [size == 1 for size in params["window_dimensions"]])
         elif name == "concatenate":
             nodes = self._by_entry(values, shape, skip=params["dimension"])
-        elif name not in _NOT_BY_ENTRY and any(shapes) and all(_broadcasts(one, shape) for one in shapes):
+        elif name in _BY_ENTRY and any(shapes) and all(_broadcasts(one, shape) for one in shapes):
             nodes = self._by_entry(values, shape)
         else:
-            return [_Value(result, self._fresh(jnp.ndim(result))) for result in results]
-        others = [_Value(result, self._fresh(jnp.ndim(result))) for result in results[1:]]
-        return [_Value(results[0], nodes), *others]
+            return fresh
+        return [fresh[0]._replace(nodes=nodes), *fresh[1:]]
 
     def _by_entry(self, values: Sequence[_Value], shape: Sequence[int], skip: int | None = None) -> tuple[int, ...]:
         arrays = [one for one in values if one.nodes]
@@ -239,6 +263,8 @@ class _Trace:
             for one in arrays:
                 if axis != skip and jnp.shape(one.value)[axis] == shape[axis]:
                     self._tie(node, one.nodes[axis])
+                    if one.nodes[axis] in self._place_of and all(value.of_leaves for value in values):
+                        nodes[axis] = one.nodes[axis]  # A kernel that other leaves scale is that kernel still.
         return tuple(nodes)
 
     def _placed(
@@ -259,12 +285,9 @@ class _Trace:
                 new_nodes[axis] = nodes[ends[end][0]]
         return tuple(new_nodes)
 
-    def _where_whole(self, nodes: Sequence[int], shape: Sequence[int], new_shape: Sequence[int]) -> tuple[int, ...]:
-        fresh = self._fresh(len(new_shape))
-        return tuple(
-            node if size == new else other
-            for node, size, new, other in zip(nodes, shape, new_shape, fresh, strict=True)
-        )
+    def _where_whole(self, nodes: Sequence[int], whole: Sequence[bool]) -> tuple[int, ...]:
+        fresh = self._fresh(len(nodes))
+        return tuple(node if stays else other for node, stays, other in zip(nodes, whole, fresh, strict=True))
 
     def _gathered(
         self, params: Any, nodes: Sequence[int], shape: Sequence[int], new_shape: Sequence[int]
@@ -275,6 +298,8 @@ class _Trace:
         for axis, place in zip(kept, numbers.offset_dims, strict=True):
             if params["slice_sizes"][axis] == shape[axis]:
                 gathered[place] = self._tied(nodes[axis])
+                if nodes[axis] in self._place_of:
+                    self.looked_up.add(self._place_of[nodes[axis]])
         return tuple(gathered)
 
     def _product(self, numbers: Any, values: Sequence[_Value], on_site: Callable[[_Site], None]) -> tuple[int, ...]:
@@ -285,7 +310,10 @@ class _Trace:
             self._tie(a.nodes[axis], b.nodes[other])
         free = [node for axis, node in enumerate(a.nodes) if axis not in (*left, *left_batch)]
         other_free = [node for axis, node in enumerate(b.nodes) if axis not in (*right, *right_batch)]
-        return tuple(map(self._tied, (*(a.nodes[axis] for axis in left_batch), *free, *other_free)))
+        of_leaves = a.of_leaves and b.of_leaves
+        return tuple(
+            self._tied(node, of_leaves) for node in (*(a.nodes[axis] for axis in left_batch), *free, *other_free)
+        )
 
     def _convolution(self, params: Any, values: Sequence[_Value], on_site: Callable[[_Site], None]) -> tuple[int, ...]:
         numbers, (x, kernel) = params["dimension_numbers"], values
@@ -293,11 +321,12 @@ class _Trace:
         nodes = list(self._fresh(len(x.nodes)))
         nodes[numbers.out_spec[0]] = self._tied(x.nodes[numbers.lhs_spec[0]])
         groups, channels = params["feature_group_count"], jnp.shape(kernel.value)[out_axis]
+        depthwise = groups == channels == jnp.shape(x.value)[in_axis]
         if groups == 1:
             self._sum_over(x, in_axis, kernel, kernel_in, on_site)
-        if groups == 1 or groups == channels:
+        if groups == 1 or depthwise:
             nodes[numbers.out_spec[1]] = self._tied(kernel.nodes[out_axis])
-        if groups > 1 and groups == channels:  # Depthwise: each channel by itself.
+        if groups > 1 and depthwise:  # Each channel by itself.
             self._tie(x.nodes[in_axis], kernel.nodes[out_axis])
         return tuple(nodes)
 

@@ -223,6 +223,14 @@ def test_wirings_of_other_models_are_refused():
     refuse({"fc/kernel": "fc/kernel"}, source, target, (flat, WIRINGS[SMALL]), "has 1 axes there, here 2")
 
 
+def test_kernels_of_other_layouts_are_refused():
+    x, square = jnp.ones((2, 4)), {"k": jnp.ones((4, 4))}
+    wirings = mj.wiring(lambda p, x: x @ p["k"].T, square, x), mj.wiring(lambda p, x: x @ p["k"], square, x)
+    refuse(
+        {"k": "k"}, square, square, wirings, "of other layouts: axis 0 is an input of the target's layer, and axis 0"
+    )
+
+
 def test_leaves_of_other_ranks_and_joined_leaves_are_refused():
     (source, _), (target, _) = PAIR[LARGE], PAIR[SMALL]
     wirings = WIRINGS[LARGE], WIRINGS[SMALL]
@@ -242,6 +250,8 @@ def test_an_adapter_or_moments_of_other_models_are_refused():
     few = aligned(LARGE, SMALL, {"fc/kernel": "fc/kernel"}).init(jax.random.key(0), source, target)
     with pytest.raises(ValueError, match="the adapter has nothing for"):
         transfer.apply(few, source, target)
+    with pytest.raises(ValueError, match="the adapter has nothing for"):
+        transfer.apply({}, source, target)
     moments = mj.input_moments(reading(LARGE), source, state, IMAGES)
     with pytest.raises(ValueError, match=r"must be \(16, 16\), got \(3, 3\)"):
         transfer.fit({**moments, "stage1_0/conv1/kernel": jnp.eye(3)}, source, target)

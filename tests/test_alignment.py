@@ -67,6 +67,13 @@ def test_it_writes_at_the_first_step_alone(scenario, stages):
         np.testing.assert_array_equal(mj.flatten(later)[path], mj.flatten(old)[path])
 
 
+@pytest.mark.parametrize("source", ["live", "trajectory"])
+def test_a_source_that_is_not_trained_before_is_refused(scenario, source):
+    origin = Origin(live=source == "live", snapshots=3 if source == "trajectory" else None)
+    with pytest.raises(ValueError, match=f"with --source {source} there is none before the first step"):
+        make_stages(scenario, replace(CONFIG, source=source), origin)
+
+
 def test_a_source_that_is_many_or_the_model_itself_is_refused():
     several = replace(
         cross_task.PRESETS["digits"], source_task=("digits", "parity"), routes=("fc/kernel=fc/kernel",), agree=()

@@ -118,6 +118,14 @@ def test_groups_that_are_no_single_channels_tie_nothing():
     )
     assert two.spaces["first/kernel"][3] != two.spaces["grouped/kernel"][3]
     assert two.inputs["grouped/kernel"] == ()
+    narrowing = jnp.ones((3, 3, 2, 4)), jnp.ones((1, 5, 5, 8))  # As many groups as outputs, but two inputs in each.
+
+    def run(p, x):
+        return jax.lax.conv_general_dilated(
+            x, p["k"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=4
+        )
+
+    assert mj.wiring(run, {"k": narrowing[0]}, narrowing[1]).inputs == {"k": ()}
 
 
 def test_a_model_of_nnx_and_a_plain_function():
@@ -154,6 +162,50 @@ def test_a_loop_over_layers_ties_nothing_inside_and_still_runs():
     wiring = mj.wiring(run, params, jnp.ones((2, 3)))
     assert wiring.inputs == {"first": (0,), "layers": (), "last": (0,)}
     assert set(mj.input_moments(run, params, jnp.ones((2, 3)))) == {"first", "last"}
+
+
+def test_a_kernel_that_other_leaves_scale_or_make_is_read_still():
+    params = {"w": jnp.ones((3, 4)), "g": jnp.ones(4), "a": jnp.ones((4, 2)), "b": jnp.ones((2, 5))}
+
+    def run(p, x):
+        return jnp.tanh(x @ (p["w"] * p["g"][None])) @ (p["a"] @ p["b"])
+
+    wiring = mj.wiring(run, params, jnp.ones((2, 3)))
+    assert wiring.inputs["w"] == wiring.inputs["a"] == (0,)
+    assert wiring.spaces["w"][1] == wiring.spaces["g"][0] == wiring.spaces["a"][0]
+
+
+def test_a_table_that_is_looked_up_and_multiplied_makes_channels():
+    params = {"table": jnp.ones((7, 4)), "position": jnp.ones((2, 4))}
+    run = lambda p, x: (p["table"][x] + p["position"]) @ p["table"].T  # noqa: E731
+    wiring = mj.wiring(run, params, jnp.zeros(2, jnp.int32))
+    assert wiring.inputs["table"] == ()
+    assert wiring.spaces["table"][1] == wiring.spaces["position"][1]
+    assert wiring.spaces["table"][1] in wiring.read
+
+
+@pytest.mark.parametrize(
+    "change", [jnp.cumsum, lambda h: jnp.sort(h, axis=-1), lambda h: jnp.pad(h, ((0, 0), (1, 0)))[:, :-1]]
+)
+def test_what_mixes_channels_ties_nothing(change):
+    params = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
+    run = lambda p, x: change(x @ p["a"]).reshape(2, 4) @ p["b"]  # noqa: E731
+    wiring = mj.wiring(run, params, jnp.ones((2, 3)))
+    assert wiring.spaces["a"][1] != wiring.spaces["b"][0]
+
+
+def test_effects_and_barriers_are_passed():
+    params = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 4))}
+
+    def run(p, x):
+        h = x @ p["a"]
+        jax.debug.print("{}", h.sum())
+        h, b = jax.lax.optimization_barrier((h, p["b"]))
+        return h @ b
+
+    wiring = mj.wiring(run, params, jnp.ones((2, 3)))
+    assert wiring.inputs == {"a": (0,), "b": (0,)}
+    assert wiring.spaces["a"][1] == wiring.spaces["b"][0]
 
 
 def test_an_unknown_leaf_is_told_with_near_misses():
