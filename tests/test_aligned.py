@@ -211,7 +211,7 @@ def test_labels_of_other_numbers_are_refused():
     source = perceptron(rng, 4)
     target = {**perceptron(rng, 4), "last": {"kernel": jnp.ones((4, 7))}}
     wirings = [mj.wiring(mlp, params, x) for params in (source, target)]
-    refuse(EVERYTHING, source, target, wirings, r"'last/kernel' has 7 entries along axis 1.*has 3.*leave out the route")
+    refuse(EVERYTHING, source, target, wirings, r"'last/kernel' has 7 entries along axis 1.*has 3.*Leave out the route")
 
 
 def test_wirings_of_other_models_are_refused():
