@@ -116,12 +116,9 @@ class TransferConfig(RunConfig):
             return Method(task, bind(transfer), self.stop, teacher)
 
         def aligned(learning: bool, objective: Callable[[], Objective]) -> Method:
-            if alignment is None:
+            if alignment is None or not isinstance(transfer := bind(alignment.transfer), mj.AlignedTransfer):
                 raise ValueError("a method with aligned needs one source that is a model of its own")
             task, teacher = objective()
-            transfer = bind(alignment.transfer)
-            if not isinstance(transfer, mj.AlignedTransfer):
-                raise ValueError("a method with aligned needs one source that is a model of its own")
             if not learning:
                 return Method(task, transfer, 1 / num_steps, teacher, alignment.fit(transfer))
             residual = bind(lambda routes: self.lpka(routes, num_steps, output="residual"))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple, Self
 
@@ -11,9 +12,10 @@ from jax import lax
 
 from merge_jax.blocks import kernel_routes
 from merge_jax.cost import count_flops
+from merge_jax.matrices import overlap_blocks
 from merge_jax.paths import flatten, near_misses, replace
 from merge_jax.routes import ResolvedRoute, Routes, resolve
-from merge_jax.selection import evenly_chosen
+from merge_jax.selection import choice_matrix, evenly_chosen
 from merge_jax.transfer import RoutedTransfer, share_transfer
 from merge_jax.types import Adapter, ApplyFn, InitFn, Params, RouteSummary
 from merge_jax.views import KernelView
@@ -244,16 +246,10 @@ def _leaf(
 
 
 def _evenly(plan: _Plan) -> Adapter:
-    spaces = {pair: _chosen(jnp.asarray(evenly_chosen(min(m, p), p)), m, p) for pair, ((m, p), _) in plan.pairs.items()}
+    spaces = {pair: choice_matrix(evenly_chosen(min(m, p), p), m, p) for pair, ((m, p), _) in plan.pairs.items()}
     inputs = {leaf.input_name(axis): spaces[axis.pair] for leaf in plan.leaves for axis in leaf.axes if axis.contracted}
     used = plan.made()
     return {"spaces": {pair: matrix for pair, matrix in spaces.items() if pair in used}, "inputs": inputs}
-
-
-def _chosen(channels: jax.Array, size: int, total: int) -> jax.Array:
-    """Returns the matrix `[size, total]` that takes those channels, and 0 after them."""
-    matrix = jax.nn.one_hot(channels, total, dtype=jnp.float32)
-    return jnp.pad(matrix, ((0, size - matrix.shape[0]), (0, 0)))
 
 
 def _fitted(plan: _Plan, source_wiring: Wiring, moments: Mapping[str, jax.Array]) -> Adapter:
@@ -271,7 +267,7 @@ def _fitted(plan: _Plan, source_wiring: Wiring, moments: Mapping[str, jax.Array]
             if moment.shape != (p, p):
                 raise ValueError(f"moments of the space {space!r} must be {(p, p)}, got {moment.shape}")
         channels[pair] = _choose(sum(of_space[1:], of_space[0]), m)
-        adapter["spaces"][pair] = _chosen(channels[pair], m, p)
+        adapter["spaces"][pair] = choice_matrix(channels[pair], m, p)
     for leaf in plan.leaves:
         for axis in leaf.axes:
             if axis.contracted and axis.pair in channels:
@@ -289,18 +285,17 @@ def _choose(moments: jax.Array, count: int) -> jax.Array:
     mean = jnp.trace(moments) / size
     start = moments + _EPSILON * mean * jnp.eye(size)
 
-    def add(i: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        left, chosen = state
+    def add(_: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        left, taken = state
         own = jnp.diagonal(left)
         # What of all channels is explained by this one, of what those before leave.
         explained = jnp.where(own > _EPSILON * mean, jnp.sum(jnp.square(left), axis=0) / jnp.maximum(own, 1e-30), 0)
-        taken = jnp.zeros(size, bool).at[chosen].set(jnp.arange(count) < i, mode="drop")
         best = jnp.argmax(jnp.where(taken, -1.0, explained))
         left -= jnp.outer(left[:, best], left[best]) / jnp.maximum(left[best, best], 1e-30)
-        return left, chosen.at[i].set(best)
+        return left, taken.at[best].set(True)
 
-    _, chosen = lax.fori_loop(0, count, add, (start, jnp.full(count, size, jnp.int32)))
-    return jnp.sort(chosen)
+    _, taken = lax.fori_loop(0, count, add, (start, jnp.zeros(size, bool)))
+    return jnp.flatnonzero(taken, size=count)
 
 
 def _reconstruction(moments: jax.Array, chosen: jax.Array) -> jax.Array:
@@ -336,25 +331,13 @@ def _made(leaf: _Leaf, adapter: Adapter, target: jax.Array, source: jax.Array) -
         matrix = adapter["inputs"][leaf.input_name(axis)] if axis.contracted else adapter["spaces"][axis.pair]
         # The highest precision, since a product with the identity is to give back the source exactly.
         made = jnp.moveaxis(jnp.tensordot(matrix, made, (1, i), precision=lax.Precision.HIGHEST), 0, i)
-    made = _centred(made, old.shape, len(leaf.axes)).astype(old.dtype)
+    # Windows meet at their centres, with 0 around: as blocks whose rows are all the channels.
+    channels, wanted = old.shape[: len(leaf.axes)], old.shape[len(leaf.axes) :]
+    around = jnp.zeros((math.prod(channels), 1, *wanted), old.dtype)
+    made = overlap_blocks(around, made.reshape(math.prod(channels), 1, *made.shape[len(channels) :])).reshape(old.shape)
     for i, axis in enumerate(leaf.axes):
         if not axis.contracted and axis.sizes[0] > axis.sizes[1]:
             rows = jnp.arange(axis.sizes[0]).reshape(-1, *(1,) * (made.ndim - i - 1))
             made = jnp.where(rows < axis.sizes[1], made, old)
     inverse = [permutations[0].index(axis) for axis in range(target.ndim)]
     return made.transpose(inverse)
-
-
-def _centred(made: jax.Array, shape: tuple[int, ...], channels: int) -> jax.Array:
-    """Returns the array with windows of the sizes in `shape`, cut or padded with 0 around their centres."""
-    lead, window, wanted = made.shape[:channels], made.shape[channels:], shape[channels:]
-    rank = max(len(window), len(wanted))
-    sizes, wanted = ((1,) * (rank - len(one)) + tuple(one) for one in (window, wanted))
-    made = made.reshape(*lead, *sizes)
-    for axis, (size, want) in enumerate(zip(sizes, wanted, strict=True), start=channels):
-        if size > want:
-            made = lax.slice_in_dim(made, (size - want) // 2, (size - want) // 2 + want, axis=axis)
-        elif size < want:
-            before = (want - size) // 2
-            made = jnp.pad(made, [(before, want - size - before) if i == axis else (0, 0) for i in range(made.ndim)])
-    return made.reshape(shape)

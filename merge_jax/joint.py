@@ -162,8 +162,9 @@ def init_joint_state(
     check_tasks(source, target, transfer)
     adapter_optimizer = adapter_optimizer or adapter_adamw()
     adapter_key, step_key = jax.random.split(key)
-    made = transfer.init(adapter_key, source_params, target_params) if adapter is None else adapter
-    adapter_params: Adapter = jax.tree.map(_copy, made)
+    adapter_params: Adapter = (
+        transfer.init(adapter_key, source_params, target_params) if adapter is None else jax.tree.map(_copy, adapter)
+    )
 
     def train_state(task: Task | None, params: Params, model_state: ModelState) -> TrainState:
         params, model_state = jax.tree.map(_copy, (params, model_state or {}))

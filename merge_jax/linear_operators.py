@@ -11,7 +11,7 @@ from merge_jax.blocks import block_transfer
 from merge_jax.checks import check_choice
 from merge_jax.matrices import overlap_blocks
 from merge_jax.routes import Routes
-from merge_jax.selection import evenly_chosen
+from merge_jax.selection import choice_matrix, evenly_chosen
 from merge_jax.types import Adapter, Transfer
 
 __all__ = ["OperatorStart", "linear_operator_transfer"]
@@ -53,10 +53,8 @@ def linear_operator_transfer(routes: Routes, *, start: OperatorStart = "overlap"
 
     def choice(size: int, total: int) -> jax.Array:
         """Returns the matrix `[size, total]` that chooses entries of a vector of length `total`."""
-        chosen = min(size, total)
-        matrix = np.zeros((size, total), np.float32)
-        matrix[np.arange(chosen), evenly_chosen(chosen, total) if start == "selection" else np.arange(chosen)] = 1
-        return jnp.asarray(matrix)
+        count = min(size, total)
+        return choice_matrix(evenly_chosen(count, total) if start == "selection" else np.arange(count), size, total)
 
     def operators(target: tuple[int, ...], source: tuple[int, ...]) -> Adapter:
         (m, n), (p, q) = target[:2], source[:2]

@@ -1,6 +1,9 @@
 """Weight selection: a large model's entries, evenly chosen, as a small model's weights."""
 
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from merge_jax.blocks import block_transfer
@@ -8,7 +11,7 @@ from merge_jax.matrices import overlap_blocks
 from merge_jax.routes import Routes
 from merge_jax.types import Adapter, Transfer
 
-__all__ = ["evenly_chosen", "weight_selection_transfer"]
+__all__ = ["choice_matrix", "evenly_chosen", "weight_selection_transfer"]
 
 
 def evenly_chosen(size: int, total: int) -> np.ndarray:
@@ -18,6 +21,12 @@ def evenly_chosen(size: int, total: int) -> np.ndarray:
     (array([0, 2, 4]), array([0, 2, 4]))
     """
     return np.arange(size) * total // size
+
+
+def choice_matrix(chosen: Any, size: int, total: int) -> jax.Array:
+    """Returns the matrix `[size, total]`, float32, that takes the chosen entries of a vector, and 0 after them."""
+    matrix = jax.nn.one_hot(jnp.asarray(chosen), total, dtype=jnp.float32)
+    return jnp.pad(matrix, ((0, size - matrix.shape[0]), (0, 0)))
 
 
 def weight_selection_transfer(routes: Routes) -> Transfer:

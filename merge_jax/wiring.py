@@ -114,7 +114,8 @@ def input_moments(fn: Callable[..., Any], params: Params, *inputs: Any) -> dict[
 
     `X [N, n]` are the inputs of the layer whose kernel is the leaf: one row for each example and place, summed over
     all calls of the layer. Leaves that are summed over along one axis have an entry; float32. `fn` is as in `wiring`,
-    computed once on `inputs`. It may be jitted.
+    computed once on `inputs`. It may be jitted. Moments are not centred. They are what channel pruning reconstructs
+    from (He et al., arXiv:1707.06168); to take them at all layers in one pass is our choice.
 
     Raises:
       ValueError: as `wiring`.
@@ -258,12 +259,12 @@ class _Trace:
         arrays = [one for one in values if one.nodes]
         if len(arrays) == 1 and jnp.shape(arrays[0].value) == shape:
             return arrays[0].nodes  # A leaf that is cast or scaled is a leaf still.
-        nodes = list(self._fresh(len(shape)))
+        nodes, of_leaves = list(self._fresh(len(shape))), all(one.of_leaves for one in values)
         for axis, node in enumerate(nodes):
             for one in arrays:
                 if axis != skip and jnp.shape(one.value)[axis] == shape[axis]:
                     self._tie(node, one.nodes[axis])
-                    if one.nodes[axis] in self._place_of and all(value.of_leaves for value in values):
+                    if of_leaves and one.nodes[axis] in self._place_of:
                         nodes[axis] = one.nodes[axis]  # A kernel that other leaves scale is that kernel still.
         return tuple(nodes)
 
