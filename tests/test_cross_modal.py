@@ -168,6 +168,7 @@ def test_seeds_side_by_side_stream_each_its_own(tmp_path):
             assert other["test_metrics"]["target"][name] == pytest.approx(value, abs=0.02), name
 
 
+@pytest.mark.slow
 def test_vqa_is_read_from_its_official_files(tmp_path):
     data = write_vqa(tmp_path / "vqa")
     options = ["--target-data", data, "--validation", "3", "--labels", "None", "--methods", "vanilla"]
@@ -177,6 +178,7 @@ def test_vqa_is_read_from_its_official_files(tmp_path):
     assert (tmp_path / "run" / "samples.png").exists()
 
 
+@pytest.mark.slow
 def test_mscoco_is_read_from_its_official_files(tmp_path):
     data = write_coco(tmp_path / "coco")
     options = ["--target-data", data, "--validation", "11", "--labels", "None", "--methods", "vanilla"]
@@ -185,6 +187,7 @@ def test_mscoco_is_read_from_its_official_files(tmp_path):
     assert all(text.startswith("picture") for text in result["answers"]["target"])
 
 
+@pytest.mark.slow
 def test_a_text_encoder_starts_from_weights_of_hugging_face(tmp_path):
     scenario = build(*VQA, "--methods", "vanilla")
     params, _ = scenario.target.init(jax.random.key(5))
@@ -199,6 +202,7 @@ def test_a_text_encoder_starts_from_weights_of_hugging_face(tmp_path):
     assert not np.array_equal(loaded["answer"]["kernel"], params["answer"]["kernel"])
 
 
+@pytest.mark.slow
 def test_a_vision_transformer_starts_from_weights_of_hugging_face(tmp_path):
     options = [*RETRIEVAL, "--methods", "vanilla"]
     scenario = build(*options)

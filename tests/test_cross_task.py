@@ -132,6 +132,7 @@ def test_weights_of_hugging_face_are_where_a_model_starts(tmp_path, capsys):
     assert "not in it, so as they start: qa_outputs" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", [mj.models.to_huggingface, lambda params: params], ids=["theirs", "ours"])
 def test_a_frozen_text_source_is_a_file_of_either_names(tmp_path, names):
     scenario = build(*LITTLE, "--methods", "vanilla")
@@ -225,6 +226,7 @@ def test_bad_options_are_refused_by_name(tmp_path):
         parse(cross_task.PRESETS, "", "", ["--source-task", "qa", "qa"]).check()
 
 
+@pytest.mark.slow
 def test_weights_and_vocabulary_that_do_not_fit_are_refused(tmp_path):
     params, _ = build(*LITTLE, "--methods", "vanilla").source.init(jax.random.key(5))
     mj.save_safetensors(tmp_path / "model.safetensors", mj.models.to_huggingface(params))
@@ -238,6 +240,7 @@ def test_weights_and_vocabulary_that_do_not_fit_are_refused(tmp_path):
         build(*LITTLE, "--source-weights", tmp_path / "model.safetensors")
 
 
+@pytest.mark.slow
 def test_a_run_is_resumed(tmp_path):
     _, records = run("cross_task", tmp_path / "run", *IMAGES)
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "share-seed0" / "4")

@@ -129,6 +129,7 @@ def test_resumed_in_a_new_process_a_run_is_the_unbroken_one_bit_for_bit(unbroken
     assert (folder / "metrics.jsonl").read_text() == (expected / "metrics.jsonl").read_text()
 
 
+@pytest.mark.slow
 def test_a_finished_run_resumes_to_its_table_and_trains_nothing(unbroken):
     folder, output = unbroken
     before = (folder / "results.json").read_text(), (folder / "metrics.jsonl").read_text()
@@ -146,6 +147,7 @@ def test_a_finished_run_resumes_to_its_table_and_trains_nothing(unbroken):
     assert table(again.stdout) == table(output)
 
 
+@pytest.mark.slow
 def test_resume_refuses_a_changed_config_by_field(unbroken):
     folder, _ = unbroken
     refused = run(*TEN_STEPS, "--run-dir", folder, "--resume", "--cycle", "3", "--labels", "50")
@@ -230,6 +232,7 @@ def test_the_short_preset_trains_on_an_archive_of_cifar100(tmp_path):
     assert all("source/loss" in record and "target/validation_accuracy" not in record for record in found)
 
 
+@pytest.mark.slow
 def test_a_folder_of_images_is_data_too(tmp_path):
     test_image_sets.write_folder(tmp_path / "images")
     done = run(
@@ -317,6 +320,7 @@ def test_an_unknown_method_is_refused_in_a_config_made_by_hand():
         cross_structure.build(config)
 
 
+@pytest.mark.slow
 def test_a_run_folder_that_cannot_be_written_is_refused(capsys, tmp_path):
     (tmp_path / "file").write_text("mine")
     message = refusal(capsys, "--run-dir", tmp_path / "file" / "run")

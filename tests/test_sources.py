@@ -14,6 +14,8 @@ from merge_jax.checkpoint import Checkpoints
 from merge_jax.commands.export import export_part
 from tests.runs import run
 
+pytestmark = pytest.mark.slow
+
 LITTLE = [
     *("smoke", "--steps", "6", "--source-steps", "30", "--report-every", "2", "--checkpoint-every", "2"),
     *("--methods", "share", "kd"),
