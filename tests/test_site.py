@@ -114,7 +114,8 @@ def test_links_inside_the_site_resolve(site, pages):
 
 def test_links_to_files_of_the_repository_lead_to_their_pages(pages):
     for page, links in {
-        "efficacy.html": {"transfers.html", "long_runs.html", "efficacy_tables.html", "efficacy_aligned.html"},
+        "efficacy.html": {"transfers.html", "efficacy_why.html", "efficacy_tables.html", "efficacy_aligned.html"},
+        "efficacy_why.html": {"efficacy.html", "efficacy_options.html", "long_runs.html"},
         "experiments.html": {"efficacy.html", "transfers.html"},
         "index.html": {"quickstart.html", "changelog.html"},
         "quickstart.html": {"experiments.html", "benchmarks.html", "your_own_models.html", "efficacy.html"},
