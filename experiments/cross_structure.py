@@ -91,7 +91,9 @@ class Config(TransferConfig):
     """Layers whose features are to agree, as target=source, in the methods with agree in their names; see
     merge_jax.agreeing."""
     learning_rate: float = 0.1
-    """Learning rate of both models' SGD (momentum 0.9, weight decay 5e-4)."""
+    """Learning rate of both models' SGD (weight decay 5e-4)."""
+    momentum: float = 0.9
+    """Momentum of that SGD, 0 or more and below 1."""
     learning_rate_schedule: LearningRateSchedule = "cosine"
     """Course of that rate."""
     routes: tuple[str, ...] = tuple(f"{target}={source}" for target, source in ROUTES.items())
@@ -106,6 +108,8 @@ class Config(TransferConfig):
         super().check()
         if not 0 < self.learning_rate < float("inf"):
             raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum must lie in [0, 1), got {self.momentum}")
         if self.validation < 0:
             raise ValueError(f"validation must be 0 or more, got {self.validation}")
         if not 1 <= self.stages <= 3:
@@ -208,7 +212,7 @@ def build(config: Config) -> Scenario:
     source_steps = (schedule.target if config.source == "live" else schedule.source).steps
 
     def task(apply: ModelApply, steps: int, loss: ClassificationLoss | None = None) -> mj.Task:
-        optimizer = sgd(config.learning_rate, steps, config.learning_rate_schedule)
+        optimizer = sgd(config.learning_rate, steps, config.learning_rate_schedule, config.momentum)
         return mj.Task(mj.classification_loss(apply, loss), optimizer)
 
     source_apply, target_apply = make_apply(source, data), make_apply(target, data)

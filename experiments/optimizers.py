@@ -10,15 +10,17 @@ LearningRateSchedule = Literal["cosine", "steps"]
 """To 0 along a cosine, or times 0.2 after 30, 60 and 80 percent of the run, as published."""
 
 
-def sgd(learning_rate: float, steps: int, schedule: LearningRateSchedule) -> optax.GradientTransformation:
-    """Returns the models' published optimizer: SGD with momentum 0.9 and weight decay 5e-4 on all parameters."""
+def sgd(
+    learning_rate: float, steps: int, schedule: LearningRateSchedule, momentum: float = 0.9
+) -> optax.GradientTransformation:
+    """Returns the models' published optimizer: SGD with momentum, and weight decay 5e-4 on all parameters."""
     if schedule == "steps":
         rate = optax.piecewise_constant_schedule(
             learning_rate, {round(fraction * steps): 0.2 for fraction in (0.3, 0.6, 0.8)}
         )
     else:
         rate = optax.cosine_decay_schedule(learning_rate, steps)
-    return optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(rate, momentum=0.9))
+    return optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(rate, momentum=momentum))
 
 
 def adamw(learning_rate: float, steps: int) -> optax.GradientTransformation:

@@ -139,6 +139,7 @@ RIGHT = {
     "stages": lambda value: whole(value, 1) and value <= 3,
     "stop": lambda value: number(value, 0, 1),
     "agreement": lambda value: number(value, 0),
+    "momentum": lambda value: number(value, 0) and value < 1,
     "agree": pairs,
     "coordinator": none_or(text),
     "source": one_of("pretrained", "live", "frozen", "trajectory"),
