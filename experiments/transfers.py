@@ -46,6 +46,8 @@ class TransferConfig(RunConfig):
     """Heads of each attention."""
     capped: bool = True
     """Cap the widths of the LPKA as lpka_transfer does; without, they are the published ones."""
+    max_width: int = 512
+    """That cap for the inner width of each attention, the rank of what its queries and keys see of the layers."""
     attention_dropout: float = 0.1
     """Dropout on the attention weights of each LPKA."""
     feed_forward_dropout: float = 0.2
@@ -65,7 +67,7 @@ class TransferConfig(RunConfig):
     def check(self) -> None:
         """Raises ValueError for an option out of range."""
         super().check()
-        check_at_least_one(num_layers=self.num_layers, num_heads=self.num_heads)
+        check_at_least_one(num_layers=self.num_layers, num_heads=self.num_heads, max_width=self.max_width)
         check_dropout(attention_dropout=self.attention_dropout, feed_forward_dropout=self.feed_forward_dropout)
         if not 0 < self.adapter_learning_rate < float("inf"):
             raise ValueError(f"adapter_learning_rate must be above 0, got {self.adapter_learning_rate}")
@@ -87,7 +89,7 @@ class TransferConfig(RunConfig):
             gate=gate,
             attention_dropout=self.attention_dropout,
             feed_forward_dropout=self.feed_forward_dropout,
-            max_width=512 if self.capped else None,
+            max_width=self.max_width if self.capped else None,
             max_hidden=1024 if self.capped else None,
         )
 

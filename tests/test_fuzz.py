@@ -124,7 +124,7 @@ RIGHT = {
     **dict.fromkeys(
         ["seeds", "steps", "source_steps", "batch_size", "cycle", "report_every", "checkpoint_every"], count
     ),
-    **dict.fromkeys(["snapshots", "num_processes", "num_layers", "num_heads", "num_answers"], count),
+    **dict.fromkeys(["snapshots", "num_processes", "num_layers", "num_heads", "max_width", "num_answers"], count),
     **dict.fromkeys(["epochs", "source_epochs", "cycle_end", "devices"], none_or(count)),
     **dict.fromkeys(["vectorized", "shard_state", "resume", "capped", "augment"], is_bool),
     **dict.fromkeys(["learning_rate", "adapter_learning_rate"], rate),
