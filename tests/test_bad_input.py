@@ -303,7 +303,10 @@ ROWS = {
         "learning_rate must be a finite number, got inf",
     ),
     "rate 0": (refused("cross_structure", "--learning-rate", "0"), "learning_rate must be above 0, got 0.0"),
-    "width 0": (refused("cross_structure", "--max-width", "0"), "max_width must be a whole number of at least 1, got 0"),
+    "width 0": (
+        refused("cross_structure", "--max-width", "0"),
+        "max_width must be a whole number of at least 1, got 0",
+    ),
     "momentum 1": (refused("cross_structure", "--momentum", "1"), "momentum must lie in [0, 1), got 1.0"),
     "rate below 0": (refused("cross_task", "--learning-rate", "-0.1"), "learning_rate must be above 0, got -0.1"),
     "rate of the source": (
