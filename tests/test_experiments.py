@@ -339,3 +339,15 @@ def test_mean_and_standard_error():
     assert mean == pytest.approx(7 / 3)
     assert error == pytest.approx(np.std([1, 2, 4], ddof=1) / np.sqrt(3))
     assert mean_and_error([2.0]) == (2.0, None)
+
+
+def test_the_inner_width_of_the_adapter_is_an_option():
+    def attention(*options):
+        scenario = cross_structure.build(parse(cross_structure.PRESETS, "", "", ["smoke", *options]))
+        transfer = scenario.methods["mergenet"].transfer
+        params = [jax.eval_shape(role.init, jax.random.key(0))[0] for role in (scenario.source, scenario.target)]
+        adapter = jax.eval_shape(transfer.init, jax.random.key(0), *params)
+        return {leaf.shape[-1] for path, leaf in flatten(adapter).items() if path.endswith("query/kernel")}
+
+    assert attention("--max-width", "16") == {16}
+    assert attention() == {128}
