@@ -34,6 +34,7 @@ from experiments.images import ModelName, load_images, make_apply, make_model, m
 from experiments.optimizers import LearningRateSchedule, sgd
 from experiments.scenario import Reader, Scenario, choose
 from experiments.transfers import Objective, TransferConfig, parse_routes
+from merge_jax.checks import check_below_one
 from merge_jax.parallel import DATA_AXIS
 from merge_jax.tasks import ClassificationLoss, Outputs, with_features
 from merge_jax.types import ModelApply, TeacherFn
@@ -108,8 +109,7 @@ class Config(TransferConfig):
         super().check()
         if not 0 < self.learning_rate < float("inf"):
             raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum must lie in [0, 1), got {self.momentum}")
+        check_below_one(momentum=self.momentum)
         if self.validation < 0:
             raise ValueError(f"validation must be 0 or more, got {self.validation}")
         if not 1 <= self.stages <= 3:

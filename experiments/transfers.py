@@ -12,7 +12,7 @@ import merge_jax as mj
 from experiments.alignment import Alignment
 from experiments.config import RunConfig, Schedule
 from experiments.scenario import Learner, Method, Reader
-from merge_jax.checks import check_at_least_one, check_dropout
+from merge_jax.checks import check_at_least_one, check_below_one
 from merge_jax.transfer import OutputForm
 from merge_jax.types import ModelApply, TeacherFn
 
@@ -47,7 +47,7 @@ class TransferConfig(RunConfig):
     capped: bool = True
     """Cap the widths of the LPKA as lpka_transfer does; without, they are the published ones."""
     max_width: int = 512
-    """That cap for the inner width of each attention, the rank of what its queries and keys see of the layers."""
+    """That cap for the inner width of each attention, which bounds the rank of its scores; unused if not capped."""
     attention_dropout: float = 0.1
     """Dropout on the attention weights of each LPKA."""
     feed_forward_dropout: float = 0.2
@@ -68,7 +68,7 @@ class TransferConfig(RunConfig):
         """Raises ValueError for an option out of range."""
         super().check()
         check_at_least_one(num_layers=self.num_layers, num_heads=self.num_heads, max_width=self.max_width)
-        check_dropout(attention_dropout=self.attention_dropout, feed_forward_dropout=self.feed_forward_dropout)
+        check_below_one(attention_dropout=self.attention_dropout, feed_forward_dropout=self.feed_forward_dropout)
         if not 0 < self.adapter_learning_rate < float("inf"):
             raise ValueError(f"adapter_learning_rate must be above 0, got {self.adapter_learning_rate}")
         if not 0 <= self.stop <= 1:

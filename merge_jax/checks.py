@@ -11,8 +11,8 @@ from merge_jax.paths import near_misses
 
 __all__ = [
     "check_at_least_one",
+    "check_below_one",
     "check_choice",
-    "check_dropout",
     "check_entries",
     "check_flag",
     "check_float_dtype",
@@ -28,7 +28,7 @@ def check_at_least_one(**options: Any) -> None:
             raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
 
 
-def check_dropout(**options: float) -> None:
+def check_below_one(**options: float) -> None:
     """Raises ValueError unless every option is a rate in [0, 1)."""
     for name, rate in options.items():
         if not isinstance(rate, Real) or isinstance(rate, bool) or not 0 <= rate < 1:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from merge_jax.checks import check_at_least_one, check_choice, check_dropout, check_flag, check_float_dtype
+from merge_jax.checks import check_at_least_one, check_below_one, check_choice, check_flag, check_float_dtype
 from merge_jax.spectral import spectral_norm
 from merge_jax.stacks import Stack
 
@@ -238,7 +238,7 @@ class KnowledgeTransferLayer(nn.Module):
         check_at_least_one(num_heads=self.num_heads, max_scores=self.max_scores)
         caps = {"max_width": self.max_width, "max_hidden": self.max_hidden}
         check_at_least_one(**{name: cap for name, cap in caps.items() if cap is not None})
-        check_dropout(attention_dropout=self.attention_dropout, feed_forward_dropout=self.feed_forward_dropout)
+        check_below_one(attention_dropout=self.attention_dropout, feed_forward_dropout=self.feed_forward_dropout)
         check_flag(spectral=self.spectral)
         check_float_dtype(self.dtype)
         if not isinstance(self.attentions, tuple) or not self.attentions:

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from merge_jax.checks import check_at_least_one, check_dropout, check_flag, check_float_dtype
+from merge_jax.checks import check_at_least_one, check_below_one, check_flag, check_float_dtype
 from merge_jax.lpka import FeedForward, layer_norm, linear
 
 __all__ = ["MixingLayer"]
@@ -39,7 +39,7 @@ class MixingLayer(nn.Module):
         check_at_least_one(width=self.width)
         if self.max_hidden is not None:
             check_at_least_one(max_hidden=self.max_hidden)
-        check_dropout(feed_forward_dropout=self.feed_forward_dropout)
+        check_below_one(feed_forward_dropout=self.feed_forward_dropout)
         check_flag(spectral=self.spectral)
         check_float_dtype(self.dtype)
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from merge_jax.checks import check_at_least_one, check_dropout
+from merge_jax.checks import check_at_least_one, check_below_one
 from merge_jax.models.blocks import attention, check_heads, dense, feed_forward, layer_norm, not_padding
 from merge_jax.models.transformer import TextEncoder
 from merge_jax.models.vit import VisionTransformer
@@ -86,7 +86,7 @@ class VisualAnswerer(nn.Module):
             different batches.
         """
         check_at_least_one(num_answers=self.num_answers, num_layers=self.num_layers, num_heads=self.num_heads)
-        check_dropout(dropout_rate=self.dropout_rate)
+        check_below_one(dropout_rate=self.dropout_rate)
         image = self.image_encoder(images, train=train)
         x = self.text_encoder(tokens, train=train)
         if len(image) != len(x):

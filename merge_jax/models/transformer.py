@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from merge_jax.checks import check_at_least_one, check_choice, check_dropout
+from merge_jax.checks import check_at_least_one, check_below_one, check_choice
 from merge_jax.models.blocks import PADDING, attention, check_heads, dense, feed_forward, layer_norm, not_padding
 
 __all__ = [
@@ -151,7 +151,7 @@ class TextEncoder(nn.Module):
             hidden=self.hidden,
             max_length=self.max_length,
         )
-        check_dropout(dropout_rate=self.dropout_rate)
+        check_below_one(dropout_rate=self.dropout_rate)
         check_heads(self.width, self.num_heads)
         if self.num_segments not in (0, 2):
             raise ValueError(f"num_segments must be 2, or 0 for none, got {self.num_segments!r}")

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from merge_jax.checks import check_at_least_one, check_dropout, check_float_dtype
+from merge_jax.checks import check_at_least_one, check_below_one, check_float_dtype
 from merge_jax.models.blocks import attention, check_heads, dense, feed_forward, layer_norm
 
 __all__ = ["ImageClassifier", "VisionTransformer", "small_vit", "tiny_vit", "vit_base"]
@@ -105,7 +105,7 @@ class VisionTransformer(nn.Module):
             num_heads=self.num_heads,
             hidden=self.hidden,
         )
-        check_dropout(dropout_rate=self.dropout_rate)
+        check_below_one(dropout_rate=self.dropout_rate)
         check_float_dtype(self.dtype)
         check_heads(self.width, self.num_heads)
         size = self.image_size
