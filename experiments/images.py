@@ -69,6 +69,9 @@ classes."""
 
 VISION_ATTENTION = "encoder/*/attention"
 
+# A study makes many scenarios of one set, with two kinds of labels at most; none of them changes the arrays.
+_tfds_images = lru_cache(maxsize=2)(load_tfds_images)
+
 _EVALUATED_AT_ONCE = 200  # Divides the digits' validation and test: one compilation serves both.
 
 
@@ -113,7 +116,7 @@ def load_images(
     if "/" in name or Path(name).is_dir():
         images = load_image_folder(name, image_size=image_size)
     else:
-        images = load_tfds_images(name, data_dir, image_size=image_size, label=label)
+        images = _tfds_images(name, data_dir, image_size=image_size, label=label)
     return _held_out(name, images, validation)
 
 
