@@ -70,6 +70,9 @@ class Options:
     only: tuple[str, ...] = ()
     """Only runs with a setting, a row, or a setting/row that one of these globs matches; rows that share a run, and
     the run that trains their source, come along."""
+    apart: bool = False
+    """A run for each row, also where rows with the same options could share one: for machines with many cores, since
+    more of them run at a time. Sources are shared all the same, and results are the same."""
     traced: bool = True
     """Trace every run before the first trains, some seconds a row: what does not fit is told now, not in an hour."""
     dry_run: bool = False
@@ -152,7 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         path = find_grid(options.grid)
         grid = read_grid(path, options.seeds)
         run_dir = options.run_dir or numbered_folder(f"ablation-{grid.name}", options.resume)
-        runs = runs_of(grid)
+        runs = runs_of(grid, apart=options.apart)
         planned = _plan(runs, select(runs, options.only), run_dir)
         _check(planned, traced=options.traced)
         if options.dry_run:

@@ -163,8 +163,8 @@ def load_experiment(name: str) -> ModuleType:
     return module
 
 
-def runs_of(grid: Grid) -> list[GridRun]:
-    """Returns the runs of a grid, setting by setting; rows with the same options are one run.
+def runs_of(grid: Grid, *, apart: bool = False) -> list[GridRun]:
+    """Returns the runs of a grid, setting by setting; rows with the same options are one run, unless `apart`.
 
     Raises:
       ValueError: an experiment, preset, method, option or list of routes that is not there; a row without a setting;
@@ -190,7 +190,7 @@ def runs_of(grid: Grid) -> list[GridRun]:
                         f"the same command: {' '.join(words)} --methods {row.method}"
                     )
                 methods[row.method] = row
-            runs.append(GridRun(setting, tuple(rows), words))
+            runs += [GridRun(setting, group, words) for group in ([(row,) for row in rows] if apart else [tuple(rows)])]
     folders = [run.name for run in runs]
     if len(set(folders)) < len(folders):
         raise ValueError(f"two rows have the run folder {_twice(folders)}: give them other names")

@@ -317,6 +317,26 @@ def test_a_dry_run_prints_commands(tmp_path, untraced, capsys):
     assert not (tmp_path / "d").exists()
 
 
+def test_rows_apart_are_runs_of_their_own_that_share_a_source(tmp_path, untraced, capsys):
+    path = write(tmp_path, LITTLE)
+    vanilla, share, *others = dry_run(path, capsys, "--apart")
+    assert vanilla == "tiny default --adapter-learning-rate 0.02 --seeds 1 --methods vanilla --run-dir d/digits/vanilla"
+    assert share == (
+        "tiny default --adapter-learning-rate 0.02 --seeds 1 --methods share"
+        " --source frozen --source-from d/digits/vanilla --run-dir d/digits/share"
+    )
+    assert others == dry_run(path, capsys)[1:]
+
+
+def test_rows_apart_have_the_results_of_rows_together(tmp_path, untraced):
+    path = write(tmp_path, LITTLE)
+    together, apart = tmp_path / "together", tmp_path / "apart"
+    of_one_run = scores(study(path, together, "--only", "vanilla", "share"))
+    assert scores(study(path, apart, "--apart", "--only", "vanilla", "share")) == of_one_run
+    assert len(of_one_run) == 2
+    assert (apart / "digits" / "share").is_dir() and not (together / "digits" / "share").exists()
+
+
 def test_sources_are_shared_where_options_cannot_touch_them(tmp_path, untraced, capsys):
     rows = """
 [rows.other_seed]
