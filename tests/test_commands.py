@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -368,6 +369,22 @@ def test_the_doctor_knows_plugins_that_do_not_fit(monkeypatch):
     texts = [finding.text for finding in doctor._plugins()]
     assert texts[0].startswith("jax-cuda12-plugin 0.9.1 beside jax 0.10.2")
     assert texts[1].startswith("plugins of cuda12 and cuda13 are both installed")
+
+
+@pytest.mark.parametrize(
+    ("backend", "version", "flags", "told"),
+    [
+        ("gpu", "0.11.2", "", True),
+        ("gpu", "0.11.2", "--xla_gpu_enable_triton_gemm=false", False),
+        ("gpu", "0.12.0.1", "", False),
+        ("cpu", "0.11.2", "", False),
+    ],
+)
+def test_the_doctor_knows_which_jax_aborts_on_a_gpu(backend, version, flags, told, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(jax, "__version__", version)
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    assert any("openxla/xla#47381" in finding.text for finding in doctor._devices()) is told
 
 
 def test_a_missing_package_is_to_be_installed(monkeypatch):

@@ -104,6 +104,17 @@ def _devices() -> Iterator[Finding]:
     for device in devices:
         kinds[device.device_kind] = kinds.get(device.device_kind, 0) + 1
     yield Finding("good", "devices: " + ", ".join(f"{count} x {kind}" for kind, count in kinds.items()))
+    flag = "--xla_gpu_enable_triton_gemm=false"
+    if (
+        jax.default_backend() == "gpu"
+        and Version(jax.__version__).release < (0, 12)
+        and flag not in os.environ.get("XLA_FLAGS", "")
+    ):
+        yield Finding(
+            "note",
+            f"jax {jax.__version__} aborts ('Check failed: subdim_size_accumulator') where a product follows a slice by "
+            f"steps (openxla/xla#47381): if a model of yours has one, take jax 0.12, or set XLA_FLAGS={flag}",
+        )
     asked = os.environ.get("JAX_PLATFORMS")
     if jax.default_backend() == "cpu" and asked != "cpu" and Path("/proc/driver/nvidia").exists():
         yield Finding("bad", 'there is an NVIDIA driver, but JAX computes on the CPU: pip install "jax[cuda13]"')
