@@ -334,7 +334,8 @@ def test_rows_apart_have_the_results_of_rows_together(tmp_path, untraced):
     of_one_run = scores(study(path, together, "--only", "vanilla", "share"))
     assert scores(study(path, apart, "--apart", "--only", "vanilla", "share")) == of_one_run
     assert len(of_one_run) == 2
-    assert (apart / "digits" / "share").is_dir() and not (together / "digits" / "share").exists()
+    assert (apart / "digits" / "share").is_dir()
+    assert not (together / "digits" / "share").exists()
 
 
 def test_sources_are_shared_where_options_cannot_touch_them(tmp_path, untraced, capsys):

@@ -112,8 +112,8 @@ def _devices() -> Iterator[Finding]:
     ):
         yield Finding(
             "note",
-            f"jax {jax.__version__} aborts ('Check failed: subdim_size_accumulator') where a product follows a slice by "
-            f"steps (openxla/xla#47381): if a model of yours has one, take jax 0.12, or set XLA_FLAGS={flag}",
+            f"jax {jax.__version__} aborts ('Check failed: subdim_size_accumulator') where a product follows a slice "
+            f"by steps (openxla/xla#47381): if a model of yours has one, take jax 0.12, or set XLA_FLAGS={flag}",
         )
     asked = os.environ.get("JAX_PLATFORMS")
     if jax.default_backend() == "cpu" and asked != "cpu" and Path("/proc/driver/nvidia").exists():
