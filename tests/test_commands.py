@@ -388,7 +388,7 @@ def test_the_doctor_knows_which_jax_aborts_on_a_gpu(backend, version, flags, tol
 
 
 def test_a_missing_package_is_to_be_installed(monkeypatch):
-    monkeypatch.setattr(importlib.metadata, "requires", lambda name: ["absent_thing>=2", "tokenizers; extra == 'text'"])
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: ["absent_thing>=2", "another; extra == 'docs'"])
     assert [tuple(finding) for finding in doctor._packages()] == [
         ("bad", "absent_thing is missing: pip install 'absent_thing>=2'")
     ]

@@ -388,14 +388,6 @@ def test_tokenizers_that_would_not_do_are_named(tmp_path):
         WordPiece.from_vocabulary(path)
 
 
-def test_without_the_library_the_error_says_what_to_install(monkeypatch, tmp_path):
-    path = write(tmp_path / "vocab.txt", WORDS)
-    monkeypatch.setitem(sys.modules, "tokenizers", None)
-    for call in (lambda: WordPiece.train(TEXTS, 70), lambda: WordPiece.from_vocabulary(path)):
-        with pytest.raises(ImportError, match=r'pip install "merge_jax\[text\]"'):
-            call()
-
-
 def test_the_import_stays_light():
     code = "import sys, merge_jax.data; print('tokenizers' in sys.modules)"
     result = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)

@@ -1,7 +1,6 @@
 """`merge-jax doctor`: whether a machine is ready."""
 
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import shutil
@@ -44,7 +43,7 @@ def examine() -> int:
 
 def findings() -> Iterator[Finding]:
     """Yields what is found, one look after the other."""
-    for look in (_python, _packages, _plugins, _devices, _computes, _threads, _folder, _text):
+    for look in (_python, _packages, _plugins, _devices, _computes, _threads, _folder):
         yield from look()
 
 
@@ -159,8 +158,3 @@ def _folder() -> Iterator[Finding]:
             FolderLock(Path(folder)).release()
     except OSError as error:
         yield Finding("bad", f"run folders cannot be made or locked in {here}: {error}")
-
-
-def _text() -> Iterator[Finding]:
-    if importlib.util.find_spec("tokenizers") is None:
-        yield Finding("note", 'missing tokenizers: texts of your own need it, pip install -e ".[text]"')

@@ -93,7 +93,6 @@ class WordPiece:
         says itself what to do.
 
         Raises:
-          ImportError: the library `tokenizers` is missing.
           ValueError: the file is missing, cannot be read or is no WordPiece; a token is there twice or empty; special
             tokens are missing, or `[PAD]` is not 0.
         """
@@ -119,7 +118,6 @@ class WordPiece:
         there are no more pieces of words to be merged.
 
         Raises:
-          ImportError: the library `tokenizers` is missing.
           ValueError: there is no letter in the texts, or no place for all of them in the vocabulary.
         """
         library = _library()
@@ -332,10 +330,8 @@ def decode_spans(logits: np.ndarray, arrays: Arrays, passages: Sequence[str], ma
 
 
 def _library() -> ModuleType:
-    try:
-        import tokenizers
-    except ImportError as error:
-        raise ImportError('tokens need the library tokenizers: pip install "merge_jax[text]"') from error
+    import tokenizers  # Not at the top: who has no texts need not wait for it.
+
     return tokenizers
 
 
