@@ -190,7 +190,8 @@ def runs_of(grid: Grid, *, apart: bool = False) -> list[GridRun]:
                         f"the same command: {' '.join(words)} --methods {row.method}"
                     )
                 methods[row.method] = row
-            runs += [GridRun(setting, group, words) for group in ([(row,) for row in rows] if apart else [tuple(rows)])]
+            groups = [(row,) for row in rows] if apart else [tuple(rows)]
+            runs += [GridRun(setting, group, words) for group in groups]
     folders = [run.name for run in runs]
     if len(set(folders)) < len(folders):
         raise ValueError(f"two rows have the run folder {_twice(folders)}: give them other names")

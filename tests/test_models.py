@@ -182,11 +182,25 @@ def test_the_stem_of_images_of_32_pixels_gives_maps_of_the_published_size(make, 
     assert updates["intermediates"]["stem"]["__call__"][0].shape[1:3] == (side, side)
 
 
-ENTRY_BY_ENTRY = {"convert_element_type", "custom_jvp_call", "jit", "max", "reshape", "squeeze", "transpose"}
+ENTRY_BY_ENTRY = {
+    "add",
+    "mul",
+    "sub",
+    "convert_element_type",
+    "custom_jvp_call",
+    "jit",
+    "max",
+    "reshape",
+    "squeeze",
+    "transpose",
+}
 
 
 def strided_factors(jaxpr):
-    """Returns the first factors of the products with a factor that is a slice by steps, or made of one."""
+    """Returns the first factors of the products with a factor that is a slice by steps, or made of one.
+
+    It does not look into functions that are jitted by themselves.
+    """
     found, strided = [], set()
     for equation in jaxpr.eqns:
         name = equation.primitive.name

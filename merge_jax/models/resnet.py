@@ -57,8 +57,9 @@ class _BottleneckBlock(nn.Module):
 def _shortcut(x: jax.Array, features: int, stride: int, layers: Layers) -> jax.Array:
     if stride == 1 and x.shape[-1] == features:
         return x
-    # XLA's compiler for GPUs aborts where it fuses a strided slice into a product (openxla/xla#47381).
-    x = lax.optimization_barrier(x[:, ::stride, ::stride])
+    if stride > 1:
+        # XLA's compiler for GPUs aborts where it fuses a strided slice into a product (openxla/xla#47381).
+        x = lax.optimization_barrier(x[:, ::stride, ::stride])
     x = layers.pointwise_conv(features, "shortcut")(x)
     return layers.batch_norm("shortcut_norm")(x)
 
