@@ -32,7 +32,7 @@ from experiments.stages import make_stages
 from experiments.training import steps_per_call
 from merge_jax.parallel import DATA_AXIS, jit_layout
 
-__all__ = ["lowered_for", "main"]
+__all__ = ["main"]
 
 _MEBIBYTE = 2**20
 _UNTRIED = "Failed to get configs"  # What XLA says where it has no device to try kernels on.
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str]) -> None:
     try:
         module = load_experiment(arguments[0])
         config = parse(module.PRESETS, f"benchmarks.for_gpu {arguments[0]}", __doc__ or "", arguments[1:])
-        programs = lowered_for(_an_h100(), module, config)
+        programs = _lowered_for(_an_h100(), module, config)
         rows = []
         for name, lowered in programs:
             print(f"compiling {name}", file=sys.stderr, flush=True)
@@ -82,7 +82,7 @@ def _an_h100() -> jax.sharding.Mesh:
     return topologies.make_mesh(topology, (1,), (DATA_AXIS,))
 
 
-def lowered_for(mesh: jax.sharding.Mesh, module: ModuleType, config: RunConfig) -> Iterator[tuple[str, Lowered]]:
+def _lowered_for(mesh: jax.sharding.Mesh, module: ModuleType, config: RunConfig) -> Iterator[tuple[str, Lowered]]:
     """Yields the name and the traced epoch of everything that an experiment trains, for the devices of a mesh."""
     config.check()
     scenario = module.build(config)
