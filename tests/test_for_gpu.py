@@ -24,7 +24,7 @@ def test_without_the_compiler_it_says_what_to_install():
 
 
 @pytest.mark.skipif(not HAS_COMPILER, reason="needs JAX's plugin for CUDA")
-def test_the_smoke_preset_compiles(tmp_path):
+def test_the_smoke_preset_compiles():
     done = for_gpu("cross_structure", "smoke", "--methods", "vanilla", "kd")
     assert done.returncode == 0, done.stderr
     assert [line.split()[:2] for line in done.stdout.splitlines() if " compiled " in line] == [

@@ -13,6 +13,7 @@ import requests
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from experiments.images import load_images
 from merge_jax.data import channel_statistics, check_images, load_image_folder, load_tfds_images
 
 PREFIX = {"cifar10": "cifar-10-batches-bin/", "cifar100": "cifar-100-binary/"}
@@ -67,6 +68,14 @@ def put_archive(data_dir, name, files):
 def by_content(images, labels):
     """Examples whatever their order, which TFDS draws."""
     return sorted((image.tobytes(), int(label)) for image, label in zip(images, labels, strict=True))
+
+
+def test_the_scenarios_of_a_study_share_the_images_of_a_set(tmp_path):
+    put_archive(tmp_path, "cifar100", cifar_members("cifar100")[0])
+    once, again = (load_images("cifar100", tmp_path, None, 0).splits(0) for _ in range(2))
+    assert once.test["image"] is again.test["image"]
+    coarse = load_images("cifar100", tmp_path, None, 0, "coarse_label").splits(0)
+    assert coarse.test["label"].max() < 20 <= once.test["label"].max()
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
