@@ -4,6 +4,7 @@ MergeNet (arXiv:2404.13322) as pure functions over parameter pytrees.
 """
 
 from merge_jax import models
+from merge_jax.adapter import adapter_transfer
 from merge_jax.agreement import agreeing, cka, features_teacher, mixed
 from merge_jax.aligned import AlignedTransfer, aligned_transfer
 from merge_jax.checkpoint import CheckpointError, Checkpoints, DamagedCheckpointWarning, NotBitExactWarning
@@ -25,7 +26,7 @@ from merge_jax.linear_operators import linear_operator_transfer
 from merge_jax.loop import run_loop, stepwise
 from merge_jax.losses import cross_entropy, distillation_loss, dkd_loss, nkd_loss, rkd_loss, tf_kd_loss
 from merge_jax.low_rank import LowRankConv, LowRankDense, core_bases, decode, encode, row_basis
-from merge_jax.lpka import LPKA, KnowledgeTransferLayer
+from merge_jax.lpka import LPKA, LPKAOptions, lpka_network
 from merge_jax.matrices import MatrixSpec, as_matrix, copy_overlap, from_matrix, matrix_spec
 from merge_jax.methods import lpka_transfer, mlp_transfer, published_transfer
 from merge_jax.metrics import accuracy, top_k_accuracy
@@ -40,7 +41,6 @@ from merge_jax.seeds import over_seeds, stack_seeds, unstack_seeds
 from merge_jax.selection import weight_selection_transfer
 from merge_jax.span import evaluate_spans, span_loss
 from merge_jax.squad import squad_scores
-from merge_jax.stacks import Gated
 from merge_jax.summary import summarize
 from merge_jax.tasks import (
     Outputs,
@@ -52,7 +52,7 @@ from merge_jax.tasks import (
     with_features,
 )
 from merge_jax.trajectory import Trajectory, last_of, load_trajectory, replay_evenly, replayed
-from merge_jax.transfer import adapter_transfer, identity_transfer, share_transfer
+from merge_jax.transfer import identity_transfer, share_transfer
 from merge_jax.transport import optimal_transport_transfer
 from merge_jax.types import Adapter, Batch, LossFn, Params, RouteSummary, Transfer
 from merge_jax.vqa import evaluate_vqa, predict_answers, vqa_loss
@@ -70,9 +70,8 @@ __all__ = [
     "CheckpointError",
     "Checkpoints",
     "DamagedCheckpointWarning",
-    "Gated",
     "JointState",
-    "KnowledgeTransferLayer",
+    "LPKAOptions",
     "Layout",
     "LossFn",
     "LowRankConv",

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from merge_jax.checks import check_flag
 from merge_jax.cost import count_flops
-from merge_jax.groups import Group, grouped, run_group
-from merge_jax.paths import flatten, near_misses, replace
+from merge_jax.groups import Group, adapter_of, grouped, run_group
+from merge_jax.paths import flatten, replace
 from merge_jax.routes import ResolvedRoute, Route, Routes, as_routes, resolve
 from merge_jax.transfer import RoutedTransfer, share_transfer
 from merge_jax.types import Adapter, Params, RouteSummary
@@ -80,30 +80,14 @@ def block_transfer(
     def params_of(adapter: Adapter, group: Group) -> Adapter:
         if start is None:
             return {}
-        if group.name not in adapter:
-            raise ValueError(
-                f"the adapter has nothing for the route to {group.name!r}; was it made for other routes or "
-                f"models? {near_misses(group.name, adapter)}"
-            )
-        expected, found = (
-            {path: leaf.shape for path, leaf in flatten(params).items()}
-            for params in (jax.eval_shape(functools.partial(start_of, group)), adapter[group.name])
-        )
-        if found != expected:
-            raise ValueError(
-                f"the adapter of the route to {group.name!r} does not fit; was it made with other options, or for "
-                f"other models? Expected {expected}, got {found}"
-            )
-        return adapter[group.name]
+        return adapter_of(group.name, adapter, jax.eval_shape(functools.partial(start_of, group)))
 
     def move(
         route: ResolvedRoute,
         params: Adapter,
         target: tuple[jax.Array, ...],
         source: tuple[jax.Array, ...],
-        key: jax.Array | None = None,
     ) -> tuple[jax.Array, ...]:
-        del key  # There is nothing random.
         blocks = change(params, route.target_view.to_blocks(target), route.source_view.to_blocks(source))
         return route.target_view.to_leaves(blocks)
 

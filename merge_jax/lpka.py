@@ -1,35 +1,44 @@
-"""LPKA, the low-rank parametric knowledge adapter, as Flax (Linen) modules: matrices in, matrices out.
+"""LPKA, the low-rank parametric knowledge adapter, as plain functions of arrays: matrices in, matrices out.
 
 Method: Li et al., "MergeNet", arXiv:2404.13322, with the details of its published code.
 
-Legend of shapes: target matrix `[m, n]`, source matrix `[p, q]`; `h` heads of width `d`; tokens are the rows of
-what a module is given, so queries are `[r, c]` and keys `[s, k]`.
+Legend of shapes: target matrix `[m, n]`, source matrix `[p, q]`; `h` heads of width `d`; tokens are the rows of a
+matrix, so queries are `[r, c]` and keys `[s, k]`; `L` layers, the first axis of every parameter.
 """
 
-import dataclasses
+import functools
 import math
-from typing import Any, Literal, get_args
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, get_args
 
 import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from merge_jax.checks import check_at_least_one, check_below_one, check_choice, check_flag, check_float_dtype
+from merge_jax.network import Dropout, Network, Sizes, Start, draw, draw_mask, draw_masks, drawn_network
 from merge_jax.spectral import spectral_norm
-from merge_jax.stacks import Stack
 
 __all__ = [
     "ATTENTIONS",
     "LPKA",
     "AttentionName",
-    "FeedForward",
-    "KnowledgeTransferLayer",
-    "ParameterAttention",
-    "head_width",
+    "LPKAOptions",
+    "apply",
+    "dense",
+    "dense_start",
+    "feed_forward",
+    "feed_forward_start",
+    "in_layers",
+    "init",
     "layer_norm",
-    "linear",
+    "lpka_network",
+    "norm_start",
+    "pad_to",
 ]
 
 AttentionName = Literal["rows_rows", "rows_cols", "cols_rows", "cols_cols"]
@@ -38,191 +47,36 @@ AttentionName = Literal["rows_rows", "rows_cols", "cols_rows", "cols_cols"]
 ATTENTIONS: tuple[AttentionName, ...] = get_args(AttentionName)
 
 # The published epsilon. Rows of weights can have tiny variances, which a usual epsilon would swamp.
-_LAYER_NORM_EPSILON = 1e-12
+_EPSILON = 1e-12
 _MINIMUM_WIDTH = 128
 _LARGEST_SCORE = 1e8
-# Kernels and biases uniform in +-1/sqrt(fan_in), PyTorch's default, which the published code relies on.
-_KERNEL_INIT = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+# The score of a key that is padding: its weight underflows to 0.
+_NO_SCORE = -1e30
+# Attentions of up to so many tokens run as one however unlike they are; larger ones where that adds little work.
+_SMALL = 256
+_LARGEST_RATIO = 1.5
 
 
-def head_width(query_size: int, key_size: int, num_heads: int, max_width: int | None = None) -> int:
-    """Returns the width of one attention head: `max((c + k) // 2, 128) // h` as published, the whole capped.
-
-    Raises:
-      ValueError: there are more heads than the whole width, so that a head would have none.
-    """
-    width = max((query_size + key_size) // 2, _MINIMUM_WIDTH)
-    if max_width is not None:
-        width = min(width, max_width)
-    if not 1 <= num_heads <= width:
-        raise ValueError(f"num_heads must lie in [1, {width}], the width of its attention, got {num_heads}")
-    return width // num_heads
-
-
-def _bias_init(fan_in: int) -> nn.initializers.Initializer:
-    bound = fan_in**-0.5
-
-    def init(key, shape, dtype=jnp.float32):
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-    return init
-
-
-def linear(features: int, fan_in: int, dtype: Any, name: str) -> nn.Dense:
-    """Returns a dense layer with PyTorch's initial distribution; parameters are float32."""
-    return nn.Dense(features, dtype=dtype, kernel_init=_KERNEL_INIT, bias_init=_bias_init(fan_in), name=name)
-
-
-def layer_norm(name: str) -> nn.LayerNorm:
-    """Returns a LayerNorm over features in float32 with the published epsilon."""
-    # The fast variance, E[x^2] - E[x]^2, cancels badly for weights with a mean.
-    return nn.LayerNorm(epsilon=_LAYER_NORM_EPSILON, use_fast_variance=False, dtype=jnp.float32, name=name)
-
-
-class ParameterAttention(nn.Module):
-    """Rows of one matrix attend to rows of another: `LayerNorm(X + concat_h(softmax(Q K^T / sqrt(d)) V) W_o)`.
-
-    `Q = X W_q`, `K = Y W_k`, `V = Y W_v`, with biases. Source: arXiv:2404.13322, details as in its code.
+@dataclass(frozen=True)
+class LPKAOptions:
+    """What an LPKA is; the defaults are the published values but for the two caps, which are our choice.
 
     Attributes:
-      num_heads: number of heads `h`; the width of each is `head_width(c, k, h, max_width)`.
-      max_width: cap on the width of all heads together; None as published.
-      dropout_rate: dropout on the attention weights.
+      num_layers: layers `L`.
+      num_heads: heads `h` of each attention.
+      max_width: cap on the width `h d` of each attention; None as published.
+      max_hidden: cap on the hidden width `f` of the feed-forward block, which is `2 n` as published: 4 n^2 parameters,
+        more than all else where matrices are wide. Below `2 n` the block is a bottleneck.
+      attentions: which of the four there are. `cols_cols` costs most where matrices are wide.
+      attention_dropout: rate of dropout on the attention weights.
+      feed_forward_dropout: rate of dropout on what the feed-forward block adds.
+      spectral: whether its kernels are divided by their spectral norms.
       max_scores: attention maps `[h, r, s]` with more entries are made in chunks of queries and made again in the
-        backward pass, so that memory does not grow with `r s`; the values are the same.
-      dtype: of the computation, softmax and LayerNorm excepted; parameters are float32.
-    """
-
-    num_heads: int
-    max_width: int | None = None
-    dropout_rate: float = 0.1
-    max_scores: int = 2**22
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, queries: jax.Array, keys: jax.Array, *, deterministic: bool = True) -> jax.Array:
-        """Maps queries `[r, c]` and keys `[s, k]` to `[r, c]`, float32."""
-        chex.assert_rank([queries, keys], [2, 2])
-        c, k = queries.shape[1], keys.shape[1]
-        d = head_width(c, k, self.num_heads, self.max_width)
-        features = self.num_heads * d
-
-        def heads(x: jax.Array, name: str) -> jax.Array:
-            return linear(features, x.shape[1], self.dtype, name)(x).reshape(-1, self.num_heads, d)
-
-        q, key, value = heads(queries, "query"), heads(keys, "key"), heads(keys, "value")
-        rate = 0.0 if deterministic else self.dropout_rate
-        mixed = _attend(q, key, value, rate, self.make_rng("dropout") if rate else None, self.max_scores)
-        outputs = linear(c, features, self.dtype, "out")(mixed.reshape(-1, features))
-        return layer_norm("norm")(queries + outputs)
-
-
-def _attend(
-    queries: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
-    dropout_rate: float,
-    dropout_key: jax.Array | None,
-    max_scores: int,
-) -> jax.Array:
-    """Returns `softmax(Q K^T / sqrt(d)) V`, `[r, h, d]`, for queries `[r, h, d]`, keys and values `[s, h, d]`."""
-
-    def mix(queries: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
-        scores = jnp.einsum("rhd,shd->hrs", queries, keys).astype(jnp.float32) / queries.shape[-1] ** 0.5
-        # Beyond that, one rounding of a score is more than an exponential can take, and XLA may round twice.
-        weights = nn.softmax(jnp.clip(scores, -_LARGEST_SCORE, _LARGEST_SCORE))
-        if dropout_key is not None:
-            weights = jnp.where(_kept(dropout_key, dropout_rate, weights.shape), weights / (1 - dropout_rate), 0.0)
-        return jnp.einsum("hrs,shd->rhd", weights.astype(values.dtype), values)
-
-    r, h, d = queries.shape
-    chunk = max(1, max_scores // (h * keys.shape[0]))
-    if chunk >= r:
-        return mix(queries, dropout_key)
-    chunks = -(-r // chunk)
-    padded = jnp.pad(queries, ((0, chunks * chunk - r), (0, 0), (0, 0))).reshape(chunks, chunk, h, d)
-    dropout_keys = None if dropout_key is None else jax.random.split(dropout_key, chunks)
-    # Under checkpoint a chunk's map lives only while the chunk is worked on, in the backward pass too.
-    mixed = lax.map(lambda chunk: jax.checkpoint(mix)(*chunk), (padded, dropout_keys))
-    return mixed.reshape(chunks * chunk, h, d)[:r]
-
-
-def _kept(key: jax.Array, dropout_rate: float, shape: tuple[int, ...]) -> jax.Array:
-    """Returns a mask that keeps each entry with probability `1 - rate`, to a 65536th."""
-    # Two entries of each random word: making the words takes longer than all else that dropout does.
-    size = math.prod(shape)
-    words = jax.random.bits(key, (-(-size // 2),), jnp.uint32)
-    halves = lax.bitcast_convert_type(words, jnp.uint16).reshape(-1)[:size]
-    return halves.reshape(shape) >= min(round(dropout_rate * 2**16), 2**16 - 1)
-
-
-class _SpectralDense(nn.Module):
-    """A dense layer whose kernel is divided by its spectral norm: `x W / sigma(W) + b`."""
-
-    features: int
-    normalised: bool
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, inputs: jax.Array) -> jax.Array:
-        fan_in = inputs.shape[-1]
-        kernel = self.param("kernel", _KERNEL_INIT, (fan_in, self.features))
-        bias = self.param("bias", _bias_init(fan_in), (self.features,))
-        if self.normalised:
-            kernel = kernel / jnp.maximum(spectral_norm(kernel), _LAYER_NORM_EPSILON)
-        return inputs.astype(self.dtype) @ kernel.astype(self.dtype) + bias.astype(self.dtype)[None]
-
-
-class FeedForward(nn.Module):
-    """`LayerNorm(X + Dropout(gelu(X W_up) W_down))`, both kernels divided by their spectral norms.
-
-    Attributes:
-      max_hidden: cap on the hidden width, which is `2 n` as published: 4 n^2 parameters, more than all else where
-        matrices are wide. Below `2 n` the block is a bottleneck.
-      dropout_rate: dropout on what is added.
-      spectral: whether kernels are divided by their spectral norms.
-      dtype: of the computation, LayerNorm excepted; parameters are float32.
-    """
-
-    max_hidden: int | None = None
-    dropout_rate: float = 0.2
-    spectral: bool = True
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array, *, deterministic: bool = True) -> jax.Array:
-        """Maps `[m, n]` to `[m, n]`, float32."""
-        n = x.shape[-1]
-        hidden_size = 2 * n if self.max_hidden is None else min(2 * n, self.max_hidden)
-        hidden = nn.gelu(_SpectralDense(hidden_size, self.spectral, self.dtype, name="up")(x), approximate=True)
-        hidden = _SpectralDense(n, self.spectral, self.dtype, name="down")(hidden)
-        hidden = nn.Dropout(self.dropout_rate)(hidden, deterministic=deterministic)
-        return layer_norm("norm")(x + hidden)
-
-
-class KnowledgeTransferLayer(nn.Module):
-    """One layer of LPKA: four attentions between rows and columns, averaged, then a feed-forward block.
-
-    `FFN((A(T, S) + A(T, S^T) + A(T^T, S)^T + A(T^T, S^T)^T) / 4)`; arXiv:2404.13322. Rows and
-    columns both serve as tokens, since either may carry what the other model needs.
-
-    With inner width `D` (equal in all four) and hidden width `f`, the layer has `4 D (m + n + p + q) + 2 n f`
-    parameters and a forward pass costs `4 D (4 m n + 4 p q + (m + n)(p + q)) + 4 m n f` floating point
-    operations, biases and norms left out. The published widths grow with the matrices: for 768x3072 from 768x3072
-    two layers have 215 million parameters. The caps are our choice; they change nothing where matrices are small.
-
-    Attributes:
-      num_heads: heads of each attention; 8 as published.
-      max_width: cap on the inner width of each attention; None as published.
-      max_hidden: cap on the hidden width of the feed-forward block; None as published.
-      attentions: which of the four there are; all as published. `cols_cols` costs most where matrices are wide.
-      attention_dropout: dropout on attention weights; 0.1 as published.
-      feed_forward_dropout: dropout on the feed-forward block; 0.2 as published.
-      spectral: whether the feed-forward kernels are divided by their spectral norms, as published.
-      max_scores: entries of an attention map that are held at once; see `ParameterAttention`.
+        backward pass, so that memory does not grow with `r s`. Without dropout the values do not depend on it.
       dtype: of the computation; parameters, softmax and norms are float32.
     """
 
+    num_layers: int = 2
     num_heads: int = 8
     max_width: int | None = 512
     max_hidden: int | None = 1024
@@ -235,7 +89,7 @@ class KnowledgeTransferLayer(nn.Module):
 
     def check(self) -> None:
         """Raises ValueError for an option out of range."""
-        check_at_least_one(num_heads=self.num_heads, max_scores=self.max_scores)
+        check_at_least_one(num_layers=self.num_layers, num_heads=self.num_heads, max_scores=self.max_scores)
         caps = {"max_width": self.max_width, "max_hidden": self.max_hidden}
         check_at_least_one(**{name: cap for name, cap in caps.items() if cap is not None})
         check_below_one(attention_dropout=self.attention_dropout, feed_forward_dropout=self.feed_forward_dropout)
@@ -250,37 +104,455 @@ class KnowledgeTransferLayer(nn.Module):
         if len(set(self.attentions)) < len(self.attentions):
             raise ValueError(f"an attention stands twice in {self.attentions}")
 
-    @nn.compact
-    def __call__(self, target: jax.Array, source: jax.Array, *, deterministic: bool = True) -> jax.Array:
-        """Maps target `[m, n]` and source `[p, q]` to `[m, n]`."""
 
-        def attend(name: AttentionName) -> jax.Array:
+def init(key: jax.Array, sizes: Sizes, options: LPKAOptions) -> dict[str, Any]:
+    """Returns the parameters of one LPKA: uniform in `+-1/sqrt(fan in)`, PyTorch's default, and norms of 1 and 0.
+
+    With `D` the widths `h d` of all attentions of a side, one after the other, `a` their number, and `f` the hidden
+    width, the arrays are, each with a first axis of `L` layers:
+
+    - `target_rows`, what the target's rows ask: `query` (kernel `[n, D]`, bias `[D]`), `out` (kernel `[D, n]`, bias
+      `[a, n]`) and `norm` (scale and bias `[a, n]`); `target_cols` the same for columns, with `m` in the place of `n`;
+    - `source_rows`, what the source's rows answer: `key_value` (kernel `[q, 2 D]`, bias `[2 D]`), key and value of each
+      attention in turn; `source_cols` the same with `p`;
+    - `feed_forward`: `up` (kernel `[n, f]`, bias `[f]`), `down` (kernel `[f, n]`, bias `[n]`), `norm` (`[n]`).
+
+    Raises:
+      ValueError: there are more heads than the whole width of an attention.
+    """
+    return draw(key, _starts(sizes, sizes, options))
+
+
+def apply(
+    params: Mapping[str, Any],
+    target: jax.Array,
+    source: jax.Array,
+    masks: Mapping[str, Any] | None = None,
+    true: Mapping[str, Any] | None = None,
+    *,
+    options: LPKAOptions,
+) -> jax.Array:
+    """Returns the new target matrix `[m, n]`: `T_0 = T; T_{i+1} = Layer_i(T_i, S)`.
+
+    A layer is `FFN((A(T, S) + A(T, S^T) + A(T^T, S)^T + A(T^T, S^T)^T) / 4)`, with the attention
+    `A(X, Y) = LayerNorm(X + concat_h(softmax(Q K^T / sqrt(d)) V) W_o)`, `Q = X W_q`, `K = Y W_k`, `V = Y W_v`, all with
+    biases. Rows and columns both serve as tokens, since either may carry what the other model needs. Every row of the
+    output has variance 1 (before the last scale and bias), whatever the target's scale was. arXiv:2404.13322.
+
+    A layer has `sum_a 2 D_a (c + k) + 2 n f` parameters and costs `sum_a 4 D_a (m n + p q + r s) + 4 m n f` floating
+    point operations, biases and norms left out, for attentions of width `D_a` of `r` tokens of `c` features on `s` of
+    `k`. The published widths grow with the matrices: for 768x3072 from 768x3072 two layers have 215 million parameters.
+
+    Args:
+      params: of `init`.
+      target: `[m, n]`.
+      source: `[p, q]`.
+      masks: what dropout keeps, of `draw_masks`; None for no dropout.
+      true: the true sizes `m`, `n`, `p`, `q`, and `widths` of a head, where matrices and parameters are padded with
+        zeros: the output is then that of the whole ones, and means nothing outside of them.
+      options: those of `init`.
+    """
+    return in_layers(functools.partial(_layer, options, true, source), options.num_layers, target, params, masks)
+
+
+def in_layers(layer: Any, num_layers: int, target: jax.Array, params: Any, masks: Any) -> jax.Array:
+    """Returns the target after all layers, `(target, params, masks) -> target` of each; one program for all."""
+    of_layers = params, dict(masks or {})
+    if num_layers == 1:
+        return layer(target, *jax.tree.map(lambda leaf: leaf[0], of_layers))
+    return lax.scan(lambda target, of_layer: (layer(target, *of_layer), None), target.astype(jnp.float32), of_layers)[0]
+
+
+class _Attention(NamedTuple):
+    """One of the four: `r` queries of `c` features ask `s` keys of `k` features, in heads of `h d` features."""
+
+    asks: str
+    answers: str
+    r: int
+    c: int
+    s: int
+    k: int
+    width: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.asks}_{self.answers}"
+
+
+def _attentions(sizes: Sizes, options: LPKAOptions) -> list[_Attention]:
+    """Returns the attentions between matrices of these sizes, those that the target's rows ask first."""
+    m, n, p, q = sizes
+    found = []
+    for name in ATTENTIONS:
+        if name in options.attentions:
             asks, answers = name.split("_")
-            attention = ParameterAttention(
-                self.num_heads, self.max_width, self.attention_dropout, self.max_scores, self.dtype, name=name
+            r, c = (m, n) if asks == "rows" else (n, m)
+            s, k = (p, q) if answers == "rows" else (q, p)
+            found.append(_Attention(asks, answers, r, c, s, k, _width(c, k, options)))
+    return found
+
+
+def _width(query_features: int, key_features: int, options: LPKAOptions) -> int:
+    """Returns the width `h d` of an attention: `max((c + k) // 2, 128)` as published, capped, a multiple of `h`."""
+    width = max((query_features + key_features) // 2, _MINIMUM_WIDTH)
+    if options.max_width is not None:
+        width = min(width, options.max_width)
+    if options.num_heads > width:
+        raise ValueError(f"num_heads must lie in [1, {width}], the width of its attention, got {options.num_heads}")
+    return width // options.num_heads * options.num_heads
+
+
+def _bundles(attentions: Sequence[_Attention]) -> list[list[_Attention]]:
+    """Returns the attentions in bundles that run as one, padded to common sizes.
+
+    Our choice: each is a program of its own to a compiler, so small ones share one; those of large and unlike matrices
+    stay apart.
+    """
+    bundles: list[list[_Attention]] = []
+
+    def fits(bundle: Sequence[_Attention]) -> bool:
+        r, s, width = (max(getattr(one, size) for one in bundle) for size in ("r", "s", "width"))
+        true = sum(one.r * one.s * one.width for one in bundle)
+        return max(r, s) <= _SMALL or len(bundle) * r * s * width <= _LARGEST_RATIO * true
+
+    for attention in sorted(attentions, key=lambda one: -one.r * one.s):
+        bundle = next((bundle for bundle in bundles if fits([*bundle, attention])), None)
+        if bundle is None:
+            bundles.append([attention])
+        else:
+            bundle.append(attention)
+    return bundles
+
+
+def _layer(
+    options: LPKAOptions,
+    true: Mapping[str, Any] | None,
+    source: jax.Array,
+    target: jax.Array,
+    params: Mapping[str, Any],
+    masks: Mapping[str, Any],
+) -> jax.Array:
+    attentions = _attentions(Sizes(*target.shape, *source.shape), options)
+    mixed = _mixed(attentions, true, source, target, params, masks, options)
+    total: Any = 0.0
+    for asks, x, valid in (
+        ("rows", target, _valid(target, 1, true, "n")),
+        ("cols", target.T, _valid(target, 0, true, "m")),
+    ):
+        answered = [mixed[one.name] for one in attentions if one.asks == asks]
+        if answered:
+            of_side = params[f"target_{asks}"]
+            kernels = jnp.split(of_side["out"]["kernel"], np.cumsum([part.shape[1] for part in answered])[:-1])
+            out = jnp.stack(
+                [
+                    part.astype(options.dtype) @ kernel.astype(options.dtype)
+                    for part, kernel in zip(answered, kernels, strict=True)
+                ]
             )
-            keys = source if answers == "rows" else source.T
-            if asks == "rows":
-                return attention(target, keys, deterministic=deterministic)
-            return attention(target.T, keys, deterministic=deterministic).T
+            new = layer_norm(x[None] + out + of_side["out"]["bias"][:, None].astype(out.dtype), of_side["norm"], valid)
+            new = new.sum(axis=0)
+            total = total + (new if asks == "rows" else new.T)
+    x = total / len(attentions)
+    rows, columns = _valid(target, 0, true, "m"), _valid(target, 1, true, "n")
+    if rows is not None and columns is not None:  # What padded queries were answered must reach nobody.
+        x = jnp.where(rows[:, None] & columns[None], x, 0.0)
+    return feed_forward(params["feed_forward"], x, masks.get("feed_forward"), columns, options)
 
-        mixed = sum(map(attend, self.attentions[1:]), attend(self.attentions[0])) / len(self.attentions)
-        feed_forward = FeedForward(
-            self.max_hidden, self.feed_forward_dropout, self.spectral, self.dtype, name="feed_forward"
+
+def _valid(matrix: jax.Array, axis: int, true: Mapping[str, Any] | None, size: str) -> jax.Array | None:
+    """Returns which indices of an axis are no padding; None for all."""
+    return None if true is None else jnp.arange(matrix.shape[axis]) < true[size]
+
+
+def _mixed(
+    attentions: Sequence[_Attention],
+    true: Mapping[str, Any] | None,
+    source: jax.Array,
+    target: jax.Array,
+    params: Mapping[str, Any],
+    masks: Mapping[str, Any],
+    options: LPKAOptions,
+) -> dict[str, jax.Array]:
+    """Returns what the queries of each attention are answered, `[r, h d]`, before the output kernels."""
+    queries: dict[str, jax.Array] = {}
+    keys_values: dict[str, jax.Array] = {}
+    for tokens in ("rows", "cols"):
+        asking = [one for one in attentions if one.asks == tokens]
+        if asking:
+            projected = dense(
+                target if tokens == "rows" else target.T, params[f"target_{tokens}"]["query"], options.dtype
+            )
+            queries |= _split(projected, [(one.name, one.width) for one in asking], options.num_heads)
+        answering = [one for one in attentions if one.answers == tokens]
+        if answering:
+            x = source if tokens == "rows" else source.T
+            projected = dense(x, params[f"source_{tokens}"]["key_value"], options.dtype)
+            keys_values |= _split(projected, [(one.name, 2 * one.width) for one in answering], 2 * options.num_heads)
+    mixed = {}
+    for number, bundle in enumerate(_bundles(attentions)):
+        r, s, width = (max(getattr(one, size) for one in bundle) for size in ("r", "s", "width"))
+        h, d = options.num_heads, width // options.num_heads
+        q = jnp.stack([pad_to(queries[one.name], (r, h, d)) for one in bundle])
+        kv = jnp.stack([pad_to(keys_values[one.name], (s, 2 * h, d)) for one in bundle])
+        if true is None:
+            counts, widths = [one.s for one in bundle], [one.width // h for one in bundle]
+            valid = None if min(counts) == s else jnp.arange(s)[None] < np.array(counts)[:, None]
+        else:
+            counts = jnp.stack([true["p" if one.answers == "rows" else "q"] for one in bundle])
+            valid, widths = jnp.arange(s)[None] < counts[:, None], [true["widths"][one.name] for one in bundle]
+        scales = jnp.stack([jnp.asarray(width, jnp.float32) for width in widths]) ** -0.5
+        answered = _attend(
+            q * scales.astype(q.dtype)[:, None, None, None],
+            kv[:, :, :h],
+            kv[:, :, h:],
+            masks.get(f"attention_{number}"),
+            valid,
+            options,
         )
-        return feed_forward(mixed, deterministic=deterministic)
+        for one, part in zip(bundle, answered, strict=True):
+            mixed[one.name] = part[: one.r, :, : one.width // h].reshape(one.r, one.width)
+    return mixed
 
 
-class LPKA(Stack):
-    """The adapter: a stack of knowledge transfer layers whose output is the new target matrix.
+def _split(projected: jax.Array, widths: Sequence[tuple[str, int]], heads: int) -> dict[str, jax.Array]:
+    """Returns the parts of `[tokens, features]` by name, in heads."""
+    parts = jnp.split(projected, np.cumsum([width for _, width in widths])[:-1], axis=1)
+    return {name: part.reshape(len(part), heads, -1) for (name, _), part in zip(widths, parts, strict=True)}
 
-    `T_0 = T; T_{i+1} = Layer_i(T_i, S)`; arXiv:2404.13322. Every row of the output has variance 1 (before the last
-    scale and bias), whatever the target's scale was.
+
+def _attend(
+    queries: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    mask: jax.Array | None,
+    valid: jax.Array | None,
+    options: LPKAOptions,
+) -> jax.Array:
+    """Returns `softmax(Q K^T) V`, `[a, r, h, d]`, of `a` attentions: queries `[a, r, h, d]`, the others `[a, s, h, d]`.
+
+    The mask is `[a, h, r, s]`, or a key where that has more than `max_scores` entries; valid keys are `[a, s]`.
+    """
+    rate = options.attention_dropout
+
+    def mix(queries: jax.Array, mask: jax.Array | None) -> jax.Array:
+        scores = jnp.einsum("arhd,ashd->ahrs", queries, keys).astype(jnp.float32)
+        # Beyond that, one rounding of a score is more than an exponential can take, and XLA may round twice.
+        scores = jnp.clip(scores, -_LARGEST_SCORE, _LARGEST_SCORE)
+        if valid is not None:
+            scores = jnp.where(valid[:, None, None], scores, _NO_SCORE)
+        weights = jax.nn.softmax(scores)
+        if mask is not None:
+            weights = jnp.where(mask, weights / (1 - rate), 0.0)
+        return jnp.einsum("ahrs,ashd->arhd", weights.astype(values.dtype), values)
+
+    a, r, h, d = queries.shape
+    s = keys.shape[1]
+    chunk = max(1, options.max_scores // (a * h * s))
+    if chunk >= r:
+        return mix(queries, mask)
+    chunks = -(-r // chunk)
+    padded = jnp.moveaxis(pad_to(queries, (chunks * chunk, h, d)).reshape(a, chunks, chunk, h, d), 1, 0)
+    mask_keys = None if mask is None else jax.random.split(mask, chunks)
+
+    # Under checkpoint a chunk's map lives only while the chunk is worked on, in the backward pass too.
+    @jax.checkpoint
+    def mix_chunk(queries: jax.Array, mask_key: jax.Array | None) -> jax.Array:
+        return mix(queries, None if mask_key is None else draw_mask(mask_key, (a, h, chunk, s), rate))
+
+    mixed = lax.map(lambda chunk: mix_chunk(*chunk), (padded, mask_keys))
+    return jnp.moveaxis(mixed, 0, 1).reshape(a, chunks * chunk, h, d)[:, :r]
+
+
+def feed_forward(
+    params: Mapping[str, Any], x: jax.Array, mask: jax.Array | None, valid: jax.Array | None, options: Any
+) -> jax.Array:
+    """Returns `LayerNorm(X + Dropout(gelu(X W_up) W_down))`, `[m, n]`, both kernels divided by their spectral norms.
+
+    Args:
+      params: `up`, `down` and `norm`.
+      x: `[m, n]`.
+      mask: what dropout keeps, `[m, n]`, or None.
+      valid: which columns are no padding, `[n]`, or None for all.
+      options: with `feed_forward_dropout`, `spectral` and `dtype`.
+    """
+    up, down = params["up"], params["down"]
+    if options.spectral:
+        # Both have one shape, so that their norms are one program.
+        kernels = jnp.stack([up["kernel"], down["kernel"].T])
+        norms = jnp.maximum(jax.vmap(spectral_norm)(kernels), _EPSILON)
+        up, down = ({**dense, "kernel": dense["kernel"] / norm} for dense, norm in zip((up, down), norms, strict=True))
+    hidden = jax.nn.gelu(dense(x, up, options.dtype), approximate=True)
+    added = dense(hidden, down, options.dtype)
+    if mask is not None:
+        added = jnp.where(mask, added / (1 - options.feed_forward_dropout), 0.0)
+    return layer_norm(x + added, params["norm"], valid)
+
+
+def layer_norm(x: jax.Array, params: Mapping[str, jax.Array], valid: jax.Array | None = None) -> jax.Array:
+    """Returns `(x - mean) / sqrt(variance + 1e-12) * scale + bias` over the last axis, in float32.
+
+    Args:
+      x: `[..., tokens, c]`.
+      params: `scale` and `bias`, `[..., c]`.
+      valid: which of the features are no padding, `[c]`, or None for all.
+    """
+    x = x.astype(jnp.float32)
+    count: Any = x.shape[-1]
+    if valid is not None:
+        valid, count = jnp.expand_dims(valid, range(x.ndim - 1)), jnp.sum(valid)
+        x = jnp.where(valid, x, 0.0)
+    # The fast variance, E[x^2] - E[x]^2, cancels badly for weights with a mean.
+    centred = x - jnp.sum(x, axis=-1, keepdims=True) / count
+    if valid is not None:
+        centred = jnp.where(valid, centred, 0.0)
+    variance = jnp.sum(jnp.square(centred), axis=-1, keepdims=True) / count
+    scale, bias = (jnp.expand_dims(params[name], -2) for name in ("scale", "bias"))
+    return centred * lax.rsqrt(variance + _EPSILON) * scale + bias
+
+
+def dense(x: jax.Array, params: Mapping[str, jax.Array], dtype: Any) -> jax.Array:
+    """Returns `X W + b` in a dtype."""
+    return x.astype(dtype) @ params["kernel"].astype(dtype) + params["bias"].astype(dtype)[None]
+
+
+def pad_to(array: jax.Array, shape: Sequence[int]) -> jax.Array:
+    """Returns the array with zeros behind its last axes, so that they have this shape."""
+    extra = array.ndim - len(shape)
+    widths = [(0, new - old) for old, new in zip(array.shape[extra:], shape, strict=True)]
+    return jnp.pad(array, [(0, 0)] * extra + widths) if any(width for _, width in widths) else array
+
+
+def _starts(true: Sizes, padded: Sizes, options: LPKAOptions) -> dict[str, Any]:
+    """Returns the start of the parameters of true matrices, with zeros around for padded ones."""
+    layers, h = options.num_layers, options.num_heads
+    starts: dict[str, Any] = {}
+    pairs = list(zip(_attentions(true, options), _attentions(padded, options), strict=True))
+    for tokens, (features, wide) in {"rows": (true.n, padded.n), "cols": (true.m, padded.m)}.items():
+        asking = [(one.width, pad.width) for one, pad in pairs if one.asks == tokens]
+        if asking:
+            heads = np.concatenate([_of_heads(width, pad, h) for width, pad in asking])
+            # Each attention's output kernel has its own fan in.
+            bounds = np.array([width**-0.5 for width, _ in asking])
+            by_row = heads * np.repeat(bounds, [pad for _, pad in asking])
+            kept = _count(features, wide)
+            starts[f"target_{tokens}"] = {
+                "query": dense_start(layers, features, kept, heads),
+                "out": {
+                    "kernel": Start((layers, len(heads), wide), (by_row[None, :, None], kept[None, None])),
+                    "bias": Start((layers, len(asking), wide), (bounds[None, :, None], kept[None, None])),
+                },
+                "norm": norm_start(layers, len(asking), wide),
+            }
+    for tokens, (features, wide) in {"rows": (true.q, padded.q), "cols": (true.p, padded.p)}.items():
+        answering = [(one.width, pad.width) for one, pad in pairs if one.answers == tokens]
+        if answering:
+            heads = np.concatenate([np.tile(_of_heads(width, pad, h), 2) for width, pad in answering])
+            starts[f"source_{tokens}"] = {"key_value": dense_start(layers, features, _count(features, wide), heads)}
+    return starts | {"feed_forward": feed_forward_start(layers, true, padded, options)}
+
+
+def _count(true: int, padded: int) -> np.ndarray:
+    """Returns 1 for each true index of an axis, and 0 for padding."""
+    return (np.arange(padded) < true).astype(np.float32)
+
+
+def _of_heads(true: int, padded: int, heads: int) -> np.ndarray:
+    """Returns `_count` of each of the heads of an axis."""
+    return np.tile(_count(true // heads, padded // heads), heads)
+
+
+def dense_start(layers: int, fan_in: int, inputs: np.ndarray, outputs: np.ndarray) -> dict[str, Start]:
+    """Returns the start of a dense kernel `[layers, inputs, outputs]` and its bias: `+-1/sqrt(fan in)`, as PyTorch has it.
+
+    Inputs and outputs are 1, or 0 for padding.
+    """
+    bound, count = fan_in**-0.5 * outputs[None], outputs.size
+    return {
+        "kernel": Start((layers, inputs.size, count), (inputs[None, :, None], bound[None])),
+        "bias": Start((layers, count), (bound,)),
+    }
+
+
+def norm_start(*shape: int) -> dict[str, Start]:
+    """Returns the start of a LayerNorm: the identity."""
+    return {"scale": Start(shape, centre=1.0), "bias": Start(shape)}
+
+
+def _hidden(sizes: Sizes, options: Any) -> int:
+    return 2 * sizes.n if options.max_hidden is None else min(2 * sizes.n, options.max_hidden)
+
+
+def feed_forward_start(layers: int, true: Sizes, padded: Sizes, options: Any) -> dict[str, Any]:
+    """Returns the start of the parameters of `feed_forward`, with `max_hidden` of the options."""
+    features, hidden = _count(true.n, padded.n), _count(_hidden(true, options), _hidden(padded, options))
+    return {
+        "up": dense_start(layers, true.n, features, hidden),
+        "down": dense_start(layers, _hidden(true, options), hidden, features),
+        "norm": norm_start(layers, padded.n),
+    }
+
+
+def _masks(sizes: Sizes, options: LPKAOptions) -> dict[str, Dropout]:
+    """Returns what dropout is to be drawn in one pass; nothing where its rate is 0."""
+    masks = {}
+    if options.attention_dropout:
+        for number, bundle in enumerate(_bundles(_attentions(sizes, options))):
+            r, s = (max(getattr(one, size) for one in bundle) for size in ("r", "s"))
+            shape = (len(bundle), options.num_heads, r, s)
+            whole = math.prod(shape) <= options.max_scores
+            masks[f"attention_{number}"] = Dropout((options.num_layers, *shape), options.attention_dropout, whole)
+    if options.feed_forward_dropout:
+        masks["feed_forward"] = Dropout((options.num_layers, sizes.m, sizes.n), options.feed_forward_dropout)
+    return masks
+
+
+def _flops(sizes: Sizes, options: LPKAOptions) -> int:
+    """Returns the floating point operations of one pass; see `apply`."""
+    m, n, p, q = sizes
+    products = [4 * one.width * (m * n + p * q + one.r * one.s) for one in _attentions(sizes, options)]
+    return options.num_layers * (sum(products) + 4 * m * n * _hidden(sizes, options))
+
+
+def _true(sizes: Sizes, options: LPKAOptions) -> dict[str, Any]:
+    widths = {one.name: one.width // options.num_heads for one in _attentions(sizes, options)}
+    return {**sizes._asdict(), "widths": widths}
+
+
+def lpka_network(options: LPKAOptions) -> Network:
+    """Returns the LPKA as a network: what `adapter_transfer` maps matrices with.
+
+    Raises:
+      ValueError: an option out of range.
+    """
+    options.check()
+    return drawn_network(
+        functools.partial(_starts, options=options),
+        functools.partial(apply, options=options),
+        functools.partial(_masks, options=options),
+        true=functools.partial(_true, options=options),
+        flops=functools.partial(_flops, options=options),
+    )
+
+
+class LPKA(nn.Module):
+    """The adapter as a Flax module: its parameters are the arrays of `init`, its call is `apply`.
 
     Attributes:
-      num_layers: layers in the stack; 2 as published.
-      layer: the layer that is stacked; by default with our caps on widths.
+      options: what it is.
     """
 
-    num_layers: int = 2
-    layer: nn.Module = dataclasses.field(default_factory=KnowledgeTransferLayer)
+    options: LPKAOptions = LPKAOptions()
+
+    @nn.compact
+    def __call__(self, target: jax.Array, source: jax.Array, *, deterministic: bool = True) -> jax.Array:
+        """Maps target `[m, n]` and source `[p, q]` to `[m, n]`; dropout draws from the rng `dropout`."""
+        chex.assert_rank([target, source], [2, 2])
+        sizes = Sizes(*target.shape, *source.shape)
+        if self.is_initializing():
+            start: Any = init(self.make_rng("params"), sizes, self.options)
+        else:  # Only their shapes are looked at.
+            shapes = jax.eval_shape(functools.partial(init, sizes=sizes, options=self.options), jax.random.key(0))
+            start = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), shapes)
+        params = {name: self.param(name, lambda _, name=name: start[name]) for name in start}
+        masks = None if deterministic else draw_masks(self.make_rng("dropout"), _masks(sizes, self.options))
+        return apply(params, target, source, masks, options=self.options)

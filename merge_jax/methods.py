@@ -4,12 +4,10 @@ from typing import Any, Unpack
 
 import jax.numpy as jnp
 
-from merge_jax.checks import check_at_least_one
-from merge_jax.lpka import ATTENTIONS, LPKA, AttentionName, KnowledgeTransferLayer
-from merge_jax.mlp import MixingLayer
+from merge_jax.adapter import AdapterOptions, adapter_transfer
+from merge_jax.lpka import ATTENTIONS, AttentionName, LPKAOptions, lpka_network
+from merge_jax.mlp import MixingOptions, mixing_network
 from merge_jax.routes import Routes
-from merge_jax.stacks import Stack
-from merge_jax.transfer import AdapterOptions, adapter_transfer
 from merge_jax.types import Transfer
 
 __all__ = ["lpka_transfer", "mlp_transfer", "published_transfer"]
@@ -49,12 +47,13 @@ def lpka_transfer(
       max_scores: entries of attention maps held at once; larger ones are made in chunks of queries, and again in
         the backward pass. The values do not depend on it.
       dtype: of the computation, e.g. bfloat16; parameters, softmax and norms stay float32.
-      **options: `output`, `rank`, `core`, `view`, `gate`, `shared`, `group_size`; see `adapter_transfer`.
+      **options: `output`, `rank`, `core`, `view`, `gate`, `shared`, `group_size`, `padding`; see `adapter_transfer`.
 
     Raises:
       ValueError: as `adapter_transfer`, and for an option out of range.
     """
-    layer = KnowledgeTransferLayer(
+    options_of_lpka = LPKAOptions(
+        num_layers=num_layers,
         num_heads=num_heads,
         max_width=max_width,
         max_hidden=max_hidden,
@@ -65,9 +64,7 @@ def lpka_transfer(
         max_scores=max_scores,
         dtype=dtype,
     )
-    check_at_least_one(num_layers=num_layers)
-    layer.check()
-    return adapter_transfer(routes, LPKA(num_layers, layer), **options)
+    return adapter_transfer(routes, lpka_network(options_of_lpka), **options)
 
 
 def published_transfer(routes: Routes, *, num_layers: int = 2, num_heads: int = 8) -> Transfer:
@@ -98,7 +95,7 @@ def mlp_transfer(
 ) -> Transfer:
     """Returns the ablation without attention: the source's rows and columns are mixed by learned perceptrons.
 
-    See `MixingLayer` for the equation; all else is as in `lpka_transfer`.
+    See `mlp.apply` for the equation; all else is as in `lpka_transfer`.
 
     Args:
       routes: as `lpka_transfer`.
@@ -108,14 +105,19 @@ def mlp_transfer(
       feed_forward_dropout: rate of dropout on the feed-forward block, in [0, 1).
       spectral: whether feed-forward kernels are divided by their spectral norms.
       dtype: of the computation; parameters and norms stay float32.
-      **options: `output`, `rank`, `core`, `view`, `gate`, `shared`, `group_size`; see `adapter_transfer`.
+      **options: `output`, `rank`, `core`, `view`, `gate`, `shared`, `group_size`, `padding`; see `adapter_transfer`.
 
     Raises:
       ValueError: as `lpka_transfer`.
     """
-    check_at_least_one(num_layers=num_layers)
-    layer = MixingLayer(
-        width=width, max_hidden=max_hidden, feed_forward_dropout=feed_forward_dropout, spectral=spectral, dtype=dtype
+    network = mixing_network(
+        MixingOptions(
+            num_layers=num_layers,
+            width=width,
+            max_hidden=max_hidden,
+            feed_forward_dropout=feed_forward_dropout,
+            spectral=spectral,
+            dtype=dtype,
+        )
     )
-    layer.check()
-    return adapter_transfer(routes, Stack(num_layers, layer), **options)
+    return adapter_transfer(routes, network, **options)

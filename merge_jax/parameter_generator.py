@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from merge_jax.routes import Routes
-from merge_jax.transfer import AdapterOptions, adapter_transfer
+from merge_jax.adapter import AdapterOptions, adapter_transfer
 from merge_jax.types import Transfer
 
 __all__ = ["ParameterGenerator", "parameter_generator_transfer"]

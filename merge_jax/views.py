@@ -11,11 +11,11 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from merge_jax.matrices import MatrixSpec, as_matrix, from_matrix, overlap_blocks
-from merge_jax.stacks import Kinds
 
-__all__ = ["AttentionView", "KernelView", "View", "ViewName", "proportional"]
+__all__ = ["AttentionView", "Kinds", "KernelView", "View", "ViewName", "proportional"]
 
 ViewName = Literal["matrix", "convolution", "attention"]
 """What an adapter's tokens are.
@@ -36,6 +36,19 @@ def proportional(count: int, other: int) -> list[int]:
     ([1, 3, 5, 7, 9, 11], [0, 1, 1])
     """
     return [(2 * i + 1) * other // (2 * count) for i in range(count)]
+
+
+@dataclass(frozen=True)
+class Kinds:
+    """The kinds of a matrix's rows: `0 .. count - 1`, each `each` times in a row, all of it `times` times."""
+
+    count: int
+    each: int
+    times: int
+
+    def of_rows(self) -> np.ndarray:
+        """Returns the kind of each row, `[each * count * times]`."""
+        return np.tile(np.repeat(np.arange(self.count), self.each), self.times)
 
 
 @dataclass(frozen=True)
