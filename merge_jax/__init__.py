@@ -134,6 +134,7 @@ __all__ = [
     "load_safetensors",
     "load_trajectory",
     "logits_teacher",
+    "lpka_network",
     "lpka_transfer",
     "make_epoch",
     "make_joint_step",

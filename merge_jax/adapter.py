@@ -14,7 +14,7 @@ from merge_jax.cost import count_flops
 from merge_jax.groups import Batch, Group, adapter_of, batched, grouped, map_routes, stack_group, unstack
 from merge_jax.low_rank import core_bases, decode, encode, row_basis
 from merge_jax.lpka import pad_to
-from merge_jax.network import Network, Place, Sizes, Start, draw, linen_network, stack_starts
+from merge_jax.network import Network, Place, Sizes, Start, cannot_be_had, draw, linen_network, stack_starts
 from merge_jax.paths import flatten, replace
 from merge_jax.routes import ResolvedRoute, Routes, as_routes, check_rank, check_view, resolve
 from merge_jax.transfer import RoutedTransfer, route_summary
@@ -69,8 +69,8 @@ def adapter_transfer(
       transfer overwrites what the target has learned in the overlap, so stop it early in a run
       (`make_joint_step(..., stop=0.1, num_steps=...)`), or let it fade out (`scheduled`).
 
-    In the last two a gate of 0 is the identity, the target keeps its scale, which the published output replaces and only
-    a following BatchNorm forgives, and both matrices meet at the scale that attention expects.
+    In the last two a gate of 0 is the identity, and both matrices meet at the scale that attention expects. The target
+    keeps its scale, which the published output replaces: only a following BatchNorm forgives that.
 
     **Rank.** At rank `r` the network sees and makes `A = B^T T [r, n]` instead of `T [m, n]`, with `B` the leading
     directions of `T` (`row_basis`), and `T' = T + B (A' - A)`: what rank `r` does not see is kept. The source is
@@ -146,6 +146,9 @@ def adapter_transfer(
         together = [group for group in groups if group not in alone]
         batches = [Batch((group,), (sizes_of(group),)) for group in alone]
         if net.flops is not None:
+            for group in groups:
+                with cannot_be_had(group.name):
+                    net.flops(sizes_of(group))
             batches += batched(together, [sizes_of(group) for group in together], net.flops, padding)
         return tuple(sorted(batches, key=lambda batch: batch.groups[0].numbers))
 
@@ -236,7 +239,7 @@ def adapter_transfer(
         targets: Mapping[str, jax.Array],
     ) -> dict[str, jax.Array]:
         """Returns the new target leaves of a batch's routes by path."""
-        prepared, alike = [], None
+        prepared = []
         for group in batch.groups:
             each, all_alike = stack_group(group, sources, targets)
             route = group.routes[0]

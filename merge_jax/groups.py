@@ -84,22 +84,23 @@ def batched(
     """Returns the groups in as few batches as keep the work near what it is for each group on its own.
 
     From the most work to the least, a group joins the first batch in which the padded work stays within
-    `largest_ratio` of the true work, or in which all matrices are small. Our choice: unlike shapes are one program each
+    `largest_ratio` of the true work, twice that for each route, or in which all matrices are small. Our choice: unlike shapes are one program each
     to a compiler, which takes seconds, where small matrices take microseconds.
 
     Args:
       groups: of routes.
       sizes: of the matrices of each.
       work: the operations that one route of some sizes takes.
-      largest_ratio: 1 or more.
+      largest_ratio: 1 or more; at 1 each stays apart.
     """
     batches: list[list[int]] = []
 
     def fits(members: Sequence[int]) -> bool:
         common = Sizes(*map(max, zip(*(sizes[i] for i in members), strict=True)))
-        counts = [len(groups[i].routes) for i in members]
-        true = sum(count * work(sizes[i]) for count, i in zip(counts, members, strict=True))
-        return max(common) <= _SMALL or sum(counts) * work(common) <= largest_ratio * true
+        if largest_ratio > 1 and max(common) <= _SMALL:
+            return True
+        each = [work(sizes[i]) for i in members for _ in groups[i].routes]
+        return len(each) * work(common) <= largest_ratio * min(sum(each), 2 * len(each) * min(each))
 
     for i in sorted(range(len(groups)), key=lambda i: -work(sizes[i])):
         for batch in batches:

@@ -8,7 +8,7 @@ matrix, so queries are `[r, c]` and keys `[s, k]`; `L` layers, the first axis of
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -29,6 +29,7 @@ __all__ = [
     "AttentionName",
     "LPKAOptions",
     "apply",
+    "attention_widths",
     "dense",
     "dense_start",
     "feed_forward",
@@ -46,15 +47,18 @@ AttentionName = Literal["rows_rows", "rows_cols", "cols_rows", "cols_cols"]
 
 ATTENTIONS: tuple[AttentionName, ...] = get_args(AttentionName)
 
+LayerFn = Callable[[jax.Array, Any, Any], jax.Array]
+"""`(target [m, n], params, masks) -> target [m, n]`: one layer."""
+
 # The published epsilon. Rows of weights can have tiny variances, which a usual epsilon would swamp.
 _EPSILON = 1e-12
 _MINIMUM_WIDTH = 128
 _LARGEST_SCORE = 1e8
 # The score of a key that is padding: its weight underflows to 0.
 _NO_SCORE = -1e30
-# Attentions of up to so many tokens run as one however unlike they are; larger ones where that adds little work.
+# Attentions of up to so many queries run as one however unlike they are; of more, where that adds little work.
 _SMALL = 256
-_LARGEST_RATIO = 1.5
+_LARGEST_RATIO = 1.25
 
 
 @dataclass(frozen=True)
@@ -148,19 +152,28 @@ def apply(
       target: `[m, n]`.
       source: `[p, q]`.
       masks: what dropout keeps, of `draw_masks`; None for no dropout.
-      true: the true sizes `m`, `n`, `p`, `q`, and `widths` of a head, where matrices and parameters are padded with
-        zeros: the output is then that of the whole ones, and means nothing outside of them.
+      true: the true sizes `m`, `n`, `p`, `q`, and `scales` of scores by attention, where matrices and parameters are
+        padded with zeros: the output is then that of the whole ones, and means nothing outside of them.
       options: those of `init`.
     """
     return in_layers(functools.partial(_layer, options, true, source), options.num_layers, target, params, masks)
 
 
-def in_layers(layer: Any, num_layers: int, target: jax.Array, params: Any, masks: Any) -> jax.Array:
-    """Returns the target after all layers, `(target, params, masks) -> target` of each; one program for all."""
+def in_layers(layer: LayerFn, num_layers: int, target: jax.Array, params: Any, masks: Any) -> jax.Array:
+    """Returns the target after all layers: `T_{i+1} = layer(T_i, params_i, masks_i)`.
+
+    Several are one program in a loop, so that the fourth costs no compilation; what a layer makes on the way is made
+    again in the backward pass, since kept for each it would be written to memory and read back.
+    """
     of_layers = params, dict(masks or {})
     if num_layers == 1:
-        return layer(target, *jax.tree.map(lambda leaf: leaf[0], of_layers))
-    return lax.scan(lambda target, of_layer: (layer(target, *of_layer), None), target.astype(jnp.float32), of_layers)[0]
+        return layer(target, *jax.tree.map(lambda leaf: jnp.squeeze(leaf, 0), of_layers))
+
+    @jax.checkpoint
+    def step(target: jax.Array, of_layer: Any) -> jax.Array:
+        return layer(target, *of_layer)
+
+    return lax.scan(lambda target, of_layer: (step(target, of_layer), None), target.astype(jnp.float32), of_layers)[0]
 
 
 class _Attention(NamedTuple):
@@ -202,26 +215,26 @@ def _width(query_features: int, key_features: int, options: LPKAOptions) -> int:
     return width // options.num_heads * options.num_heads
 
 
+def attention_widths(sizes: Sizes, options: LPKAOptions) -> dict[str, int]:
+    """Returns the width `h d` of each attention by name."""
+    return {one.name: one.width for one in _attentions(sizes, options)}
+
+
 def _bundles(attentions: Sequence[_Attention]) -> list[list[_Attention]]:
-    """Returns the attentions in bundles that run as one, padded to common sizes.
+    """Returns the attentions in bundles that run as one: those that ask the same keys, where their queries are alike.
 
-    Our choice: each is a program of its own to a compiler, so small ones share one; those of large and unlike matrices
-    stay apart.
+    Our choice: each is a program of its own to a compiler, so that two share one where the fewer queries are padded to
+    the number of the more at little cost.
     """
-    bundles: list[list[_Attention]] = []
-
-    def fits(bundle: Sequence[_Attention]) -> bool:
-        r, s, width = (max(getattr(one, size) for one in bundle) for size in ("r", "s", "width"))
-        true = sum(one.r * one.s * one.width for one in bundle)
-        return max(r, s) <= _SMALL or len(bundle) * r * s * width <= _LARGEST_RATIO * true
-
-    for attention in sorted(attentions, key=lambda one: -one.r * one.s):
-        bundle = next((bundle for bundle in bundles if fits([*bundle, attention])), None)
-        if bundle is None:
-            bundles.append([attention])
+    bundles = []
+    for answers in ("rows", "cols"):
+        bundle = [one for one in attentions if one.answers == answers]
+        most = max((one.r for one in bundle), default=0)
+        if most <= _SMALL or len(bundle) * most <= _LARGEST_RATIO * sum(one.r for one in bundle):
+            bundles.append(bundle)
         else:
-            bundle.append(attention)
-    return bundles
+            bundles += [[one] for one in bundle]
+    return [bundle for bundle in bundles if bundle]
 
 
 def _layer(
@@ -256,7 +269,9 @@ def _layer(
     rows, columns = _valid(target, 0, true, "m"), _valid(target, 1, true, "n")
     if rows is not None and columns is not None:  # What padded queries were answered must reach nobody.
         x = jnp.where(rows[:, None] & columns[None], x, 0.0)
-    return feed_forward(params["feed_forward"], x, masks.get("feed_forward"), columns, options)
+    new = feed_forward(params["feed_forward"], x, masks.get("feed_forward"), columns, options)
+    # Nor the next layer's queries, whose kernels would learn from it outside of the true sizes.
+    return new if rows is None else jnp.where(rows[:, None], new, 0.0)
 
 
 def _valid(matrix: jax.Array, axis: int, true: Mapping[str, Any] | None, size: str) -> jax.Array | None:
@@ -274,50 +289,44 @@ def _mixed(
     options: LPKAOptions,
 ) -> dict[str, jax.Array]:
     """Returns what the queries of each attention are answered, `[r, h d]`, before the output kernels."""
+    h = options.num_heads
     queries: dict[str, jax.Array] = {}
-    keys_values: dict[str, jax.Array] = {}
-    for tokens in ("rows", "cols"):
+    for tokens, x in (("rows", target), ("cols", target.T)):
         asking = [one for one in attentions if one.asks == tokens]
         if asking:
-            projected = dense(
-                target if tokens == "rows" else target.T, params[f"target_{tokens}"]["query"], options.dtype
-            )
-            queries |= _split(projected, [(one.name, one.width) for one in asking], options.num_heads)
-        answering = [one for one in attentions if one.answers == tokens]
-        if answering:
-            x = source if tokens == "rows" else source.T
-            projected = dense(x, params[f"source_{tokens}"]["key_value"], options.dtype)
-            keys_values |= _split(projected, [(one.name, 2 * one.width) for one in answering], 2 * options.num_heads)
+            projected = dense(x, params[f"target_{tokens}"]["query"], options.dtype)
+            queries |= zip([one.name for one in asking], _by_attention(projected, asking, 1), strict=True)
+    keys_values = {
+        tokens: dense(x, params[f"source_{tokens}"]["key_value"], options.dtype)
+        for tokens, x in (("rows", source), ("cols", source.T))
+        if f"source_{tokens}" in params
+    }
     mixed = {}
     for number, bundle in enumerate(_bundles(attentions)):
-        r, s, width = (max(getattr(one, size) for one in bundle) for size in ("r", "s", "width"))
-        h, d = options.num_heads, width // options.num_heads
-        q = jnp.stack([pad_to(queries[one.name], (r, h, d)) for one in bundle])
-        kv = jnp.stack([pad_to(keys_values[one.name], (s, 2 * h, d)) for one in bundle])
-        if true is None:
-            counts, widths = [one.s for one in bundle], [one.width // h for one in bundle]
-            valid = None if min(counts) == s else jnp.arange(s)[None] < np.array(counts)[:, None]
+        answers, s = bundle[0].answers, bundle[0].s
+        r, d = max(one.r for one in bundle), max(one.width for one in bundle) // h
+        answering = [one for one in attentions if one.answers == answers]
+        if bundle == answering and len({one.width for one in bundle}) == 1:
+            kv = jnp.moveaxis(keys_values[answers].reshape(s, len(bundle), 2, h, d), 1, 0)
         else:
-            counts = jnp.stack([true["p" if one.answers == "rows" else "q"] for one in bundle])
-            valid, widths = jnp.arange(s)[None] < counts[:, None], [true["widths"][one.name] for one in bundle]
-        scales = jnp.stack([jnp.asarray(width, jnp.float32) for width in widths]) ** -0.5
-        answered = _attend(
-            q * scales.astype(q.dtype)[:, None, None, None],
-            kv[:, :, :h],
-            kv[:, :, h:],
-            masks.get(f"attention_{number}"),
-            valid,
-            options,
-        )
+            parts = dict(zip(answering, _by_attention(keys_values[answers], answering, 2), strict=True))
+            kv = jnp.stack([pad_to(parts[one].reshape(s, 2, h, -1), (s, 2, h, d)) for one in bundle])
+        q = jnp.stack([pad_to(queries[one.name].reshape(one.r, h, -1), (r, h, d)) for one in bundle])
+        if true is None:
+            valid, scales = None, jnp.asarray([one.width // h for one in bundle], jnp.float32) ** -0.5
+        else:
+            valid = jnp.arange(s) < true["p" if answers == "rows" else "q"]
+            scales = jnp.stack([true["scales"][one.name] for one in bundle])
+        q *= scales.astype(q.dtype)[:, None, None, None]
+        answered = _attend(q, kv[:, :, 0], kv[:, :, 1], masks.get(f"attention_{number}"), valid, options)
         for one, part in zip(bundle, answered, strict=True):
             mixed[one.name] = part[: one.r, :, : one.width // h].reshape(one.r, one.width)
     return mixed
 
 
-def _split(projected: jax.Array, widths: Sequence[tuple[str, int]], heads: int) -> dict[str, jax.Array]:
-    """Returns the parts of `[tokens, features]` by name, in heads."""
-    parts = jnp.split(projected, np.cumsum([width for _, width in widths])[:-1], axis=1)
-    return {name: part.reshape(len(part), heads, -1) for (name, _), part in zip(widths, parts, strict=True)}
+def _by_attention(projected: jax.Array, attentions: Sequence[_Attention], parts: int) -> list[jax.Array]:
+    """Returns the parts of `[tokens, features]` that are each attention's, so many times as wide as it is."""
+    return jnp.split(projected, np.cumsum([parts * one.width for one in attentions])[:-1], axis=1)
 
 
 def _attend(
@@ -330,7 +339,7 @@ def _attend(
 ) -> jax.Array:
     """Returns `softmax(Q K^T) V`, `[a, r, h, d]`, of `a` attentions: queries `[a, r, h, d]`, the others `[a, s, h, d]`.
 
-    The mask is `[a, h, r, s]`, or a key where that has more than `max_scores` entries; valid keys are `[a, s]`.
+    The mask is `[a, h, r, s]`, or a key where that has more than `max_scores` entries; valid keys are `[s]`.
     """
     rate = options.attention_dropout
 
@@ -339,7 +348,7 @@ def _attend(
         # Beyond that, one rounding of a score is more than an exponential can take, and XLA may round twice.
         scores = jnp.clip(scores, -_LARGEST_SCORE, _LARGEST_SCORE)
         if valid is not None:
-            scores = jnp.where(valid[:, None, None], scores, _NO_SCORE)
+            scores = jnp.where(valid[None, None, None], scores, _NO_SCORE)
         weights = jax.nn.softmax(scores)
         if mask is not None:
             weights = jnp.where(mask, weights / (1 - rate), 0.0)
@@ -462,7 +471,7 @@ def _of_heads(true: int, padded: int, heads: int) -> np.ndarray:
 
 
 def dense_start(layers: int, fan_in: int, inputs: np.ndarray, outputs: np.ndarray) -> dict[str, Start]:
-    """Returns the start of a dense kernel `[layers, inputs, outputs]` and its bias: `+-1/sqrt(fan in)`, as PyTorch has it.
+    """Returns the start of a dense kernel `[layers, inputs, outputs]` and its bias: `+-1/sqrt(fan in)`, as in PyTorch.
 
     Inputs and outputs are 1, or 0 for padding.
     """
@@ -497,8 +506,7 @@ def _masks(sizes: Sizes, options: LPKAOptions) -> dict[str, Dropout]:
     masks = {}
     if options.attention_dropout:
         for number, bundle in enumerate(_bundles(_attentions(sizes, options))):
-            r, s = (max(getattr(one, size) for one in bundle) for size in ("r", "s"))
-            shape = (len(bundle), options.num_heads, r, s)
+            shape = (len(bundle), options.num_heads, max(one.r for one in bundle), bundle[0].s)
             whole = math.prod(shape) <= options.max_scores
             masks[f"attention_{number}"] = Dropout((options.num_layers, *shape), options.attention_dropout, whole)
     if options.feed_forward_dropout:
@@ -514,8 +522,8 @@ def _flops(sizes: Sizes, options: LPKAOptions) -> int:
 
 
 def _true(sizes: Sizes, options: LPKAOptions) -> dict[str, Any]:
-    widths = {one.name: one.width // options.num_heads for one in _attentions(sizes, options)}
-    return {**sizes._asdict(), "widths": widths}
+    scales = {one.name: (one.width // options.num_heads) ** -0.5 for one in _attentions(sizes, options)}
+    return {**sizes._asdict(), "scales": scales}
 
 
 def lpka_network(options: LPKAOptions) -> Network:

@@ -22,6 +22,7 @@ __all__ = [
     "Place",
     "Sizes",
     "Start",
+    "cannot_be_had",
     "draw",
     "draw_mask",
     "draw_masks",
@@ -194,8 +195,7 @@ def drawn_network(
     def init(key: jax.Array, places: Mapping[str, Place]) -> dict[str, Adapter]:
         of_places = {}
         for name, place in places.items():
-            with _cannot_be_had(name):
-                of_copies = [starts(true, place.sizes) for true in place.true]
+            of_copies = [starts(true, place.sizes) for true in place.true]
             of_places[name] = stack_starts(of_copies) if place.copied else of_copies[0]
         return draw(key, of_places)
 
@@ -206,7 +206,7 @@ def drawn_network(
 
 
 @contextlib.contextmanager
-def _cannot_be_had(route: str) -> Iterator[None]:
+def cannot_be_had(route: str) -> Iterator[None]:
     """Names the route in the ValueError of a network that its matrices do not fit."""
     try:
         yield
@@ -215,7 +215,7 @@ def _cannot_be_had(route: str) -> Iterator[None]:
 
 
 def linen_network(module: nn.Module) -> Network:
-    """Returns the network of a Flax module `(T, S, *, deterministic) -> T'`; its dropout draws from the rng `dropout`."""
+    """Returns the network of a Flax module `(T, S, *, deterministic) -> T'`; dropout draws from the rng `dropout`."""
 
     def init_one(key: jax.Array, sizes: Sizes) -> Adapter:
         target, source = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (sizes[:2], sizes[2:]))
@@ -226,7 +226,7 @@ def linen_network(module: nn.Module) -> Network:
         adapter = {}
         for i, (name, place) in enumerate(places.items()):
             of_place = jax.random.fold_in(key, i)
-            with _cannot_be_had(name):
+            with cannot_be_had(name):
                 if place.copied:
                     keys = jax.random.split(of_place, len(place.true))
                     adapter[name] = jax.vmap(lambda key, sizes=place.sizes: init_one(key, sizes))(keys)

@@ -1,11 +1,14 @@
 """The published PyTorch adapter's parameters read into ours, and ours written as its."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
+from merge_jax.lpka import ATTENTIONS, LPKAOptions, attention_widths
+from merge_jax.network import Sizes
 from merge_jax.types import Adapter
 
 __all__ = ["OfficialAdapter", "export_official_adapter", "load_official_adapter"]
@@ -21,6 +24,14 @@ _ATTENTIONS = {
 }
 _PROJECTIONS = {"fc_q": "query", "fc_k": "key", "fc_v": "value", "fc_output": "out"}
 _FEED_FORWARD = {"dense_up": "up", "dense_dowm": "down"}
+# Our parts, with a module of each whose kernel tells the sizes.
+_PARTS = {
+    "target_rows": "query",
+    "target_cols": "query",
+    "source_rows": "key_value",
+    "source_cols": "key_value",
+    "feed_forward": "up",
+}
 # State that torch's spectral norm keeps: its power iteration's vectors, and what a file may add for reading.
 _STATE = re.compile(r"\.parametrizations\.weight\.0\._[uv]$|\.effective_weight$|num_batches_tracked$")
 
@@ -86,10 +97,58 @@ def load_official_adapter(
     if num_layers is not None and num_layers != found:
         raise ValueError(f"num_layers is {num_layers}, but the arrays hold {found}")
     _check_complete(params, num_heads)
-    return OfficialAdapter(params, found, num_heads)
+    return OfficialAdapter(_joined([params[f"layer_{i}"] for i in range(found)]), found, num_heads)
 
 
-def export_official_adapter(params: Adapter, *, prefix: str = "") -> dict[str, np.ndarray]:
+def _joined(layers: Sequence[Mapping[str, Any]]) -> Adapter:
+    """Returns our parameters of layers given attention by attention."""
+
+    def fused(modules: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        return {leaf: np.concatenate([module[leaf] for module in modules], -1) for leaf in ("kernel", "bias")}
+
+    def one(layer: Mapping[str, Any]) -> dict[str, Any]:
+        params: dict[str, Any] = {}
+        for tokens in ("rows", "cols"):
+            asking = [layer[name] for name in ATTENTIONS if name.startswith(f"{tokens}_")]
+            answering = [layer[name] for name in ATTENTIONS if name.endswith(f"_{tokens}")]
+            params[f"target_{tokens}"] = {
+                "query": fused([attention["query"] for attention in asking]),
+                "out": {
+                    "kernel": np.concatenate([attention["out"]["kernel"] for attention in asking]),
+                    "bias": np.stack([attention["out"]["bias"] for attention in asking]),
+                },
+                "norm": jax.tree.map(lambda *leaves: np.stack(leaves), *(attention["norm"] for attention in asking)),
+            }
+            modules = [attention[module] for attention in answering for module in ("key", "value")]
+            params[f"source_{tokens}"] = {"key_value": fused(modules)}
+        return {**params, "feed_forward": layer["feed_forward"]}
+
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *map(one, layers))
+
+
+def _apart(params: Adapter, layer: int, widths: Mapping[str, int]) -> dict[str, Any]:
+    """Returns the parameters of a layer attention by attention; the inverse of `_joined`."""
+    of_layer = jax.tree.map(lambda leaf: np.asarray(leaf)[layer], params)
+    modules: dict[str, Any] = {name: {} for name in ATTENTIONS}
+    for tokens in ("rows", "cols"):
+        asks, answers = of_layer[f"target_{tokens}"], of_layer[f"source_{tokens}"]["key_value"]
+        start = 0
+        for i, name in enumerate(name for name in ATTENTIONS if name.startswith(f"{tokens}_")):
+            part = slice(start, start := start + widths[name])
+            modules[name]["query"] = {leaf: asks["query"][leaf][..., part] for leaf in ("kernel", "bias")}
+            modules[name]["out"] = {"kernel": asks["out"]["kernel"][part], "bias": asks["out"]["bias"][i]}
+            modules[name]["norm"] = {leaf: asks["norm"][leaf][i] for leaf in ("scale", "bias")}
+        start = 0
+        for name in (name for name in ATTENTIONS if name.endswith(f"_{tokens}")):
+            for module in ("key", "value"):
+                part = slice(start, start := start + widths[name])
+                modules[name][module] = {leaf: answers[leaf][..., part] for leaf in ("kernel", "bias")}
+    return {**modules, "feed_forward": of_layer["feed_forward"]}
+
+
+def export_official_adapter(
+    params: Adapter, *, num_heads: int = _PUBLISHED_NUM_HEADS, max_width: int | None = None, prefix: str = ""
+) -> dict[str, np.ndarray]:
     """Returns the parameters of one `LPKA` as the state dict of the published adapter; the inverse of loading.
 
     Kernels are transposed to torch's `[out, in]`. The state of its spectral norms, the vectors of a power
@@ -98,16 +157,30 @@ def export_official_adapter(params: Adapter, *, prefix: str = "") -> dict[str, n
 
     Args:
       params: the parameters of one route: `adapter[target path]` of a transfer with `output="official"` whose four
-        attentions are all there.
+        attentions are all there, of one route.
+      num_heads: of the transfer; the kernels of the attentions stand one beside the other, so where one ends follows
+        from it.
+      max_width: of the transfer; None as published.
       prefix: what the names begin with, e.g. `layer.`.
 
     Raises:
-      ValueError: parameters that are not those of an `LPKA` of the published form.
+      ValueError: parameters that are not those of an `LPKA` of the published form, or of other heads or widths.
     """
-    layers = {name: layer for name, layer in params.items() if re.fullmatch(r"layer_\d+", name)}
-    if not layers or len(layers) < len(params):
-        raise ValueError(f"the parameters of an LPKA have the keys layer_0, layer_1, ...; got {sorted(params)}")
-    _check_complete(layers, 1)
+    missing = [name for name in _PARTS if name not in params]
+    if missing or len(params) > len(_PARTS):
+        raise ValueError(f"the parameters of an LPKA are {', '.join(_PARTS)}; got {sorted(params)}")
+    kernels = {name: np.shape(params[name][part]["kernel"]) for name, part in _PARTS.items()}
+    if {len(shape) for shape in kernels.values()} != {3}:
+        raise ValueError(f"the parameters must be of one route, its kernels [layers, in, out]; got {kernels}")
+    sizes = Sizes(*(kernels[name][1] for name in ("target_cols", "target_rows", "source_cols", "source_rows")))
+    widths = attention_widths(sizes, LPKAOptions(num_heads=num_heads, max_width=max_width))
+    for tokens in ("rows", "cols"):
+        expected = sum(width for name, width in widths.items() if name.startswith(f"{tokens}_"))
+        if kernels[f"target_{tokens}"][2] != expected:
+            raise ValueError(
+                f"target_{tokens} has {kernels[f'target_{tokens}'][2]} features, {expected} are expected with four "
+                f"attentions, num_heads={num_heads} and max_width={max_width}"
+            )
     arrays: dict[str, np.ndarray] = {}
 
     def put(module: str, leaves: Mapping[str, Any], weight: str = "weight") -> None:
@@ -115,8 +188,8 @@ def export_official_adapter(params: Adapter, *, prefix: str = "") -> dict[str, n
         arrays[f"{prefix}{module}.{weight}"] = np.ascontiguousarray(kernel)
         arrays[f"{prefix}{module}.bias"] = np.asarray(leaves["bias"])
 
-    for layer, blocks in layers.items():
-        number = layer.removeprefix("layer_")
+    for number in range(kernels["target_rows"][0]):
+        blocks = _apart(params, number, widths)
         for theirs, ours in _ATTENTIONS.items():
             for module, name in _PROJECTIONS.items():
                 put(f"{number}.{theirs}.{module}", blocks[ours][name])

@@ -6,8 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from merge_jax.routes import Routes
 from merge_jax.adapter import AdapterOptions, adapter_transfer
+from merge_jax.routes import Routes
 from merge_jax.types import Transfer
 
 __all__ = ["ParameterGenerator", "parameter_generator_transfer"]

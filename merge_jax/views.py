@@ -15,7 +15,7 @@ import numpy as np
 
 from merge_jax.matrices import MatrixSpec, as_matrix, from_matrix, overlap_blocks
 
-__all__ = ["AttentionView", "Kinds", "KernelView", "View", "ViewName", "proportional"]
+__all__ = ["AttentionView", "KernelView", "Kinds", "View", "ViewName", "proportional"]
 
 ViewName = Literal["matrix", "convolution", "attention"]
 """What an adapter's tokens are.

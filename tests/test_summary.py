@@ -69,14 +69,17 @@ def test_products_are_counted_and_loops_as_often_as_they_run():
 @pytest.mark.parametrize(
     ("m", "n", "p", "q", "options"),
     [
-        (160, 240, 100, 320, {"max_width": None, "max_hidden": None}),
-        (160, 240, 100, 320, {"max_width": 64, "max_hidden": 96}),
-        (64, 96, 48, 80, {"max_width": 128, "max_hidden": 64, "attentions": ("rows_rows", "cols_rows")}),
+        (200, 200, 100, 320, {"max_width": None, "max_hidden": None}),
+        (200, 200, 100, 320, {"max_width": 64, "max_hidden": 96}),
+        (96, 96, 48, 80, {"max_width": 128, "max_hidden": 64, "attentions": ("rows_rows", "cols_rows")}),
     ],
 )
 def test_the_cost_of_a_layer_is_its_formula_and_what_xla_counts(m, n, p, q, options):
-    """`4 D (m n + p q + r s)` for an attention of `r` on `s` tokens, `4 m n f` for the feed-forward block."""
-    layer = mj.KnowledgeTransferLayer(num_heads=8, spectral=False, **options)
+    """`4 D (m n + p q + r s)` for an attention of `r` on `s` tokens, `4 m n f` for the feed-forward block.
+
+    Of matrices with as many rows as columns, so that no queries are padded.
+    """
+    layer = mj.LPKA(mj.LPKAOptions(num_layers=1, num_heads=8, spectral=False, **options))
     target, source = jnp.ones((m, n)), jnp.ones((p, q))
     variables = jax.eval_shape(layer.init, jax.random.key(0), target, source)
     sizes = {"rows_rows": (m, p, n, q), "rows_cols": (m, q, n, p), "cols_rows": (n, p, m, q), "cols_cols": (n, q, m, p)}

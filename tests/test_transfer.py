@@ -116,8 +116,8 @@ def test_routes_may_be_pairs_or_routes_with_their_own_matrices(trees, next_key):
     straight = mj.lpka_transfer([("fc/kernel", "fc/kernel")], num_layers=1, num_heads=2)
     for transfer, width in ((transposed, 5), (straight, 7)):
         adapter = mj.flatten(jax.eval_shape(transfer.init, next_key(), source, target))
-        up = adapter["fc/kernel/proposal/layer_0/feed_forward/up/kernel"]
-        assert up.shape == (width, 2 * width)
+        up = adapter["fc/kernel/proposal/feed_forward/up/kernel"]
+        assert up.shape == (1, width, 2 * width)
 
 
 @pytest.mark.parametrize("output", ["official", "warm"])
@@ -233,7 +233,7 @@ def test_bad_options_of_the_perceptron_are_refused_at_once(options, message):
 def test_an_adapter_of_other_routes_is_refused(trees):
     source, target = trees
     other = mj.lpka_transfer({"fc/bias": "conv/bias"}, num_layers=1)
-    with pytest.raises(ValueError, match=r"has nothing for the route to 'fc/bias'; .* there is 'fc/kernel'"):
+    with pytest.raises(ValueError, match=r"has nothing for the route to 'fc/bias'; .* there is 'layers/0/kernel'"):
         other.apply(closed_adapter("warm"), source, target)
 
 
