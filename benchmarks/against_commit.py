@@ -9,7 +9,8 @@ Git makes a work tree of the commit in a temporary folder. Both trees get an env
 of this one, and every process makes sure that it imports its own tree. Each measurement is taken in fresh processes in
 turns (before, after, before, after, ...), without a cache of what was compiled; the table shows medians, and a ratio is
 the median over repetitions of the ratio of neighbours. CPU seconds are user and system, of all threads and children;
-they say more than wall seconds where other programs use the machine.
+they say more than wall seconds where other programs use the machine. The steps of `joint_run_*` are timed by wall
+seconds alone, and need an idle one.
 """
 
 import contextlib
