@@ -1,3 +1,4 @@
+import contextlib
 import itertools
 import os
 import time
@@ -28,8 +29,9 @@ def pytest_configure(config):
     """Removes what was compiled for code that is no more: what nothing has read for a week."""
     if not hasattr(config, "workerinput"):
         for file in COMPILED.glob("*"):
-            if file.stat().st_atime < time.time() - 7 * 24 * 3600:
-                file.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # Another session may be at it too.
+                if file.stat().st_atime < time.time() - 7 * 24 * 3600:
+                    file.unlink()
 
 
 @pytest.fixture(autouse=True)
