@@ -58,6 +58,9 @@ _EVALUATED_AT_ONCE = 100
 _NUM_SAMPLES = 6
 _CANDIDATES = 200
 _LARGEST_RANK = 10
+# A study makes many scenarios of one set; none of them changes its images or texts.
+_sort_of_clevr = lru_cache(maxsize=2)(sort_of_clevr)
+_scene_captions = lru_cache(maxsize=2)(scene_captions)
 _SEEN = 1000  # Images that mean and deviation of the pixels are taken of: no pass over all that are streamed.
 
 
@@ -138,7 +141,7 @@ def load_image_text(
     is_folder = "/" in data or Path(data).is_dir()
     if task == "vqa":
         if data == "synthetic":
-            return sort_of_clevr(
+            return _sort_of_clevr(
                 4000, 500, 0, image_size=image_size, num_shapes=num_shapes, relational=2, non_relational=2
             )
         if data == "clevr":
@@ -148,7 +151,7 @@ def load_image_text(
             raise ValueError(f"unknown data {data!r} of vqa; {names}, or give a folder of VQA v2.0 such as ./vqa")
         return load_vqa(data, image_size=image_size, unreadable=unreadable)
     if data == "synthetic":
-        return scene_captions(4000, 400, seed=0, image_size=image_size)
+        return _scene_captions(4000, 400, seed=0, image_size=image_size)
     if is_folder:
         return load_coco_captions(data, image_size=image_size, unreadable=unreadable)
     return class_captions(load_tfds_images(data, data_dir, image_size=image_size))

@@ -71,6 +71,7 @@ VISION_ATTENTION = "encoder/*/attention"
 
 # A study makes many scenarios of one set, with two kinds of labels at most; none of them changes the arrays.
 _tfds_images = lru_cache(maxsize=2)(load_tfds_images)
+_scene_shapes = lru_cache(maxsize=2)(scene_shapes)
 
 _EVALUATED_AT_ONCE = 200  # Divides the digits' validation and test: one compilation serves both.
 
@@ -150,7 +151,7 @@ def load_image_task(task: str, data_dir: Path | None, image_size: int | None, va
         label = "coarse_label" if task == "cifar100_coarse" else "label"
         return load_images("cifar100", data_dir, image_size, validation, label)
     if task == "shapes":
-        return _held_out(task, scene_shapes(4000, 1000, seed=0, image_size=image_size or 32), validation)
+        return _held_out(task, _scene_shapes(4000, 1000, seed=0, image_size=image_size or 32), validation)
     digits = load_images("digits", data_dir, image_size, validation)
     if task == "parity":
         return _relabelled(digits, task, 2, lambda digit: digit % 2)

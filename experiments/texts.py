@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, get_args
@@ -65,10 +65,11 @@ TextModelName = Literal["small_bert", "small_distilbert", "bert_base", "distilbe
 
 TEXT_ATTENTION = "encoder/*/attention"
 
-_SYNTHETIC = {
-    "sentiment": partial(synthetic_reviews, 2000, 1000, seed=0),
-    "topic": partial(synthetic_topics, 2000, 1000, seed=0),
-    "qa": partial(synthetic_questions, 4000, 1000, seed=0),
+# A study makes many scenarios of one set: it is made once a process. None of them changes it.
+_SYNTHETIC: dict[str, Callable[[], TextSet | QuestionSet]] = {
+    "sentiment": cache(partial(synthetic_reviews, 2000, 1000, seed=0)),
+    "topic": cache(partial(synthetic_topics, 2000, 1000, seed=0)),
+    "qa": cache(partial(synthetic_questions, 4000, 1000, seed=0)),
 }
 _TFDS = {
     "sentiment": partial(load_tfds_texts, "imdb_reviews"),
@@ -148,7 +149,10 @@ def vocabulary(path: Path | None, words: Iterable[str], size: int) -> WordPiece:
     """
     if path is not None:
         return WordPiece.from_vocabulary(path)
-    return WordPiece.train(list(words), size)
+    return _learned(tuple(words), size)
+
+
+_learned = lru_cache(maxsize=8)(WordPiece.train)
 
 
 def words_of(texts: TextSet | QuestionSet) -> list[str]:

@@ -1,17 +1,18 @@
+import contextlib
 import itertools
 import os
-import shutil
-import tempfile
+import time
+from pathlib import Path
 
 # Tests compile far more than they compute: without LLVM's optimisations they take two thirds of the time.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
-# Many tests, and the programs that they start, compile the same: what one has compiled, all others read. Set here, in
-# the process that starts those that run the tests.
-_STARTED_HERE = "JAX_COMPILATION_CACHE_DIR" not in os.environ
-if _STARTED_HERE:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="merge_jax-compiled-")
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+# Many tests, and the programs that they start, compile the same: what one has compiled, all others read, and the next
+# session too. Set here, in the process that starts those that run the tests; `pytest --cache-clear` empties it.
+COMPILED = Path(__file__).parent.parent / ".pytest_cache" / "d" / "compiled"
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(COMPILED)
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 # ruff: noqa: E402
 import jax
@@ -24,9 +25,13 @@ settings.register_profile("thousand", max_examples=1000, deadline=None, derandom
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 
-def pytest_unconfigure():
-    if _STARTED_HERE:
-        shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+def pytest_configure(config):
+    """Removes what was compiled for code that is no more: what nothing has read for a week."""
+    if not hasattr(config, "workerinput"):
+        for file in COMPILED.glob("*"):
+            with contextlib.suppress(FileNotFoundError):  # Another session may be at it too.
+                if file.stat().st_atime < time.time() - 7 * 24 * 3600:
+                    file.unlink()
 
 
 @pytest.fixture(autouse=True)

@@ -29,8 +29,13 @@ SOURCE, TARGET = Tiny(8), Tiny(5)
 ROUTES = {"hidden/kernel": "fc/kernel"}
 
 
+def jitted_init(model, seed, *inputs):
+    """Returns the variables of a Linen model: one program, where without jit each of its operations is one."""
+    return jax.jit(model.init)(jax.random.key(seed), *inputs)
+
+
 def variables(model, seed):
-    both = model.init(jax.random.key(seed), jnp.zeros((1, 6)))
+    both = jitted_init(model, seed, jnp.zeros((1, 6)))
     return both["params"], {"batch_stats": both["batch_stats"]}
 
 

@@ -4,12 +4,15 @@ import json
 
 from experiments import cross_modal, cross_structure, cross_task, self_transfer
 from experiments.cli import main
+from tests.tiny import tiny
 
+# The tiny one is for what all experiments have in common.
 EXPERIMENTS = {
     "cross_modal": cross_modal,
     "cross_structure": cross_structure,
     "cross_task": cross_task,
     "self_transfer": self_transfer,
+    "tiny": tiny,
 }
 
 

@@ -26,8 +26,6 @@ from merge_jax.joint import TrainState
 from merge_jax.runs import RunFolder
 from tests.test_controls import assert_equal_trees
 
-pytestmark = pytest.mark.slow
-
 TINY = Path(__file__).parent / "tiny"
 
 # Four steps. The last two rows read the source that the first two train.

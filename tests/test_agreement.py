@@ -8,6 +8,7 @@ import optax
 import pytest
 
 import merge_jax as mj
+from tests.helpers import jitted_init
 
 
 class Net(nn.Module):
@@ -58,7 +59,7 @@ def test_cka_of_different_examples_is_refused():
 
 def models():
     source, target = Net(8), Net(5)
-    variables = [net.init(jax.random.key(i), jnp.zeros((2, 4))) for i, net in enumerate((source, target))]
+    variables = [jitted_init(net, i, jnp.zeros((2, 4))) for i, net in enumerate((source, target))]
     batch = {"image": draw(16, 4), "label": np.arange(16) % 3}
     return source, target, variables, batch
 

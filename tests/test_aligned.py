@@ -1,5 +1,7 @@
 """Alignment: what it writes, that a fit finds channels which carry all, and what it refuses."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import optax
 import pytest
 
 import merge_jax as mj
+from tests.helpers import jitted_init
 
 IMAGES = jnp.asarray(np.random.default_rng(0).normal(size=(16, 8, 8, 1)), jnp.float32)
 LARGE, SMALL = mj.models.small_resnet(10, num_stages=2), mj.models.small_resnet(10, num_stages=2, width=0.5)
@@ -14,7 +17,7 @@ EVERYTHING = {"**": "**"}
 
 
 def start(model, seed):
-    variables = dict(model.init(jax.random.key(seed), IMAGES))
+    variables = dict(jitted_init(model, seed, IMAGES))
     params = variables.pop("params")
     variables.pop("intermediates", None)
     rng = np.random.default_rng(seed)
@@ -26,12 +29,18 @@ def reading(model):
     return lambda params, state, inputs: model.apply({"params": params, **state}, inputs)
 
 
-PAIR = {model: start(model, seed) for seed, model in enumerate((LARGE, SMALL))}
-WIRINGS = {model: mj.wiring(reading(model), *PAIR[model], IMAGES) for model in PAIR}
+@functools.cache
+def variables_of(model):
+    return start(model, (LARGE, SMALL).index(model))
+
+
+@functools.cache
+def wired(model):
+    return mj.wiring(reading(model), *variables_of(model), IMAGES)
 
 
 def aligned(source, target, routes=None):
-    return mj.aligned_transfer(routes or EVERYTHING, WIRINGS[source], WIRINGS[target])
+    return mj.aligned_transfer(routes or EVERYTHING, wired(source), wired(target))
 
 
 def mlp(params, x):
@@ -45,7 +54,7 @@ def perceptron(rng, hidden):
 
 
 def test_it_starts_as_weight_selection_with_one_choice_for_a_space():
-    (source, _), (target, _) = PAIR[LARGE], PAIR[SMALL]
+    (source, _), (target, _) = variables_of(LARGE), variables_of(SMALL)
     transfer = aligned(LARGE, SMALL)
     merged = transfer.apply(transfer.init(jax.random.key(0), source, target), source, target)
     even = source["stage2_0"]["conv1"]["kernel"][:, :, ::2, ::2]
@@ -56,7 +65,7 @@ def test_it_starts_as_weight_selection_with_one_choice_for_a_space():
 
 
 def test_of_equal_models_it_copies():
-    (source, _), (target, _) = PAIR[LARGE], start(LARGE, 7)
+    (source, _), (target, _) = variables_of(LARGE), start(LARGE, 7)
     transfer = aligned(LARGE, LARGE)
     merged = transfer.apply(transfer.init(jax.random.key(0), source, target), source, target)
     for path, leaf in mj.flatten(merged).items():
@@ -65,7 +74,7 @@ def test_of_equal_models_it_copies():
 
 @pytest.mark.parametrize("fitted", [False, True])
 def test_a_wider_target_computes_what_the_source_does(fitted):
-    (source, state), (target, wide_state) = PAIR[SMALL], PAIR[LARGE]
+    (source, state), (target, wide_state) = variables_of(SMALL), variables_of(LARGE)
     transfer = aligned(SMALL, LARGE)
     adapter = transfer.init(jax.random.key(0), source, target)
     if fitted:
@@ -100,7 +109,7 @@ def test_a_fit_loses_nothing_where_the_source_has_channels_twice():
 
 
 def test_a_fit_keeps_more_of_a_real_model_than_an_even_choice():
-    (source, state), (target, small_state) = PAIR[LARGE], PAIR[SMALL]
+    (source, state), (target, small_state) = variables_of(LARGE), variables_of(SMALL)
     transfer = aligned(LARGE, SMALL)
     moments = mj.input_moments(reading(LARGE), source, state, IMAGES)
     expected = reading(LARGE)(source, state, IMAGES)
@@ -112,14 +121,14 @@ def test_a_fit_keeps_more_of_a_real_model_than_an_even_choice():
 
 
 def test_without_moments_a_fit_is_the_start():
-    (source, _), (target, _) = PAIR[LARGE], PAIR[SMALL]
+    (source, _), (target, _) = variables_of(LARGE), variables_of(SMALL)
     transfer = aligned(LARGE, SMALL)
     fitted, started = transfer.fit({}, source, target), transfer.init(jax.random.key(0), source, target)
     jax.tree.map(np.testing.assert_array_equal, fitted, started)
 
 
 def test_leaves_without_a_route_stay_and_jit_changes_nothing():
-    (source, _), (target, _) = PAIR[LARGE], PAIR[SMALL]
+    (source, _), (target, _) = variables_of(LARGE), variables_of(SMALL)
     transfer = aligned(LARGE, SMALL, {"stage1_0/**": "stage1_0/**", "stem*/**": "stem*/**"})
     adapter = transfer.init(jax.random.key(0), source, target)
     merged = transfer.apply(adapter, source, target)
@@ -129,7 +138,7 @@ def test_leaves_without_a_route_stay_and_jit_changes_nothing():
 
 
 def test_gradients_reach_every_matrix_of_the_adapter():
-    (source, _), (target, state) = PAIR[LARGE], PAIR[SMALL]
+    (source, _), (target, state) = variables_of(LARGE), variables_of(SMALL)
     transfer = aligned(LARGE, SMALL)
     adapter = transfer.init(jax.random.key(0), source, target)
 
@@ -166,7 +175,7 @@ def test_a_larger_window_has_the_sources_at_its_centre_and_a_smaller_its_centre(
 
 
 def test_a_target_space_that_hears_two_source_spaces_has_a_matrix_for_each():
-    (source, _), (target, _) = PAIR[LARGE], PAIR[SMALL]
+    (source, _), (target, _) = variables_of(LARGE), variables_of(SMALL)
     routes = {"stage1_0/conv1/kernel": "stage1_0/conv1/kernel", "stage1_0/conv2/kernel": "stage2_0/conv2/kernel"}
     transfer = aligned(LARGE, SMALL, routes)
     adapter = transfer.init(jax.random.key(0), source, target)
@@ -178,7 +187,7 @@ def test_a_target_space_that_hears_two_source_spaces_has_a_matrix_for_each():
 
 
 def test_description_counts_what_the_adapter_has():
-    (source, _), (target, _) = PAIR[LARGE], PAIR[SMALL]
+    (source, _), (target, _) = variables_of(LARGE), variables_of(SMALL)
     transfer = aligned(LARGE, SMALL)
     adapter = transfer.init(jax.random.key(0), source, target)
     described = transfer.describe(source, target)
@@ -187,7 +196,7 @@ def test_description_counts_what_the_adapter_has():
 
 
 def test_a_joint_state_starts_from_the_fitted_adapter():
-    (source, state), (target, small_state) = PAIR[LARGE], PAIR[SMALL]
+    (source, state), (target, small_state) = variables_of(LARGE), variables_of(SMALL)
     transfer = aligned(LARGE, SMALL)
     adapter = transfer.fit(mj.input_moments(reading(LARGE), source, state, IMAGES), source, target)
     task = mj.Task(mj.classification_loss(SMALL.apply), optax.sgd(0.0))
@@ -215,12 +224,12 @@ def test_labels_of_other_numbers_are_refused():
 
 
 def test_wirings_of_other_models_are_refused():
-    (source, _), (target, _) = PAIR[LARGE], PAIR[SMALL]
+    (source, _), (target, _) = variables_of(LARGE), variables_of(SMALL)
     x = jnp.ones((2, 5))
     other = mj.wiring(mlp, perceptron(np.random.default_rng(0), 4), x)
-    refuse(EVERYTHING, source, target, (other, WIRINGS[SMALL]), "wiring is of a model without a leaf")
+    refuse(EVERYTHING, source, target, (other, wired(SMALL)), "wiring is of a model without a leaf")
     flat = mj.wiring(lambda p, x: x @ p["fc"]["kernel"], {"fc": {"kernel": jnp.ones(5)}}, x)
-    refuse({"fc/kernel": "fc/kernel"}, source, target, (flat, WIRINGS[SMALL]), "has 1 axes there, here 2")
+    refuse({"fc/kernel": "fc/kernel"}, source, target, (flat, wired(SMALL)), "has 1 axes there, here 2")
 
 
 def test_kernels_of_other_layouts_are_refused():
@@ -232,8 +241,8 @@ def test_kernels_of_other_layouts_are_refused():
 
 
 def test_leaves_of_other_ranks_and_joined_leaves_are_refused():
-    (source, _), (target, _) = PAIR[LARGE], PAIR[SMALL]
-    wirings = WIRINGS[LARGE], WIRINGS[SMALL]
+    (source, _), (target, _) = variables_of(LARGE), variables_of(SMALL)
+    wirings = wired(LARGE), wired(SMALL)
     refuse({"fc/kernel": "fc/bias"}, source, target, wirings, r"2 axes of channels.*1: they cannot be paired")
     joined = {("stage1_0/conv1/kernel", "stage1_0/conv2/kernel"): "stage2_0/conv2/kernel"}
     refuse(joined, source, target, wirings, "joins several leaves")
@@ -242,7 +251,7 @@ def test_leaves_of_other_ranks_and_joined_leaves_are_refused():
 
 
 def test_an_adapter_or_moments_of_other_models_are_refused():
-    (source, state), (target, _) = PAIR[LARGE], PAIR[SMALL]
+    (source, state), (target, _) = variables_of(LARGE), variables_of(SMALL)
     transfer = aligned(LARGE, SMALL)
     other = aligned(LARGE, LARGE).init(jax.random.key(0), source, source)
     with pytest.raises(ValueError, match=r"does not fit.*Expected \(16, 32\), got \(32, 32\)"):

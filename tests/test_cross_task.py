@@ -50,7 +50,6 @@ def write_questions(folder, rows=60):
     return path
 
 
-@pytest.mark.slow
 def test_an_answering_model_gives_its_attention_to_a_classifier(tmp_path):
     results, records = run("cross_task", tmp_path / "run", *LITTLE, "--methods", "share", "mergenet_warm")
     assert [result["method"] for result in results] == ["share", "mergenet_warm"]

@@ -1,9 +1,11 @@
-"""The experiments as users run them: from the command line, in a process of their own."""
+"""The experiments as users run them: from the command line; where a process matters, in one of their own."""
 
+import io
 import json
 import os
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import jax
@@ -18,14 +20,15 @@ from merge_jax.checkpoint import Checkpoints
 from merge_jax.paths import flatten
 from merge_jax.reports import mean_and_error
 from tests import test_image_sets
+from tests.runs import run
+from tests.tiny import tiny
 
 ROOT = Path(__file__).parent.parent
 
-# Ten steps in two halves, one route, dropout on.
+# Ten steps in two halves, of the experiment that compiles in a second.
 TEN_STEPS = [
-    *("smoke", "--steps", "10", "--report-every", "5", "--checkpoint-every", "5"),
-    *("--source-steps", "10", "--cycle", "2", "--methods", "mergenet"),
-    *("--attention-dropout", "0.1", "--feed-forward-dropout", "0.2"),
+    *("--steps", "10", "--report-every", "5", "--checkpoint-every", "5"),
+    *("--source-steps", "10", "--cycle", "2", "--methods", "operators"),
 ]
 
 # Runs the experiment, and stops it after a save of step 5 as Ctrl-C would.
@@ -38,12 +41,13 @@ def save_and_stop(self, step, state, **options):
     if step == 5:
         raise KeyboardInterrupt
 Checkpoints.save = save_and_stop
-sys.argv = ["cross_structure", *sys.argv[1:]]
-runpy.run_module("experiments.cross_structure", run_name="__main__")
+sys.argv = ["tiny", *sys.argv[1:]]
+runpy.run_module("tests.tiny.tiny", run_name="__main__")
 """
 
 
-def run(*arguments, program=("-m", "experiments.cross_structure"), devices=1):
+def start(*arguments, program=("-m", "tests.tiny.tiny"), devices=1):
+    """Runs the tiny experiment in a process of its own."""
     command = [sys.executable, *program, *map(str, arguments)]
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
     environment = {**os.environ, "XLA_FLAGS": flags}
@@ -64,8 +68,8 @@ def assert_close(found, expected):
 
 def last_state(folder, stage_name):
     """Returns all leaves of the checkpoint of step 10, by path."""
-    config = parse(cross_structure.PRESETS, "", "", TEN_STEPS)
-    scenario = cross_structure.build(config)
+    config = parse(tiny.PRESETS, "", "", TEN_STEPS)
+    scenario = tiny.build(config)
     stage = make_stages(scenario, config, origin_of(scenario, config))[stage_name]
     state = jax.eval_shape(lambda: stage.initial_state(0, stage.fresh_source(0)))
     with Checkpoints(folder / "checkpoints" / f"{stage_name}-seed0", read_only=True) as checkpoints:
@@ -77,14 +81,14 @@ def last_state(folder, stage_name):
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
     folder = tmp_path_factory.mktemp("unbroken") / "run"
-    done = run(*TEN_STEPS, "--run-dir", folder)
-    assert done.returncode == 0, done.stderr
-    return folder, done.stdout
+    with redirect_stdout(io.StringIO()) as printed:
+        run("tiny", folder, *TEN_STEPS)
+    return folder, printed.getvalue()
 
 
 def test_a_run_leaves_everything_a_reader_needs(unbroken):
     folder, output = unbroken
-    assert "mergenet" in output
+    assert "operators" in output
     assert str(folder) in output
     for name in (
         "config.json",
@@ -95,11 +99,11 @@ def test_a_run_leaves_everything_a_reader_needs(unbroken):
         "curves.png",
     ):
         assert (folder / name).stat().st_size > 0, name
-    assert list((folder / "tensorboard").glob("mergenet-seed0/events*"))
+    assert list((folder / "tensorboard").glob("operators-seed0/events*"))
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    mergenet = [record for record in records if record["run"] == "mergenet-seed0"]
-    assert [record["step"] for record in mergenet] == [5, 10]
-    assert {"target/loss", "target/validation_accuracy", "adapter/change"} <= mergenet[0].keys()
+    found = [record for record in records if record["run"] == "operators-seed0"]
+    assert [record["step"] for record in found] == [5, 10]
+    assert {"target/loss", "target/validation_accuracy", "adapter/change"} <= found[0].keys()
     (result,) = json.loads((folder / "results.json").read_text())
     assert 0 <= result["target_test"] <= 1
     assert result["adapter_parameters"] > 0
@@ -110,18 +114,18 @@ def test_resumed_in_a_new_process_a_run_is_the_unbroken_one_bit_for_bit(unbroken
     folder = tmp_path / "run"
     # The source's training is stopped first, the joint run second.
     for resume in ([], ["--resume"]):
-        stopped = run(*TEN_STEPS, "--run-dir", folder, *resume, program=("-c", INTERRUPTED))
+        stopped = start(*TEN_STEPS, "--run-dir", folder, *resume, program=("-c", INTERRUPTED))
         assert stopped.returncode == 130
         assert "the same command with --resume goes on from the last checkpoint" in stopped.stderr
         assert "Traceback" not in stopped.stderr
-    for cell in ("source-seed0", "mergenet-seed0"):
+    for cell in ("source-seed0", "operators-seed0"):
         steps = [path.name for path in (folder / "checkpoints" / cell).iterdir()]
         assert ("10" in steps) == (cell == "source-seed0")
-    done = run(*TEN_STEPS, "--run-dir", folder, "--resume")
+    done = start(*TEN_STEPS, "--run-dir", folder, "--resume")
     assert done.returncode == 0, done.stderr
-    assert "compiled mergenet, 1 of 1: " in done.stderr  # The source is done, and is not compiled again.
-    assert "mergenet-seed0: " in done.stderr
-    for name in ("source", "mergenet"):
+    assert "compiled operators, 1 of 1: " in done.stderr  # The source is done, and is not compiled again.
+    assert "operators-seed0: " in done.stderr
+    for name in ("source", "operators"):
         resumed, straight = last_state(folder, name), last_state(expected, name)
         assert resumed.keys() == straight.keys()
         for path, leaf in straight.items():
@@ -129,76 +133,74 @@ def test_resumed_in_a_new_process_a_run_is_the_unbroken_one_bit_for_bit(unbroken
     assert (folder / "metrics.jsonl").read_text() == (expected / "metrics.jsonl").read_text()
 
 
-@pytest.mark.slow
-def test_a_finished_run_resumes_to_its_table_and_trains_nothing(unbroken):
+def test_a_finished_run_resumes_to_its_table_and_trains_nothing(unbroken, capsys):
     folder, output = unbroken
     before = (folder / "results.json").read_text(), (folder / "metrics.jsonl").read_text()
-    again = run(*TEN_STEPS, "--run-dir", folder, "--resume")
-    assert again.returncode == 0, again.stderr
+    run("tiny", folder, *TEN_STEPS, "--resume")
+    again = capsys.readouterr().out
     assert (folder / "results.json").read_text() == before[0]
     assert (folder / "metrics.jsonl").read_text() == before[1]
-
-    assert "nothing to train" in again.stdout
+    assert "nothing to train" in again
 
     def table(text):
-        return [line for line in text.splitlines() if line.startswith(" mergenet")]
+        return [line for line in text.splitlines() if line.startswith(" operators")]
 
     assert len(table(output)) == 1
-    assert table(again.stdout) == table(output)
+    assert table(again) == table(output)
 
 
-@pytest.mark.slow
-def test_resume_refuses_a_changed_config_by_field(unbroken):
+def test_resume_refuses_a_changed_config_by_field(unbroken, capsys):
     folder, _ = unbroken
-    refused = run(*TEN_STEPS, "--run-dir", folder, "--resume", "--cycle", "3", "--labels", "50")
-    assert refused.returncode == 2
-    assert "another config:\n  cycle was 2, is 3\n  labels was 100, is 50\n" in refused.stderr
-    assert "Traceback" not in refused.stderr
+    with pytest.raises(SystemExit) as refused:
+        run("tiny", folder, *TEN_STEPS, "--resume", "--cycle", "3", "--labels", "50")
+    assert refused.value.code == 2
+    assert "another config:\n  cycle was 2, is 3\n  labels was 100, is 50\n" in capsys.readouterr().err
 
 
 def test_a_live_source_trains_beside_the_target(tmp_path):
-    done = run(
-        *("smoke", "--source", "live", "--methods", "kd", "--steps", "4", "--report-every", "2"),
-        *("--checkpoint-every", "2", "--run-dir", tmp_path / "run"),
-    )
-    assert done.returncode == 0, done.stderr
-    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert {record["run"] for record in records} == {"kd-seed0"}
-    assert {"source/loss", "source/validation_accuracy", "target/loss"} <= records[0].keys()
+    words = ("--source", "live", "--methods", "kd", "--steps", "4", "--report-every", "2", "--checkpoint-every", "2")
+    _, found = run("tiny", tmp_path / "run", *words)
+    assert {record["run"] for record in found} == {"kd-seed0"}
+    assert {"source/loss", "source/validation_accuracy", "target/loss"} <= found[0].keys()
 
 
-@pytest.mark.slow
 def test_seeds_side_by_side_are_those_of_separate_runs(unbroken, tmp_path):
-    together = run(*TEN_STEPS, "--seeds", "2", "--vectorized", "--run-dir", tmp_path / "run")
-    assert together.returncode == 0, together.stderr
-    assert (tmp_path / "run" / "checkpoints" / "mergenet-seeds0-1" / "10").is_dir()
-    found = records(tmp_path / "run")
+    results, found = run("tiny", tmp_path / "run", *TEN_STEPS, "--seeds", "2", "--vectorized")
+    assert (tmp_path / "run" / "checkpoints" / "operators-seeds0-1" / "10").is_dir()
     assert {record["run"] for record in found} == {
-        f"{name}-seed{seed}" for name in ("source", "mergenet") for seed in (0, 1)
+        f"{name}-seed{seed}" for name in ("source", "operators") for seed in (0, 1)
     }
     assert_close([record for record in found if record["run"].endswith("seed0")], records(unbroken[0]))
     assert found[0]["target/loss"] != found[1]["target/loss"]
-    assert [result["seed"] for result in json.loads((tmp_path / "run" / "results.json").read_text())] == [0, 1]
+    assert [result["seed"] for result in results] == [0, 1]
+
+
+def test_an_image_classifier_of_one_family_gives_to_one_of_another(tmp_path):
+    words = ("smoke", "--steps", "4", "--source-steps", "4", "--report-every", "2", "--checkpoint-every", "4")
+    results, found = run("cross_structure", tmp_path / "run", *words, "--num-heads", "1", "--methods", "kd", "mergenet")
+    assert [result["method"] for result in results] == ["kd", "mergenet"]
+    assert found[-1]["adapter/gate/fc/kernel"] != 0
+    assert all(np.isfinite(record["target/loss"]) for record in found)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [(), ("--parallel", "pmap"), ("--shard-state",)])
 def test_a_run_begun_on_five_devices_goes_on_on_one(unbroken, tmp_path, options):
     folder = tmp_path / "run"
-    stopped = run(*TEN_STEPS, "--run-dir", folder, *options, program=("-c", INTERRUPTED), devices=5)
+    stopped = start(*TEN_STEPS, "--run-dir", folder, *options, program=("-c", INTERRUPTED), devices=5)
     assert stopped.returncode == 130, stopped.stderr
     assert f"5 x cpu by {'pmap' if 'pmap' in options else 'jit'}" in stopped.stdout
     # The source is saved whole; the joint run is stopped on five devices again, and ends on one.
-    stopped = run(*TEN_STEPS, "--run-dir", folder, "--resume", *options, program=("-c", INTERRUPTED), devices=5)
+    stopped = start(*TEN_STEPS, "--run-dir", folder, "--resume", *options, program=("-c", INTERRUPTED), devices=5)
     assert stopped.returncode == 130, stopped.stderr
-    done = run(*TEN_STEPS, "--run-dir", folder, "--resume")
+    done = start(*TEN_STEPS, "--run-dir", folder, "--resume")
     assert done.returncode == 0, done.stderr
     assert "what follows is not bit-exact: devices was 5, is 1" in done.stderr
     assert_close(records(folder), records(unbroken[0]))
 
 
 def test_a_batch_that_does_not_divide_among_the_devices_is_refused(tmp_path):
-    refused = run("smoke", "--run-dir", tmp_path / "run", devices=8)
+    refused = start("--run-dir", tmp_path / "run", devices=8)
     assert refused.returncode == 2
     assert "error: a batch of 50 (target) does not divide among 8 devices: take a multiple of 8" in refused.stderr
     assert not (tmp_path / "run").exists()
@@ -216,15 +218,12 @@ def test_the_short_preset_trains_on_an_archive_of_cifar100(tmp_path):
     """The whole path: TFDS's layout, uint8 pixels, augmentation, epochs, both models live; the networks are small."""
     files, *_ = test_image_sets.cifar_members("cifar100")
     test_image_sets.put_archive(tmp_path / "data", "cifar100", files)
-    done = run(
-        *("short", "--data-dir", tmp_path / "data", "--validation", "0", "--image-size", "8", *SMALL_NETWORKS),
+    results, found = run(
+        *("cross_structure", tmp_path / "run", "short", "--data-dir", tmp_path / "data"),
+        *("--validation", "0", "--image-size", "8", *SMALL_NETWORKS),
         *("--methods", "vanilla", "rkd", "dkd", "nkd", "mergenet_kd", "--dtype", "bfloat16"),
-        *("--run-dir", tmp_path / "run"),
     )
-    assert done.returncode == 0, done.stderr
-    results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert [result["method"] for result in results] == ["vanilla", "rkd", "dkd", "nkd", "mergenet_kd"]
-    found = records(tmp_path / "run")
     steps = sorted({record["step"] for record in found})
     assert len(steps) == 2
     assert steps[1] == 2 * steps[0]
@@ -233,24 +232,26 @@ def test_the_short_preset_trains_on_an_archive_of_cifar100(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_folder_of_images_is_data_too(tmp_path):
+def test_a_folder_of_images_is_data_too(tmp_path, capsys):
     test_image_sets.write_folder(tmp_path / "images")
-    done = run(
-        *("--data", tmp_path / "images", "--validation", "0", "--labels", "None", *SMALL_NETWORKS),
-        *("--methods", "vanilla", "--report-every", "1", "--checkpoint-every", "1", "--run-dir", tmp_path / "run"),
+    run(
+        *("cross_structure", tmp_path / "run", "--data", tmp_path / "images"),
+        *("--validation", "0", "--labels", "None", *SMALL_NETWORKS),
+        *("--methods", "vanilla", "--report-every", "1", "--checkpoint-every", "1"),
     )
-    assert done.returncode == 0, done.stderr
-    assert "vanilla" in done.stdout
+    assert "vanilla" in capsys.readouterr().out
 
 
-def test_help_shows_every_option_with_meaning_and_default():
-    shown = run("--help")
-    assert shown.returncode == 0
+def test_help_shows_every_option_with_meaning_and_default(capsys):
+    with pytest.raises(SystemExit) as shown:
+        main(cross_structure.PRESETS, "experiments.cross_structure", "", cross_structure.build, ["--help"])
+    assert shown.value.code == 0
+    printed = " ".join(capsys.readouterr().out.replace("│", " ").split())
     for option in ("--cycle", "--methods", "--adapter-learning-rate", "--run-dir", "--resume"):
-        assert option in shown.stdout
-    assert "default: 4" in shown.stdout
-    assert "Steps from one transfer to the next" in shown.stdout
-    assert "smoke" in shown.stdout
+        assert option in printed
+    assert "default: 4" in printed
+    assert "Steps from one transfer to the next" in printed
+    assert "smoke" in printed
 
 
 def refusal(capsys, *arguments):
@@ -320,7 +321,6 @@ def test_an_unknown_method_is_refused_in_a_config_made_by_hand():
         cross_structure.build(config)
 
 
-@pytest.mark.slow
 def test_a_run_folder_that_cannot_be_written_is_refused(capsys, tmp_path):
     (tmp_path / "file").write_text("mine")
     message = refusal(capsys, "--run-dir", tmp_path / "file" / "run")

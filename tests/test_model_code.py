@@ -11,6 +11,7 @@ from experiments.cli import parse
 from experiments.images import ModelName as ImageModelName
 from experiments.images import VisionModelName, make_model, make_vision_encoder
 from experiments.model_code import model_code
+from tests.helpers import jitted_init
 
 
 def shapes(tree):
@@ -54,7 +55,7 @@ def test_every_vision_transformer_has_code(name):
 def test_the_code_computes_what_the_model_does():
     model, pixels = mj.models.small_mobilenet_v2(3, num_stages=1), ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8)
-    variables = model.init(jax.random.key(1), jnp.zeros((1, 8, 8, 3)))
+    variables = jitted_init(model, 1, jnp.zeros((1, 8, 8, 3)))
     _, apply = made(model_code(model, {"jnp.zeros((1, 8, 8, 3))": "images"}, pixels))
     expected = mj.on_pixels(model.apply, *pixels)(variables, images)
     np.testing.assert_allclose(apply(variables, images), expected, rtol=1e-5, atol=1e-6)

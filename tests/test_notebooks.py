@@ -115,7 +115,7 @@ def test_the_first_cell_says_how_to_install(path):
     assert "pip install -e ." in first.source
 
 
-@pytest.mark.slow
+@pytest.mark.docs
 @pytest.mark.filterwarnings("default")  # Of the kernel's client; those of the notebook are in its output.
 @each
 def test_a_notebook_runs(path, tmp_path):

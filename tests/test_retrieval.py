@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import merge_jax as mj
 from merge_jax import retrieval
 from merge_jax.data import Streamed
+from tests.helpers import jitted_init
 
 LENGTH, WORDS = 4, 9
 
@@ -66,7 +67,7 @@ class Reads:
 
 
 def variables(model):
-    both = model.init(jax.random.key(0), jnp.zeros((1, 2, 2, 1)), jnp.zeros((1, LENGTH), jnp.int32))
+    both = jitted_init(model, 0, jnp.zeros((1, 2, 2, 1)), jnp.zeros((1, LENGTH), jnp.int32))
     return both["params"], {"batch_stats": both["batch_stats"]}
 
 

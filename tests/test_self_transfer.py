@@ -18,11 +18,10 @@ def build(*options):
     return self_transfer.build(parse(self_transfer.PRESETS, "", "", list(options)))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("preset", "leaf"), [
     ("default", "stage1_0/expand/kernel"),
-    ("resnet", "stage1_0/conv2/kernel"),
-    ("text", "encoder/layer_0/attention/query/kernel"),
+    pytest.param("resnet", "stage1_0/conv2/kernel", marks=pytest.mark.slow),
+    pytest.param("text", "encoder/layer_0/attention/query/kernel", marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_every_kind_of_model_gives_to_itself(preset, leaf, tmp_path):
     results, records = run("self_transfer", tmp_path / "run", preset, *LITTLE, "--methods", "tf_kd", "mergenet_warm")

@@ -18,7 +18,7 @@ import merge_jax.data
 import merge_jax.reports
 import merge_jax.runs
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.docs
 
 ROOT = Path(__file__).parent.parent
 SPHINX = ("sphinx", "myst_parser", "furo")

@@ -7,17 +7,15 @@ import numpy as np
 import pytest
 
 import merge_jax as mj
-from experiments import cross_structure
 from experiments.cli import parse
 from experiments.sources import origin_of
 from merge_jax.checkpoint import Checkpoints
 from merge_jax.commands.export import export_part
 from tests.runs import run
-
-pytestmark = pytest.mark.slow
+from tests.tiny import tiny
 
 LITTLE = [
-    *("smoke", "--steps", "6", "--source-steps", "30", "--report-every", "2", "--checkpoint-every", "2"),
+    *("--steps", "6", "--source-steps", "30", "--report-every", "2", "--checkpoint-every", "2"),
     *("--methods", "share", "kd"),
 ]
 SNAPSHOTS = [*LITTLE, "--source", "trajectory", "--snapshots", "3"]
@@ -34,26 +32,26 @@ def of_methods(records):
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pretrained") / "run"
-    return folder, *run("cross_structure", folder, *LITTLE)
+    return folder, *run("tiny", folder, *LITTLE)
 
 
 @pytest.fixture(scope="module")
 def trajectory(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trajectory") / "run"
-    return folder, *run("cross_structure", folder, *SNAPSHOTS)
+    return folder, *run("tiny", folder, *SNAPSHOTS)
 
 
 def source_of(folder):
     """Returns the source that a run trained: its parameters at its last step."""
-    config = parse(cross_structure.PRESETS, "", "", LITTLE)
-    params, _ = cross_structure.build(config).source.init(jax.random.key(0))
+    config = parse(tiny.PRESETS, "", "", LITTLE)
+    params, _ = tiny.build(config).source.init(jax.random.key(0))
     with Checkpoints(folder / "checkpoints" / "source-seed0") as checkpoints:
         return checkpoints.restore_parts(checkpoints.latest_step, {"target/params": params})["target/params"]
 
 
 def test_a_frozen_source_of_another_run_is_that_runs_source(pretrained, tmp_path):
     folder, results, records = pretrained
-    frozen = run("cross_structure", tmp_path / "run", *LITTLE, "--source", "frozen", "--source-from", folder)
+    frozen = run("tiny", tmp_path / "run", *LITTLE, "--source", "frozen", "--source-from", folder)
     assert scores(frozen[0]) == scores(results)
     assert frozen[1] == of_methods(records)
 
@@ -63,7 +61,7 @@ def test_a_frozen_source_may_be_a_safetensors_file(pretrained, tmp_path):
     folder, results, _ = pretrained
     mj.save_safetensors(tmp_path / "source.safetensors", source_of(folder))
     options = [*LITTLE[:-2], "share", "--source", "frozen", "--source-from", tmp_path / "source.safetensors"]
-    found, _ = run("cross_structure", tmp_path / "run", *options)
+    found, _ = run("tiny", tmp_path / "run", *options)
     assert scores(found)["share"][0] == scores(results)["share"][0]
 
 
@@ -72,7 +70,7 @@ def test_a_frozen_source_may_be_an_exported_model(pretrained, tmp_path):
     folder, results, _ = pretrained
     file = tmp_path / "source.safetensors"
     export_part(folder / "checkpoints" / "source-seed0", file, "target", best=False)
-    found, _ = run("cross_structure", tmp_path / "run", *LITTLE, "--source", "frozen", "--source-from", file)
+    found, _ = run("tiny", tmp_path / "run", *LITTLE, "--source", "frozen", "--source-from", file)
     assert scores(found) == scores(results)
 
 
@@ -88,7 +86,7 @@ def test_a_trajectory_shows_every_saved_step_in_order(trajectory):
 
 def test_a_trajectory_of_another_run_is_that_runs(trajectory, tmp_path):
     folder, results, records = trajectory
-    again = run("cross_structure", tmp_path / "run", *SNAPSHOTS, "--source-from", folder)
+    again = run("tiny", tmp_path / "run", *SNAPSHOTS, "--source-from", folder)
     assert scores(again[0]) == scores(results)
     assert again[1] == of_methods(records)
 
@@ -108,15 +106,15 @@ def test_a_resumed_run_goes_on_along_the_trajectory(trajectory, tmp_path):
     kept = [r for r in (copied / "metrics.jsonl").read_text().splitlines() if '"share-seed0", "step": 6' not in r]
     assert len(kept) == len(records) - 1
     (copied / "metrics.jsonl").write_text("\n".join(kept) + "\n")
-    _, again = run("cross_structure", copied, *SNAPSHOTS, "--resume")
+    _, again = run("tiny", copied, *SNAPSHOTS, "--resume")
     key = lambda record: (record["run"], record["step"])  # noqa: E731
     assert sorted(again, key=key) == sorted(records, key=key)
 
 
 def refused(options, folder):
-    config = parse(cross_structure.PRESETS, "", "", [*map(str, [*LITTLE, *options]), "--run-dir", str(folder)])
+    config = parse(tiny.PRESETS, "", "", [*map(str, [*LITTLE, *options]), "--run-dir", str(folder)])
     config.check()
-    scenario = cross_structure.build(config)
+    scenario = tiny.build(config)
     origin = origin_of(scenario, config)
     if origin.read is not None:
         origin.read(0)
@@ -140,11 +138,11 @@ def test_sources_that_cannot_be_read_are_refused(pretrained, trajectory, tmp_pat
         ),
         ([*frozen, "--source-from", pretrained[0], "--seeds", "3"], "no checkpoints of source-seed1, source-seed2: it"),
         (
-            [*frozen, "--source-from", pretrained[0], "--stages", "2"],
-            "params/stage2_0/conv1/kernel is not saved",
+            [*frozen, "--source-from", pretrained[0], "--deep"],
+            "params/hidden/kernel is not saved",
         ),
         ([*replayed, "--source-from", tmp_path], "no checkpoints of source-seed0: it must be the folder of a run"),
-        ([*replayed, "--source-from", trajectory[0], "--stages", "2"], "stage2_0/conv1/kernel is not saved"),
+        ([*replayed, "--source-from", trajectory[0], "--deep"], "hidden/kernel is not saved"),
     ]
     for options, message in cases:
         with pytest.raises(ValueError, match=message):

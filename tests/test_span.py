@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import merge_jax as mj
+from tests.helpers import jitted_init
 
 LENGTH, VOCABULARY = 7, 11
 ANSWERS = [["one"], [], ["two three", "three"], ["four"], []]
@@ -24,7 +25,7 @@ class Model(nn.Module):
 
 
 def variables(model):
-    both = model.init(jax.random.key(0), jnp.zeros((1, LENGTH), jnp.int32))
+    both = jitted_init(model, 0, jnp.zeros((1, LENGTH), jnp.int32))
     return both["params"], {"batch_stats": both["batch_stats"]}
 
 

@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 
 import merge_jax as mj
+from tests.helpers import jitted_init
 
 IMAGES = jnp.asarray(np.random.default_rng(0).normal(size=(3, 8, 8, 1)), jnp.float32)
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(1, 20, size=(3, 6)), jnp.int32)
@@ -21,7 +22,7 @@ MODELS = {
 
 def variables_of(model, inputs):
     """Returns parameters, each entry other than the rest, and the model's state."""
-    variables = dict(model.init(jax.random.key(0), inputs))
+    variables = dict(jitted_init(model, 0, inputs))
     params, rng = variables.pop("params"), np.random.default_rng(1)
     variables.pop("intermediates", None)
     return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) * 0.3, jnp.float32), params), variables

@@ -1,4 +1,4 @@
-"""An experiment that compiles in a second: a linear classifier of digits gives to another."""
+"""An experiment that compiles in a second: a linear classifier of digits gives to another, or to itself."""
 
 from dataclasses import dataclass
 
@@ -14,9 +14,19 @@ from experiments.transfers import TransferConfig, parse_routes
 
 
 class Linear(nn.Module):
+    """With what a state holds beside parameters: statistics of BatchNorm, and dropout's key."""
+
+    dropout: float
+    deep: bool
+    axis_name: str | None
+
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        return nn.Dense(10, name="fc")(x.reshape(len(x), -1))
+        norm = nn.BatchNorm(use_running_average=not train, axis_name=self.axis_name, name="norm")
+        x = nn.Dropout(self.dropout, deterministic=not train)(norm(x.reshape(len(x), -1)))
+        if self.deep:
+            x = x + nn.Dense(64, name="hidden")(x)
+        return nn.Dense(10, name="fc")(x)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +39,12 @@ class Config(TransferConfig):
     """Labelled images that the target learns from."""
     routes: tuple[str, ...] = ("fc/kernel=fc/kernel",)
     """Layers that take part."""
+    dropout: float = 0.0
+    """Of the pixels."""
+    deep: bool = False
+    """Whether the classifier has another layer."""
+    inside: bool = False
+    """Whether the target is its own source."""
 
 
 PRESETS = {
@@ -37,21 +53,35 @@ PRESETS = {
 
 
 def build(config: Config) -> Scenario:
-    data, model = load_images("digits", None, None, 200), Linear()
+    axis_name = mj.DATA_AXIS if config.parallel == "pmap" else None
+    data, model = load_images("digits", None, None, 200), Linear(config.dropout, config.deep, axis_name)
     schedule = config.schedule(1197, config.labels or 1197)
-    task = mj.Task(mj.classification_loss(model.apply), sgd(0.1, config.steps, "cosine"))
+
+    def task(loss=None):
+        return mj.Task(mj.classification_loss(model.apply, loss), sgd(0.1, config.steps, "cosine"))
+
+    def kd(logits, batch):
+        return mj.distillation_loss(logits, batch["teacher_logits"], batch["label"])
+
+    def giving(make):
+        transfer = make(parse_routes(config.routes))
+        return Method(task(), mj.self_transfer(transfer) if config.inside else transfer, config.stop)
+
     methods = {
-        "vanilla": lambda: Method(task),
-        "share": lambda: Method(task, mj.share_transfer(parse_routes(config.routes)), config.stop),
+        "vanilla": lambda: Method(task()),
+        "kd": lambda: Method(task(kd), teacher=mj.logits_teacher(model.apply)),
+        "share": lambda: giving(mj.share_transfer),
+        "operators": lambda: giving(mj.linear_operator_transfer),
     }
     return Scenario(
         name="tiny",
-        source=make_role("linear", model, data),
+        source=None if config.inside else make_role("linear", model, data),
         target=make_role("linear", model, data, labels=config.labels),
-        source_task=task,
+        source_task=None if config.inside else task(),
         methods=choose(methods, config.methods),
         schedule=schedule,
         adapter_optimizer=config.adapter_optimizer(schedule),
+        axis_name=axis_name,
     )
 
 
