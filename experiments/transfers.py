@@ -12,8 +12,8 @@ import merge_jax as mj
 from experiments.alignment import Alignment
 from experiments.config import RunConfig, Schedule
 from experiments.scenario import Learner, Method, Reader
+from merge_jax.adapter import OutputForm
 from merge_jax.checks import check_at_least_one, check_below_one
-from merge_jax.transfer import OutputForm
 from merge_jax.types import ModelApply, TeacherFn
 
 __all__ = ["Objective", "TransferConfig", "parse_pairs", "parse_routes"]

@@ -84,8 +84,8 @@ def batched(
     """Returns the groups in as few batches as keep the work near what it is for each group on its own.
 
     From the most work to the least, a group joins the first batch in which the padded work stays within
-    `largest_ratio` of the true work, twice that for each route, or in which all matrices are small. Our choice: unlike shapes are one program each
-    to a compiler, which takes seconds, where small matrices take microseconds.
+    `largest_ratio` of the true work, twice that for each route, or in which all matrices are small. Our choice: unlike
+    shapes are one program each to a compiler, which takes seconds, where small matrices take microseconds.
 
     Args:
       groups: of routes.
