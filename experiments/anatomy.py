@@ -11,15 +11,15 @@ Reads the last checkpoints of a run of cross_structure or cross_task, and trains
 - the cka of each layer that is to agree (--agree of the run) with the source's, on the images that validate.
 """
 
+from __future__ import annotations
+
 import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import tyro
 from rich import box
@@ -28,12 +28,11 @@ from rich.table import Table
 
 import merge_jax as mj
 from experiments import cross_structure, cross_task
-from experiments.scenario import Scenario
-from experiments.sources import initial_key
 from experiments.transfers import TransferConfig, parse_pairs, parse_routes
-from merge_jax.checkpoint import Checkpoints
 from merge_jax.checks import check_choice
-from merge_jax.reports import mean_and_error
+
+if TYPE_CHECKING:
+    from experiments.scenario import Scenario
 
 __all__ = ["main", "measure"]
 
@@ -80,6 +79,9 @@ def measure(start: mj.Params, end: mj.Params, source: mj.Params, routes: Sequenc
     Raises:
       ValueError: routes that do not fit the parameters.
     """
+    import jax
+    import jax.numpy as jnp
+
     copying = mj.share_transfer(routes)
     copied = mj.flatten(copying.apply({}, jax.tree.map(jnp.ones_like, source), jax.tree.map(jnp.zeros_like, end)))
     copy, before, after = (mj.flatten(tree) for tree in (copying.apply({}, source, end), start, end))
@@ -148,6 +150,8 @@ def _over_seeds(
 
 def _observers(scenario: Scenario, config: Any) -> list[Callable[..., Any]]:
     """Returns what gives the features of target and source, of the layers that are to agree."""
+    import jax
+
     layers = zip(*parse_pairs(config.agree, "a pair of layers", "stage1_0=stage1_0"), strict=True)
     return [
         jax.jit(mj.features_teacher(reader.apply, of_role, inputs=reader.inputs))
@@ -158,6 +162,8 @@ def _observers(scenario: Scenario, config: Any) -> list[Callable[..., Any]]:
 def _of_seed(
     scenario: Scenario, config: Any, observers: Sequence[Callable[..., Any]], folder: Path, seed: int
 ) -> dict[str, float]:
+    from experiments.sources import initial_key
+
     source, target = scenario.source, scenario.target
     assert source is not None  # Both experiments have one.
     of_source, source_state = source.init(initial_key(seed, 0))
@@ -168,7 +174,7 @@ def _of_seed(
     }
     if not folder.is_dir():
         raise ValueError(f"there is no checkpoint {folder}: the run has not ended, or its seeds ran side by side")
-    with Checkpoints(folder) as checkpoints:
+    with mj.Checkpoints(folder) as checkpoints:
         step = checkpoints.latest_step
         if step is None:
             raise ValueError(f"{folder} has no saved steps")
@@ -186,6 +192,8 @@ def _of_seed(
 
 
 def _format(values: Sequence[float]) -> str:
+    from merge_jax.reports import mean_and_error
+
     mean, error = mean_and_error(values)
     return f"{mean:.2f}" + ("" if error is None else f" ± {error:.2f}")
 

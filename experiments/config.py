@@ -1,16 +1,18 @@
 """Options that every experiment has."""
 
+from __future__ import annotations
+
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-import optax
-
-from experiments.controls import SourceControl
+from experiments.choices import SourceControl, UpdateRule
 from experiments.option_types import check_option_types
 from merge_jax.checks import check_at_least_one
-from merge_jax.joint import UpdateRule
+
+if TYPE_CHECKING:
+    import optax
 
 __all__ = ["Lengths", "RunConfig", "Schedule"]
 
@@ -171,6 +173,8 @@ class RunConfig:
         """Returns the cycle of a run of so many steps."""
         if self.cycle_end is None:
             return self.cycle
+        import optax
+
         return optax.linear_schedule(self.cycle, self.cycle_end, num_steps)
 
     def identity(self) -> dict[str, Any]:

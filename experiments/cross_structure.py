@@ -19,25 +19,24 @@ transfer with an objective, such as mergenet_kd or aligned_agree; all of them ar
 was measured.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
-
-import jax.numpy as jnp
+from typing import TYPE_CHECKING, Any, Literal
 
 import merge_jax as mj
-from experiments.alignment import Alignment
+from experiments.choices import ImageModelName, LearningRateSchedule
 from experiments.cli import main
-from experiments.images import ModelName, load_images, make_apply, make_model, make_role
-from experiments.optimizers import LearningRateSchedule, sgd
-from experiments.scenario import Reader, Scenario, choose
 from experiments.transfers import Objective, TransferConfig, parse_routes
 from merge_jax.checks import check_below_one
-from merge_jax.parallel import DATA_AXIS
-from merge_jax.tasks import ClassificationLoss, Outputs, with_features
-from merge_jax.types import ModelApply, TeacherFn
+
+if TYPE_CHECKING:
+    from experiments.scenario import Reader, Scenario
+    from merge_jax.tasks import ClassificationLoss
+    from merge_jax.types import ModelApply, TeacherFn
 
 ROUTES = {
     "stage1_0/expand/kernel": "stage1_0/conv1/kernel",
@@ -80,9 +79,9 @@ class Config(TransferConfig):
     """Labelled images that the target learns from, or None for all; the source has all."""
     augment: bool = False
     """Crop, mirror and rotate both models' training images at random."""
-    source_model: ModelName = "small_resnet"
+    source_model: ImageModelName = "small_resnet"
     """The network that gives."""
-    target_model: ModelName = "small_mobilenet_v2"
+    target_model: ImageModelName = "small_mobilenet_v2"
     """The network that receives."""
     stages: int = 3
     """Stages of the small networks, 1 to 3: fewer compile faster, and lack the routes of the others."""
@@ -198,8 +197,15 @@ def build(config: Config) -> Scenario:
     Raises:
       ValueError: data that cannot be had, an unknown model or method, or an option that a method refuses.
     """
+    import jax.numpy as jnp
+
+    from experiments.alignment import Alignment
+    from experiments.images import load_images, make_apply, make_model, make_role
+    from experiments.optimizers import sgd
+    from experiments.scenario import Reader, Scenario, choose
+
     data = load_images(config.data, config.data_dir, config.image_size, config.validation)
-    axis_name = DATA_AXIS if config.parallel == "pmap" else None
+    axis_name = mj.DATA_AXIS if config.parallel == "pmap" else None
     source, target = (
         make_model(name, data.num_classes, stages=config.stages, dtype=jnp.dtype(config.dtype), axis_name=axis_name)
         for name in (config.source_model, config.target_model)
@@ -270,13 +276,13 @@ def _objectives(
 
     source_apply, target_apply = source.apply, target.apply
     teacher = mj.logits_teacher(source_apply)
-    feature_teacher = mj.logits_teacher(with_features(source_apply))
+    feature_teacher = mj.logits_teacher(mj.with_features(source_apply))
     agreeing = partial(config.agreeing, source, target_apply)
     return {
         "": lambda: Objective(task(target_apply)),
         "kd": lambda: Objective(task(target_apply, loss=kd), teacher),
         "kd_mixed": lambda: Objective(task(_and_mixed(target_apply), loss=kd_mixed), _mixed_teacher(source_apply)),
-        "rkd": lambda: Objective(task(with_features(target_apply), loss=rkd), feature_teacher),
+        "rkd": lambda: Objective(task(mj.with_features(target_apply), loss=rkd), feature_teacher),
         "dkd": lambda: Objective(task(target_apply, loss=dkd), teacher),
         "nkd": lambda: Objective(task(target_apply, loss=nkd), teacher),
         "agree": lambda: agreeing(task),
@@ -291,8 +297,8 @@ def _and_mixed(apply_fn: ModelApply) -> ModelApply:
         outputs = apply_fn(variables, images, **options)
         between = apply_fn(variables, mj.mixed(images), **options)
         if options.get("mutable"):
-            return Outputs(outputs[0], between[0]), outputs[1]
-        return Outputs(outputs, between)
+            return mj.Outputs(outputs[0], between[0]), outputs[1]
+        return mj.Outputs(outputs, between)
 
     return apply
 

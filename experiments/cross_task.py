@@ -17,22 +17,20 @@ Methods: vanilla (no transfer), share (the overlapping block of the source's lay
 mergenet with two output forms, residual and warm. What was measured stands in experiments/README.md.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-import jax
+from typing import TYPE_CHECKING, Any
 
 import merge_jax as mj
-from experiments.alignment import Alignment
 from experiments.cli import main
 from experiments.cross_structure import AGREE, CIFAR_AGREE, CIFAR_ROUTES, ROUTES
-from experiments.scenario import Learner, Scenario, choose
-from experiments.several import side_by_side
 from experiments.tasks import TASKS, ModelName, Spec, TaskConfig, TaskName
-from experiments.texts import TextSource
 from experiments.transfers import parse_routes
-from merge_jax.data import num_examples
+
+if TYPE_CHECKING:
+    from experiments.scenario import Learner, Scenario
 
 _BY_DEPTH = "by depth"
 
@@ -185,6 +183,12 @@ def build(config: Config) -> Scenario:
     Raises:
       ValueError: data that cannot be had, an unknown model or method, or an option that a method refuses.
     """
+    from experiments.alignment import Alignment
+    from experiments.scenario import Scenario, choose
+    from experiments.several import side_by_side
+    from experiments.texts import TextSource
+    from merge_jax.data import num_examples
+
     of_source = TextSource(config.source_data, config.source_test_data, config.source_text, config.source_label)
     of_target = TextSource(config.target_data, config.target_test_data, config.target_text, config.target_label)
     specs = [Spec(task, config.source_model, of_source, config.source_weights, None) for task in config.source_task]
@@ -221,6 +225,8 @@ def _routes(config: Config, source: Learner, target: Learner) -> list[Any]:
     """Returns the routes from one source: all attention blocks by depth, or those that are given."""
     if config.routes != (_BY_DEPTH,):
         return parse_routes(config.routes)
+    import jax
+
     shapes = (jax.eval_shape(learner.role.init, jax.random.key(0))[0] for learner in (source, target))
     blocks = "encoder/*/attention"
     found = mj.match(*shapes, source=blocks, target=blocks, view="attention")

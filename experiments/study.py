@@ -1,16 +1,6 @@
-"""A study: many settings by many rows, with controls and statistics, from one TOML file.
+"""The runs of a study: planned and checked before the first trains, run one by one or side by side, and reported."""
 
-    python -m experiments.ablation smoke             # one tiny setting; a minute or two, shows that it works
-    python -m experiments.ablation digits            # across structures on digits, with controls of the source
-    python -m experiments.ablation digits --jobs 2   # two runs at a time, each on its share of the cores
-    python -m experiments.ablation my_grid.toml      # a grid of one's own
-    python -m experiments.ablation digits --resume   # go on with the last one
-    python -m experiments.ablation --help
-
-Grids stand in experiments/grids/. Each cell, a row in a setting, is a command of an experiment; --dry-run prints them.
-Everything is checked before anything trains. A setting's source is trained once, by its first run, and read by the
-others where their options cannot touch it; results are the same to the digit.
-"""
+from __future__ import annotations
 
 import contextlib
 import itertools
@@ -25,9 +15,7 @@ import traceback
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import tyro
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from experiments.ablation_report import write_report
 from experiments.cli import parse
@@ -38,7 +26,10 @@ from experiments.scenario import Scenario
 from experiments.transfers import TransferConfig
 from merge_jax.runs import RunFolder, numbered_folder
 
-__all__ = ["Options", "main"]
+if TYPE_CHECKING:
+    from experiments.ablation import Options
+
+__all__ = ["run_study"]
 
 # Options that cannot touch a source that is trained before the target. The control is of what methods are handed,
 # but for another seed, which is another source.
@@ -51,32 +42,6 @@ _OF_THE_TARGET = frozenset(
 )
 _ROOT = Path(__file__).parent.parent
 _PATIENCE = 30.0  # Seconds that an interrupted process has to save and end.
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """Options of a study."""
-
-    grid: tyro.conf.Positional[str]
-    """Name of a grid in experiments/grids/, or the path of a .toml file."""
-    run_dir: Path | None = None
-    """Folder of the study; by default a new numbered one in runs/."""
-    resume: bool = False
-    """Go on with the study in --run-dir, or with the last numbered one: what is done stays."""
-    jobs: int = 1
-    """Runs at a time, each in a process on its share of the cores."""
-    seeds: int | None = None
-    """Number of seeds instead of the grid's."""
-    only: tuple[str, ...] = ()
-    """Only runs with a setting, a row, or a setting/row that one of these globs matches; rows that share a run, and
-    the run that trains their source, come along."""
-    apart: bool = False
-    """A run for each row, also where rows with the same options could share one: for machines with many cores, since
-    more of them run at a time. Sources are shared all the same, and results are the same."""
-    traced: bool = True
-    """Trace every run before the first trains, some seconds a row: what does not fit is told now, not in an hour."""
-    dry_run: bool = False
-    """Check all, print the commands of the runs, and train nothing."""
 
 
 _README = """\
@@ -141,12 +106,11 @@ class _Ended(NamedTuple):
     problem: str | None
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def run_study(options: Options) -> None:
     """Checks, runs and reports; what is wrong with grid or options is one line on standard error and exit code 2.
 
     A run that fails is told, and the others go on; then the exit code is 1.
     """
-    options = tyro.cli(Options, args=arguments, prog="python -m experiments.ablation", description=__doc__)
     if options.jobs > 1:
         # Several processes share an accelerator: none may take all of its memory.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -374,7 +338,7 @@ def _side_by_side(left: Sequence[_Planned], shares: Sequence[set[int]]) -> Gener
         signal.signal(signal.SIGTERM, terminated)
 
 
-def _start(one: _Planned, cores: set[int]) -> "subprocess.Popen[bytes]":
+def _start(one: _Planned, cores: set[int]) -> subprocess.Popen[bytes]:
     """Starts the command of a run on some of the cores, with its output in the log."""
     one.log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, *one.command[1:], *(["--resume"] if one.begun else [])]
@@ -397,7 +361,7 @@ def _start(one: _Planned, cores: set[int]) -> "subprocess.Popen[bytes]":
                 os.sched_setaffinity(0, everything)
 
 
-def _stop(processes: Sequence["subprocess.Popen[bytes]"]) -> None:
+def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
     """Interrupts processes, and terminates those that do not hear it: in the background, it may be ignored."""
     for process in processes:
         process.send_signal(signal.SIGINT)
@@ -416,7 +380,3 @@ def _lacks(one: _Planned, failed: set[str]) -> str | None:
 def _last_line(log: Path) -> str:
     lines = [line.strip() for line in log.read_text(errors="replace").replace("\r", "\n").splitlines()]
     return next((line for line in reversed(lines) if line), "it printed nothing")
-
-
-if __name__ == "__main__":
-    main()
