@@ -18,6 +18,8 @@ from pathlib import Path
 
 import tyro
 
+from merge_jax.compilation_cache import CacheChoice
+
 __all__ = ["Options", "main"]
 
 
@@ -45,6 +47,9 @@ class Options:
     """Trace every run before the first trains, some seconds a row: what does not fit is told now, not in an hour."""
     dry_run: bool = False
     """Check all, print the commands of the runs, and train nothing."""
+    compilation_cache: CacheChoice = "default"
+    """Where compiled programs are kept for later runs: none, or a folder, which may grow to 512 MiB. By default that of
+    JAX_COMPILATION_CACHE_DIR, or one in the user's cache folder."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

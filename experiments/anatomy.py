@@ -30,6 +30,7 @@ import merge_jax as mj
 from experiments import cross_structure, cross_task
 from experiments.transfers import TransferConfig, parse_pairs, parse_routes
 from merge_jax.checks import check_choice
+from merge_jax.compilation_cache import CacheChoice, use_cache
 
 if TYPE_CHECKING:
     from experiments.scenario import Scenario
@@ -49,12 +50,16 @@ class Options:
     """Folder of a run that has ended."""
     methods: tuple[str, ...] = ()
     """Methods to measure; all of the run by default."""
+    compilation_cache: CacheChoice = "default"
+    """Where compiled programs are kept for later runs: none, or a folder, which may grow to 512 MiB. By default that of
+    JAX_COMPILATION_CACHE_DIR, or one in the user's cache folder."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Reads a run and prints the table; what is wrong is one line on standard error and exit code 2."""
     options = tyro.cli(Options, args=arguments, prog="python -m experiments.anatomy", description=__doc__)
     try:
+        use_cache(options.compilation_cache)
         scenario, config = _read(options)
         names = options.methods or tuple(scenario.methods)
         for name in names:

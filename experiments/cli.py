@@ -13,6 +13,7 @@ import tyro
 
 from experiments.config import RunConfig
 from merge_jax.checks import check_choice
+from merge_jax.compilation_cache import use_cache
 
 if TYPE_CHECKING:
     from experiments.scenario import Scenario
@@ -77,6 +78,7 @@ def main(
         config.check()
         from merge_jax.hosts import agree, connect, leaving_at_once  # JAX is imported for options that are right.
 
+        use_cache(config.compilation_cache)
         if config.coordinator is not None:
             print(f"waiting for all {config.num_processes} processes at {config.coordinator}", file=sys.stderr)
             connect(config.coordinator, config.num_processes, config.process_id)

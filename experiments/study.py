@@ -24,6 +24,7 @@ from experiments.grid import Grid, GridRun, find_grid, load_experiment, read_gri
 from experiments.runner import check_run, prepare_run
 from experiments.scenario import Scenario
 from experiments.transfers import TransferConfig
+from merge_jax.compilation_cache import use_cache
 from merge_jax.runs import RunFolder, numbered_folder
 
 if TYPE_CHECKING:
@@ -115,12 +116,16 @@ def run_study(options: Options) -> None:
         # Several processes share an accelerator: none may take all of its memory.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     try:
+        use_cache(options.compilation_cache)
         shares = _shares(options.jobs)
         path = find_grid(options.grid)
         grid = read_grid(path, options.seeds)
         run_dir = options.run_dir or numbered_folder(f"ablation-{grid.name}", options.resume)
         runs = runs_of(grid, apart=options.apart)
-        planned = _plan(runs, select(runs, options.only), run_dir)
+        planned = [
+            replace(one, config=replace(one.config, compilation_cache=options.compilation_cache))
+            for one in _plan(runs, select(runs, options.only), run_dir)
+        ]
         _check(planned, traced=options.traced)
         if options.dry_run:
             for one in planned:
@@ -341,7 +346,9 @@ def _side_by_side(left: Sequence[_Planned], shares: Sequence[set[int]]) -> Gener
 def _start(one: _Planned, cores: set[int]) -> subprocess.Popen[bytes]:
     """Starts the command of a run on some of the cores, with its output in the log."""
     one.log.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, *one.command[1:], *(["--resume"] if one.begun else [])]
+    cache = one.config.compilation_cache  # Of the study, so not of the run's own command.
+    command = [sys.executable, *one.command[1:]]
+    command += ["--resume"] * one.begun + ["--compilation-cache", str(cache)] * (cache != "default")
     paths = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     everything = os.sched_getaffinity(0) if cores else set()
     with one.log.open("ab") as log:
