@@ -206,7 +206,7 @@ def _judged(kept: bool, read: int, said: str) -> Finding:
         return Finding(
             "note",
             f"compilation cache: not read, because {known}: jax-ml/jax#38445, reported of CPUs with AVX-512 and "
-            "jax 0.9.1 to 0.10.1; all works, but each run compiles anew: --compilation-cache none spares it the writing",
+            "jax 0.9.1 to 0.10.1; all works, but each run compiles anew: --compilation-cache none spares the writing",
         )
     reason = _end(said) if kept else "nothing was written"
     return Finding("note", f"compilation cache: not read, because {reason}; each run compiles anew")
