@@ -153,7 +153,8 @@ def test_the_doctor_tries_the_cache(monkeypatch, tmp_path):
 
 _REFUSED = (
     "E0612 cpu_aot_loader.cc:195] Loading XLA:CPU AOT result. Target machine feature +prefer-no-gather is not "
-    "supported on the host machine. Machine type used for XLA:CPU compilation doesn't match the machine type for execution.\n"
+    "supported on the host machine. Machine type used for XLA:CPU compilation doesn't match the machine type for "
+    "execution.\n"
 )
 
 
