@@ -11,8 +11,6 @@ Reads the last checkpoints of a run of cross_structure or cross_task, and trains
 - the cka of each layer that is to agree (--agree of the run) with the source's, on the images that validate.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -78,7 +76,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Console(width=max(140, Console().width)).print(table)
 
 
-def measure(start: mj.Params, end: mj.Params, source: mj.Params, routes: Sequence[mj.Route]) -> dict[str, float]:
+def measure(
+    start: "mj.Params", end: "mj.Params", source: "mj.Params", routes: "Sequence[mj.Route]"
+) -> dict[str, float]:
     """Returns `moved`, `kept` and `rank` of a target that went from `start` to `end`; see the module.
 
     Raises:
@@ -115,7 +115,7 @@ def _norm(arrays: Any) -> float:
     return float(np.sqrt(sum(np.square(np.asarray(array, np.float64)).sum() for array in arrays)))
 
 
-def _read(options: Options) -> tuple[Scenario, TransferConfig]:
+def _read(options: Options) -> "tuple[Scenario, TransferConfig]":
     """Returns the scenario of a run, from the options that its folder has.
 
     Raises:
@@ -142,7 +142,7 @@ def _read(options: Options) -> tuple[Scenario, TransferConfig]:
 
 
 def _over_seeds(
-    scenario: Scenario, config: Any, observers: Sequence[Callable[..., Any]], run_dir: Path, method: str
+    scenario: "Scenario", config: Any, observers: Sequence[Callable[..., Any]], run_dir: Path, method: str
 ) -> dict[str, list[float]]:
     """Returns what was measured of a method, each a list over seeds."""
     found: dict[str, list[float]] = {}
@@ -153,7 +153,7 @@ def _over_seeds(
     return found
 
 
-def _observers(scenario: Scenario, config: Any) -> list[Callable[..., Any]]:
+def _observers(scenario: "Scenario", config: Any) -> list[Callable[..., Any]]:
     """Returns what gives the features of target and source, of the layers that are to agree."""
     import jax
 
@@ -165,7 +165,7 @@ def _observers(scenario: Scenario, config: Any) -> list[Callable[..., Any]]:
 
 
 def _of_seed(
-    scenario: Scenario, config: Any, observers: Sequence[Callable[..., Any]], folder: Path, seed: int
+    scenario: "Scenario", config: Any, observers: Sequence[Callable[..., Any]], folder: Path, seed: int
 ) -> dict[str, float]:
     from experiments.sources import initial_key
 

@@ -18,8 +18,6 @@ Methods: vanilla (no transfer), share (the overlapping block of the source's lay
 mergenet. What was measured stands in experiments/README.md.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -134,7 +132,7 @@ class Config(TaskConfig):
             return words_with_images(texts)
         return super().words_of(texts)
 
-    def learner(self, spec: Spec, texts: Any | None, tokens: WordPiece | None) -> Learner:
+    def learner(self, spec: Spec, texts: Any | None, tokens: "WordPiece | None") -> "Learner":
         """Returns a model that is to learn; see `TaskConfig`."""
         from experiments.image_text import Reading, image_text_learner
         from merge_jax.data import CaptionSet, VisualQuestionSet
@@ -209,7 +207,7 @@ PRESETS = {
 }
 
 
-def build(config: Config) -> Scenario:
+def build(config: Config) -> "Scenario":
     """Returns the scenario: the models, their data and the methods.
 
     Raises:
@@ -236,7 +234,7 @@ def build(config: Config) -> Scenario:
     optimizer = target.optimizer(config.learning_rate, num_steps)
     objectives = config.objectives_of(source if sources else None, target, optimizer)
 
-    def bind(make: Any) -> mj.Transfer:
+    def bind(make: Any) -> "mj.Transfer":
         return make(routes) if sources else mj.self_transfer(make(routes))
 
     methods = config.methods_of(bind, num_steps, objectives)
@@ -276,7 +274,7 @@ def _spec(
     return _Spec(task, model, TextSource(data), weights, labels, None, attributes, architecture, vision_weights)
 
 
-def _routes(config: Config, source: Learner, target: Learner) -> list[mj.Route]:
+def _routes(config: Config, source: "Learner", target: "Learner") -> "list[mj.Route]":
     """Returns the routes: all attention blocks of the direction by depth, or those that are given."""
     if config.routes != (_BY_DEPTH,):
         return parse_routes(config.routes)

@@ -19,8 +19,6 @@ transfer with an objective, such as mergenet_kd or aligned_agree; all of them ar
 was measured.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -191,7 +189,7 @@ PRESETS = {
 }
 
 
-def build(config: Config) -> Scenario:
+def build(config: Config) -> "Scenario":
     """Returns the scenario: both models, their data and the methods.
 
     Raises:
@@ -217,7 +215,7 @@ def build(config: Config) -> Scenario:
     schedule = config.schedule(*(len(roles[role].splits(0).train["label"]) for role in ("source", "target")))
     source_steps = (schedule.target if config.source == "live" else schedule.source).steps
 
-    def task(apply: ModelApply, steps: int, loss: ClassificationLoss | None = None) -> mj.Task:
+    def task(apply: "ModelApply", steps: int, loss: "ClassificationLoss | None" = None) -> "mj.Task":
         optimizer = sgd(config.learning_rate, steps, config.learning_rate_schedule, config.momentum)
         return mj.Task(mj.classification_loss(apply, loss), optimizer)
 
@@ -241,11 +239,11 @@ def build(config: Config) -> Scenario:
 
 
 def _objectives(
-    config: Config, target: Reader, source: Reader, task: Callable[..., mj.Task]
+    config: Config, target: "Reader", source: "Reader", task: "Callable[..., mj.Task]"
 ) -> dict[str, Callable[[], Objective]]:
     """Returns what the target may learn; the losses of distillation are the label's cross entropy and theirs."""
 
-    def kd(logits: Any, batch: mj.Batch) -> Any:
+    def kd(logits: Any, batch: "mj.Batch") -> Any:
         return mj.distillation_loss(
             logits,
             batch["teacher_logits"],
@@ -254,7 +252,7 @@ def _objectives(
             weight=config.distillation_weight,
         )
 
-    def kd_mixed(outputs: Any, batch: mj.Batch) -> Any:
+    def kd_mixed(outputs: Any, batch: "mj.Batch") -> Any:
         labelled = mj.cross_entropy(outputs.logits, batch["label"])
         weight = config.distillation_weight
         matched = mj.distillation_loss(
@@ -262,15 +260,15 @@ def _objectives(
         )
         return (1 - weight) * labelled + weight * matched
 
-    def rkd(outputs: Any, batch: mj.Batch) -> Any:
+    def rkd(outputs: Any, batch: "mj.Batch") -> Any:
         labelled = mj.cross_entropy(outputs.logits, batch["label"])
         return labelled + mj.rkd_loss(outputs.features, batch["teacher_features"])
 
-    def dkd(logits: Any, batch: mj.Batch) -> Any:
+    def dkd(logits: Any, batch: "mj.Batch") -> Any:
         label = batch["label"]
         return mj.cross_entropy(logits, label) + mj.dkd_loss(logits, batch["teacher_logits"], label)
 
-    def nkd(logits: Any, batch: mj.Batch) -> Any:
+    def nkd(logits: Any, batch: "mj.Batch") -> Any:
         label = batch["label"]
         return mj.cross_entropy(logits, label) + mj.nkd_loss(logits, batch["teacher_logits"], label)
 
@@ -290,7 +288,7 @@ def _objectives(
     }
 
 
-def _and_mixed(apply_fn: ModelApply) -> ModelApply:
+def _and_mixed(apply_fn: "ModelApply") -> "ModelApply":
     """Returns the apply function with the logits of mixed images beside those of the images, as `Outputs.features`."""
 
     def apply(variables: Any, images: Any, **options: Any) -> Any:
@@ -303,8 +301,8 @@ def _and_mixed(apply_fn: ModelApply) -> ModelApply:
     return apply
 
 
-def _mixed_teacher(apply_fn: ModelApply) -> TeacherFn:
-    def teacher(params: mj.Params, model_state: Any, batch: mj.Batch) -> mj.Batch:
+def _mixed_teacher(apply_fn: "ModelApply") -> "TeacherFn":
+    def teacher(params: "mj.Params", model_state: Any, batch: "mj.Batch") -> "mj.Batch":
         logits = apply_fn({"params": params, **model_state}, mj.mixed(batch["image"]), train=False)
         return {**batch, "mixed_logits": logits}
 

@@ -17,8 +17,6 @@ Methods: vanilla (no transfer), share (the overlapping block of the source's lay
 mergenet with two output forms, residual and warm. What was measured stands in experiments/README.md.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -177,7 +175,7 @@ PRESETS = {
 }
 
 
-def build(config: Config) -> Scenario:
+def build(config: Config) -> "Scenario":
     """Returns the scenario: both models, their data and the methods.
 
     Raises:
@@ -203,7 +201,7 @@ def build(config: Config) -> Scenario:
     source_rate = config.learning_rate if config.source_learning_rate is None else config.source_learning_rate
     objectives = config.objectives_of(source, target, target.optimizer(config.learning_rate, num_steps))
 
-    def bind(make: Any) -> mj.Transfer:
+    def bind(make: Any) -> "mj.Transfer":
         by_source = {name: make(_routes(config, learner, target)) for name, learner in sources.items()}
         return by_source[config.source_task[0]] if len(by_source) == 1 else mj.several_sources(by_source)
 
@@ -221,7 +219,7 @@ def build(config: Config) -> Scenario:
     )
 
 
-def _routes(config: Config, source: Learner, target: Learner) -> list[Any]:
+def _routes(config: Config, source: "Learner", target: "Learner") -> list[Any]:
     """Returns the routes from one source: all attention blocks by depth, or those that are given."""
     if config.routes != (_BY_DEPTH,):
         return parse_routes(config.routes)

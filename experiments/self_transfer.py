@@ -14,8 +14,6 @@ tf_kd (distillation without a teacher), and mergenet with two output forms, resi
 in experiments/README.md.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -130,7 +128,7 @@ PRESETS = {
 }
 
 
-def build(config: Config) -> Scenario:
+def build(config: Config) -> "Scenario":
     """Returns the scenario: the model, its data and the methods.
 
     Raises:
@@ -165,7 +163,7 @@ def build(config: Config) -> Scenario:
     )
 
 
-def _routes(config: Config, init: Any) -> list[mj.Route]:
+def _routes(config: Config, init: Any) -> "list[mj.Route]":
     """Returns the routes from layers to layers."""
     words = config.routes
     if words == (_BY_DEPTH,):
