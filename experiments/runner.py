@@ -196,8 +196,8 @@ def _compiled(lowered: Mapping[str, Lowered]) -> dict[str, Compiled]:
         with Console(stderr=True).status(f"compiling {name}, {number} of {len(lowered)}"):
             before = programs_read()
             compiled[name] = compile_epoch(program)
-        done = "compiled" if programs_read() == before else "read from the compilation cache:"
-        print(f"{done} {name}, {number} of {len(lowered)}: {compiled[name].seconds:.0f} s", file=sys.stderr)
+        read = " (read from the compilation cache)" if programs_read() > before else ""
+        print(f"compiled {name}, {number} of {len(lowered)}: {compiled[name].seconds:.0f} s{read}", file=sys.stderr)
     return compiled
 
 
