@@ -16,10 +16,8 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import tyro
 from rich import box
@@ -28,12 +26,12 @@ from rich.table import Table
 
 import merge_jax as mj
 from experiments import cross_structure, cross_task
-from experiments.scenario import Scenario
-from experiments.sources import initial_key
 from experiments.transfers import TransferConfig, parse_pairs, parse_routes
-from merge_jax.checkpoint import Checkpoints
 from merge_jax.checks import check_choice
-from merge_jax.reports import mean_and_error
+from merge_jax.compilation_cache import CacheChoice, use_cache
+
+if TYPE_CHECKING:
+    from experiments.scenario import Scenario
 
 __all__ = ["main", "measure"]
 
@@ -50,12 +48,16 @@ class Options:
     """Folder of a run that has ended."""
     methods: tuple[str, ...] = ()
     """Methods to measure; all of the run by default."""
+    compilation_cache: CacheChoice = "default"
+    """Where compiled programs are kept for later runs: none, or a folder, which may grow to 512 MiB. By default that of
+    JAX_COMPILATION_CACHE_DIR, or one in the user's cache folder."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Reads a run and prints the table; what is wrong is one line on standard error and exit code 2."""
     options = tyro.cli(Options, args=arguments, prog="python -m experiments.anatomy", description=__doc__)
     try:
+        use_cache(options.compilation_cache)
         scenario, config = _read(options)
         names = options.methods or tuple(scenario.methods)
         for name in names:
@@ -74,12 +76,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Console(width=max(140, Console().width)).print(table)
 
 
-def measure(start: mj.Params, end: mj.Params, source: mj.Params, routes: Sequence[mj.Route]) -> dict[str, float]:
+def measure(
+    start: "mj.Params", end: "mj.Params", source: "mj.Params", routes: "Sequence[mj.Route]"
+) -> dict[str, float]:
     """Returns `moved`, `kept` and `rank` of a target that went from `start` to `end`; see the module.
 
     Raises:
       ValueError: routes that do not fit the parameters.
     """
+    import jax
+    import jax.numpy as jnp
+
     copying = mj.share_transfer(routes)
     copied = mj.flatten(copying.apply({}, jax.tree.map(jnp.ones_like, source), jax.tree.map(jnp.zeros_like, end)))
     copy, before, after = (mj.flatten(tree) for tree in (copying.apply({}, source, end), start, end))
@@ -108,7 +115,7 @@ def _norm(arrays: Any) -> float:
     return float(np.sqrt(sum(np.square(np.asarray(array, np.float64)).sum() for array in arrays)))
 
 
-def _read(options: Options) -> tuple[Scenario, TransferConfig]:
+def _read(options: Options) -> "tuple[Scenario, TransferConfig]":
     """Returns the scenario of a run, from the options that its folder has.
 
     Raises:
@@ -135,7 +142,7 @@ def _read(options: Options) -> tuple[Scenario, TransferConfig]:
 
 
 def _over_seeds(
-    scenario: Scenario, config: Any, observers: Sequence[Callable[..., Any]], run_dir: Path, method: str
+    scenario: "Scenario", config: Any, observers: Sequence[Callable[..., Any]], run_dir: Path, method: str
 ) -> dict[str, list[float]]:
     """Returns what was measured of a method, each a list over seeds."""
     found: dict[str, list[float]] = {}
@@ -146,8 +153,10 @@ def _over_seeds(
     return found
 
 
-def _observers(scenario: Scenario, config: Any) -> list[Callable[..., Any]]:
+def _observers(scenario: "Scenario", config: Any) -> list[Callable[..., Any]]:
     """Returns what gives the features of target and source, of the layers that are to agree."""
+    import jax
+
     layers = zip(*parse_pairs(config.agree, "a pair of layers", "stage1_0=stage1_0"), strict=True)
     return [
         jax.jit(mj.features_teacher(reader.apply, of_role, inputs=reader.inputs))
@@ -156,8 +165,10 @@ def _observers(scenario: Scenario, config: Any) -> list[Callable[..., Any]]:
 
 
 def _of_seed(
-    scenario: Scenario, config: Any, observers: Sequence[Callable[..., Any]], folder: Path, seed: int
+    scenario: "Scenario", config: Any, observers: Sequence[Callable[..., Any]], folder: Path, seed: int
 ) -> dict[str, float]:
+    from experiments.sources import initial_key
+
     source, target = scenario.source, scenario.target
     assert source is not None  # Both experiments have one.
     of_source, source_state = source.init(initial_key(seed, 0))
@@ -168,7 +179,7 @@ def _of_seed(
     }
     if not folder.is_dir():
         raise ValueError(f"there is no checkpoint {folder}: the run has not ended, or its seeds ran side by side")
-    with Checkpoints(folder) as checkpoints:
+    with mj.Checkpoints(folder) as checkpoints:
         step = checkpoints.latest_step
         if step is None:
             raise ValueError(f"{folder} has no saved steps")
@@ -186,6 +197,8 @@ def _of_seed(
 
 
 def _format(values: Sequence[float]) -> str:
+    from merge_jax.reports import mean_and_error
+
     mean, error = mean_and_error(values)
     return f"{mean:.2f}" + ("" if error is None else f" ± {error:.2f}")
 

@@ -1,19 +1,22 @@
 """The command line of an experiment: a preset by name, then any option of its config."""
 
+from __future__ import annotations
+
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import NoReturn, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 import tyro
 
 from experiments.config import RunConfig
-from experiments.runner import check_paths, prepare_run
-from experiments.scenario import Scenario
 from merge_jax.checks import check_choice
-from merge_jax.hosts import agree, connect, leaving_at_once
+from merge_jax.compilation_cache import use_cache
+
+if TYPE_CHECKING:
+    from experiments.scenario import Scenario
 
 __all__ = ["main", "parse"]
 
@@ -73,6 +76,9 @@ def main(
     try:
         config = parse(presets, module, description or "", arguments)
         config.check()
+        from merge_jax.hosts import agree, connect, leaving_at_once  # JAX is imported for options that are right.
+
+        use_cache(config.compilation_cache)
         if config.coordinator is not None:
             print(f"waiting for all {config.num_processes} processes at {config.coordinator}", file=sys.stderr)
             connect(config.coordinator, config.num_processes, config.process_id)
@@ -97,6 +103,9 @@ def _expected(presets: Mapping[str, _Config], config: _Config, measured: Mapping
 
 def _prepared(build: Callable[[_Config], Scenario], config: _Config, expected: str, caution: str) -> Callable[[], None]:
     """Returns what trains; where one of several processes is refused, all of them are."""
+    from experiments.runner import check_paths, prepare_run
+    from merge_jax.hosts import agree
+
     run, problem = None, None
     try:
         check_paths(config)

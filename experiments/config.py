@@ -1,22 +1,25 @@
 """Options that every experiment has."""
 
+from __future__ import annotations
+
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-import optax
-
-from experiments.controls import SourceControl
+from experiments.choices import SourceControl, UpdateRule
 from experiments.option_types import check_option_types
 from merge_jax.checks import check_at_least_one
-from merge_jax.joint import UpdateRule
+from merge_jax.compilation_cache import CacheChoice
+
+if TYPE_CHECKING:
+    import optax
 
 __all__ = ["Lengths", "RunConfig", "Schedule"]
 
 # They say where and how far a run goes on, not what it is: a resumed run may have others.
 _NOT_OF_THE_RUN = (
-    *("run_dir", "resume"),
+    *("run_dir", "resume", "compilation_cache"),
     *("devices", "parallel", "shard_state", "coordinator", "num_processes", "process_id"),
 )
 
@@ -99,6 +102,9 @@ class RunConfig:
     """Folder of the run; by default a new numbered one in runs/."""
     resume: bool = False
     """Go on from the newest checkpoints of --run-dir, or of the last numbered folder."""
+    compilation_cache: CacheChoice = "default"
+    """Where compiled programs are kept for later runs: none, or a folder, which may grow to 512 MiB. By default that of
+    JAX_COMPILATION_CACHE_DIR, or one in the user's cache folder."""
 
     def check(self) -> None:
         """Raises ValueError for an option of another type or out of range."""
@@ -171,6 +177,8 @@ class RunConfig:
         """Returns the cycle of a run of so many steps."""
         if self.cycle_end is None:
             return self.cycle
+        import optax
+
         return optax.linear_schedule(self.cycle, self.cycle_end, num_steps)
 
     def identity(self) -> dict[str, Any]:

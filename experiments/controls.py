@@ -1,15 +1,14 @@
 """Sources to compare a trained source with: what of a gain is the source's knowledge, and what its numbers alone."""
 
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from experiments.choices import SourceControl
 from merge_jax.joint import TrainState
 
-__all__ = ["OTHER_SEED", "SourceControl", "controlled"]
-
-SourceControl = Literal["none", "random", "shuffled", "noise", "other_seed"]
+__all__ = ["OTHER_SEED", "controlled"]
 
 OTHER_SEED = 1000
 """Added to a seed for the start and the batches of the source under `other_seed`; the split stays the seed's."""

@@ -21,26 +21,19 @@ mergenet. What was measured stands in experiments/README.md.
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
-
-import jax
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import merge_jax as mj
+from experiments.architecture import Architecture
+from experiments.choices import ImageTextTaskName, TextTaskName
 from experiments.cli import main
-from experiments.image_text import (
-    Architecture,
-    ImageTextTaskName,
-    Reading,
-    image_text_learner,
-    load_image_text,
-    words_with_images,
-)
-from experiments.scenario import Learner, Scenario, choose
 from experiments.tasks import Spec, TaskConfig, TaskName
-from experiments.texts import TextSource, TextTaskName
 from experiments.transfers import parse_routes
 from merge_jax.checks import check_at_least_one
-from merge_jax.data import CaptionSet, VisualQuestionSet, WordPiece, num_examples
+
+if TYPE_CHECKING:
+    from experiments.scenario import Learner, Scenario
+    from merge_jax.data import WordPiece
 
 Direction = Literal["vision_to_text", "text_to_vision"]
 SourceTaskName = Literal["itself"] | ImageTextTaskName | TaskName
@@ -124,18 +117,26 @@ class Config(TaskConfig):
             return super().load_texts(spec)
         if self.image_size is None:
             raise ValueError(f"{spec.task} needs --image-size, which its images are scaled to")
+        from experiments.image_text import load_image_text
+
         return load_image_text(
             spec.task, spec.text.data, self.data_dir, self.image_size, self.unreadable, self.num_shapes
         )
 
     def words_of(self, texts: Any) -> Iterable[str]:
         """Returns all texts there are to learn from; see `TaskConfig`."""
+        from experiments.image_text import words_with_images
+        from merge_jax.data import CaptionSet, VisualQuestionSet
+
         if isinstance(texts, VisualQuestionSet | CaptionSet):
             return words_with_images(texts)
         return super().words_of(texts)
 
-    def learner(self, spec: Spec, texts: Any | None, tokens: WordPiece | None) -> Learner:
+    def learner(self, spec: Spec, texts: Any | None, tokens: "WordPiece | None") -> "Learner":
         """Returns a model that is to learn; see `TaskConfig`."""
+        from experiments.image_text import Reading, image_text_learner
+        from merge_jax.data import CaptionSet, VisualQuestionSet
+
         if not isinstance(texts, VisualQuestionSet | CaptionSet) or not isinstance(spec, _Spec) or tokens is None:
             return super().learner(spec, texts, tokens)
         validation = self.validation if spec.validation is None else spec.validation
@@ -206,13 +207,16 @@ PRESETS = {
 }
 
 
-def build(config: Config) -> Scenario:
+def build(config: Config) -> "Scenario":
     """Returns the scenario: the models, their data and the methods.
 
     Raises:
       ValueError: data that cannot be had, an unknown model or method, a model that lacks the modality it is to give or
         receive by, or an option that a method refuses.
     """
+    from experiments.scenario import Scenario, choose
+    from merge_jax.data import num_examples
+
     specs: list[Spec] = []
     if config.source_task != "itself":
         weights = (config.source_text_weights, config.source_vision_weights)
@@ -230,7 +234,7 @@ def build(config: Config) -> Scenario:
     optimizer = target.optimizer(config.learning_rate, num_steps)
     objectives = config.objectives_of(source if sources else None, target, optimizer)
 
-    def bind(make: Any) -> mj.Transfer:
+    def bind(make: Any) -> "mj.Transfer":
         return make(routes) if sources else mj.self_transfer(make(routes))
 
     methods = config.methods_of(bind, num_steps, objectives)
@@ -255,6 +259,8 @@ def _spec(
     vision_weights: Path | None,
     labels: int | None,
 ) -> Spec:
+    from experiments.texts import TextSource
+
     reads = task in get_args(TextTaskName)
     model = architecture.text if reads else architecture.vision
     attributes = architecture.text_attributes if reads else architecture.vision_attributes
@@ -268,7 +274,7 @@ def _spec(
     return _Spec(task, model, TextSource(data), weights, labels, None, attributes, architecture, vision_weights)
 
 
-def _routes(config: Config, source: Learner, target: Learner) -> list[mj.Route]:
+def _routes(config: Config, source: "Learner", target: "Learner") -> "list[mj.Route]":
     """Returns the routes: all attention blocks of the direction by depth, or those that are given."""
     if config.routes != (_BY_DEPTH,):
         return parse_routes(config.routes)
@@ -279,6 +285,8 @@ def _routes(config: Config, source: Learner, target: Learner) -> list[mj.Route]:
                 f"{config.direction} needs a {role} with attention to {modality}; {learner.role.name} has"
                 f" {' and '.join(learner.attention) or 'none'}"
             )
+    import jax
+
     shapes = (jax.eval_shape(learner.role.init, jax.random.key(0))[0] for learner in (source, target))
     blocks = {"source": source.attention[giving], "target": target.attention[receiving]}
     found = mj.match(*shapes, **blocks, view="attention")

@@ -23,21 +23,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
-
-import jax.numpy as jnp
+from typing import TYPE_CHECKING, Any, Literal
 
 import merge_jax as mj
-from experiments.alignment import Alignment
+from experiments.choices import ImageModelName, LearningRateSchedule
 from experiments.cli import main
-from experiments.images import ModelName, load_images, make_apply, make_model, make_role
-from experiments.optimizers import LearningRateSchedule, sgd
-from experiments.scenario import Reader, Scenario, choose
 from experiments.transfers import Objective, TransferConfig, parse_routes
 from merge_jax.checks import check_below_one
-from merge_jax.parallel import DATA_AXIS
-from merge_jax.tasks import ClassificationLoss, Outputs, with_features
-from merge_jax.types import ModelApply, TeacherFn
+
+if TYPE_CHECKING:
+    from experiments.scenario import Reader, Scenario
+    from merge_jax.tasks import ClassificationLoss
+    from merge_jax.types import ModelApply, TeacherFn
 
 ROUTES = {
     "stage1_0/expand/kernel": "stage1_0/conv1/kernel",
@@ -80,9 +77,9 @@ class Config(TransferConfig):
     """Labelled images that the target learns from, or None for all; the source has all."""
     augment: bool = False
     """Crop, mirror and rotate both models' training images at random."""
-    source_model: ModelName = "small_resnet"
+    source_model: ImageModelName = "small_resnet"
     """The network that gives."""
-    target_model: ModelName = "small_mobilenet_v2"
+    target_model: ImageModelName = "small_mobilenet_v2"
     """The network that receives."""
     stages: int = 3
     """Stages of the small networks, 1 to 3: fewer compile faster, and lack the routes of the others."""
@@ -192,14 +189,21 @@ PRESETS = {
 }
 
 
-def build(config: Config) -> Scenario:
+def build(config: Config) -> "Scenario":
     """Returns the scenario: both models, their data and the methods.
 
     Raises:
       ValueError: data that cannot be had, an unknown model or method, or an option that a method refuses.
     """
+    import jax.numpy as jnp
+
+    from experiments.alignment import Alignment
+    from experiments.images import load_images, make_apply, make_model, make_role
+    from experiments.optimizers import sgd
+    from experiments.scenario import Reader, Scenario, choose
+
     data = load_images(config.data, config.data_dir, config.image_size, config.validation)
-    axis_name = DATA_AXIS if config.parallel == "pmap" else None
+    axis_name = mj.DATA_AXIS if config.parallel == "pmap" else None
     source, target = (
         make_model(name, data.num_classes, stages=config.stages, dtype=jnp.dtype(config.dtype), axis_name=axis_name)
         for name in (config.source_model, config.target_model)
@@ -211,7 +215,7 @@ def build(config: Config) -> Scenario:
     schedule = config.schedule(*(len(roles[role].splits(0).train["label"]) for role in ("source", "target")))
     source_steps = (schedule.target if config.source == "live" else schedule.source).steps
 
-    def task(apply: ModelApply, steps: int, loss: ClassificationLoss | None = None) -> mj.Task:
+    def task(apply: "ModelApply", steps: int, loss: "ClassificationLoss | None" = None) -> "mj.Task":
         optimizer = sgd(config.learning_rate, steps, config.learning_rate_schedule, config.momentum)
         return mj.Task(mj.classification_loss(apply, loss), optimizer)
 
@@ -235,11 +239,11 @@ def build(config: Config) -> Scenario:
 
 
 def _objectives(
-    config: Config, target: Reader, source: Reader, task: Callable[..., mj.Task]
+    config: Config, target: "Reader", source: "Reader", task: "Callable[..., mj.Task]"
 ) -> dict[str, Callable[[], Objective]]:
     """Returns what the target may learn; the losses of distillation are the label's cross entropy and theirs."""
 
-    def kd(logits: Any, batch: mj.Batch) -> Any:
+    def kd(logits: Any, batch: "mj.Batch") -> Any:
         return mj.distillation_loss(
             logits,
             batch["teacher_logits"],
@@ -248,7 +252,7 @@ def _objectives(
             weight=config.distillation_weight,
         )
 
-    def kd_mixed(outputs: Any, batch: mj.Batch) -> Any:
+    def kd_mixed(outputs: Any, batch: "mj.Batch") -> Any:
         labelled = mj.cross_entropy(outputs.logits, batch["label"])
         weight = config.distillation_weight
         matched = mj.distillation_loss(
@@ -256,27 +260,27 @@ def _objectives(
         )
         return (1 - weight) * labelled + weight * matched
 
-    def rkd(outputs: Any, batch: mj.Batch) -> Any:
+    def rkd(outputs: Any, batch: "mj.Batch") -> Any:
         labelled = mj.cross_entropy(outputs.logits, batch["label"])
         return labelled + mj.rkd_loss(outputs.features, batch["teacher_features"])
 
-    def dkd(logits: Any, batch: mj.Batch) -> Any:
+    def dkd(logits: Any, batch: "mj.Batch") -> Any:
         label = batch["label"]
         return mj.cross_entropy(logits, label) + mj.dkd_loss(logits, batch["teacher_logits"], label)
 
-    def nkd(logits: Any, batch: mj.Batch) -> Any:
+    def nkd(logits: Any, batch: "mj.Batch") -> Any:
         label = batch["label"]
         return mj.cross_entropy(logits, label) + mj.nkd_loss(logits, batch["teacher_logits"], label)
 
     source_apply, target_apply = source.apply, target.apply
     teacher = mj.logits_teacher(source_apply)
-    feature_teacher = mj.logits_teacher(with_features(source_apply))
+    feature_teacher = mj.logits_teacher(mj.with_features(source_apply))
     agreeing = partial(config.agreeing, source, target_apply)
     return {
         "": lambda: Objective(task(target_apply)),
         "kd": lambda: Objective(task(target_apply, loss=kd), teacher),
         "kd_mixed": lambda: Objective(task(_and_mixed(target_apply), loss=kd_mixed), _mixed_teacher(source_apply)),
-        "rkd": lambda: Objective(task(with_features(target_apply), loss=rkd), feature_teacher),
+        "rkd": lambda: Objective(task(mj.with_features(target_apply), loss=rkd), feature_teacher),
         "dkd": lambda: Objective(task(target_apply, loss=dkd), teacher),
         "nkd": lambda: Objective(task(target_apply, loss=nkd), teacher),
         "agree": lambda: agreeing(task),
@@ -284,21 +288,21 @@ def _objectives(
     }
 
 
-def _and_mixed(apply_fn: ModelApply) -> ModelApply:
+def _and_mixed(apply_fn: "ModelApply") -> "ModelApply":
     """Returns the apply function with the logits of mixed images beside those of the images, as `Outputs.features`."""
 
     def apply(variables: Any, images: Any, **options: Any) -> Any:
         outputs = apply_fn(variables, images, **options)
         between = apply_fn(variables, mj.mixed(images), **options)
         if options.get("mutable"):
-            return Outputs(outputs[0], between[0]), outputs[1]
-        return Outputs(outputs, between)
+            return mj.Outputs(outputs[0], between[0]), outputs[1]
+        return mj.Outputs(outputs, between)
 
     return apply
 
 
-def _mixed_teacher(apply_fn: ModelApply) -> TeacherFn:
-    def teacher(params: mj.Params, model_state: Any, batch: mj.Batch) -> mj.Batch:
+def _mixed_teacher(apply_fn: "ModelApply") -> "TeacherFn":
+    def teacher(params: "mj.Params", model_state: Any, batch: "mj.Batch") -> "mj.Batch":
         logits = apply_fn({"params": params, **model_state}, mj.mixed(batch["image"]), train=False)
         return {**batch, "mixed_logits": logits}
 

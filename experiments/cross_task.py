@@ -19,20 +19,16 @@ mergenet with two output forms, residual and warm. What was measured stands in e
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-import jax
+from typing import TYPE_CHECKING, Any
 
 import merge_jax as mj
-from experiments.alignment import Alignment
 from experiments.cli import main
 from experiments.cross_structure import AGREE, CIFAR_AGREE, CIFAR_ROUTES, ROUTES
-from experiments.scenario import Learner, Scenario, choose
-from experiments.several import side_by_side
 from experiments.tasks import TASKS, ModelName, Spec, TaskConfig, TaskName
-from experiments.texts import TextSource
 from experiments.transfers import parse_routes
-from merge_jax.data import num_examples
+
+if TYPE_CHECKING:
+    from experiments.scenario import Learner, Scenario
 
 _BY_DEPTH = "by depth"
 
@@ -179,12 +175,18 @@ PRESETS = {
 }
 
 
-def build(config: Config) -> Scenario:
+def build(config: Config) -> "Scenario":
     """Returns the scenario: both models, their data and the methods.
 
     Raises:
       ValueError: data that cannot be had, an unknown model or method, or an option that a method refuses.
     """
+    from experiments.alignment import Alignment
+    from experiments.scenario import Scenario, choose
+    from experiments.several import side_by_side
+    from experiments.texts import TextSource
+    from merge_jax.data import num_examples
+
     of_source = TextSource(config.source_data, config.source_test_data, config.source_text, config.source_label)
     of_target = TextSource(config.target_data, config.target_test_data, config.target_text, config.target_label)
     specs = [Spec(task, config.source_model, of_source, config.source_weights, None) for task in config.source_task]
@@ -199,7 +201,7 @@ def build(config: Config) -> Scenario:
     source_rate = config.learning_rate if config.source_learning_rate is None else config.source_learning_rate
     objectives = config.objectives_of(source, target, target.optimizer(config.learning_rate, num_steps))
 
-    def bind(make: Any) -> mj.Transfer:
+    def bind(make: Any) -> "mj.Transfer":
         by_source = {name: make(_routes(config, learner, target)) for name, learner in sources.items()}
         return by_source[config.source_task[0]] if len(by_source) == 1 else mj.several_sources(by_source)
 
@@ -217,10 +219,12 @@ def build(config: Config) -> Scenario:
     )
 
 
-def _routes(config: Config, source: Learner, target: Learner) -> list[Any]:
+def _routes(config: Config, source: "Learner", target: "Learner") -> list[Any]:
     """Returns the routes from one source: all attention blocks by depth, or those that are given."""
     if config.routes != (_BY_DEPTH,):
         return parse_routes(config.routes)
+    import jax
+
     shapes = (jax.eval_shape(learner.role.init, jax.random.key(0))[0] for learner in (source, target))
     blocks = "encoder/*/attention"
     found = mj.match(*shapes, source=blocks, target=blocks, view="attention")

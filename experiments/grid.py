@@ -26,6 +26,7 @@ _NOT_OPTIONS = {
     "seeds": "seeds stand at the top of the grid, or in a setting",
     "run_dir": "it is that of the study",
     "resume": "it is that of the study",
+    "compilation_cache": "it is that of the study",
     "coordinator": "runs of a study are of one process each",
     "num_processes": "runs of a study are of one process each",
     "process_id": "runs of a study are of one process each",

@@ -6,18 +6,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import merge_jax as mj
-from experiments.images import VisionModelName, make_vision_encoder
+from experiments.architecture import Architecture
+from experiments.choices import ImageTextTaskName
+from experiments.images import make_vision_encoder
 from experiments.model_code import model_code
 from experiments.optimizers import adamw
 from experiments.scenario import Learner, Reader, Role, Samples
-from experiments.texts import TextModelName, make_text_encoder, read_weights, started, told, told_tokens
+from experiments.texts import make_text_encoder, read_weights, started, told, told_tokens
 from merge_jax.checks import check_choice
 from merge_jax.data import (
     Arrays,
@@ -42,16 +44,11 @@ from merge_jax.vqa_score import normalize_answer
 from merge_jax.weights import read_json
 
 __all__ = [
-    "Architecture",
-    "ImageTextTaskName",
     "Reading",
     "image_text_learner",
     "load_image_text",
     "words_with_images",
 ]
-
-ImageTextTaskName = Literal["vqa", "retrieval"]
-"""vqa answers questions on images; retrieval finds the caption of an image, and the image of a caption."""
 
 _ATTENTION = {"vision": "image_encoder/*/attention", "text": "text_encoder/*/attention"}
 _EVALUATED_AT_ONCE = 100
@@ -62,43 +59,6 @@ _LARGEST_RANK = 10
 _sort_of_clevr = lru_cache(maxsize=2)(sort_of_clevr)
 _scene_captions = lru_cache(maxsize=2)(scene_captions)
 _SEEN = 1000  # Images that mean and deviation of the pixels are taken of: no pass over all that are streamed.
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """A model's encoders and what joins them."""
-
-    vision: VisionModelName = "tiny_vit"
-    """The encoder of images."""
-    text: TextModelName = "small_distilbert"
-    """The encoder of text."""
-    layers: int | None = None
-    """Layers of a small encoder; its own number by default."""
-    width: int | None = None
-    """Width of a small encoder; its own by default."""
-    patch_size: int | None = None
-    """Height and width of a small vision encoder's patches; a quarter of the image by default."""
-    fusion_layers: int = 2
-    """Layers in which the words look at the image, for vqa."""
-    dropout: float = 0.0
-    """Dropout of both encoders and of those layers."""
-    embedding_size: int = 32
-    """Size of the vectors that images and captions become, for retrieval."""
-
-    @property
-    def vision_attributes(self) -> dict[str, Any]:
-        """Attributes of the vision encoder that are not its usual ones."""
-        return self._sizes if self.patch_size is None else {**self._sizes, "patch_size": self.patch_size}
-
-    @property
-    def text_attributes(self) -> dict[str, Any]:
-        """Attributes of the text encoder that are not its usual ones."""
-        return self._sizes
-
-    @property
-    def _sizes(self) -> dict[str, Any]:
-        sizes = {"num_layers": self.layers, "width": self.width}
-        return {name: size for name, size in sizes.items() if size is not None}
 
 
 @dataclass(frozen=True)

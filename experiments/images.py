@@ -5,13 +5,14 @@ from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import merge_jax as mj
+from experiments.choices import ImageModelName, ImageTaskName, VisionModelName
 from experiments.model_code import model_code
 from experiments.optimizers import adamw, sgd
 from experiments.scenario import Learner, Reader, Role
@@ -35,9 +36,6 @@ from merge_jax.types import ModelApply
 __all__ = [
     "VISION_ATTENTION",
     "ImageData",
-    "ImageTaskName",
-    "ModelName",
-    "VisionModelName",
     "image_learner",
     "load_image_task",
     "load_images",
@@ -46,26 +44,6 @@ __all__ = [
     "make_role",
     "make_vision_encoder",
 ]
-
-ModelName = Literal[
-    "small_resnet",
-    "small_resnet_half",
-    "resnet18",
-    "resnet18_quarter",
-    "resnet50",
-    "small_mobilenet_v2",
-    "mobilenet_v2",
-    "mobilenet_v2_half",
-]
-"""`resnet18_quarter` and `small_resnet_half` have that part of the channels; the others are `merge_jax.models`."""
-
-VisionModelName = Literal["small_vit", "tiny_vit", "vit_base"]
-"""The vision transformers of `merge_jax.models`."""
-
-ImageTaskName = Literal["digits", "parity", "parity_and_size", "shapes", "cifar100", "cifar100_coarse"]
-"""What is learned of images: `parity` (odd or even) and `parity_and_size` (whether at least 5, too) are of the digits
-and share no label with them; `shapes` are of rendered scenes; `cifar100_coarse` are the 20 groups of CIFAR-100's 100
-classes."""
 
 VISION_ATTENTION = "encoder/*/attention"
 
@@ -177,7 +155,7 @@ def make_model(name: str, num_classes: int, *, stages: int, **options: Any) -> m
     Raises:
       ValueError: no model has that name.
     """
-    check_choice("model", name, get_args(ModelName))
+    check_choice("model", name, get_args(ImageModelName))
     if name == "resnet18_quarter":
         return mj.models.resnet18(num_classes, width=0.25, **options)
     if name.startswith("small_"):

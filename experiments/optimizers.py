@@ -1,13 +1,10 @@
 """What the models of the experiments are trained with."""
 
-from typing import Literal
-
 import optax
 
-__all__ = ["LearningRateSchedule", "adamw", "sgd"]
+from experiments.choices import LearningRateSchedule
 
-LearningRateSchedule = Literal["cosine", "steps"]
-"""To 0 along a cosine, or times 0.2 after 30, 60 and 80 percent of the run, as published."""
+__all__ = ["adamw", "sgd"]
 
 
 def sgd(

@@ -19,6 +19,7 @@ from experiments.sources import Origin, origin_of, read_trajectory
 from experiments.stages import Stage, make_stages
 from experiments.training import Compiled, RunStoppedError, Trainer, cell_name, compile_epoch, steps_per_call
 from merge_jax.checkpoint import CheckpointError
+from merge_jax.compilation_cache import programs_read
 from merge_jax.guard import NumericFaultError, check_finite
 from merge_jax.interruption import StopSignals
 from merge_jax.joint import TrainState
@@ -28,8 +29,6 @@ from merge_jax.runs import MetricsLog, RunFolder, check_space, numbered_folder
 from merge_jax.weights import leaf_paths
 
 __all__ = ["Checked", "check_paths", "check_run", "prepare_run"]
-
-_LONG = 20.0  # Seconds of compiling that are worth a word on how to keep it.
 
 
 class Checked(NamedTuple):
@@ -195,15 +194,10 @@ def _compiled(lowered: Mapping[str, Lowered]) -> dict[str, Compiled]:
     compiled: dict[str, Compiled] = {}
     for number, (name, program) in enumerate(lowered.items(), start=1):
         with Console(stderr=True).status(f"compiling {name}, {number} of {len(lowered)}"):
+            before = programs_read()
             compiled[name] = compile_epoch(program)
-        print(f"compiled {name}, {number} of {len(lowered)}: {compiled[name].seconds:.0f} s", file=sys.stderr)
-    if (
-        sum(one.seconds for one in compiled.values()) > _LONG
-        and getattr(jax.config, "jax_compilation_cache_dir", None) is None
-    ):
-        print(
-            "JAX_COMPILATION_CACHE_DIR=FOLDER in the environment keeps what is compiled for later runs", file=sys.stderr
-        )
+        read = " (read from the compilation cache)" if programs_read() > before else ""
+        print(f"compiled {name}, {number} of {len(lowered)}: {compiled[name].seconds:.0f} s{read}", file=sys.stderr)
     return compiled
 
 

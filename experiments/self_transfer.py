@@ -16,18 +16,17 @@ in experiments/README.md.
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import jax
 import tyro
 
 import merge_jax as mj
 from experiments.cli import main
-from experiments.scenario import Scenario, choose
 from experiments.tasks import ModelName, Spec, TaskConfig, TaskName
-from experiments.texts import TextSource
 from experiments.transfers import Objective, parse_routes
-from merge_jax.data import num_examples
+
+if TYPE_CHECKING:
+    from experiments.scenario import Scenario
 
 _BY_DEPTH = "by depth"
 _MOBILENET = ("stage1_0/expand/kernel=stage3_0/expand/kernel", "stage2_0/expand/kernel=head/kernel")
@@ -129,12 +128,16 @@ PRESETS = {
 }
 
 
-def build(config: Config) -> Scenario:
+def build(config: Config) -> "Scenario":
     """Returns the scenario: the model, its data and the methods.
 
     Raises:
       ValueError: data that cannot be had, an unknown model or method, or an option that a method refuses.
     """
+    from experiments.scenario import Scenario, choose
+    from experiments.texts import TextSource
+    from merge_jax.data import num_examples
+
     text = TextSource(config.data, config.test_data, config.text, config.label)
     (learner,), attach = config.learners([Spec(config.task, config.model, text, config.weights, config.labels)])
     examples = num_examples(learner.role.splits(0).train)
@@ -160,10 +163,12 @@ def build(config: Config) -> Scenario:
     )
 
 
-def _routes(config: Config, init: Any) -> list[mj.Route]:
+def _routes(config: Config, init: Any) -> "list[mj.Route]":
     """Returns the routes from layers to layers."""
     words = config.routes
     if words == (_BY_DEPTH,):
+        import jax
+
         shapes = jax.eval_shape(init, jax.random.key(0))[0]
         if "encoder" not in shapes:
             raise ValueError(f'routes "{_BY_DEPTH}" are for text models; name those of {config.model} as shallow=deep')

@@ -1,18 +1,21 @@
 """Tasks by name, of text and of images: the options that experiments on them have, and the models that learn them."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from experiments.images import ImageTaskName, VisionModelName, image_learner
-from experiments.images import ModelName as ImageModelName
-from experiments.scenario import Learner
-from experiments.texts import TextModelName, TextSource, TextTaskName, load_text, text_learner, vocabulary, words_of
+from experiments.choices import ImageModelName, ImageTaskName, TextModelName, TextTaskName, VisionModelName
 from experiments.transfers import TransferConfig
 from merge_jax.checks import check_choice
-from merge_jax.data import WordPiece
+
+if TYPE_CHECKING:
+    from experiments.scenario import Learner
+    from experiments.texts import TextSource
+    from merge_jax.data import WordPiece
 
 __all__ = ["TASKS", "ModelName", "Spec", "TaskConfig", "TaskName"]
 
@@ -103,11 +106,15 @@ class TaskConfig(TransferConfig):
         Raises:
           ValueError: the task is unknown, or its data cannot be had.
         """
+        from experiments.texts import load_text
+
         check_choice("task", spec.task, TASKS)
         return load_text(spec.task, spec.text, self.data_dir) if spec.task in _TEXT_TASKS else None
 
     def words_of(self, texts: Any) -> Iterable[str]:
         """Returns all texts there are to learn from in what `load_texts` gave."""
+        from experiments.texts import words_of
+
         return words_of(texts)
 
     def learner(self, spec: Spec, texts: Any | None, tokens: WordPiece | None) -> Learner:
@@ -116,6 +123,9 @@ class TaskConfig(TransferConfig):
         Raises:
           ValueError: the model is unknown, or does not fit its data.
         """
+        from experiments.images import image_learner
+        from experiments.texts import text_learner
+
         validation = self.validation if spec.validation is None else spec.validation
         if texts is None or tokens is None:
             return image_learner(
@@ -143,6 +153,9 @@ class TaskConfig(TransferConfig):
 
     def _tokens(self, words: Iterable[str], weights: Sequence[Path | None], source_reads: bool) -> WordPiece:
         """Returns the vocabulary: the one that is named, the one that the source has, or one that is learned."""
+        from experiments.texts import vocabulary
+        from merge_jax.data import WordPiece
+
         source = self.source_from if source_reads else None
         of_source = None if source is None else source / _VOCABULARY
         # Weights mean nothing under other numbers of the same words, and would fit all the same.

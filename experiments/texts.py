@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import flax.linen as nn
 import jax
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import merge_jax as mj
+from experiments.choices import TextModelName, TextTaskName
 from experiments.model_code import model_code
 from experiments.optimizers import adamw
 from experiments.scenario import Learner, Reader, Role
@@ -44,9 +45,7 @@ from merge_jax.weights import leaf_paths
 
 __all__ = [
     "TEXT_ATTENTION",
-    "TextModelName",
     "TextSource",
-    "TextTaskName",
     "load_text",
     "make_text_encoder",
     "read_weights",
@@ -56,12 +55,6 @@ __all__ = [
     "vocabulary",
     "words_of",
 ]
-
-TextTaskName = Literal["sentiment", "topic", "qa"]
-"""Sentiment and topic classify texts; qa finds the answer to a question in a passage, or that there is none."""
-
-TextModelName = Literal["small_bert", "small_distilbert", "bert_base", "distilbert_base"]
-"""The encoders of `merge_jax.models`, each with the head of its task."""
 
 TEXT_ATTENTION = "encoder/*/attention"
 

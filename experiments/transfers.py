@@ -1,26 +1,30 @@
 """Options of the transfer that every experiment has, and the methods that they make."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
-from typing import Any, Literal, NamedTuple
-
-import optax
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import merge_jax as mj
-from experiments.alignment import Alignment
+from experiments.choices import OutputForm
 from experiments.config import RunConfig, Schedule
-from experiments.scenario import Learner, Method, Reader
-from merge_jax.adapter import OutputForm
 from merge_jax.checks import check_at_least_one, check_below_one
-from merge_jax.types import ModelApply, TeacherFn
+
+if TYPE_CHECKING:
+    import optax
+
+    from experiments.alignment import Alignment
+    from experiments.scenario import Learner, Method, Reader
+    from merge_jax.types import ModelApply, TeacherFn
+
+    Routes = Sequence[mj.Route]
+    # Makes a transfer of a factory: for the routes at hand, from one source, from several, or inside one model.
+    Bind = Callable[[Callable[[Routes], mj.Transfer]], mj.Transfer]
 
 __all__ = ["Objective", "TransferConfig", "parse_pairs", "parse_routes"]
-
-Routes = Sequence[mj.Route]
-Bind = Callable[[Callable[[Routes], mj.Transfer]], mj.Transfer]
-"""Makes a transfer of a factory: for the routes at hand, from one source, from several, or inside one model."""
 
 
 class Objective(NamedTuple):
@@ -79,6 +83,8 @@ class TransferConfig(RunConfig):
 
     def lpka(self, routes: Any, num_steps: int, *, output: OutputForm | None = None) -> mj.Transfer:
         """Returns the transfer of these options for a run of so many steps, maybe in another output form."""
+        import optax
+
         ends = {"rising": (0.0, 1.0), "falling": (1.0, 0.0)}.get(self.gate)
         gate = None if ends is None else optax.linear_schedule(*ends, max(1, round(self.stop * num_steps)))
         return mj.lpka_transfer(
@@ -110,6 +116,7 @@ class TransferConfig(RunConfig):
             `agree`); `vanilla` has neither.
           alignment: the models, where their channels can be aligned.
         """
+        from experiments.scenario import Method
 
         def method(transfer: Callable[[Routes], mj.Transfer] | None, objective: Callable[[], Objective]) -> Method:
             task, teacher = objective()
@@ -212,6 +219,8 @@ class TransferConfig(RunConfig):
 
     def adapter_optimizer(self, schedule: Schedule) -> optax.GradientTransformation:
         """Returns the adapter's AdamW; its rate goes by the number of its own updates, one a transfer."""
+        import optax
+
         rate: optax.ScalarOrSchedule = self.adapter_learning_rate
         if self.adapter_schedule == "cosine":
             updates = max(2, round(self.stop * schedule.target.steps / self.cycle))

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from merge_jax.blocks import kernel_routes
+from merge_jax.channel_wiring import Wiring
 from merge_jax.cost import count_flops
 from merge_jax.matrices import overlap_blocks
 from merge_jax.paths import flatten, near_misses, replace
@@ -19,7 +20,6 @@ from merge_jax.selection import choice_matrix, evenly_chosen
 from merge_jax.transfer import RoutedTransfer, share_transfer
 from merge_jax.types import Adapter, ApplyFn, InitFn, Params, RouteSummary
 from merge_jax.views import KernelView
-from merge_jax.wiring import Wiring
 
 __all__ = ["AlignedTransfer", "aligned_transfer"]
 

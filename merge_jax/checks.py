@@ -5,8 +5,6 @@ from collections.abc import Iterable, Mapping
 from numbers import Real
 from typing import Any
 
-import jax.numpy as jnp
-
 from merge_jax.paths import near_misses
 
 __all__ = [
@@ -72,6 +70,8 @@ def check_transfer(name: str, value: Any) -> None:
 
 def check_float_dtype(dtype: Any) -> None:
     """Raises ValueError unless computation can be in this dtype."""
+    import jax.numpy as jnp  # The other checks are of options, which are read before JAX is imported.
+
     try:
         is_float = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
     except TypeError:

@@ -2,11 +2,9 @@
 
 import difflib
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
-
-import jax
-from flax import nnx
 
 __all__ = ["Pattern", "find_paths", "flatten", "natural_order", "near_misses", "replace", "select", "some_of"]
 
@@ -40,6 +38,8 @@ def flatten(tree: Any) -> dict[str, Any]:
 
 
 def _leaves_with_path(tree: Any) -> Iterator[tuple[str, Any]]:
+    import jax  # Most of this module is of paths alone, and options are checked with it before JAX is imported.
+
     for key_path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_variable):
         path = jax.tree_util.keystr(key_path, simple=True, separator="/")
         leaves = jax.tree.leaves(node) if _is_variable(node) else [node]
@@ -48,7 +48,8 @@ def _leaves_with_path(tree: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _is_variable(node: Any) -> bool:
-    return isinstance(node, nnx.Variable)
+    nnx = sys.modules.get("flax.nnx")  # Half a second to import; where nobody has, no tree has a variable of it.
+    return nnx is not None and isinstance(node, nnx.Variable)
 
 
 def natural_order(path: str) -> list[Any]:
@@ -136,6 +137,8 @@ def replace(tree: Any, leaves: Mapping[str, Any]) -> Any:
     Raises:
       ValueError: a path names no leaf.
     """
+    import jax
+
     paths = flatten(tree)
     for path in leaves:
         if path not in paths:

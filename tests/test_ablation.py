@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-import experiments
+import experiments.study
 from experiments import ablation
 from experiments.ablation_report import write_report
 from experiments.cli import main, parse
@@ -86,7 +86,7 @@ def little(tiny, tmp_path_factory):
 @pytest.fixture
 def untraced(monkeypatch):
     """Leaves out the tracing, which takes the seconds of a check."""
-    monkeypatch.setattr(ablation, "check_run", lambda scenario, config: None)
+    monkeypatch.setattr(experiments.study, "check_run", lambda scenario, config: None)
 
 
 def test_a_source_that_is_read_gives_what_one_of_its_own_does_bit_for_bit(little, tiny, tmp_path):
@@ -195,8 +195,8 @@ def test_of_two_jobs_those_that_train_a_source_come_first(
         begun.append((name, subprocess.Popen([sys.executable, "-S", "-c", code])))
         return begun[-1][1]
 
-    monkeypatch.setattr(ablation, "_start", start)
-    monkeypatch.setattr(ablation, "write_report", lambda *arguments: "")
+    monkeypatch.setattr(experiments.study, "_start", start)
+    monkeypatch.setattr(experiments.study, "write_report", lambda *arguments: "")
     rows = "[rows.{}]\nmethod = 'share'\noptions = {{ source_steps = {} }}\n"
     path = write(tmp_path, LITTLE + rows.format("longer", 6) + rows.format("longest", 8))
     words = [str(path), "--run-dir", str(tmp_path / "study"), "--jobs", "2"]
@@ -232,9 +232,9 @@ def test_processes_end_with_a_study_that_is_interrupted(heard, tmp_path, untrace
     def interrupt(seconds):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ablation, "_start", start)
-    monkeypatch.setattr(ablation, "_PATIENCE", 10 if heard else 0.2)
-    monkeypatch.setattr(ablation, "time", SimpleNamespace(sleep=interrupt, perf_counter=time.perf_counter))
+    monkeypatch.setattr(experiments.study, "_start", start)
+    monkeypatch.setattr(experiments.study, "_PATIENCE", 10 if heard else 0.2)
+    monkeypatch.setattr(experiments.study, "time", SimpleNamespace(sleep=interrupt, perf_counter=time.perf_counter))
     handler = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as stopped:
         study(write(tmp_path, LITTLE), tmp_path / "study", "--jobs", "2")
@@ -251,7 +251,7 @@ def test_a_process_is_held_to_its_cores_from_the_start(tmp_path):
     one = SimpleNamespace(
         log=tmp_path / "run.log", command=["python", "-c", "import os; print(os.sched_getaffinity(0))"], begun=False
     )
-    assert ablation._start(one, {core}).wait() == 0
+    assert experiments.study._start(one, {core}).wait() == 0
     assert one.log.read_text().strip() == f"{{{core}}}"
     assert os.sched_getaffinity(0) == before
 
@@ -259,11 +259,11 @@ def test_a_process_is_held_to_its_cores_from_the_start(tmp_path):
 def test_cores_are_shared_among_jobs(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 5, 7}, raising=False)
     monkeypatch.setattr(os, "sched_setaffinity", lambda pid, cores: None, raising=False)
-    assert ablation._shares(2) == [{0, 1}, {2, 5, 7}]
+    assert experiments.study._shares(2) == [{0, 1}, {2, 5, 7}]
     with pytest.raises(ValueError, match="jobs must be at most 5, the number of cores, got 6"):
-        ablation._shares(6)
+        experiments.study._shares(6)
     with pytest.raises(ValueError, match="jobs must be at least 1, got 0"):
-        ablation._shares(0)
+        experiments.study._shares(0)
 
 
 def test_a_run_that_fails_is_told_and_those_that_need_it_are_not_run(tmp_path, untraced, monkeypatch, capsys):
@@ -273,7 +273,7 @@ def test_a_run_that_fails_is_told_and_those_that_need_it_are_not_run(tmp_path, u
         begun.append(config.run_dir.name)
         raise RuntimeError("no memory")
 
-    monkeypatch.setattr(ablation, "prepare_run", prepare)
+    monkeypatch.setattr(experiments.study, "prepare_run", prepare)
     with pytest.raises(SystemExit) as stopped:
         study(write(tmp_path, LITTLE), tmp_path / "study")
     assert stopped.value.code == 1
@@ -290,7 +290,7 @@ def test_an_interrupted_study_says_how_it_goes_on(tmp_path, untraced, monkeypatc
     def prepare(scenario, config):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ablation, "prepare_run", prepare)
+    monkeypatch.setattr(experiments.study, "prepare_run", prepare)
     with pytest.raises(SystemExit) as stopped:
         study(write(tmp_path, LITTLE), tmp_path / "study")
     assert stopped.value.code == 130

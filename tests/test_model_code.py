@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 import merge_jax as mj
+from experiments.choices import ImageModelName, VisionModelName
 from experiments.cli import parse
-from experiments.images import ModelName as ImageModelName
-from experiments.images import VisionModelName, make_model, make_vision_encoder
+from experiments.images import make_model, make_vision_encoder
 from experiments.model_code import model_code
 from tests.helpers import jitted_init
 

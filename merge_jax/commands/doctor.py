@@ -3,7 +3,9 @@
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -13,10 +15,23 @@ from typing import Literal, NamedTuple
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from merge_jax.compilation_cache import MAX_BYTES, bytes_in, folder_in_use
+
 __all__ = ["Finding", "examine", "findings"]
 
 _LEAST_DISK = 2 * 2**30  # Bytes: a default run and its environment.
 _MARKS = {"good": "ok   ", "note": "note ", "bad": "BAD  "}
+
+# Compiles something, and prints how many programs were read from the cache in the place of that.
+_COMPILES = """\
+import jax
+from merge_jax.compilation_cache import programs_read
+programs_read()
+jax.jit(lambda x: jax.numpy.sin(x @ x.T).sum())(jax.numpy.ones((8, 8))).block_until_ready()
+print(programs_read())
+"""
+_OTHER_MACHINE = re.compile(r"Target machine feature \S+ is not\s+supported on the host machine")
+_PATIENCE = 300.0  # Seconds for one compilation, with the start of a process.
 
 
 class Finding(NamedTuple):
@@ -43,7 +58,8 @@ def examine() -> int:
 
 def findings() -> Iterator[Finding]:
     """Yields what is found, one look after the other."""
-    for look in (_python, _packages, _plugins, _devices, _computes, _threads, _folder):
+    # The cache is tried by other processes, which could not have a device that this one holds.
+    for look in (_python, _packages, _plugins, _cache, _devices, _computes, _cores, _folder):
         yield from look()
 
 
@@ -138,12 +154,73 @@ def _computes() -> Iterator[Finding]:
     )
 
 
-def _threads() -> Iterator[Finding]:
+def _cache() -> Iterator[Finding]:
+    folder = folder_in_use()
+    bound = "" if "JAX_COMPILATION_CACHE_DIR" in os.environ else f" of at most {MAX_BYTES / 2**20:.0f}"
+    yield Finding("good", f"compilation cache: in {folder}, {bytes_in(folder) / 2**20:.1f} MiB{bound}")
+    try:
+        with tempfile.TemporaryDirectory() as trial:
+            first = _compiled_in(Path(trial))
+            kept = any(Path(trial).glob("*-cache"))
+            second = _compiled_in(Path(trial))
+    except (OSError, subprocess.TimeoutExpired) as error:
+        yield Finding("note", f"compilation cache: not tried: {error}")
+        return
+    failed = next((run for run in (first, second) if run.returncode), None)
+    if failed is not None:
+        yield Finding("note", f"compilation cache: not tried, as compiling fails: {_end(failed.stderr)}")
+        return
+    yield _judged(kept, int(second.stdout.split()[-1]), second.stderr)
+
+
+def _compiled_in(folder: Path) -> subprocess.CompletedProcess[str]:
+    """Compiles in a process of its own that keeps what is compiled in a folder."""
+    of_jax = {
+        "JAX_COMPILATION_CACHE_DIR": str(folder),
+        "JAX_ENABLE_COMPILATION_CACHE": "true",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+    }
+    return subprocess.run(
+        [sys.executable, "-c", _COMPILES],
+        env={**os.environ, **of_jax},
+        capture_output=True,
+        text=True,
+        timeout=_PATIENCE,
+    )
+
+
+def _judged(kept: bool, read: int, said: str) -> Finding:
+    """Returns what it means that a second process has read so many programs of a first one, and said this."""
+    refusal = _OTHER_MACHINE.search(said)
+    known = "" if refusal is None else f"XLA says {' '.join(refusal[0].split())!r} of this very machine's programs"
+    if known and read:
+        return Finding(
+            "note",
+            f"compilation cache: read, though {known} (jax-ml/jax#38445): where a run dies of SIGILL, give it "
+            "--compilation-cache none",
+        )
+    if read:
+        return Finding("good", "compilation cache: read: a second process need not compile what a first one has")
+    if known:
+        return Finding(
+            "note",
+            f"compilation cache: not read, because {known}: jax-ml/jax#38445, reported of CPUs with AVX-512 and "
+            "jax 0.9.1 to 0.10.1; all works, but each run compiles anew: --compilation-cache none spares the writing",
+        )
+    reason = _end(said) if kept else "nothing was written"
+    return Finding("note", f"compilation cache: not read, because {reason}; each run compiles anew")
+
+
+def _end(said: str) -> str:
+    """Returns the last line of what a process has said."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    return lines[-1][:200] if lines else "of something that JAX does not say"
+
+
+def _cores() -> Iterator[Finding]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     yield Finding("good", f"{cores} CPU cores")
-    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR")
-    hint = f"in {cache}" if cache else "none; JAX_COMPILATION_CACHE_DIR=FOLDER makes later runs start faster"
-    yield Finding("note", f"cache of compiled programs: {hint}")
 
 
 def _folder() -> Iterator[Finding]:

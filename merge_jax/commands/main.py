@@ -89,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.add_argument("--best", action="store_true", help="the step of the best score, not the newest")
 
-    command("doctor", "versions, devices, known bad combinations, free disk: whether this machine is ready")
+    command("doctor", "versions, devices, known bad combinations, compilation cache, free disk: whether all is ready")
     return parser
 
 
