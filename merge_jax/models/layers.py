@@ -45,7 +45,14 @@ class Layers:
 
     def pointwise_conv(self, features: int, name: str, *, use_bias: bool = False) -> nn.Dense:
         """Returns a 1x1 convolution as the matrix product it is, kernel `[in, out]`: faster than XLA's on a CPU."""
-        return nn.Dense(features, use_bias=use_bias, dtype=self.dtype, kernel_init=_KERNEL_INIT, name=name)
+        return nn.Dense(
+            features,
+            use_bias=use_bias,
+            dtype=self.dtype,
+            kernel_init=_KERNEL_INIT,
+            dot_general=_product_of_rows,
+            name=name,
+        )
 
     def depthwise_conv(self, stride: int, name: str, *, use_bias: bool) -> "DepthwiseConv":
         """Returns a 3x3 depthwise convolution with padding 1, kernel `[3, 3, 1, C]`."""
@@ -82,7 +89,18 @@ def _convolution(x: jax.Array, kernel: jax.Array, *, stride: int) -> jax.Array:
 
 def _product_of_windows(x: jax.Array, kernel: jax.Array, *, stride: int) -> jax.Array:
     windows = jnp.concatenate([tap for _, _, tap in _taps(x, stride)], axis=-1)
-    return windows @ kernel.reshape(-1, kernel.shape[-1])
+    return _rows_times(windows, kernel.reshape(-1, kernel.shape[-1]))
+
+
+def _rows_times(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Returns `[..., in] x [in, out]` as one product of two matrices."""
+    # As it is, the gradient of the kernel would sum over several axes, and for that XLA's compiler for CPUs first
+    # transposes an operand in memory: it took a quarter of ResNet50's step.
+    return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+def _product_of_rows(x: jax.Array, kernel: jax.Array, dimension_numbers: Any, **_: Any) -> jax.Array:
+    return _rows_times(x, kernel)
 
 
 def _taps(x: jax.Array, stride: int) -> list[tuple[int, int, jax.Array]]:
