@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple, TypedDict, get_args
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from merge_jax.checks import check_at_least_one, check_choice, check_flag, check_number_or_schedule
@@ -29,7 +30,7 @@ OutputForm = Literal["official", "residual", "warm"]
 # Keeps the root mean square of a zero matrix, and its gradient, finite.
 _EPSILON = 1e-12
 # Half the width of a uniform distribution of deviation 0.1: the start of what tokens learn of their kind.
-_KIND_BOUND = 0.1 * 3**0.5
+_KIND_BOUND = (np.full((1, 1), 0.1 * 3**0.5),)
 
 
 class AdapterOptions(TypedDict, total=False):

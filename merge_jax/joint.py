@@ -16,7 +16,7 @@ from jax import lax
 
 from merge_jax.checks import check_at_least_one, check_choice, check_transfer
 from merge_jax.guard import all_finite, keep_unless
-from merge_jax.paths import flatten
+from merge_jax.packing import pack, packed
 from merge_jax.types import Adapter, Batch, LossFn, Metrics, ModelState, Params, TeacherFn, Transfer
 
 __all__ = [
@@ -105,8 +105,8 @@ def adapter_adamw(
 ) -> optax.GradientTransformation:
     """Returns the adapter's published optimizer: clip by global norm, then AdamW.
 
-    Only kernels decay; biases, norms and gates do not. A schedule counts the adapter's own updates, one per
-    transfer. The published grid of rates is 0.1, 0.01, 0.001, 0.0001; 0.001 is our choice among them.
+    Only kernels decay; biases, norms and gates do not. Small leaves are updated as
+    one vector. A schedule counts the adapter's own updates, one per transfer. The published grid of rates is 0.1, 0.01, 0.001, 0.0001; 0.001 is our choice among them.
 
     Raises:
       ValueError: a rate or a norm that is not a finite number above 0, or a decay that is not one of at least 0.
@@ -117,14 +117,11 @@ def adapter_adamw(
     if not 0 <= weight_decay < math.inf:
         raise ValueError(f"weight_decay must be a finite number of at least 0, got {weight_decay!r}")
 
-    def decays(params: Adapter) -> Any:
-        leaves = [path.endswith("kernel") for path in flatten(params)]
-        return jax.tree.unflatten(jax.tree.structure(params), leaves)
+    def decays(params: dict[str, Any]) -> dict[str, Any]:
+        return {"kernel": True, "other": False, "large": {path: path.endswith("kernel") for path in params["large"]}}
 
-    return optax.chain(
-        optax.clip_by_global_norm(max_norm),
-        optax.adamw(learning_rate, weight_decay=weight_decay, mask=decays),
-    )
+    adamw = optax.adamw(learning_rate, weight_decay=weight_decay, mask=decays)
+    return packed(optax.chain(optax.clip_by_global_norm(max_norm), adamw))
 
 
 def init_joint_state(
@@ -274,7 +271,7 @@ def make_joint_step(
 
             merged, pullback = jax.vjp(apply, state.adapter.params)
             own = state.target.params
-            accepted = all_finite(merged) & (optax.tree.norm(merged) <= largest_growth * optax.tree.norm(own))
+            accepted = all_finite(pack(merged)) & (_norm(merged) <= largest_growth * _norm(own))
             written = keep_unless(accepted, merged, own)
             new_target, grads, metrics = learn(target, state.target, written, target_batch, target_key, axis_name)
             cotangent = grads if update == "exact" else optax.tree.sub(written, new_target.params)
@@ -344,7 +341,7 @@ def learn(
     (loss, (model_state, metrics)), grads = outcome
     updates, opt_state = task.optimizer.update(grads, state.opt_state, params)
     # Looked at before the optimizer: clipping by the norm turns an infinite gradient into NaN everywhere.
-    ok = all_finite(loss, grads)
+    ok = all_finite(loss, pack(grads))
     new_state = keep_unless(ok, TrainState(optax.apply_updates(params, updates), model_state, opt_state), state)
     return new_state, grads, {"loss": loss, "skipped": _as_float32(~ok), **metrics}
 
@@ -354,7 +351,7 @@ def learn_adapter(
 ) -> tuple[AdapterState, jax.Array]:
     """Takes one step of the adapter along its gradient, where it is useful and finite; returns whether it skipped."""
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    ok = useful & all_finite(grads)
+    ok = useful & all_finite(pack(grads))
     return keep_unless(ok, AdapterState(optax.apply_updates(state.params, updates), opt_state), state), _as_float32(~ok)
 
 
@@ -401,14 +398,18 @@ def metrics_by_role(source: Metrics, target: Metrics, adapter: Metrics) -> Metri
 
 def adapter_metrics(old: Params, merged: Params, adapter_grads: Adapter, accepted: jax.Array) -> Metrics:
     """Returns the adapter's metrics at a step that transfers, or would if it were accepted, float32 scalars."""
-    change = optax.tree.norm(optax.tree.sub(merged, old)) / optax.tree.norm(old)
+    change = _norm(optax.tree.sub(merged, old)) / _norm(old)
     metrics = {
         "transferred": accepted,
         "rejected": ~accepted,
         "change": change,
-        "gradient_norm": optax.tree.norm(adapter_grads),
+        "gradient_norm": _norm(adapter_grads),
     }
     return jax.tree.map(_as_float32, metrics)
+
+
+def _norm(tree: Any) -> jax.Array:
+    return optax.tree.norm(pack(tree))
 
 
 def _as_float32(x: jax.Array) -> jax.Array:
