@@ -249,7 +249,10 @@ def test_a_process_is_held_to_its_cores_from_the_start(tmp_path):
     before = os.sched_getaffinity(0)
     core = max(before)
     one = SimpleNamespace(
-        log=tmp_path / "run.log", command=["python", "-c", "import os; print(os.sched_getaffinity(0))"], begun=False
+        config=SimpleNamespace(compilation_cache="default"),
+        log=tmp_path / "run.log",
+        command=["python", "-c", "import os; print(os.sched_getaffinity(0))"],
+        begun=False,
     )
     assert experiments.study._start(one, {core}).wait() == 0
     assert one.log.read_text().strip() == f"{{{core}}}"
