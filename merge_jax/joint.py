@@ -105,8 +105,9 @@ def adapter_adamw(
 ) -> optax.GradientTransformation:
     """Returns the adapter's published optimizer: clip by global norm, then AdamW.
 
-    Only kernels decay; biases, norms and gates do not. Small leaves are updated as
-    one vector. A schedule counts the adapter's own updates, one per transfer. The published grid of rates is 0.1, 0.01, 0.001, 0.0001; 0.001 is our choice among them.
+    Only kernels decay; biases, norms and gates do not. Small leaves are updated as one vector. A schedule counts the
+    adapter's own updates, one per transfer. The published grid of rates is 0.1, 0.01, 0.001, 0.0001; 0.001 is our
+    choice among them.
 
     Raises:
       ValueError: a rate or a norm that is not a finite number above 0, or a decay that is not one of at least 0.
