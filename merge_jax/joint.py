@@ -119,7 +119,8 @@ def adapter_adamw(
         raise ValueError(f"weight_decay must be a finite number of at least 0, got {weight_decay!r}")
 
     def decays(params: dict[str, Any]) -> dict[str, Any]:
-        return {"kernel": True, "other": False, "large": {path: path.endswith("kernel") for path in params["large"]}}
+        large = {path: path.endswith("kernel") for path in params["large"]}
+        return {name: large if name == "large" else name == "kernel" for name in params}
 
     adamw = optax.adamw(learning_rate, weight_decay=weight_decay, mask=decays)
     return packed(optax.chain(optax.clip_by_global_norm(max_norm), adamw))

@@ -20,13 +20,15 @@ def pack(tree: Any) -> dict[str, Any]:
     """Returns the leaves of a tree as `{"kernel": [k], "other": [o], "large": {path: leaf}}`.
 
     The first two hold the small leaves of one dtype, float32, one after the other, kernels apart from all else, since
-    only kernels decay. Leaves of more than 65,536 numbers or of other dtypes stay as they are.
+    only kernels decay; a kind without any leaf is left out. Leaves of more than 65,536 numbers or of other dtypes stay
+    as they are.
     """
     parts = _parts(tree)
     leaves = flatten(tree)
     vectors = {
-        name: jnp.concatenate([leaves[path].reshape(-1) for path in parts[name]]) if parts[name] else jnp.zeros(0)
+        name: jnp.concatenate([leaves[path].reshape(-1) for path in parts[name]])
         for name in ("kernel", "other")
+        if parts[name]  # Orbax saves no empty arrays.
     }
     return {**vectors, "large": {path: leaves[path] for path in parts["large"]}}
 
@@ -36,6 +38,8 @@ def unpack(packed_tree: dict[str, Any], like: Any) -> Any:
     parts, leaves = _parts(like), flatten(like)
     new = dict(packed_tree["large"])
     for name in ("kernel", "other"):
+        if not parts[name]:
+            continue
         sizes = [math.prod(leaves[path].shape) for path in parts[name]]
         for path, part in zip(parts[name], lax.split(packed_tree[name], sizes), strict=True):
             new[path] = part.reshape(leaves[path].shape)
