@@ -63,8 +63,8 @@ class Conv3x3(nn.Module):
     """A 3x3 convolution with padding 1 on every side and no bias, kernel `[3, 3, in, out]`, on `[B, H, W, in]`.
 
     The padding is explicit: Flax's `SAME` pads a strided convolution on one side only, unlike PyTorch. On a CPU it
-    is the product of all 3x3 windows with the kernel as a matrix, since XLA's convolution is tens of times slower
-    there inside a compiled loop.
+    is the product of all 3x3 windows with the kernel as a matrix: inside a compiled loop XLA leaves the convolutions of
+    the gradients in an order of axes for which it has no fast code there, and they take tens of times longer.
     """
 
     features: int
