@@ -47,6 +47,9 @@ AttentionName = Literal["rows_rows", "rows_cols", "cols_rows", "cols_cols"]
 
 ATTENTIONS: tuple[AttentionName, ...] = get_args(AttentionName)
 
+# A loop of layers takes as long to compile as two without one.
+_UNROLLED = 2
+
 LayerFn = Callable[[jax.Array, Any, Any], jax.Array]
 """`(target [m, n], params, masks) -> target [m, n]`: one layer."""
 
@@ -162,12 +165,14 @@ def apply(
 def in_layers(layer: LayerFn, num_layers: int, target: jax.Array, params: Any, masks: Any) -> jax.Array:
     """Returns the target after all layers: `T_{i+1} = layer(T_i, params_i, masks_i)`.
 
-    Several are one program in a loop, so that the fourth costs no compilation; what a layer makes on the way is made
-    again in the backward pass, since kept for each it would be written to memory and read back.
+    One or two stand one after the other. More are one program in a loop, which compiles as long as two; what a layer
+    makes on the way is then made again in the backward pass.
     """
     of_layers = params, dict(masks or {})
-    if num_layers == 1:
-        return layer(target, *jax.tree.map(lambda leaf: jnp.squeeze(leaf, 0), of_layers))
+    if num_layers <= _UNROLLED:
+        for i in range(num_layers):
+            target = layer(target, *jax.tree.map(lambda leaf, i=i: jnp.squeeze(leaf[i : i + 1], 0), of_layers))
+        return target
 
     @jax.checkpoint
     def step(target: jax.Array, of_layer: Any) -> jax.Array:
