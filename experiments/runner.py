@@ -283,6 +283,7 @@ def _results(
     results = []
     for seed, (state, seconds) in zip(seeds, outcomes, strict=True):
         metrics = {role: stage.test(state, seed, role) for role in ("target", "source")}
+        rows = stage.method.transfer.describe(state.source.params, state.target.params)
         results.append(
             {
                 "method": stage.name,
@@ -297,7 +298,8 @@ def _results(
                 "faults": faults.get(seed, {}),
                 "seconds": seconds,
                 "compile_seconds": trainer.compile_seconds(stage),
-                "adapter_parameters": sum(leaf.size for leaf in jax.tree.leaves(state.adapter.params)),
+                # Without the zeros around padded ones.
+                "adapter_parameters": sum(row.parameters for row in rows),
             }
         )
     return results

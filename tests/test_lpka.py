@@ -274,3 +274,16 @@ def test_large_unlike_matrices_stay_apart():
 def test_a_bad_padding_is_refused(padding):
     with pytest.raises(ValueError, match="padding must be a number of at least 1, got"):
         mj.lpka_transfer({"a": "a"}, padding=padding)
+
+
+def test_a_description_counts_what_is_learned_and_no_padding():
+    sizes = (Sizes(6, 8, 5, 7), Sizes(4, 3, 9, 7))
+    trees = kernels(sizes, 0)
+    routes = {f"layer_{i}/kernel": f"layer_{i}/kernel" for i in range(2)}
+    together, apart = (mj.lpka_transfer(routes, padding=padding) for padding in (2.0, 1.0))
+    own = jax.eval_shape(apart.init, jax.random.key(0), *trees)
+    padded = jax.eval_shape(together.init, jax.random.key(0), *trees)
+    count = [sum(leaf.size for leaf in jax.tree.leaves(adapter)) for adapter in (own, padded)]
+    assert count[0] < count[1]
+    for transfer in (together, apart):
+        assert sum(row.parameters for row in transfer.describe(*trees)) == count[0]
