@@ -143,8 +143,8 @@ def draw_masks(key: jax.Array, masks: Any) -> Any:
     """
     leaves, structure = jax.tree.flatten(masks, is_leaf=_is(Dropout))
     counts = [math.prod(leaf.shape) if leaf.whole else 0 for leaf in leaves]
-    if not all(leaf.whole for leaf in leaves):
-        key, rest = jax.random.split(key)
+    # A key is drawn from once: by the masks, or by its children.
+    key, rest = (key, key) if all(leaf.whole for leaf in leaves) else jax.random.split(key)
     parts = lax.split(_random_halves(key, sum(counts)), counts)
     drawn = [
         _kept(part.reshape(leaf.shape), leaf.rate)

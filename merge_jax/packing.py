@@ -33,7 +33,7 @@ def pack(tree: Any) -> dict[str, Any]:
     return {**vectors, "large": {path: leaves[path] for path in parts["large"]}}
 
 
-def unpack(packed_tree: dict[str, Any], like: Any) -> Any:
+def unpack(packed_tree: Any, like: Any) -> Any:
     """Returns the tree whose pack is given, with the structure and shapes of another."""
     parts, leaves = _parts(like), flatten(like)
     new = dict(packed_tree["large"])
