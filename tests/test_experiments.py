@@ -347,7 +347,8 @@ def test_the_inner_width_of_the_adapter_is_an_option():
         transfer = scenario.methods["mergenet"].transfer
         params = [jax.eval_shape(role.init, jax.random.key(0))[0] for role in (scenario.source, scenario.target)]
         adapter = jax.eval_shape(transfer.init, jax.random.key(0), *params)
+        # Of the two attentions of rows, and the two of columns.
         return {leaf.shape[-1] for path, leaf in flatten(adapter).items() if path.endswith("query/kernel")}
 
-    assert attention("--max-width", "16") == {16}
-    assert attention() == {128}
+    assert attention("--max-width", "16") == {2 * 16}
+    assert attention() == {2 * 128}

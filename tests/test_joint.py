@@ -6,6 +6,7 @@ import optax
 import pytest
 
 import merge_jax as mj
+from merge_jax.packing import pack
 from tests import helpers
 
 LPKA = mj.lpka_transfer(helpers.ROUTES, num_layers=1, num_heads=2, output="official")
@@ -245,7 +246,7 @@ def test_adapter_adamw_decays_kernels_only_and_clips():
     del state
     updates, new_state = optimizer.update(huge, optimizer.init(params), params)
     moments = new_state[1][0].mu
-    chex.assert_trees_all_close(moments, jax.tree.map(lambda g: 0.1 * g, expected), rtol=1e-5)
+    chex.assert_trees_all_close(moments, pack(jax.tree.map(lambda g: 0.1 * g, expected)), rtol=1e-5)
 
 
 @pytest.mark.parametrize(

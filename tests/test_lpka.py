@@ -206,7 +206,7 @@ wide_edges = st.one_of(edges, st.sampled_from([130, 150]))  # From 128 on, heads
 
 
 # A case compiles four programs; shrinking one that fails would compile hundreds.
-@settings(max_examples=5, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+@settings(max_examples=2, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 @given(st.lists(st.builds(Sizes, edges, edges, wide_edges, wide_edges), min_size=2, max_size=3, unique=True), st.data())
 def test_routes_padded_to_one_program_are_the_routes_apart(sizes, data):
     """Outputs, and gradients in the parameters and both models, to rounding; nothing reaches the zeros around."""

@@ -168,7 +168,7 @@ def test_an_adapter_of_other_operators_is_refused():
     transfer = mj.linear_operator_transfer({"bias": "bias"})
     with pytest.raises(ValueError, match=r"nothing for the route to 'bias'.*there is 'dense/kernel'"):
         transfer.apply({"dense/kernel": {}}, LARGE, SMALL)
-    with pytest.raises(ValueError, match=r"'bias' does not fit.*Expected {'inputs': \(9, 5\), .* got {'inputs'"):
+    with pytest.raises(ValueError, match=r"'bias' does not fit.*Expected inputs of \(9, 5\), got \("):
         transfer.apply(transfer.init(jax.random.key(0), MIXED, SMALL), LARGE, SMALL)
 
 
