@@ -14,6 +14,8 @@ __all__ = ["pack", "packed", "unpack"]
 
 # A leaf of more numbers is worth a program of its own, and may be split over devices.
 _SMALL = 2**16
+# A vector of so many numbers may be split over devices, whose number then divides the multiple.
+_SHARED, _MULTIPLE = 2**12, 2**8
 
 
 def pack(tree: Any) -> dict[str, Any]:
@@ -21,16 +23,22 @@ def pack(tree: Any) -> dict[str, Any]:
 
     The first two hold the small leaves of one dtype, float32, one after the other, kernels apart from all else, since
     only kernels decay; a kind without any leaf is left out. Leaves of more than 65,536 numbers or of other dtypes stay
-    as they are.
+    as they are. A long vector ends with zeros, to a multiple of 256, so that devices can share it.
     """
     parts = _parts(tree)
     leaves = flatten(tree)
     vectors = {
-        name: jnp.concatenate([leaves[path].reshape(-1) for path in parts[name]])
+        name: _even(jnp.concatenate([leaves[path].reshape(-1) for path in parts[name]]))
         for name in ("kernel", "other")
         if parts[name]  # Orbax saves no empty arrays.
     }
     return {**vectors, "large": {path: leaves[path] for path in parts["large"]}}
+
+
+def _even(vector: jax.Array) -> jax.Array:
+    """Returns the vector with zeros behind it, so that devices can share it; a short one, which they copy, as it is."""
+    rest = -vector.size % _MULTIPLE
+    return jnp.pad(vector, (0, rest)) if rest and vector.size >= _SHARED else vector
 
 
 def unpack(packed_tree: Any, like: Any) -> Any:
@@ -41,7 +49,8 @@ def unpack(packed_tree: Any, like: Any) -> Any:
         if not parts[name]:
             continue
         sizes = [math.prod(leaves[path].shape) for path in parts[name]]
-        for path, part in zip(parts[name], lax.split(packed_tree[name], sizes), strict=True):
+        vector = packed_tree[name][: sum(sizes)]
+        for path, part in zip(parts[name], lax.split(vector, sizes), strict=True):
             new[path] = part.reshape(leaves[path].shape)
     return jax.tree.unflatten(jax.tree.structure(like), [new[path] for path in leaves])
 

@@ -37,6 +37,14 @@ def test_small_leaves_are_two_vectors_and_others_stay():
     chex.assert_trees_all_equal_shapes_and_dtypes(unpack(together, half), half)
 
 
+def test_a_long_vector_can_be_shared_by_devices():
+    long = {"kernel": jnp.arange(5000.0), "bias": jnp.arange(3.0)}
+    together = pack(long)
+    assert (together["kernel"].shape, together["other"].shape) == ((5120,), (3,))
+    assert not together["kernel"][5000:].any()
+    chex.assert_trees_all_equal(unpack(together, long), long)
+
+
 def test_the_adapters_optimizer_is_that_of_the_leaves_apart():
     """Clipping by the norm of all leaves, AdamW of each, and decay of kernels alone."""
     params = tree(0)
