@@ -14,7 +14,7 @@ from merge_jax.checks import check_at_least_one, check_choice, check_flag, check
 from merge_jax.cost import count_flops
 from merge_jax.groups import Batch, Group, adapter_of, batched, grouped, map_routes, stack_group, unstack
 from merge_jax.low_rank import core_bases, decode, encode, row_basis
-from merge_jax.lpka import pad_to
+from merge_jax.matrix_layers import pad_to
 from merge_jax.network import Network, Place, Sizes, Start, cannot_be_had, draw, linen_network, stack_starts
 from merge_jax.paths import flatten, replace
 from merge_jax.routes import ResolvedRoute, Routes, as_routes, check_rank, check_view, resolve

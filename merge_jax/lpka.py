@@ -8,7 +8,7 @@ matrix, so queries are `[r, c]` and keys `[s, k]`; `L` layers, the first axis of
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -20,8 +20,19 @@ import numpy as np
 from jax import lax
 
 from merge_jax.checks import check_at_least_one, check_below_one, check_choice, check_flag, check_float_dtype
+from merge_jax.matrix_layers import (
+    dense,
+    dense_start,
+    feed_forward,
+    feed_forward_start,
+    hidden_size,
+    in_layers,
+    layer_norm,
+    norm_start,
+    pad_to,
+    valid_ones,
+)
 from merge_jax.network import Dropout, Network, Sizes, Start, draw, draw_mask, draw_masks, drawn_network
-from merge_jax.spectral import spectral_norm
 
 __all__ = [
     "ATTENTIONS",
@@ -30,16 +41,8 @@ __all__ = [
     "LPKAOptions",
     "apply",
     "attention_widths",
-    "dense",
-    "dense_start",
-    "feed_forward",
-    "feed_forward_start",
-    "in_layers",
     "init",
-    "layer_norm",
     "lpka_network",
-    "norm_start",
-    "pad_to",
 ]
 
 AttentionName = Literal["rows_rows", "rows_cols", "cols_rows", "cols_cols"]
@@ -47,14 +50,6 @@ AttentionName = Literal["rows_rows", "rows_cols", "cols_rows", "cols_cols"]
 
 ATTENTIONS: tuple[AttentionName, ...] = get_args(AttentionName)
 
-# A loop of layers takes as long to compile as two without one.
-_UNROLLED = 2
-
-LayerFn = Callable[[jax.Array, Any, Any], jax.Array]
-"""`(target [m, n], params, masks) -> target [m, n]`: one layer."""
-
-# The published epsilon. Rows of weights can have tiny variances, which a usual epsilon would swamp.
-_EPSILON = 1e-12
 _MINIMUM_WIDTH = 128
 _LARGEST_SCORE = 1e8
 # The score of a key that is padding: its weight underflows to 0.
@@ -160,25 +155,6 @@ def apply(
       options: those of `init`.
     """
     return in_layers(functools.partial(_layer, options, true, source), options.num_layers, target, params, masks)
-
-
-def in_layers(layer: LayerFn, num_layers: int, target: jax.Array, params: Any, masks: Any) -> jax.Array:
-    """Returns the target after all layers: `T_{i+1} = layer(T_i, params_i, masks_i)`.
-
-    One or two stand one after the other. More are one program in a loop, which compiles as long as two; what a layer
-    makes on the way is then made again in the backward pass.
-    """
-    of_layers = params, dict(masks or {})
-    if num_layers <= _UNROLLED:
-        for i in range(num_layers):
-            target = layer(target, *jax.tree.map(lambda leaf, i=i: jnp.squeeze(leaf[i : i + 1], 0), of_layers))
-        return target
-
-    @jax.checkpoint
-    def step(target: jax.Array, of_layer: Any) -> jax.Array:
-        return layer(target, *of_layer)
-
-    return lax.scan(lambda target, of_layer: (step(target, of_layer), None), target.astype(jnp.float32), of_layers)[0]
 
 
 class _Attention(NamedTuple):
@@ -377,65 +353,6 @@ def _attend(
     return jnp.moveaxis(mixed, 0, 1).reshape(a, chunks * chunk, h, d)[:, :r]
 
 
-def feed_forward(
-    params: Mapping[str, Any], x: jax.Array, mask: jax.Array | None, valid: jax.Array | None, options: Any
-) -> jax.Array:
-    """Returns `LayerNorm(X + Dropout(gelu(X W_up) W_down))`, `[m, n]`, both kernels divided by their spectral norms.
-
-    Args:
-      params: `up`, `down` and `norm`.
-      x: `[m, n]`.
-      mask: what dropout keeps, `[m, n]`, or None.
-      valid: which columns are no padding, `[n]`, or None for all.
-      options: with `feed_forward_dropout`, `spectral` and `dtype`.
-    """
-    up, down = params["up"], params["down"]
-    if options.spectral:
-        # Both have one shape, so that their norms are one program.
-        kernels = jnp.stack([up["kernel"], down["kernel"].T])
-        norms = jnp.maximum(jax.vmap(spectral_norm)(kernels), _EPSILON)
-        up, down = ({**dense, "kernel": dense["kernel"] / norm} for dense, norm in zip((up, down), norms, strict=True))
-    hidden = jax.nn.gelu(dense(x, up, options.dtype), approximate=True)
-    added = dense(hidden, down, options.dtype)
-    if mask is not None:
-        added = jnp.where(mask, added / (1 - options.feed_forward_dropout), 0.0)
-    return layer_norm(x + added, params["norm"], valid)
-
-
-def layer_norm(x: jax.Array, params: Mapping[str, jax.Array], valid: jax.Array | None = None) -> jax.Array:
-    """Returns `(x - mean) / sqrt(variance + 1e-12) * scale + bias` over the last axis, in float32.
-
-    Args:
-      x: `[..., tokens, c]`.
-      params: `scale` and `bias`, `[..., c]`.
-      valid: which of the features are no padding, `[c]`, or None for all.
-    """
-    x = x.astype(jnp.float32)
-    count: Any = x.shape[-1]
-    if valid is not None:
-        valid, count = jnp.expand_dims(valid, range(x.ndim - 1)), jnp.sum(valid)
-        x = jnp.where(valid, x, 0.0)
-    # The fast variance, E[x^2] - E[x]^2, cancels badly for weights with a mean.
-    centred = x - jnp.sum(x, axis=-1, keepdims=True) / count
-    if valid is not None:
-        centred = jnp.where(valid, centred, 0.0)
-    variance = jnp.sum(jnp.square(centred), axis=-1, keepdims=True) / count
-    scale, bias = (jnp.expand_dims(params[name], -2) for name in ("scale", "bias"))
-    return centred * lax.rsqrt(variance + _EPSILON) * scale + bias
-
-
-def dense(x: jax.Array, params: Mapping[str, jax.Array], dtype: Any) -> jax.Array:
-    """Returns `X W + b` in a dtype."""
-    return x.astype(dtype) @ params["kernel"].astype(dtype) + params["bias"].astype(dtype)[None]
-
-
-def pad_to(array: jax.Array, shape: Sequence[int]) -> jax.Array:
-    """Returns the array with zeros behind its last axes, so that they have this shape."""
-    extra = array.ndim - len(shape)
-    widths = [(0, new - old) for old, new in zip(array.shape[extra:], shape, strict=True)]
-    return jnp.pad(array, [(0, 0)] * extra + widths) if any(width for _, width in widths) else array
-
-
 def _starts(true: Sizes, padded: Sizes, options: LPKAOptions) -> dict[str, Any]:
     """Returns the start of the parameters of true matrices, with zeros around for padded ones."""
     layers, h = options.num_layers, options.num_heads
@@ -448,7 +365,7 @@ def _starts(true: Sizes, padded: Sizes, options: LPKAOptions) -> dict[str, Any]:
             # Each attention's output kernel has its own fan in.
             bounds = np.array([width**-0.5 for width, _ in asking])
             by_row = heads * np.repeat(bounds, [pad for _, pad in asking])
-            kept = _count(features, wide)
+            kept = valid_ones(features, wide)
             starts[f"target_{tokens}"] = {
                 "query": dense_start(layers, features, kept, heads),
                 "out": {
@@ -461,49 +378,13 @@ def _starts(true: Sizes, padded: Sizes, options: LPKAOptions) -> dict[str, Any]:
         answering = [(one.width, pad.width) for one, pad in pairs if one.answers == tokens]
         if answering:
             heads = np.concatenate([np.tile(_of_heads(width, pad, h), 2) for width, pad in answering])
-            starts[f"source_{tokens}"] = {"key_value": dense_start(layers, features, _count(features, wide), heads)}
+            starts[f"source_{tokens}"] = {"key_value": dense_start(layers, features, valid_ones(features, wide), heads)}
     return starts | {"feed_forward": feed_forward_start(layers, true, padded, options)}
-
-
-def _count(true: int, padded: int) -> np.ndarray:
-    """Returns 1 for each true index of an axis, and 0 for padding."""
-    return (np.arange(padded) < true).astype(np.float32)
 
 
 def _of_heads(true: int, padded: int, heads: int) -> np.ndarray:
     """Returns `_count` of each of the heads of an axis."""
-    return np.tile(_count(true // heads, padded // heads), heads)
-
-
-def dense_start(layers: int, fan_in: int, inputs: np.ndarray, outputs: np.ndarray) -> dict[str, Start]:
-    """Returns the start of a dense kernel `[layers, inputs, outputs]` and its bias: `+-1/sqrt(fan in)`, as in PyTorch.
-
-    Inputs and outputs are 1, or 0 for padding.
-    """
-    bound, count = fan_in**-0.5 * outputs[None], outputs.size
-    return {
-        "kernel": Start((layers, inputs.size, count), (inputs[None, :, None], bound[None])),
-        "bias": Start((layers, count), (bound,)),
-    }
-
-
-def norm_start(*shape: int) -> dict[str, Start]:
-    """Returns the start of a LayerNorm: the identity."""
-    return {"scale": Start(shape, centre=1.0), "bias": Start(shape)}
-
-
-def _hidden(sizes: Sizes, options: Any) -> int:
-    return 2 * sizes.n if options.max_hidden is None else min(2 * sizes.n, options.max_hidden)
-
-
-def feed_forward_start(layers: int, true: Sizes, padded: Sizes, options: Any) -> dict[str, Any]:
-    """Returns the start of the parameters of `feed_forward`, with `max_hidden` of the options."""
-    features, hidden = _count(true.n, padded.n), _count(_hidden(true, options), _hidden(padded, options))
-    return {
-        "up": dense_start(layers, true.n, features, hidden),
-        "down": dense_start(layers, _hidden(true, options), hidden, features),
-        "norm": norm_start(layers, padded.n),
-    }
+    return np.tile(valid_ones(true // heads, padded // heads), heads)
 
 
 def _masks(sizes: Sizes, options: LPKAOptions) -> dict[str, Dropout]:
@@ -523,7 +404,7 @@ def _flops(sizes: Sizes, options: LPKAOptions) -> int:
     """Returns the floating point operations of one pass; see `apply`."""
     m, n, p, q = sizes
     products = [4 * one.width * (m * n + p * q + one.r * one.s) for one in _attentions(sizes, options)]
-    return options.num_layers * (sum(products) + 4 * m * n * _hidden(sizes, options))
+    return options.num_layers * (sum(products) + 4 * m * n * hidden_size(sizes, options))
 
 
 def _true(sizes: Sizes, options: LPKAOptions) -> dict[str, Any]:

@@ -10,7 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from merge_jax.checks import check_at_least_one, check_below_one, check_flag, check_float_dtype
-from merge_jax.lpka import dense, dense_start, feed_forward, feed_forward_start, in_layers, layer_norm, norm_start
+from merge_jax.matrix_layers import (
+    dense,
+    dense_start,
+    feed_forward,
+    feed_forward_start,
+    in_layers,
+    layer_norm,
+    norm_start,
+)
 from merge_jax.network import Dropout, Network, Sizes, drawn_network
 
 __all__ = ["MixingOptions", "apply", "mixing_network"]
