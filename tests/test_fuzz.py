@@ -142,6 +142,7 @@ RIGHT = {
     "momentum": lambda value: number(value, 0) and value < 1,
     "agree": pairs,
     "coordinator": none_or(text),
+    "compilation_cache": lambda value: isinstance(value, Path) or value in ("default", "none"),
     "source": one_of("pretrained", "live", "frozen", "trajectory"),
     "source_control": one_of("none", "random", "shuffled", "noise", "other_seed"),
     "update": one_of("exact", "surrogate"),
