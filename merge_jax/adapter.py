@@ -29,6 +29,7 @@ OutputForm = Literal["official", "residual", "warm"]
 
 # Keeps the root mean square of a zero matrix, and its gradient, finite.
 _EPSILON = 1e-12
+_EXTRAS = 2**32 - 1  # No number of a route, which the keys of modules are folded with.
 # Half the width of a uniform distribution of deviation 0.1: the start of what tokens learn of their kind.
 _KIND_BOUND = (np.full((1, 1), 0.1 * 3**0.5),)
 
@@ -165,7 +166,7 @@ def adapter_transfer(
             if output != "official" and gate is None:
                 extra["gate"] = Start(())
             extras[batch.name] = stack_starts([extra] * len(true)) if copied else extra
-        made, extras = net.init(key, places), draw(jax.random.fold_in(key, 1), extras)
+        made, extras = net.init(key, places), draw(jax.random.fold_in(key, _EXTRAS), extras)
         # Of the published form are the parameters those of the network, as published.
         return {
             name: params if output == "official" and not extras[name] else {**extras[name], "proposal": params}

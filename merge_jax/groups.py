@@ -13,7 +13,18 @@ from merge_jax.paths import flatten, near_misses
 from merge_jax.routes import ResolvedRoute
 from merge_jax.types import Adapter
 
-__all__ = ["Batch", "Group", "adapter_of", "batched", "grouped", "map_routes", "run_group", "stack", "unstack"]
+__all__ = [
+    "Batch",
+    "Group",
+    "adapter_of",
+    "batched",
+    "grouped",
+    "map_routes",
+    "run_group",
+    "stack",
+    "stack_group",
+    "unstack",
+]
 
 # Matrices up to this size are padded however much that adds: what they cost is nothing beside a program of their own.
 _SMALL = 256

@@ -19,6 +19,7 @@ from merge_jax.joint import (
     learn_adapter,
     metrics_by_role,
 )
+from merge_jax.packing import pack
 from merge_jax.types import Adapter, Batch, Metrics, Params, TeacherFn, Transfer
 
 __all__ = ["bake", "make_reparameterised_step"]
@@ -68,7 +69,7 @@ def make_reparameterised_step(
         gradient = jax.grad(loss, argnums=(0, 1), has_aux=True)
         (adapter_grads, grads), (merged, model_state, metrics) = gradient(state.adapter.params, state.target.params)
         updates, opt_state = target.optimizer.update(grads, state.target.opt_state, state.target.params)
-        ok = all_finite(metrics["loss"], grads)
+        ok = all_finite(metrics["loss"], pack(grads))
         new_target = TrainState(optax.apply_updates(state.target.params, updates), model_state, opt_state)
         new_target = keep_unless(ok, new_target, state.target)
         new_adapter, skipped = learn_adapter(adapter_optimizer, state.adapter, adapter_grads, ok)
