@@ -171,8 +171,8 @@ def _of_seed(
 
     source, target = scenario.source, scenario.target
     assert source is not None  # Both experiments have one.
-    of_source, source_state = source.init(initial_key(seed, 0))
-    start, target_state = target.init(initial_key(seed, 1))
+    of_source, source_state = source.init(initial_key(seed, "source"))
+    start, target_state = target.init(initial_key(seed, "target"))
     shapes = {
         **{"source/params": of_source, "source/model_state": source_state},
         **{"target/params": start, "target/model_state": target_state},

@@ -173,6 +173,15 @@ class RunConfig:
         source_epochs = self.epochs if self.source_epochs is None else self.source_epochs
         return Schedule(lengths(source_epochs, source_examples), lengths(self.epochs, target_examples))
 
+    @property
+    def axis_name(self) -> str | None:
+        """The axis of the devices that models average over and losses compare examples along; None under jit."""
+        if self.parallel != "pmap":
+            return None
+        from merge_jax.parallel import DATA_AXIS
+
+        return DATA_AXIS
+
     def cycle_over(self, num_steps: int) -> int | optax.Schedule:
         """Returns the cycle of a run of so many steps."""
         if self.cycle_end is None:

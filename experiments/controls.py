@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments.choices import SourceControl
+from experiments.sources import initial_key
 from merge_jax.joint import TrainState
 
 __all__ = ["OTHER_SEED", "controlled"]
@@ -30,8 +31,7 @@ def controlled(control: SourceControl, source: TrainState, seed: int) -> TrainSt
     draws = {"shuffled": _permuted, "noise": _normal}
     if control not in draws:
         return source
-    # Purposes 0 to 3 of a seed are the starts and the steps. All processes of a run draw the same.
-    key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), 4)
+    key = initial_key(seed, "control")
     leaves, structure = jax.tree.flatten(source.params)
     keys = jax.random.split(key, len(leaves))
     drawn = [draws[control](k, leaf) for k, leaf in zip(keys, leaves, strict=True)]

@@ -203,7 +203,7 @@ def build(config: Config) -> "Scenario":
     from experiments.scenario import Reader, Scenario, choose
 
     data = load_images(config.data, config.data_dir, config.image_size, config.validation)
-    axis_name = mj.DATA_AXIS if config.parallel == "pmap" else None
+    axis_name = config.axis_name
     source, target = (
         make_model(name, data.num_classes, stages=config.stages, dtype=jnp.dtype(config.dtype), axis_name=axis_name)
         for name in (config.source_model, config.target_model)
@@ -262,7 +262,8 @@ def _objectives(
 
     def rkd(outputs: Any, batch: "mj.Batch") -> Any:
         labelled = mj.cross_entropy(outputs.logits, batch["label"])
-        return labelled + mj.rkd_loss(outputs.features, batch["teacher_features"])
+        features = mj.whole_batch((outputs.features, batch["teacher_features"]), config.axis_name)
+        return labelled + mj.rkd_loss(*features)
 
     def dkd(logits: Any, batch: "mj.Batch") -> Any:
         label = batch["label"]
@@ -273,13 +274,16 @@ def _objectives(
         return mj.cross_entropy(logits, label) + mj.nkd_loss(logits, batch["teacher_logits"], label)
 
     source_apply, target_apply = source.apply, target.apply
+    mixed = partial(mj.mixed, axis_name=config.axis_name)
     teacher = mj.logits_teacher(source_apply)
     feature_teacher = mj.logits_teacher(mj.with_features(source_apply))
     agreeing = partial(config.agreeing, source, target_apply)
     return {
         "": lambda: Objective(task(target_apply)),
         "kd": lambda: Objective(task(target_apply, loss=kd), teacher),
-        "kd_mixed": lambda: Objective(task(_and_mixed(target_apply), loss=kd_mixed), _mixed_teacher(source_apply)),
+        "kd_mixed": lambda: Objective(
+            task(_and_mixed(target_apply, mixed), loss=kd_mixed), _mixed_teacher(source_apply, mixed)
+        ),
         "rkd": lambda: Objective(task(mj.with_features(target_apply), loss=rkd), feature_teacher),
         "dkd": lambda: Objective(task(target_apply, loss=dkd), teacher),
         "nkd": lambda: Objective(task(target_apply, loss=nkd), teacher),
@@ -288,12 +292,12 @@ def _objectives(
     }
 
 
-def _and_mixed(apply_fn: "ModelApply") -> "ModelApply":
+def _and_mixed(apply_fn: "ModelApply", mixed: "Callable[[Any], Any]") -> "ModelApply":
     """Returns the apply function with the logits of mixed images beside those of the images, as `Outputs.features`."""
 
     def apply(variables: Any, images: Any, **options: Any) -> Any:
         outputs = apply_fn(variables, images, **options)
-        between = apply_fn(variables, mj.mixed(images), **options)
+        between = apply_fn(variables, mixed(images), **options)
         if options.get("mutable"):
             return mj.Outputs(outputs[0], between[0]), outputs[1]
         return mj.Outputs(outputs, between)
@@ -301,9 +305,9 @@ def _and_mixed(apply_fn: "ModelApply") -> "ModelApply":
     return apply
 
 
-def _mixed_teacher(apply_fn: "ModelApply") -> "TeacherFn":
+def _mixed_teacher(apply_fn: "ModelApply", mixed: "Callable[[Any], Any]") -> "TeacherFn":
     def teacher(params: "mj.Params", model_state: Any, batch: "mj.Batch") -> "mj.Batch":
-        logits = apply_fn({"params": params, **model_state}, mj.mixed(batch["image"]), train=False)
+        logits = apply_fn({"params": params, **model_state}, mixed(batch["image"]), train=False)
         return {**batch, "mixed_logits": logits}
 
     return teacher

@@ -1,7 +1,5 @@
 """What a run is going to do, told before it starts."""
 
-import math
-
 import jax
 
 from experiments.config import RunConfig
@@ -10,6 +8,7 @@ from experiments.sources import Origin
 from merge_jax.data import num_examples
 from merge_jax.parallel import Layout
 from merge_jax.reports import Model, Moved, Plan
+from merge_jax.schedule import TransferSteps
 from merge_jax.types import Params
 
 __all__ = ["make_plan"]
@@ -60,14 +59,14 @@ def _model(role: Role, params: Params) -> Model:
 
 def _moments(scenario: Scenario, config: RunConfig) -> str:
     steps = scenario.schedule.target.steps
-    if config.cycle_end is not None:
-        return f"the cycle from transfer to transfer goes from {config.cycle} to {config.cycle_end} steps"
-    counts = {}
-    for name, method in scenario.methods.items():
-        if method.stop:
-            counts[name] = len(range(0, math.ceil(method.stop * steps), config.cycle))
+    counts = {
+        name: TransferSteps(config.cycle_over(steps), method.stop, steps).count()
+        for name, method in scenario.methods.items()
+        if method.stop
+    }
     told = [f"{name} {count}" for name, count in counts.items()]
-    return f"steps that transfer, of {steps}: {', '.join(told)} (every {config.cycle})" if told else ""
+    every = f"{config.cycle}" if config.cycle_end is None else f"{config.cycle}, at the end every {config.cycle_end}"
+    return f"steps that transfer, of {steps}: {', '.join(told)} (every {every})" if told else ""
 
 
 def _origin(scenario: Scenario, config: RunConfig, origin: Origin) -> str:

@@ -56,6 +56,8 @@ def check_run(scenario: Scenario, config: RunConfig) -> Checked:
     """
     origin = origin_of(scenario, config)
     stages = make_stages(scenario, config, origin)
+    if config.axis_name != scenario.axis_name:
+        raise ValueError(f"{scenario.name} is not made for --parallel pmap: take --parallel jit, which splits any run")
     if config.parallel == "pmap":
         layout = pmap_layout(config.devices)
     else:

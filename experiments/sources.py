@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 import jax
 
@@ -15,9 +16,16 @@ from merge_jax.joint import TrainState
 from merge_jax.trajectory import load_trajectory
 from merge_jax.weights import leaf_paths, load_params
 
-__all__ = ["Origin", "initial_key", "origin_of", "read_trajectory"]
+__all__ = ["PURPOSES", "Origin", "initial_key", "origin_of", "read_trajectory"]
 
 _PARAMS, _MODEL_STATE = "target/params", "target/model_state"  # On its own, the source is trained as a target.
+
+
+Purpose = Literal["source", "target", "adapter", "steps", "control", "source_steps"]
+"""What the keys of a seed are for: the starts of the three, the steps of a method, a control of the source, and the
+steps of the source that is trained on its own. None shares what it draws with another."""
+
+PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
 
 
 @dataclass(frozen=True)
@@ -53,7 +61,7 @@ def origin_of(scenario: Scenario, config: RunConfig) -> Origin:
         return Origin()
 
     def start(seed: int) -> TrainState:
-        return TrainState(*role.init(initial_key(seed, 0)), None)
+        return TrainState(*role.init(initial_key(seed, "source")), None)
 
     if config.source_control == "random":
         return Origin(lengths=lengths._replace(steps=0), read=start)
@@ -90,12 +98,9 @@ def origin_of(scenario: Scenario, config: RunConfig) -> Origin:
     return Origin(snapshots=counts[0], read=lambda seed: read_trajectory(folders[seed], start(seed)))
 
 
-def initial_key(seed: int, purpose: int) -> jax.Array:
-    """Returns the key of a seed for the source's start (0), the target's start (1) or the adapter's (2).
-
-    Of the kind that XLA compiles fastest: hundreds of small draws are a third of the compilation otherwise.
-    """
-    return jax.random.fold_in(jax.random.key(seed, impl="rbg"), purpose)
+def initial_key(seed: int, purpose: Purpose) -> jax.Array:
+    """Returns the key of a seed for one purpose; what it draws is the same on every backend."""
+    return jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), PURPOSES.index(purpose))
 
 
 def read_trajectory(folder: Path, start: TrainState) -> TrainState:

@@ -46,6 +46,7 @@ class Stage:
       snapshots: steps of the source's training, where the source is a trajectory.
       keep: how many checkpoints stay; None for all.
       other_seed: added to a seed for the start and the batches, not for the split.
+      of_source: whether it is the source on its own, which draws its start, its batches and its steps as the source.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Stage:
     snapshots: int | None = None
     keep: int | None = 2
     other_seed: int = 0
+    of_source: bool = False
 
     def lower(self, layout: Layout, steps: int, seeds: int | None) -> Lowered:
         """Returns the jitted epoch of up to `steps` steps, traced for the shapes of its arguments alone.
@@ -85,7 +87,7 @@ class Stage:
         """Returns the source of a seed as it starts; a trajectory starts as copies of that."""
         if "source" not in self.roles:
             return TrainState({}, {}, None)
-        source = TrainState(*self.roles["source"].init(initial_key(seed, 0)), None)
+        source = TrainState(*self.roles["source"].init(initial_key(seed, "source")), None)
         if self.snapshots is None:
             return source
         return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (self.snapshots, *leaf.shape)), source)
@@ -93,10 +95,10 @@ class Stage:
     def initial_state(self, seed: int, source: TrainState) -> JointState:
         """Returns the state before the first step; for a seed, it is the same for every method."""
         seed += self.other_seed
-        params, model_state = self.roles["target"].init(initial_key(seed, 1))
+        params, model_state = self.roles["target"].init(initial_key(seed, "source" if self.of_source else "target"))
         adapter = None if self.method.fit is None else self._fitted(seed, source, params)
         state = init_joint_state(
-            initial_key(seed, 2),
+            initial_key(seed, "adapter"),
             self.source_task,
             self.method.task,
             self.method.transfer,
@@ -107,12 +109,11 @@ class Stage:
             adapter=adapter,
             adapter_optimizer=self.optimizer,
         )
-        # What the steps draw is the same for a seed on its own and among others; that of an rbg key would not be.
-        return state.replace(key=jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), 3))
+        return state.replace(key=initial_key(seed, "source_steps" if self.of_source else "steps"))
 
     def _fitted(self, seed: int, source: TrainState, target_params: Params) -> Adapter:
         assert self.method.fit is not None
-        adapter = self.method.transfer.init(initial_key(seed, 2), source.params, target_params)
+        adapter = self.method.transfer.init(initial_key(seed, "adapter"), source.params, target_params)
         return self.method.fit(adapter, source, target_params, self.arrays(seed)["target"])
 
     def arrays(self, seed: int) -> dict[str, Batch]:
@@ -146,7 +147,12 @@ class Stage:
 
     def _indices(self, seed: int) -> dict[str, Callable[[int, int], np.ndarray]]:
         return {
-            role: indices_of(num_examples(self.roles[role].splits(seed).train), self.batch_size, seed + self.other_seed)
+            role: indices_of(
+                num_examples(self.roles[role].splits(seed).train),
+                self.batch_size,
+                seed + self.other_seed,
+                stream=int(role == "source" or self.of_source),
+            )
             for role in self._learning_roles
         }
 
@@ -241,6 +247,7 @@ def make_stages(scenario: Scenario, config: RunConfig, origin: Origin) -> dict[s
                 None,
                 Method(scenario.source_task),
                 origin.lengths,
+                of_source=True,
                 keep=2 if origin.snapshots is None else None,
                 other_seed=OTHER_SEED if config.source_control == "other_seed" else 0,
             )

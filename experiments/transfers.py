@@ -208,14 +208,16 @@ class TransferConfig(RunConfig):
         target_layers, source_layers = zip(
             *parse_pairs(self.agree, "a pair of layers", "stage1_0=stage1_0"), strict=True
         )
-        view = mj.mixed if self.view == "mixed" else None
+        view = partial(mj.mixed, axis_name=self.axis_name) if self.view == "mixed" else None
         of_features = mj.features_teacher(source.apply, source_layers, inputs=source.inputs, view=view)
 
         def both(params: Any, model_state: Any, batch: Any) -> Any:
             batch = of_features(params, model_state, batch)
             return batch if teacher is None else teacher(params, model_state, batch)
 
-        return Objective(task(mj.agreeing(apply, target_layers, weight=self.agreement, view=view)), both)
+        return Objective(
+            task(mj.agreeing(apply, target_layers, weight=self.agreement, view=view, axis_name=self.axis_name)), both
+        )
 
     def adapter_optimizer(self, schedule: Schedule) -> optax.GradientTransformation:
         """Returns the adapter's AdamW; its rate goes by the number of its own updates, one a transfer."""
@@ -223,7 +225,8 @@ class TransferConfig(RunConfig):
 
         rate: optax.ScalarOrSchedule = self.adapter_learning_rate
         if self.adapter_schedule == "cosine":
-            updates = max(2, round(self.stop * schedule.target.steps / self.cycle))
+            steps = schedule.target.steps
+            updates = max(2, mj.TransferSteps(self.cycle_over(steps), self.stop, steps).count())
             held = max(1, round(0.02 * updates))
             falling = optax.cosine_decay_schedule(rate, updates - held)
             rate = optax.join_schedules([optax.constant_schedule(rate), falling], [held])

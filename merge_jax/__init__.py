@@ -14,6 +14,7 @@ with epy.lazy_api_imports(globals()):
     from merge_jax.channel_wiring import Wiring, input_moments, wiring
     from merge_jax.checkpoint import CheckpointError, Checkpoints, DamagedCheckpointWarning, NotBitExactWarning
     from merge_jax.combinators import chain, scheduled, self_transfer, several_sources, without_source
+    from merge_jax.device_axis import whole_batch
     from merge_jax.epoch import augmented, make_epoch
     from merge_jax.guard import NumericFaultError
     from merge_jax.hosts import connect
@@ -23,7 +24,6 @@ with epy.lazy_api_imports(globals()):
         JointState,
         Task,
         TrainState,
-        adapter_adamw,
         init_joint_state,
         make_joint_step,
     )
@@ -36,12 +36,14 @@ with epy.lazy_api_imports(globals()):
     from merge_jax.methods import lpka_transfer, mlp_transfer, published_transfer
     from merge_jax.metrics import accuracy, top_k_accuracy
     from merge_jax.official import OfficialAdapter, export_official_adapter, load_official_adapter
+    from merge_jax.optimizers import adapter_adamw
     from merge_jax.parallel import DATA_AXIS, Layout, data_mesh, jit_layout, pmap_layout, state_shardings
     from merge_jax.parameter_generator import parameter_generator_transfer
     from merge_jax.paths import find_paths, flatten, replace, select
     from merge_jax.reparameterised import bake, make_reparameterised_step
     from merge_jax.retrieval import contrastive_loss, evaluate_retrieval, recall_at_k, retrieval_loss, retrieval_scores
     from merge_jax.routes import Route, match
+    from merge_jax.schedule import TransferSteps
     from merge_jax.seeds import over_seeds, stack_seeds, unstack_seeds
     from merge_jax.selection import weight_selection_transfer
     from merge_jax.span import evaluate_spans, span_loss
@@ -93,6 +95,7 @@ __all__ = [
     "TrainState",
     "Trajectory",
     "Transfer",
+    "TransferSteps",
     "Wiring",
     "accuracy",
     "adapter_adamw",
@@ -184,6 +187,7 @@ __all__ = [
     "vqa_loss",
     "vqa_scores",
     "weight_selection_transfer",
+    "whole_batch",
     "wiring",
     "with_features",
     "without_source",

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from merge_jax.checks import check_entries
+from merge_jax.device_axis import previous_example, whole_batch
 from merge_jax.paths import near_misses
 from merge_jax.types import Batch, ModelApply, ModelState, Params, TeacherFn
 
@@ -57,11 +58,13 @@ class Agreeing:
       outputs: of the model.
       features: of the layers that are compared, `[B, ...]` each.
       weight: of the disagreement in the loss.
+      axis_name: the axis of the devices that share the batch, if any.
     """
 
     outputs: Any
     features: tuple[jax.Array, ...]
     weight: float
+    axis_name: str | None = None
 
     def disagreement(self, batch: Batch) -> jax.Array:
         """Returns `mean over layers (1 - cka(target's, source's))`.
@@ -73,27 +76,34 @@ class Agreeing:
         given = batch[_FEATURES]
         if len(given) != len(self.features):
             raise ValueError(f"{len(self.features)} layers are to agree with {len(given)} of the source")
-        agreements = [cka(own, lax.stop_gradient(one)) for own, one in zip(self.features, given, strict=True)]
+        features, others = whole_batch((self.features, tuple(map(lax.stop_gradient, given))), self.axis_name)
+        agreements = [cka(own, other) for own, other in zip(features, others, strict=True)]
         return 1 - sum(agreements[1:], agreements[0]) / len(agreements)
 
 
-def mixed(inputs: jax.Array) -> jax.Array:
+def mixed(inputs: jax.Array, *, axis_name: str | None = None) -> jax.Array:
     """Returns the mean of each example and the one before it, `[B, ...]` to `[B, ...]`, float32.
 
     A view for `agreeing`: what lies between the examples, new at every step as batches are drawn anew, so that models
     are compared where there is no data too. Where examples are few, that is most of what a source can tell. Whole
     numbers that are no pixels (any type but uint8), such as tokens, cannot be averaged and stay as they are. Sources:
     mixup (Zhang et al., arXiv:1710.09412), and distillation on it (Beyer et al., arXiv:2106.05237), with equal weights
-    and neighbours in the batch as our choice: no key is needed.
+    and neighbours in the batch as our choice: no key is needed. Devices that share a batch along `axis_name` hand on
+    their last example.
     """
     if jnp.issubdtype(inputs.dtype, jnp.integer) and inputs.dtype != jnp.uint8:
         return inputs
     inputs = inputs.astype(jnp.float32)
-    return (inputs + jnp.roll(inputs, 1, axis=0)) / 2
+    return (inputs + previous_example(inputs, axis_name)) / 2
 
 
 def agreeing(
-    apply_fn: ModelApply, layers: Sequence[str], *, weight: float = 20.0, view: View | None = None
+    apply_fn: ModelApply,
+    layers: Sequence[str],
+    *,
+    weight: float = 20.0,
+    view: View | None = None,
+    axis_name: str | None = None,
 ) -> ModelApply:
     """Returns the target's apply function for a loss that also draws its features to those of the source.
 
@@ -110,6 +120,7 @@ def agreeing(
       weight: of the disagreement, 0 or more; at 0 the agreement is measured only.
       view: what of each input the features are taken on, such as `mixed`, which costs a second pass; None for the
         inputs as they are. The teacher must have the same.
+      axis_name: that of `make_joint_step`, under `pmap` or `shard_map`; features are compared over the whole batch.
 
     Raises:
       ValueError: no layers, or a weight that is no number of 0 or more; while tracing, a layer that is not there.
@@ -124,7 +135,7 @@ def agreeing(
         if view is not None:
             seen = map(view, inputs)
             _, _, features = _observe(apply_fn, layers, variables, *seen, mutable=asked, **options)
-        observed = Agreeing(outputs, features, weight)
+        observed = Agreeing(outputs, features, weight, axis_name)
         return observed if mutable is False else (observed, updates)
 
     return apply

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -85,6 +85,9 @@ class AlignedTransfer(RoutedTransfer):
         self = super().__new__(cls, init, apply, describe)
         self._fit = fit
         return self
+
+    def __getnewargs__(self) -> tuple[Any, ...]:  # noqa: D105
+        return (self.init, self.apply, self._describe, self._fit)
 
     def fit(self, moments: Mapping[str, jax.Array], source_params: Params, target_params: Params, /) -> Adapter:
         """Returns the adapter that keeps most of what the source's layers compute.

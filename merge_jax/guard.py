@@ -1,5 +1,7 @@
 """Guards against numbers that are not finite: what they would have spoilt stays as it was."""
 
+import math
+import warnings
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -9,7 +11,7 @@ import numpy as np
 
 from merge_jax.paths import flatten, some_of
 
-__all__ = ["NumericFaultError", "Skips", "all_finite", "check_finite", "keep_unless"]
+__all__ = ["NumericFaultError", "Rejections", "Skips", "all_finite", "check_finite", "keep_unless"]
 
 _Tree = TypeVar("_Tree")
 
@@ -41,6 +43,40 @@ def keep_unless(ok: jax.Array, new: _Tree, old: _Tree) -> _Tree:
     return jax.tree.map(lambda one, other: jnp.where(ok, one, other), new, old)
 
 
+class Rejections:
+    """Follows the transfers of a run, from the sums of metrics that it fetches, to tell of a run that had none."""
+
+    def __init__(self) -> None:  # noqa: D107
+        self._written: Any = 0.0
+        self._rejected: Any = 0.0
+        self._first: tuple[int, int, float, float] | None = None
+
+    def see(self, sums: Mapping[str, Any], count: int, step: int) -> None:
+        """Takes the sums of the metrics of `count` steps, with the number of steps done after them."""
+        if "adapter/rejected" not in sums:
+            return
+        rejected = np.asarray(sums["adapter/rejected"])
+        self._rejected = self._rejected + rejected
+        self._written = self._written + np.asarray(sums["adapter/transferred"])
+        if self._first is None and rejected.sum():
+            norms = (float(np.sum(sums[f"adapter/{name}"]) / rejected.sum()) for name in ("norm", "norm_before"))
+            self._first = (step - count, step - 1, *norms)
+
+    def warn(self) -> None:
+        """Warns where transfers were rejected and none was written, of any of several seeds."""
+        if self._first is None or not np.any((self._rejected > 0) & (self._written == 0)):
+            return
+        first, last, norm, before = self._first
+        when = f"step {first}" if first == last else f"steps {first} to {last}"
+        reason = "is too large" if math.isfinite(norm) else "has numbers that are not finite"
+        warnings.warn(
+            f"no transfer was written: all {round(float(np.max(self._rejected)))} were rejected, the first at {when}, "
+            f"where the merged target {reason}: norm {norm:.3g}, the target's own {before:.3g} (see largest_growth of "
+            "make_joint_step). The target learned alone",
+            stacklevel=3,
+        )
+
+
 class Skips:
     """Counts skipped updates in a row, of each model, from the sums of metrics that a run fetches."""
 
@@ -68,6 +104,6 @@ class Skips:
             worst = int(np.max(self._in_a_row[name]))
             if worst >= self._most:
                 raise NumericFaultError(
-                    f"loss or gradient of the {name.removesuffix(_SKIPPED)} was not finite in the last {worst} steps, "
+                    f"loss, gradient or update of the {name.removesuffix(_SKIPPED)} was not finite in the last {worst} steps, "
                     f"up to step {step}; its parameters are those before them. A smaller learning rate may help"
                 )

@@ -4,7 +4,7 @@ One pure function holds the whole of it, so that it compiles once and the transf
 part of it. Order and update rules follow the published training loop of arXiv:2404.13322.
 """
 
-import math
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -14,9 +14,13 @@ import optax
 from flax import struct
 from jax import lax
 
-from merge_jax.checks import check_at_least_one, check_choice, check_transfer
+from merge_jax.checks import check_choice, check_transfer
 from merge_jax.guard import all_finite, keep_unless
-from merge_jax.packing import pack, packed
+from merge_jax.optimizers import adapter_adamw, holds_parameters, optimizer_update
+from merge_jax.packing import pack
+from merge_jax.paths import flatten, some_of
+from merge_jax.schedule import TransferSteps
+from merge_jax.transfer import writes
 from merge_jax.types import Adapter, Batch, LossFn, Metrics, ModelState, Params, TeacherFn, Transfer
 
 __all__ = [
@@ -26,7 +30,6 @@ __all__ = [
     "Task",
     "TrainState",
     "UpdateRule",
-    "adapter_adamw",
     "adapter_metrics",
     "begin_step",
     "check_roles",
@@ -97,35 +100,6 @@ JointStep = Callable[[JointState, Mapping[str, Batch]], tuple[JointState, Metric
 """`(state, {"source": batch, "target": batch}) -> (state, metrics)`; pure, made to be jitted and donated."""
 
 
-def adapter_adamw(
-    learning_rate: optax.ScalarOrSchedule = 1e-3,
-    *,
-    weight_decay: float = 5e-4,
-    max_norm: float = 50.0,
-) -> optax.GradientTransformation:
-    """Returns the adapter's published optimizer: clip by global norm, then AdamW.
-
-    Only kernels decay; biases, norms and gates do not. Small leaves are updated as one vector. A schedule counts the
-    adapter's own updates, one per transfer. The published grid of rates is 0.1, 0.01, 0.001, 0.0001; 0.001 is our
-    choice among them.
-
-    Raises:
-      ValueError: a rate or a norm that is not a finite number above 0, or a decay that is not one of at least 0.
-    """
-    for name, value in {"learning_rate": learning_rate, "max_norm": max_norm}.items():
-        if not callable(value) and not 0 < value < math.inf:
-            raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
-    if not 0 <= weight_decay < math.inf:
-        raise ValueError(f"weight_decay must be a finite number of at least 0, got {weight_decay!r}")
-
-    def decays(params: dict[str, Any]) -> dict[str, Any]:
-        large = {path: path.endswith("kernel") for path in params["large"]}
-        return {name: large if name == "large" else name == "kernel" for name in params}
-
-    adamw = optax.adamw(learning_rate, weight_decay=weight_decay, mask=decays)
-    return packed(optax.chain(optax.clip_by_global_norm(max_norm), adamw))
-
-
 def init_joint_state(
     key: jax.Array,
     source: Task | None,
@@ -156,9 +130,23 @@ def init_joint_state(
       adapter_optimizer: the one that `make_joint_step` gets; `adapter_adamw()` if not given.
 
     Raises:
-      ValueError: for what is no task or no transfer, and whatever `transfer.init` finds wrong with the routes.
+      ValueError: for what is no task or no transfer, leaves of a model that learns that are no floats, and whatever
+        `transfer.init` finds wrong with the routes.
+
+    Warns:
+      UserWarning: the target's optimizer keeps parameters of its own, which a transfer does not reach.
     """
     check_tasks(source, target, transfer)
+    _check_trained("target", target_params)
+    if source is not None:
+        _check_trained("source", source_params)
+    if writes(transfer) and holds_parameters(target.optimizer, target_params):
+        warnings.warn(
+            "the target's optimizer keeps parameters of its own beside the target's (as schedule-free ones, COCOB, DoG and "
+            "Prodigy do): it may take back what a transfer writes, or be led astray by it. Take another, or "
+            "make_reparameterised_step, which writes nothing",
+            stacklevel=2,
+        )
     adapter_optimizer = adapter_optimizer or adapter_adamw()
     adapter_key, step_key = jax.random.split(key)
     adapter_params: Adapter = (
@@ -176,6 +164,19 @@ def init_joint_state(
         target=train_state(target, target_params, target_state),
         adapter=AdapterState(adapter_params, adapter_optimizer.init(adapter_params)),
     )
+
+
+def _check_trained(role: str, params: Params) -> None:
+    wrong = [
+        f"{path} ({dtype})"
+        for path, dtype in ((path, jnp.result_type(leaf)) for path, leaf in flatten(params).items())
+        if not jnp.issubdtype(dtype, jnp.inexact)
+    ]
+    if wrong:
+        raise ValueError(
+            f"the parameters of the {role} must be floats to learn, got {some_of(wrong, 3)}: leave random keys, counters and "
+            "the like out, for a module of NNX by nnx.split(model, nnx.Param, ...)"
+        )
 
 
 def _copy(leaf: Any) -> jax.Array:
@@ -200,8 +201,8 @@ def make_joint_step(
 
     At step `i`, with `T` and `S` the parameters of target and source as they stand:
 
-    1. if `i % cycle == 0` and `i < stop * num_steps`: `T' = transfer(adapter, S, T)`, otherwise `T' = T`
-       (self-learning);
+    1. if the step transfers, `i % cycle == 0` and `i < stop * num_steps`: `T' = transfer(adapter, S, T)`, otherwise
+       `T' = T` (self-learning); `TransferSteps(cycle, stop, num_steps)` says which steps those are;
     2. the source takes a gradient step on its batch, unless it is frozen;
     3. the target takes one on its batch from `T'`; its optimizer's state is left alone by the transfer;
     4. if step 1 transferred, the adapter takes one along `(d T' / d adapter)^T c`, where the cotangent `c` is
@@ -211,14 +212,16 @@ def make_joint_step(
        - `surrogate`: `T' - T_after_step_3`, as published and as in hypernetwork training: the output is drawn
          to where the target's optimizer went.
 
-    Faults of numbers spoil nothing (our choice): where the loss or the gradient of a model is not finite, that model
-    keeps its parameters, model state and optimizer state bit for bit, as if it had not had the step; where a transfer
-    gives numbers that are not finite, or `|T'| > largest_growth * |T|`, it is rejected and the target learns from `T`.
-    The adapter learns only from a transfer that was written and a target that has learned.
+    Faults of numbers spoil nothing (our choice): where the loss, the gradient or the optimizer's update of a model is
+    not finite, that model keeps its parameters, model state and optimizer state bit for bit, as if it had not had the
+    step, and without a transfer that was written at it; where a transfer gives numbers that are not finite, or
+    `|T'| > largest_growth * max(|T|, |S|)`, it is rejected and the target learns from `T`. The adapter learns only from
+    a transfer that was written and a target that has learned.
 
     Metrics are a flat dict of scalars: `source/...` and `target/...` for the loss and what each loss function
     reports; `source/skipped`, `target/skipped` and `adapter/skipped`, 1 where an update was skipped, else 0; and
-    `adapter/transferred`, `adapter/rejected` (1 or 0), `adapter/change` (`|T' - T| / |T|`) and
+    `adapter/transferred` (1 where `T'` was written and stayed), `adapter/rejected` (1 or 0), `adapter/change`
+    (`|T' - T| / |T|`, or `|T'|` where `T` is 0), `adapter/norm` and `adapter/norm_before` (`|T'|` and `|T|`) and
     `adapter/gradient_norm` (before clipping), which are 0 where nothing was to be transferred, and what the transfer
     has to `monitor`: `adapter/gate/<target path>` for learned gates, `adapter/gate` and `adapter/weight` for schedules.
 
@@ -226,35 +229,28 @@ def make_joint_step(
       source: the source's task; None freezes the source, and its batch is not needed.
       target: the target's task.
       transfer: the transfer.
-      cycle: steps from one transfer to the next, 1 or more (the published grid is 1 to 5); or a schedule of it by the
-        step, rounded, for transfers that grow rarer or denser (the outlook of arXiv:2404.13322).
+      cycle: steps from one transfer to the next, 1 or more, or a schedule of it by the step; see `TransferSteps`.
       stop: the fraction of `num_steps` after which only self-learning goes on; 0 means no transfer at all. A
         transfer that shares (`share_transfer`, the output `warm`) overwrites what the target has learned in the
         overlap, so it should stop early.
-      num_steps: the length of the run in steps; needed where `0 < stop < 1`.
+      num_steps: the length of the run in steps; needed where `0 < stop < 1` or the cycle is a schedule.
       update: `exact` or `surrogate`.
       teacher: adds the source's outputs to the target's batch before the target's loss, for distillation; it
         sees the source after step 2.
       adapter_optimizer: the adapter's optimizer; `adapter_adamw()` if not given.
-      largest_growth: how many times the norm of the target's parameters that of the merged ones may be.
+      largest_growth: how many times the norm of the merged parameters may be that of the target's or the source's,
+        whichever is larger.
       axis_name: the axis of a `pmap` or `shard_map` that splits the batch: gradients, losses, metrics and model states
-        are averaged over it, and every device draws its own dropout. None under `jit`, which needs no such thing.
+        are averaged over it, and every device draws its own dropout. Losses that compare examples with each other
+        need its name too (`agreeing`, `retrieval_loss`). None under `jit`, which needs no such thing.
 
     Raises:
-      ValueError: a cycle below 1, a stop outside [0, 1], without `num_steps` or before the first step, an unknown
-        update rule; while tracing, batches without one of the roles, or a state made for a frozen source where
-        this one has a task.
+      ValueError: as `TransferSteps`, or an unknown update rule; while tracing, batches without one of the roles, a
+        state made for a frozen source where this one has a task, an optimizer that needs more than values and
+        gradients, or under `axis_name` a model state of whole numbers, whose average means nothing.
     """
     check_tasks(source, target, transfer)
-    if not callable(cycle):
-        check_at_least_one(cycle=cycle)
-    if not 0 <= stop <= 1:
-        raise ValueError(f"stop must be a fraction in [0, 1], got {stop}")
-    until = None if stop == 1 or num_steps is None else round(stop * num_steps)
-    if 0 < stop < 1 and until is None:
-        raise ValueError(f"stop is {stop}, a fraction of the run: give num_steps too")
-    if stop > 0 and until == 0:
-        raise ValueError(f"stop is {stop} of {num_steps} steps, less than one: nothing would be transferred")
+    transfer_steps = TransferSteps(cycle, stop, num_steps)
     check_choice("update rule", update, get_args(UpdateRule))
     if not largest_growth > 0:
         raise ValueError(f"largest_growth must be above 0, got {largest_growth}")
@@ -273,34 +269,31 @@ def make_joint_step(
 
             merged, pullback = jax.vjp(apply, state.adapter.params)
             own = state.target.params
-            accepted = all_finite(pack(merged)) & (_norm(merged) <= largest_growth * _norm(own))
+            largest = largest_growth * jnp.maximum(_norm(own), _norm(state.source.params))
+            accepted = all_finite(pack(merged)) & (_norm(merged) <= largest)
             written = keep_unless(accepted, merged, own)
             new_target, grads, metrics = learn(target, state.target, written, target_batch, target_key, axis_name)
             cotangent = grads if update == "exact" else optax.tree.sub(written, new_target.params)
             (adapter_grads,) = pullback(cotangent)
             useful = accepted & (metrics["skipped"] == 0)
             new_adapter, skipped = learn_adapter(adapter_optimizer, state.adapter, adapter_grads, useful)
-            of_adapter = adapter_metrics(own, merged, adapter_grads, accepted)
+            of_adapter = adapter_metrics(own, merged, adapter_grads, transferred=useful, rejected=~accepted)
             return new_target, new_adapter, metrics, {**of_adapter, "skipped": skipped}
 
         def learn_alone() -> tuple[TrainState, AdapterState, Metrics, Metrics]:
             new_target, _, metrics = learn(
                 target, state.target, state.target.params, target_batch, target_key, axis_name
             )
-            names = ("transferred", "rejected", "change", "gradient_norm", "skipped")
-            return new_target, state.adapter, metrics, {name: jnp.zeros(()) for name in names}
+            return new_target, state.adapter, metrics, {name: jnp.zeros(()) for name in (*_ADAPTER_METRICS, "skipped")}
 
-        if stop == 0:
+        if transfer_steps.never:
             outcome = learn_alone()
-        elif cycle == 1 and stop == 1:
+        elif transfer_steps.always:
             outcome = transfer_and_learn()
         else:
             # The target's step stands in both branches, so the adapter's residuals live in one of them only:
             # steps without a transfer pay nothing for it, and no forward pass of the adapter runs twice.
-            transfers = state.step % _cycle_at(cycle, state.step) == 0
-            if until is not None:
-                transfers &= state.step < until
-            outcome = lax.cond(transfers, transfer_and_learn, learn_alone)
+            outcome = lax.cond(transfer_steps.includes(state.step), transfer_and_learn, learn_alone)
         new_target, new_adapter, target_metrics, of_adapter = outcome
         # The gates that this step used, not those it has learned.
         gates = transfer.at(state.step).monitor(state.adapter.params, state.source.params, state.target.params)
@@ -309,12 +302,6 @@ def make_joint_step(
         return new_state, metrics_by_role(source_metrics, target_metrics, {**of_adapter, **gates})
 
     return step
-
-
-def _cycle_at(cycle: int | optax.Schedule, step: jax.Array) -> Any:
-    if not callable(cycle):
-        return cycle
-    return jnp.maximum(1, jnp.round(jnp.asarray(cycle(step))).astype(jnp.int32))
 
 
 def check_tasks(source: Task | None, target: Task, transfer: Transfer) -> None:
@@ -332,20 +319,35 @@ def learn(
 ) -> tuple[TrainState, Params, Metrics]:
     """Takes one gradient step of a task from `params`; returns the new state, the gradient, and the metrics.
 
-    Where the loss or the gradient is not finite, the new state is the old one, and the metric `skipped` is 1.
+    Where the loss, the gradient or the update is not finite, the new state is the old one, and the metric `skipped` is
+    1.
     """
-    loss_and_grad = jax.value_and_grad(task.loss_fn, has_aux=True)
     if axis_name is not None:
         key = jax.random.fold_in(key, lax.axis_index(axis_name))
-    outcome = loss_and_grad(params, state.model_state, batch, key)
+        _check_averages(state.model_state)
+
+    def loss_fn(params: Params) -> tuple[jax.Array, tuple[ModelState, Metrics]]:
+        return task.loss_fn(params, state.model_state, batch, key)
+
+    outcome = jax.value_and_grad(loss_fn, has_aux=True)(params)
     if axis_name is not None:
         outcome = lax.pmean(outcome, axis_name)
     (loss, (model_state, metrics)), grads = outcome
-    updates, opt_state = task.optimizer.update(grads, state.opt_state, params)
-    # Looked at before the optimizer: clipping by the norm turns an infinite gradient into NaN everywhere.
-    ok = all_finite(loss, pack(grads))
+    updates, opt_state = optimizer_update(task.optimizer, grads, state.opt_state, params, loss, lambda p: loss_fn(p)[0])
+    # The gradient too: clipping by its norm turns an infinite one into NaN everywhere, the sign of it into a number. And
+    # the update, since an optimizer may make NaN of a finite gradient.
+    ok = all_finite(loss, pack(grads), pack(updates))
     new_state = keep_unless(ok, TrainState(optax.apply_updates(params, updates), model_state, opt_state), state)
     return new_state, grads, {"loss": loss, "skipped": _as_float32(~ok), **metrics}
+
+
+def _check_averages(model_state: ModelState) -> None:
+    whole = [path for path, leaf in flatten(model_state).items() if not jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    if whole:
+        raise ValueError(
+            f"the model state has numbers in {some_of(whole, 3)} that are no floats, and devices of one axis_name average "
+            "their states: train by jit with a batch that is split over the devices (jit_layout)"
+        )
 
 
 def learn_adapter(
@@ -353,7 +355,7 @@ def learn_adapter(
 ) -> tuple[AdapterState, jax.Array]:
     """Takes one step of the adapter along its gradient, where it is useful and finite; returns whether it skipped."""
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    ok = useful & all_finite(pack(grads))
+    ok = useful & all_finite(pack(grads), pack(updates))
     return keep_unless(ok, AdapterState(optax.apply_updates(state.params, updates), opt_state), state), _as_float32(~ok)
 
 
@@ -398,20 +400,22 @@ def metrics_by_role(source: Metrics, target: Metrics, adapter: Metrics) -> Metri
     return {f"{role}/{name}": value for role, metrics in roles.items() for name, value in metrics.items()}
 
 
-def adapter_metrics(old: Params, merged: Params, adapter_grads: Adapter, accepted: jax.Array) -> Metrics:
-    """Returns the adapter's metrics at a step that transfers, or would if it were accepted, float32 scalars."""
-    change = _norm(optax.tree.sub(merged, old)) / _norm(old)
-    metrics = {
-        "transferred": accepted,
-        "rejected": ~accepted,
-        "change": change,
-        "gradient_norm": _norm(adapter_grads),
-    }
-    return jax.tree.map(_as_float32, metrics)
+_ADAPTER_METRICS = ("transferred", "rejected", "change", "norm", "norm_before", "gradient_norm")
+
+
+def adapter_metrics(
+    old: Params, merged: Params, adapter_grads: Adapter, *, transferred: jax.Array, rejected: jax.Array
+) -> Metrics:
+    """Returns the adapter's metrics at a step that was to transfer, float32 scalars."""
+    norm_before = _norm(old)
+    change = _norm(optax.tree.sub(merged, old)) / jnp.where(norm_before > 0, norm_before, 1)
+    values = (transferred, rejected, change, _norm(merged), norm_before, _norm(adapter_grads))
+    return {name: _as_float32(value) for name, value in zip(_ADAPTER_METRICS, values, strict=True)}
 
 
 def _norm(tree: Any) -> jax.Array:
-    return optax.tree.norm(pack(tree))
+    """Returns the norm of all leaves that are floats: a frozen source may have others too."""
+    return optax.tree.norm([leaf for leaf in jax.tree.leaves(pack(tree)) if jnp.issubdtype(leaf.dtype, jnp.inexact)])
 
 
 def _as_float32(x: jax.Array) -> jax.Array:

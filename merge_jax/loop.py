@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from merge_jax.checkpoint import Checkpoints
-from merge_jax.guard import Skips
+from merge_jax.guard import Rejections, Skips
 from merge_jax.types import Batch, Metrics
 
 __all__ = ["Advance", "Report", "run_loop", "stepwise"]
@@ -92,6 +92,9 @@ def run_loop(
     Raises:
       ValueError: a number of steps below 1, or saves that do not fall on reports.
       NumericFaultError: as many updates of one model in a row were skipped; what was saved stays.
+
+    Warns:
+      UserWarning: transfers were rejected, and none was written.
     """
     for name, value in (
         ("num_steps", num_steps),
@@ -107,7 +110,7 @@ def run_loop(
         )
     done = int(state.step)
     window: list[tuple[int, Metrics]] = []
-    skips = Skips(most_skipped)
+    skips, rejections = Skips(most_skipped), Rejections()
     while done < num_steps:
         next_report = min(num_steps, (done // report_every + 1) * report_every)
         count = min(steps_per_call, next_report - done)
@@ -116,7 +119,7 @@ def run_loop(
         done += count
         score = None
         if done == next_report:
-            score = report(done, _means(window, done, skips), state)
+            score = report(done, _means(window, done, skips, rejections), state)
             window = []
         if on_steps is not None:
             on_steps(count)
@@ -126,10 +129,11 @@ def run_loop(
             checkpoints.save(done, state, score=score)
         if stops:
             break
+    rejections.warn()
     return state
 
 
-def _means(window: list[tuple[int, Metrics]], done: int, skips: Skips) -> dict[str, Any]:
+def _means(window: list[tuple[int, Metrics]], done: int, skips: Skips, rejections: Rejections) -> dict[str, Any]:
     # Fetched at once: reading each metric after its step would make the device wait for the host.
     fetched: list[tuple[int, Any]] = jax.device_get(window)
     steps = sum(count for count, _ in fetched)
@@ -137,4 +141,5 @@ def _means(window: list[tuple[int, Metrics]], done: int, skips: Skips) -> dict[s
     for count, sums in fetched:
         at += count
         skips.see(sums, count, at)
+        rejections.see(sums, count, at)
     return {name: np.sum([sums[name] for _, sums in fetched], axis=0) / steps for name in fetched[0][1]}

@@ -10,7 +10,12 @@ __all__ = ["cross_entropy", "distillation_loss", "dkd_loss", "nkd_loss", "rkd_lo
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Returns `-log softmax(z)[y]` in nats, `[...]`, for logits `z [..., C]` and integer labels `y [...]` in [0, C)."""
+    """Returns `-log softmax(z)[y]` in nats, `[...]`, for logits `z [..., C]` and integer labels `y [...]` in [0, C).
+
+    Raises:
+      ValueError: labels of another shape than the logits have without their last axis.
+    """
+    _check_labels(logits, labels)
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
 
 
@@ -29,10 +34,12 @@ def distillation_loss(
     teacher gets no gradient. Source: Hinton et al., arXiv:1503.02531; 4 and 0.9 are usual in its followers.
 
     Raises:
-      ValueError: a temperature that is not above 0, or a weight outside [0, 1].
+      ValueError: a temperature that is not above 0, a weight outside [0, 1], logits of different shapes or of fewer
+        than two classes, or labels that do not fit them.
     """
     _check_temperature(temperature)
     _check_fraction(weight)
+    _check_logits(logits, teacher_logits, labels)
     log_student = jax.nn.log_softmax(logits / temperature)
     log_teacher = jax.nn.log_softmax(jax.lax.stop_gradient(teacher_logits) / temperature)
     divergence = optax.losses.kl_divergence_with_log_targets(log_student, log_teacher)
@@ -249,10 +256,16 @@ def _check_weights(**weights: float) -> None:
 
 def _check_logits(logits: jax.Array, teacher_logits: jax.Array, labels: jax.Array) -> None:
     """Raises ValueError unless both logits are `[..., C]` with at least two classes, and the labels `[...]`."""
-    shape, teacher_shape, labels_shape = jnp.shape(logits), jnp.shape(teacher_logits), jnp.shape(labels)
+    shape, teacher_shape = jnp.shape(logits), jnp.shape(teacher_logits)
     if shape != teacher_shape:
         raise ValueError(f"logits and teacher_logits must have one shape [..., C], got {shape} and {teacher_shape}")
     if not shape or shape[-1] < 2:
         raise ValueError(f"logits must have at least 2 classes on their last axis, got shape {shape}")
-    if labels_shape != shape[:-1]:
+    _check_labels(logits, labels)
+
+
+def _check_labels(logits: jax.Array, labels: jax.Array) -> None:
+    """Raises ValueError unless logits are `[..., C]` and labels `[...]`."""
+    shape, labels_shape = jnp.shape(logits), jnp.shape(labels)
+    if not shape or labels_shape != shape[:-1]:
         raise ValueError(f"labels of logits {shape} must have shape {shape[:-1]}, got {labels_shape}")

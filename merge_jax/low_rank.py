@@ -17,6 +17,8 @@ __all__ = ["LowRankConv", "LowRankDense", "core_bases", "decode", "encode", "row
 # the best one also where singular values fall slowly (Halko, Martinsson & Tropp, arXiv:0909.4061, section 4).
 _OVERSAMPLING = 8
 _POWER_ITERATIONS = 2
+# Of a matrix of some dozen rows: directions whose singular values are a tenth apart are told apart to 1e-3.
+_ROTATIONS = 32
 
 
 def row_basis(matrix: jax.Array, rank: int) -> jax.Array:
@@ -35,15 +37,30 @@ def row_basis(matrix: jax.Array, rank: int) -> jax.Array:
     _check_rank(rank, m, n)
     matrix = lax.stop_gradient(matrix)
     samples = min(rank + _OVERSAMPLING, m, n)
-    basis = _orthonormal(matrix @ jax.random.normal(jax.random.key(0), (n, samples), matrix.dtype))
+    basis = _orthonormal(_product(matrix, jax.random.normal(jax.random.key(0), (n, samples), matrix.dtype)))
     for _ in range(_POWER_ITERATIONS):
         # The barrier keeps XLA from turning `(B^T W)^T` into `W^T B`, which is several times slower on a CPU.
-        rows = lax.optimization_barrier(basis.T @ matrix)
-        basis = _orthonormal(matrix @ _orthonormal(rows.T))
-    small = _scaled(basis.T @ matrix)
-    _, vectors = jnp.linalg.eigh(small @ small.T)  # Rising order.
-    basis = basis @ vectors[:, ::-1][:, :rank]
-    return _with_fixed_signs(basis)
+        rows = lax.optimization_barrier(_product(basis.T, matrix))
+        basis = _orthonormal(_product(matrix, _orthonormal(rows.T)))
+    return _with_fixed_signs(_product(basis, _leading_directions(_product(basis.T, matrix))[:, :rank]))
+
+
+def _leading_directions(rows: jax.Array) -> jax.Array:
+    """Returns the left singular vectors of a few rows `[k, n]`, `[k, k]`, in falling order of singular values.
+
+    By orthogonal iteration, and not by an eigendecomposition, which accelerators are slow at and compile for long.
+    """
+    rows = _scaled(rows)
+    gram = _product(rows, rows.T)
+    # Scaled each time, so that directions of small singular values neither vanish nor come out as they went in.
+    return lax.fori_loop(
+        0, _ROTATIONS, lambda _, q: _orthonormal(_product(gram, q)), jnp.eye(len(rows), dtype=rows.dtype)
+    )
+
+
+def _product(a: jax.Array, b: jax.Array) -> jax.Array:
+    # In full precision on accelerators too: columns that are rounded to ten bits are not orthogonal.
+    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
 
 
 def core_bases(matrix: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
@@ -56,7 +73,7 @@ def core_bases(matrix: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
       ValueError: the rank is below 1 or above `min(m, n)`.
     """
     left = row_basis(matrix, rank)
-    right = _orthonormal((left.T @ lax.stop_gradient(matrix)).T)
+    right = _orthonormal(_product(left.T, lax.stop_gradient(matrix)).T)
     return left, _with_fixed_signs(right)
 
 

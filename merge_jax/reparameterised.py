@@ -12,13 +12,13 @@ from merge_jax.joint import (
     JointStep,
     Task,
     TrainState,
-    adapter_adamw,
     adapter_metrics,
     begin_step,
     check_tasks,
     learn_adapter,
     metrics_by_role,
 )
+from merge_jax.optimizers import adapter_adamw, optimizer_update
 from merge_jax.packing import pack
 from merge_jax.types import Adapter, Batch, Metrics, Params, TeacherFn, Transfer
 
@@ -41,8 +41,8 @@ def make_reparameterised_step(
     Beyond arXiv:2404.13322, whose transfers are written at every `cycle`-th step. A state of `init_joint_state`
     serves both kinds of step.
 
-    Where the loss or the gradient of the target is not finite, target and adapter stay as they were, as in
-    `make_joint_step`. Metrics are those of `make_joint_step`; `adapter/transferred` is always 1.
+    Where the loss, the gradient or the update of the target is not finite, target and adapter stay as they were, as in
+    `make_joint_step`. Metrics are those of `make_joint_step`; `adapter/transferred` is 1 where the target learned.
 
     Args:
       source: the source's task; None freezes the source, and its batch is not needed.
@@ -68,12 +68,21 @@ def make_reparameterised_step(
 
         gradient = jax.grad(loss, argnums=(0, 1), has_aux=True)
         (adapter_grads, grads), (merged, model_state, metrics) = gradient(state.adapter.params, state.target.params)
-        updates, opt_state = target.optimizer.update(grads, state.target.opt_state, state.target.params)
-        ok = all_finite(metrics["loss"], pack(grads))
+        updates, opt_state = optimizer_update(
+            target.optimizer,
+            grads,
+            state.target.opt_state,
+            state.target.params,
+            metrics["loss"],
+            lambda params: loss(state.adapter.params, params)[0],
+        )
+        ok = all_finite(metrics["loss"], pack(grads), pack(updates))
         new_target = TrainState(optax.apply_updates(state.target.params, updates), model_state, opt_state)
         new_target = keep_unless(ok, new_target, state.target)
         new_adapter, skipped = learn_adapter(adapter_optimizer, state.adapter, adapter_grads, ok)
-        of_adapter = adapter_metrics(state.target.params, merged, adapter_grads, jnp.array(True))
+        of_adapter = adapter_metrics(
+            state.target.params, merged, adapter_grads, transferred=ok, rejected=jnp.array(False)
+        )
         metrics["skipped"] = jnp.asarray(~ok, jnp.float32)
         gates = now.monitor(state.adapter.params, state.source.params, state.target.params)
         new_state = state.replace(step=state.step + 1, source=new_source, target=new_target, adapter=new_adapter)

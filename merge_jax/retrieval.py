@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from merge_jax.checks import check_at_least_one, check_entries
+from merge_jax.device_axis import whole_batch
 from merge_jax.tasks import model_loss
 from merge_jax.types import Batch, LossFn, ModelApply, ModelState, Params
 
@@ -115,7 +116,7 @@ def contrastive_loss(image: jax.Array, text: jax.Array, group: jax.Array, scale:
     return -(share * log_p).sum(axis=1) / 2
 
 
-def retrieval_loss(apply_fn: ModelApply) -> LossFn:
+def retrieval_loss(apply_fn: ModelApply, *, axis_name: str | None = None) -> LossFn:
     """Returns the loss function of a model of two encoders: the mean of `contrastive_loss`, in nats.
 
     Metric `accuracy`: the fraction in [0, 1] of images whose most similar text in the batch is of their group.
@@ -125,15 +126,16 @@ def retrieval_loss(apply_fn: ModelApply) -> LossFn:
         `text [B, D]` and `scale []` as attributes of what it returns, as `merge_jax.models.DualEncoder`; its
         collections update, and dropout draws from the step's key. The batch has the entries `image`, `tokens` and
         `group`, int `[B]`.
+      axis_name: that of `make_joint_step`, under `pmap` or `shard_map`; pairs are compared over the whole batch.
 
     Raises:
       ValueError: while tracing, for a batch that lacks an entry or embeddings that do not fit it.
     """
 
     def of(embeddings: Any, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
-        group = jnp.asarray(batch["group"])
-        losses = contrastive_loss(embeddings.image, embeddings.text, group, embeddings.scale)
-        best = jnp.argmax(embeddings.image @ embeddings.text.T, axis=1)
+        image, text, group = whole_batch((embeddings.image, embeddings.text, jnp.asarray(batch["group"])), axis_name)
+        losses = contrastive_loss(image, text, group, embeddings.scale)
+        best = jnp.argmax(image @ text.T, axis=1)
         return losses, {"accuracy": (group[best] == group).mean()}
 
     return model_loss(apply_fn, ("image", "tokens"), of, needs=("group",))

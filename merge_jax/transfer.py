@@ -11,7 +11,7 @@ from merge_jax.routes import ResolvedRoute, Routes, as_routes, check_view, resol
 from merge_jax.types import Adapter, ApplyFn, InitFn, Metrics, Params, RouteSummary, Transfer
 from merge_jax.views import AttentionView, ViewName
 
-__all__ = ["RoutedTransfer", "identity_transfer", "route_summary", "share_transfer"]
+__all__ = ["RoutedTransfer", "identity_transfer", "route_summary", "share_transfer", "writes"]
 
 MonitorFn = Callable[[Adapter, Params, Params], Metrics]
 """`(adapter, source_params, target_params) -> scalars by name`; see `Transfer.monitor`."""
@@ -72,22 +72,24 @@ def share_transfer(routes: Routes, *, view: ViewName = "matrix") -> Transfer:
 
 def identity_transfer() -> Transfer:
     """Returns the transfer that moves nothing: `T' = T`. The baseline "vanilla"; the adapter is empty."""
+    return Transfer(_nothing, _unchanged)
 
-    def init(key: jax.Array, source_params: Params, target_params: Params) -> Adapter:
-        del key, source_params, target_params  # There is nothing to learn.
-        return {}
 
-    def apply(
-        adapter: Adapter,
-        source_params: Params,
-        target_params: Params,
-        *,
-        key: jax.Array | None = None,
-    ) -> Params:
-        del adapter, source_params, key  # Nothing moves.
-        return target_params
+def _nothing(key: jax.Array, source_params: Params, target_params: Params) -> Adapter:
+    del key, source_params, target_params  # There is nothing to learn.
+    return {}
 
-    return Transfer(init, apply)
+
+def _unchanged(
+    adapter: Adapter, source_params: Params, target_params: Params, *, key: jax.Array | None = None
+) -> Params:
+    del adapter, source_params, key  # Nothing moves.
+    return target_params
+
+
+def writes(transfer: Transfer) -> bool:
+    """Returns whether a transfer may change the target: any but `identity_transfer()`."""
+    return transfer.apply is not _unchanged
 
 
 class RoutedTransfer(Transfer):
@@ -108,6 +110,10 @@ class RoutedTransfer(Transfer):
         self = super().__new__(cls, init, apply)
         self._describe, self._at, self._monitor = describe, at, monitor
         return self
+
+    def __getnewargs__(self) -> tuple[Any, ...]:  # noqa: D105
+        # A copy, and what another process is sent, is made of all five, not of the two that unpack.
+        return (self.init, self.apply, self._describe, self._at, self._monitor)
 
     def at(self, step: jax.Array | int, /) -> Transfer:
         """Returns the transfer as it is at a step."""

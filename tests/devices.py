@@ -1,9 +1,10 @@
 """A program for test_parallel.py: it trains five steps on several devices, in a process of its own.
 
-    python -m tests.devices OUT MODE DEVICES [COORDINATOR NUM_PROCESSES PROCESS_ID]
+    python -m tests.devices OUT DEVICES MODES [COORDINATOR NUM_PROCESSES PROCESS_ID]
 
-It writes the losses of each step and the final parameters to OUT/<mode><devices>.npz, and saves a checkpoint to
-OUT/checkpoints-<mode><devices>. The number of devices must be known before JAX starts, hence the process.
+Of each mode, such as `jit8`, it writes the losses of each step to OUT/<mode>.json and saves a checkpoint to
+OUT/checkpoints-<mode>; `losses` writes what losses that compare examples are on the devices together and on one. The
+number of devices must be known before JAX starts, hence the process.
 """
 
 import json
@@ -11,20 +12,25 @@ import os
 import sys
 from pathlib import Path
 
-out, mode, devices, *others = sys.argv[1:]
-local = int(devices) // (int(others[1]) if others else 1)
-os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={local} --xla_backend_optimization_level=0"
+if __name__ == "__main__":
+    _, out, devices, modes, *others = sys.argv
+    local = int(devices) // (int(others[1]) if others else 1)
+    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={local} --xla_backend_optimization_level=0"
 
 # ruff: noqa: E402
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import lax
 
 import merge_jax as mj
+from merge_jax.agreement import Agreeing
+from merge_jax.models.image_text import Embeddings
 from tests import helpers
 
 STEPS, BATCH = 5, 16
-# One of its attentions: seven processes compile it.
+# One of its attentions: it is compiled for every mode.
 TRANSFER = mj.lpka_transfer(
     helpers.ROUTES,
     num_layers=1,
@@ -59,12 +65,10 @@ def initial_state():
     )
 
 
-def main():
-    if others:
-        mj.connect(others[0], int(others[1]), int(others[2]), timeout=60)
-    assert len(jax.devices()) == int(devices)
+def train(folder, mode, number):
+    """Trains on so many devices, reads what is saved there already, and saves what came out."""
     axis_name = mj.DATA_AXIS if mode == "pmap" else None
-    layout = mj.pmap_layout() if mode == "pmap" else mj.jit_layout(mj.data_mesh(), sharded=mode == "sharded")
+    layout = mj.pmap_layout(number) if axis_name else mj.jit_layout(mj.data_mesh(number), sharded=mode == "sharded")
     step = mj.make_joint_step(*make_tasks(axis_name), TRANSFER, cycle=2, axis_name=axis_name)
     state = layout.put_state(initial_state())
     examples = helpers.batch(0, size=STEPS * BATCH)
@@ -79,7 +83,7 @@ def main():
         state, metrics = epoch(state, arrays, placed, np.int32(1))
         losses.append([float(metrics[name]) for name in ("source/loss", "target/loss", "adapter/gradient_norm")])
 
-    name, folder = f"{mode}{devices}", Path(out)
+    name = f"{mode}{number}"
     with mj.Checkpoints(folder / f"checkpoints-{name}") as checkpoints:
         checkpoints.save(STEPS, state)
     restored = {}
@@ -93,6 +97,62 @@ def main():
         leaves = [leaf for leaf in jax.tree.leaves(state.adapter) if leaf.size >= 2**12]
         share = max(leaf.addressable_shards[0].data.size / leaf.size for leaf in leaves)
         (folder / f"{name}.json").write_text(json.dumps({"losses": losses, "share": share, "restored": restored}))
+
+
+def compare_losses(folder, number):
+    """Writes value and gradient of losses that compare examples, on one device and on all."""
+    model = helpers.Tiny(4, dropout=0.0)
+    params, _ = helpers.variables(model, 0)
+    images, texts = (jnp.asarray(helpers.batch(seed)["x"]) for seed in (0, 1))
+
+    def embeddings(variables, image, tokens, *, train, mutable=(), rngs=None):
+        kernel = variables["params"]["hidden"]["kernel"]
+        return Embeddings(image @ kernel, tokens @ kernel, 1.0), {}
+
+    def losses_of(axis_name):
+        def features(params, x):
+            return jnp.tanh(x @ params["hidden"]["kernel"])
+
+        def agreement(params, batch):
+            seen = mj.mixed(batch["image"], axis_name=axis_name)
+            agreeing = Agreeing(None, (features(params, seen),), 1.0, axis_name)
+            return agreeing.disagreement({"source_features": (seen**2,)})
+
+        def relations(params, batch):
+            return mj.rkd_loss(*mj.whole_batch((features(params, batch["image"]), batch["tokens"]), axis_name))
+
+        def retrieval(params, batch):
+            return mj.retrieval_loss(embeddings, axis_name=axis_name)(params, {}, batch, jax.random.key(0))[0]
+
+        return {"agreement": agreement, "relations": relations, "retrieval": retrieval}
+
+    batch = {"image": images, "tokens": texts, "group": jnp.arange(BATCH) // 3}
+    found = {}
+    for name, loss in losses_of(None).items():
+        value, gradient = jax.value_and_grad(loss)(params, batch)
+        found[name] = {"one": [float(value), np.asarray(gradient["hidden"]["kernel"]).tolist()]}
+    parts = jax.tree.map(lambda leaf: leaf.reshape(number, -1, *leaf.shape[1:]), batch)
+    for name, loss in losses_of(mj.DATA_AXIS).items():
+        averaged = jax.pmap(
+            lambda params, batch, loss=loss: lax.pmean(jax.value_and_grad(loss)(params, batch), mj.DATA_AXIS),
+            mj.DATA_AXIS,
+            in_axes=(None, 0),
+            out_axes=None,
+        )
+        value, gradient = averaged(params, parts)
+        found[name]["all"] = [float(value), np.asarray(gradient["hidden"]["kernel"]).tolist()]
+    (folder / "losses.json").write_text(json.dumps(found))
+
+
+def main():
+    if others:
+        mj.connect(others[0], int(others[1]), int(others[2]), timeout=60)
+    assert len(jax.devices()) == int(devices)
+    for mode in modes.split(","):
+        if mode == "losses":
+            compare_losses(Path(out), int(devices))
+        else:
+            train(Path(out), mode.rstrip("0123456789"), int(mode.lstrip("abcdefghijklmnopqrstuvwxyz")))
 
 
 if __name__ == "__main__":

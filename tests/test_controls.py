@@ -9,11 +9,12 @@ from experiments import cross_structure, self_transfer
 from experiments.cli import parse
 from experiments.controls import OTHER_SEED, controlled
 from experiments.runner import check_run
-from experiments.sources import initial_key, origin_of
+from experiments.sources import PURPOSES, initial_key, origin_of
 from experiments.stages import make_stages
 from merge_jax.data import indices_of, num_examples
 from merge_jax.joint import TrainState
 from merge_jax.paths import flatten
+from tests.tiny import tiny
 
 LITTLE = [
     *("smoke", "--steps", "4", "--source-steps", "4", "--report-every", "2", "--checkpoint-every", "4"),
@@ -89,10 +90,44 @@ def test_controls_of_the_training_leave_the_source_as_it_is(control):
 def test_random_is_the_source_as_it_starts_and_trains_none():
     scenario, origin, stages = stages_of("--source-control", "random")
     assert list(stages) == ["share"]
-    params, model_state = scenario.source.init(initial_key(1, 0))
+    params, model_state = scenario.source.init(initial_key(1, "source"))
     found = origin.read(1)
     assert_equal_trees(found.params, params)
     assert_equal_trees(found.model_state, model_state)
+
+
+def test_random_is_the_start_of_the_source_that_a_run_trains():
+    _, origin, _ = stages_of("--source-control", "random")
+    _, _, plain = stages_of()
+    start = plain["source"].initial_state(1, TrainState({}, {}, None)).target
+    assert_equal_trees(origin.read(1).params, start.params)
+
+
+def test_source_and_target_share_nothing_that_is_drawn():
+    """Equal models on equal data: else leaves of one path and shape start alike, and batches come in one order."""
+    config = parse(tiny.PRESETS, "", "", ["--labels", "None"])
+    config.check()
+    scenario = tiny.build(config)
+    stages = make_stages(scenario, config, origin_of(scenario, config))
+    fresh = stages["share"].fresh_source(0)
+    of_source = stages["source"].initial_state(0, TrainState({}, {}, None))
+    of_target = stages["share"].initial_state(0, fresh)
+    kernels = [state.target.params["fc"]["kernel"] for state in (of_source, of_target)]
+    assert not np.isin(*kernels).any()
+    assert not np.array_equal(*(jax.random.key_data(state.key) for state in (of_source, of_target)))
+    orders = [stages[name].indices_at(0)(0, 4)["target"] for name in ("source", "share")]
+    assert not np.array_equal(*orders)
+    # The source that learns beside the target begins and reads as the one that was trained before it.
+    config = parse(tiny.PRESETS, "", "", ["--labels", "None", "--source", "live"])
+    live = make_stages(scenario, config, origin_of(scenario, config))["share"]
+    assert_equal_trees(live.fresh_source(0).params, of_source.target.params)
+    np.testing.assert_array_equal(live.indices_at(0)(0, 4)["source"], orders[0])
+
+
+def test_keys_of_a_seed_are_all_different_and_no_backend_matters():
+    keys = {tuple(jax.random.key_data(initial_key(seed, purpose)).tolist()) for seed in (0, 1) for purpose in PURPOSES}
+    assert len(keys) == 2 * len(PURPOSES)
+    assert all(jax.random.key_impl(initial_key(0, purpose)) == "threefry2x32" for purpose in PURPOSES)
 
 
 def test_other_seed_is_another_start_and_other_batches_of_the_same_split():
@@ -109,7 +144,7 @@ def test_other_seed_is_another_start_and_other_batches_of_the_same_split():
     np.testing.assert_array_equal(*keys)
     assert_equal_trees(theirs.arrays(0), mine.arrays(0))
     size = num_examples(mine.roles["target"].splits(0).train)
-    order = indices_of(size, mine.batch_size, OTHER_SEED)(0, 4)
+    order = indices_of(size, mine.batch_size, OTHER_SEED, stream=1)(0, 4)
     np.testing.assert_array_equal(theirs.indices_at(0)(0, 4)["target"], order)
     assert not np.array_equal(mine.indices_at(0)(0, 4)["target"], order)
     # What receives is the same.

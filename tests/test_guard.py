@@ -9,7 +9,7 @@ import pytest
 
 import merge_jax as mj
 from merge_jax.checkpoint import Checkpoints
-from merge_jax.guard import NumericFaultError, Skips, all_finite, check_finite, keep_unless
+from merge_jax.guard import NumericFaultError, Rejections, Skips, all_finite, check_finite, keep_unless
 from merge_jax.loop import run_loop, stepwise
 from tests import helpers
 
@@ -145,6 +145,76 @@ def test_an_output_within_bounds_is_written_and_the_bounds_can_be_moved():
     assert not np.allclose(written.target.params["fc"]["kernel"], rejected.target.params["fc"]["kernel"])
     with pytest.raises(ValueError, match="largest_growth must be above 0, got 0"):
         helpers.joint_step(transfer, largest_growth=0)
+
+
+def scalar_run(target, factor, num_steps=4, **options):
+    """A run of a transfer that gives the target times a factor, or the source where there is no target."""
+
+    def apply(adapter, source_params, target_params, *, key=None):
+        return jax.tree.map(lambda own, other: own * factor + other, target_params, source_params)
+
+    def loss_fn(params, model_state, batch, key):
+        return (params["w"] * batch["x"]).sum(), (model_state, {})
+
+    transfer = mj.Transfer(lambda key, source, target: {}, apply)
+    task = mj.Task(loss_fn, optax.sgd(0.0))
+    state = mj.init_joint_state(
+        jax.random.key(0), None, task, transfer, source_params={"w": jnp.ones(4)}, target_params={"w": target}
+    )
+    step = mj.make_joint_step(None, task, transfer, cycle=2, num_steps=num_steps, **options)
+    return run_loop(
+        stepwise(jax.jit(step), lambda i: {"target": {"x": jnp.ones(4)}}),
+        state,
+        num_steps=num_steps,
+        report_every=2,
+        report=lambda *unused: None,
+    )
+
+
+def test_a_target_of_zeros_takes_its_first_write():
+    state = scalar_run(jnp.zeros(4), 1.0, stop=0.25)
+    np.testing.assert_array_equal(state.target.params["w"], np.ones(4))
+
+
+@pytest.mark.parametrize(("factor", "reason"), [
+    (1e9, r"is too large: norm 2e\+09, the target's own 2 "),
+    (np.nan, r"has numbers that are not finite: norm nan, the target's own 2 "),
+])  # fmt: skip
+def test_a_run_without_any_transfer_ends_with_a_warning(factor, reason):
+    with pytest.warns(UserWarning, match=rf"all 2 were rejected, the first at step 0, .* {reason}") as caught:
+        scalar_run(jnp.ones(4), factor)
+    assert caught[0].filename == __file__
+
+
+def test_a_run_with_some_transfer_ends_without():
+    rejections = Rejections()
+    for rejected in (1, 0):
+        sums = {"adapter/rejected": rejected, "adapter/transferred": 1 - rejected}
+        rejections.see({**sums, "adapter/norm": np.inf, "adapter/norm_before": 1.0}, 4, 4)
+    rejections.warn()
+
+
+def test_of_seeds_side_by_side_one_without_any_transfer_is_enough():
+    rejections = Rejections()
+    sums = {"adapter/rejected": np.array([0.0, 3.0]), "adapter/transferred": np.array([3.0, 0.0])}
+    rejections.see({**sums, "adapter/norm": np.array([9.0, 6e9]), "adapter/norm_before": np.array([3.0, 3.0])}, 5, 10)
+    with pytest.warns(UserWarning, match="all 3 were rejected, the first at steps 5 to 9"):
+        rejections.warn()
+
+
+def test_a_transfer_that_the_target_cannot_learn_from_is_undone_and_not_counted():
+    def loss_fn(params, model_state, batch, key):
+        return jnp.where(params["w"].sum() > 4, jnp.nan, params["w"].sum()), (model_state, {})
+
+    task, share = mj.Task(loss_fn, optax.sgd(0.0)), mj.share_transfer({"w": "w"})
+    state = mj.init_joint_state(
+        jax.random.key(0), None, task, share, source_params={"w": jnp.full(4, 2.0)}, target_params={"w": jnp.ones(4)}
+    )
+    after, metrics = mj.make_joint_step(None, task, share)(state, {"target": {}})
+    np.testing.assert_array_equal(after.target.params["w"], np.ones(4))
+    named = ("transferred", "rejected", "norm", "norm_before")
+    assert [float(metrics[f"adapter/{name}"]) for name in named] == [0, 0, 4, 2]
+    assert metrics["target/skipped"] == 1
 
 
 def test_inside_the_forward_pass_a_fault_leaves_target_and_adapter():

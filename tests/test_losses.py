@@ -320,10 +320,11 @@ def test_bad_options_of_losses_of_logits_are_refused(loss, options, message):
         loss(jnp.array(STUDENT), jnp.array(TEACHER), LABELS, **options)
 
 
-@pytest.mark.parametrize("loss", [dkd_loss, nkd_loss])
+@pytest.mark.parametrize("loss", [mj.distillation_loss, dkd_loss, nkd_loss])
 @pytest.mark.parametrize(
     ("shapes", "message"),
     [
+        (((6, 4), (1, 4), (6,)), r"logits and teacher_logits must have one shape .*got \(6, 4\) and \(1, 4\)"),
         (((6, 4), (6, 5), (6,)), r"logits and teacher_logits must have one shape .*got \(6, 4\) and \(6, 5\)"),
         (((6, 1), (6, 1), (6,)), r"logits must have at least 2 classes .*got shape \(6, 1\)"),
         (((), (), ()), r"logits must have at least 2 classes .*got shape \(\)"),
@@ -334,6 +335,12 @@ def test_logits_and_labels_that_do_not_fit_are_refused(loss, shapes, message):
     logits, teacher_logits, labels = shapes
     with pytest.raises(ValueError, match=message):
         loss(jnp.zeros(logits), jnp.zeros(teacher_logits), jnp.zeros(labels, int))
+
+
+def test_cross_entropy_refuses_labels_that_would_broadcast():
+    for labels in ((1,), (6, 1), ()):
+        with pytest.raises(ValueError, match=r"labels of logits \(6, 4\) must have shape \(6,\), got \("):
+            mj.cross_entropy(jnp.zeros((6, 4)), jnp.zeros(labels, int))
 
 
 @pytest.mark.parametrize(

@@ -4,15 +4,18 @@ import json
 import socket
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import merge_jax as mj
-from tests import helpers
+from tests import devices, helpers
 
 ROOT = Path(__file__).parent.parent
 
@@ -37,14 +40,23 @@ def free_port():
 def outcomes(tmp_path_factory):
     """What every mode came to; each one also restores the checkpoints of those before it."""
     out = tmp_path_factory.mktemp("devices")
-    for mode, devices in (("jit", 1), ("jit", 8), ("sharded", 8), ("pmap", 8)):
-        finish(start(out, mode, devices))
+    finish(start(out, 8, "jit1,jit8,sharded8,pmap8,losses"))
     address = f"localhost:{free_port()}"
-    pair = [start(out, "jit", 2, address, 2, process_id) for process_id in (0, 1)]
+    pair = [start(out, 2, "jit2", address, 2, process_id) for process_id in (0, 1)]
     for process in pair:
         finish(process)
-    finish(start(out, "again", 1))  # One device, which reads what all others saved.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", mj.NotBitExactWarning)  # Of more devices, as it is meant to.
+        devices.train(out, "again", 1)  # One device of its own, which reads what all others saved.
     return {path.stem: json.loads(path.read_text()) for path in out.glob("*.json")}
+
+
+@pytest.mark.parametrize("name", ["agreement", "relations", "retrieval"])
+def test_losses_that_compare_examples_see_all_of_the_batch(outcomes, name):
+    (value, gradient), (expected, expected_gradient) = (outcomes["losses"][name][where] for where in ("all", "one"))
+    assert value == pytest.approx(expected, rel=1e-5)
+    np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-4, atol=1e-6)
+    assert np.abs(gradient).max() > 1e-3
 
 
 @pytest.mark.parametrize("name", ["jit8", "sharded8", "pmap8", "jit2"])
@@ -77,7 +89,7 @@ def test_a_checkpoint_of_some_devices_is_read_on_others(outcomes, reader, writer
 
 
 def test_a_batch_that_does_not_divide_is_refused(tmp_path):
-    process = start(tmp_path, "jit", 3)
+    process = start(tmp_path, 3, "jit3")
     output, _ = process.communicate(timeout=240)
     assert process.returncode != 0
     assert "a batch of 16 (source) does not divide among 3 devices: take a multiple of 3, or fewer devices" in output
@@ -113,3 +125,26 @@ def test_a_layout_of_one_device_trains_as_jit_does(layout):
     compiled = layout.lower(epoch, state, arrays, indices, np.int32(1)).compile()
     state, _ = compiled(state, layout.put_arrays(arrays), layout.put_indices(indices), np.int32(1))
     chex.assert_trees_all_close(state.target.params, expected.target.params, atol=1e-6)
+
+
+def test_whole_numbers_of_a_model_state_are_not_averaged():
+    """Under an axis their mean would be another type, and counters of examples a part of what they are."""
+
+    def loss_fn(params, model_state, batch, key):
+        return jnp.sum(params["w"]), ({"seen": model_state["seen"] + len(batch)}, {})
+
+    task, same = mj.Task(loss_fn, optax.sgd(0.1)), mj.identity_transfer()
+    state = mj.init_joint_state(
+        jax.random.key(0),
+        None,
+        task,
+        same,
+        source_params={},
+        target_params={"w": jnp.ones(2)},
+        target_state={"seen": jnp.zeros((), jnp.int32)},
+    )
+    step = mj.make_joint_step(None, task, same, axis_name=mj.DATA_AXIS)
+    with pytest.raises(ValueError, match="the model state has numbers in seen that are no floats, and devices of one"):
+        jax.pmap(step, mj.DATA_AXIS, in_axes=(None, 0))(state, {"target": jnp.zeros((1, 4))})
+    after, _ = jax.jit(mj.make_joint_step(None, task, same))(state, {"target": jnp.zeros(4)})
+    assert after.target.model_state["seen"] == 4

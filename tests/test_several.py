@@ -2,6 +2,7 @@
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -60,6 +61,18 @@ def test_scores_count_every_example_once(models):
         assert found[f"{name}_loss"] == pytest.approx(expected["loss"])
         scores.append(expected["accuracy"])
     assert found[BOTH.role.metric] == pytest.approx(np.mean(scores))
+
+
+def test_each_model_is_clipped_by_the_norm_of_its_own_gradient():
+    """Gradients of 3 and 400: by their joint norm, the small one would hardly move."""
+    clipped = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(1.0))
+    both = side_by_side({name: one._replace(optimizer=lambda *_: clipped) for name, one in ALONE.items()})
+    params = {"one": {"w": jnp.zeros(1)}, "two": {"w": jnp.zeros(1)}}
+    optimizer = both.optimizer(0.1, 10)
+    updates, _ = optimizer.update(
+        {"one": {"w": jnp.full(1, 3.0)}, "two": {"w": jnp.full(1, 400.0)}}, optimizer.init(params), params
+    )
+    np.testing.assert_allclose([updates["one"]["w"][0], updates["two"]["w"][0]], -1, rtol=1e-6)
 
 
 def test_examples_of_the_shorter_come_again():

@@ -1,9 +1,11 @@
+import copy
 import functools
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import merge_jax as mj
@@ -308,3 +310,18 @@ def test_memory_does_not_grow_with_rows_times_columns():
     assert whole > 4 * 2048 * 2048 * 8
     assert chunked < whole / 5
     assert wider < 3 * chunked
+
+
+def test_transfers_can_be_copied_and_sent_to_another_process():
+    """As engines that ship functions to workers do; the copy transfers what the original does."""
+    source, target = {"w": jnp.arange(6.0).reshape(2, 3)}, {"w": jnp.zeros((2, 3))}
+    gated = mj.lpka_transfer({"w": "w"}, num_layers=1, num_heads=1, gate=optax.constant_schedule(0.5))
+    for transfer in (mj.identity_transfer(), mj.share_transfer({"w": "w"}), gated):
+        for copied in (copy.copy(transfer), copy.deepcopy(transfer)):
+            assert type(copied) is type(transfer)
+            adapter = transfer.init(jax.random.key(0), source, target)
+            chex.assert_trees_all_equal(
+                copied.at(3).apply(adapter, source, target), transfer.at(3).apply(adapter, source, target)
+            )
+            assert copied.describe(source, target) == transfer.describe(source, target)
+            assert copied.monitor(adapter, source, target) == transfer.monitor(adapter, source, target)

@@ -30,10 +30,11 @@ class Splits:
     test: Arrays
 
 
-def indices_of(size: int, batch_size: int, seed: int) -> Callable[[int, int], np.ndarray]:
+def indices_of(size: int, batch_size: int, seed: int, stream: int = 0) -> Callable[[int, int], np.ndarray]:
     """Returns `(first step, count) -> indices [count, batch_size]` of the examples in each batch, int32.
 
-    Every example comes once an epoch, in an order drawn anew from `seed`. The indices of a step depend on nothing
+    Every example comes once an epoch, in an order drawn anew from `seed`; another `stream` of the same seed, such as
+    that of another model, has orders of its own. The indices of a step depend on nothing
     else, so that a resumed run sees what the unbroken one would. Every batch is full: one that begins in an epoch
     ends in the next.
 
@@ -47,7 +48,7 @@ def indices_of(size: int, batch_size: int, seed: int) -> Callable[[int, int], np
     # as a small model's step.
     @functools.lru_cache(maxsize=2)
     def order(epoch: int) -> np.ndarray:
-        return np.random.default_rng([seed, epoch]).permutation(size).astype(np.int32)
+        return np.random.default_rng([seed, epoch, stream]).permutation(size).astype(np.int32)
 
     def indices_at(first: int, count: int) -> np.ndarray:
         positions = np.arange(first * batch_size, (first + count) * batch_size)
