@@ -17,8 +17,9 @@ __all__ = ["side_by_side"]
 def side_by_side(learners: Mapping[str, Learner]) -> Learner:
     """Returns the models as one whose parameters are `{name: parameters}`, as `several_sources` takes them.
 
-    Its loss is the sum of their losses, so that each gets its own gradient, and each has its own optimizer, which clips by
-    the norm of that gradient alone; its metric is the mean of theirs. An epoch is as long as the longest: examples of the others come again.
+    Its loss is the sum of their losses, so that each gets its own gradient; each has its own optimizer, which clips by
+    the norm of that gradient alone; its metric is the mean of theirs. An epoch is as long as the longest: examples of the
+    others come again.
     """
     roles = {name: learner.role for name, learner in learners.items()}
 
@@ -60,8 +61,10 @@ def side_by_side(learners: Mapping[str, Learner]) -> Learner:
     name = " and ".join(role.name for role in roles.values())
 
     def optimizer(learning_rate: float, steps: int) -> optax.GradientTransformation:
-        each = {name: learner.optimizer(learning_rate, steps) for name, learner in learners.items()}
-        return optax.partition(each, {name: name for name in learners})
+        return optax.partition(
+            {name: learner.optimizer(learning_rate, steps) for name, learner in learners.items()},
+            {name: name for name in learners},
+        )
 
     return Learner(Role(name, init, splits, evaluate, "mean_score"), loss_fn, optimizer)
 

@@ -12,7 +12,7 @@ _Tree = TypeVar("_Tree")
 
 
 def whole_batch(tree: _Tree, axis_name: str | None) -> _Tree:
-    """Returns arrays `[B / D, ...]` of each of D devices as the whole `[B, ...]`, in order; as they are without an axis.
+    """Returns arrays `[B / D, ...]` of each of D devices as the whole `[B, ...]`, in order; unchanged without an axis.
 
     A loss of the whole batch is the same on every device, and its gradient comes back to each device's own examples D
     times, so that the mean over the devices of what each has for its parameters is the gradient on one.

@@ -59,8 +59,8 @@ class Rejections:
         self._rejected = self._rejected + rejected
         self._written = self._written + np.asarray(sums["adapter/transferred"])
         if self._first is None and rejected.sum():
-            norms = (float(np.sum(sums[f"adapter/{name}"]) / rejected.sum()) for name in ("norm", "norm_before"))
-            self._first = (step - count, step - 1, *norms)
+            norm, before = (float(np.sum(sums[f"adapter/{name}"]) / rejected.sum()) for name in ("norm", "norm_before"))
+            self._first = (step - count, step - 1, norm, before)
 
     def warn(self) -> None:
         """Warns where transfers were rejected and none was written, of any of several seeds."""
@@ -104,6 +104,6 @@ class Skips:
             worst = int(np.max(self._in_a_row[name]))
             if worst >= self._most:
                 raise NumericFaultError(
-                    f"loss, gradient or update of the {name.removesuffix(_SKIPPED)} was not finite in the last {worst} steps, "
-                    f"up to step {step}; its parameters are those before them. A smaller learning rate may help"
+                    f"loss, gradient or update of the {name.removesuffix(_SKIPPED)} was not finite in the last {worst} "
+                    f"steps, up to step {step}; its parameters are those before them. A smaller learning rate may help"
                 )

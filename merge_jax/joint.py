@@ -142,8 +142,8 @@ def init_joint_state(
         _check_trained("source", source_params)
     if writes(transfer) and holds_parameters(target.optimizer, target_params):
         warnings.warn(
-            "the target's optimizer keeps parameters of its own beside the target's (as schedule-free ones, COCOB, DoG and "
-            "Prodigy do): it may take back what a transfer writes, or be led astray by it. Take another, or "
+            "the target's optimizer keeps parameters of its own beside the target's (as schedule-free ones, COCOB, DoG "
+            "and Prodigy do): it may take back what a transfer writes, or be led astray by it. Take another, or "
             "make_reparameterised_step, which writes nothing",
             stacklevel=2,
         )
@@ -174,8 +174,8 @@ def _check_trained(role: str, params: Params) -> None:
     ]
     if wrong:
         raise ValueError(
-            f"the parameters of the {role} must be floats to learn, got {some_of(wrong, 3)}: leave random keys, counters and "
-            "the like out, for a module of NNX by nnx.split(model, nnx.Param, ...)"
+            f"the parameters of the {role} must be floats to learn, got {some_of(wrong, 3)}: leave random keys, counters "
+            "and the like out, for a module of NNX by nnx.split(model, nnx.Param, ...)"
         )
 
 
@@ -334,8 +334,8 @@ def learn(
         outcome = lax.pmean(outcome, axis_name)
     (loss, (model_state, metrics)), grads = outcome
     updates, opt_state = optimizer_update(task.optimizer, grads, state.opt_state, params, loss, lambda p: loss_fn(p)[0])
-    # The gradient too: clipping by its norm turns an infinite one into NaN everywhere, the sign of it into a number. And
-    # the update, since an optimizer may make NaN of a finite gradient.
+    # The gradient, since an optimizer may make a number of an infinite one, as by its sign; the update, since it may
+    # make NaN of a finite one.
     ok = all_finite(loss, pack(grads), pack(updates))
     new_state = keep_unless(ok, TrainState(optax.apply_updates(params, updates), model_state, opt_state), state)
     return new_state, grads, {"loss": loss, "skipped": _as_float32(~ok), **metrics}
@@ -345,8 +345,8 @@ def _check_averages(model_state: ModelState) -> None:
     whole = [path for path, leaf in flatten(model_state).items() if not jnp.issubdtype(leaf.dtype, jnp.inexact)]
     if whole:
         raise ValueError(
-            f"the model state has numbers in {some_of(whole, 3)} that are no floats, and devices of one axis_name average "
-            "their states: train by jit with a batch that is split over the devices (jit_layout)"
+            f"the model state has numbers in {some_of(whole, 3)} that are no floats, and devices of one axis_name "
+            "average their states: train by jit with a batch that is split over the devices (jit_layout)"
         )
 
 

@@ -94,5 +94,5 @@ class TransferSteps:
         with jax.ensure_compile_time_eval():  # A schedule may be written in jax.numpy, and this may be traced.
             while step < until:
                 transfers[step] = True
-                step += max(1, round(float(cycle(step))))
+                step += max(1, round(float(jnp.asarray(cycle(step)))))
         return transfers

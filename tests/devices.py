@@ -17,7 +17,6 @@ if __name__ == "__main__":
     local = int(devices) // (int(others[1]) if others else 1)
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={local} --xla_backend_optimization_level=0"
 
-# ruff: noqa: E402
 import jax
 import jax.numpy as jnp
 import numpy as np
