@@ -18,6 +18,7 @@ from pathlib import Path
 
 import tyro
 
+from experiments.cli import folded
 from merge_jax.compilation_cache import CacheChoice
 
 __all__ = ["Options", "main"]
@@ -57,7 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     A run that fails is told, and the others go on; then the exit code is 1.
     """
-    options = tyro.cli(Options, args=arguments, prog="python -m experiments.ablation", description=__doc__)
+    told = folded(__doc__ or "")
+    options = tyro.cli(Options, args=arguments, prog="python -m experiments.ablation", description=told)
     from experiments.study import run_study  # With JAX, which --help needs none of.
 
     run_study(options)

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import tyro
@@ -26,6 +26,7 @@ from rich.table import Table
 
 import merge_jax as mj
 from experiments import cross_structure, cross_task
+from experiments.cli import folded
 from experiments.transfers import TransferConfig, parse_pairs, parse_routes
 from merge_jax.checks import check_choice
 from merge_jax.compilation_cache import CacheChoice, use_cache
@@ -42,8 +43,10 @@ _EXPERIMENTS: dict[str, Any] = {"cross_structure": cross_structure, "cross_task"
 class Options:
     """Options of the reading."""
 
-    experiment: tyro.conf.Positional[Literal["cross_structure", "cross_task"]]
-    """Which experiment the run is of."""
+    experiment: Annotated[
+        tyro.conf.Positional[Literal["cross_structure", "cross_task"]], tyro.conf.arg(metavar="EXPERIMENT")
+    ]
+    """Which experiment the run is of: cross_structure or cross_task."""
     run_dir: tyro.conf.Positional[Path]
     """Folder of a run that has ended."""
     methods: tuple[str, ...] = ()
@@ -55,7 +58,8 @@ class Options:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Reads a run and prints the table; what is wrong is one line on standard error and exit code 2."""
-    options = tyro.cli(Options, args=arguments, prog="python -m experiments.anatomy", description=__doc__)
+    told = folded(__doc__ or "")
+    options = tyro.cli(Options, args=arguments, prog="python -m experiments.anatomy", description=told)
     try:
         use_cache(options.compilation_cache)
         scenario, config = _read(options)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -18,7 +21,7 @@ from merge_jax.compilation_cache import use_cache
 if TYPE_CHECKING:
     from experiments.scenario import Scenario
 
-__all__ = ["main", "parse"]
+__all__ = ["folded", "main", "parse"]
 
 _SMOKE = "a smoke test: it shows that all works; its figures mean nothing"
 
@@ -36,14 +39,36 @@ def parse(presets: Mapping[str, _Options], module: str, description: str, argume
     name, options = _preset_of(arguments)
     check_choice("preset", name, presets)
     preset = presets[name]
+    told = (
+        f"{description}\n\nPRESET is one of {', '.join(presets)}. Defaults shown are those of {name!r} (PRESET --help "
+        "for another)."
+    )
     return tyro.cli(
         type(preset),
         default=preset,
         args=options,
-        prog=f"python -m {module} [{'|'.join(presets)}]",
-        description=f"{description}\n\nThe first word picks a preset. Defaults shown are those of {name!r} "
-        "(PRESET --help for another).",
+        prog=f"python -m {module} [PRESET]",
+        description=folded(told),
     )
+
+
+def folded(text: str) -> str:
+    """Returns the text in lines that fit the terminal; what follows `#` goes below a command.
+
+    Every line begins with a space: tyro joins those that begin with a letter.
+    """
+    lines: list[str] = []
+    width = shutil.get_terminal_size().columns
+    for paragraph in re.split(r"\n(?=[\s-])|(?<=\n)\n", re.sub(r"\n{2,}", "\n\n", text)):
+        command, _, comment = paragraph.partition("  # ")
+        if not paragraph.startswith(" "):
+            lines += textwrap.wrap(paragraph, width, initial_indent=" ", subsequent_indent=" ") or [""]
+        elif len(paragraph) > width and comment:
+            lines.append(command.rstrip())
+            lines += textwrap.wrap(f"# {comment}", width, initial_indent=" " * 8, subsequent_indent=" " * 10)
+        else:
+            lines.append(paragraph.rstrip())
+    return "\n".join(lines)
 
 
 def _preset_of(arguments: Sequence[str]) -> tuple[str, list[str]]:

@@ -167,8 +167,9 @@ def _run(
             print(f"done already: {', '.join(done)}; to train: {', '.join(names)}", flush=True)
         compiled = _compiled({name: lowered[name] for name in names})
         total = config.seeds * sum(stage.lengths.steps for stage in stages.values())
-        silent, often = jax.process_index() > 0, 0.5 if sys.stderr.isatty() else 30
-        with tqdm(total=total, unit="step", desc=scenario.name, mininterval=often, disable=silent) as bar, signals:
+        # In a file, a line for each method and seed that has ended is what a reader can use.
+        silent = jax.process_index() > 0 or not sys.stderr.isatty()
+        with tqdm(total=total, unit="step", desc=scenario.name, mininterval=0.5, disable=silent) as bar, signals:
             trainer = Trainer(layout, lowered, compiled, folder, log, bar, signals)
             _train_all(scenario, config, origin, stages, trainer, log, folder, results)
     if jax.process_index() == 0:

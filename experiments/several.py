@@ -18,8 +18,8 @@ def side_by_side(learners: Mapping[str, Learner]) -> Learner:
     """Returns the models as one whose parameters are `{name: parameters}`, as `several_sources` takes them.
 
     Its loss is the sum of their losses, so that each gets its own gradient; each has its own optimizer, which clips by
-    the norm of that gradient alone; its metric is the mean of theirs. An epoch is as long as the longest: examples of the
-    others come again.
+    the norm of that gradient alone; its metric is the mean of theirs. An epoch is as long as the longest: examples of
+    the others come again.
     """
     roles = {name: learner.role for name, learner in learners.items()}
 

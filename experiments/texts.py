@@ -221,8 +221,8 @@ def text_learner(
         pooler = "tanh" if encoder.num_segments else "relu"
         module = mj.models.TextClassifier(encoder, len(texts.classes), pooler)
         train, test = (
-            told(texts.name, tokens.encode_texts(part.texts, part.labels, max_length, too_long=too_long))
-            for part in (texts.train, texts.test)
+            told(f"{texts.name}, {use}", tokens.encode_texts(part.texts, part.labels, max_length, too_long=too_long))
+            for use, part in (("to learn from", texts.train), ("to test on", texts.test))
         )
         evaluate = mj.evaluate_classifier(module.apply, inputs="tokens", batch_size=_EVALUATED_AT_ONCE)
         loss: Any = partial(mj.classification_loss, inputs="tokens")

@@ -101,8 +101,8 @@ class Trainer:
         return self._compiled[stage.name].seconds if stage.name in self._compiled else 0.0
 
     def tell(self, line: str) -> None:
-        """Prints a line on standard error, above the bar; where there is none, another process speaks for all."""
-        if not self._bar.disable:
+        """Prints a line on standard error, above the bar; of several processes, the first speaks for all."""
+        if jax.process_index() == 0:
             self._bar.write(line, file=sys.stderr)
 
     def train(self, stage: Stage, seeds: Sequence[int], sources: Sequence[TrainState]) -> list[Outcome]:

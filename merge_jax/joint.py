@@ -174,8 +174,8 @@ def _check_trained(role: str, params: Params) -> None:
     ]
     if wrong:
         raise ValueError(
-            f"the parameters of the {role} must be floats to learn, got {some_of(wrong, 3)}: leave random keys, counters "
-            "and the like out, for a module of NNX by nnx.split(model, nnx.Param, ...)"
+            f"the parameters of the {role} must be floats to learn, got {some_of(wrong, 3)}: leave random keys, "
+            "counters and the like out, for a module of NNX by nnx.split(model, nnx.Param, ...)"
         )
 
 

@@ -11,13 +11,16 @@ __all__ = ["main"]
 _DESCRIPTION = """\
 Moves knowledge between neural networks that share nothing but numbers.
 
-  merge-jax run cross_structure smoke        an experiment, with all options of python -m experiments.cross_structure
-  merge-jax compare runs/a runs/b            tables and curves of run folders
-  merge-jax summary runs/a                   what checkpoints or a safetensors file hold
-  merge-jax export runs/a/checkpoints/kd-seed0 kd.safetensors    a trained model as a file of weights
-  merge-jax doctor                           whether this machine is ready
+  merge-jax run cross_structure smoke     an experiment, with all its options
+  merge-jax compare runs/a runs/b         tables and curves of run folders
+  merge-jax summary runs/a                what checkpoints or weights hold
+  merge-jax export CHECKPOINT FILE        a trained model as a file of weights
+  merge-jax doctor                        whether this machine is ready
 """
-_EXIT_CODES = "exit codes: 0 done; 1 the doctor found a problem, or training failed; 2 something given is wrong"
+_EXIT_CODES = """\
+exit codes: 0 done; 1 the doctor found a problem, or training failed;
+2 something given is wrong
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -36,9 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     def command(name: str, text: str, epilog: str = "") -> argparse.ArgumentParser:
-        return commands.add_parser(
-            name, help=text, description=text, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
+        return commands.add_parser(name, help=text, description=text, epilog=epilog)
 
     parser = argparse.ArgumentParser(
         prog="merge-jax",
@@ -65,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     summary = command(
         "summary",
         "what checkpoints or a file of weights hold: steps, scores, leaves, bytes, circumstances",
-        "CHECKPOINT is a run folder, a folder of checkpoints (RUN/checkpoints/METHOD-seedN), one step in it, or a\n"
+        "CHECKPOINT is a run folder, a folder of checkpoints (RUN/checkpoints/METHOD-seedN), one step in it, or a "
         ".safetensors file. Patterns are globs over paths: '**/kernel', 'target/params/**'.",
     )
     summary.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
@@ -75,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     export = command(
         "export",
         "writes a trained model, by default the target, to a new .safetensors file, and prints how it is read",
-        "A role is written as params and, beside them, its model state, such as batch_stats; another part as it is.\n"
+        "A role is written as params and, beside them, its model state, such as batch_stats; another part as it is. "
         "Leaves are named by their paths with dots: merge_jax.load_params reads them into a model's variables.",
     )
     export.add_argument(

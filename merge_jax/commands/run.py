@@ -14,10 +14,10 @@ __all__ = ["EXPERIMENTS", "run"]
 
 EXPERIMENTS = {
     "cross_structure": "between networks of different structure, on images",
-    "cross_task": "between tasks: question answering, sentiment, topics; or digits",
+    "cross_task": "between tasks: questions, sentiment, topics; or digits",
     "cross_modal": "between what sees and what reads",
     "self_transfer": "between the layers of one network",
-    "ablation": "a grid of settings and methods, with tests of the paired differences",
+    "ablation": "a grid of settings and methods, with paired tests",
     "anatomy": "what a transfer did to a target, from a run's checkpoints",
 }
 
@@ -29,9 +29,7 @@ def run(words: Sequence[str]) -> None:
       ValueError: no experiment has that name, or the experiments are not there: they are in the repository.
     """
     if not words or words[0] in ("-h", "--help"):
-        print(
-            "merge-jax run EXPERIMENT [PRESET] [OPTIONS]; merge-jax run EXPERIMENT --help lists presets and options\n"
-        )
+        print("merge-jax run EXPERIMENT [PRESET] [OPTIONS]; --help after EXPERIMENT lists both\n")
         print("\n".join(f"  {name:16} {text}" for name, text in EXPERIMENTS.items()))
         return
     name, *arguments = words

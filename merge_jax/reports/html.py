@@ -15,7 +15,8 @@ __all__ = ["html_report"]
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
-table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+.wide { overflow-x: auto; margin: 1rem 0; }
 caption { text-align: left; font-weight: 600; padding-bottom: .3rem; }
 th, td { padding: .2rem .8rem; text-align: right; border-bottom: 1px solid #ddd; }
 th:first-child, td:first-child { text-align: left; }
@@ -74,7 +75,12 @@ def _table(table: Rows) -> str:
     rows = [("th", table.headings), *(("td", row) for row in table.rows)]
     cells = ("".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) for tag, row in rows)
     body = "\n".join(f"<tr>{row}</tr>" for row in cells)
-    return f"<table>\n<caption>{html.escape(table.title)}</caption>\n{body}\n</table>"
+    return _wide(f"<table>\n<caption>{html.escape(table.title)}</caption>\n{body}\n</table>")
+
+
+def _wide(table: str) -> str:
+    # A table that is wider than a phone scrolls by itself, and not the page with it.
+    return f'<div class="wide">\n{table}\n</div>'
 
 
 def _pairs(entries: Mapping[str, str]) -> str:
@@ -82,7 +88,7 @@ def _pairs(entries: Mapping[str, str]) -> str:
         f"<tr><td>{html.escape(name)}</td><td><code>{html.escape(value)}</code></td></tr>"
         for name, value in entries.items()
     )
-    return '<table class="options">\n' + "\n".join(rows) + "\n</table>"
+    return _wide('<table class="options">\n' + "\n".join(rows) + "\n</table>")
 
 
 def _flat(session: Mapping[str, Any]) -> dict[str, str]:
