@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -17,6 +18,7 @@ import merge_jax as mj
 from merge_jax.commands import doctor, main
 from merge_jax.commands.run import EXPERIMENTS
 from merge_jax.reports import Plan, Run, html_report
+from merge_jax.reports.table import meaning
 from tests.runs import run
 
 ROOT = Path(__file__).parent.parent
@@ -213,6 +215,38 @@ def test_what_a_page_shows_is_text_and_never_markup(runs, tmp_path):
     page = html_report(Run.read(tmp_path / "run"))
     assert "&lt;script&gt;" in page
     assert "script" not in Page(page).tags
+
+
+@pytest.mark.parametrize(("vanilla", "share", "expected"), [
+    ([50, 50, 50], [60, 61, 62],
+     "share gains most, +11.0 ± 0.6 points of test accuracy over vanilla in 3 seeds, more than twice its standard "
+     "error."),
+    ([50, 50, 50], [40, 50, 63],
+     "No method surely gains: the best, share, comes to +1.0 ± 6.7 points of test accuracy over vanilla, not more than "
+     "twice its standard error."),
+    ([50], [60], "share comes to +10.0 points of test accuracy over vanilla, but fewer than three seeds make nothing sure."),
+    ([50, 50, 50], [], "No method stands beside vanilla, so there is no gain to tell."),
+])  # fmt: skip
+def test_a_page_says_in_a_sentence_what_the_result_means(runs, tmp_path, vanilla, share, expected):
+    shutil.copytree(runs / "one", tmp_path / "run")
+    (template,) = json.loads((runs / "one" / "results.json").read_text())[:1]
+    rows = [
+        {**template, "method": method, "seed": seed, "target_test": value / 100}
+        for method, values in (("vanilla", vanilla), ("share", share))
+        for seed, value in enumerate(values)
+    ]
+    (tmp_path / "run" / "results.json").write_text(json.dumps(rows))
+    found = Run.read(tmp_path / "run")
+    found = replace(found, plan=replace(found.plan, caution=""))
+    assert meaning(found) == expected
+    assert expected in "".join(Page(html_report(found)).text)
+
+
+def test_wide_tables_scroll_by_themselves(runs):
+    """At the width of a phone the page does not scroll sideways."""
+    source = (runs / "one" / "report.html").read_text()
+    assert source.count("<table") == source.count('<div class="wide">\n<table') > 0
+    assert ".wide { overflow-x: auto;" in source
 
 
 def test_gates_and_samples_are_on_the_page(runs, tmp_path):

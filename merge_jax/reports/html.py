@@ -9,7 +9,7 @@ from typing import Any
 
 from merge_jax.reports.curves import as_svg, draw, followed, judged
 from merge_jax.reports.run import Run
-from merge_jax.reports.table import Rows, notes, result_tables
+from merge_jax.reports.table import Rows, meaning, notes, result_tables
 
 __all__ = ["html_report"]
 
@@ -36,7 +36,7 @@ def html_report(run: Run) -> str:
     curves, label = judged(run)
     sections = [
         _section("What was done", _list(run.plan.lines())),
-        _section("Results", *map(_table, result_tables(run)), _notes(notes(run))),
+        _section("Results", f"<p>{html.escape(meaning(run))}</p>", *map(_table, result_tables(run)), _notes(notes(run))),
         _section("Curves", _picture(as_svg(draw(curves, label)).encode(), "svg+xml", label)),
     ]
     gates, label = followed(run)

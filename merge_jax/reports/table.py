@@ -12,7 +12,7 @@ from rich.table import Table
 
 from merge_jax.reports.run import Run, mean_and_error, words
 
-__all__ = ["BASELINE", "Rows", "as_text", "difference", "format_values", "notes", "result_tables"]
+__all__ = ["BASELINE", "Rows", "as_text", "difference", "format_values", "meaning", "notes", "result_tables"]
 
 BASELINE = "vanilla"
 _WIDTH = 100
@@ -94,6 +94,33 @@ def format_values(values: Iterable[float], sign: str = "") -> str:
         return ""
     mean, error = mean_and_error(values)
     return f"{mean:{sign}.1f}" + ("" if error is None else f" ± {error:.1f}")
+
+
+def meaning(run: Run) -> str:
+    """Returns in one sentence what the result of a run means: which method gains most, and whether that is sure.
+
+    Sure is a gain of more than twice its standard error over three seeds or more (our choice: a reader's rule of thumb,
+    not a test; `experiments.ablation` has tests).
+    """
+    if run.plan.caution:
+        return f"This is {run.plan.caution}."
+    baseline = run.by_seed(BASELINE, "target_test", 100)
+    gains = {}
+    for method in run.methods:
+        values = run.by_seed(method, "target_test", 100)
+        common = values.keys() & baseline.keys()
+        if method != BASELINE and common:
+            gains[method] = [values[seed] - baseline[seed] for seed in sorted(common)]
+    if not gains:
+        return f"No method stands beside {BASELINE}, so there is no gain to tell."
+    best = max(gains, key=lambda method: mean_and_error(gains[method])[0])
+    mean, error = mean_and_error(gains[best])
+    points = f"{format_values(gains[best], '+')} points of test {words(run.plan.target.metric)} over {BASELINE}"
+    if error is None or len(gains[best]) < 3:
+        return f"{best} comes to {points}, but fewer than three seeds make nothing sure."
+    if mean <= 2 * error:
+        return f"No method surely gains: the best, {best}, comes to {points}, not more than twice its standard error."
+    return f"{best} gains most, {points} in {len(gains[best])} seeds, more than twice its standard error."
 
 
 def notes(run: Run) -> list[str]:
