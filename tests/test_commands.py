@@ -446,7 +446,7 @@ def test_an_experiment_runs_by_its_name(tmp_path):
     words = [sys.executable, "-m", "merge_jax", "run", "cross_structure", "smoke"]
     help_text = subprocess.run([*words, "--help"], cwd=ROOT, capture_output=True, text=True)
     assert help_text.returncode == 0
-    assert "The first word picks a preset" in help_text.stdout
+    assert "PRESET is one of default" in help_text.stdout
     wrong = subprocess.run([*words, "--batch-size", "0"], cwd=ROOT, capture_output=True, text=True)
     assert wrong.returncode == 2
     assert wrong.stderr.strip() == "error: batch_size must be at least 1, got 0"

@@ -218,8 +218,9 @@ def test_a_transfer_that_the_target_cannot_learn_from_is_undone_and_not_counted(
 
 
 def test_inside_the_forward_pass_a_fault_leaves_target_and_adapter():
-    step = mj.make_reparameterised_step(helpers.task(helpers.SOURCE), helpers.task(helpers.TARGET), LPKA)
-    state = helpers.initial_state(LPKA)
+    transfer = mj.linear_operator_transfer(helpers.ROUTES)
+    step = jax.jit(mj.make_reparameterised_step(helpers.task(helpers.SOURCE), helpers.task(helpers.TARGET), transfer))
+    state = helpers.initial_state(transfer)
     state, _ = step(state, helpers.batches(0))
     after, metrics = step(state, spoilt(helpers.batches(1), "target"))
     clean, _ = step(state, helpers.batches(1))

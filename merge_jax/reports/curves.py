@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Curve", "as_svg", "draw", "followed", "judged", "overlaid"]
 
-_NOT_DRAWN = ("adapter/transferred", "adapter/change", "adapter/gradient_norm", "adapter/snapshot")
+_NOT_DRAWN = tuple(
+    f"adapter/{name}" for name in ("transferred", "change", "norm", "norm_before", "gradient_norm", "snapshot")
+)
 
 
 class Curve(NamedTuple):
