@@ -4,10 +4,13 @@ import contextlib
 import functools
 import math
 import operator
+import os
 import re
+import sys
 import threading
+import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -19,8 +22,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from merge_jax.lock import FolderLock
-from merge_jax.manifest import Facts, Leaf, Manifest, changes, differing_leaves, environment_of, specs_of
+from merge_jax.formats import is_orbax
+from merge_jax.lock import FolderLock, is_locked
+from merge_jax.manifest import NO_MANIFEST, Facts, Leaf, Manifest, changes, differing_leaves, environment_of, specs_of
 from merge_jax.paths import flatten, some_of
 
 __all__ = ["CheckpointError", "Checkpoints", "DamagedCheckpointWarning", "NotBitExactWarning"]
@@ -31,6 +35,7 @@ _MANIFEST = "manifest"
 _DAMAGED = "damaged"
 # Orbax saves into one folder at a time in a process; there may be several.
 _ORBAX = threading.Lock()
+_PRUNING = 2.0  # Seconds that a writer may take to remove the files of one step.
 
 
 class CheckpointError(ValueError):
@@ -47,6 +52,10 @@ class NotBitExactWarning(UserWarning):
 
 class _DamagedError(Exception):
     """A saved step cannot be read, or is not what was saved."""
+
+
+class _PrunedError(_DamagedError):
+    """A saved step has been removed by its writer since it was listed."""
 
 
 class Checkpoints:
@@ -77,8 +86,8 @@ class Checkpoints:
           read_only: save nothing, and leave everything as it is; the folder of a run that goes on can be read so.
 
         Raises:
-          ValueError: keep is below 1, a fact is no plain value, another process is writing into the folder, or there is
-            none to read.
+          ValueError: keep is below 1, a fact is no plain value, another process is writing into the folder, there is
+            none to read, or it is a single checkpoint of Orbax.
         """
         if keep is not None and keep < 1:
             raise ValueError(f"keep must be at least 1, got {keep}")
@@ -86,6 +95,11 @@ class Checkpoints:
             if not isinstance(value, str | int | float | bool | None):
                 raise ValueError(f"the fact {name!r} must be text, a number or True or False, got {value!r}")
         path = Path(folder).absolute()
+        if is_orbax(path):
+            raise ValueError(
+                f"{path} is one checkpoint that Orbax has written, not a folder of steps: read it with"
+                " orbax.checkpoint.StandardCheckpointer().restore(path), and save it by Checkpoints into another folder"
+            )
         if read_only and not path.is_dir():
             raise ValueError(f"there is no folder of checkpoints {path}")
         self._read_only = read_only
@@ -95,6 +109,7 @@ class Checkpoints:
             self._lock = FolderLock(path)
         self._facts = facts
         self._damaged: dict[int, str] = {}
+        self._told: list[str] = []
         self._writer = ThreadPoolExecutor(1, "checkpoints")
         self._writing: Future[None] | None = None
         try:
@@ -149,7 +164,7 @@ class Checkpoints:
         return max(self._scores, key=lambda step: (self._scores[step], step), default=None)
 
     def save(self, step: int, state: Any, *, score: float | None = None) -> None:
-        """Saves a pytree of arrays (typed random keys too) under a step that is not there yet.
+        """Saves a pytree of arrays (JAX's, typed random keys too, or NumPy's) under a step that is not there yet.
 
         Args:
           step: its number.
@@ -159,10 +174,12 @@ class Checkpoints:
 
         Raises:
           FileExistsError: the step is there, or a newer one; nothing is overwritten.
-          ValueError: the folder is open to be read.
+          ValueError: the folder is open to be read, or a leaf would not come back as it is: a Python number, an array
+            of NumPy of a dtype that JAX turns into another, an object, or what is in an `nnx.List`.
         """
         if self._read_only:
             raise ValueError(f"{self.folder} is open to be read: leave out read_only to save")
+        _check_comes_back(state)
         self._set_aside()
         latest = self.latest_step
         if latest is not None and latest >= step:
@@ -205,11 +222,15 @@ class Checkpoints:
             facts, each of which is named; or all steps are damaged, each in its own way.
         """
         damaged = dict.fromkeys(self._in_the_way(), "what is in its place is no folder")
-        for step in reversed(self.steps):
+        steps = list(self.steps)
+        while steps:
+            step = steps.pop()
             try:
-                manifest = self._manifest(step)
-                self._check_facts(manifest)
-                restored = self._restore(manifest, state)
+                restored = self._restored(step, state)
+            except _PrunedError:  # So there are newer ones.
+                self._list_anew()
+                steps = list(self.steps)
+                continue
             except _DamagedError as error:
                 damaged[step] = str(error)
                 continue
@@ -220,23 +241,24 @@ class Checkpoints:
                     DamagedCheckpointWarning,
                     stacklevel=2,
                 )
-            self._tell_environment(manifest, state)
             return step, restored
         if damaged:
-            raise CheckpointError(f"{_list_damage(self.folder, damaged)}; there is no other to go back to")
+            raise CheckpointError(_refusal(self.folder, damaged, "; there is no other to go back to"))
         return None
 
     def restore_best(self, state: _State) -> tuple[int, _State]:
         """Returns the step of the best score and its state; `state` as in `restore_latest`.
 
         Raises:
-          CheckpointError: no step has a score, the best one is damaged, or it does not fit.
+          CheckpointError: no step has a score, or the best one is damaged, does not fit or was saved under other facts.
         """
-        step = self.best_step
-        if step is None:
-            raise CheckpointError(f"no step in {self.folder} has a score; saved: {list(self.steps)}")
-        with self._refusing_damage(step):
-            return step, self._restore(self._manifest(step), state)
+        while (step := self.best_step) is not None:
+            try:
+                with self._refusing_damage(step):
+                    return step, self._restored(step, state)
+            except _PrunedError:  # So there is a better one.
+                self._list_anew()
+        raise CheckpointError(f"no step in {self.folder} has a score; saved: {list(self.steps)}")
 
     def restore_parts(self, step: int, parts: Mapping[str, Any]) -> dict[str, Any]:
         """Returns parts of what was saved at a step, e.g. the parameters of one model.
@@ -247,35 +269,36 @@ class Checkpoints:
             `restore_latest`.
 
         Raises:
-          CheckpointError: the step is not saved, it is damaged, or a part has other leaves, shapes or dtypes; each is
-            named.
+          CheckpointError: the step is not saved, it is damaged, it was saved under other facts, or a part has other
+            leaves, shapes or dtypes; each is named.
         """
-        manifest = self.manifest(step)
         tree: dict[str, Any] = {}
         for path, part in parts.items():
             *parents, name = path.split("/")
             functools.reduce(lambda node, parent: node.setdefault(parent, {}), parents, tree)[name] = part
-        with self._refusing_damage(step):
-            loaded = self._restore(manifest, tree, tuple(parts))
+        with self._saved(step):
+            loaded = self._restored(step, tree, tuple(parts))
         return {path: functools.reduce(operator.getitem, path.split("/"), loaded) for path in parts}
 
     def restore_arrays(self, step: int) -> dict[str, Any]:
         """Returns all that was saved at a step without a state to go by: nested dictionaries and lists of NumPy arrays.
 
         Raises:
-          CheckpointError: the step is not saved, or it is damaged.
+          CheckpointError: the step is not saved, it is damaged, or it was saved under other facts.
         """
-        manifest = self.manifest(step)
-        with self._refusing_damage(step):
-            try:
-                with _ORBAX, warnings.catch_warnings():
-                    warnings.filterwarnings("ignore", message="Sharding info not provided")  # On purpose.
-                    loaded = self._checkpointer.load(step)
-                missing = sorted(manifest.leaves.keys() ^ flatten(loaded).keys())
-                wrong = missing or differing_leaves(manifest, loaded)[0]
-            except Exception as error:
-                raise _DamagedError(_reason(error)) from None
-            _refuse_changed(wrong)
+        with self._saved(step):
+            manifest = self._manifest(step)
+            self._check_facts(manifest)
+            with self._reading(step):
+                try:
+                    with _ORBAX, warnings.catch_warnings():
+                        warnings.filterwarnings("ignore", message="Sharding info not provided")  # On purpose.
+                        loaded = _unwrapped(self._checkpointer.load(step), manifest.leaves)
+                    missing = sorted(manifest.leaves.keys() ^ flatten(loaded).keys())
+                    wrong = missing or differing_leaves(manifest, loaded)[0]
+                except Exception as error:
+                    raise _DamagedError(_reason(error)) from None
+                _refuse_changed(wrong)
         return loaded
 
     def manifest(self, step: int) -> Manifest:
@@ -284,18 +307,53 @@ class Checkpoints:
         Raises:
           CheckpointError: the step is not saved, or its manifest is damaged.
         """
-        if step not in self.steps:
-            raise CheckpointError(f"step {step} is not saved in {self.folder}; saved: {list(self.steps)}")
-        with self._refusing_damage(step):
+        with self._saved(step):
             return self._manifest(step)
+
+    @contextlib.contextmanager
+    def _saved(self, step: int) -> Iterator[None]:
+        """Refuses a step that is not saved, or has been removed while it was read, and one that is damaged."""
+        try:
+            if step not in self.steps:
+                raise _PrunedError
+            with self._refusing_damage(step):
+                yield
+        except _PrunedError:
+            self._list_anew()
+            raise CheckpointError(f"step {step} is not saved in {self.folder}; saved: {list(self.steps)}") from None
 
     @contextlib.contextmanager
     def _refusing_damage(self, step: int) -> Iterator[None]:
         """Turns the damage of one step into a refusal, where no other step can be taken."""
         try:
             yield
+        except _PrunedError:
+            raise
         except _DamagedError as error:
-            raise CheckpointError(_list_damage(self.folder, {step: str(error)})) from None
+            raise CheckpointError(_refusal(self.folder, {step: str(error)})) from None
+
+    @contextlib.contextmanager
+    def _reading(self, step: int) -> Iterator[None]:
+        """Tells a step that its writer has removed since it was listed from one that is damaged."""
+        try:
+            yield
+        except _DamagedError as error:
+            # Its files go one after the other.
+            path, until = self.folder / str(step), time.monotonic() + _PRUNING
+            while os.path.lexists(path):
+                if not (self._read_only and is_locked(self.folder) and time.monotonic() < until):
+                    raise
+                time.sleep(0.02)
+            raise _PrunedError(str(error)) from None
+
+    def _list_anew(self) -> None:
+        """Looks which steps are there now: a writer may have gone on."""
+        self.wait()
+        try:
+            self._checkpointer.reload()
+        except OSError:  # Of a step that went while it was listed.
+            self._checkpointer.reload()
+        self.__dict__.pop("_scores", None)
 
     def _in_the_way(self) -> list[int]:
         """Returns the steps in whose place is something else than a folder: Orbax passes it over, or fails to save."""
@@ -303,11 +361,12 @@ class Checkpoints:
         return sorted((int(path.name) for path in paths if not path.is_dir()), reverse=True)
 
     def _manifest(self, step: int) -> Manifest:
-        try:
-            metadata: Any = self._checkpointer.metadata(step).custom_metadata or {}
-            manifest = Manifest.from_json(metadata.get(_MANIFEST))
-        except Exception as error:  # Orbax raises many kinds, bare Exception among them.
-            raise _DamagedError(_reason(error)) from None
+        with self._reading(step):
+            try:
+                metadata: Any = self._checkpointer.metadata(step).custom_metadata or {}
+                manifest = Manifest.from_json(metadata.get(_MANIFEST))
+            except Exception as error:  # Orbax raises many kinds, bare Exception among them.
+                raise _DamagedError(_reason(error)) from None
         if manifest.step != step:
             raise _DamagedError(f"it is step {manifest.step}")
         return manifest
@@ -323,9 +382,25 @@ class Checkpoints:
                     scores[step] = score
         return scores
 
-    def _restore(self, manifest: Manifest, tree: _State, parts: Sequence[str] | None = None) -> _State:
-        """Returns the saved tree, or parts of it, every leaf compared with its digest."""
+    def _restored(self, step: int, tree: _State, parts: Sequence[str] | None = None) -> _State:
+        """Returns the saved tree, or parts of it, of this run; tells of other circumstances."""
+        manifest = self._manifest(step)
+        self._check_facts(manifest)
         self._check_fits(manifest, specs_of(tree), parts)
+        with self._reading(step):
+            loaded, unchecked = self._load(manifest, tree, parts)
+        if unchecked:
+            warnings.warn(
+                f"step {step} in {self.folder} lies on other hosts than it did: "
+                f"{unchecked} parts could not be compared with their digests",
+                NotBitExactWarning,
+                stacklevel=3,
+            )
+        self._tell_environment(manifest, tree)
+        return loaded
+
+    def _load(self, manifest: Manifest, tree: _State, parts: Sequence[str] | None) -> tuple[_State, int]:
+        """Returns the saved tree, every leaf compared with its digest, and how many parts could not be."""
         context = ocp.Context()
         context.pytree.loading.partial_load = parts is not None
         try:
@@ -338,14 +413,7 @@ class Checkpoints:
             raise _DamagedError(f"{some_of(strange, 3)} came back as no array")
         wrong, unchecked = differing_leaves(manifest, loaded)
         _refuse_changed(wrong)
-        if unchecked:
-            warnings.warn(
-                f"step {manifest.step} in {self.folder} lies on other hosts than it did: "
-                f"{unchecked} parts could not be compared with their digests",
-                NotBitExactWarning,
-                stacklevel=3,
-            )
-        return loaded
+        return loaded, unchecked
 
     def _check_facts(self, manifest: Manifest) -> None:
         changed = [] if self._facts is None else changes(manifest.facts, self._facts)
@@ -376,12 +444,13 @@ class Checkpoints:
 
     def _tell_environment(self, manifest: Manifest, state: Any) -> None:
         changed = changes(manifest.environment, environment_of(_abstract(state)))
-        if changed:
+        if changed and changed != self._told:  # Many steps may be read of one run.
+            self._told = changed
             warnings.warn(
                 f"step {manifest.step} in {self.folder} was saved under other circumstances, so what follows is not "
                 f"bit-exact: {'; '.join(changed)}",
                 NotBitExactWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
 
     def _set_aside(self) -> None:
@@ -450,6 +519,41 @@ class _NewestAndBest:
         return [step in staying for step in steps]
 
 
+def _check_comes_back(state: Any) -> None:
+    """Raises ValueError for what Orbax would save and not restore as it was; the first three leaves are named."""
+    nnx = sys.modules.get("flax.nnx")  # Where nobody has imported it, no tree has a list of it.
+    if nnx is not None:
+        nodes = jax.tree_util.tree_leaves_with_path(state, is_leaf=lambda node: isinstance(node, nnx.List))
+        for path, node in nodes:
+            if isinstance(node, nnx.List):
+                raise ValueError(
+                    f"{jax.tree_util.keystr(path, simple=True, separator='/')} is an nnx.List, which Orbax saves and"
+                    " cannot read again: save nnx.state(module) in the place of the module; nnx.update(module, state)"
+                    " puts what comes back into it"
+                )
+    problems = []
+    for path, leaf in flatten(state).items():
+        if isinstance(leaf, jax.Array):
+            continue
+        if not isinstance(leaf, np.ndarray | np.generic):
+            problems.append(f"{path} is {leaf!r:.40}, of the type {type(leaf).__name__}")
+        elif (taken := _dtype_in_jax(leaf)) != leaf.dtype:
+            problems.append(f"{path} is {leaf.dtype}{list(leaf.shape)} of NumPy, in JAX {taken or 'nothing'}")
+    if problems:
+        raise ValueError(
+            f"a checkpoint holds arrays that JAX can hold: {some_of(problems, 3, '; ')}. Give jnp.asarray(...) of a"
+            " number, and keep what is no number out of the state"
+        )
+
+
+def _dtype_in_jax(array: np.ndarray | np.generic) -> np.dtype | None:
+    """Returns the dtype that an array of NumPy has in JAX; None for one that it does not take."""
+    try:
+        return jax.eval_shape(lambda array: array, array).dtype
+    except TypeError:
+        return None
+
+
 def _copied_to_host(tree: Any) -> Any:
     """Returns the tree with copies of its arrays, in NumPy but for random keys, all fetched at once."""
     for leaf in jax.tree.leaves(tree):
@@ -459,9 +563,20 @@ def _copied_to_host(tree: Any) -> Any:
     def copied(leaf: Any) -> Any:
         if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             return jax.random.clone(leaf)
-        return np.array(leaf) if isinstance(leaf, jax.Array | np.ndarray) else leaf
+        return np.array(leaf)
 
     return jax.tree.map(copied, tree)
+
+
+def _unwrapped(node: Any, leaves: Collection[str], path: str = "") -> Any:
+    """Returns what Orbax has loaded with each variable of NNX, `{"value": array}`, as the one leaf that it was."""
+    if isinstance(node, dict):
+        if path in leaves and node.keys() == {"value"}:
+            return node["value"]
+        return {name: _unwrapped(child, leaves, f"{path}/{name}" if path else name) for name, child in node.items()}
+    if isinstance(node, list):
+        return [_unwrapped(child, leaves, f"{path}/{i}" if path else str(i)) for i, child in enumerate(node)]
+    return node
 
 
 def _abstract(tree: _State) -> _State:
@@ -486,6 +601,17 @@ def _reason(error: Exception) -> str:
     """Returns the first line of what went wrong, which Orbax writes many of."""
     first = next((line for line in str(error).splitlines() if line.strip()), "")
     return f"{type(error).__name__}: {first[:200]}" if type(error) is not ValueError else first[:200]
+
+
+def _refusal(folder: Path, damaged: Mapping[int, str], ending: str = "") -> str:
+    """Returns why no step can be taken."""
+    if all(reason == NO_MANIFEST for reason in damaged.values()):
+        listed = ", ".join(f"step {step}: {reason}" for step, reason in damaged.items())
+        return (
+            f"{folder} has no step that Checkpoints saved: {listed}. Orbax by itself writes none: read such a step with"
+            " orbax.checkpoint, and save it by Checkpoints into another folder"
+        )
+    return _list_damage(folder, damaged) + ending
 
 
 def _list_damage(folder: Path, damaged: Mapping[int, str]) -> str:

@@ -7,7 +7,9 @@ import platform
 import weakref
 from pathlib import Path
 
-__all__ = ["FolderLock"]
+__all__ = ["FolderLock", "is_locked"]
+
+_NAME = "run.lock"
 
 
 class FolderLock:
@@ -16,7 +18,7 @@ class FolderLock:
     The system holds the lock, not the file: a file that a killed process left is taken over.
     """
 
-    def __init__(self, folder: Path, name: str = "run.lock"):
+    def __init__(self, folder: Path, name: str = _NAME):
         """Takes the lock of a folder that is there.
 
         Raises:
@@ -40,6 +42,21 @@ class FolderLock:
     def release(self) -> None:
         """Lets others in; a second call does nothing."""
         self._close()
+
+
+def is_locked(folder: Path) -> bool:
+    """Returns whether a process holds the lock of a folder."""
+    try:
+        descriptor = os.open(folder / _NAME, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def _read_holder(content: bytes) -> str:

@@ -21,11 +21,14 @@ from jax.experimental import multihost_utils
 
 from merge_jax.paths import flatten
 
-__all__ = ["Facts", "Leaf", "Manifest", "changes", "differing_leaves", "environment_of", "specs_of"]
+__all__ = ["NO_MANIFEST", "Facts", "Leaf", "Manifest", "changes", "differing_leaves", "environment_of", "specs_of"]
 
 _FORMAT = 1
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 _WHOLE = ""
+
+NO_MANIFEST = "it has no manifest"
+"""What is wrong with a step that something else has saved."""
 
 Facts = Mapping[str, str | int | float | bool | None]
 """What saved steps depend on beside the state, by name, such as a fingerprint of the data."""
@@ -90,7 +93,7 @@ class Manifest:
           ValueError: there is none, it has changed since, or it is of another format.
         """
         if not isinstance(sealed, dict) or not isinstance(sealed.get("content"), dict):
-            raise ValueError("it has no manifest")
+            raise ValueError(NO_MANIFEST)
         content = sealed["content"]
         if sealed.get("sha256") != _seal(content):
             raise ValueError("its manifest has changed since it was written")

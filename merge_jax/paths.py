@@ -65,8 +65,8 @@ def find_paths(paths: Iterable[str], pattern: Pattern, *, role: str = "tree") ->
     """Returns the paths that a pattern names, in natural order; `role` names the tree in an error.
 
     A string that is one of the paths names it alone. In a glob, `*` and `?` stand for letters of one part of a
-    path, `[...]` for one of some letters, and a part `**` for any number of parts. A compiled regular expression
-    has to match a path as a whole.
+    path, `[...]` for one of some letters, `[!...]` (or `[^...]`) for one of all others, as in a shell, and a part
+    `**` for any number of parts. A compiled regular expression has to match a path as a whole.
 
     >>> find_paths(["a/w", "blocks/0/w", "blocks/1/w"], "blocks/*/w")
     ['blocks/0/w', 'blocks/1/w']
@@ -99,7 +99,8 @@ def _glob_expression(glob: str) -> re.Pattern[str]:
         if part == "**":
             parts.append("(?:[^/]+/)*")
             continue
-        tokens = re.findall(r"\[[^]]+\]|.", part)
+        # As in a shell, a `]` that comes first is one of the letters, and a bracket that is not closed is a letter.
+        tokens = re.findall(r"\[(?:[!^].|[^!^])[^]]*\]|.", part)
         escaped = (_one_of(t[1:-1]) if len(t) > 1 else letters.get(t) or re.escape(t) for t in tokens)
         parts.append("".join(escaped) + "/")
     # Every part ends with its slash, so that `**` may stand for none; the last has one too many.
@@ -112,8 +113,10 @@ def _glob_expression(glob: str) -> re.Pattern[str]:
 
 
 def _one_of(letters: str) -> str:
+    others = letters[0] in "!^"
     # In a regular expression, these would say more than that they are letters.
-    return "[" + re.sub(r"[\\[&~|]", r"\\\g<0>", letters) + "]"
+    escaped = re.sub(r"[]\\[&~|^]", r"\\\g<0>", letters[1:] if others else letters)
+    return f"(?!/)[{'^' * others}{escaped}]"  # No letter of one part is a slash.
 
 
 def select(tree: Any, paths: Iterable[str], *, role: str = "tree") -> dict[str, Any]:

@@ -2,8 +2,9 @@
 
 import json
 import os
+import stat
 import struct
-import tempfile
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from merge_jax.formats import told_file, told_folder
 from merge_jax.paths import Pattern, find_paths, flatten, near_misses, some_of
 from merge_jax.types import Params
 
@@ -21,7 +23,18 @@ __all__ = ["leaf_paths", "load_params", "load_safetensors", "read_json", "save_s
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _DEEPEST = 100  # Parts of a name; a tree of thousands of levels would end the program.
-_OTHER_FORMATS = (".bin", ".ckpt", ".h5", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth")
+# By the names of files; NumPy has no float8 of its own, so that the library leaves them to us to read.
+_FLOAT8 = {
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "F8_E8M0": "float8_e8m0fnu",
+}
+_DTYPES = (
+    *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
+    *("bfloat16", "float16", "float32", "float64", "complex64", *_FLOAT8.values()),
+)
 
 
 def load_safetensors(path: str | os.PathLike[str], *, select: Pattern | Sequence[Pattern] | None = None) -> Params:
@@ -38,9 +51,10 @@ def load_safetensors(path: str | os.PathLike[str], *, select: Pattern | Sequence
 
     Raises:
       FileNotFoundError: no such file or folder, no weights in the folder, or a shard that is missing.
-      ValueError: a file that is truncated or otherwise no safetensors file, a name that stands twice, tensors
-        that the index names and the shards have not or the other way round, names that collide as paths, a shard
-        outside the folder of its index, or a pattern that names nothing (near misses are listed).
+      ValueError: a file that is truncated or otherwise no safetensors file (where it is known, what it is and how it
+        becomes one is told), a name that stands twice, tensors that the index names and the shards have not or the
+        other way round, names that collide as paths, a shard outside the folder of its index, or a pattern that names
+        nothing (near misses are listed).
     """
     shard_of, names = _listed(path)
     if select is None:
@@ -117,17 +131,18 @@ def save_safetensors(
     """Writes a parameter tree to a safetensors file, each leaf by its path with dots: `fc/kernel` as `fc.kernel`.
 
     What `load_safetensors` gave goes back under its own names and in its own layout. The file appears whole or not
-    at all.
+    at all, with the permissions that the umask gives.
 
     Args:
       path: of the file.
-      params: a pytree of arrays.
+      params: a pytree of arrays of booleans, whole numbers of 8 to 64 bits, floats of 8 to 64 bits or complex64.
       metadata: strings for the file's header; `transformers` asks for `{"format": "pt"}` in files of its models.
       overwrite: whether a file that is there is replaced.
 
     Raises:
       FileExistsError: the file is there and `overwrite` is not set.
-      ValueError: a leaf that is no array, paths that would be one name, or metadata that are no strings.
+      ValueError: a leaf that is no array or has another dtype, such as a random key, paths that would be one name, or
+        metadata that are no strings.
     """
     if metadata is not None and not all(isinstance(text, str) for pair in metadata.items() for text in pair):
         raise ValueError(f"metadata are strings by name, got {dict(metadata)}")
@@ -137,16 +152,27 @@ def save_safetensors(
     arrays = {}
     for name, leaf in flatten(params).items():
         if not isinstance(leaf, (np.ndarray, np.generic, jax.Array)):
-            raise ValueError(f"the leaf {name!r} must be an array, got {type(leaf).__name__}")
+            raise ValueError(
+                f"the leaf {name!r} must be an array, got {type(leaf).__name__}: give its numbers (numpy.asarray), or"
+                " leave it out"
+            )
+        if str(leaf.dtype) not in _DTYPES:
+            raise ValueError(
+                f"the leaf {name!r} is {leaf.dtype}{list(leaf.shape)}, which a safetensors file cannot hold; it holds"
+                f" {', '.join(_DTYPES)}. Convert it, or leave it out: of an NNX module, nnx.state(module, (nnx.Param,"
+                " nnx.BatchStat)) has no random keys"
+            )
         arrays[name.replace("/", ".")] = np.ascontiguousarray(leaf).reshape(np.shape(leaf))
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
+        temporary.touch(exist_ok=False)
+        mode = stat.S_IMODE(temporary.stat().st_mode)  # As the umask gives it; the library's own is 0600.
         save_file(arrays, temporary, metadata=None if metadata is None else dict(metadata))
+        temporary.chmod(mode)
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -161,7 +187,8 @@ def _weights_file(path: Path) -> Path:
             return path / name
     files = sorted(path.glob("*.safetensors.index.json")) or sorted(path.glob("*.safetensors"))
     if not files:
-        raise FileNotFoundError(f"the folder {path} has neither {_INDEX} nor a .safetensors file")
+        told = told_folder(path)
+        raise FileNotFoundError(f"the folder {path} has neither {_INDEX} nor a .safetensors file{told and f': {told}'}")
     if len(files) > 1:
         raise ValueError(
             f"the folder {path} has several files of weights, name one: {', '.join(f.name for f in files)}"
@@ -199,11 +226,15 @@ def _names(file: Path) -> list[str]:
     """Returns the names of a file's tensors, after the library has checked its header."""
     with _opened(file):
         pass
+    return [name for name in _header(file)[0] if name != "__metadata__"]
+
+
+def _header(file: Path) -> tuple[dict[str, Any], int]:
+    """Returns the header of a file that the library has checked, and where the numbers begin."""
     with file.open("rb") as handle:
         (size,) = struct.unpack("<Q", handle.read(8))
         # The library takes the last of two tensors of one name without a word.
-        header = _json(handle.read(size).decode("utf-8"), file)
-    return [name for name in header if name != "__metadata__"]
+        return _json(handle.read(size).decode("utf-8"), file), 8 + size
 
 
 def _opened(file: Path) -> Any:
@@ -212,17 +243,19 @@ def _opened(file: Path) -> Any:
     try:
         return safe_open(file, framework="np")
     except (SafetensorError, OSError) as error:
-        if file.suffix.lower() in _OTHER_FORMATS:
-            raise ValueError(
-                f"{file} is no safetensors file: weights of other formats ({file.suffix}) are not read, since some run"
-                " code when they are; convert it"
-            ) from None
+        if told := told_file(file):
+            raise ValueError(f"{file} is no safetensors file: {told}") from None
         raise ValueError(f"{file} is truncated or no safetensors file: {error}") from None
 
 
 def _tensor(tensors: Any, file: Path, name: str) -> np.ndarray:
     try:
-        return tensors.get_tensor(name)
+        stored = tensors.get_slice(name)
+        if stored.get_dtype() not in _FLOAT8:
+            return tensors.get_tensor(name)
+        header, start = _header(file)
+        dtype, (first, end) = np.dtype(_FLOAT8[stored.get_dtype()]), map(int, header[name]["data_offsets"])
+        return np.fromfile(file, dtype, end - first, offset=start + first).reshape(stored.get_shape())
     except (SafetensorError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"the tensor {name!r} of {file} cannot be read: {error}") from None
 

@@ -852,9 +852,8 @@ ROWS = {
     ),
     "weights: another format": (
         on_file("m.npz", b"PK\3\4", mj.load_safetensors),
-        "TMP/m.npz is no safetensors file: weights of other formats (.npz) are not read, since some run code when they"
-        " are;"
-        " convert it",
+        "TMP/m.npz is no safetensors file: weights of other formats (.npz, NumPy) are not read, since some run code"
+        " when they are; convert it: mj.save_safetensors('new.safetensors', dict(numpy.load('TMP/m.npz')))",
     ),
     "weights: another shape": (
         loaded({"fc.kernel": np.ones((3, 4), np.float32), "fc.bias": np.ones(3, np.float32)}),

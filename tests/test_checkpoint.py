@@ -1,13 +1,16 @@
+import shutil
 import threading
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
+from flax import nnx
 
 import merge_jax as mj
-from merge_jax.checkpoint import Checkpoints
+from merge_jax.checkpoint import CheckpointError, Checkpoints, NotBitExactWarning
 from tests import helpers
 
 LPKA = mj.lpka_transfer(helpers.ROUTES, num_layers=1, num_heads=2)
@@ -146,3 +149,184 @@ def test_parts_of_a_step_are_read_by_path(tmp_path):
             checkpoints.restore_parts(4, parts)
         with pytest.raises(ValueError, match="source/params/hidden/bias is saved, but not wanted"):
             checkpoints.restore_parts(2, {"source/params": {"fc": state.source.params["fc"]}})
+
+
+@pytest.mark.parametrize(
+    ("leaf", "found"),
+    [
+        (3, "model/epoch is 3, of the type int"),
+        (0.5, "model/epoch is 0.5, of the type float"),
+        (True, "model/epoch is True, of the type bool"),
+        ("text", "model/epoch is 'text', of the type str"),
+        (np.arange(3), r"model/epoch is int64\[3\] of NumPy, in JAX int32"),
+        (np.float64(3), r"model/epoch is float64\[\] of NumPy, in JAX float32"),
+        (np.ones(2, ">f4"), r"model/epoch is >f4\[2\] of NumPy, in JAX nothing"),
+        (np.array(["a"]), r"model/epoch is <U1\[1\] of NumPy, in JAX nothing"),
+    ],
+)
+def test_what_would_not_come_back_is_refused_before_it_is_saved(tmp_path, leaf, found):
+    with Checkpoints(tmp_path) as checkpoints:
+        with pytest.raises(ValueError, match=rf"{found}\. Give jnp\.asarray"):
+            checkpoints.save(1, {"model": {"w": jnp.ones(2), "epoch": leaf}})
+        assert checkpoints.steps == ()
+
+
+@pytest.mark.parametrize("leaf", [np.int32(3), np.array([True, False]), jnp.ones(2, jnp.float8_e4m3fn), jnp.int4(1)])
+def test_numbers_of_numpy_and_of_few_bits_come_back(tmp_path, leaf):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, {"x": leaf})
+    with Checkpoints(tmp_path) as checkpoints:
+        _, state = checkpoints.restore_latest({"x": jnp.zeros_like(leaf)})
+    assert state["x"].dtype == leaf.dtype
+    np.testing.assert_array_equal(state["x"], leaf)
+
+
+class Listed(nnx.Module):
+    def __init__(self, rngs):
+        self.layers = nnx.List([nnx.Linear(2, 2, rngs=rngs)])
+
+
+def test_an_nnx_list_is_refused_by_its_path_and_its_state_comes_back(tmp_path):
+    """Orbax saves the list and cannot read it."""
+    module = Listed(nnx.Rngs(0))
+    state = {"model": nnx.state(module)}
+    with Checkpoints(tmp_path) as checkpoints:
+        with pytest.raises(
+            ValueError, match=r"model/layers is an nnx\.List, .* cannot read again: save nnx\.state\(mod"
+        ):
+            checkpoints.save(1, {"model": module})
+        assert checkpoints.steps == ()
+        checkpoints.save(1, state)
+    with Checkpoints(tmp_path) as checkpoints:
+        _, restored = checkpoints.restore_latest(jax.tree.map(jnp.zeros_like, state))
+        arrays = checkpoints.restore_arrays(1)
+    kernel = np.asarray(module.layers[0].kernel[...])
+    np.testing.assert_array_equal(restored["model"]["layers"][0]["kernel"][...], kernel)
+    np.testing.assert_array_equal(arrays["model"]["layers"]["0"]["kernel"], kernel)
+
+
+def restoring(checkpoints, state):
+    """All ways to restore, by name."""
+    return {
+        "latest": lambda: checkpoints.restore_latest(state),
+        "best": lambda: checkpoints.restore_best(state),
+        "parts": lambda: checkpoints.restore_parts(1, state),
+        "arrays": lambda: checkpoints.restore_arrays(1),
+    }
+
+
+@pytest.mark.parametrize("way", ["latest", "best", "parts", "arrays"])
+def test_every_way_to_restore_refuses_other_facts(tmp_path, way):
+    state = {"x": jnp.ones(3)}
+    with Checkpoints(tmp_path, facts={"data": "abc"}) as checkpoints:
+        checkpoints.save(1, state, score=0.5)
+    message = r"step 1 in .* was saved by another run: data was 'abc', is 'abd'\. Go on"
+    with (
+        Checkpoints(tmp_path, facts={"data": "abd"}, read_only=True) as checkpoints,
+        pytest.raises(CheckpointError, match=message),
+    ):
+        restoring(checkpoints, state)[way]()
+
+
+@pytest.mark.parametrize("way", ["latest", "best", "parts"])
+def test_every_way_to_restore_tells_of_other_circumstances_once(tmp_path, way, monkeypatch):
+    state = {"x": jnp.ones(3)}
+    monkeypatch.setenv("NPROC", "16")
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state, score=0.5)
+    monkeypatch.setenv("NPROC", "3")
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        restore = restoring(checkpoints, state)[way]
+        with pytest.warns(NotBitExactWarning, match="threads was 16, is 3$") as told:
+            restore()
+        assert told[0].filename == __file__
+        restore()  # Warnings are errors here: it is not told again.
+
+
+def prune_after_listing(monkeypatch, reader, writer, scores):
+    """Lets the writer save more, and so prune, once the reader has listed what is there."""
+    listed = reader.steps, reader.best_step
+
+    def manifest(step, read=reader._manifest):
+        while scores:
+            score = scores.pop(0)
+            at = writer.steps[-1] + 1
+            writer.save(at, {"x": jnp.full(3, float(at))}, score=score)
+        writer.wait()
+        return read(step)
+
+    monkeypatch.setattr(reader, "_manifest", manifest)
+    return listed
+
+
+def test_a_step_that_its_writer_has_pruned_is_passed_over_for_the_newer_ones(tmp_path, monkeypatch):
+    blank = {"x": jnp.zeros(3)}
+    with Checkpoints(tmp_path, keep=2) as writer:
+        for step in (1, 2):
+            writer.save(step, {"x": jnp.full(3, float(step))})
+        writer.wait()
+        with Checkpoints(tmp_path, read_only=True) as reader:
+            assert prune_after_listing(monkeypatch, reader, writer, [None, None]) == ((1, 2), None)
+            step, state = reader.restore_latest(blank)
+            assert (step, state["x"][0]) == (4, 4)
+            assert reader.steps == (3, 4)
+            with pytest.raises(CheckpointError, match=r"step 1 is not saved in .*; saved: \[3, 4\]"):
+                reader.restore_parts(1, blank)
+
+
+def test_a_best_step_that_its_writer_has_pruned_gives_way_to_a_better_one(tmp_path, monkeypatch):
+    with Checkpoints(tmp_path, keep=1) as writer:
+        writer.save(1, {"x": jnp.ones(3)}, score=0.5)
+        writer.wait()
+        with Checkpoints(tmp_path, read_only=True) as reader:
+            assert prune_after_listing(monkeypatch, reader, writer, [0.9]) == ((1,), 1)
+            step, state = reader.restore_best({"x": jnp.zeros(3)})
+            assert (step, state["x"][0]) == (2, 2)
+
+
+def test_parts_of_a_step_that_its_writer_has_pruned_are_not_saved(tmp_path, monkeypatch):
+    with Checkpoints(tmp_path, keep=1) as writer:
+        writer.save(1, {"x": jnp.ones(3)})
+        writer.wait()
+        with Checkpoints(tmp_path, read_only=True) as reader:
+            prune_after_listing(monkeypatch, reader, writer, [None])
+            with pytest.raises(CheckpointError, match=r"step 1 is not saved in .*; saved: \[2\]"):
+                reader.restore_parts(1, {"x": jnp.zeros(3)})
+
+
+def test_a_step_whose_files_are_being_removed_is_waited_for(tmp_path):
+    """Its writer removes them one after the other."""
+    with Checkpoints(tmp_path, keep=None) as writer:
+        for step in (1, 2):
+            writer.save(step, {"x": jnp.full(3, float(step))})
+        writer.wait()
+        with Checkpoints(tmp_path, read_only=True) as reader:
+            (tmp_path / "2" / "_CHECKPOINT_METADATA").unlink()
+            removing = threading.Timer(0.2, lambda: shutil.rmtree(tmp_path / "2"))
+            removing.start()
+            step, state = reader.restore_latest({"x": jnp.zeros(3)})
+            removing.join()
+    assert (step, state["x"][0]) == (1, 1)
+
+
+def test_what_orbax_saved_by_itself_is_called_by_its_name(tmp_path):
+    tree = {"x": np.ones(3, np.float32)}
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "one", tree)
+    with ocp.CheckpointManager(tmp_path / "several") as manager:
+        manager.save(1, args=ocp.args.StandardSave(tree))
+        manager.save(2, args=ocp.args.StandardSave(tree))
+    for options in ({}, {"read_only": True}):
+        with pytest.raises(
+            ValueError, match=r"/one is one checkpoint that Orbax has written, not a folder of steps: re"
+        ):
+            Checkpoints(tmp_path / "one", **options)
+    message = (
+        r"/several has no step that Checkpoints saved: {}step 1: it has no manifest\. Orbax by itself writes none: "
+        r"read such a step with orbax\.checkpoint"
+    )
+    with Checkpoints(tmp_path / "several", read_only=True) as checkpoints:
+        with pytest.raises(CheckpointError, match=message.format("step 2: it has no manifest, ")):
+            checkpoints.restore_latest(tree)
+        with pytest.raises(CheckpointError, match=message.format("")):
+            checkpoints.restore_parts(1, tree)

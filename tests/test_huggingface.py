@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from scipy.special import erf
 
 import merge_jax as mj
@@ -184,6 +185,17 @@ def test_what_was_loaded_goes_back_as_it_was(architecture, head, write, tmp_path
     mj.save_safetensors(tmp_path / "back.safetensors", back)
     again = models.from_huggingface(tmp_path / "back.safetensors", loaded.params)
     jax.tree.map(np.testing.assert_array_equal, again.params, loaded.params)
+
+
+@both
+def test_what_goes_back_is_right_in_the_librarys_own_file_too(architecture, write, tmp_path):
+    """It stores a view that is transposed as it lies in memory."""
+    tensors = tensors_of(architecture, "classes")
+    loaded = models.from_huggingface(write(tensors), params_of(model_of(architecture, "classes")))
+    save_file(models.to_huggingface(loaded.params), tmp_path / "theirs.safetensors")
+    back = load_file(tmp_path / "theirs.safetensors")
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(back[name], tensor, err_msg=name)
 
 
 @both

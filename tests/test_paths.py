@@ -1,4 +1,5 @@
 import re
+from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 import jax
@@ -6,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 import merge_jax as mj
+from merge_jax import paths
 from merge_jax.paths import near_misses
 
 
@@ -80,6 +82,23 @@ PATHS = ["a/w", "blocks/0/w", "blocks/1/w", "blocks/10/w", "blocks/2/b", "x/atte
 )  # fmt: skip
 def test_patterns_find_their_paths_in_natural_order(pattern, expected):
     assert mj.find_paths(PATHS, pattern) == expected
+
+
+LETTERS = ["a", "b", "w", "!", "^", "-", "]", "[", "a/b", "ab", "[]", "[!]"]
+
+
+@pytest.mark.parametrize(
+    "glob", ["[!w]", "[^w]", "[!a-v]", "[!-a]", "[!a-]", "[w!]", "[w^]", "[]w]", "[!]w]", "[[w]", "[!!]", "[!^]",
+             "a[!c]b", "[]", "[!]", "*[!w]"]
+)  # fmt: skip
+def test_brackets_mean_what_they_mean_in_a_shell(glob):
+    """`fnmatch` is the reference, but for `^`, which it takes for a letter, and for slashes, which end a part."""
+    of_shell = re.sub(r"^(\[)\^", r"\1!", glob)
+    expected = [name for name in LETTERS if fnmatchcase(name, of_shell) and name.count("/") == glob.count("/")]
+    found = [name for name in LETTERS if paths._glob_expression(glob).fullmatch(name)]
+    assert found == expected
+    if glob not in LETTERS and expected:
+        assert mj.find_paths(LETTERS, glob) == sorted(expected, key=paths.natural_order)
 
 
 def test_a_path_with_signs_of_a_glob_is_found_as_it_stands():

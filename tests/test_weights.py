@@ -1,11 +1,19 @@
 import json
+import os
+import pathlib
+import re
+import stat
 import struct
 
+import flax.serialization
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import orbax.checkpoint
+import orbax.checkpoint as ocp
 import pytest
+from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import merge_jax as mj
@@ -128,6 +136,120 @@ def test_nothing_is_overwritten_and_nothing_half_written(file, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {file.name}
     mj.save_safetensors(file, {"a": np.ones(2)}, overwrite=True)
     assert list(load_file(file)) == ["a"]
+
+
+FLOAT8 = ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu")
+
+
+@pytest.mark.parametrize("name", FLOAT8)
+def test_float8_comes_back(name, tmp_path):
+    """Ours and other people's, which the library's NumPy reader does not know."""
+    dtype = getattr(ml_dtypes, name)
+    tree = {"before": np.ones(3, np.float32), "w": np.array([[1, 2, 4], [0.5, 8, 1]], dtype), "z": np.ones((), dtype)}
+    mj.save_safetensors(tmp_path / "ours.safetensors", tree)
+    save_file(tree, tmp_path / "theirs.safetensors")
+    for file in ("ours", "theirs"):
+        back = load_params(tmp_path / f"{file}.safetensors", tree)
+        for path, leaf in tree.items():
+            assert back[path].dtype == leaf.dtype
+            np.testing.assert_array_equal(back[path], leaf)
+
+
+class Dropping(nnx.Module):
+    def __init__(self, rngs):
+        self.fc, self.drop = nnx.Linear(2, 2, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)
+
+
+@pytest.mark.parametrize(
+    ("leaf", "found"),
+    [
+        (jnp.ones(3, jnp.int4), r"int4\[3\]"),
+        (np.ones((2, 1), np.longdouble), r"float128\[2, 1\]"),
+        (np.ones(2, np.complex128), r"complex128\[2\]"),
+        (np.array(["a"]), r"<U1\[1\]"),
+        (np.ones(2, object), r"object\[2\]"),
+        (jax.random.key(0), r"key<fry>\[\]"),
+    ],
+)
+def test_what_no_file_can_hold_is_refused_by_its_leaf(leaf, found, tmp_path):
+    message = (
+        rf"the leaf 'model/x' is {found}, which a safetensors file cannot hold; it holds bool, .*, float8_e8m0fnu\. C"
+    )
+    with pytest.raises(ValueError, match=message):
+        mj.save_safetensors(tmp_path / "new.safetensors", {"model": {"w": np.ones(2), "x": leaf}})
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_random_keys_of_a_module_are_named_with_the_remedy_and_that_is_one(tmp_path):
+    module = Dropping(nnx.Rngs(0))
+    with pytest.raises(
+        ValueError, match=r"the leaf 'drop/rngs/key' is key<fry>\[\], .* nnx\.state\(module, \(nnx\.Param, nnx"
+    ):
+        mj.save_safetensors(tmp_path / "new.safetensors", nnx.state(module))
+    mj.save_safetensors(tmp_path / "new.safetensors", nnx.state(module, (nnx.Param, nnx.BatchStat)))
+    np.testing.assert_array_equal(load_file(tmp_path / "new.safetensors")["fc.kernel"], module.fc.kernel[...])
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_a_file_has_the_permissions_that_the_umask_gives(umask, tmp_path):
+    old = os.umask(umask)
+    try:
+        for _ in range(2):
+            mj.save_safetensors(tmp_path / "m.safetensors", {"a": np.ones(2)}, overwrite=True)
+    finally:
+        os.umask(old)
+    assert stat.S_IMODE((tmp_path / "m.safetensors").stat().st_mode) == 0o666 & ~umask
+    assert [path.name for path in tmp_path.iterdir()] == ["m.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "m.msgpack",
+            r"\(\.msgpack, Flax\) are not read, .*; convert it: mj\.save_safetensors\('new\.safetensors', flax\.",
+        ),
+        (
+            "m.keras",
+            r"\(\.keras, Keras\) are not read, .* \{weight\.path: weight\.numpy\(\) for weight in model\.weights",
+        ),
+        ("m.h5", r"\(\.h5, Keras\) are not read"),
+        ("m.pth", r"\(\.pth, PyTorch\) are not read, .*safetensors\.torch\.save_file\(.*tensor\.contiguous\(\)"),
+        ("m.npz", r"\(\.npz, NumPy\) are not read, .* dict\(numpy\.load\('.*m\.npz'\)\)\)$"),
+        ("m.safetensors", "it is the pointer of Git LFS to one; git lfs pull fetches the file itself"),
+    ],
+)
+def test_a_file_of_another_format_is_called_by_its_name_with_what_to_do(name, message, tmp_path):
+    (tmp_path / name).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(ValueError, match=rf"{re.escape(name)} is no safetensors file: .*{message}"):
+        mj.load_safetensors(tmp_path / name)
+
+
+def test_what_is_told_of_a_message_of_flax_makes_a_file_of_it(tmp_path, monkeypatch):
+    tree = {"fc": {"kernel": np.arange(6, dtype=np.float32).reshape(2, 3)}}
+    (tmp_path / "m.msgpack").write_bytes(flax.serialization.to_bytes(tree))
+    with pytest.raises(ValueError, match="convert it: ") as caught:
+        mj.load_safetensors(tmp_path / "m.msgpack")
+    monkeypatch.chdir(tmp_path)
+    exec(str(caught.value).partition("convert it: ")[2], {"mj": mj, "flax": flax, "pathlib": pathlib})
+    np.testing.assert_array_equal(mj.load_safetensors("new.safetensors")["fc"]["kernel"], tree["fc"]["kernel"])
+
+
+def test_a_checkpoint_of_orbax_is_called_by_its_name_and_what_is_told_makes_a_file_of_it(tmp_path, monkeypatch):
+    tree = {"fc": {"kernel": np.arange(6, dtype=np.float32).reshape(2, 3)}}
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "one", tree)
+    with mj.Checkpoints(tmp_path / "ours") as checkpoints:
+        checkpoints.save(1, tree)
+    with pytest.raises(FileNotFoundError, match="it is a checkpoint of Orbax; make a file of it: ") as caught:
+        mj.load_safetensors(tmp_path / "one")
+    monkeypatch.chdir(tmp_path)
+    exec(str(caught.value).partition("make a file of it: ")[2], {"mj": mj, "orbax": orbax})
+    np.testing.assert_array_equal(mj.load_safetensors("new.safetensors")["fc"]["kernel"], tree["fc"]["kernel"])
+    with pytest.raises(
+        FileNotFoundError, match=r"it is a folder of checkpoints; .*merge-jax export .*ours FILE makes a fi"
+    ):
+        mj.load_safetensors(tmp_path / "ours")
 
 
 def header(text, body=b"\0" * 4):

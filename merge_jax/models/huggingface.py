@@ -169,7 +169,7 @@ def from_huggingface(path: str | os.PathLike[str], params: Params) -> Loaded:
 
 
 def to_huggingface(params: Params, num_channels: int = 3) -> dict[str, np.ndarray]:
-    """Returns a model's parameters by Hugging Face's names and in its layout, for `save_safetensors`.
+    """Returns a model's parameters by Hugging Face's names and in its layout, for `save_safetensors`; C-contiguous.
 
     Those of a `TextEncoder` or `VisionTransformer` get the names of a bare model, without prefix. With the right
     `config.json` beside it, `transformers` reads the file; give `save_safetensors` the metadata `{"format": "pt"}` for
@@ -206,7 +206,8 @@ class _Layout(NamedTuple):
         return from_matrix(tensor, self.spec, self.ours)
 
     def to_theirs(self, array: Any) -> np.ndarray:
-        return np.asarray(as_matrix(array.reshape(self.ours), self.spec)).reshape(self.theirs)
+        # safetensors' own writer stores a transposed view as it lies in memory, which is other numbers.
+        return np.ascontiguousarray(as_matrix(array.reshape(self.ours), self.spec)).reshape(self.theirs)
 
 
 def _layout(leaf: str, shape: tuple[int, ...], architecture: _Architecture, num_channels: int) -> _Layout:
