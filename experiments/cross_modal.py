@@ -271,7 +271,16 @@ def _spec(
             f"the weights {vision_weights} are for the vision transformer of a model of images with text, which {model}"
             f" ({task}) is not"
         )
-    return _Spec(task, model, TextSource(data), weights, labels, None, attributes, architecture, vision_weights)
+    return _Spec(
+        task,
+        model,
+        TextSource(data),
+        weights,
+        labels,
+        attributes=attributes,
+        architecture=architecture,
+        vision_weights=vision_weights,
+    )
 
 
 def _routes(config: Config, source: "Learner", target: "Learner") -> "list[mj.Route]":

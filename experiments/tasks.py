@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 from experiments.choices import ImageModelName, ImageTaskName, TextModelName, TextTaskName, VisionModelName
 from experiments.transfers import TransferConfig
@@ -40,6 +40,7 @@ class Spec:
       labels: how many training examples it learns from; None for all.
       validation: how many training examples to hold out, where it is not the config's number.
       attributes: of a small transformer, such as layers and width, where they are not its usual ones.
+      sizes: a Hugging Face safetensors file or folder, with its config.json, whose sizes a text model has.
     """
 
     task: str
@@ -49,6 +50,10 @@ class Spec:
     labels: int | None
     validation: int | None = None
     attributes: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    sizes: Path | None = None
+
+
+_SpecOrMore = TypeVar("_SpecOrMore", bound=Spec)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +96,7 @@ class TaskConfig(TransferConfig):
         Raises:
           ValueError: an unknown task or model, data that cannot be had, or a vocabulary that is not the source's.
         """
+        specs = [self._sized(spec, gives=number < len(specs) - 1) for number, spec in enumerate(specs)]
         texts = [self.load_texts(spec) for spec in specs]
         if all(one is None for one in texts):
             return [self.learner(spec, None, None) for spec in specs], None
@@ -99,6 +105,15 @@ class TaskConfig(TransferConfig):
         tokens = self._tokens(words, [spec.weights for spec in specs], source_reads)
         learners = [self.learner(spec, one, tokens) for spec, one in zip(specs, texts, strict=True)]
         return learners, lambda folder: tokens.save(folder / _VOCABULARY)
+
+    def _sized(self, spec: _SpecOrMore, *, gives: bool) -> _SpecOrMore:
+        """Returns the spec of a text model with the file that tells its sizes, where there is one."""
+        file = self.source_from if gives and spec.weights is None else spec.weights
+        if spec.task not in _TEXT_TASKS or file is None:
+            return spec
+        folder = file if file.is_dir() else file.parent
+        is_run = (folder / "checkpoints").is_dir()
+        return spec if is_run or not (folder / "config.json").exists() else replace(spec, sizes=file)
 
     def load_texts(self, spec: Spec) -> Any | None:
         """Returns the data of a task that has text in it; None for one of images alone.
@@ -149,6 +164,7 @@ class TaskConfig(TransferConfig):
             labels=spec.labels,
             weights=spec.weights,
             attributes=spec.attributes,
+            sizes=spec.sizes,
         )
 
     def _tokens(self, words: Iterable[str], weights: Sequence[Path | None], source_reads: bool) -> WordPiece:

@@ -157,14 +157,30 @@ def words_of(texts: TextSet | QuestionSet) -> list[str]:
 
 
 def make_text_encoder(
-    model: str, tokens: WordPiece, max_length: int, attributes: Mapping[str, Any] = MappingProxyType({}), **options: Any
+    model: str,
+    tokens: WordPiece,
+    max_length: int,
+    attributes: Mapping[str, Any] = MappingProxyType({}),
+    sizes: Path | None = None,
+    **options: Any,
 ) -> mj.models.TextEncoder:
-    """Returns the encoder of that name; `attributes`, such as layers and width, are of a small one, options of any.
+    """Returns the encoder of that name, or of the sizes that a file of Hugging Face has.
+
+    Args:
+      model: one of `TextModelName`.
+      tokens: the vocabulary.
+      max_length: of a text, in tokens.
+      attributes: of a small one, such as layers and width.
+      sizes: the file or folder whose sizes it has, whatever the name.
+      options: attributes of any.
 
     Raises:
-      ValueError: the model is unknown, has no such length, or is not small and has sizes of its own.
+      ValueError: the model is unknown, has no such length, or has sizes of its own; a file that does not tell its
+        sizes, or has another vocabulary.
     """
     check_choice("text model", model, get_args(TextModelName))
+    if sizes is not None:
+        return _encoder_of(sizes, tokens, max_length, attributes, options)
     if model.startswith("small_"):
         # As in vision: BERT's deviation of 0.02 is for its width of 768. A small encoder that starts so learns slowly,
         # and gains from any larger numbers that are copied into it, those of an untrained source too.
@@ -174,6 +190,25 @@ def make_text_encoder(
     encoder = getattr(mj.models, model)(tokens.vocab_size, separator=tokens.separator, **options)
     if max_length > encoder.max_length:
         raise ValueError(f"max_length must be at most {encoder.max_length}, the positions of {model}, got {max_length}")
+    return encoder
+
+
+def _encoder_of(
+    path: Path, tokens: WordPiece, max_length: int, attributes: Mapping[str, Any], options: Mapping[str, Any]
+) -> mj.models.TextEncoder:
+    if attributes:
+        raise ValueError(f"{path} has sizes of its own: leave out {', '.join(attributes)}")
+    try:
+        encoder = mj.models.text_encoder_of(path, separator=tokens.separator, **options)
+    except OSError as error:
+        raise ValueError(f"the weights cannot be read: {error}") from None
+    if encoder.vocab_size != tokens.vocab_size:
+        raise ValueError(
+            f"{path} has a vocabulary of {encoder.vocab_size} tokens, the texts are in one of {tokens.vocab_size}: "
+            "--vocabulary names the one that the weights were trained with"
+        )
+    if max_length > encoder.max_length:
+        raise ValueError(f"max_length must be at most {encoder.max_length}, the positions of {path}, got {max_length}")
     return encoder
 
 
@@ -189,6 +224,7 @@ def text_learner(
     labels: int | None = None,
     weights: Path | None = None,
     attributes: Mapping[str, Any] = MappingProxyType({}),
+    sizes: Path | None = None,
     dtype: Any = jnp.float32,
 ) -> Learner:
     """Returns a model that learns a text task.
@@ -204,14 +240,15 @@ def text_learner(
       labels: how many of the others it learns from; None for all.
       weights: a Hugging Face safetensors file or folder to start from; None for random ones.
       attributes: of a small model, see `make_text_encoder`.
+      sizes: the file or folder whose sizes it has, see `make_text_encoder`.
       dtype: of the computation.
 
     Raises:
       ValueError: the model is unknown, fewer examples can be held out than that, a text does not fit, or weights that
         do not fit the model and its vocabulary.
     """
-    encoder = make_text_encoder(model, tokens, max_length, attributes, dtype=dtype)
-    name = f"{model} ({texts.name} {task})"
+    encoder = make_text_encoder(model, tokens, max_length, attributes, sizes, dtype=dtype)
+    name = f"{model if sizes is None else sizes.name} ({texts.name} {task})"
     if isinstance(texts, QuestionSet):
         module: Any = mj.models.SpanExtractor(encoder)
         train, test, evaluate = _questions(texts, tokens, max_length, too_long, module.apply)

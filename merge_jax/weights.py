@@ -18,7 +18,7 @@ from merge_jax.formats import told_file, told_folder
 from merge_jax.paths import Pattern, find_paths, flatten, near_misses, some_of
 from merge_jax.types import Params
 
-__all__ = ["leaf_paths", "load_params", "load_safetensors", "read_json", "save_safetensors"]
+__all__ = ["leaf_paths", "leaf_shapes", "load_params", "load_safetensors", "read_json", "save_safetensors"]
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -85,6 +85,17 @@ def leaf_paths(path: str | os.PathLike[str]) -> tuple[str, ...]:
       FileNotFoundError, ValueError: as `load_safetensors`, but for what only the numbers show.
     """
     return tuple(_listed(path)[1])
+
+
+def leaf_shapes(path: str | os.PathLike[str]) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of each leaf that `load_safetensors` would read, by path, from the headers alone.
+
+    Raises:
+      FileNotFoundError, ValueError: as `load_safetensors`, but for what only the numbers show.
+    """
+    shard_of, names = _listed(path)
+    headers = {shard: _header(shard)[0] for shard in dict.fromkeys(shard_of.values())}
+    return {path: tuple(map(int, headers[shard_of[name]][name]["shape"])) for path, name in names.items()}
 
 
 def _listed(path: str | os.PathLike[str]) -> tuple[dict[str, Path], dict[str, str]]:

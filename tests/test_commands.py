@@ -224,7 +224,8 @@ def test_what_a_page_shows_is_text_and_never_markup(runs, tmp_path):
     ([50, 50, 50], [40, 50, 63],
      "No method surely gains: the best, share, comes to +1.0 ± 6.7 points of test accuracy over vanilla, not more than "
      "twice its standard error."),
-    ([50], [60], "share comes to +10.0 points of test accuracy over vanilla, but fewer than three seeds make nothing sure."),
+    ([50], [60],
+     "share comes to +10.0 points of test accuracy over vanilla, but fewer than three seeds make nothing sure."),
     ([50, 50, 50], [], "No method stands beside vanilla, so there is no gain to tell."),
 ])  # fmt: skip
 def test_a_page_says_in_a_sentence_what_the_result_means(runs, tmp_path, vanilla, share, expected):

@@ -10,6 +10,8 @@ import pytest
 import merge_jax as mj
 from experiments import cross_task
 from experiments.cli import parse
+from experiments.sources import origin_of
+from merge_jax.data import WordPiece
 from tests.runs import run
 
 LITTLE = [
@@ -125,6 +127,47 @@ def test_weights_of_hugging_face_are_where_a_model_starts(tmp_path, capsys):
     for path, leaf in mj.flatten(loaded).items():
         assert np.array_equal(leaf, mj.flatten(params)[path]) == (path != "qa_outputs/kernel"), path
     assert "not in it, so as they start: qa_outputs" in capsys.readouterr().err
+
+
+def write_encoder(folder, tokens, width=24, num_layers=3, num_heads=3, **config):
+    """Writes an encoder of no usual size as Hugging Face saves it."""
+    encoder = mj.models.TextEncoder(tokens.vocab_size, width, num_layers, num_heads, 40, 64, separator=tokens.separator)
+    params = encoder.init(jax.random.key(5), np.ones((1, 4), np.int32))["params"]
+    mj.save_safetensors(folder / "model.safetensors", mj.models.to_huggingface(params))
+    (folder / "config.json").write_text(json.dumps({"num_attention_heads": num_heads, "hidden_act": "gelu", **config}))
+    return params
+
+
+def test_a_file_with_its_config_tells_the_sizes_of_a_source(tmp_path):
+    build(*LITTLE, "--methods", "vanilla").attach(tmp_path)
+    tokens = WordPiece.from_vocabulary(tmp_path / "vocabulary.json")
+    params = write_encoder(tmp_path, tokens)
+    options = ["--source", "frozen", "--source-from", tmp_path, "--vocabulary", tmp_path / "vocabulary.json"]
+    scenario = build(*LITTLE, "--methods", "share", *options)
+    assert scenario.source.name.startswith(f"{tmp_path.name} (")
+    config = parse(cross_task.PRESETS, "", "", [*LITTLE, "--methods", "share", *map(str, options)])
+    read = mj.flatten(origin_of(scenario, config).read(0).params)
+    for path, leaf in mj.flatten(params).items():
+        np.testing.assert_array_equal(read[f"encoder/{path}"], leaf)
+    rows = scenario.methods["share"].transfer.describe(
+        *(jax.eval_shape(role.init, jax.random.key(0))[0] for role in (scenario.source, scenario.target))
+    )
+    assert {row.source.split("/attention")[0] for row in rows} == {"encoder/layer_0", "encoder/layer_2"}
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (["--max-length", "65", "--vocabulary", "own/vocabulary.json"], "max_length must be at most 64, the positions of"),
+    (["--vocabulary", "other/vocabulary.json"], r"has a vocabulary of \d+ tokens, the texts are in one of \d+: --"),
+])  # fmt: skip
+def test_a_file_that_does_not_fit_is_refused(tmp_path, options, message):
+    for name in ("own", "other", "encoder"):
+        (tmp_path / name).mkdir()
+    build(*LITTLE, "--methods", "vanilla").attach(tmp_path / "own")
+    build(*LITTLE, "--methods", "vanilla", "--vocabulary-size", "90").attach(tmp_path / "other")
+    write_encoder(tmp_path / "encoder", WordPiece.from_vocabulary(tmp_path / "own" / "vocabulary.json"))
+    options = [tmp_path / word if word.endswith(".json") else word for word in options]
+    with pytest.raises(ValueError, match=message):
+        build(*LITTLE, "--methods", "share", "--source", "frozen", "--source-from", tmp_path / "encoder", *options)
 
 
 @pytest.mark.slow

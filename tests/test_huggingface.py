@@ -504,3 +504,24 @@ def test_params_of_no_vision_transformer_are_refused():
         models.to_huggingface(params, num_channels=1)
     with pytest.raises(ValueError, match="num_channels must be a whole number of at least 1, got 0"):
         models.to_huggingface(params, num_channels=0)
+
+
+@pytest.mark.parametrize("num_segments", [2, 0], ids=["BERT", "DistilBERT"])
+def test_a_file_tells_the_sizes_of_its_encoder(tmp_path, num_segments):
+    encoder = mj.models.TextEncoder(31, 12, 3, 4, 20, 16, num_segments=num_segments, separator=5)
+    params = encoder.init(jax.random.key(0), jnp.ones((1, 4), jnp.int32))["params"]
+    mj.save_safetensors(tmp_path / "model.safetensors", mj.models.to_huggingface(params))
+    with pytest.raises(
+        ValueError, match=r"no tensor of .* tells its number of heads: put the model's config.json"
+    ):
+        mj.models.text_encoder_of(tmp_path)
+    heads = "num_attention_heads" if num_segments else "n_heads"
+    (tmp_path / "config.json").write_text(json.dumps({heads: 4}))
+    assert mj.models.text_encoder_of(tmp_path, separator=5) == encoder
+    assert mj.models.text_encoder_of(tmp_path / "model.safetensors", separator=5) == encoder
+
+
+def test_of_files_of_no_text_encoder_no_sizes_are_read(tmp_path):
+    mj.save_safetensors(tmp_path / "model.safetensors", {"fc": {"weight": np.ones((2, 3))}})
+    with pytest.raises(ValueError, match=r"is of neither BERT nor DistilBERT: it has tensors such as fc.weight"):
+        mj.models.text_encoder_of(tmp_path)

@@ -1,6 +1,6 @@
 """Plain Flax (Linen) models; nothing here knows of the method."""
 
-from merge_jax.models.huggingface import from_huggingface, to_huggingface
+from merge_jax.models.huggingface import from_huggingface, text_encoder_of, to_huggingface
 from merge_jax.models.image_text import DualEncoder, Embeddings, VisualAnswerer
 from merge_jax.models.mobilenet import (
     InvertedResidualStage,
@@ -46,6 +46,7 @@ __all__ = [
     "small_mobilenet_v2",
     "small_resnet",
     "small_vit",
+    "text_encoder_of",
     "tiny_vit",
     "to_huggingface",
     "vit_base",

@@ -3,7 +3,7 @@
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -13,11 +13,12 @@ import numpy as np
 
 from merge_jax.checks import check_at_least_one
 from merge_jax.matrices import MatrixSpec, as_matrix, from_matrix, matrix_spec
+from merge_jax.models.transformer import TextEncoder
 from merge_jax.paths import flatten, near_misses, replace, some_of
 from merge_jax.types import Params
-from merge_jax.weights import load_safetensors, read_json
+from merge_jax.weights import leaf_shapes, load_safetensors, read_json
 
-__all__ = ["Loaded", "from_huggingface", "to_huggingface"]
+__all__ = ["Loaded", "from_huggingface", "text_encoder_of", "to_huggingface"]
 
 
 class Loaded(NamedTuple):
@@ -168,6 +169,55 @@ def from_huggingface(path: str | os.PathLike[str], params: Params) -> Loaded:
     return Loaded(replace(params, taken), kept)
 
 
+def text_encoder_of(path: str | os.PathLike[str], **options: Any) -> TextEncoder:
+    """Returns the encoder that a file of weights is of, with its vocabulary, width, layers, heads and positions.
+
+    The file is of a BERT or DistilBERT as Hugging Face saves it. Only its header is read, and the `config.json` beside
+    it, which alone tells the number of heads.
+
+    Args:
+      path: what `load_safetensors` reads: a file, an index of shards, or a model's folder.
+      options: other attributes of `TextEncoder`, such as `separator`.
+
+    Raises:
+      FileNotFoundError: as `load_safetensors`.
+      ValueError: as `load_safetensors`; weights of another architecture, tensors that are missing, or no `config.json`
+        with the number of heads.
+    """
+    shapes = {_bare(leaf.replace("/", ".")): shape for leaf, shape in leaf_shapes(path).items()}
+    counts = _layers(shapes)
+    architecture = next((one for one in (_BERT, _DISTILBERT) if counts[one.name]), None)
+    if architecture is None:
+        raise ValueError(
+            f"{path} is of neither BERT nor DistilBERT: it has tensors such as {some_of(sorted(shapes), 3)}"
+        )
+
+    def size(leaf: str, axis: int) -> int:
+        name = _bare(_name(architecture, leaf))
+        if len(shapes.get(name, ())) != 2:
+            raise ValueError(f"{path} lacks the matrix {name!r}; {near_misses(name, shapes)}")
+        return shapes[name][axis]
+
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+    num_heads = config.get(architecture.heads)
+    if not isinstance(num_heads, int):
+        raise ValueError(
+            f"no tensor of {path} tells its number of heads: put the model's config.json, which has "
+            f"{architecture.heads!r}, beside it"
+        )
+    return TextEncoder(
+        vocab_size=size(_WORDS, 0),
+        width=size(_WORDS, 1),
+        num_layers=counts[architecture.name],
+        num_heads=num_heads,
+        hidden=size("layer_0/up/kernel", 0),
+        max_length=size("embeddings/position/embedding", 0),
+        num_segments=size("embeddings/segment/embedding", 0) if architecture is _BERT else 0,
+        **options,
+    )
+
+
 def to_huggingface(params: Params, num_channels: int = 3) -> dict[str, np.ndarray]:
     """Returns a model's parameters by Hugging Face's names and in its layout, for `save_safetensors`; C-contiguous.
 
@@ -273,10 +323,7 @@ def _bare(name: str) -> str:
 
 
 def _check_architecture(path: Any, ours: _Architecture, names: Mapping[str, Any], num_layers: int) -> None:
-    counts = {}
-    for architecture in _ARCHITECTURES:
-        before, after = _bare(f"{architecture.modules[_QUERY]}.weight").split("{}")
-        counts[architecture.name] = sum(name.startswith(before) and name.endswith(after) for name in names)
+    counts = _layers(names)
     found = [name for name, count in counts.items() if count]
     if not found:
         raise ValueError(f"{path} is of neither {' nor '.join(counts)}: it has tensors such as {sorted(names)[:3]}")
@@ -284,6 +331,15 @@ def _check_architecture(path: Any, ours: _Architecture, names: Mapping[str, Any]
         raise ValueError(f"{path} is of {found[0]}, the model is a {ours.name}")
     if counts[ours.name] != num_layers:
         raise ValueError(f"{path} has {counts[ours.name]} layers, the model has {num_layers}")
+
+
+def _layers(names: Iterable[str]) -> dict[str, int]:
+    """Returns how many layers of each architecture there are among the bare names of tensors."""
+    counts = {}
+    for architecture in _ARCHITECTURES:
+        before, after = _bare(f"{architecture.modules[_QUERY]}.weight").split("{}")
+        counts[architecture.name] = sum(name.startswith(before) and name.endswith(after) for name in names)
+    return counts
 
 
 def _check_config(path: str | os.PathLike[str], ours: _Architecture, num_heads: int) -> None:

@@ -36,7 +36,9 @@ def html_report(run: Run) -> str:
     curves, label = judged(run)
     sections = [
         _section("What was done", _list(run.plan.lines())),
-        _section("Results", f"<p>{html.escape(meaning(run))}</p>", *map(_table, result_tables(run)), _notes(notes(run))),
+        _section(
+            "Results", f"<p>{html.escape(meaning(run))}</p>", *map(_table, result_tables(run)), _notes(notes(run))
+        ),
         _section("Curves", _picture(as_svg(draw(curves, label)).encode(), "svg+xml", label)),
     ]
     gates, label = followed(run)
