@@ -39,6 +39,7 @@ from merge_jax.data import (
     sort_of_clevr,
     take,
 )
+from merge_jax.models.initial import compiled_once
 from merge_jax.paths import near_misses
 from merge_jax.vqa_score import normalize_answer
 from merge_jax.weights import read_json
@@ -169,7 +170,7 @@ def image_text_learner(
         _check_ranks(f"--validation: {found.name} has, held out of its training images,", splits(0).validation)
         _check_ranks(f"{found.name} has to test on", parts.arrays[1])
 
-    @jax.jit
+    @compiled_once
     def random_init(key: jax.Array) -> Any:
         return module.init(key, jnp.zeros((1, *shape[1:])), jnp.ones((1, reading.max_length), jnp.int32))["params"]
 

@@ -30,6 +30,7 @@ from merge_jax.data import (
     scene_shapes,
     split,
 )
+from merge_jax.models.initial import compiled_once
 from merge_jax.tasks import on_pixels
 from merge_jax.types import ModelApply
 
@@ -188,7 +189,7 @@ def make_role(
       augment: crop, mirror and rotate its training images at random.
     """
 
-    @jax.jit
+    @compiled_once
     def init(key: jax.Array):
         variables = model.init(key, jnp.zeros((1, *data.shape)))
         return variables["params"], {name: state for name, state in variables.items() if name != "params"}

@@ -41,6 +41,7 @@ from merge_jax.data import (
     synthetic_topics,
 )
 from merge_jax.models.huggingface import Loaded
+from merge_jax.models.initial import compiled_once
 from merge_jax.weights import leaf_paths
 
 __all__ = [
@@ -266,7 +267,7 @@ def text_learner(
         classify, metric = partial(loss, module.apply), "accuracy"
     _check_sizes(texts.name, num_examples(train), validation, labels)
 
-    @jax.jit
+    @compiled_once
     def random_init(key: jax.Array) -> Any:
         return module.init(key, jnp.zeros((1, max_length), jnp.int32))["params"]
 

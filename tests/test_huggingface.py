@@ -511,9 +511,7 @@ def test_a_file_tells_the_sizes_of_its_encoder(tmp_path, num_segments):
     encoder = mj.models.TextEncoder(31, 12, 3, 4, 20, 16, num_segments=num_segments, separator=5)
     params = encoder.init(jax.random.key(0), jnp.ones((1, 4), jnp.int32))["params"]
     mj.save_safetensors(tmp_path / "model.safetensors", mj.models.to_huggingface(params))
-    with pytest.raises(
-        ValueError, match=r"no tensor of .* tells its number of heads: put the model's config.json"
-    ):
+    with pytest.raises(ValueError, match=r"no tensor of .* tells its number of heads: put the model's config.json"):
         mj.models.text_encoder_of(tmp_path)
     heads = "num_attention_heads" if num_segments else "n_heads"
     (tmp_path / "config.json").write_text(json.dumps({heads: 4}))

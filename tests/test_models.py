@@ -1,5 +1,6 @@
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -281,3 +282,17 @@ def test_activations_are_clipped_at_6_or_not_at_all(clipped):
     assert (layers["features"][0].max() <= 6) == clipped
     assert not mj.models.mobilenet_v2_half(100).clipped
     assert mj.models.mobilenet_v2(100).clipped
+
+
+def test_a_start_is_that_of_the_models_own_init():
+    model, images = mj.models.small_mobilenet_v2(10), jnp.zeros((1, 8, 8, 1))
+    expected = jax.jit(model.init)(jax.random.key(3), images)
+    chex.assert_trees_all_close(mj.models.initialize(model, jax.random.key(3), images), expected, rtol=1e-5)
+    inside = jax.jit(lambda key: mj.models.initialize(model, key, images))(jax.random.key(3))
+    chex.assert_trees_all_close(inside, expected, rtol=1e-5)
+    shapes = jax.eval_shape(lambda key: mj.models.initialize(model, key, images), jax.random.key(3))
+    assert jax.tree.map(lambda leaf: leaf.shape, shapes) == jax.tree.map(lambda leaf: leaf.shape, expected)
+    assert not np.array_equal(
+        mj.models.initialize(model, jax.random.key(4), images)["params"]["fc"]["kernel"],
+        expected["params"]["fc"]["kernel"],
+    )

@@ -54,7 +54,7 @@ def test_the_documents_show_the_three_kinds_of_models():
 
 def test_the_opening_code_runs(capsys):
     run(0)
-    assert "(960, 160) from (2048, 100)" in capsys.readouterr().out
+    assert "(32, 64) from (3, 3, 64, 64)" in capsys.readouterr().out
 
 
 @pytest.mark.docs
@@ -68,7 +68,7 @@ def test_the_code_for_ones_own_models_runs(tmp_path, monkeypatch):
 
 def test_there_is_code_to_run():
     assert len(CODE) == 3
-    assert 'mj.lpka_transfer({"stage6_2/project/kernel": "fc/kernel"}, num_layers=2, num_heads=8)' in CODE[0]
+    assert 'mj.lpka_transfer({"head/kernel": "stage3_0/conv2/kernel"}, num_layers=2, num_heads=8)' in CODE[0]
 
 
 def test_ci_runs_the_readmes_test_command():

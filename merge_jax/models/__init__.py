@@ -2,6 +2,7 @@
 
 from merge_jax.models.huggingface import from_huggingface, text_encoder_of, to_huggingface
 from merge_jax.models.image_text import DualEncoder, Embeddings, VisualAnswerer
+from merge_jax.models.initial import initialize
 from merge_jax.models.mobilenet import (
     InvertedResidualStage,
     MobileNetV2,
@@ -37,6 +38,7 @@ __all__ = [
     "bert_base",
     "distilbert_base",
     "from_huggingface",
+    "initialize",
     "mobilenet_v2",
     "mobilenet_v2_half",
     "resnet18",
