@@ -22,8 +22,6 @@ def initialize(model: nn.Module, key: jax.Array, *inputs: Any) -> dict[str, Any]
       key: consumed.
       inputs: as its call has them; only their shapes matter to parameters.
     """
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((key, inputs))):
-        return model.init(key, *inputs)  # The program around it is what is compiled.
     return _init(model)(key, *inputs)
 
 
@@ -36,4 +34,12 @@ def compiled_once(fn: Callable[..., Any]) -> Callable[..., Any]:
     """Returns a jitted function that compiles soon and runs slowly, for what runs once or a few times."""
     # Only of XLA's CPU compiler is the time known, and other backends know other levels.
     on_cpu = jax.default_backend() == "cpu"
-    return jax.jit(fn, compiler_options={"xla_backend_optimization_level": 0} if on_cpu else None)
+    jitted = jax.jit(fn, compiler_options={"xla_backend_optimization_level": 0} if on_cpu else None)
+
+    @functools.wraps(fn)
+    def call(*inputs: Any) -> Any:
+        # Inside another program there is nothing to compile apart, and JAX takes no options there.
+        traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(inputs))
+        return fn(*inputs) if traced else jitted(*inputs)
+
+    return call
