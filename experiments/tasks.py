@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -91,6 +91,9 @@ class TaskConfig(TransferConfig):
         Raises:
           ValueError: an unknown task or model, data that cannot be had, or a vocabulary that is not the source's.
         """
+        for spec in specs:
+            self.check_weights(spec)
+        self._check_source(specs)
         texts = [self.load_texts(spec) for spec in specs]
         if all(one is None for one in texts):
             return [self.learner(spec, None, None) for spec in specs], None
@@ -99,6 +102,24 @@ class TaskConfig(TransferConfig):
         tokens = self._tokens(words, [spec.weights for spec in specs], source_reads)
         learners = [self.learner(spec, one, tokens) for spec, one in zip(specs, texts, strict=True)]
         return learners, lambda folder: tokens.save(folder / _VOCABULARY)
+
+    def check_weights(self, spec: Spec) -> None:
+        """Raises ValueError for weights of another encoder, before data is read: their header is enough."""
+        from experiments.texts import check_text_weights
+
+        if spec.weights is not None and spec.task in _TEXT_TASKS:
+            check_text_weights(spec.weights, spec.model, self.max_length, spec.attributes)
+
+    def _check_source(self, specs: Sequence[Spec]) -> None:
+        """Does the same for a frozen source that is read from a file of Hugging Face."""
+        from merge_jax.weights import leaf_paths
+
+        path = self.source_from
+        if self.source != "frozen" or path is None or not path.exists() or (path / "checkpoints").is_dir():
+            return
+        ours = any(leaf.startswith(("encoder/embeddings/", "params/")) for leaf in leaf_paths(path))
+        if len(specs) == 2 and not ours:
+            self.check_weights(replace(specs[0], weights=path))
 
     def load_texts(self, spec: Spec) -> Any | None:
         """Returns the data of a task that has text in it; None for one of images alone.

@@ -1,12 +1,13 @@
 """Text models as the roles of a scenario: tasks by name, data by name or file, and what they are trained with."""
 
+import contextlib
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import flax.linen as nn
 import jax
@@ -40,12 +41,14 @@ from merge_jax.data import (
     synthetic_reviews,
     synthetic_topics,
 )
-from merge_jax.models.huggingface import Loaded
+from merge_jax.models.huggingface import Loaded, check_huggingface
 from merge_jax.weights import leaf_paths
 
 __all__ = [
     "TEXT_ATTENTION",
     "TextSource",
+    "check_text_weights",
+    "check_weights",
     "load_text",
     "make_text_encoder",
     "read_weights",
@@ -156,8 +159,44 @@ def words_of(texts: TextSet | QuestionSet) -> list[str]:
     return [*passages, *(question.question for question in texts.train)]
 
 
+class _Sizes(NamedTuple):
+    """What an encoder has of a vocabulary."""
+
+    vocab_size: int
+    separator: int
+
+
+def check_text_weights(path: Path, model: str, max_length: int, attributes: Mapping[str, Any]) -> None:
+    """Raises ValueError for weights that are of another encoder, before texts are read: their header is enough.
+
+    What depends on the vocabulary is told once that is there.
+    """
+    # Only names of leaves and the number of heads are looked at.
+    encoder = make_text_encoder(model, _Sizes(2, 1), max_length, attributes)
+    check_weights(path, encoder, jnp.zeros((1, 1), jnp.int32))
+
+
+def check_weights(path: Path, encoder: nn.Module, inputs: Any) -> None:
+    """Raises ValueError for weights of Hugging Face that are of another encoder, as far as their header tells."""
+    shapes: Any = jax.eval_shape(encoder.init, jax.random.key(0), inputs)
+    with _told_as_weights():
+        check_huggingface(path, shapes["params"])
+
+
+@contextlib.contextmanager
+def _told_as_weights() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"the weights cannot be read: {error}") from None
+
+
 def make_text_encoder(
-    model: str, tokens: WordPiece, max_length: int, attributes: Mapping[str, Any] = MappingProxyType({}), **options: Any
+    model: str,
+    tokens: WordPiece | _Sizes,
+    max_length: int,
+    attributes: Mapping[str, Any] = MappingProxyType({}),
+    **options: Any,
 ) -> mj.models.TextEncoder:
     """Returns the encoder of that name; `attributes`, such as layers and width, are of a small one, options of any.
 
@@ -212,14 +251,23 @@ def text_learner(
     """
     encoder = make_text_encoder(model, tokens, max_length, attributes, dtype=dtype)
     name = f"{model} ({texts.name} {task})"
+    module: Any
     if isinstance(texts, QuestionSet):
-        module: Any = mj.models.SpanExtractor(encoder)
+        module = mj.models.SpanExtractor(encoder)
+    else:
+        module = mj.models.TextClassifier(encoder, len(texts.classes), "tanh" if encoder.num_segments else "relu")
+
+    @jax.jit
+    def random_init(key: jax.Array) -> Any:
+        return module.init(key, jnp.zeros((1, max_length), jnp.int32))["params"]
+
+    # Read once, and now, so that what does not fit is told before anything else.
+    given = None if weights is None else read_weights(weights, jax.eval_shape(random_init, jax.random.key(0)))
+    if isinstance(texts, QuestionSet):
         train, test, evaluate = _questions(texts, tokens, max_length, too_long, module.apply)
         loss, classify, metric = mj.span_loss, None, "f1"
     else:
         _check_classes(texts.name, texts.train, texts.classes)
-        pooler = "tanh" if encoder.num_segments else "relu"
-        module = mj.models.TextClassifier(encoder, len(texts.classes), pooler)
         train, test = (
             told(texts.name, tokens.encode_texts(part.texts, part.labels, max_length, too_long=too_long))
             for part in (texts.train, texts.test)
@@ -228,13 +276,6 @@ def text_learner(
         loss: Any = partial(mj.classification_loss, inputs="tokens")
         classify, metric = partial(loss, module.apply), "accuracy"
     _check_sizes(texts.name, num_examples(train), validation, labels)
-
-    @jax.jit
-    def random_init(key: jax.Array) -> Any:
-        return module.init(key, jnp.zeros((1, max_length), jnp.int32))["params"]
-
-    # Read once, and now, so that what does not fit is told before anything else.
-    given = None if weights is None else read_weights(weights, random_init(jax.random.key(0)))
 
     def init(key: jax.Array) -> tuple[Any, dict[str, Any]]:
         params = random_init(key)
@@ -335,9 +376,8 @@ def read_weights(path: Path, params: Any) -> Loaded:
       ValueError: they cannot be read, or do not fit the model or its vocabulary.
     """
     try:
-        loaded = mj.models.from_huggingface(path, params)
-    except OSError as error:
-        raise ValueError(f"the weights cannot be read: {error}") from None
+        with _told_as_weights():
+            loaded = mj.models.from_huggingface(path, params)
     except ValueError as error:
         if "vocabulary" not in str(error):
             raise

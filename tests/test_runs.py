@@ -100,9 +100,8 @@ def test_a_numbered_folder_that_stays_empty_is_removed_and_the_last_run_is_found
     with numbered_folder("mine", resume=True) as folder:
         assert str(folder) == "runs/mine-001"
         assert not folder.exists()
-    with pytest.raises(RuntimeError), numbered_folder("mine") as folder:
+    with numbered_folder("mine") as folder:
         assert folder.is_dir()
-        raise RuntimeError
     assert not folder.exists()
     for number in ("001", "002", "010"):
         with numbered_folder("mine" if number < "010" else "mine-of-others") as folder:
