@@ -14,7 +14,7 @@ import optax
 from flax import struct
 from jax import lax
 
-from merge_jax.checks import check_at_least_one, check_choice, check_transfer
+from merge_jax.checks import check_at_least_one, check_choice, check_learnable, check_transfer
 from merge_jax.guard import all_finite, keep_unless
 from merge_jax.packing import pack, packed
 from merge_jax.types import Adapter, Batch, LossFn, Metrics, ModelState, Params, TeacherFn, Transfer
@@ -156,9 +156,13 @@ def init_joint_state(
       adapter_optimizer: the one that `make_joint_step` gets; `adapter_adamw()` if not given.
 
     Raises:
-      ValueError: for what is no task or no transfer, and whatever `transfer.init` finds wrong with the routes.
+      ValueError: for what is no task or no transfer, a leaf that is to learn and is no float array, and whatever
+        `transfer.init` finds wrong with the routes.
     """
     check_tasks(source, target, transfer)
+    check_learnable("target", target_params)
+    if source is not None:
+        check_learnable("source", source_params)
     adapter_optimizer = adapter_optimizer or adapter_adamw()
     adapter_key, step_key = jax.random.split(key)
     adapter_params: Adapter = (

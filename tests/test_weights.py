@@ -126,7 +126,9 @@ def test_nothing_is_overwritten_and_nothing_half_written(file, tmp_path):
     before = file.read_bytes()
     with pytest.raises(FileExistsError, match="give overwrite=True"):
         mj.save_safetensors(file, {"a": np.ones(2)})
-    with pytest.raises(ValueError, match="the leaf 'a' must be an array, got str"):
+    with pytest.raises(
+        ValueError, match=r"the leaf 'a' must be an array, got str: give its numbers \(numpy\.asarray\), or le"
+    ):
         mj.save_safetensors(file, {"a": "text"}, overwrite=True)
     with pytest.raises(ValueError, match=r"metadata are strings by name, got \{'step': 3\}"):
         mj.save_safetensors(file, {"a": np.ones(1)}, metadata={"step": 3}, overwrite=True)
