@@ -97,8 +97,8 @@ class Checkpoints:
         path = Path(folder).absolute()
         if is_orbax(path):
             raise ValueError(
-                f"{path} is one checkpoint that Orbax has written, not a folder of steps: read it with"
-                " orbax.checkpoint.StandardCheckpointer().restore(path), and save it by Checkpoints into another folder"
+                f"{path} is one checkpoint that Orbax has written, not a folder of steps: name the folder that it is"
+                " in; one that Checkpoints did not save, orbax.checkpoint.StandardCheckpointer().restore(path) reads"
             )
         if read_only and not path.is_dir():
             raise ValueError(f"there is no folder of checkpoints {path}")

@@ -318,7 +318,7 @@ def test_what_orbax_saved_by_itself_is_called_by_its_name(tmp_path):
         manager.save(2, args=ocp.args.StandardSave(tree))
     for options in ({}, {"read_only": True}):
         with pytest.raises(
-            ValueError, match=r"/one is one checkpoint that Orbax has written, not a folder of steps: re"
+            ValueError, match=r"/one is one checkpoint that Orbax has written, not a folder of steps: na"
         ):
             Checkpoints(tmp_path / "one", **options)
     message = (

@@ -248,10 +248,9 @@ def test_a_checkpoint_of_orbax_is_called_by_its_name_and_what_is_told_makes_a_fi
     monkeypatch.chdir(tmp_path)
     exec(str(caught.value).partition("make a file of it: ")[2], {"mj": mj, "orbax": orbax})
     np.testing.assert_array_equal(mj.load_safetensors("new.safetensors")["fc"]["kernel"], tree["fc"]["kernel"])
-    with pytest.raises(
-        FileNotFoundError, match=r"it is a folder of checkpoints; .*merge-jax export .*ours FILE makes a fi"
-    ):
-        mj.load_safetensors(tmp_path / "ours")
+    for folder in ("ours", "ours/1"):
+        with pytest.raises(FileNotFoundError, match=rf"it is of checkpoints; .*merge-jax export .*{folder} FILE makes"):
+            mj.load_safetensors(tmp_path / folder)
 
 
 def header(text, body=b"\0" * 4):
