@@ -55,7 +55,7 @@ def check_run(scenario: Scenario, config: RunConfig) -> Checked:
         be had.
     """
     origin = origin_of(scenario, config)
-    if origin.read is not None:  # Before what takes long.
+    if origin.read is not None and not config.resume:  # Before what takes long; a run that goes on began with this.
         for seed in range(config.seeds):
             check_finite(f"the source of seed {seed}", origin.read(seed).params)
     stages = make_stages(scenario, config, origin)
@@ -75,8 +75,11 @@ def check_paths(config: RunConfig) -> None:
     if path is not None:
         if not path.exists():
             raise ValueError(f"the source cannot be read: there is no file or folder {path}")
-        if path.is_file():
-            leaf_paths(path)
+        if config.source == "frozen" and not (path / "checkpoints").is_dir():
+            try:
+                leaf_paths(path)
+            except OSError as error:
+                raise ValueError(f"the source cannot be read: {error}") from None
     if config.run_dir is not None and jax.process_index() == 0:
         RunFolder.check(config.run_dir, config.identity(), resume=config.resume)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import merge_jax as mj
-from experiments import runner
+from experiments import runner, sources
 from experiments.cli import parse
 from experiments.sources import origin_of
 from merge_jax.checkpoint import Checkpoints
@@ -176,6 +176,45 @@ def test_numbers_that_are_not_finite_are_told_before_steps_are_traced(pretrained
     monkeypatch.setattr(runner, "make_stages", lambda *arguments: pytest.fail("steps are traced"))
     with pytest.raises(ValueError, match="the source of seed 0"):
         runner.check_run(tiny.build(config), config)
+
+
+@pytest.mark.parametrize(("more", "reads"), [([], 3), (["--resume"], 1)])
+def test_a_run_that_goes_on_looks_at_no_source_of_a_seed_that_may_be_done(
+    more, reads, pretrained, tmp_path, monkeypatch
+):
+    mj.save_safetensors(tmp_path / "source.safetensors", source_of(pretrained[0]))
+    words = [
+        *LITTLE,
+        "--source",
+        "frozen",
+        "--source-from",
+        str(tmp_path / "source.safetensors"),
+        "--seeds",
+        "2",
+        *more,
+    ]
+    config, read = parse(tiny.PRESETS, "", "", words), []
+    monkeypatch.setattr(sources, "load_params", lambda *of: read.append(of) or mj.load_params(*of))
+    monkeypatch.setattr(runner, "make_stages", lambda *arguments: {})
+    scenario = tiny.build(config)
+    load = replace(scenario.source, load=sources.load_params)
+    runner.check_run(replace(scenario, source=load), config)
+    assert len(read) == reads  # One is of shapes.
+
+
+@pytest.mark.parametrize("source", ["file", "orbax"])
+def test_a_source_that_is_no_weights_is_told_before_data_is_read(source, tmp_path):
+    (tmp_path / "m.msgpack").write_bytes(b"\x81")
+    (tmp_path / "_METADATA").write_text("{}")
+    path, told = {
+        "file": (
+            tmp_path / "m.msgpack",
+            r"m\.msgpack is no safetensors file: weights of other formats \(\.msgpack, Flax",
+        ),
+        "orbax": (tmp_path, "the source cannot be read: the folder .*: it is a checkpoint of Orbax"),
+    }[source]
+    with pytest.raises(ValueError, match=told):
+        runner.check_paths(tiny.Config(source="frozen", source_from=path))
 
 
 def test_a_trajectory_needs_two_steps_or_more(pretrained, tmp_path):
