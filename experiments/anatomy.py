@@ -130,7 +130,9 @@ def _read(options: Options) -> "tuple[Scenario, TransferConfig]":
         raise ValueError(f"{options.run_dir} is no run folder: it has no config.json")
     module = _EXPERIMENTS[options.experiment]
     saved = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in json.loads(path.read_text()).items()
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in json.loads(path.read_text()).items()
+        if name != "contents"
     }
     try:
         config = replace(module.PRESETS["default"], **saved)

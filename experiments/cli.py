@@ -121,7 +121,7 @@ def main(
 def _expected(presets: Mapping[str, _Config], config: _Config, measured: Mapping[str, str]) -> str:
     """Returns how long the preset took that has these options; nothing where there is none, or it was not measured."""
     for name, preset in presets.items():
-        if preset.identity() == config.identity():
+        if preset.options() == config.options():
             return measured.get(name, "")
     return ""
 

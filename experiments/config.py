@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from experiments.choices import SourceControl, UpdateRule
+from experiments.contents import contents_of
 from experiments.option_types import check_option_types
 from merge_jax.checks import check_at_least_one
 from merge_jax.compilation_cache import CacheChoice
@@ -190,7 +191,20 @@ class RunConfig:
 
         return optax.linear_schedule(self.cycle, self.cycle_end, num_steps)
 
+    def options(self) -> dict[str, Any]:
+        """Returns the options that say what the run is."""
+        return {name: value for name, value in asdict(self).items() if name not in _NOT_OF_THE_RUN}
+
     def identity(self) -> dict[str, Any]:
-        """Returns the options that say what the run is; with others, it is another run."""
-        options = {name: value for name, value in asdict(self).items() if name not in _NOT_OF_THE_RUN}
-        return {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
+        """Returns what the run is; with anything other, it is another run.
+
+        That is its options, and under `contents` what those hold that are paths, by which a run folder knows them
+        wherever they lie; see `contents_of`.
+
+        Raises:
+          ValueError: the folder of a run is named whose checkpoints are damaged.
+        """
+        options = self.options()
+        contents = contents_of(options)
+        options = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
+        return options | ({"contents": contents} if contents else {})

@@ -23,6 +23,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+import numpy as np
+
 import merge_jax as mj
 from experiments.architecture import Architecture
 from experiments.choices import ImageTextTaskName, TextTaskName
@@ -110,6 +112,22 @@ class Config(TaskConfig):
             raise ValueError(f"a target that is its own source has none that is {self.source}: leave out --source")
         if self.source_task == "itself" and (self.source_text_weights or self.source_vision_weights):
             raise ValueError("a target that is its own source starts from its own weights: use --target-text-weights")
+
+    def check_weights(self, spec: Spec) -> None:
+        """Raises ValueError for weights of other encoders; see `TaskConfig`."""
+        if not isinstance(spec, _Spec) or spec.task not in _IMAGE_TEXT_TASKS:
+            return super().check_weights(spec)
+        architecture = spec.architecture
+        if spec.weights is not None:
+            from experiments.texts import check_text_weights
+
+            check_text_weights(spec.weights, architecture.text, self.max_length, architecture.text_attributes)
+        if spec.vision_weights is not None and self.image_size is not None:
+            from experiments.images import make_vision_encoder
+            from experiments.texts import check_weights
+
+            encoder = make_vision_encoder(architecture.vision, self.image_size, architecture.vision_attributes)
+            check_weights(spec.vision_weights, encoder, np.zeros((1, self.image_size, self.image_size, 3), np.float32))
 
     def load_texts(self, spec: Spec) -> Any | None:
         """Returns the data of a task with text in it; see `TaskConfig`."""

@@ -176,7 +176,7 @@ def image_text_learner(
 
     weights = {"text_encoder": text_weights, "image_encoder": vision_weights}
     weights = {encoder: path for encoder, path in weights.items() if path is not None}
-    drawn = random_init(jax.random.key(0)) if weights else {}
+    drawn = jax.eval_shape(random_init, jax.random.key(0)) if weights else {}
     given = {encoder: read_weights(path, drawn[encoder]) for encoder, path in weights.items()}
 
     def init(key: jax.Array) -> tuple[Any, dict[str, Any]]:

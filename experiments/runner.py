@@ -55,6 +55,9 @@ def check_run(scenario: Scenario, config: RunConfig) -> Checked:
         be had.
     """
     origin = origin_of(scenario, config)
+    if origin.read is not None and not config.resume:  # Before what takes long; a run that goes on began with this.
+        for seed in range(config.seeds):
+            check_finite(f"the source of seed {seed}", origin.read(seed).params)
     stages = make_stages(scenario, config, origin)
     if config.axis_name != scenario.axis_name:
         raise ValueError(f"{scenario.name} is not made for --parallel pmap: take --parallel jit, which splits any run")
@@ -65,9 +68,6 @@ def check_run(scenario: Scenario, config: RunConfig) -> Checked:
     # Shapes alone tell whether all fits together.
     side_by_side = config.seeds if _side_by_side(config) else None
     lowered = {name: stage.lower(layout, steps_per_call(stage), side_by_side) for name, stage in stages.items()}
-    if origin.read is not None:
-        for seed in range(config.seeds):  # What does not fit the model is told now.
-            check_finite(f"the source of seed {seed}", origin.read(seed).params)
     return Checked(origin, stages, layout, lowered)
 
 
@@ -77,8 +77,11 @@ def check_paths(config: RunConfig) -> None:
     if path is not None:
         if not path.exists():
             raise ValueError(f"the source cannot be read: there is no file or folder {path}")
-        if path.is_file():
-            leaf_paths(path)
+        if config.source == "frozen" and not (path / "checkpoints").is_dir():
+            try:
+                leaf_paths(path)
+            except OSError as error:
+                raise ValueError(f"the source cannot be read: {error}") from None
     if config.run_dir is not None and jax.process_index() == 0:
         RunFolder.check(config.run_dir, config.identity(), resume=config.resume)
 
@@ -100,9 +103,10 @@ def prepare_run(scenario: Scenario, config: RunConfig, expected: str = "", cauti
     with Console(stderr=True).status("tracing"):
         checked = check_run(scenario, config)
     plan = make_plan(scenario, config, checked.origin, checked.layout, expected, caution)
-    run_dir = config.run_dir or numbered_folder(scenario.name, config.resume)
-    check_space(run_dir, _checkpoint_bytes(checked, config))
-    folder = RunFolder.open(run_dir, config.identity(), resume=config.resume)
+    identity = config.identity()
+    with numbered_folder(scenario.name, config.resume, given=config.run_dir) as run_dir:
+        check_space(run_dir, _checkpoint_bytes(checked, config))
+        folder = RunFolder.open(run_dir, identity, resume=config.resume)
     if scenario.attach is not None and jax.process_index() == 0:
         scenario.attach(folder.path)
     signals = StopSignals()
@@ -235,14 +239,16 @@ def _train_all(
     done = {(result["method"], result["seed"]) for result in results}
     groups = [range(config.seeds)] if _side_by_side(config) else [[seed] for seed in range(config.seeds)]
     for seeds in groups:
+        missing = [name for name in scenario.methods if not {(name, seed) for seed in seeds} <= done]
+        for name in stages if not missing else scenario.methods.keys() - missing:
+            trainer.skip(stages[name], seeds)
+        if not missing:  # So its source is not needed.
+            continue
         sources = [
             controlled(config.source_control, source, seed)
             for seed, source in zip(seeds, _sources(trainer, origin, stages, seeds, folder), strict=True)
         ]
-        for name in scenario.methods:
-            if {(name, seed) for seed in seeds} <= done:
-                trainer.skip(stages[name], seeds)
-                continue
+        for name in missing:
             new = _results(trainer, stages[name], seeds, sources, log)
             results += new
             folder.write_json("results.json", results)

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 
@@ -75,7 +75,9 @@ def origin_of(scenario: Scenario, config: RunConfig) -> Origin:
         every = lengths.report_every * max(1, round(lengths.steps / config.snapshots / lengths.report_every))
         return Origin(lengths=lengths._replace(checkpoint_every=every), snapshots=math.ceil(lengths.steps / every))
     assert path is not None  # config.check
+    shapes = jax.eval_shape(lambda: start(0))  # What does not fit them is told before a model is made.
     if config.source == "frozen" and not (path / "checkpoints").is_dir():
+        _read_variables(role, path, shapes)
         return Origin(read=lambda seed: _read_file(role, path, start(seed)))
     folders = [path / "checkpoints" / f"source-seed{seed}" for seed in range(config.seeds)]
     missing = [folder.name for folder in folders if not folder.is_dir()]
@@ -84,6 +86,7 @@ def origin_of(scenario: Scenario, config: RunConfig) -> Origin:
             f"{path} has no checkpoints of {', '.join(missing)}: it must be the folder of a run that trained a source"
             " on its own (--source pretrained or trajectory) for as many seeds, without --vectorized"
         )
+    _read_last(folders[0], shapes)
     if config.source == "frozen":
         return Origin(read=lambda seed: _read_last(folders[seed], start(seed)))
     counts = []
@@ -128,7 +131,7 @@ def _told_as_source(folder: Path) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"the source in {folder} is another model than this run's source: {error}") from None
+        raise ValueError(f"the source in {folder} cannot be that of this run: {error}") from None
 
 
 def _parts(start: TrainState) -> dict[str, object]:
@@ -136,16 +139,20 @@ def _parts(start: TrainState) -> dict[str, object]:
 
 
 def _read_file(role: Role, path: Path, start: TrainState) -> TrainState:
+    read = _read_variables(role, path, start)
+    model_state = {name: jax.tree.map(jax.numpy.asarray, one) for name, one in read.items()}
+    return TrainState(model_state.pop("params"), model_state, None)
+
+
+def _read_variables(role: Role, path: Path, start: TrainState) -> dict[str, Any]:
+    """Returns parameters and model state by name; what the file has not of them stays as it starts."""
     try:
         if any(
             leaf.startswith("params/") for leaf in leaf_paths(path)
         ):  # With its model state, as `merge-jax export` writes it.
-            read = load_params(path, {"params": start.params, **start.model_state})
-        else:
-            read = {"params": role.load(path, start.params), **start.model_state}
+            return dict(load_params(path, {"params": start.params, **start.model_state}))
+        return {"params": role.load(path, start.params), **start.model_state}
     except OSError as error:
         raise ValueError(f"the source cannot be read: {error}") from None
     except ValueError as error:
         raise ValueError(f"{error}; the source is to be {role.name}") from None
-    model_state = {name: jax.tree.map(jax.numpy.asarray, one) for name, one in read.items()}
-    return TrainState(model_state.pop("params"), model_state, None)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ from experiments.config import Lengths, RunConfig
 from experiments.controls import OTHER_SEED
 from experiments.scenario import Method, Role, Scenario
 from experiments.sources import Origin, initial_key
-from merge_jax.data import ReadAhead, fingerprint, indices_of, is_streamed, num_examples
+from merge_jax.data import ReadAhead, Splits, fingerprint, indices_of, is_streamed, num_examples
 from merge_jax.epoch import Epoch, augmented, make_epoch
 from merge_jax.joint import JointState, Task, TrainState, init_joint_state, make_joint_step
 from merge_jax.parallel import Layout
@@ -43,6 +43,7 @@ class Stage:
       batch_size: examples in a batch of either.
       optimizer: the adapter's optimizer.
       epoch: many joint steps in one loop, of one seed.
+      digest: `(splits, seed) -> fingerprint of the training split`, which stages share: it reads every number.
       snapshots: steps of the source's training, where the source is a trajectory.
       keep: how many checkpoints stay; None for all.
       other_seed: added to a seed for the start and the batches, not for the split.
@@ -57,6 +58,7 @@ class Stage:
     batch_size: int
     optimizer: optax.GradientTransformation
     epoch: Epoch
+    digest: Callable[[Callable[[int], Splits], int], str]
     snapshots: int | None = None
     keep: int | None = 2
     other_seed: int = 0
@@ -131,7 +133,7 @@ class Stage:
             "seeds": ",".join(map(str, seeds)),
             "batch_size": self.batch_size,
             **{
-                f"{role}_data": ",".join(fingerprint(self.roles[role].splits(seed).train) for seed in seeds)
+                f"{role}_data": ",".join(self.digest(self.roles[role].splits, seed) for seed in seeds)
                 for role in self._learning_roles
             },
         }
@@ -206,6 +208,10 @@ class Stage:
 def make_stages(scenario: Scenario, config: RunConfig, origin: Origin) -> dict[str, Stage]:
     """Returns the stages of a seed in order: the source's own training, where it has one, then the methods."""
 
+    @cache
+    def digest(splits: Callable[[int], Splits], seed: int) -> str:
+        return fingerprint(splits(seed).train)
+
     def stage(
         name: str, roles: Mapping[str, Role], source_task: Task | None, method: Method, lengths: Lengths, **options: Any
     ) -> Stage:
@@ -233,6 +239,7 @@ def make_stages(scenario: Scenario, config: RunConfig, origin: Origin) -> dict[s
             config.batch_size,
             scenario.adapter_optimizer,
             make_epoch(step),
+            digest,
             **options,
         )
 

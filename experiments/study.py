@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import os
 import shlex
 import signal
@@ -120,18 +119,18 @@ def run_study(options: Options) -> None:
         shares = _shares(options.jobs)
         path = find_grid(options.grid)
         grid = read_grid(path, options.seeds)
-        run_dir = options.run_dir or numbered_folder(f"ablation-{grid.name}", options.resume)
         runs = runs_of(grid, apart=options.apart)
-        planned = [
-            replace(one, config=replace(one.config, compilation_cache=options.compilation_cache))
-            for one in _plan(runs, select(runs, options.only), run_dir)
-        ]
-        _check(planned, traced=options.traced)
-        if options.dry_run:
-            for one in planned:
-                print(shlex.join(one.command))
-            return
-        folder = RunFolder.open(run_dir, {"grid": grid.name}, resume=options.resume)
+        with numbered_folder(f"ablation-{grid.name}", options.resume, given=options.run_dir) as run_dir:
+            planned = [
+                replace(one, config=replace(one.config, compilation_cache=options.compilation_cache))
+                for one in _plan(runs, select(runs, options.only), run_dir)
+            ]
+            _check(planned, traced=options.traced)
+            if options.dry_run:
+                for one in planned:
+                    print(shlex.join(one.command))
+                return
+            folder = RunFolder.open(run_dir, {"grid": grid.name}, resume=options.resume)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -213,7 +212,7 @@ def _bases(runs: Sequence[GridRun], configs: Mapping[str, RunConfig]) -> dict[st
         config = configs[run.name]
         own = config.source != "pretrained" or config.source_control in ("random", "other_seed")
         if not own and not config.vectorized:  # Seeds side by side are saved in another layout.
-            identity = {name: value for name, value in config.identity().items() if name not in _OF_THE_TARGET}
+            identity = {name: value for name, value in config.options().items() if name not in _OF_THE_TARGET}
             key = (run.setting.name, identity)
             group = next((group for other, group in groups if other == key), None)
             if group is None:
@@ -236,9 +235,9 @@ def _built(run: GridRun, config: RunConfig) -> Scenario:
 def _check(planned: Sequence[_Planned], *, traced: bool) -> None:
     """Raises ValueError for a run that cannot be, or that its folder holds with other options."""
     for one in planned:
-        identity = json.loads(json.dumps(one.config.identity()))
-        if one.begun and one.folder.read_json("config.json", None) != identity:
-            RunFolder.open(one.folder.path, identity, resume=True)  # It raises, and names what is other.
+        source = one.config.source_from
+        if one.begun and (source is None or source.exists()):  # One that is not there is trained before.
+            RunFolder.check(one.folder.path, one.config.identity(), resume=True)
     left = [one for one in planned if not one.done]
     for number, one in enumerate(left, 1):
         print(f"checking {number}/{len(left)}: {one.run.name}", file=sys.stderr)

@@ -97,6 +97,9 @@ class TaskConfig(TransferConfig):
           ValueError: an unknown task or model, data that cannot be had, or a vocabulary that is not the source's.
         """
         specs = [self._sized(spec, gives=number < len(specs) - 1) for number, spec in enumerate(specs)]
+        for spec in specs:
+            self.check_weights(spec)
+        self._check_source(specs)
         texts = [self.load_texts(spec) for spec in specs]
         if all(one is None for one in texts):
             return [self.learner(spec, None, None) for spec in specs], None
@@ -114,6 +117,24 @@ class TaskConfig(TransferConfig):
         folder = file if file.is_dir() else file.parent
         is_run = (folder / "checkpoints").is_dir()
         return spec if is_run or not (folder / "config.json").exists() else replace(spec, sizes=file)
+
+    def check_weights(self, spec: Spec) -> None:
+        """Raises ValueError for weights of another encoder, before data is read: their header is enough."""
+        from experiments.texts import check_text_weights
+
+        if spec.weights is not None and spec.task in _TEXT_TASKS:
+            check_text_weights(spec.weights, spec.model, self.max_length, spec.attributes, spec.sizes)
+
+    def _check_source(self, specs: Sequence[Spec]) -> None:
+        """Does the same for a frozen source that is read from a file of Hugging Face."""
+        from merge_jax.weights import leaf_paths
+
+        path = self.source_from
+        if self.source != "frozen" or path is None or not path.exists() or (path / "checkpoints").is_dir():
+            return
+        ours = any(leaf.startswith(("encoder/embeddings/", "params/")) for leaf in leaf_paths(path))
+        if len(specs) == 2 and not ours:
+            self.check_weights(replace(specs[0], weights=path))
 
     def load_texts(self, spec: Spec) -> Any | None:
         """Returns the data of a task that has text in it; None for one of images alone.

@@ -1,12 +1,13 @@
 """Text models as the roles of a scenario: tasks by name, data by name or file, and what they are trained with."""
 
+import contextlib
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import flax.linen as nn
 import jax
@@ -40,13 +41,15 @@ from merge_jax.data import (
     synthetic_reviews,
     synthetic_topics,
 )
-from merge_jax.models.huggingface import Loaded
+from merge_jax.models.huggingface import Loaded, check_huggingface
 from merge_jax.models.initial import compiled_once
 from merge_jax.weights import leaf_paths
 
 __all__ = [
     "TEXT_ATTENTION",
     "TextSource",
+    "check_text_weights",
+    "check_weights",
     "load_text",
     "make_text_encoder",
     "read_weights",
@@ -157,9 +160,46 @@ def words_of(texts: TextSet | QuestionSet) -> list[str]:
     return [*passages, *(question.question for question in texts.train)]
 
 
+class _Sizes(NamedTuple):
+    """What an encoder has of a vocabulary."""
+
+    vocab_size: int
+    separator: int
+
+
+def check_text_weights(
+    path: Path, model: str, max_length: int, attributes: Mapping[str, Any], sizes: Path | None = None
+) -> None:
+    """Raises ValueError for weights that are of another encoder, before texts are read: their header is enough.
+
+    What depends on the vocabulary is told once that is there.
+    """
+    # Only names of leaves and the number of heads are looked at.
+    if sizes is None:
+        encoder = make_text_encoder(model, _Sizes(2, 1), max_length, attributes)
+    else:
+        encoder = _encoder_of(sizes, None, max_length, attributes, {})
+    check_weights(path, encoder, jnp.zeros((1, 1), jnp.int32))
+
+
+def check_weights(path: Path, encoder: nn.Module, inputs: Any) -> None:
+    """Raises ValueError for weights of Hugging Face that are of another encoder, as far as their header tells."""
+    shapes: Any = jax.eval_shape(encoder.init, jax.random.key(0), inputs)
+    with _told_as_weights():
+        check_huggingface(path, shapes["params"])
+
+
+@contextlib.contextmanager
+def _told_as_weights() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"the weights cannot be read: {error}") from None
+
+
 def make_text_encoder(
     model: str,
-    tokens: WordPiece,
+    tokens: WordPiece | _Sizes,
     max_length: int,
     attributes: Mapping[str, Any] = MappingProxyType({}),
     sizes: Path | None = None,
@@ -195,15 +235,19 @@ def make_text_encoder(
 
 
 def _encoder_of(
-    path: Path, tokens: WordPiece, max_length: int, attributes: Mapping[str, Any], options: Mapping[str, Any]
+    path: Path,
+    tokens: WordPiece | _Sizes | None,
+    max_length: int,
+    attributes: Mapping[str, Any],
+    options: Mapping[str, Any],
 ) -> mj.models.TextEncoder:
+    """Returns the encoder of a file's sizes; without a vocabulary, its own is not compared with it."""
     if attributes:
         raise ValueError(f"{path} has sizes of its own: leave out {', '.join(attributes)}")
-    try:
-        encoder = mj.models.text_encoder_of(path, separator=tokens.separator, **options)
-    except OSError as error:
-        raise ValueError(f"the weights cannot be read: {error}") from None
-    if encoder.vocab_size != tokens.vocab_size:
+    separator = 1 if tokens is None else tokens.separator
+    with _told_as_weights():
+        encoder = mj.models.text_encoder_of(path, separator=separator, **options)
+    if tokens is not None and encoder.vocab_size != tokens.vocab_size:
         raise ValueError(
             f"{path} has a vocabulary of {encoder.vocab_size} tokens, the texts are in one of {tokens.vocab_size}: "
             "--vocabulary names the one that the weights were trained with"
@@ -250,14 +294,23 @@ def text_learner(
     """
     encoder = make_text_encoder(model, tokens, max_length, attributes, sizes, dtype=dtype)
     name = f"{model if sizes is None else sizes.name} ({texts.name} {task})"
+    module: Any
     if isinstance(texts, QuestionSet):
-        module: Any = mj.models.SpanExtractor(encoder)
+        module = mj.models.SpanExtractor(encoder)
+    else:
+        module = mj.models.TextClassifier(encoder, len(texts.classes), "tanh" if encoder.num_segments else "relu")
+
+    @compiled_once
+    def random_init(key: jax.Array) -> Any:
+        return module.init(key, jnp.zeros((1, max_length), jnp.int32))["params"]
+
+    # Read once, and now, so that what does not fit is told before anything else.
+    given = None if weights is None else read_weights(weights, jax.eval_shape(random_init, jax.random.key(0)))
+    if isinstance(texts, QuestionSet):
         train, test, evaluate = _questions(texts, tokens, max_length, too_long, module.apply)
         loss, classify, metric = mj.span_loss, None, "f1"
     else:
         _check_classes(texts.name, texts.train, texts.classes)
-        pooler = "tanh" if encoder.num_segments else "relu"
-        module = mj.models.TextClassifier(encoder, len(texts.classes), pooler)
         train, test = (
             told(f"{texts.name}, {use}", tokens.encode_texts(part.texts, part.labels, max_length, too_long=too_long))
             for use, part in (("to learn from", texts.train), ("to test on", texts.test))
@@ -266,13 +319,6 @@ def text_learner(
         loss: Any = partial(mj.classification_loss, inputs="tokens")
         classify, metric = partial(loss, module.apply), "accuracy"
     _check_sizes(texts.name, num_examples(train), validation, labels)
-
-    @compiled_once
-    def random_init(key: jax.Array) -> Any:
-        return module.init(key, jnp.zeros((1, max_length), jnp.int32))["params"]
-
-    # Read once, and now, so that what does not fit is told before anything else.
-    given = None if weights is None else read_weights(weights, random_init(jax.random.key(0)))
 
     def init(key: jax.Array) -> tuple[Any, dict[str, Any]]:
         params = random_init(key)
@@ -373,9 +419,8 @@ def read_weights(path: Path, params: Any) -> Loaded:
       ValueError: they cannot be read, or do not fit the model or its vocabulary.
     """
     try:
-        loaded = mj.models.from_huggingface(path, params)
-    except OSError as error:
-        raise ValueError(f"the weights cannot be read: {error}") from None
+        with _told_as_weights():
+            loaded = mj.models.from_huggingface(path, params)
     except ValueError as error:
         if "vocabulary" not in str(error):
             raise

@@ -40,7 +40,8 @@ class Outcome(NamedTuple):
 
     Attributes:
       state: at the last step.
-      seconds: that this process trained, evaluation included; where seeds ran side by side, one's share.
+      seconds: that it was trained, evaluation included, before interruptions too; where seeds ran side by side, one's
+        share.
     """
 
     state: JointState
@@ -124,7 +125,14 @@ class Trainer:
             self._count_as_done(first * len(seeds))
             if 0 < first < stage.lengths.steps:
                 self.tell(f"{cell} goes on from step {first} of {stage.lengths.steps}")
+            timed = f"checkpoints/{cell}/seconds.json"  # Up to each report, so that a run which goes on counts on.
+            seconds = {step: s for step, s in self._folder.read_json(timed, {}).items() if int(step) <= first}
+            before = seconds.get(str(first), 0.0)
             writers = [open_files.enter_context(self._log.writer(f"{stage.name}-seed{seed}", first)) for seed in seeds]
+
+            def count_seconds(step: int) -> None:
+                seconds[str(step)] = before + time.perf_counter() - start
+                self._folder.write_json(timed, seconds)
 
             def report(step: int, metrics: dict[str, Any], state: JointState) -> float | None:
                 scores = []
@@ -133,6 +141,7 @@ class Trainer:
                     validated = stage.validate(one, seeds[i])
                     writer.write(step, own | validated)
                     scores.append(validated.get(f"target/validation_{stage.roles['target'].metric}"))
+                count_seconds(step)
                 known = [score for score in scores if score is not None]
                 return sum(known) / len(known) if known else None
 
@@ -152,10 +161,11 @@ class Trainer:
                 on_steps=lambda count: self._bar.update(count * len(seeds)),
                 should_stop=self._signals.should_stop,
             )
-            seconds = (time.perf_counter() - start) / len(seeds)
-        if int(state.step) < stage.lengths.steps:
-            raise RunStoppedError(f"{cell} at step {int(state.step)} of {stage.lengths.steps}")
-        return [Outcome(one, seconds) for one in _each(state, stacked)]
+            last = int(state.step)
+            count_seconds(last)
+        if last < stage.lengths.steps:
+            raise RunStoppedError(f"{cell} at step {last} of {stage.lengths.steps}")
+        return [Outcome(one, seconds[str(last)] / len(seeds)) for one in _each(state, stacked)]
 
     def _advance(self, stage: Stage, seeds: Sequence[int], open_files: contextlib.ExitStack) -> Any:
         """Returns the stage's compiled epoch with its data, as the loop wants it."""

@@ -30,11 +30,13 @@ from merge_jax.paths import flatten, some_of
 __all__ = ["CheckpointError", "Checkpoints", "DamagedCheckpointWarning", "NotBitExactWarning"]
 
 _State = TypeVar("_State")
+_Listed = TypeVar("_Listed")
 
 _MANIFEST = "manifest"
 _DAMAGED = "damaged"
 # Orbax saves into one folder at a time in a process; there may be several.
 _ORBAX = threading.Lock()
+_LISTINGS = 10  # How often steps are listed again.
 _PRUNING = 2.0  # Seconds that a writer may take to remove the files of one step.
 
 
@@ -97,8 +99,8 @@ class Checkpoints:
         path = Path(folder).absolute()
         if is_orbax(path):
             raise ValueError(
-                f"{path} is one checkpoint that Orbax has written, not a folder of steps: read it with"
-                " orbax.checkpoint.StandardCheckpointer().restore(path), and save it by Checkpoints into another folder"
+                f"{path} is one checkpoint that Orbax has written, not a folder of steps: name the folder that it is"
+                " in; one that Checkpoints did not save, orbax.checkpoint.StandardCheckpointer().restore(path) reads"
             )
         if read_only and not path.is_dir():
             raise ValueError(f"there is no folder of checkpoints {path}")
@@ -113,14 +115,18 @@ class Checkpoints:
         self._writer = ThreadPoolExecutor(1, "checkpoints")
         self._writing: Future[None] | None = None
         try:
-            self._checkpointer = ocp.training.Checkpointer(
-                str(path),
-                # Orbax gives its policies for the type of its older interface.
-                save_decision_policy=cast(Any, ocp.training.save_decision_policies.FixedIntervalPolicy(1)),
-                preservation_policy=cast(Any, _NewestAndBest(keep, lambda: self._scores)),
-                # A process that was killed while saving leaves such a folder; it never holds a whole step.
-                cleanup_tmp_directories=not read_only,
+            self._checkpointer = _listed(
+                lambda: ocp.training.Checkpointer(
+                    str(path),
+                    # Orbax gives its policies for the type of its older interface.
+                    save_decision_policy=cast(Any, ocp.training.save_decision_policies.FixedIntervalPolicy(1)),
+                    preservation_policy=cast(Any, _NewestAndBest(keep, lambda: self._scores)),
+                    # A process that was killed while saving leaves such a folder; it never holds a whole step.
+                    cleanup_tmp_directories=not read_only,
+                )
             )
+            if read_only and not self._written_steps() and is_locked(path):
+                self._list_anew()
         except BaseException:
             self._release()
             raise
@@ -161,7 +167,10 @@ class Checkpoints:
     def best_step(self) -> int | None:
         """The step of the highest score, the newest of several; None where no step has a score."""
         self._join()
-        return max(self._scores, key=lambda step: (self._scores[step], step), default=None)
+        while True:
+            with contextlib.suppress(_PrunedError):
+                return max(self._scores, key=lambda step: (self._scores[step], step), default=None)
+            self._list_anew()
 
     def save(self, step: int, state: Any, *, score: float | None = None) -> None:
         """Saves a pytree of arrays (JAX's, typed random keys too, or NumPy's) under a step that is not there yet.
@@ -349,10 +358,12 @@ class Checkpoints:
     def _list_anew(self) -> None:
         """Looks which steps are there now: a writer may have gone on."""
         self.wait()
-        try:
-            self._checkpointer.reload()
-        except OSError:  # Of a step that went while it was listed.
-            self._checkpointer.reload()
+        for _ in range(_LISTINGS):
+            _listed(self._checkpointer.reload)
+            # Between a step that went and one that came, a listing may find neither.
+            if self._written_steps() or not self._read_only:
+                break
+            time.sleep(0.02)
         self.__dict__.pop("_scores", None)
 
     def _in_the_way(self) -> list[int]:
@@ -376,8 +387,14 @@ class Checkpoints:
         """The scores of the steps that have one."""
         scores = {}
         for step in self._written_steps():  # The thread that writes asks for them too, and must not wait for itself.
-            with contextlib.suppress(_DamagedError):
+            try:
                 score = self._manifest(step).score
+            except _PrunedError:
+                if self._read_only:  # Its writer has gone on, and what is there now may have other scores.
+                    raise
+            except _DamagedError:
+                pass
+            else:
                 if score is not None:
                     scores[step] = score
         return scores
@@ -497,6 +514,14 @@ class Checkpoints:
     def _release(self) -> None:
         if self._lock is not None:
             self._lock.release()
+
+
+def _listed(listing: Callable[[], _Listed]) -> _Listed:
+    """Returns what a listing of steps gives; Orbax fails where a writer removes one of them meanwhile."""
+    for _ in range(_LISTINGS):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            return listing()
+    return listing()
 
 
 class _NewestAndBest:

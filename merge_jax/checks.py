@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from numbers import Real
 from typing import Any
 
-from merge_jax.paths import near_misses
+from merge_jax.paths import flatten, near_misses
 
 __all__ = [
     "check_at_least_one",
@@ -14,6 +14,7 @@ __all__ = [
     "check_entries",
     "check_flag",
     "check_float_dtype",
+    "check_learnable",
     "check_number_or_schedule",
     "check_transfer",
 ]
@@ -78,3 +79,17 @@ def check_float_dtype(dtype: Any) -> None:
         is_float = False
     if not is_float:
         raise ValueError(f"dtype must be a float type, such as jnp.bfloat16, got {dtype!r}")
+
+
+def check_learnable(role: str, params: Any) -> None:
+    """Raises ValueError for a leaf of a model that learns of which no gradient can be taken, such as a random key."""
+    import jax.numpy as jnp
+
+    for path, leaf in flatten(params).items():
+        dtype = getattr(leaf, "dtype", None)
+        if dtype is not None and not jnp.issubdtype(dtype, jnp.inexact):
+            raise ValueError(
+                f"the {role} leaf {path!r} must be an array of floats, since it is to learn, got {dtype}"
+                f"{list(leaf.shape)}: keep it apart, in the model state or in the loss function; of an NNX module,"
+                " graph, params, rest = nnx.split(module, nnx.Param, ...)"
+            )

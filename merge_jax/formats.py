@@ -44,13 +44,13 @@ def told_file(file: Path) -> str:
 
 def told_folder(folder: Path) -> str:
     """Returns what a folder without weights is, and what to do with it; empty where that is not known."""
+    if any(is_orbax(step) for step in (folder, *folder.iterdir()) if step.name.isdigit()):
+        return f"it is of checkpoints; of those of merge_jax, merge-jax export {folder} FILE makes a file"
     if is_orbax(folder):
         return (
             "it is a checkpoint of Orbax; make a file of it: mj.save_safetensors('new.safetensors',"
             f" orbax.checkpoint.StandardCheckpointer().restore({str(folder.absolute())!r}))"
         )
-    if any(is_orbax(child) for child in folder.iterdir() if child.name.isdigit()):
-        return f"it is a folder of checkpoints; of those of merge_jax, merge-jax export {folder} FILE makes a file"
     return ""
 
 

@@ -14,7 +14,7 @@ import optax
 from flax import struct
 from jax import lax
 
-from merge_jax.checks import check_choice, check_transfer
+from merge_jax.checks import check_choice, check_learnable, check_transfer
 from merge_jax.guard import all_finite, keep_unless
 from merge_jax.optimizers import adapter_adamw, holds_parameters, optimizer_update
 from merge_jax.packing import pack
@@ -130,16 +130,16 @@ def init_joint_state(
       adapter_optimizer: the one that `make_joint_step` gets; `adapter_adamw()` if not given.
 
     Raises:
-      ValueError: for what is no task or no transfer, leaves of a model that learns that are no floats, and whatever
+      ValueError: for what is no task or no transfer, a leaf that is to learn and is no float array, and whatever
         `transfer.init` finds wrong with the routes.
 
     Warns:
       UserWarning: the target's optimizer keeps parameters of its own, which a transfer does not reach.
     """
     check_tasks(source, target, transfer)
-    _check_trained("target", target_params)
+    check_learnable("target", target_params)
     if source is not None:
-        _check_trained("source", source_params)
+        check_learnable("source", source_params)
     if writes(transfer) and holds_parameters(target.optimizer, target_params):
         warnings.warn(
             "the target's optimizer keeps parameters of its own beside the target's (as schedule-free ones, COCOB, DoG "
@@ -164,19 +164,6 @@ def init_joint_state(
         target=train_state(target, target_params, target_state),
         adapter=AdapterState(adapter_params, adapter_optimizer.init(adapter_params)),
     )
-
-
-def _check_trained(role: str, params: Params) -> None:
-    wrong = [
-        f"{path} ({dtype})"
-        for path, dtype in ((path, jnp.result_type(leaf)) for path, leaf in flatten(params).items())
-        if not jnp.issubdtype(dtype, jnp.inexact)
-    ]
-    if wrong:
-        raise ValueError(
-            f"the parameters of the {role} must be floats to learn, got {some_of(wrong, 3)}: leave random keys, "
-            "counters and the like out, for a module of NNX by nnx.split(model, nnx.Param, ...)"
-        )
 
 
 def _copy(leaf: Any) -> jax.Array:

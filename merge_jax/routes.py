@@ -6,7 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from merge_jax.checks import check_at_least_one, check_choice
 from merge_jax.matrices import MatrixSpec, matrix_spec
@@ -312,9 +314,10 @@ def _attention_view(
 
 
 def _check_float(role: str, path: str, leaf: Any) -> None:
-    dtype = getattr(leaf, "dtype", None)
-    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
-        found = type(leaf).__name__ if dtype is None else f"an array of {dtype}"
+    # A variable of Keras has a shape and a dtype too, and is no array.
+    is_array = isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
+    if not is_array or not jnp.issubdtype(leaf.dtype, jnp.floating):
+        found = f"an array of {leaf.dtype}" if is_array else f"{type(leaf).__name__}: give its numbers (jnp.asarray)"
         raise ValueError(f"the {role} leaf {path!r} must be a float array, got {found}")
 
 

@@ -1,5 +1,6 @@
 """A run folder: the config, the environment, the metrics and the results of a run, where anyone can read them."""
 
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -10,7 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,6 +24,8 @@ from merge_jax.manifest import changes
 __all__ = ["MetricsLog", "RunFolder", "check_space", "describe_environment", "numbered_folder"]
 
 _RUNS = Path("runs")
+_CONFIG = "config.json"
+_CONTENTS = "contents"
 
 _PACKAGES = ("merge_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -39,7 +42,7 @@ _README = """\
   it on one page and needs no other file. `gates.png`, where a transfer has gates, `samples.png`, test images with what
   models made of them, and `vocabulary.json`, of text models.
 - `checkpoints/<method>-seed<n>/<step>/`: Orbax checkpoints of everything (both models, adapter, optimizers, step, key);
-  `<method>-seeds<first>-<last>` where seeds ran side by side.
+  `<method>-seeds<first>-<last>` where seeds ran side by side. In `seconds.json`, how long it was trained up to a step.
 
 Go on after an interruption with the command above and `--resume --run-dir` this folder.
 """
@@ -63,7 +66,8 @@ class RunFolder:
 
         Args:
           path: the folder; a new one, or an empty one, unless `resume` is set.
-          config: all options that say what the run is, as JSON types.
+          config: all options that say what the run is, as JSON types. Under `contents` may stand what options hold that
+            are paths, by name: where a run in the folder knows that too, the paths themselves may differ.
           resume: go on with the run in the folder.
 
         Where several processes share a run, process 0 alone writes, and what is wrong is told by it alone.
@@ -77,14 +81,14 @@ class RunFolder:
         if jax.process_index() > 0:
             return cls(path)
         cls.check(path, config, resume=resume)
-        config_path = path / "config.json"
+        config_path = path / _CONFIG
         config = json.loads(json.dumps(config))  # As it will be read back: tuples are lists.
         try:
             path.mkdir(parents=True, exist_ok=True)
             folder = cls(path)
             folder._lock = FolderLock(path)
             if not config_path.exists():
-                folder.write_json("config.json", config)
+                folder.write_json(_CONFIG, config)
                 folder.write_text("README.md", _README.format(command=_command()))
             sessions = folder.read_json("environment.json", [])
             folder.write_json("environment.json", [*sessions, describe_environment()])
@@ -98,10 +102,11 @@ class RunFolder:
     def check(path: Path | str, config: Mapping[str, Any], *, resume: bool) -> None:
         """Raises ValueError where `open` would because of what is in the folder; writes nothing."""
         path = Path(path)
-        config_path = path / "config.json"
+        config_path = path / _CONFIG
         try:
             if config_path.exists():
-                changed = changes(json.loads(config_path.read_text()), json.loads(json.dumps(config)))
+                saved, given = json.loads(config_path.read_text()), json.loads(json.dumps(config))
+                changed = changes(_by_contents(saved, given), _by_contents(given, saved))
                 if changed:
                     raise ValueError(
                         f"the run folder {path} exists with another config:\n  "
@@ -145,6 +150,13 @@ class RunFolder:
         """Returns the content of a file of the folder, or `default` where there is none."""
         path = self.path / name
         return json.loads(path.read_text()) if path.exists() else default
+
+
+def _by_contents(config: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the options of a config, with what they hold in the place of paths where another config knows it too."""
+    known = config.get(_CONTENTS, {}).keys() & other.get(_CONTENTS, {}).keys()
+    options = {name: value for name, value in config.items() if name != _CONTENTS}
+    return options | {name: config[_CONTENTS][name] for name in known}
 
 
 class MetricsLog:
@@ -208,11 +220,49 @@ class RunWriter:
             self._events.add_scalar(name, value, step)
 
 
-def numbered_folder(name: str, resume: bool = False) -> Path:
-    """Returns the next folder `runs/<name>-<number>` to make, or the last one to resume."""
-    suffixes = [path.name.removeprefix(f"{name}-") for path in _RUNS.glob(f"{name}-*")]
-    last = max((int(suffix) for suffix in suffixes if suffix.isdigit()), default=0)
-    return _RUNS / f"{name}-{max(last, 1) if resume else last + 1:03d}"
+@contextlib.contextmanager
+def numbered_folder(name: str, resume: bool = False, *, given: Path | None = None) -> Iterator[Path]:
+    """Makes the next folder `runs/<name>-<number>`, for this process alone; a context manager.
+
+    >>> with numbered_folder("mine") as folder:  # doctest: +SKIP
+    ...     (folder / "table.txt").write_text("...")  # What is still empty at the end is removed.
+
+    Args:
+      name: of what is run.
+      resume: make none, and find the last that holds a run.
+      given: the folder that the user names; it is taken as it is.
+
+    Raises:
+      ValueError: the folder cannot be made.
+    """
+    if given is not None:
+        yield given
+        return
+    folders = {path.name.removeprefix(f"{name}-"): path for path in _RUNS.glob(f"{name}-*")}
+    numbers = {int(suffix): path for suffix, path in folders.items() if suffix.isdigit()}
+    if resume:
+        last = max((number for number, path in numbers.items() if (path / _CONFIG).exists()), default=1)
+        yield numbers.get(last, _folder(name, last))
+        return
+    number = max(numbers, default=0) + 1
+    while True:
+        folder = _folder(name, number)
+        try:
+            folder.mkdir(parents=True)
+            break
+        except FileExistsError:  # Of a run that has begun meanwhile.
+            number += 1
+        except OSError as error:
+            raise ValueError(f"the run folder {folder} cannot be written: {error}") from None
+    try:
+        yield folder
+    finally:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
+def _folder(name: str, number: int) -> Path:
+    return _RUNS / f"{name}-{number:03d}"
 
 
 def check_space(folder: Path, needed: int) -> None:

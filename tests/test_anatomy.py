@@ -53,5 +53,5 @@ def test_what_is_no_run_is_told(tmp_path, capsys):
     assert "of another experiment or version" in refusal(capsys, "cross_structure", tmp_path)
     (tmp_path / "config.json").write_text('{"routes": ["by depth"]}')
     assert "are not named by leaves" in refusal(capsys, "cross_task", tmp_path)
-    (tmp_path / "config.json").write_text('{"seeds": 1}')
+    (tmp_path / "config.json").write_text('{"seeds": 1, "contents": {"data": "content 12"}}')
     assert "there is no checkpoint" in refusal(capsys, "cross_structure", tmp_path)

@@ -876,9 +876,9 @@ ROWS = {
         index({"a": 1}),
         "TMP/m.safetensors.index.json is no index of shards: it needs a 'weight_map' of names to files",
     ),
-    "weights: no vocabulary of theirs": (
+    "weights: none in a folder of theirs": (
         refused("cross_task", "--target-weights", "TMP"),
-        "the weights in TMP need the vocabulary they were trained with: --vocabulary",
+        "the weights cannot be read: the folder TMP has neither model.safetensors.index.json nor a .safetensors file",
     ),
     # Sources.
     "source: not named": (

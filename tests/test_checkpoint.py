@@ -284,6 +284,35 @@ def test_a_best_step_that_its_writer_has_pruned_gives_way_to_a_better_one(tmp_pa
             assert (step, state["x"][0]) == (2, 2)
 
 
+def test_a_best_step_that_its_writer_prunes_before_scores_are_read_gives_way_to_a_better_one(tmp_path):
+    with Checkpoints(tmp_path, keep=1) as writer:
+        writer.save(1, {"x": jnp.ones(3)}, score=0.5)
+        writer.wait()
+        with Checkpoints(tmp_path, read_only=True) as reader:
+            writer.save(2, {"x": jnp.full(3, 2.0)}, score=0.9)
+            writer.wait()
+            assert reader.best_step == 2
+
+
+def test_a_step_that_is_removed_while_steps_are_listed_is_left_out(tmp_path, monkeypatch):
+    with Checkpoints(tmp_path, keep=None) as writer:
+        for step in (1, 2):
+            writer.save(step, {"x": jnp.ones(3)})
+    metadata = ocp.path.step.Metadata
+    timestamp, fail = metadata.commit_timestamp.fget, [None]
+
+    def vanishing(self):
+        if self.step == 1 and fail:
+            fail.pop()
+            shutil.rmtree(tmp_path / "1")
+            raise FileNotFoundError(str(self.path))
+        return timestamp(self)
+
+    monkeypatch.setattr(metadata, "commit_timestamp", property(vanishing))
+    with Checkpoints(tmp_path, read_only=True) as reader:
+        assert reader.steps == (2,)
+
+
 def test_parts_of_a_step_that_its_writer_has_pruned_are_not_saved(tmp_path, monkeypatch):
     with Checkpoints(tmp_path, keep=1) as writer:
         writer.save(1, {"x": jnp.ones(3)})
@@ -318,7 +347,7 @@ def test_what_orbax_saved_by_itself_is_called_by_its_name(tmp_path):
         manager.save(2, args=ocp.args.StandardSave(tree))
     for options in ({}, {"read_only": True}):
         with pytest.raises(
-            ValueError, match=r"/one is one checkpoint that Orbax has written, not a folder of steps: re"
+            ValueError, match=r"/one is one checkpoint that Orbax has written, not a folder of steps: na"
         ):
             Checkpoints(tmp_path / "one", **options)
     message = (

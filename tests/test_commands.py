@@ -13,11 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 import merge_jax as mj
+import merge_jax.commands.compare
 from merge_jax.commands import doctor, main
 from merge_jax.commands.run import EXPERIMENTS
-from merge_jax.reports import Plan, Run, html_report
+from merge_jax.reports import Comparison, Plan, Run, html_report
 from merge_jax.reports.table import meaning
 from tests.runs import run
 
@@ -108,6 +110,19 @@ def test_a_comparison_goes_into_the_next_numbered_folder(runs, tmp_path, capsys,
     for number in ("001", "002"):
         assert f"table and curves: runs/compare-{number}" in said(capsys, "compare", runs / "one", runs / "two")
         assert (tmp_path / "runs" / f"compare-{number}" / "curves.png").exists()
+
+
+def test_a_comparison_that_is_written_meanwhile_is_not_overwritten(tmp_path, capsys, monkeypatch):
+    def slow(runs, baseline):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "table.txt").write_text("of another")
+        return Comparison("mine\n", Figure())
+
+    monkeypatch.setattr(merge_jax.commands.compare, "compare", slow)
+    message = refused(capsys, "compare", "one", "two", "--out", tmp_path / "out")
+    assert f"{tmp_path}/out/table.txt is there already, and nothing is overwritten: give another --out" in message
+    assert (tmp_path / "out" / "table.txt").read_text() == "of another"
+    assert not (tmp_path / "out" / "curves.png").exists()
 
 
 def test_one_run_alone_has_its_table_already(runs, tmp_path, capsys, monkeypatch):

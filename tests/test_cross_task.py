@@ -7,11 +7,13 @@ import jax
 import numpy as np
 import pytest
 
+import experiments.texts
 import merge_jax as mj
 from experiments import cross_task
 from experiments.cli import parse
 from experiments.sources import origin_of
 from merge_jax.data import WordPiece
+from tests import helpers
 from tests.runs import run
 
 LITTLE = [
@@ -262,6 +264,18 @@ def test_bad_options_are_refused_by_name(tmp_path):
         parse(cross_task.PRESETS, "", "", ["--source-task"]).check()
     with pytest.raises(ValueError, match="a source task stands twice"):
         parse(cross_task.PRESETS, "", "", ["--source-task", "qa", "qa"]).check()
+
+
+@pytest.mark.parametrize("words", [["--source-weights"], ["--target-weights"], ["--source", "frozen", "--source-from"]])
+def test_weights_of_another_model_are_told_before_texts_are_read(words, tmp_path, monkeypatch):
+    sizes = {"width": 8, "num_heads": 2, "hidden": 8, "max_length": 8, "num_segments": 2, "separator": 3}
+    encoder = mj.models.TextEncoder(20, num_layers=6, **sizes)
+    params = helpers.jitted_init(encoder, 0, np.zeros((1, 4), np.int32))["params"]
+    mj.save_safetensors(tmp_path / "model.safetensors", mj.models.to_huggingface(params))
+    monkeypatch.setattr(experiments.texts, "load_text", lambda *arguments: pytest.fail("texts are read"))
+    options = ["--source-model", "small_bert", "--target-model", "small_bert", "--methods", "vanilla"]
+    with pytest.raises(ValueError, match=r"model\.safetensors has 6 layers, the model has 4$"):
+        build(*options, *words, tmp_path / "model.safetensors", "--vocabulary", tmp_path / "unread")
 
 
 @pytest.mark.slow

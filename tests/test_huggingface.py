@@ -247,6 +247,22 @@ def test_a_file_that_does_not_fit_is_refused(architecture, options, message, wri
         models.from_huggingface(path, params_of(model_of(architecture, "classes", **options)))
 
 
+@pytest.mark.parametrize(
+    ("architecture", "options", "message"),
+    [
+        ("bert", {"num_layers": 1}, "has 2 layers, the model has 1"),
+        ("distilbert", {}, "is of BERT, the model is a DistilBERT"),
+        ("bert", {"num_heads": 4}, "has num_attention_heads 2, the model has 4"),
+    ],
+)
+def test_another_model_is_told_before_numbers_are_read(architecture, options, message, write, monkeypatch):
+    path = write(tensors_of("bert", None))
+    path.with_name("config.json").write_text('{"num_attention_heads": 2}')
+    monkeypatch.setattr(models.huggingface, "load_safetensors", lambda path: pytest.fail("numbers are read"))
+    with pytest.raises(ValueError, match=message):
+        models.from_huggingface(path, params_of(model_of(architecture, None, **options)))
+
+
 def test_files_of_other_architectures_are_refused(write):
     params = params_of(model_of("bert", None))
     with pytest.raises(ValueError, match="is of DistilBERT, the model is a BERT"):

@@ -295,6 +295,21 @@ def test_a_state_of_another_kind_of_source_is_refused(frozen_step):
         jax.eval_shape(helpers.joint_step(SHARE, frozen=frozen_step), state, helpers.batches(0))
 
 
+@pytest.mark.parametrize("leaf", [jax.random.key(0), jnp.arange(3)])
+def test_what_cannot_learn_is_refused_by_its_leaf_before_a_step(leaf):
+    loss = lambda params, state, batch, key: (jnp.sum(params["fc"]["w"] ** 2), (state, {}))  # noqa: E731
+    task, same = mj.Task(loss, optax.sgd(0.1)), mj.identity_transfer()
+    params, plain = {"fc": {"w": jnp.ones(2), "x": leaf}}, {"fc": {"w": jnp.ones(2)}}
+    message = (
+        r"the {} leaf 'fc/x' must be an array of floats, since it is to learn, got .*\]: keep it apart.* nnx\.split\("
+    )
+    for role, source, of_source, of_target in (("target", None, {}, params), ("source", task, params, plain)):
+        with pytest.raises(ValueError, match=message.format(role)):
+            mj.init_joint_state(jax.random.key(0), source, task, same, source_params=of_source, target_params=of_target)
+    # A source that is frozen may hold what it likes.
+    mj.init_joint_state(jax.random.key(0), None, task, same, source_params=params, target_params=plain)
+
+
 def test_routes_are_checked_by_the_initial_state():
     with pytest.raises(ValueError, match="unknown target path 'hiden/kernel'; did you mean 'hidden/kernel'"):
         helpers.initial_state(mj.share_transfer({"hiden/kernel": "fc/kernel"}))

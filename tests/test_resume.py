@@ -108,6 +108,56 @@ def test_so_does_one_whose_images_are_changed_at_random(monkeypatch, tmp_path, c
     check(monkeypatch, tmp_path, capsys, "cross_structure", words, (1,))
 
 
+TINY = [*LENGTHS, *PRETRAINED, "--methods", "vanilla", "share"]
+
+
+def test_what_is_done_is_neither_restored_nor_hashed(monkeypatch, tmp_path, capsys):
+    """Of two seeds the second lacks a method: its own source is needed, and no other."""
+    folder, hashed, opened = tmp_path / "run", [], []
+    fingerprint, init = stages.fingerprint, Checkpoints.__init__
+    monkeypatch.setattr(stages, "fingerprint", lambda arrays: hashed.append(None) or fingerprint(arrays))
+
+    def open_(self, path, **options):
+        opened.append(path.name)
+        init(self, path, **options)
+
+    monkeypatch.setattr(Checkpoints, "__init__", open_)
+    run("tiny", folder, *TINY, "--seeds", "2")
+    assert len(hashed) == 4  # Of each seed, what the source and what the target learns from, once.
+    expected = results_of(folder)
+    rows = json.loads((folder / "results.json").read_text())
+    (folder / "results.json").write_text(json.dumps(rows[:3]))
+    hashed.clear()
+    opened.clear()
+    run("tiny", folder, *TINY, "--seeds", "2", "--resume")
+    assert opened == ["source-seed1", "share-seed1"]
+    assert len(hashed) == 2
+    assert results_of(folder) == expected
+    assert re.search(r"120/120 \[", capsys.readouterr().err)  # The bar counts what is left out.
+
+
+def test_the_seconds_of_all_parts_count(monkeypatch, tmp_path, capsys):
+    folder = tmp_path / "run"
+    stopping_at(monkeypatch, 4)
+    with pytest.raises(SystemExit):
+        run("tiny", folder, *TINY, "--seeds", "1")
+    timed = folder / "checkpoints" / "vanilla-seed0" / "seconds.json"
+    (before,) = json.loads(timed.read_text()).items()
+    assert before[0] == "10"
+    assert before[1] > 0
+    timed.write_text(json.dumps({"10": 1000.0, "15": 9999.0}))  # The step of 15 was lost with a kill.
+    stopping_at(monkeypatch, None)
+    run("tiny", folder, *TINY, "--seeds", "1", "--resume")
+    rows = json.loads((folder / "results.json").read_text())
+    assert 1000 < rows[0]["seconds"] < 2000
+    assert 0 < rows[1]["seconds"] < 1000
+    assert list(json.loads(timed.read_text())) == ["10", "15", "20"]
+    # Trained to its end, and killed before its result was written.
+    (folder / "results.json").unlink()
+    run("tiny", folder, *TINY, "--seeds", "1", "--resume")
+    assert json.loads((folder / "results.json").read_text())[0]["seconds"] == pytest.approx(rows[0]["seconds"], abs=9)
+
+
 def test_what_changes_the_batches_is_refused_by_name(monkeypatch, tmp_path, capsys):
     words = [*LENGTHS, *PRETRAINED, "--methods", "vanilla"]
     stopping_at(monkeypatch, 1)

@@ -207,3 +207,18 @@ def test_a_leaf_matched_twice_is_refused():
 def test_bad_routes_are_refused_without_the_models(routes, message):
     with pytest.raises(ValueError, match=message):
         as_routes(routes)
+
+
+class Variable:
+    """As one of Keras: it has a shape and a dtype, and is no array."""
+
+    shape, dtype = (3, 4), "float32"
+
+
+def test_variables_in_a_list_are_refused_by_their_path():
+    arrays, variables = {"fc": {"kernel": jnp.ones((3, 4))}}, [Variable()]
+    message = r"the {} leaf '0' must be a float array, got Variable: give its numbers \(jnp\.asarray\)"
+    with pytest.raises(ValueError, match=message.format("target")):
+        mj.share_transfer({"0": "fc/kernel"}).apply({}, arrays, variables)
+    with pytest.raises(ValueError, match=message.format("source")):
+        mj.share_transfer({"fc/kernel": "0"}).apply({}, variables, arrays)

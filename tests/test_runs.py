@@ -1,12 +1,13 @@
 import json
 import math
 import re
+import threading
 from types import SimpleNamespace
 
 import pytest
 
 from merge_jax import runs
-from merge_jax.runs import MetricsLog, RunFolder, check_space
+from merge_jax.runs import MetricsLog, RunFolder, check_space, numbered_folder
 
 CONFIG = {"steps": 10, "methods": ("a", "b")}
 
@@ -55,6 +56,64 @@ def test_a_run_is_not_overwritten(tmp_path):
     RunFolder.open(tmp_path, CONFIG, resume=False)
     with pytest.raises(ValueError, match="already holds this run: add --resume"):
         RunFolder.open(tmp_path, CONFIG, resume=False)
+
+
+def test_a_run_is_known_by_what_its_paths_hold_wherever_that_lies(tmp_path):
+    config = {"seeds": 1, "source_from": "/old/run", "contents": {"source_from": "content 12"}}
+    RunFolder.open(tmp_path / "new", config, resume=False).close()
+    moved = {**config, "source_from": "/other/place"}
+    RunFolder.open(tmp_path / "new", moved, resume=True).close()
+    assert json.loads((tmp_path / "new" / "config.json").read_text()) == config
+    other = {**moved, "contents": {"source_from": "content 34"}}
+    with pytest.raises(ValueError, match=r"another config:\n  source_from was 'content 12', is 'content 34'\nGive"):
+        RunFolder.open(tmp_path / "new", other, resume=True)
+    # Paths of nothing, and runs of before contents were kept, are known by the paths.
+    with pytest.raises(ValueError, match=r"another config:\n  source_from was '/old/run', is '/other/place'\nGive"):
+        RunFolder.open(tmp_path / "new", {**moved, "contents": {}}, resume=True)
+    RunFolder.open(tmp_path / "old", {"seeds": 1, "source_from": "/old/run"}, resume=False).close()
+    RunFolder.open(tmp_path / "old", config, resume=True).close()
+    with pytest.raises(ValueError, match=r"another config:\n  source_from was '/old/run', is '/other/place'\nGive"):
+        RunFolder.open(tmp_path / "old", moved, resume=True)
+
+
+def test_folders_that_are_made_at_once_have_numbers_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    begin, taken = threading.Barrier(8), []
+
+    def take(number):
+        begin.wait()
+        with numbered_folder("mine") as folder:
+            (folder / "by").write_text(str(number))
+            taken.append(folder)
+
+    threads = [threading.Thread(target=take, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(map(str, taken)) == [f"runs/mine-{i:03d}" for i in range(1, 9)]
+    assert len({(folder / "by").read_text() for folder in taken}) == 8
+
+
+def test_a_numbered_folder_that_stays_empty_is_removed_and_the_last_run_is_found(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with numbered_folder("mine", resume=True) as folder:
+        assert str(folder) == "runs/mine-001"
+        assert not folder.exists()
+    with numbered_folder("mine") as folder:
+        assert folder.is_dir()
+    assert not folder.exists()
+    for number in ("001", "002", "010"):
+        with numbered_folder("mine" if number < "010" else "mine-of-others") as folder:
+            RunFolder.open(folder, CONFIG, resume=False).close()
+    with numbered_folder("mine") as taken, numbered_folder("mine", resume=True) as folder:
+        assert (str(taken), str(folder)) == ("runs/mine-003", "runs/mine-002")  # No run has begun in the third.
+    with numbered_folder("mine", given=tmp_path / "given") as folder:
+        assert folder == tmp_path / "given"
+    (tmp_path / "runs" / "file").write_text("")
+    monkeypatch.setattr(runs, "_RUNS", tmp_path / "runs" / "file")
+    with pytest.raises(ValueError, match=r"the run folder .*file/mine-001 cannot be written"), numbered_folder("mine"):
+        pass
 
 
 def test_a_damaged_config_is_named(tmp_path):

@@ -1,12 +1,14 @@
 """Sources that a run reads: from a file, from another run, or step by step along a source's training."""
 
 import shutil
+from dataclasses import replace
 
 import jax
 import numpy as np
 import pytest
 
 import merge_jax as mj
+from experiments import runner, sources
 from experiments.cli import parse
 from experiments.sources import origin_of
 from merge_jax.checkpoint import Checkpoints
@@ -147,6 +149,72 @@ def test_sources_that_cannot_be_read_are_refused(pretrained, trajectory, tmp_pat
     for options, message in cases:
         with pytest.raises(ValueError, match=message):
             refused(options, tmp_path / "run")
+
+
+@pytest.mark.parametrize("kind", ["file", "frozen", "trajectory"])
+def test_another_model_is_told_before_one_is_made_or_traced(kind, pretrained, trajectory, tmp_path, monkeypatch):
+    mj.save_safetensors(tmp_path / "other.safetensors", {"fc": {"kernel": np.zeros((3, 4), np.float32)}})
+    path = {"file": tmp_path / "other.safetensors", "frozen": pretrained[0], "trajectory": trajectory[0]}[kind]
+    words = [*LITTLE, "--source", kind.replace("file", "frozen"), "--source-from", path, "--deep"]
+    config = parse(tiny.PRESETS, "", "", list(map(str, words)))
+    scenario = tiny.build(config)
+
+    def init(key):
+        assert isinstance(key, jax.core.Tracer), "a model is made"
+        return scenario.source.init(key)
+
+    monkeypatch.setattr(runner, "make_stages", lambda *arguments: pytest.fail("steps are traced"))
+    with pytest.raises(ValueError, match=r"fc/kernel is float32\[3, 4\], the|hidden/kernel is not saved"):
+        runner.check_run(replace(scenario, source=replace(scenario.source, init=init)), config)
+
+
+def test_numbers_that_are_not_finite_are_told_before_steps_are_traced(pretrained, tmp_path, monkeypatch):
+    params = jax.tree.map(lambda leaf: np.full(leaf.shape, np.nan, leaf.dtype), source_of(pretrained[0]))
+    mj.save_safetensors(tmp_path / "source.safetensors", params)
+    words = [*LITTLE, "--source", "frozen", "--source-from", str(tmp_path / "source.safetensors")]
+    config = parse(tiny.PRESETS, "", "", words)
+    monkeypatch.setattr(runner, "make_stages", lambda *arguments: pytest.fail("steps are traced"))
+    with pytest.raises(ValueError, match="the source of seed 0"):
+        runner.check_run(tiny.build(config), config)
+
+
+@pytest.mark.parametrize(("more", "reads"), [([], 3), (["--resume"], 1)])
+def test_a_run_that_goes_on_looks_at_no_source_of_a_seed_that_may_be_done(
+    more, reads, pretrained, tmp_path, monkeypatch
+):
+    mj.save_safetensors(tmp_path / "source.safetensors", source_of(pretrained[0]))
+    words = [
+        *LITTLE,
+        "--source",
+        "frozen",
+        "--source-from",
+        str(tmp_path / "source.safetensors"),
+        "--seeds",
+        "2",
+        *more,
+    ]
+    config, read = parse(tiny.PRESETS, "", "", words), []
+    monkeypatch.setattr(sources, "load_params", lambda *of: read.append(of) or mj.load_params(*of))
+    monkeypatch.setattr(runner, "make_stages", lambda *arguments: {})
+    scenario = tiny.build(config)
+    load = replace(scenario.source, load=sources.load_params)
+    runner.check_run(replace(scenario, source=load), config)
+    assert len(read) == reads  # One is of shapes.
+
+
+@pytest.mark.parametrize("source", ["file", "orbax"])
+def test_a_source_that_is_no_weights_is_told_before_data_is_read(source, tmp_path):
+    (tmp_path / "m.msgpack").write_bytes(b"\x81")
+    (tmp_path / "_METADATA").write_text("{}")
+    path, told = {
+        "file": (
+            tmp_path / "m.msgpack",
+            r"m\.msgpack is no safetensors file: weights of other formats \(\.msgpack, Flax",
+        ),
+        "orbax": (tmp_path, "the source cannot be read: the folder .*: it is a checkpoint of Orbax"),
+    }[source]
+    with pytest.raises(ValueError, match=told):
+        runner.check_paths(tiny.Config(source="frozen", source_from=path))
 
 
 def test_a_trajectory_needs_two_steps_or_more(pretrained, tmp_path):

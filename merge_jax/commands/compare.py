@@ -17,15 +17,21 @@ def compare_runs(runs: Sequence[Path], baseline: str | None, out: Path | None) -
     Raises:
       ValueError: what `merge_jax.reports.compare` refuses, or a folder that is not empty.
     """
-    if out is None and len(runs) > 1:
-        out = numbered_folder("compare")
     if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is there already, and nothing is overwritten: give another --out")
     comparison = compare(runs, baseline)
     print(comparison.text, end="")
-    if out is None:
+    if out is None and len(runs) == 1:
         return
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "table.txt").write_text(comparison.text)
-    comparison.figure.savefig(out / "curves.png", dpi=150)
-    print(f"table and curves: {out}")
+    with numbered_folder("compare", given=out) as folder:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:  # Another comparison may have been told the same folder.
+            with (folder / "table.txt").open("x") as table:
+                table.write(comparison.text)
+            with (folder / "curves.png").open("xb") as curves:
+                comparison.figure.savefig(curves, dpi=150, format="png")
+        except FileExistsError as error:
+            raise ValueError(
+                f"{error.filename} is there already, and nothing is overwritten: give another --out"
+            ) from None
+    print(f"table and curves: {folder}")

@@ -3,7 +3,7 @@
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -16,9 +16,9 @@ from merge_jax.matrices import MatrixSpec, as_matrix, from_matrix, matrix_spec
 from merge_jax.models.transformer import TextEncoder
 from merge_jax.paths import flatten, near_misses, replace, some_of
 from merge_jax.types import Params
-from merge_jax.weights import leaf_shapes, load_safetensors, read_json
+from merge_jax.weights import leaf_paths, leaf_shapes, load_safetensors, read_json
 
-__all__ = ["Loaded", "from_huggingface", "text_encoder_of", "to_huggingface"]
+__all__ = ["Loaded", "check_huggingface", "from_huggingface", "text_encoder_of", "to_huggingface"]
 
 
 class Loaded(NamedTuple):
@@ -134,18 +134,13 @@ def from_huggingface(path: str | os.PathLike[str], params: Params) -> Loaded:
         images or patches, shape, number of layers, number of heads or activation; tensors that are missing or are no
         floats.
     """
+    check_huggingface(path, params)
     leaves = flatten(params)
     encoder = _encoder(leaves)
     ours = _architecture(leaves, encoder)
     names = {leaf: _bare(_name(ours, leaf.removeprefix(encoder))) for leaf in leaves}
     tensors = {_bare(name.replace("/", ".")): tensor for name, tensor in flatten(load_safetensors(path)).items()}
-    queries = [leaf for leaf in leaves if leaf.endswith("/query/kernel")]
-    _check_architecture(path, ours, tensors, num_layers=len(queries))
-    _check_config(path, ours, num_heads=leaves[queries[0]].shape[1])
     in_encoder = [leaf for leaf in leaves if leaf.startswith(encoder)]
-    missing = [names[leaf] for leaf in in_encoder if names[leaf] not in tensors]
-    if missing:
-        raise ValueError(f"{path} lacks the tensors {some_of(map(repr, missing), 10)}")
     num_channels = 1
     if ours is _VIT:
         patch, position = encoder + _PATCH, encoder + _POSITION
@@ -216,6 +211,29 @@ def text_encoder_of(path: str | os.PathLike[str], **options: Any) -> TextEncoder
         num_segments=size("embeddings/segment/embedding", 0) if architecture is _BERT else 0,
         **options,
     )
+
+
+def check_huggingface(path: str | os.PathLike[str], params: Params) -> None:
+    """Raises what `from_huggingface` does, as far as the names of tensors and the configuration tell; reads no numbers.
+
+    Args:
+      path: of the file, or its folder.
+      params: of the model, or their shapes.
+
+    Raises:
+      FileNotFoundError, ValueError: as `from_huggingface`.
+    """
+    leaves = flatten(params)
+    encoder = _encoder(leaves)
+    ours = _architecture(leaves, encoder)
+    tensors = {_bare(leaf.replace("/", ".")) for leaf in leaf_paths(path)}
+    queries = [leaf for leaf in leaves if leaf.endswith("/query/kernel")]
+    _check_architecture(path, ours, tensors, num_layers=len(queries))
+    _check_config(path, ours, num_heads=leaves[queries[0]].shape[1])
+    names = [_bare(_name(ours, leaf.removeprefix(encoder))) for leaf in leaves if leaf.startswith(encoder)]
+    missing = [name for name in names if name not in tensors]
+    if missing:
+        raise ValueError(f"{path} lacks the tensors {some_of(map(repr, missing), 10)}")
 
 
 def to_huggingface(params: Params, num_channels: int = 3) -> dict[str, np.ndarray]:
@@ -322,7 +340,7 @@ def _bare(name: str) -> str:
     return re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name))
 
 
-def _check_architecture(path: Any, ours: _Architecture, names: Mapping[str, Any], num_layers: int) -> None:
+def _check_architecture(path: Any, ours: _Architecture, names: Collection[str], num_layers: int) -> None:
     counts = _layers(names)
     found = [name for name, count in counts.items() if count]
     if not found:
