@@ -113,7 +113,7 @@ def test_haiku_embeddings_norms_and_transposed_convolutions():
     nets = [hk.transform_with_state(lambda *x, width=width: forward(*x, width)) for width in (5, 3)]
     inputs = jnp.zeros((2,), jnp.int32), jnp.ones((1, 4, 4, 2))
     source, target = (net.init(jax.random.key(i), *inputs)[0] for i, net in enumerate(nets))
-    source["batch_norm"]["offset"] += jnp.array([1.0, 2.0])
+    source["batch_norm"]["offset"] = jnp.array([1.0, 2.0]).reshape(1, 1, 1, 2)
     merged = mj.share_transfer({"**": "**"}).apply({}, source, target)
     np.testing.assert_array_equal(merged["embed"]["embeddings"], source["embed"]["embeddings"][:, :3])
     np.testing.assert_array_equal(merged["batch_norm"]["offset"].ravel(), [1, 2])
