@@ -97,7 +97,7 @@ def is_table(path: str, shape: tuple[int, ...]) -> bool:
         return False
     if name == "weight":
         return len(shape) == 2 and _has(parent, _TABLES) and not _PATCHES.fullmatch(parent.lower())
-    return name not in _KERNELS and _has(name, _TABLES)
+    return name not in _KERNELS and _has(name, _TABLES) and not _has(name, {"proj", "projection", "linear"})
 
 
 def is_patch_kernel(path: str, shape: tuple[int, ...]) -> bool:

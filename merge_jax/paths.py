@@ -150,6 +150,8 @@ def replace(tree: Any, leaves: Mapping[str, Any]) -> Any:
 
 def _check_untied(tree: Any) -> None:
     """Raises ValueError if one variable of NNX stands at two paths, since only its module knows that both are one."""
+    if "flax.nnx" not in sys.modules:
+        return
     import jax
 
     paths: dict[int, str] = {}

@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from merge_jax.checks import check_at_least_one
 from merge_jax.layouts import is_patch_kernel, is_table, matrix_spec
@@ -186,7 +187,9 @@ class Arrangement:
         weights = np.array([[weight for _, weight in part] for part in padded], np.float32)
         if width == 1 and (weights == 1).all():
             return self._on_rows(leaf, self.sizes, lambda rows: rows[indices[:, 0]])
-        return self._on_rows(leaf, self.sizes, lambda rows: jnp.einsum("kj,kj...->k...", weights, rows[indices]))
+        # The highest precision, so that an accelerator resamples as a CPU does.
+        weighted = functools.partial(jnp.einsum, "kj,kj...->k...", weights, precision=lax.Precision.HIGHEST)
+        return self._on_rows(leaf, self.sizes, lambda rows: weighted(rows[indices]))
 
     def restore(self, leaf: jax.Array) -> jax.Array:
         """Returns the leaf that was rearranged, where rows were put into another order alone."""

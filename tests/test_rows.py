@@ -56,9 +56,18 @@ FACTORIES = {
 }
 
 
-@pytest.mark.parametrize("name", FACTORIES)
+REFUSING = {
+    **FACTORIES,
+    "lpka": mj.lpka_transfer,
+    "residual": lambda routes: mj.lpka_transfer(routes, output="residual"),
+    "generator": mj.parameter_generator_transfer,
+    "chained": lambda routes: mj.chain(mj.share_transfer(routes), mj.identity_transfer()),
+}
+
+
+@pytest.mark.parametrize("name", REFUSING)
 def test_words_are_not_matched_by_their_number(name):
-    transfer = FACTORIES[name]({PATH: PATH})
+    transfer = REFUSING[name]({PATH: PATH})
     with pytest.raises(
         ValueError, match=r"^give Route\('word/embedding', .*\) rows=Rows.by_name.* has 6 rows, .* 5, and"
     ):
