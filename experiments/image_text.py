@@ -151,9 +151,9 @@ def image_text_learner(
         answers that the training questions have are not among those to choose from.
     """
     shape = found.train.images.shape
-    dropout = {"dropout_rate": architecture.dropout}
-    vision = make_vision_encoder(architecture.vision, shape[1], architecture.vision_attributes, **dropout)
-    text = make_text_encoder(architecture.text, tokens, reading.max_length, architecture.text_attributes, **dropout)
+    rate, sizes = architecture.dropout, architecture.text_attributes
+    vision = make_vision_encoder(architecture.vision, shape[1], architecture.vision_attributes, dropout_rate=rate)
+    text = make_text_encoder(architecture.text, tokens, reading.max_length, sizes, dropout_rate=rate)
     pixels = _scale_of_pixels(found, vision_weights)
     encode = partial(_encode, found.name, tokens, reading)
     name = f"{architecture.vision} and {architecture.text} ({found.name} {task})"

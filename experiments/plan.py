@@ -24,7 +24,7 @@ def make_plan(
     for name, method in scenario.methods.items():
         rows = method.transfer.describe(source, target)
         if rows:
-            routes = tuple(f"{row.target} <- {row.source}" for row in rows)
+            routes = tuple(f"{row.target} <- {row.source}" for row in rows if not row.left_out)
             transfers[name] = Moved(routes, sum(row.parameters for row in rows))
     devices = f"{layout.num_devices} x {jax.devices()[0].device_kind}"
     return Plan(

@@ -27,12 +27,13 @@ with epy.lazy_api_imports(globals()):
         init_joint_state,
         make_joint_step,
     )
+    from merge_jax.layouts import matrix_spec
     from merge_jax.linear_operators import linear_operator_transfer
     from merge_jax.loop import run_loop, stepwise
     from merge_jax.losses import cross_entropy, distillation_loss, dkd_loss, nkd_loss, rkd_loss, tf_kd_loss
     from merge_jax.low_rank import LowRankConv, LowRankDense, core_bases, decode, encode, row_basis
     from merge_jax.lpka import LPKA, LPKAOptions, lpka_network
-    from merge_jax.matrices import MatrixSpec, as_matrix, copy_overlap, from_matrix, matrix_spec
+    from merge_jax.matrices import MatrixSpec, as_matrix, copy_overlap, from_matrix
     from merge_jax.methods import lpka_transfer, mlp_transfer, published_transfer
     from merge_jax.metrics import accuracy, top_k_accuracy
     from merge_jax.official import OfficialAdapter, export_official_adapter, load_official_adapter
@@ -43,6 +44,7 @@ with epy.lazy_api_imports(globals()):
     from merge_jax.reparameterised import bake, make_reparameterised_step
     from merge_jax.retrieval import contrastive_loss, evaluate_retrieval, recall_at_k, retrieval_loss, retrieval_scores
     from merge_jax.routes import Route, match
+    from merge_jax.rows import Rows
     from merge_jax.schedule import TransferSteps
     from merge_jax.seeds import over_seeds, stack_seeds, unstack_seeds
     from merge_jax.selection import weight_selection_transfer
@@ -90,6 +92,7 @@ __all__ = [
     "Params",
     "Route",
     "RouteSummary",
+    "Rows",
     "StopSignals",
     "Task",
     "TrainState",

@@ -46,10 +46,11 @@ class _Axis(NamedTuple):
 
 
 class _Leaf(NamedTuple):
-    """A routed leaf: its paths and shapes, its axes of channels, and those of the windows."""
+    """A routed leaf: its paths, views and shapes with rows arranged, its axes of channels, and those of the windows."""
 
     target: str
     source: str
+    views: tuple[KernelView, KernelView]
     shapes: tuple[tuple[int, ...], tuple[int, ...]]
     axes: tuple[_Axis, ...]
     windows: tuple[tuple[int, ...], tuple[int, ...]]
@@ -146,8 +147,9 @@ def aligned_transfer(routes: Routes, source_wiring: Wiring, target_wiring: Wirin
     named_routes = kernel_routes(routes)
     like_share = share_transfer(named_routes)
 
-    def plan_of(source_params: Params, target_params: Params) -> _Plan:
-        return _plan(resolve(named_routes, source_params, target_params), source_wiring, target_wiring)
+    def plan_of(source_params: Params, target_params: Params, *, refuse: bool = True) -> _Plan:
+        routes = resolve(named_routes, source_params, target_params, refuse=refuse)
+        return _plan(routes, source_wiring, target_wiring)
 
     def init(key: jax.Array, source_params: Params, target_params: Params) -> Adapter:
         del key  # There is nothing random.
@@ -160,16 +162,19 @@ def aligned_transfer(routes: Routes, source_wiring: Wiring, target_wiring: Wirin
         plan = plan_of(source_params, target_params)
         _check_adapter(adapter, plan)
         sources, targets = flatten(source_params), flatten(target_params)
-        return replace(
-            target_params,
-            {leaf.target: _made(leaf, adapter, targets[leaf.target], sources[leaf.source]) for leaf in plan.leaves},
-        )
+
+        def written(leaf: _Leaf) -> jax.Array:
+            of_target, of_source = leaf.views
+            arranged = of_target.arrange(targets[leaf.target]), of_source.arrange(sources[leaf.source])
+            return of_target.restore(_made(leaf, adapter, *arranged))
+
+        return replace(target_params, {leaf.target: written(leaf) for leaf in plan.leaves})
 
     def describe(source_params: Params, target_params: Params) -> tuple[RouteSummary, ...]:
-        rows = like_share.describe(source_params, target_params)
-        plan, seen, described = plan_of(source_params, target_params), set(), []
+        rows = like_share.describe(source_params, target_params)  # What cannot be paired is last.
+        plan, seen, described = plan_of(source_params, target_params, refuse=False), set(), []
         adapter = jax.eval_shape(lambda: _evenly(plan))
-        for row, leaf in zip(rows, plan.leaves, strict=True):
+        for row, leaf in zip(rows[: len(plan.leaves)], plan.leaves, strict=True):
             parameters = sum(axis.sizes[0] * axis.sizes[1] for axis in leaf.axes if axis.contracted)
             for pair in {axis.pair for axis in leaf.axes if not axis.contracted} - seen:
                 seen.add(pair)
@@ -177,7 +182,7 @@ def aligned_transfer(routes: Routes, source_wiring: Wiring, target_wiring: Wirin
             leaves = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in leaf.shapes]
             flops = count_flops(functools.partial(_made, leaf), adapter, *leaves)
             described.append(dataclasses.replace(row, adapter="spaces", parameters=parameters, flops=flops))
-        return tuple(described)
+        return (*described, *rows[len(plan.leaves) :])
 
     def fit(moments: Mapping[str, jax.Array], source_params: Params, target_params: Params) -> Adapter:
         plan = plan_of(source_params, target_params)
@@ -192,6 +197,9 @@ def _plan(routes: tuple[ResolvedRoute, ...], source_wiring: Wiring, target_wirin
     for leaf in leaves:
         for axis in leaf.axes:
             target, source = axis.sizes
+            arrangement = leaf.views[1].arrangement
+            if arrangement is not None and axis.source in arrangement.axes:
+                continue  # The route says which rows belong together.
             if target != source and target_wiring.spaces[leaf.target][axis.target] not in target_wiring.read:
                 raise ValueError(
                     f"{leaf.target!r} has {target} entries along axis {axis.target}, {leaf.source!r} has {source}, and "
@@ -216,7 +224,7 @@ def _leaf(
     views = route.target_view, route.source_view
     assert isinstance(views[0], KernelView)  # The view attention is refused.
     assert isinstance(views[1], KernelView)
-    shapes = views[0].shapes[0], views[1].shapes[0]
+    shapes = views[0].arranged_shapes[0], views[1].arranged_shapes[0]
     specs = views[0].specs[0], views[1].specs[0]
     channels = [sorted((*spec.rows, *spec.inputs)) for spec in specs]
     if len(channels[0]) != len(channels[1]):
@@ -245,7 +253,7 @@ def _leaf(
                 f"{reads}'s layer, and axis {s if contracted else t} none of the {makes}'s"
             )
         axes.append(_Axis(t, s, pair, contracted, sizes))
-    return _Leaf(target, source, shapes, tuple(axes), (specs[0].window, specs[1].window))
+    return _Leaf(target, source, (views[0], views[1]), shapes, tuple(axes), (specs[0].window, specs[1].window))
 
 
 def _evenly(plan: _Plan) -> Adapter:

@@ -66,8 +66,8 @@ def block_transfer(
     check_flag(shared=shared)
     like_share = share_transfer(named_routes)
 
-    def groups_of(source_params: Params, target_params: Params) -> tuple[Group, ...]:
-        return grouped(resolve(named_routes, source_params, target_params))
+    def groups_of(source_params: Params, target_params: Params, *, refuse: bool = True) -> tuple[Group, ...]:
+        return grouped(resolve(named_routes, source_params, target_params, refuse=refuse))
 
     def start_of(group: Group) -> Adapter:
         if start is None:
@@ -111,7 +111,7 @@ def block_transfer(
         rows = list(like_share.describe(source_params, target_params))
         if start is None:
             return tuple(rows)
-        for group in groups_of(source_params, target_params):
+        for group in groups_of(source_params, target_params, refuse=False):
             shapes = block_shapes(group.routes[0])
             params = jax.eval_shape(functools.partial(start, *shapes))
             blocks = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import jax
 
-__all__ = ["MatrixSpec", "as_matrix", "copy_overlap", "from_matrix", "matrix_spec", "overlap_blocks"]
+__all__ = ["MatrixSpec", "as_matrix", "copy_overlap", "from_matrix", "overlap_blocks", "overlap_shape"]
 
 
 @dataclass(frozen=True)
@@ -48,48 +48,6 @@ class MatrixSpec:
         """Returns the shape `(rows, columns)` of the matrix of a leaf of this shape."""
         rows, *columns = self.blocks(shape)
         return rows, math.prod(columns)
-
-
-def matrix_spec(path: str, shape: tuple[int, ...]) -> MatrixSpec:
-    """Returns the spec of a leaf in the layout of Flax, Haiku, torch or Equinox, by its path and its rank.
-
-    ================================  =======================  =========  ===================
-    leaf                              shape                    rows       columns
-    ================================  =======================  =========  ===================
-    bias, scale                       `[out]`, `[h, d]`        1          out, h d
-    embedding                         `[tokens, features]`     tokens     features
-    attention query, key, value       `[in, h, d]`             h d        in
-    attention out                     `[h, d, out]`            out        h d
-    dense kernel                      `[in, out]`              out        in
-    convolution (depthwise: in = 1)   `[*window, in, out]`     out        in x window
-    weight (torch, Equinox)           `[out, in, *window]`     out        in x window
-    ================================  =======================  =========  ===================
-
-    A leaf is a torch weight where its name has the word `weight` (`weight`, `in_proj_weight`, `weight_ih_l0`), which
-    no leaf of Flax or Haiku has. A torch embedding has its tokens as rows by that rule.
-
-    Two rows are our choice. A vector is one row and not one column, since the adapter normalises rows, and a
-    row of one number normalises to a constant. An embedding has its tokens as rows, since the adapter's
-    feed-forward block grows with the square of the columns.
-
-    Raises:
-      ValueError: the leaf is a scalar or has no elements.
-    """
-    if not shape or 0 in shape:
-        raise ValueError(f"{path!r} of shape {shape} is no matrix: it needs a rank of 1 or more and elements")
-    parent, name = ("", *path.split("/"))[-2:]
-    rank = len(shape)
-    if rank == 1 or name in ("bias", "scale"):
-        return MatrixSpec(rows=(), inputs=tuple(range(rank)))
-    if "weight" in name.split("_"):
-        return MatrixSpec(rows=(0,), inputs=(1,), window=tuple(range(2, rank)))
-    if name == "embedding":
-        return MatrixSpec(rows=(0,), inputs=tuple(range(1, rank)))
-    if rank == 3 and parent in ("query", "key", "value"):
-        return MatrixSpec(rows=(1, 2), inputs=(0,))
-    if rank == 3 and parent == "out":
-        return MatrixSpec(rows=(2,), inputs=(0, 1))
-    return MatrixSpec(rows=(rank - 1,), inputs=(rank - 2,), window=tuple(range(rank - 2)))
 
 
 def as_matrix(leaf: jax.Array, spec: MatrixSpec) -> jax.Array:
@@ -136,6 +94,15 @@ def overlap_blocks(target: jax.Array, source: jax.Array) -> jax.Array:
         source_slices.append(slice(s_start, s_start + size))
     block = source[tuple(source_slices)].astype(target.dtype)
     return target.at[tuple(target_slices)].set(block).reshape(shape)
+
+
+def overlap_shape(target: tuple[int, ...], source: tuple[int, ...]) -> tuple[int, int]:
+    """Returns the shape of the matrix `[rows, inputs x window]` that blocks of these two shapes both have."""
+    common = [min(sizes) for sizes in zip(target[:2], source[:2], strict=True)]
+    rank = max(len(target), len(source))
+    # As in `overlap_blocks`, the window of what has fewer axes of it is 1 along the others.
+    windows = ((*(1,) * (rank - len(blocks)), *blocks[2:]) for blocks in (target, source))
+    return common[0], common[1] * math.prod(map(min, zip(*windows, strict=True)))
 
 
 def _pad_window(blocks: jax.Array, rank: int) -> jax.Array:

@@ -138,16 +138,33 @@ def replace(tree: Any, leaves: Mapping[str, Any]) -> Any:
     """Returns `tree` with the leaves at the given paths replaced; every other leaf is the same object.
 
     Raises:
-      ValueError: a path names no leaf.
+      ValueError: a path names no leaf; or a module of Flax NNX with tied layers, which a new tree would untie.
     """
     import jax
 
+    _check_untied(tree)
     paths = flatten(tree)
     for path in leaves:
         if path not in paths:
             raise ValueError(f"unknown path {path!r}; {near_misses(path, paths)}")
     new_leaves = [leaves.get(path, leaf) for path, leaf in paths.items()]
     return jax.tree.unflatten(jax.tree.structure(tree), new_leaves)
+
+
+def _check_untied(tree: Any) -> None:
+    """Raises ValueError if one variable of NNX stands at two paths, since only its module knows that both are one."""
+    if "flax.nnx" not in sys.modules:
+        return
+    import jax
+
+    paths: dict[int, str] = {}
+    for key_path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_variable):
+        path = jax.tree_util.keystr(key_path, simple=True, separator="/")
+        if _is_variable(node) and paths.setdefault(id(node), path) != path:
+            raise ValueError(
+                "give the parameters that nnx.split(model, nnx.Param, ...) or nnx.state(model, nnx.Param) returns, not "
+                f"the module: {paths[id(node)]!r} and {path!r} are one variable, and in a new module they would be two"
+            )
 
 
 def near_misses(name: str, names: Iterable[str]) -> str:

@@ -3,7 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import jax
@@ -11,17 +11,36 @@ import jax.numpy as jnp
 import numpy as np
 
 from merge_jax.checks import check_at_least_one, check_choice
-from merge_jax.matrices import MatrixSpec, matrix_spec
+from merge_jax.layouts import matrix_spec
+from merge_jax.matrices import MatrixSpec
 from merge_jax.paths import Pattern, find_paths, flatten, natural_order, near_misses
+from merge_jax.rows import Rows, RowsByNumber, arranged_ends
 from merge_jax.types import Params
 from merge_jax.views import AttentionView, KernelView, View, ViewName, proportional
 
-__all__ = ["Leaves", "ResolvedRoute", "Route", "Routes", "as_routes", "check_rank", "check_view", "match", "resolve"]
+__all__ = [
+    "Leaves",
+    "LeftOut",
+    "Matches",
+    "ResolvedRoute",
+    "Route",
+    "Routes",
+    "Unmatched",
+    "as_routes",
+    "check_rank",
+    "check_view",
+    "match",
+    "resolve",
+    "survey",
+]
 
 ATTENTION_KERNELS = ("query", "key", "value", "out")
 
 Leaves = Pattern | tuple[Pattern, ...]
 """Leaves of one model: a path, a glob, a compiled regular expression, or a tuple of them."""
+
+Unmatched = Literal["error", "skip"]
+"""What becomes of leaves that cannot be paired: all is refused, or they are left out."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +49,8 @@ class Route:
 
     A pattern of the target names leaves that each get a transfer of their own. A pattern of the source must then
     name as many, which are paired in natural order (`match` pairs by depth where there are more on one side), or
-    one, which all get. Where the target is one leaf, all leaves that the source's pattern names are put under each
+    one, which all get. One and the same pattern on both sides, such as `**`, pairs leaves of one path where there are
+    any. Where the target is one leaf, all leaves that the source's pattern names are put under each
     other as one matrix. So are, on both sides, the leaves of a tuple: `Route(("q/kernel", "k/kernel"), "qk/kernel")`
     splits a fused kernel. In the view `attention`, a name is that of a block with the kernels `query/kernel`,
     `key/kernel`, `value/kernel` and `out/kernel`, and a tuple is of the paths or patterns of these four. Head `i` of
@@ -45,6 +65,11 @@ class Route:
       view: what the adapter's tokens are, or None for the transfer's; see `ViewName`.
       target_heads: heads of the target's attention, where its kernels have no axis of heads.
       source_heads: the same for the source.
+      rows: which row of an embedding, which pixel of a patch belongs to which, where both models have other numbers of
+        them: a `Rows`, or `first` for row `i` from row `i`. None refuses such a route.
+      unmatched: `skip` leaves out what the patterns name and what cannot be paired: no partner of the path, a scalar,
+        integers, a layout that nothing tells, rows that differ in number. `error` refuses the route. `summarize` lists
+        them either way.
     """
 
     target: Leaves
@@ -55,6 +80,8 @@ class Route:
     view: ViewName | None = None
     target_heads: int | None = None
     source_heads: int | None = None
+    rows: Rows | RowsByNumber | None = None
+    unmatched: Unmatched = "error"
 
 
 Routes = Mapping[Any, Leaves] | Sequence[Route | tuple[Leaves, Leaves]]
@@ -85,6 +112,23 @@ class ResolvedRoute:
     def signature(self) -> tuple[Any, ...]:
         """What routes have in common that are computed together."""
         return self.target_view, self.source_view, self.dtypes, self.rank
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """What a route's patterns name and what cannot be paired.
+
+    Attributes:
+      target: paths of the target's leaves, joined with ` + `; empty where they are the source's alone.
+      source: the same of the source's.
+      reason: why, as the text of an error.
+      route: whose patterns they are.
+    """
+
+    target: str
+    source: str
+    reason: str
+    route: Route
 
 
 def as_routes(routes: Routes) -> tuple[Route, ...]:
@@ -119,6 +163,9 @@ def _check_options(route: Route) -> None:
     for name, spec in (("target_spec", route.target_spec), ("source_spec", route.source_spec)):
         if spec is not None and not isinstance(spec, MatrixSpec):
             raise ValueError(f"{name} must be a MatrixSpec, got {spec!r}")
+    if route.rows is not None and route.rows != "first" and not isinstance(route.rows, Rows):
+        raise ValueError(f"rows must be a Rows, 'first' or None, got {route.rows!r}")
+    check_choice("way with unmatched leaves", route.unmatched, get_args(Unmatched))
 
 
 def check_view(view: str) -> None:
@@ -167,37 +214,102 @@ def resolve(
     *,
     rank: int | None = None,
     view: ViewName = "matrix",
+    refuse: bool = True,
 ) -> tuple[ResolvedRoute, ...]:
     """Returns one route for each target that the routes name in two models; `rank` and `view` are their defaults.
 
+    Without `refuse`, leaves that cannot be paired are left out, whatever their routes have for them: to describe them.
+
     Raises:
-      ValueError: a path or pattern that names no leaf, unequal numbers of leaves to be paired, a leaf that is
-        routed twice or is no float array, leaves that do not make a matrix, or a rank above the target's matrix.
+      ValueError: as `survey`; or leaves that cannot be paired and that their route does not skip, or no others.
+    """
+    resolved, left_out = survey(routes, source_params, target_params, rank=rank, view=view)
+    refused = [one for one in left_out if one.route.unmatched == "error"]
+    if refuse and refused:
+        route, more = refused[0].route, f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
+        raise ValueError(
+            f"{refused[0].reason}{more}. To leave out what cannot be paired, give "
+            f"Route({_text(route.target)!r}, {_text(route.source)!r}, unmatched='skip'); summarize lists it"
+        )
+    if refuse and not resolved:
+        raise ValueError(f"nothing is left to pair: {left_out[0].reason}")
+    return resolved
+
+
+def survey(
+    routes: Iterable[Route],
+    source_params: Params,
+    target_params: Params,
+    *,
+    rank: int | None = None,
+    view: ViewName = "matrix",
+) -> tuple[tuple[ResolvedRoute, ...], tuple[LeftOut, ...]]:
+    """Returns the routes from leaf to leaf, and what of the leaves that patterns name cannot be paired, with reasons.
+
+    Raises:
+      ValueError: a path or pattern that names no leaf, unequal numbers of leaves to be paired in order, a leaf that is
+        routed twice; of a route without a pattern or of joined leaves that does not skip: leaves that cannot be paired.
     """
     leaves = {"target": flatten(target_params), "source": flatten(source_params)}
-    resolved = []
+    resolved: list[ResolvedRoute] = []
+    left_out: list[LeftOut] = []
     for route in routes:
         of_route = route.view or view
-        targets = _units("target", leaves["target"], route.target, of_route)
-        sources = _units("source", leaves["source"], route.source, of_route)
-        if len(sources) > 1 and len(targets) == 1 and of_route != "attention":
-            sources = [tuple(path for unit in sources for path in unit)]
-        if len(sources) == 1:
-            sources = sources * len(targets)
-        if len(sources) != len(targets):
-            raise ValueError(
-                f"{_text(route.target)!r} names {len(targets)} leaves of the target ({_some(targets)}), "
-                f"{_text(route.source)!r} names {len(sources)} of the source ({_some(sources)}); a pairing needs "
-                "as many, or one of the source (match pairs models of different depth)"
-            )
-        resolved += [_resolve_one(route, t, s, leaves, rank, of_route) for t, s in zip(targets, sources, strict=True)]
+        pairs, alone = _pairs(route, leaves, of_route)
+        left_out += alone
+        for target, source in pairs:
+            try:
+                resolved.append(_resolve_one(route, target, source, leaves, rank, of_route))
+            except ValueError as error:
+                if route.unmatched == "error" and not _is_pattern(route.target):
+                    raise
+                left_out.append(LeftOut(_text(target), _text(source), str(error), route))
     sources_of: dict[str, str] = {}
     for one in resolved:
         for path in one.target:
             if path in sources_of:
                 raise _routed_twice(path, sources_of[path], _text(one.source))
             sources_of[path] = _text(one.source)
-    return tuple(resolved)
+    return tuple(resolved), tuple(left_out)
+
+
+def _is_pattern(leaves: Leaves) -> bool:
+    """Whether leaves are named by a pattern, which may find what its author did not think of."""
+    return isinstance(leaves, re.Pattern) or (isinstance(leaves, str) and re.search(r"[*?\[]", leaves) is not None)
+
+
+def _pairs(
+    route: Route, leaves: Mapping[str, Mapping[str, Any]], view: ViewName
+) -> tuple[list[tuple[tuple[str, ...], tuple[str, ...]]], list[LeftOut]]:
+    """Returns the pairs of a route, of target and source, and what has no partner."""
+    targets = _units("target", leaves["target"], route.target, view)
+    sources = _units("source", leaves["source"], route.source, view)
+    common = set(targets) & set(sources)
+    if route.target == route.source and _is_pattern(route.target) and common:
+        alone = [
+            LeftOut(
+                _text(unit) if role == "target" else "",
+                "" if role == "target" else _text(unit),
+                f"the {role} leaf {_text(unit)!r} has no partner of its path in the {other} (match pairs models of "
+                "different depth)",
+                route,
+            )
+            for role, units, other in (("target", targets, "source"), ("source", sources, "target"))
+            for unit in units
+            if unit not in common
+        ]
+        return [(unit, unit) for unit in targets if unit in common], alone
+    if len(sources) > 1 and len(targets) == 1 and view != "attention":
+        sources = [tuple(path for unit in sources for path in unit)]
+    if len(sources) == 1:
+        sources = sources * len(targets)
+    if len(sources) != len(targets):
+        raise ValueError(
+            f"{_text(route.target)!r} names {len(targets)} leaves of the target ({_some(targets)}), "
+            f"{_text(route.source)!r} names {len(sources)} of the source ({_some(sources)}); a pairing needs "
+            "as many, or one of the source (match pairs models of different depth)"
+        )
+    return list(zip(targets, sources, strict=True)), []
 
 
 def _units(role: str, leaves: Mapping[str, Any], named: Leaves, view: ViewName) -> list[tuple[str, ...]]:
@@ -243,6 +355,7 @@ def _resolve_one(
     if route.rank is not None:
         rank = None if route.rank == "whole" else route.rank
     views: list[View] = []
+    ends = []
     for role, paths, spec, heads in (
         ("target", target, route.target_spec, route.target_heads),
         ("source", source, route.source_spec, route.source_heads),
@@ -257,16 +370,23 @@ def _resolve_one(
             else:
                 specs = tuple(_spec(path, shape, spec) for path, shape in zip(paths, shapes, strict=True))
                 one = KernelView(shapes, specs, taps=view == "convolution")
+                ends.append(tuple(zip(paths, shapes, specs, strict=True)))
             one.check()
         except ValueError as error:
             noun = f"leaf {paths[0]!r}" if len(paths) == 1 else f"leaves {_text(paths)!r}"
             raise ValueError(f"the {role} {noun} cannot take part: {error}") from None
         views.append(one)
+    target_view, source_view = views
+    if isinstance(target_view, KernelView) and isinstance(source_view, KernelView):
+        of_target, of_source = arranged_ends(route.rows, *ends)
+        target_view = replace(target_view, arrangement=of_target)
+        source_view = replace(source_view, arrangement=of_source)
+    elif route.rows is not None:
+        raise ValueError(f"the route to {_text(target)!r} has rows and the view 'attention', which pairs heads alone")
     if rank is not None:
-        _check_rank_fits(rank, view, target, views[0])
+        _check_rank_fits(rank, view, target, target_view)
     dtypes = tuple(str(leaves[role][path].dtype) for role, paths in
                    (("target", target), ("source", source)) for path in paths)  # fmt: skip
-    target_view, source_view = views
     return ResolvedRoute(target, source, target_view, source_view, dtypes, rank)
 
 
@@ -285,9 +405,10 @@ def _check_rank_fits(rank: int, view: ViewName, target: tuple[str, ...], target_
 
 
 def _spec(path: str, shape: tuple[int, ...], given: MatrixSpec | None) -> MatrixSpec:
-    inferred = matrix_spec(path, shape)  # Raises for what can be no matrix, whatever is given.
-    (given or inferred).check(shape)
-    return given or inferred
+    if given is None or not shape or 0 in shape:
+        return matrix_spec(path, shape)  # Raises for what can be no matrix, whatever is given.
+    given.check(shape)
+    return given
 
 
 def _attention_view(
@@ -321,6 +442,20 @@ def _check_float(role: str, path: str, leaf: Any) -> None:
         raise ValueError(f"the {role} leaf {path!r} must be a float array, got {found}")
 
 
+class Matches(dict[str, str]):
+    """Routes `{target path: source path}` that `match` has found.
+
+    Attributes:
+      left_out: paths of the target that a pattern names and that have no route, with the reason.
+    """
+
+    left_out: Mapping[str, str]
+
+    def __init__(self, routes: Mapping[str, str], left_out: Mapping[str, str]) -> None:  # noqa: D107
+        super().__init__(routes)
+        self.left_out = dict(left_out)
+
+
 def match(
     source_params: Params,
     target_params: Params,
@@ -328,7 +463,8 @@ def match(
     source: Pattern,
     target: Pattern,
     view: ViewName = "matrix",
-) -> dict[str, str]:
+    unmatched: Unmatched = "error",
+) -> Matches:
     """Returns routes `{target path: source path}` between layers of models of different depth, in proportion.
 
     Layers are in natural order of their paths. Target layer `i` of `n` is paired with source layer
@@ -339,15 +475,21 @@ def match(
 
     In the view `attention` the patterns name blocks instead of leaves.
 
+    With `unmatched="skip"`, leaves that cannot be paired get no route: kinds that the source has not, scalars,
+    integers, layouts that nothing tells, embeddings whose rows differ in number. They stand in `.left_out` of what is
+    returned, with reasons.
+
     >>> import jax.numpy as jnp
     >>> layers = lambda n: {f"layer_{i}": {"kernel": jnp.ones((2, 2))} for i in range(n)}
     >>> match(layers(4), layers(2), source="*/kernel", target="*/kernel")
     {'layer_0/kernel': 'layer_1/kernel', 'layer_1/kernel': 'layer_3/kernel'}
 
     Raises:
-      ValueError: a pattern that names nothing, or a kind of the target's leaves that the source has not.
+      ValueError: a pattern that names nothing; kinds of the target's leaves that the source has not, unless they are
+        to be skipped, or nothing else.
     """
     check_view(view)
+    check_choice("way with unmatched leaves", unmatched, get_args(Unmatched))
 
     def by_kind(role: str, params: Params, pattern: Pattern) -> dict[str, list[str]]:
         leaves = flatten(params)
@@ -367,13 +509,25 @@ def match(
     targets = by_kind("target", target_params, target)
     if len(sources) == len(targets) == 1:
         sources = dict(zip(targets, sources.values(), strict=True))
-    routes = {}
+    missing = [kind for kind in targets if kind not in sources]
+    if missing and (unmatched == "error" or len(missing) == len(targets)):
+        kinds = f"kind {missing[0]!r}" if len(missing) == 1 else f"kinds {', '.join(map(repr, missing))}"
+        raise ValueError(
+            f"the target has leaves of the {kinds}, the source has none: {near_misses(missing[0], sources)}. "
+            "Where kinds have other names, match them one at a time; unmatched='skip' leaves them out"
+        )
+    routes: dict[str, str] = {}
+    left_out: dict[str, str] = {}
     for kind, paths in targets.items():
-        if kind not in sources:
-            raise ValueError(
-                f"the target has leaves of the kind {kind!r}, the source has none: {near_misses(kind, sources)}. "
-                "Where kinds have other names, match them one at a time"
-            )
+        if kind in missing:
+            left_out |= dict.fromkeys(paths, f"the source has no leaves of the kind {kind!r}")
+            continue
         partners = proportional(len(paths), len(sources[kind]))
         routes.update({path: sources[kind][i] for path, i in zip(paths, partners, strict=True)})
-    return dict(sorted(routes.items(), key=lambda item: natural_order(item[0])))
+    if unmatched == "skip":
+        for path, of in list(routes.items()):
+            alone = Route(path, of, view=view, unmatched="skip")
+            for one in survey([alone], source_params, target_params)[1]:
+                left_out[path] = one.reason
+                del routes[path]
+    return Matches(dict(sorted(routes.items(), key=lambda item: natural_order(item[0]))), left_out)

@@ -7,11 +7,18 @@ import jax
 
 from merge_jax.groups import Group, grouped, run_group
 from merge_jax.paths import flatten, replace
-from merge_jax.routes import ResolvedRoute, Routes, as_routes, check_view, resolve
+from merge_jax.routes import ResolvedRoute, Route, Routes, as_routes, check_view, resolve, survey
 from merge_jax.types import Adapter, ApplyFn, InitFn, Metrics, Params, RouteSummary, Transfer
 from merge_jax.views import AttentionView, ViewName
 
-__all__ = ["RoutedTransfer", "identity_transfer", "route_summary", "share_transfer", "writes"]
+__all__ = [
+    "RoutedTransfer",
+    "identity_transfer",
+    "left_out_summaries",
+    "route_summary",
+    "share_transfer",
+    "writes",
+]
 
 MonitorFn = Callable[[Adapter, Params, Params], Metrics]
 """`(adapter, source_params, target_params) -> scalars by name`; see `Transfer.monitor`."""
@@ -64,8 +71,9 @@ def share_transfer(routes: Routes, *, view: ViewName = "matrix") -> Transfer:
         return replace(target_params, new_leaves)
 
     def describe(source_params: Params, target_params: Params) -> tuple[RouteSummary, ...]:
-        resolved = resolve(named_routes, source_params, target_params, view=view)
-        return tuple(route_summary(route, "", parameters=0, flops=0) for route in resolved)
+        resolved = resolve(named_routes, source_params, target_params, view=view, refuse=False)
+        rows = (route_summary(route, "", parameters=0, flops=0) for route in resolved)
+        return (*rows, *left_out_summaries(named_routes, source_params, target_params, view=view))
 
     return RoutedTransfer(init, apply, describe)
 
@@ -137,16 +145,36 @@ def route_summary(
         view = f"attention, {target_view.heads} heads"
     else:
         view = "convolution" if target_view.taps else "matrix"
+        if route.source_view.arrangement is not None:  # type: ignore[union-attr]
+            view += ", rows paired"
     return RouteSummary(
         " + ".join(route.target),
         " + ".join(route.source),
         target_view.shapes,
         target_view.matrix_shape,
         route.source_view.matrix_shape,
+        target_view.overlap_shape(route.source_view),  # type: ignore[arg-type]
         view,
         route.rank,
         core and route.rank is not None,
         adapter,
         parameters,
         flops,
+    )
+
+
+def left_out_summaries(
+    routes: tuple[Route, ...],
+    source_params: Params,
+    target_params: Params,
+    *,
+    rank: int | None = None,
+    view: ViewName = "matrix",
+) -> tuple[RouteSummary, ...]:
+    """Returns what the patterns of routes name and what cannot be paired, each with the reason."""
+    _, left_out = survey(routes, source_params, target_params, rank=rank, view=view)
+    nothing = (0, 0)
+    return tuple(
+        RouteSummary(one.target, one.source, (), nothing, nothing, nothing, "", None, False, "", 0, 0, one.reason)
+        for one in left_out
     )

@@ -105,13 +105,14 @@ def optimal_transport_transfer(
 
     def describe(source_params: Params, target_params: Params) -> tuple[RouteSummary, ...]:
         rows, previous = [], None
-        resolved = resolve(named_routes, source_params, target_params)
-        for route, row in zip(resolved, like_share.describe(source_params, target_params), strict=True):
+        resolved = resolve(named_routes, source_params, target_params, refuse=False)
+        shared = like_share.describe(source_params, target_params)  # What cannot be paired is last.
+        for route, row in zip(resolved, shared[: len(resolved)], strict=True):
             blocks = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in block_shapes(route)]
             rows.append(dataclasses.replace(row, flops=count_flops(fuse, *blocks, previous)))
             _, plan = jax.eval_shape(fuse, *blocks, previous)
             previous = previous if _is_vector(route) else plan
-        return tuple(rows)
+        return (*rows, *shared[len(resolved) :])
 
     return RoutedTransfer(init, apply, describe)
 

@@ -98,7 +98,8 @@ class RouteSummary:
       source: paths of the source's leaves.
       shapes: of the target's leaves.
       target_matrix: shape of the target's matrix.
-      source_matrix: shape of the source's matrix.
+      source_matrix: shape of the source's matrix, of the rows that the route takes of it.
+      overlap: shape of the block that both matrices have; what is copied where a transfer copies.
       view: what the tokens are, and how many matrices there are where it is not one.
       rank: of the re-encoding; None for whole matrices.
       core: whether it is from both sides.
@@ -106,6 +107,8 @@ class RouteSummary:
         several rows have the same; empty for none.
       parameters: number of adapter parameters of this route; 0 where a row above has them already.
       flops: floating point operations of one pass of the adapter over this route, matrix products alone.
+      left_out: why the leaves take no part, where a route's patterns name them and they cannot be paired; empty for all
+        others. One of target and source may then be empty, and sizes are 0.
     """
 
     target: str
@@ -113,12 +116,14 @@ class RouteSummary:
     shapes: tuple[tuple[int, ...], ...]
     target_matrix: tuple[int, int]
     source_matrix: tuple[int, int]
+    overlap: tuple[int, int]
     view: str
     rank: int | None
     core: bool
     adapter: str
     parameters: int
     flops: int
+    left_out: str = ""
 
 
 class Transfer(NamedTuple):
@@ -137,7 +142,7 @@ class Transfer(NamedTuple):
         return self
 
     def describe(self, source_params: Params, target_params: Params, /) -> tuple[RouteSummary, ...]:
-        """Returns what each route is and costs, from shapes alone; nothing for a transfer without routes."""
+        """Returns what each route is and costs, then what cannot be paired, from shapes alone; nothing without any."""
         del source_params, target_params
         return ()
 

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from merge_jax.matrices import MatrixSpec, as_matrix, from_matrix, overlap_blocks
+from merge_jax.matrices import MatrixSpec, as_matrix, from_matrix, overlap_blocks, overlap_shape
+from merge_jax.rows import Arrangement
 
 __all__ = ["AttentionView", "KernelView", "Kinds", "View", "ViewName", "proportional"]
 
@@ -61,26 +62,41 @@ class KernelView:
       shapes: of the leaves.
       specs: how each leaf is a matrix; all have the same inputs and window.
       taps: whether the taps of the window are rows (the view `convolution`) or columns (`matrix`).
+      arrangement: how the rows of a table are taken anew first, where the view is of one leaf and they are.
     """
 
     shapes: tuple[tuple[int, ...], ...]
     specs: tuple[MatrixSpec, ...]
     taps: bool = False
+    arrangement: Arrangement | None = None
 
     def check(self) -> None:
         """Raises ValueError where the leaves do not stack to one matrix."""
-        blocks = [spec.blocks(shape)[1:] for spec, shape in zip(self.specs, self.shapes, strict=True)]
+        blocks = [spec.blocks(shape)[1:] for spec, shape in zip(self.specs, self.arranged_shapes, strict=True)]
         if len(set(blocks)) > 1:
             shapes = " and ".join(f"{shape}" for shape in dict.fromkeys(self.shapes))
             raise ValueError(f"leaves that make one matrix together need the same inputs and window, got {shapes}")
 
     @property
+    def arranged_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """The shapes of the leaves with their rows taken anew."""
+        return tuple(map(self.arrangement.shape, self.shapes)) if self.arrangement else self.shapes
+
+    def arrange(self, leaf: jax.Array) -> jax.Array:
+        """Returns a leaf with its rows taken anew."""
+        return self.arrangement.arrange(leaf) if self.arrangement else leaf
+
+    def restore(self, leaf: jax.Array) -> jax.Array:
+        """Returns a leaf of the target with its rows where they were."""
+        return self.arrangement.restore(leaf) if self.arrangement else leaf
+
+    @property
     def _rows(self) -> list[int]:
-        return [spec.blocks(shape)[0] for spec, shape in zip(self.specs, self.shapes, strict=True)]
+        return [spec.blocks(shape)[0] for spec, shape in zip(self.specs, self.arranged_shapes, strict=True)]
 
     @property
     def _blocks(self) -> tuple[int, ...]:
-        return (sum(self._rows), *self.specs[0].blocks(self.shapes[0])[1:])
+        return (sum(self._rows), *self.specs[0].blocks(self.arranged_shapes[0])[1:])
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
@@ -96,15 +112,15 @@ class KernelView:
 
     def to_blocks(self, leaves: Sequence[jax.Array]) -> jax.Array:
         """Returns the blocks of the leaves."""
-        matrices = [as_matrix(leaf, spec) for leaf, spec in zip(leaves, self.specs, strict=True)]
+        matrices = [as_matrix(self.arrange(leaf), spec) for leaf, spec in zip(leaves, self.specs, strict=True)]
         return jnp.concatenate(matrices).reshape(self._blocks)
 
     def to_leaves(self, blocks: jax.Array) -> tuple[jax.Array, ...]:
         """Returns the leaves of blocks."""
         matrix = blocks.reshape(self._blocks[0], -1)
         leaves, start = [], 0
-        for spec, shape, rows in zip(self.specs, self.shapes, self._rows, strict=True):
-            leaves.append(from_matrix(matrix[start : start + rows], spec, shape))
+        for spec, shape, rows in zip(self.specs, self.arranged_shapes, self._rows, strict=True):
+            leaves.append(self.restore(from_matrix(matrix[start : start + rows], spec, shape)))
             start += rows
         return tuple(leaves)
 
@@ -123,6 +139,10 @@ class KernelView:
         """Returns the blocks with the overlapping block of the source copied in; see `copy_overlap`."""
         del source
         return overlap_blocks(blocks, source_blocks)
+
+    def overlap_shape(self, source: "KernelView") -> tuple[int, int]:
+        """Returns the shape of the overlapping block, as a matrix."""
+        return overlap_shape(self._blocks, source._blocks)
 
 
 @dataclass(frozen=True)
@@ -195,6 +215,11 @@ class AttentionView:
         partners = source_blocks[jnp.array(proportional(self.heads, source.heads))]
         d, width = (min(a, b) for a, b in zip(blocks.shape[2:], partners.shape[2:], strict=True))
         return blocks.at[:, :, :d, :width].set(partners[:, :, :d, :width].astype(blocks.dtype))
+
+    def overlap_shape(self, source: "AttentionView") -> tuple[int, int]:
+        """Returns the shape of the leading block of a head that both have, as a matrix."""
+        d, width = map(min, zip(self._blocks[2:], source._blocks[2:], strict=True))
+        return 4 * d, width
 
 
 View = KernelView | AttentionView

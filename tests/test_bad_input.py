@@ -121,7 +121,7 @@ def _block(heads):
 TREE = {
     "fc": {"kernel": np.ones((4, 3), np.float32), "bias": np.ones(3, np.float32)},
     "scalar": np.float32(1),
-    "video": np.ones((2, 2, 2, 3, 4), np.float32),
+    "conv3d": np.ones((2, 2, 2, 3, 4), np.float32),
     "steps": np.ones((3, 3), np.int32),
     "mask": np.ones(3, bool),
     "nothing": np.ones((0, 3), np.float32),
@@ -459,7 +459,7 @@ ROWS = {
     ),
     "route: a module": (
         routes({"fc": "fc/kernel"}),
-        re.compile("unknown target path 'fc'; there is 'attention/key/kernel', .*, 'fc/bias', 'fc/kernel', .*'video'"),
+        re.compile("unknown target path 'fc'; there is 'attention/key/kernel', .*, 'fc/bias', 'fc/kernel', .*'steps'"),
     ),
     "route: no leaf matches": (
         routes({"x/*": "fc/kernel"}),
@@ -520,8 +520,8 @@ ROWS = {
         " 'odd/query/kernel' of shape (2, 2, 2, 2, 2) is no kernel of an attention block",
     ),
     "route: five axes beside two": (
-        route(("fc/kernel", "video"), "fc/kernel"),
-        "the target leaves 'fc/kernel + video' cannot take part: leaves that make one matrix together need the same"
+        route(("fc/kernel", "conv3d"), "fc/kernel"),
+        "the target leaves 'fc/kernel + conv3d' cannot take part: leaves that make one matrix together need the same"
         " inputs"
         " and window, got (4, 3) and (2, 2, 2, 3, 4)",
     ),
@@ -590,7 +590,7 @@ ROWS = {
         raises(lambda _: mj.match(layers(["up", "down"]), layers(["up", "across"]), source="*/*", target="*/*")),
         "the target has leaves of the kind 'across', the source has none: there is 'up', 'down'. Where kinds have"
         " other names,"
-        " match them one at a time",
+        " match them one at a time; unmatched='skip' leaves them out",
     ),
     "a dropout that is none": (lpka(attention_dropout="0.1"), "attention_dropout must lie in [0, 1), got '0.1'"),
     "an output form": (lpka(output="warn"), "unknown output form 'warn'; did you mean 'warm'?"),

@@ -24,6 +24,7 @@ from experiments import cross_modal, cross_structure, cross_task, self_transfer
 from experiments.cli import parse
 from experiments.transfers import parse_routes
 from merge_jax.routes import Route, as_routes, resolve
+from merge_jax.rows import Rows
 
 pytestmark = pytest.mark.slow
 
@@ -288,6 +289,8 @@ RIGHT_OPTIONS = {
     "view": st.sampled_from([None, None, None, "matrix", "convolution", "attention"]),
     "target_heads": st.sampled_from([None, None, 2]),
     "source_heads": st.sampled_from([None, None, 2]),
+    "rows": st.sampled_from([None, None, "first", Rows.by_index([0, -1], 3)]),
+    "unmatched": st.sampled_from(["error", "error", "skip"]),
 }
 WRONG = st.sampled_from([0, -1, -2, 9, 1.5, 2.0, True, "x", "2", float("nan"), (), []])
 
@@ -352,9 +355,12 @@ def assert_resolved(given, resolved, source, target, view):
                 size += leaf.size
             assert size > 0
             rows, columns = one.matrix_shape
-            assert rows * columns * getattr(one, "heads", 1) == size
+            # Of a source, only the rows that are paired.
+            taken = rows * columns * getattr(one, "heads", 1)
+            assert taken < size if getattr(one, "arrangement", None) and role == "source" else taken == size
         assert route.rank is None or 1 <= route.rank <= min(route.target_view.matrix_shape)
-    if all(getattr(route, "view", None) is None for route in given) and view != "attention":
+    whole = all(route.view is None and route.unmatched == "error" for route in given)
+    if whole and view != "attention":
         stood_for = [path for route in given for path in named(route.target, leaves["target"])]
         assert sorted(targets) == sorted(stood_for)
 

@@ -1,3 +1,5 @@
+import operator
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -21,6 +23,28 @@ LEAVES = [
     ("fc/bias", (5,), (1, 5)),
     ("norm/scale", (5,), (1, 5)),
     ("w", (7,), (1, 7)),
+    # Other libraries, and names that are not our own.
+    ("embed/embeddings", (11, 4), (11, 4)),
+    ("batch_norm/offset", (1, 5), (1, 5)),
+    ("batch_norm/scale", (1, 1, 1, 5), (1, 5)),
+    ("conv/bias", (5, 1, 1), (1, 5)),
+    ("class_token", (1, 1, 5), (1, 5)),
+    ("pos_embedding", (1, 11, 4), (11, 4)),
+    ("wte/weight", (11, 4), (11, 4)),
+    ("conv2_d/w", (3, 3, 4, 6), (6, 36)),
+    ("conv2_d_transpose/w", (3, 3, 6, 4), (6, 36)),
+    ("conv2d_transpose_1/kernel", (3, 3, 6, 4), (6, 36)),
+    ("ConvTranspose_0/kernel", (3, 3, 4, 6), (6, 36)),
+    ("depthwise_conv2d/kernel", (3, 3, 6, 1), (6, 9)),
+    ("depthwise_conv2d/kernel", (3, 3, 3, 2), (6, 9)),
+    ("depthwise_conv2_d/w", (3, 3, 1, 6), (6, 9)),
+    ("separable_conv2d/depthwise_kernel", (3, 3, 6, 1), (6, 9)),
+    ("conv3d/kernel", (2, 3, 3, 4, 6), (6, 72)),
+    ("CheckpointConv_0/kernel", (5, 4, 6), (6, 20)),
+    ("downsample/0/weight", (6, 4, 1, 1), (6, 4)),
+    ("conv/0/weight", (6, 4, 3), (6, 12)),
+    ("stage1_0/shortcut/kernel", (1, 1, 4, 6), (6, 4)),
+    ("attention_output/kernel", (2, 3, 8), (8, 6)),
 ]
 
 
@@ -95,6 +119,64 @@ def test_attention_and_embedding_of_flax_have_their_matrices(next_key):
         **{f"attention/{name}/bias": (1, 6) for name in ("query", "key", "value", "out")},
         "embed/embedding": (11, 4),
     }
+
+
+@pytest.mark.parametrize(
+    ("path", "shape", "likely"),
+    [
+        ("block/qkv/kernel", (8, 3, 2, 4), "MatrixSpec(rows=(1, 2, 3), inputs=(0,))"),
+        ("qkv/kernel", (3, 3, 2, 4), "MatrixSpec(rows=(1, 2, 3), inputs=(0,))"),
+        ("moe/experts/kernel", (4, 8, 16), "taken apart first"),
+        ("attn/q_einsum/w", (2, 8, 4), "MatrixSpec(rows=(0, 2), inputs=(1,))"),
+        ("attn/kv_einsum/w", (2, 2, 8, 4), "MatrixSpec(rows=(0, 1, 3), inputs=(2,))"),
+        ("DenseGeneral_0/kernel", (8, 2, 4), "MatrixSpec(rows=(1, 2), inputs=(0,))"),
+        ("up/weight", (8, 4, 2, 2), "MatrixSpec(rows=(1,), inputs=(0,), window=(2, 3))"),
+        ("deconv/kernel", (2, 2, 8, 4), "MatrixSpec(rows=(2,), inputs=(3,), window=(0, 1))"),
+        ("layers/kernel", (12, 4, 4), "taken apart first"),
+        ("layers/bias", (12, 4), "taken apart first"),
+        ("layers/norm/scale", (12, 4), "taken apart first"),
+        ("layers/weight", (12, 4, 4), "taken apart first"),
+        ("layers/conv1d/kernel", (12, 3, 4, 4), "taken apart first"),
+        ("layers/Conv_0/kernel", (12, 3, 3, 4, 4), "taken apart first"),
+        ("layers/attention/query/kernel", (4, 4, 2, 2), "taken apart first"),
+    ],
+)
+def test_a_rank_alone_is_no_layout(path, shape, likely):
+    with pytest.raises(ValueError, match=r"^give its route a target_spec or source_spec") as error:
+        mj.matrix_spec(path, shape)
+    assert likely in str(error.value)
+    assert repr(path) in str(error.value)
+
+
+def test_a_spec_of_the_route_says_what_the_name_does_not():
+    """A fused kernel `[in, 3, h, d]` of another width: inputs by the first, outputs whole."""
+    source, target = ({"qkv": {"kernel": numbered((width, 3, 2, 4)) * sign}} for width, sign in ((8, 1), (5, -1)))
+    spec = mj.MatrixSpec(rows=(1, 2, 3), inputs=(0,))
+    with pytest.raises(
+        ValueError, match=r"^the target leaf 'qkv/kernel' cannot take part: give its route a target_spec"
+    ):
+        mj.share_transfer({"qkv/kernel": "qkv/kernel"}).apply({}, source, target)
+    route = mj.Route("qkv/kernel", "qkv/kernel", target_spec=spec, source_spec=spec)
+    merged = mj.share_transfer([route]).apply({}, source, target)
+    np.testing.assert_array_equal(merged["qkv"]["kernel"], source["qkv"]["kernel"][:5])
+
+
+def test_layers_in_one_leaf_are_refused_and_right_when_taken_apart():
+    layer = jnp.arange(12.0)
+    ones = {"kernel": jnp.ones((12, 4, 4)), "bias": jnp.ones((12, 4))}
+    source = jax.tree.map(lambda leaf: leaf * layer.reshape(-1, *(1,) * (leaf.ndim - 1)), ones)
+    target = jax.tree.map(lambda leaf: jnp.zeros_like(leaf[:4]), source)
+    for name in ones:
+        with pytest.raises(ValueError, match="taken apart first"):
+            mj.share_transfer({name: name}).apply({}, source, target)
+
+    def apart(layers, count):
+        return [jax.tree.map(operator.itemgetter(i), layers) for i in range(count)]
+
+    merged = mj.share_transfer({"**": "[0-3]/*"}).apply({}, apart(source, 12), apart(target, 4))
+    together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *merged)
+    np.testing.assert_array_equal(together["kernel"][:, 0, 0], [0, 1, 2, 3])
+    np.testing.assert_array_equal(together["bias"][:, 0], [0, 1, 2, 3])
 
 
 @pytest.mark.parametrize("shape", [(), (0, 3)])

@@ -103,6 +103,58 @@ def test_haiku_parameters():
     assert net.apply(merged, X).shape == (2, 3)
 
 
+def test_haiku_embeddings_norms_and_transposed_convolutions():
+    """Tables lie by rows, offsets are `[1, C]`, a transposed kernel is `[kh, kw, out, in]`."""
+
+    def forward(tokens, image, width):
+        hk.BatchNorm(True, True, 0.9)(image, is_training=True)
+        return hk.Embed(4, width)(tokens), hk.Conv2DTranspose(width, 3)(image)
+
+    nets = [hk.transform_with_state(lambda *x, width=width: forward(*x, width)) for width in (5, 3)]
+    inputs = jnp.zeros((2,), jnp.int32), jnp.ones((1, 4, 4, 2))
+    source, target = (net.init(jax.random.key(i), *inputs)[0] for i, net in enumerate(nets))
+    source["batch_norm"]["offset"] = jnp.array([1.0, 2.0]).reshape(1, 1, 1, 2)
+    merged = mj.share_transfer({"**": "**"}).apply({}, source, target)
+    np.testing.assert_array_equal(merged["embed"]["embeddings"], source["embed"]["embeddings"][:, :3])
+    np.testing.assert_array_equal(merged["batch_norm"]["offset"].ravel(), [1, 2])
+    old, new = (tree["conv2_d_transpose"]["w"] for tree in (source, merged))
+    assert (old.shape, new.shape) == ((3, 3, 5, 2), (3, 3, 3, 2))
+    np.testing.assert_array_equal(new, old[:, :, :3])
+    bias = {"bn": {"bias": jnp.arange(1.0, 3.0)}}
+    moved = mj.share_transfer({"batch_norm/offset": "bn/bias"}).apply({}, bias, target)
+    np.testing.assert_array_equal(moved["batch_norm"]["offset"].ravel(), [1, 2])
+
+
+def test_a_torch_table_and_a_haiku_table_are_one():
+    source = {"tok": {"embedding": jnp.arange(12.0).reshape(4, 3)}}
+    target = {"embed": {"embeddings": jnp.zeros((4, 3))}}
+    merged = mj.share_transfer({"embed/embeddings": "tok/embedding"}).apply({}, source, target)
+    np.testing.assert_array_equal(merged["embed"]["embeddings"], source["tok"]["embedding"])
+
+
+class Tied(nnx.Module):
+    def __init__(self, rngs):
+        self.encode = nnx.Linear(3, 3, rngs=rngs)
+        self.decode = self.encode
+
+
+def test_tied_layers_of_nnx_stay_tied():
+    """A module is not rebuilt with two layers of one: its state is what a transfer takes, which has the layer once."""
+    net, source = Tied(nnx.Rngs(0)), {"w": jnp.full((3, 3), 7.0)}
+    share = mj.share_transfer({"encode/kernel": "w"})
+    with pytest.raises(
+        ValueError, match=r"^give the parameters that nnx.split.*'decode/bias' and 'encode/bias' are one"
+    ):
+        share.apply({}, source, net)
+    graph, params = nnx.split(net, nnx.Param)
+    path, *others = (path for path in mj.flatten(params) if path.endswith("kernel"))
+    assert not others
+    model = nnx.merge(graph, mj.share_transfer({path: "w"}).apply({}, source, params))
+    assert model.encode is model.decode
+    np.testing.assert_array_equal(model.decode.kernel[...], 7)
+    assert mj.share_transfer({"v": "decode/kernel"}).apply({}, net, {"v": jnp.zeros((3, 3))})["v"].any()
+
+
 class Pair(NamedTuple):
     kernel: jax.Array
     bias: jax.Array

@@ -125,7 +125,7 @@ def test_heads_are_shared_in_proportion():
 
 def test_taps_of_a_window_are_tokens():
     kernel = jnp.arange(2 * 3 * 4 * 5.0).reshape(2, 3, 4, 5)
-    (route,) = resolve(as_routes({"k": "k"}), {"k": kernel}, {"k": kernel}, view="convolution")
+    (route,) = resolve(as_routes({"conv": "conv"}), {"conv": kernel}, {"conv": kernel}, view="convolution")
     view = route.target_view
     matrix = view.to_matrix(view.to_blocks([kernel]))
     assert matrix.shape == view.matrix_shape == (5 * 6, 4)
@@ -150,6 +150,10 @@ SOURCE, TARGET = tree(3), {**tree(2), "a": attention(6, 3, 2), "count": jnp.ones
         (("fc/kernal", "fc/kernel"), "unknown target path 'fc/kernal'; did you mean 'fc/kernel'"),
         (
             ("*/mlp/kernel", "*/mlp/kernel"),
+            r"the source leaf 'layer_2/mlp/kernel' has no partner of its path in the target \(match pairs .*'skip'",
+        ),
+        (
+            ("*/mlp/kernel", re.compile("layer_./mlp/kernel")),
             r"'\*/mlp/kernel' names 2 leaves of the target \(layer_0/mlp.* names 3 of the source",
         ),
         (("coun*", "fc/kernel"), "target leaf 'count' must be a float array, got an array of int32"),
@@ -222,3 +226,56 @@ def test_variables_in_a_list_are_refused_by_their_path():
         mj.share_transfer({"0": "fc/kernel"}).apply({}, arrays, variables)
     with pytest.raises(ValueError, match=message.format("source")):
         mj.share_transfer({"fc/kernel": "0"}).apply({}, variables, arrays)
+
+
+def test_one_pattern_on_both_sides_pairs_by_path_and_skips_what_has_no_partner():
+    """In the order of paths `b` would get the source's `c`."""
+    source = {"a": jnp.ones(2), "c": jnp.ones(2), "count": jnp.arange(3), "s": jnp.ones(())}
+    target = {"a": jnp.zeros(2), "b": jnp.zeros(2), "count": jnp.arange(3), "s": jnp.zeros(())}
+    merged = mj.share_transfer([mj.Route("**", "**", unmatched="skip")]).apply({}, source, target)
+    np.testing.assert_array_equal(merged["a"], 1)
+    assert all(merged[name] is target[name] for name in ("b", "count", "s"))
+    with pytest.raises(
+        ValueError, match=r"^the target leaf 'b' has no partner .*\(and 3 more\)\. .*unmatched='skip'\)"
+    ):
+        mj.share_transfer({"**": "**"}).apply({}, source, target)
+
+
+def test_a_path_without_a_pattern_is_skipped_only_where_it_says_so():
+    source, target = {"s": jnp.ones(()), "w": jnp.ones(2)}, {"s": jnp.zeros(()), "w": jnp.zeros(2)}
+    with pytest.raises(ValueError, match=r"^the target leaf 's' cannot take part: .*rank of 1 or more and elements$"):
+        resolve(as_routes({"s": "s"}), source, target, refuse=False)
+    with pytest.raises(ValueError, match=r"^nothing is left to pair: the target leaf 's' cannot take part"):
+        resolve(as_routes([mj.Route("s", "s", unmatched="skip")]), source, target)
+    assert pairs([mj.Route("s", "s", unmatched="skip"), mj.Route("w", "w")], source, target) == [("w", "w")]
+
+
+def test_match_skips_what_cannot_be_paired_and_says_why():
+    def layers(count, extra, words):
+        block = {"kernel": jnp.ones((2, 2)), "step": jnp.arange(3), extra: jnp.ones(2)}
+        return {**{f"layer_{i}": dict(block) for i in range(count)}, "word": {"embedding": jnp.ones((words, 2))}}
+
+    source, target = layers(4, "old", 5), layers(2, "new", 6)
+    with pytest.raises(ValueError, match=r"of the kind 'new', the source has none: .*unmatched='skip' leaves them out"):
+        mj.match(source, target, source="**", target="**")
+    found = mj.match(source, target, source="**", target="**", unmatched="skip")
+    assert found == {"layer_0/kernel": "layer_1/kernel", "layer_1/kernel": "layer_3/kernel"}
+    assert found.left_out.keys() == {
+        "word/embedding",
+        *(f"layer_{i}/{name}" for i in (0, 1) for name in ("step", "new")),
+    }
+    assert "must be a float array" in found.left_out["layer_0/step"]
+    assert "Rows.by_name" in found.left_out["word/embedding"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rows": "last"}, "rows must be a Rows, 'first' or None, got 'last'"),
+        ({"rows": [0, 1]}, "rows must be a Rows, 'first' or None"),
+        ({"unmatched": "drop"}, "unknown way with unmatched leaves 'drop'; there is 'error', 'skip'"),
+    ],
+)
+def test_wrong_ways_to_pair_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        as_routes([mj.Route("a", "b", **options)])

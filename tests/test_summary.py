@@ -38,6 +38,41 @@ def test_a_shared_adapter_is_counted_once(capsys, monkeypatch):
     assert "shared" in text
 
 
+def test_what_is_cut_and_what_cannot_be_paired_is_told_before_anything_runs(capsys):
+    source = {"a": jnp.ones((4, 6)), "s": jnp.ones(()), "old": jnp.ones(2), "w": {"embedding": jnp.ones((5, 2))}}
+    target = {"a": jnp.ones((2, 3)), "s": jnp.ones(()), "new": jnp.ones(2), "w": {"embedding": jnp.ones((7, 2))}}
+    for transfer in (mj.share_transfer({"**": "**"}), mj.mlp_transfer([mj.Route("**", "**", unmatched="skip")])):
+        summary = mj.summarize(transfer, source, target)
+        text = capsys.readouterr().out
+        assert str(summary).split() == text.split()
+        assert "3x2 of 6x4" in text
+        assert "unmatched='skip'" in text
+        assert [row.target for row in summary.routes] == ["a"]
+        told = {row.target or row.source: row.left_out for row in summary.left_out}
+        assert told.keys() == {"s", "new", "old", "w/embedding"}
+        assert "rank of 1 or more" in told["s"]
+        assert "no partner of its path in the source" in told["new"]
+        assert "no partner of its path in the target" in told["old"]
+        assert "Rows.by_name" in told["w/embedding"]
+        assert repr(summary) == "Summary(1 route, 4 left out)"
+
+
+RELATIVES = mj.weight_selection_transfer, mj.linear_operator_transfer, mj.optimal_transport_transfer
+
+
+def test_relatives_and_combinators_tell_it_too():
+    tree = {"a": jnp.ones((2, 3)), "s": jnp.ones(())}
+    for make in RELATIVES:
+        summary = mj.summarize(make({"**": "**"}), tree, tree)
+        assert [row.target for row in summary.left_out] == ["s"]
+        assert len(summary.routes) == 1
+    several = mj.several_sources({"one": mj.share_transfer({"**": "**"})})
+    assert [row.source for row in mj.summarize(several, {"one": tree}, tree).left_out] == ["one: s"]
+    chained = mj.chain(mj.share_transfer({"**": "**"}), mj.share_transfer({"a": "a"}))
+    summary = mj.summarize(chained, tree, tree)
+    assert (len(summary.routes), len(summary.left_out)) == (2, 1)
+
+
 def test_a_transfer_without_routes_says_so(capsys):
     assert "without routes" in printed(capsys, mj.identity_transfer())
 

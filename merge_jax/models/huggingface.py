@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from merge_jax.checks import check_at_least_one
-from merge_jax.matrices import MatrixSpec, as_matrix, from_matrix, matrix_spec
+from merge_jax.layouts import matrix_spec
+from merge_jax.matrices import MatrixSpec, as_matrix, from_matrix
 from merge_jax.models.transformer import TextEncoder
 from merge_jax.paths import flatten, near_misses, replace, some_of
 from merge_jax.types import Params

@@ -6,6 +6,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from jax.core import Tracer
 
 __all__ = ["compiled_once", "initialize"]
 
@@ -39,7 +40,7 @@ def compiled_once(fn: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(fn)
     def call(*inputs: Any) -> Any:
         # Inside another program there is nothing to compile apart, and JAX takes no options there.
-        traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(inputs))
+        traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(inputs))
         return fn(*inputs) if traced else jitted(*inputs)
 
     return call

@@ -1,0 +1,195 @@
+"""Which axes of a leaf are what, read from its path and its shape."""
+
+import re
+
+from merge_jax.matrices import MatrixSpec
+
+__all__ = ["is_patch_kernel", "is_table", "matrix_spec"]
+
+_VECTORS = {"bias", "scale", "offset", "gamma", "beta"}
+_KERNELS = {"kernel", "weight", "w"}
+_TABLES = {"embed", "embedding", "embeddings", "embedder", "emb", "wte", "wpe", "table"}
+_PATCHES = re.compile(r"patch(es|ify)?(_?(embed(ding|dings|der|s)?|proj(ection)?|conv|linear|dense|stem))*(_?[0-9]+)?")
+
+# A leaf of rank 4 with a square window needs no name of a convolution, unless one of these says what else it is.
+_NO_CONVOLUTION = {
+    *("einsum", "qkv", "kv", "q", "k", "v", "query", "key", "value", "attention", "attn"),
+    *("expert", "experts", "moe", "mixture"),
+}
+_TRANSPOSED = {"transpose", "transposed", "deconv", "deconvolution", "upconv", "convtranspose"}
+_LARGEST_WINDOW = 16
+
+
+def matrix_spec(path: str, shape: tuple[int, ...]) -> MatrixSpec:
+    """Returns the spec of a leaf in the layout of Flax, Haiku, Keras, torch or Equinox, by its path and its shape.
+
+    ===================================  ==================================  =========  ===================
+    leaf                                 shape                               rows       columns
+    ===================================  ==================================  =========  ===================
+    bias, scale, offset                  `[out]`, `[1, out]`, `[out, 1, 1]`  1          out
+    bias of query, key, value            `[h, d]`                            1          h d
+    embedding, embeddings, pos_embed     `[tokens, d]`, `[1, tokens, d]`     tokens     d
+    attention query, key, value          `[in, h, d]`                        h d        in
+    attention out                        `[h, d, out]`                       out        h d
+    dense kernel                         `[in, out]`                         out        in
+    convolution (depthwise: in = 1)      `[*window, in, out]`                out        in x window
+    depthwise convolution of Keras       `[*window, c, m]`                   c m        window
+    transposed, Flax's `ConvTranspose`   `[*window, in, out]`                out        in x window
+    transposed, of Haiku and Keras       `[*window, out, in]`                out        in x window
+    weight (torch, Equinox)              `[out, in, *window]`                out        in x window
+    ===================================  ==================================  =========  ===================
+
+    A leaf is a torch weight where its name has the word `weight` (`weight`, `in_proj_weight`, `weight_ih_l0`), which
+    no leaf of Flax or Haiku has. A torch embedding has its tokens as rows by that rule.
+
+    **What is a convolution.** A rank above 2 alone says nothing: `[a, b, c]` may be a fused `qkv`, experts, heads of an
+    einsum, or layers stacked by `nn.scan` or `vmap`. So a leaf is read as a convolution where the module that it is in
+    has a name with `conv`, `depthwise`, `pointwise` or `patch`, with one or two axes of the window, or as many as the
+    name says (`conv3d`, `conv3_d`); or where its rank is 4, its window square and no larger than 16, and no name speaks
+    of attention or experts. All else of rank 3 or more is refused with specs to choose from (our choice: a route with a
+    spec is right, a guess is silently wrong).
+
+    Two rows are our choice. A vector is one row and not one column, since the adapter normalises rows, and a
+    row of one number normalises to a constant. An embedding has its tokens as rows, since the adapter's
+    feed-forward block grows with the square of the columns.
+
+    Raises:
+      ValueError: the leaf is a scalar, has no elements, or neither its name nor its shape says which axis is what.
+    """
+    if not shape or 0 in shape:
+        raise ValueError(f"{path!r} of shape {shape} is no matrix: it needs a rank of 1 or more and elements")
+    *_, parent, name = ("", *path.split("/"))
+    rank = len(shape)
+    whole = MatrixSpec(rows=(), inputs=tuple(range(rank)))
+    if rank == 1:
+        return whole
+    if name in _VECTORS:
+        # Of more than one axis are the biases of heads, and what broadcasts.
+        if _is_flat(shape) or (rank == 2 and parent in ("query", "key", "value")):
+            return whole
+        raise _unknown(path, shape, {"one vector of all entries": whole})
+    if is_table(path, shape):
+        # An axis of size 1 before the tokens broadcasts over a batch.
+        rows = (0,) if rank == 2 else tuple(range(1, rank - 1))
+        return MatrixSpec(rows, tuple(axis for axis in range(rank) if axis not in rows))
+    if rank == 2:
+        return MatrixSpec((0,), (1,)) if _is_torch(name) else MatrixSpec((1,), (0,))
+    if name not in _KERNELS and _is_flat(shape):
+        return whole
+    if rank == 3 and parent in ("query", "key", "value"):
+        return MatrixSpec(rows=(1, 2), inputs=(0,))
+    if rank == 3 and parent in ("out", "attention_output"):
+        return MatrixSpec(rows=(2,), inputs=(0, 1))
+    spec = _convolution(path, shape)
+    if spec is None:
+        raise _unknown(path, shape, _candidates(name, rank))
+    return spec
+
+
+def is_table(path: str, shape: tuple[int, ...]) -> bool:
+    """Whether a leaf has a row of its own for each word, position or other thing: an embedding.
+
+    By its name (`embedding`, `embeddings`, `pos_embed`, `relative_position_bias_table`), or as the `weight` in a module
+    of such a name (`word_embeddings/weight`, `wte/weight`); `[n, d]`, or `[1, n, d]` and `[1, h, w, d]`.
+    """
+    *_, parent, name = ("", *path.split("/"))
+    if len(shape) < 2 or (len(shape) > 2 and shape[0] != 1):
+        return False
+    if name == "weight":
+        return len(shape) == 2 and _has(parent, _TABLES) and not _PATCHES.fullmatch(parent.lower())
+    return name not in _KERNELS and _has(name, _TABLES) and not _has(name, {"proj", "projection", "linear"})
+
+
+def is_patch_kernel(path: str, shape: tuple[int, ...]) -> bool:
+    """Whether the inputs of a leaf are the pixels of a patch: the kernel of a module that is named so.
+
+    Such as `patch/kernel`, `PatchEmbed_0/Conv_0/kernel`, `patch_embeddings/projection/weight`; not `patch_merging`,
+    whose inputs are channels.
+    """
+    *modules, name = path.split("/")
+    parts = (re.sub("(?<=[a-z])(?=[A-Z])", "_", part).lower() for part in _named(modules)[-2:])
+    return len(shape) >= 2 and name in _KERNELS and any(map(_PATCHES.fullmatch, parts))
+
+
+def _named(modules: list[str]) -> list[str]:
+    """Returns the modules that have a name; positions in a list say nothing."""
+    return [part for part in modules if not part.isdecimal()]
+
+
+def _is_flat(shape: tuple[int, ...]) -> bool:
+    return sum(size > 1 for size in shape) <= 1
+
+
+def _is_torch(name: str) -> bool:
+    return "weight" in name.split("_")
+
+
+def _words(part: str) -> set[str]:
+    """Returns the words of a name, in small letters: `ConvTranspose_0`, `conv2_d` -> conv, transpose; conv, d."""
+    return {word.lower() for word in re.findall("[A-Z]+(?![a-z])|[A-Z]?[a-z]+", part)}
+
+
+def _has(part: str, words: set[str]) -> bool:
+    return not _words(part).isdisjoint(words)
+
+
+def _convolution(path: str, shape: tuple[int, ...]) -> MatrixSpec | None:
+    """Returns the spec of a convolution's kernel of rank 3 or more; None where nothing says that it is one."""
+    *modules, name = path.split("/")
+    named = _named(modules)
+    parent, rank = named[-1] if named else "", len(shape)
+    torch = _is_torch(name)
+    window = tuple(range(2, rank)) if torch else tuple(range(rank - 2))
+    words = _words(parent) | _words(name)
+    axes = re.search("conv[a-z_]*([123])_?d(?![a-z])", f"{parent}/{name}".lower())
+    if axes and int(axes[1]) != len(window):
+        return None
+    by_name = any(word.startswith("conv") or word.endswith("conv") for word in words)
+    by_name |= not words.isdisjoint({"depthwise", "pointwise"} | _TRANSPOSED) or is_patch_kernel(path, shape)
+    sizes = {shape[axis] for axis in window}
+    square = rank == 4 and len(sizes) == 1 and max(sizes) <= _LARGEST_WINDOW
+    speaks_of_others = any(_has(part, _NO_CONVOLUTION) for part in (*named[-2:], name))
+    if not (by_name and (axes or len(window) <= 2)) and not (square and not speaks_of_others):
+        return None
+    # Keras has a multiplier as the last axis of a depthwise kernel, Flax and Haiku a 1 as the one before.
+    of_keras = name == "depthwise_kernel" or re.search("depthwise_conv[12]d", parent)
+    if of_keras or (name == "kernel" and "depthwise" in words and shape[-1] == 1):
+        return MatrixSpec((rank - 2, rank - 1), (), window)
+    if not words.isdisjoint(_TRANSPOSED) or (torch and not words.isdisjoint({"up", "upsample", "upsampling"})):
+        # Torch and Equinox, and Flax with `transpose_kernel`, disagree where no name tells them apart.
+        if re.search("ConvTranspose(_[0-9]+)?$", parent) and name == "kernel":
+            return MatrixSpec((rank - 1,), (rank - 2,), window)
+        if re.fullmatch("conv[123]_?d_transpose(_[0-9]+)?", parent) and not torch:
+            return MatrixSpec((rank - 2,), (rank - 1,), window)
+        return None
+    return MatrixSpec((0,), (1,), window) if torch else MatrixSpec((rank - 1,), (rank - 2,), window)
+
+
+def _candidates(name: str, rank: int) -> dict[str, MatrixSpec]:
+    """Returns what a leaf of rank 3 or more may be."""
+    if _is_torch(name):
+        window = tuple(range(2, rank))
+        return {"a convolution": MatrixSpec((0,), (1,), window), "a transposed one": MatrixSpec((1,), (0,), window)}
+    last = rank - 1
+    return {
+        "a dense layer of several axes of outputs": MatrixSpec(tuple(range(1, rank)), (0,)),
+        "one of several axes of inputs": MatrixSpec((last,), tuple(range(last))),
+        "heads first, [h, in, d]": MatrixSpec((*range(last - 1), last), (last - 1,)),
+        "a convolution": MatrixSpec((last,), (last - 1,), tuple(range(last - 1))),
+        "a transposed one": MatrixSpec((last - 1,), (last,), tuple(range(last - 1))),
+    }
+
+
+def _unknown(path: str, shape: tuple[int, ...], candidates: dict[str, MatrixSpec]) -> ValueError:
+    choices = "; ".join(f"{_code(spec)} ({what})" for what, spec in candidates.items())
+    return ValueError(
+        f"give its route a target_spec or source_spec, since neither the name {path!r} nor the shape {shape} says "
+        f"which axis is what: {choices}. Layers or experts stacked along an axis are taken apart first, "
+        f"[jax.tree.map(operator.itemgetter(i), layers) for i in range({shape[0]})], so that each is a leaf of its own"
+    )
+
+
+def _code(spec: MatrixSpec) -> str:
+    """Returns a spec as it is written in a program."""
+    window = f", window={spec.window}" if spec.window else ""
+    return f"MatrixSpec(rows={spec.rows}, inputs={spec.inputs}{window})"
