@@ -129,7 +129,8 @@ class AlignedTransfer(RoutedTransfer):
 
         Channels are chosen one after the other, each the one from which, along with those before it, all channels of
         the space can best be had by a linear map, over all layers that read them; so they come in this order, whatever
-        their places are. Of channels that are as good (to a relative 1e-5) that with the larger parameters is taken.
+        their places are. Of channels that are as good, to 1e-5 of the sum of all moments, the one with the larger
+        parameters is taken.
         Each layer that reads them then gets that map: with `G` the second moments of its input and `c` the channels
         that were chosen, `R = (G_cc + r I)^-1 G_c`, with `r` 1e-4 of the mean of `G_cc`'s diagonal.
 
@@ -466,7 +467,9 @@ def _choose(moments: jax.Array, sizes: jax.Array, count: int) -> jax.Array:
         explained = jnp.where(own > _EPSILON * mean, jnp.sum(jnp.square(left), axis=0) / jnp.maximum(own, 1e-30), 0)
         explained = jnp.where(taken, -1.0, explained)
         # Rounding would tell apart what is as good by its place; parameters tell it apart by what it is.
-        best = jnp.argmax(jnp.where(explained >= (1 - _TIE) * jnp.max(explained), sizes, -1.0))
+        best = jnp.argmax(
+            jnp.where(explained >= jnp.max(explained) - _TIE * size * mean, jnp.where(taken, -1, sizes), -1)
+        )
         left -= jnp.outer(left[:, best], left[best]) / jnp.maximum(left[best, best], 1e-30)
         return left, taken.at[best].set(True), chosen.at[i].set(best)
 
