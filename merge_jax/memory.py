@@ -10,7 +10,7 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 def free_memory() -> int | None:
-    """Returns the bytes that are free where arrays are made: on the default device; None where nothing tells.
+    """Returns the bytes that are free on the first device; None where nothing tells.
 
     Of a CPU they are what Linux calls available, or what is left of a container's limit where that is less.
     """

@@ -38,7 +38,7 @@ PAIRS = {
     "retrieval": (lambda size: mj.models.DualEncoder(SEEN[size], TEXT[size], 6), (IMAGES, TOKENS)),
 }
 # A scalar is no matrix; a last layer of the target's own reads channels by their places.
-ROUTES = {"retrieval": {"*/**": "*/**"}, "mobilenet": {"[!f]*/**": "[!f]*/**"}}
+ROUTES = {"retrieval": {"*/**": "*/**"}, "mobilenet": {"st*/**": "st*/**", "head*/**": "head*/**"}}
 
 
 def params_of(model, seed, inputs):
