@@ -312,7 +312,7 @@ def _bound(role: str, space: str, of_model: Wiring) -> str:
     if space in of_model.hidden:
         return ""
     if space in of_model.read:
-        return f"no layer of the {role} that can be followed makes those, as it is with pixels and tokens"
+        return f"those of the {role} come from outside of it, as tokens and pixels do"
     return (
         f"nothing in the {role} that can be followed reads those, as it is with labels and tokens, and where channels "
         "are split, merged or looped over"

@@ -74,7 +74,7 @@ class Wiring:
         that is the last layer too.
       read: spaces that are summed over anywhere, by a layer or, as in attention, with other channels.
       hidden: spaces that layers of the model both make and read. The others are bound to what is outside of it: tokens
-        that are looked up, pixels, labels.
+        that are looked up, inputs that a layer reads, labels.
       within: `{space: space around it}` of hidden spaces that are only met inside of one channel of another, as the
         channels of an attention are in its heads. Those of one head may change places without those of the next.
     """
@@ -164,11 +164,12 @@ def input_moments(fn: Callable[..., Any], params: Params, *inputs: Any) -> dict[
     `{leaf path: X^T X / N}`, with `X [N, n]` the inputs of the layer whose kernel is the leaf: one row for each
     example and place, summed over all calls of the layer. It is `[n, n]`; `[h, d, h, d]` of a leaf that is summed over
     along two axes together, as the last kernel of an attention is. A leaf that is summed over along other axes in
-    other places has none.
+    other places, such as the one kernel of a tied autoencoder, has none: the moments are those of the spaces.
 
     `{space: (Q^T Q / N) * (K^T K / M)}`, entry by entry, for values `Q [N, d]` and `K [M, d]` that are multiplied and
     are no leaves, such as queries and keys: the moments of the products `q_i k_i` that are summed, for queries and keys
-    that are drawn apart. It is `[d, d]`, and `[h, d, d]` of a space that is within another.
+    that are drawn apart. It is `[d, d]`, and `[h, d, d]` of a space that is within another. Products that are summed
+    over several axes together have none.
 
     Float32. `fn` is as in `wiring` without `strict`, computed once on `inputs`. It may be jitted. Moments are not
     centred. They are what channel pruning reconstructs from (He et al., arXiv:1707.06168); to take them at all layers
@@ -196,11 +197,15 @@ def input_moments(fn: Callable[..., Any], params: Params, *inputs: Any) -> dict[
         found.setdefault(space, []).append(((), factors[0] * factors[1]))
 
     trace.run(params, inputs, take)
-    return {
-        name: sum((moments for _, moments in of_name[1:]), of_name[0][1])
-        for name, of_name in found.items()
-        if len({axes for axes, _ in of_name}) == 1
-    }
+    sums: dict[str, list[jax.Array]] = {}
+    for name, of_name in found.items():
+        alike = len({axes for axes, _ in of_name}) == 1
+        for axes, moments in of_name:
+            if alike:
+                sums.setdefault(name, []).append(moments)
+            elif len(axes) == 1:
+                sums.setdefault(of_model.spaces[name][axes[0]], []).append(moments)
+    return {name: sum(of_name[1:], of_name[0]) for name, of_name in sums.items()}
 
 
 def _moments(value: jax.Array, axes: tuple[int, ...], around: tuple[int, ...] = ()) -> jax.Array:
@@ -221,7 +226,8 @@ class _Trace:
         self._read: set[int] = set()
         self._made: set[int] = set()
         self._touched: set[int] = set()  # Of leaves that are used where they cannot be followed.
-        self._indexed: set[int] = set()
+        self._inputs: set[int] = set()
+        self._bound: set[int] = set()  # Of leaves that are looked up, or sum over what comes from outside.
         self._summed: dict[str, set[int]] = {}
         # Of each sum over a node: the nodes that are summed over or matched along with it.
         self._beside: list[tuple[int, tuple[int, ...]]] = []
@@ -244,14 +250,15 @@ class _Trace:
             summed = sorted(self._summed.get(path, ()))
             inputs_of[path] = tuple(axis for axis in summed if nodes[axis] not in self._made)
             both[path] = tuple(axis for axis in summed if nodes[axis] in self._made)
-        read, made, indexed = (self._spaces_of(nodes) for nodes in (self._read, self._made, self._indexed))
-        hidden = frozenset((read & made) - indexed)
+        read, made, bound = (self._spaces_of(nodes) for nodes in (self._read, self._made, self._bound))
+        hidden = frozenset((read & made) - bound)
         return Wiring(spaces, inputs_of, both, frozenset(read), hidden, self._within(hidden))
 
     def run(self, params: Params, inputs: Sequence[Any], on_sum: _OnSum) -> list[Any]:
         """Evaluates the function, and hands over each sum over axes that are of a leaf, or of two values."""
         leaves = [_Value(leaf, self._leaves[path], True) for path, leaf in flatten(params).items()]
         rest = [_Value(leaf, self._fresh(jnp.ndim(leaf))) for leaf in jax.tree.leaves(tuple(inputs))]
+        self._inputs.update(node for one in rest for node in one.nodes)
         outputs = self._evaluate(self._jaxpr.jaxpr, self._jaxpr.consts, [*leaves, *rest], on_sum)
         return [output.value for output in outputs]
 
@@ -448,6 +455,9 @@ class _Trace:
     def _reshaped(self, value: _Value, shape: Sequence[int], new_shape: Sequence[int]) -> tuple[int, ...]:
         """Axes that are neither split nor merged keep their nodes; axes of size 1 come and go."""
         new_nodes, kept = list(self._fresh(len(new_shape))), set()
+        added = len(new_shape) - len(shape)
+        if tuple(new_shape) == (*(1,) * added, *shape):  # An axis of size 1, a single head, is told by its place alone.
+            return (*new_nodes[:added], *value.nodes)
         ends = {end: (axis, size) for axis, (end, size) in enumerate(_ends(shape)) if size > 1}
         for axis, (end, size) in enumerate(_ends(new_shape)):
             if size > 1 and end in ends and ends[end][1] == size:
@@ -488,7 +498,7 @@ class _Trace:
                 gathered[place] = self._tied(nodes[axis])
                 self._make(nodes[axis])
         cut = [nodes[axis] for axis, size in enumerate(shape) if size > 1 and axis not in whole]
-        self._indexed.update(cut)
+        self._bound.update(cut)
         if not value.of_leaves:  # Tokens that are looked up are bound to what is outside; see `Wiring.hidden`.
             self._lose("gather", cut)
         return tuple(gathered)
@@ -556,6 +566,9 @@ class _Trace:
         nodes = [[one.nodes[axis] for axis in axes] for one, axes in ((a, left), (b, right))]
         places = [[self._place_of.get(node) for node in of_one] for of_one in nodes]
         for node, other in zip(*nodes, strict=True):
+            # The oldest stands for all: an input does where nothing has tied its axis to a leaf before.
+            if {self._root(node), self._root(other)} & self._inputs:
+                self._bound.update({node, other} & self._place_of.keys())
             self._tie(node, other)
             self._touch((*self._parts.get(node, ()), *self._parts.get(other, ())))
         self._read.update(nodes[0])

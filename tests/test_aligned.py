@@ -375,7 +375,7 @@ def test_other_numbers_of_tokens_positions_and_pixels_are_refused():
         mj.wiring(lambda p, x: x @ p["first"]["kernel"] @ p["last"]["kernel"], params, jnp.ones((1, size)))
         for params, size in zip(trees, (48, 16), strict=True)
     ]
-    refuse(EVERYTHING, *trees, wirings, "'first/kernel' has 16 entries along axis 0.* 48 .*as it is with pixels")
+    refuse(EVERYTHING, *trees, wirings, "'first/kernel' has 16 entries along axis 0.* 48 .*come from outside")
 
 
 def test_positions_that_are_added_and_attended_to_are_no_channels():

@@ -32,6 +32,7 @@ PAIRS = {
     "vit": (lambda size: mj.models.ImageClassifier(SEEN[size], 3), (IMAGES,)),
     "encoder": (TEXT.get, (TOKENS,)),
     "narrow heads": (lambda size: ENCODER(8 * size, 1, 2, 12 * size), (TOKENS,)),
+    "one head": (lambda size: ENCODER(8 * size, 1, size**2, 12 * size), (TOKENS,)),
     "text": (lambda size: mj.models.TextClassifier(TEXT[size], 3), (TOKENS,)),
     "spans": (lambda size: mj.models.SpanExtractor(TEXT[size]), (TOKENS,)),
     "answers": (lambda size: mj.models.VisualAnswerer(SEEN[size], TEXT[size], 3, 1, 2), (IMAGES, TOKENS)),
@@ -176,3 +177,18 @@ def test_random_graphs_are_followed_or_refused(steps):
         return
     changes = moved([of_source, of_target], [(source, {}), (target, {})], (x,), {"**": "**"})
     assert max(changes) < 1e-4
+
+
+def test_units_of_a_tied_autoencoder_are_not_chosen_by_their_places():
+    def run(params, state, x):
+        return jnp.tanh(x @ params["w"] + params["b"][None]) @ params["w"].T
+
+    def tree(units):
+        rng = np.random.default_rng(units)
+        return {
+            "w": jnp.asarray(rng.normal(size=(5, units)), jnp.float32),
+            "b": jnp.asarray(rng.normal(size=units), jnp.float32),
+        }
+
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(24, 5)), jnp.float32)
+    assert max(moved([run, run], [(tree(8), {}), (tree(4), {})], (x,), {"**": "**"})) < 1e-4

@@ -274,6 +274,50 @@ def test_what_comes_from_outside_may_go_anywhere_before_a_leaf_reads_it():
     assert wiring.hidden == {"a:1"}
 
 
+@pytest.mark.parametrize(
+    ("run", "hidden"),
+    [
+        (lambda p, x: jnp.tanh(x @ p["w"]) @ p["w"].T, {"w:1"}),  # An autoencoder gives back what it has read.
+        (lambda p, x: x + jnp.tanh(x @ p["w"]) @ p["w"].T, {"w:1"}),
+        (lambda p, x: jnp.tanh(x[:, :1] * p["g"][None] @ p["w"]) @ p["w"].T, {"g:0", "w:1"}),
+    ],
+)
+def test_inputs_that_a_layer_reads_are_bound(run, hidden):
+    params = {"w": jnp.ones((3, 4)), "g": jnp.ones(3)}
+    assert mj.wiring(run, params, jnp.ones((2, 3))).hidden == hidden
+
+
+def test_moments_of_a_kernel_that_is_read_from_both_sides_are_those_of_its_spaces():
+    rng = np.random.default_rng(0)
+    params, x = {"w": jnp.asarray(rng.normal(size=(3, 4)), jnp.float32)}, rng.normal(size=(5, 3)).astype(np.float32)
+    found = mj.input_moments(lambda p, x: jnp.tanh(x @ p["w"]) @ p["w"].T, params, x)
+    hidden = np.tanh(x @ np.asarray(params["w"]))
+    assert found.keys() == {"w:0", "w:1"}
+    np.testing.assert_allclose(found["w:1"], hidden.T @ hidden / 5, rtol=1e-5, atol=1e-6)
+
+
+def test_moments_of_an_attention_are_those_of_products_and_of_heads_and_channels_together():
+    rng = np.random.default_rng(0)
+    params = {name: rng.normal(size=(3, 2, 4)).astype(np.float32) for name in ("q", "k", "v")}
+    params["out"], x = rng.normal(size=(2, 4, 5)).astype(np.float32), rng.normal(size=(6, 7, 3)).astype(np.float32)
+
+    def run(p, x):
+        q, k, v = (jnp.einsum("bli,ihd->blhd", x, p[name]) for name in ("q", "k", "v"))
+        weights = jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", q, k))
+        return jnp.einsum("blhd,hdo->blo", jnp.einsum("bhqk,bkhd->bqhd", weights, v), p["out"]), weights
+
+    wiring, found = mj.wiring(run, params, x), mj.input_moments(run, params, x)
+    (heads, channels), (_, weights) = wiring.of("q")[1:], run(params, x)
+    assert wiring.within == {channels: heads, wiring.of("v")[2]: heads}
+    of_query, of_key = (np.einsum("bli,ihd->blhd", x, params[name]).reshape(-1, 2, 4) for name in ("q", "k"))
+    expected = [np.einsum("nhd,nhe->hde", one, one) / len(one) for one in (of_query, of_key)]
+    np.testing.assert_allclose(found[channels], expected[0] * expected[1], rtol=1e-4, atol=1e-5)
+    mixed = np.einsum("bhqk,bki,ihd->bqhd", weights, x, params["v"]).reshape(-1, 2, 4)
+    np.testing.assert_allclose(
+        found["out"], np.einsum("nhd,ngf->hdgf", mixed, mixed) / len(mixed), rtol=1e-4, atol=1e-5
+    )
+
+
 def test_channels_of_a_head_are_within_it_and_tokens_are_bound():
     model, tokens = MODELS["distilbert"]
     wiring = mj.wiring(reading(model), *variables_of(model, tokens), tokens)
