@@ -432,6 +432,8 @@ class _Trace:
 
     def _by_entry(self, values: Sequence[_Value], shape: Sequence[int], skip: int | None = None) -> tuple[int, ...]:
         arrays = [one for one in values if one.nodes]
+        # What has one entry is a scalar, such as the spectral norm by which a kernel is divided.
+        arrays = [one for one in arrays if jnp.size(one.value) > 1] or arrays
         if len(arrays) == 1 and jnp.shape(arrays[0].value) == shape:
             return arrays[0].nodes  # A leaf that is cast or scaled is a leaf still.
         nodes, of_leaves = list(self._fresh(len(shape))), all(one.of_leaves for one in values)

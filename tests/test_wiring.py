@@ -182,6 +182,14 @@ def test_a_kernel_that_other_leaves_scale_or_make_is_read_still():
     assert wiring.spaces["w"][1] == wiring.spaces["g"][0] == wiring.spaces["a"][0]
 
 
+def test_a_kernel_that_is_divided_by_its_norm_is_read_still():
+    params = {"w": jnp.ones((3, 4)), "v": jnp.ones((4, 2))}
+    run = lambda p, u, x: jnp.tanh(x @ (p["w"] / (u @ p["w"] @ p["w"].T @ u.T))) @ p["v"]  # noqa: E731
+    wiring = mj.wiring(run, params, jnp.ones((1, 3)), jnp.ones((2, 3)))
+    assert (0 in wiring.summed("w"), wiring.inputs["v"]) == (True, (0,))
+    assert wiring.hidden == {wiring.spaces["w"][1]}
+
+
 def test_a_table_that_is_looked_up_and_multiplied_makes_channels():
     params = {"table": jnp.ones((7, 4)), "position": jnp.ones((2, 4))}
     run = lambda p, x: (p["table"][x] + p["position"]) @ p["table"].T  # noqa: E731
