@@ -158,7 +158,7 @@ def image_text_learner(
     encode = partial(_encode, found.name, tokens, reading)
     name = f"{architecture.vision} and {architecture.text} ({found.name} {task})"
     if isinstance(found, VisualQuestionSet):
-        fusion = {"num_layers": architecture.fusion_layers, **dropout}
+        fusion = {"num_layers": architecture.fusion_layers, "dropout_rate": rate}
         module, parts = _answerer(
             found, partial(mj.models.VisualAnswerer, vision, text, **fusion), pixels, reading, encode
         )

@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import merge_jax as mj
+from merge_jax.memory import free_memory
 from tests.helpers import jitted_init
 
 IMAGES = jnp.asarray(np.random.default_rng(0).normal(size=(16, 8, 8, 1)), jnp.float32)
@@ -207,6 +208,213 @@ def test_a_joint_state_starts_from_the_fitted_adapter():
     joint, _ = jax.jit(step)(joint, batch)
     expected = transfer.apply(adapter, source, target)
     jax.tree.map(np.testing.assert_array_equal, joint.target.params, expected)
+
+
+def attend(params, x):
+    """Returns what an attention of any number of heads makes of `[B, L, 3]`, without biases and norms."""
+    query, key, value = (jnp.einsum("bli,ihd->blhd", x, params[name]["kernel"]) for name in ("query", "key", "value"))
+    weights = jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", query, key))
+    return jnp.einsum("blhd,hdo->blo", jnp.einsum("bhqk,bkhd->bqhd", weights, value), params["out"]["kernel"])
+
+
+def attention(seed, heads, of_query, of_value):
+    rng = np.random.default_rng(seed)
+    shapes = {"query": (3, heads, of_query), "key": (3, heads, of_query), "value": (3, heads, of_value)}
+    shapes["out"] = (heads, of_value, 4)
+    return {name: {"kernel": jnp.asarray(rng.normal(size=shape), jnp.float32)} for name, shape in shapes.items()}
+
+
+ROWS = jnp.asarray(np.random.default_rng(0).normal(size=(32, 5, 3)), jnp.float32)
+
+
+def written(source, target, fitted=True):
+    """Returns the transfer of an attention, its adapter and what it writes."""
+    transfer = mj.aligned_transfer(EVERYTHING, mj.wiring(attend, source, ROWS), mj.wiring(attend, target, ROWS))
+    moments = mj.input_moments(attend, source, ROWS) if fitted else {}
+    adapter = transfer.fit(moments, source, target)
+    return transfer, adapter, transfer.apply(adapter, source, target)
+
+
+def test_heads_are_chosen_by_what_they_add_and_each_has_channels_of_its_own():
+    source, target = attention(0, 4, 5, 3), attention(1, 2, 2, 2)
+    source["out"]["kernel"] *= jnp.asarray([0.01, 5.0, 0.01, 1.0])[:, None, None]
+    # Head 1 compares by its channels 0 and 4, and says something in its 1 and 2; head 3 by 2 and 3, and in 0 and 1.
+    for name in ("query", "key"):
+        source[name]["kernel"] *= jnp.ones((4, 5)).at[1, 1:4].set(0.01).at[3, jnp.array([0, 1, 4])].set(0.01)[None]
+    source["value"]["kernel"] *= jnp.ones((4, 3)).at[1, 0].set(0.0).at[3, 2].set(0.0)[None]
+    _, adapter, new = written(source, target)
+    np.testing.assert_array_equal(jnp.argmax(adapter["spaces"]["key/kernel:1"], 1), [1, 3])
+    assert [set(row) for row in np.argmax(adapter["spaces"]["key/kernel:2"], 2).tolist()] == [{0, 4}, {2, 3}]
+    assert [set(row) for row in np.argmax(adapter["spaces"]["out/kernel:1"], 2).tolist()] == [{1, 2}, {0, 1}]
+    expected = attend(source, ROWS)
+    error = jnp.sqrt(jnp.mean(jnp.square(attend(new, ROWS) - expected)) / jnp.mean(jnp.square(expected)))
+    assert error < 0.02
+    even = attend(written(source, target, fitted=False)[2], ROWS)
+    assert jnp.sqrt(jnp.mean(jnp.square(even - expected)) / jnp.mean(jnp.square(expected))) > 0.5
+
+
+def test_an_attention_of_equal_heads_copies_and_one_of_more_computes_the_same():
+    source = attention(0, 2, 4, 3)
+    for fitted in (False, True):
+        _, _, new = written(source, attention(1, 2, 4, 3), fitted)
+        jax.tree.map(np.testing.assert_array_equal, new, source)
+        _, _, new = written(source, attention(1, 3, 4, 5), fitted)
+        np.testing.assert_allclose(attend(new, ROWS), attend(source, ROWS), rtol=1e-5, atol=1e-5)
+
+
+def test_the_order_of_heads_and_of_channels_in_each_does_not_matter():
+    source, target = attention(0, 4, 5, 3), attention(1, 2, 2, 2)
+    heads, rng = jnp.array([2, 0, 3, 1]), np.random.default_rng(2)
+    moved = {name: {"kernel": leaf["kernel"][:, heads]} for name, leaf in source.items() if name != "out"}
+    moved["out"] = {"kernel": source["out"]["kernel"][heads]}
+    compared, said = (jnp.asarray([rng.permutation(size) for _ in heads]) for size in (5, 3))
+    for name, order in (("query", compared), ("key", compared), ("value", said)):
+        moved[name]["kernel"] = jnp.take_along_axis(moved[name]["kernel"], order[None], 2)
+    moved["out"]["kernel"] = jnp.take_along_axis(moved["out"]["kernel"], said[..., None], 1)
+    np.testing.assert_allclose(attend(moved, ROWS), attend(source, ROWS), rtol=1e-4, atol=1e-4)
+    results = [attend(written(one, target)[2], ROWS) for one in (source, moved)]
+    np.testing.assert_allclose(*results, atol=1e-4 * float(jnp.abs(results[0]).max()))
+
+
+def tied(params, x):
+    table = params["table"]["embedding"]
+    return (table[x] @ params["dense"]["kernel"]) @ table.T
+
+
+def of_tied(seed, words, width):
+    rng = np.random.default_rng(seed)
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+    return {"table": {"embedding": normal(words, width)}, "dense": {"kernel": normal(width, width)}}
+
+
+@pytest.mark.parametrize("fitted", [False, True])
+def test_an_embedding_that_is_the_last_layer_too_is_written_in_one_way(fitted):
+    words = jnp.arange(11)
+    wirings = {width: mj.wiring(tied, of_tied(0, 11, width), words) for width in (6, 10)}
+
+    def new(source, target):
+        sizes = [params["dense"]["kernel"].shape[0] for params in (source, target)]
+        transfer = mj.aligned_transfer(EVERYTHING, *(wirings[size] for size in sizes))
+        moments = mj.input_moments(tied, source, words) if fitted else {}
+        adapter = transfer.fit(moments, source, target)
+        return adapter, transfer.apply(adapter, source, target)
+
+    narrow, wide = of_tied(0, 11, 6), of_tied(1, 11, 10)
+    _, wider = new(narrow, wide)
+    np.testing.assert_allclose(tied(wider, words), tied(narrow, words), rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(wider["table"]["embedding"][:, 6:], 0.0)
+    np.testing.assert_array_equal(wider["dense"]["kernel"][:6, 6:], wide["dense"]["kernel"][:6, 6:])
+    adapter, narrower = new(wide, narrow)
+    chosen = jnp.argmax(next(iter(adapter["spaces"].values())), 1)
+    np.testing.assert_array_equal(narrower["table"]["embedding"], wide["table"]["embedding"][:, chosen])
+
+
+def test_what_reads_channels_together_is_not_kept_by_a_wider_target():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(16, 3)), jnp.float32)
+
+    def off(change):
+        """Returns how far a wider target is from its source, as a part of that."""
+
+        def run(params, x):
+            return change(x @ params["first"]["kernel"]) @ params["last"]["kernel"]
+
+        rng, trees = np.random.default_rng(1), []
+        for width in (4, 6):
+            shapes = {"first": (3, width), "last": (width, 2)}
+            trees.append(
+                {name: {"kernel": jnp.asarray(rng.normal(size=shape), jnp.float32)} for name, shape in shapes.items()}
+            )
+        transfer = mj.aligned_transfer(EVERYTHING, *(mj.wiring(run, params, x) for params in trees))
+        outputs = run(transfer.apply(transfer.init(jax.random.key(0), *trees), *trees), x), run(trees[0], x)
+        return float(jnp.abs(outputs[0] - outputs[1]).max() / jnp.abs(outputs[1]).max())
+
+    assert off(jnp.tanh) < 1e-6
+    assert off(lambda h: h / jnp.std(h, 1, keepdims=True)) > 0.05
+    assert off(lambda h: jax.nn.softmax(h, 1)) > 0.05
+
+
+def test_tokens_meet_one_by_one_without_a_matrix_of_the_vocabulary():
+    models = [mj.models.TextEncoder(3000, width, 1, 2, width, 16) for width in (32, 16)]
+    x = jnp.zeros((1, 8), jnp.int32)
+    trees = [jitted_init(model, seed, x)["params"] for seed, model in enumerate(models)]
+    path = "embeddings/word/embedding"
+    runs = [lambda params, x, m=model: m.apply({"params": params}, x) for model in models]
+    wirings = [mj.wiring(run, params, x) for run, params in zip(runs, trees, strict=True)]
+    transfer = mj.aligned_transfer({path: path}, *wirings)
+    adapter = transfer.init(jax.random.key(0), *trees)
+    assert {name: matrix.shape for name, matrix in mj.flatten(adapter).items()} == {
+        f"spaces/{wirings[1].spaces[path][1]}": (16, 32)
+    }
+    table = mj.flatten(transfer.apply(adapter, *trees))[path]
+    np.testing.assert_array_equal(table, mj.flatten(trees[0])[path][:, ::2])
+    (row,) = transfer.describe(*trees)
+    assert row.parameters == 16 * 32
+
+
+def test_other_numbers_of_tokens_positions_and_pixels_are_refused():
+    def run(params, x):
+        return (params["word"]["embedding"][x] + params["place"]["embedding"]) @ params["last"]["kernel"]
+
+    def tree(words, places):
+        return {
+            "word": {"embedding": jnp.ones((words, 4))},
+            "place": {"embedding": jnp.ones((places, 4))},
+            "last": {"kernel": jnp.ones((4, 2))},
+        }
+
+    def wired(words, places):
+        return mj.wiring(run, tree(words, places), jnp.zeros(places, jnp.int32))
+
+    routes = {"word/embedding": "word/embedding"}
+    few = "'word/embedding' has 5 entries along axis 0, 'word/embedding' has 7.*as it is with labels and tokens"
+    refuse(routes, tree(7, 3), tree(5, 3), (wired(7, 3), wired(5, 3)), few)
+    routes = {"place/embedding": "place/embedding"}
+    refuse(routes, tree(7, 6), tree(7, 3), (wired(7, 6), wired(7, 3)), "'place/embedding' has 3 entries along axis 0")
+    trees = [{"first": {"kernel": jnp.ones((size, 4))}, "last": {"kernel": jnp.ones((4, 2))}} for size in (48, 16)]
+    wirings = [
+        mj.wiring(lambda p, x: x @ p["first"]["kernel"] @ p["last"]["kernel"], params, jnp.ones((1, size)))
+        for params, size in zip(trees, (48, 16), strict=True)
+    ]
+    refuse(EVERYTHING, *trees, wirings, "'first/kernel' has 16 entries along axis 0.* 48 .*come from outside")
+
+
+def test_positions_that_are_added_and_attended_to_are_no_channels():
+    def run(params, x):
+        x = x @ params["patch"]["kernel"] + params["place"]["kernel"]
+        weights = jax.nn.softmax(jnp.einsum("bqd,bkd->bqk", x, x))
+        return jnp.einsum("bqk,bkd->bqd", weights, x) @ params["last"]["kernel"]
+
+    trees = [
+        {
+            "patch": {"kernel": jnp.ones((3, 4))},
+            "place": {"kernel": jnp.ones((1, n, 4))},
+            "last": {"kernel": jnp.ones((4, 2))},
+        }
+        for n in (9, 4)
+    ]
+    wirings = [mj.wiring(run, params, jnp.ones((2, n, 3))) for params, n in zip(trees, (9, 4), strict=True)]
+    refuse({"place/kernel": "place/kernel"}, *trees, wirings, "'place/kernel' has 4 entries along axis 1")
+
+
+def test_an_adapter_of_more_than_half_of_the_free_memory_is_refused_by_name(monkeypatch):
+    (source, _), (target, _) = variables_of(LARGE), variables_of(SMALL)
+    transfer = aligned(LARGE, SMALL)
+    needed = 4 * sum(row.parameters for row in transfer.describe(source, target))
+    monkeypatch.setattr("merge_jax.aligned.free_memory", lambda: 2 * needed)
+    transfer.init(jax.random.key(0), source, target)
+    monkeypatch.setattr("merge_jax.aligned.free_memory", lambda: 2 * needed - 1)
+    match = (
+        r"the adapter takes .* GB, more than half of the .* that are free; most of that has 'inputs/.*', of \(16, 32\)"
+    )
+    with pytest.raises(ValueError, match=match):
+        transfer.init(jax.random.key(0), source, target)
+    with pytest.raises(ValueError, match=match):
+        transfer.fit({}, source, target)
+    assert transfer.describe(source, target)  # It tells the size all the same.
+
+
+def test_free_memory_is_that_of_the_machine():
+    assert 0 < free_memory() < 1e14
 
 
 def refuse(routes, source, target, wirings, match):

@@ -75,12 +75,14 @@ class Row:
 
 
 def wired(params, last):
-    """Returns the wiring of a residual block of two dense layers."""
+    """Returns the wiring of a residual block of two dense layers, behind one without a route."""
+    first = {"first": jnp.ones((1, params["dense"][0]["kernel"].shape[0])), **params}
 
     def run(params, x):
+        x = x @ params["first"]
         return x + jnp.tanh(x @ params["dense"][0]["kernel"]) @ params["dense"][last]["kernel"].T
 
-    return mj.wiring(run, params, jnp.ones((1, params["dense"][0]["kernel"].shape[0])))
+    return mj.wiring(run, first, jnp.ones((1, 1)))
 
 
 RAMP = optax.linear_schedule(0.25, 1.0, 4)
