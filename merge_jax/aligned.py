@@ -201,7 +201,8 @@ def _plan(routes: tuple[ResolvedRoute, ...], source_wiring: Wiring, target_wirin
                 raise ValueError(
                     f"{leaf.target!r} has {target} entries along axis {axis.target}, {leaf.source!r} has {source}, and "
                     "nothing that can be followed reads them, as it is with labels and tokens, and where channels "
-                    "are split, merged or looped over: nothing says which to choose. Leave out the route"
+                    "are split, merged or looped over: nothing says which to choose. Leave out the route, or give it "
+                    "rows=Rows.by_name(source_names, target_names)"
                 )
     return _Plan(tuple(leaves), pairs)
 
