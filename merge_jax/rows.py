@@ -230,6 +230,7 @@ def arranged_ends(
         return None, None  # Rows under each other are by number already.
     pixels = of_target.kind == "pixels"
     ends = _along(target, pixels), _along(source, pixels)
+    _check_layouts(*ends)
     if any(len(axes) > 1 for *_, axes in ends):
         return None, None  # Windows meet at their centres, channels from the first on.
     m, p = (shape[axes[0]] for _, shape, axes in ends)
@@ -287,6 +288,16 @@ def _unlike(target: End, source: End, of_target: _NamedRows, of_source: _NamedRo
     )
 
 
+def _check_layouts(target: _Along, source: _Along) -> None:
+    """Raises ValueError unless both leaves have their rows along as many axes."""
+    (path, _, axes), (source_path, _, source_axes) = target, source
+    if len(axes) != len(source_axes):
+        raise ValueError(
+            f"reshape one of the leaves to the other's layout: {path!r} has its rows along {len(axes)} axes, "
+            f"{source_path!r} along {len(source_axes)}"
+        )
+
+
 def _arranged(rows: Rows, target: _Along, source: _Along) -> tuple[Arrangement | None, Arrangement]:
     (path, shape, axes), (source_path, source_shape, source_axes) = target, source
     found = tuple(math.prod(of[axis] for axis in along) for of, along in ((shape, axes), (source_shape, source_axes)))
@@ -295,11 +306,7 @@ def _arranged(rows: Rows, target: _Along, source: _Along) -> tuple[Arrangement |
             f"give rows of {found[0]} from {found[1]}, as many as {path!r} and {source_path!r} have, not of "
             f"{rows.counts[0]} from {rows.counts[1]}"
         )
-    if len(axes) != len(source_axes):
-        raise ValueError(
-            f"reshape one of the leaves to the other's layout: {path!r} has its rows along {len(axes)} axes, "
-            f"{source_path!r} along {len(source_axes)}"
-        )
+    _check_layouts(target, source)
     made, complete = set(rows.made), len(rows.made) == found[0]
     if len(axes) > 1 and not complete:
         raise ValueError(f"make all rows of {path!r}, which are along {len(axes)} axes; {len(made)} are made")

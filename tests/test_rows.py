@@ -188,11 +188,21 @@ def test_the_first_layer_of_any_network_reads_another_number_of_colours():
     np.testing.assert_allclose(merged, source["stem"]["kernel"].sum(axis=2, keepdims=True), atol=1e-6)
 
 
-def test_labels_of_a_last_layer_meet_by_name():
+@pytest.mark.parametrize("alike", ["share", "aligned"])
+def test_labels_of_a_last_layer_meet_by_name(alike):
     """A kernel's rows are its outputs, a bias's are its entries."""
     labels = ["cat", "dog", "owl"], ["owl", "ant", "cat", "bee"]
     source, target = ({"fc": {"kernel": normal(2, n), "bias": normal(n)}} for n in (3, 4))
-    merged = mj.share_transfer(route(mj.Rows.by_name(*labels), "fc/*")).apply({}, source, target)["fc"]
+    given = route(mj.Rows.by_name(*labels), "fc/*")
+    if alike == "share":
+        transfer = mj.share_transfer(given)
+    else:
+        wirings = [
+            mj.wiring(lambda p, x: x @ p["fc"]["kernel"] + p["fc"]["bias"][None], params, jnp.ones((1, 2)))
+            for params in (source, target)
+        ]
+        transfer = mj.aligned_transfer(given, *wirings)
+    merged = transfer.apply(transfer.init(jax.random.key(0), source, target), source, target)["fc"]
     for name in ("kernel", "bias"):
         new, old, start = merged[name], source["fc"][name], target["fc"][name]
         np.testing.assert_array_equal(new, jnp.stack([old[..., 2], start[..., 1], old[..., 0], start[..., 3]], axis=-1))
@@ -254,6 +264,7 @@ def test_rows_that_cannot_be_are_refused(make, message):
         ([mj.Route(PATH, ("a/kernel", "a/kernel_2"), rows=BY_NAME)], "routes of one leaf from one leaf"),
         ([mj.Route("conv/kernel", "b/kernel", rows=mj.Rows.of_patches((2, 2, 1), (2, 2, 1)))], "other's layout"),
         ([mj.Route("conv/kernel", "conv/kernel", rows=mj.Rows((0,), (((0, 1.0),),), (4, 4), True))], "make all rows"),
+        ([mj.Route("patch/conv/kernel", "patch/kernel", rows="first")], "reshape one of the leaves"),
         ([mj.Route("block", "block", rows="first", view="attention")], "has rows and the view 'attention'"),
     ],
 )
@@ -262,7 +273,8 @@ def test_rows_that_do_not_fit_are_refused(given, message):
         **{name: {"kernel": normal(4, 2, 2)} for name in ("query", "key", "value")},
         "out": {"kernel": normal(2, 2, 4)},
     }
-    shared = {"conv": {"kernel": normal(2, 2, 1, 3)}, "block": block}
+    patch = {"kernel": normal(4, 3), "conv": {"kernel": normal(2, 2, 1, 3)}}
+    shared = {"conv": {"kernel": normal(2, 2, 1, 3)}, "patch": patch, "block": block}
     source = {
         **SOURCE,
         "a": {"kernel": normal(3, 2), "kernel_2": normal(3, 2)},
