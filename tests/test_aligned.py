@@ -366,10 +366,10 @@ def test_other_numbers_of_tokens_positions_and_pixels_are_refused():
         return mj.wiring(run, tree(words, places), jnp.zeros(places, jnp.int32))
 
     routes = {"word/embedding": "word/embedding"}
-    few = "'word/embedding' has 5 entries along axis 0, 'word/embedding' has 7.*as it is with labels and tokens"
+    few = "the target has 5 rows, the source 7, and no number says which belong together"
     refuse(routes, tree(7, 3), tree(5, 3), (wired(7, 3), wired(5, 3)), few)
     routes = {"place/embedding": "place/embedding"}
-    refuse(routes, tree(7, 6), tree(7, 3), (wired(7, 6), wired(7, 3)), "'place/embedding' has 3 entries along axis 0")
+    refuse(routes, tree(7, 6), tree(7, 3), (wired(7, 6), wired(7, 3)), "has 3 rows, the source 6")
     trees = [{"first": {"kernel": jnp.ones((size, 4))}, "last": {"kernel": jnp.ones((4, 2))}} for size in (48, 16)]
     wirings = [
         mj.wiring(lambda p, x: x @ p["first"]["kernel"] @ p["last"]["kernel"], params, jnp.ones((1, size)))
@@ -393,7 +393,9 @@ def test_positions_that_are_added_and_attended_to_are_no_channels():
         for n in (9, 4)
     ]
     wirings = [mj.wiring(run, params, jnp.ones((2, n, 3))) for params, n in zip(trees, (9, 4), strict=True)]
-    refuse({"place/kernel": "place/kernel"}, *trees, wirings, "'place/kernel' has 4 entries along axis 1")
+    spec = mj.MatrixSpec(rows=(2,), inputs=(1,), window=(0,))
+    routes = [mj.Route("place/kernel", "place/kernel", target_spec=spec, source_spec=spec)]
+    refuse(routes, *trees, wirings, "'place/kernel' has 4 entries along axis 1")
 
 
 def test_an_adapter_of_more_than_half_of_the_free_memory_is_refused_by_name(monkeypatch):
