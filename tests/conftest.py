@@ -20,7 +20,7 @@ import pytest
 from hypothesis import settings
 
 # The first case of a shape compiles, so a deadline for each case would be one for the compiler.
-settings.register_profile("quick", max_examples=50, deadline=None)
+settings.register_profile("quick", max_examples=25, deadline=None)
 settings.register_profile("thousand", max_examples=1000, deadline=None, derandomize=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 

@@ -78,6 +78,7 @@ def write_coco(folder, images=14):
     return folder
 
 
+@pytest.mark.slow
 def test_a_vision_model_gives_its_attention_to_the_words_of_a_question(tmp_path):
     results, records = run("cross_modal", tmp_path / "run", *VQA, "--methods", "share")
     assert [result["method"] for result in results] == ["share"]

@@ -109,6 +109,7 @@ def test_a_run_leaves_everything_a_reader_needs(unbroken):
     assert result["adapter_parameters"] > 0
 
 
+@pytest.mark.slow
 def test_resumed_in_a_new_process_a_run_is_the_unbroken_one_bit_for_bit(unbroken, tmp_path):
     expected, _ = unbroken
     folder = tmp_path / "run"
@@ -175,6 +176,7 @@ def test_seeds_side_by_side_are_those_of_separate_runs(unbroken, tmp_path):
     assert [result["seed"] for result in results] == [0, 1]
 
 
+@pytest.mark.slow
 def test_an_image_classifier_of_one_family_gives_to_one_of_another(tmp_path):
     words = ("smoke", "--steps", "4", "--source-steps", "4", "--report-every", "2", "--checkpoint-every", "4")
     results, found = run("cross_structure", tmp_path / "run", *words, "--num-heads", "1", "--methods", "kd", "mergenet")

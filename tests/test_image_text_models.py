@@ -292,6 +292,7 @@ def learned(model, loss, steps, learning_rate=1e-3):
 SMALL = models.tiny_vit(6, 3, num_layers=1), models.small_distilbert(20, num_layers=1, separator=SEP)
 
 
+@pytest.mark.slow
 def test_an_answerer_learns_what_takes_both_image_and_question():
     """The answer is whether image and question have the same number: neither tells it alone."""
     model = models.VisualAnswerer(*SMALL, 2)
@@ -306,6 +307,7 @@ def test_an_answerer_learns_what_takes_both_image_and_question():
     assert max(losses[-10:]) < 0.1
 
 
+@pytest.mark.slow
 def test_a_dual_encoder_learns_which_text_belongs_to_which_image():
     model = models.DualEncoder(*SMALL, 16)
 

@@ -142,6 +142,7 @@ def pair(mode, folder):
     return [process.returncode for process in both], outputs, time.monotonic() - begun
 
 
+@pytest.mark.slow
 def test_where_one_of_two_is_asked_to_stop_both_stop_at_the_same_step(tmp_path):
     codes, outputs, _ = pair("asked", tmp_path)
     assert codes == [0, 0], outputs

@@ -9,7 +9,7 @@ import merge_jax as mj
 from merge_jax.packing import pack
 from tests import helpers
 
-LPKA = mj.lpka_transfer(helpers.ROUTES, num_layers=1, num_heads=2, output="official")
+LPKA = mj.linear_operator_transfer(helpers.ROUTES)
 SHARE = mj.share_transfer(helpers.ROUTES)
 
 

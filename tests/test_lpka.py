@@ -99,7 +99,7 @@ def test_layers_in_a_loop_are_layers_one_after_the_other():
     np.testing.assert_allclose(lpka.apply(params, target, source, masks, options=options), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("sizes", [SIZES, Sizes(300, 5, 7, 260)])
+@pytest.mark.parametrize("sizes", [SIZES, pytest.param(Sizes(300, 5, 7, 260), marks=pytest.mark.slow)])
 def test_chunks_change_no_value_without_dropout(sizes):
     """Of two attentions that run as one, and of some that run apart."""
     params, (target, source) = made(sizes, SMALL), matrices(sizes)
@@ -206,14 +206,25 @@ wide_edges = st.one_of(edges, st.sampled_from([130, 150]))  # From 128 on, heads
 
 
 # A case compiles four programs; shrinking one that fails would compile hundreds.
-@settings(max_examples=2, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
-@given(st.lists(st.builds(Sizes, edges, edges, wide_edges, wide_edges), min_size=2, max_size=3, unique=True), st.data())
-def test_routes_padded_to_one_program_are_the_routes_apart(sizes, data):
+@pytest.mark.slow
+@settings(max_examples=8, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+@given(
+    st.lists(st.builds(Sizes, edges, edges, wide_edges, wide_edges), min_size=2, max_size=3, unique=True),
+    *(st.sampled_from([1, 2]), st.sampled_from(["official", "warm"]), st.integers(0, 100)),
+)
+def test_any_routes_padded_to_one_program_are_the_routes_apart(sizes, num_layers, output, seed):
+    check_padded(sizes, num_layers, output, seed)
+
+
+def test_routes_padded_to_one_program_are_the_routes_apart():
+    check_padded([Sizes(6, 8, 5, 130), Sizes(4, 3, 9, 7)], 1, "warm", 0)
+
+
+def check_padded(sizes, num_layers, output, seed):
     """Outputs, and gradients in the parameters and both models, to rounding; nothing reaches the zeros around."""
-    options = {"num_layers": data.draw(st.sampled_from([1, 2])), "num_heads": 2}
-    output = data.draw(st.sampled_from(["official", "warm"]))
+    options = {"num_layers": num_layers, "num_heads": 2}
     routes = {f"layer_{i}/kernel": f"layer_{i}/kernel" for i in range(len(sizes))}
-    trees = kernels(sizes, data.draw(st.integers(0, 100)))
+    trees = kernels(sizes, seed)
     together, apart = (mj.lpka_transfer(routes, output=output, padding=p, **options) for p in (1e9, 1.0))
     own = jax.tree.map(lambda leaf: leaf + 0.1, apart.init(jax.random.key(1), *trees))
     assert len(own) == len(sizes)

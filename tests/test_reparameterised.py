@@ -7,7 +7,7 @@ import pytest
 import merge_jax as mj
 from tests import helpers
 
-LPKA = mj.lpka_transfer(helpers.ROUTES, num_layers=1, num_heads=2)
+LPKA = mj.linear_operator_transfer(helpers.ROUTES)
 OPTIMIZER = optax.sgd(0.5)  # So that a step shows the gradient.
 
 

@@ -78,7 +78,10 @@ def check(monkeypatch, tmp_path, capsys, experiment, words, calls, least=21):
     assert results_of(tmp_path / "broken") == results_of(tmp_path / "unbroken")
 
 
-@pytest.mark.parametrize("case", OF_SOURCES)
+@pytest.mark.parametrize(
+    "case",
+    ["live", "itself", *(pytest.param(case, marks=pytest.mark.slow) for case in ("pretrained", "trajectory"))],
+)
 def test_stopped_in_the_middle_a_run_ends_as_the_unbroken_one(case, monkeypatch, tmp_path, capsys):
     calls, *options = OF_SOURCES[case]
     words = [*LENGTHS, "--methods", "operators", "--dropout", "0.2", "--seeds", "1", "--batch-size", "40", *options]

@@ -19,7 +19,7 @@ def build(*options):
 
 
 @pytest.mark.parametrize(("preset", "leaf"), [
-    ("default", "stage1_0/expand/kernel"),
+    pytest.param("default", "stage1_0/expand/kernel", marks=pytest.mark.slow),
     pytest.param("resnet", "stage1_0/conv2/kernel", marks=pytest.mark.slow),
     pytest.param("text", "encoder/layer_0/attention/query/kernel", marks=pytest.mark.slow),
 ])  # fmt: skip

@@ -221,6 +221,7 @@ def test_the_logits_are_the_last_layer_of_the_sown_features(name):
     assert (found.features.min() >= 0) == name.startswith("distil")
 
 
+@pytest.mark.slow
 def test_a_text_classifier_learns_as_the_librarys_classifiers_do():
     model = models.TextClassifier(tiny(dropout_rate=0.1), 2)
     loss_fn = mj.classification_loss(model.apply, inputs="tokens")

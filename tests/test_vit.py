@@ -211,6 +211,7 @@ def test_the_logits_are_the_last_layer_of_the_sown_features():
     )
 
 
+@pytest.mark.slow
 def test_an_image_classifier_learns_where_a_patch_is():
     """All images have the same patches, so that positions alone tell them apart."""
     model = models.ImageClassifier(models.tiny_vit(4, 2), 4)
