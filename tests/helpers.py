@@ -71,4 +71,5 @@ def initial_state(transfer, *, frozen=False, **options):
 
 
 def joint_step(transfer, *, frozen=False, **options):
-    return mj.make_joint_step(None if frozen else task(SOURCE), task(TARGET), transfer, **options)
+    # Jitted, since each operation by itself would be a program to compile.
+    return jax.jit(mj.make_joint_step(None if frozen else task(SOURCE), task(TARGET), transfer, **options))

@@ -54,6 +54,7 @@ def write_questions(folder, rows=60):
     return path
 
 
+@pytest.mark.slow
 def test_an_answering_model_gives_its_attention_to_a_classifier(tmp_path):
     (result,), records = run("cross_task", tmp_path / "run", *LITTLE, "--methods", "share")
     assert 0 <= result["target_test"] <= 1

@@ -13,9 +13,7 @@ from merge_jax.guard import NumericFaultError, Rejections, Skips, all_finite, ch
 from merge_jax.loop import run_loop, stepwise
 from tests import helpers
 
-LPKA = mj.lpka_transfer(
-    helpers.ROUTES, num_layers=1, num_heads=2, output="official", attention_dropout=0.0, feed_forward_dropout=0.0
-)
+OPERATORS = mj.linear_operator_transfer(helpers.ROUTES)
 BAD = (np.nan, np.inf, -np.inf)
 
 
@@ -36,13 +34,13 @@ def spoilt(batches, *roles, by=np.nan):
 
 @pytest.fixture(scope="module")
 def step():
-    return jax.jit(helpers.joint_step(LPKA, cycle=2))
+    return jax.jit(helpers.joint_step(OPERATORS, cycle=2))
 
 
 @pytest.fixture(scope="module")
 def started(step):
     """A state after four steps, the next of which transfers, so that all moments are in use."""
-    state = helpers.initial_state(LPKA)
+    state = helpers.initial_state(OPERATORS)
     for i in range(4):
         state, metrics = step(state, helpers.batches(i))
     assert metrics["target/skipped"] == metrics["source/skipped"] == metrics["adapter/skipped"] == 0
@@ -92,7 +90,7 @@ def test_an_infinite_gradient_of_a_finite_loss_is_skipped_before_it_is_clipped()
 
 def test_twenty_faults_in_sixty_steps_are_as_if_those_updates_had_been_left_out(step):
     bad = set(np.random.default_rng(0).permutation(60)[:20].tolist())
-    state = expected = helpers.initial_state(LPKA)
+    state = expected = helpers.initial_state(OPERATORS)
     skipped = 0.0
     for i in range(60):
         batches = helpers.batches(i)
@@ -239,7 +237,7 @@ def test_a_run_of_faults_ends_with_a_name_and_its_checkpoints_are_finite(step, t
     ):
         run_loop(
             stepwise(step, batches_at),
-            helpers.initial_state(LPKA),
+            helpers.initial_state(OPERATORS),
             num_steps=30,
             report_every=3,
             report=lambda *unused: None,
@@ -248,7 +246,7 @@ def test_a_run_of_faults_ends_with_a_name_and_its_checkpoints_are_finite(step, t
             most_skipped=5,
         )
     with Checkpoints(tmp_path) as checkpoints:
-        saved, state = checkpoints.restore_latest(helpers.initial_state(LPKA))
+        saved, state = checkpoints.restore_latest(helpers.initial_state(OPERATORS))
     assert saved == 9
     assert all_finite(state.source, state.target, state.adapter)
 

@@ -158,6 +158,7 @@ def test_an_answer_needs_its_image_and_its_question():
 
 
 @both
+@pytest.mark.slow
 def test_gradients_reach_every_leaf(model):
     def loss(params):
         found = jax.tree.leaves(model.apply({"params": params}, IMAGES, TOKENS))
@@ -319,6 +320,7 @@ def test_a_dual_encoder_learns_which_text_belongs_to_which_image():
     assert max(learned(model, loss, 60)[-10:]) < 0.1
 
 
+@pytest.mark.slow
 def test_attention_moves_between_the_encoders_of_one_model():
     model = models.VisualAnswerer(models.small_vit(6, 3), models.small_distilbert(20, separator=SEP), 5)
     shapes = jax.eval_shape(model.init, jax.random.key(0), IMAGES, TOKENS)["params"]

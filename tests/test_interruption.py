@@ -169,6 +169,7 @@ def test_where_one_of_two_dies_the_other_ends_in_seconds_and_says_why(tmp_path, 
     np.testing.assert_array_equal(state.total, np.full(8, 2.0))
 
 
+@pytest.mark.slow
 def test_where_one_of_two_is_refused_both_leave_and_the_other_says_who(tmp_path):
     codes, outputs, _ = pair("refused", tmp_path)
     assert codes == [2, 2], outputs

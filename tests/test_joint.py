@@ -9,7 +9,7 @@ import merge_jax as mj
 from merge_jax.packing import pack
 from tests import helpers
 
-LPKA = mj.linear_operator_transfer(helpers.ROUTES)
+OPERATORS = mj.linear_operator_transfer(helpers.ROUTES)
 SHARE = mj.share_transfer(helpers.ROUTES)
 
 
@@ -27,10 +27,10 @@ def test_traced_once_with_donated_state_and_metrics_by_role():
 
     def counted(state, batches):
         traces.append(1)
-        return helpers.joint_step(LPKA, cycle=2)(state, batches)
+        return helpers.joint_step(OPERATORS, cycle=2)(state, batches)
 
     step = jax.jit(counted, donate_argnums=0)
-    state = helpers.initial_state(LPKA)
+    state = helpers.initial_state(OPERATORS)
     for i in range(4):
         state, metrics = step(state, helpers.batches(i))
     assert len(traces) == 1
@@ -98,9 +98,9 @@ def test_gates_are_among_the_metrics_as_the_step_used_them():
 
 
 def test_self_learning_steps_leave_the_adapter_alone():
-    outcomes = run(helpers.joint_step(LPKA, cycle=2), helpers.initial_state(LPKA), 2)
+    outcomes = run(helpers.joint_step(OPERATORS, cycle=2), helpers.initial_state(OPERATORS), 2)
     (first, _), (second, _) = outcomes
-    initial = helpers.initial_state(LPKA)
+    initial = helpers.initial_state(OPERATORS)
     assert not np.array_equal(jax.tree.leaves(first.adapter.params)[0], jax.tree.leaves(initial.adapter.params)[0])
     chex.assert_trees_all_equal(first.adapter, second.adapter)
 
@@ -143,8 +143,8 @@ def test_the_transfer_reads_both_models_as_they_stood_and_spares_the_optimizer()
 def test_the_adapter_follows_its_cotangent(update):
     """The adapter's step is the vjp of the transfer at dL/dT', or at T' minus the target after its step."""
     optimizer = optax.sgd(0.5)  # So that the step shows the gradient.
-    state = helpers.initial_state(LPKA, adapter_optimizer=optimizer)
-    step = helpers.joint_step(LPKA, cycle=1, update=update, adapter_optimizer=optimizer)
+    state = helpers.initial_state(OPERATORS, adapter_optimizer=optimizer)
+    step = helpers.joint_step(OPERATORS, cycle=1, update=update, adapter_optimizer=optimizer)
     ((after, metrics),) = run(step, state, 1)
 
     batch = helpers.batches(0)["target"]
@@ -153,7 +153,7 @@ def test_the_adapter_follows_its_cotangent(update):
     @jax.jit
     def expected(adapter):
         def merge(adapter):
-            return LPKA.apply(adapter, state.source.params, state.target.params, key=transfer_key)
+            return OPERATORS.apply(adapter, state.source.params, state.target.params, key=transfer_key)
 
         def loss(adapter):
             task = helpers.task(helpers.TARGET)
@@ -172,8 +172,8 @@ def test_the_adapter_follows_its_cotangent(update):
 
 
 def test_a_frozen_source_never_changes_and_needs_no_batch():
-    state = helpers.initial_state(LPKA, frozen=True)
-    step = jax.jit(helpers.joint_step(LPKA, frozen=True, cycle=1))
+    state = helpers.initial_state(OPERATORS, frozen=True)
+    step = jax.jit(helpers.joint_step(OPERATORS, frozen=True, cycle=1))
     after, metrics = step(state, {"target": helpers.batch(0)})
     chex.assert_trees_all_equal(after.source, state.source)
     assert not any(name.startswith("source/") for name in metrics)

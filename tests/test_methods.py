@@ -56,6 +56,7 @@ def test_distillation_on_mixed_images_is_that_of_their_logits():
     assert float(loss) == pytest.approx(float((0.1 * labelled + 0.9 * 16 * divergence).mean()), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_control_itself_reads_the_target_alone():
     found = methods("itself", "no_source")
     scenario = cross_structure.build(replace(SMOKE, methods=("vanilla",)))

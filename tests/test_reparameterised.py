@@ -7,7 +7,7 @@ import pytest
 import merge_jax as mj
 from tests import helpers
 
-LPKA = mj.linear_operator_transfer(helpers.ROUTES)
+OPERATORS = mj.linear_operator_transfer(helpers.ROUTES)
 OPTIMIZER = optax.sgd(0.5)  # So that a step shows the gradient.
 
 
@@ -18,16 +18,19 @@ def step_of(transfer, *, frozen=False):
 
 def test_one_backward_pass_moves_target_and_adapter():
     """Against the gradient of the loss of what `bake` gives, with the step's own keys."""
-    state = helpers.initial_state(LPKA, adapter_optimizer=OPTIMIZER)
-    (state, _), batches = jax.jit(step_of(LPKA))(state, helpers.batches(0)), helpers.batches(1)  # The gate is open now.
-    after, metrics = jax.jit(step_of(LPKA))(state, batches)
+    state = helpers.initial_state(OPERATORS, adapter_optimizer=OPTIMIZER)
+    (state, _), batches = (
+        jax.jit(step_of(OPERATORS))(state, helpers.batches(0)),
+        helpers.batches(1),
+    )  # The gate is open now.
+    after, metrics = jax.jit(step_of(OPERATORS))(state, batches)
     _, target_key, transfer_key = jax.random.split(jax.random.fold_in(state.key, 1), 3)
     task = helpers.task(helpers.TARGET)
 
     @jax.jit
     @jax.value_and_grad
     def loss(both):
-        merged = LPKA.apply(both[0], state.source.params, both[1], key=transfer_key)
+        merged = OPERATORS.apply(both[0], state.source.params, both[1], key=transfer_key)
         return task.loss_fn(merged, state.target.model_state, batches["target"], target_key)[0]
 
     value, (of_adapter, of_target) = loss((state.adapter.params, state.target.params))
@@ -40,30 +43,32 @@ def test_one_backward_pass_moves_target_and_adapter():
 
 
 def test_the_source_learns_as_in_the_joint_step_and_metrics_have_the_same_names():
-    state = helpers.initial_state(LPKA, adapter_optimizer=OPTIMIZER)
-    after, metrics = jax.jit(step_of(LPKA))(state, helpers.batches(0))
-    joint, joint_metrics = jax.jit(helpers.joint_step(LPKA, adapter_optimizer=OPTIMIZER))(state, helpers.batches(0))
+    state = helpers.initial_state(OPERATORS, adapter_optimizer=OPTIMIZER)
+    after, metrics = jax.jit(step_of(OPERATORS))(state, helpers.batches(0))
+    joint, joint_metrics = jax.jit(helpers.joint_step(OPERATORS, adapter_optimizer=OPTIMIZER))(
+        state, helpers.batches(0)
+    )
     chex.assert_trees_all_close(after.source, joint.source, atol=1e-6)
     assert metrics.keys() == joint_metrics.keys()
     assert int(after.step) == 1
 
 
 def test_baking_gives_plain_parameters_and_changes_no_output():
-    state = helpers.initial_state(LPKA, frozen=True, adapter_optimizer=OPTIMIZER)
-    step = jax.jit(step_of(LPKA, frozen=True))
+    state = helpers.initial_state(OPERATORS, frozen=True, adapter_optimizer=OPTIMIZER)
+    step = jax.jit(step_of(OPERATORS, frozen=True))
     for i in range(3):
         state, _ = step(state, {"target": helpers.batch(i)})
-    baked = mj.bake(LPKA, state)
+    baked = mj.bake(OPERATORS, state)
     chex.assert_trees_all_equal_shapes_and_dtypes(baked, state.target.params)
-    expected = LPKA.apply(state.adapter.params, state.source.params, state.target.params)
+    expected = OPERATORS.apply(state.adapter.params, state.source.params, state.target.params)
     chex.assert_trees_all_equal(baked, expected)
     # What the transfer makes was never written into the target.
     assert np.abs(baked["hidden"]["kernel"] - state.target.params["hidden"]["kernel"]).max() > 1e-3
 
 
 def test_a_gradient_step_lowers_the_loss_of_the_baked_target():
-    state = helpers.initial_state(LPKA, frozen=True)
-    step = jax.jit(mj.make_reparameterised_step(None, helpers.task(helpers.TARGET), LPKA))
+    state = helpers.initial_state(OPERATORS, frozen=True)
+    step = jax.jit(mj.make_reparameterised_step(None, helpers.task(helpers.TARGET), OPERATORS))
     losses = []
     for _ in range(20):
         state, metrics = step(state, {"target": helpers.batch(0)})
@@ -72,8 +77,8 @@ def test_a_gradient_step_lowers_the_loss_of_the_baked_target():
 
 
 def test_a_step_and_a_state_of_different_sources_are_refused():
-    state = helpers.initial_state(LPKA, adapter_optimizer=OPTIMIZER)
+    state = helpers.initial_state(OPERATORS, adapter_optimizer=OPTIMIZER)
     with pytest.raises(ValueError, match="the step was made with a frozen source"):
-        jax.eval_shape(step_of(LPKA, frozen=True), state, helpers.batches(0))
+        jax.eval_shape(step_of(OPERATORS, frozen=True), state, helpers.batches(0))
     with pytest.raises(ValueError, match="batches must hold one for 'source'"):
-        jax.eval_shape(step_of(LPKA), state, {"target": helpers.batch(0)})
+        jax.eval_shape(step_of(OPERATORS), state, {"target": helpers.batch(0)})

@@ -9,7 +9,7 @@ import merge_jax as mj
 from merge_jax.seeds import stack_arrays
 from tests import helpers
 
-TRANSFER = mj.lpka_transfer(helpers.ROUTES, num_layers=1, num_heads=2, output="official")
+TRANSFER = mj.linear_operator_transfer(helpers.ROUTES)
 SEEDS, STEPS = 3, 4
 
 

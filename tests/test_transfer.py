@@ -315,7 +315,7 @@ def test_memory_does_not_grow_with_rows_times_columns():
 def test_transfers_can_be_copied_and_sent_to_another_process():
     """As engines that ship functions to workers do; the copy transfers what the original does."""
     source, target = {"w": jnp.arange(6.0).reshape(2, 3)}, {"w": jnp.zeros((2, 3))}
-    gated = mj.lpka_transfer({"w": "w"}, num_layers=1, num_heads=1, gate=optax.constant_schedule(0.5))
+    gated = mj.scheduled(mj.linear_operator_transfer({"w": "w"}), optax.constant_schedule(0.5))
     for transfer in (mj.identity_transfer(), mj.share_transfer({"w": "w"}), gated):
         for copied in (copy.copy(transfer), copy.deepcopy(transfer)):
             assert type(copied) is type(transfer)

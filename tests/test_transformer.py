@@ -243,6 +243,7 @@ def test_a_text_classifier_learns_as_the_librarys_classifiers_do():
     assert losses[-1] < 0.1
 
 
+@pytest.mark.slow
 def test_attention_moves_from_a_question_model_to_a_sentiment_model():
     source_model = models.SpanExtractor(models.small_bert(20, separator=SEP))
     target_model = models.TextClassifier(models.small_distilbert(20, separator=SEP), 2, "relu")

@@ -237,6 +237,7 @@ def test_an_image_classifier_learns_where_a_patch_is():
     assert losses[-1] < 0.1
 
 
+@pytest.mark.slow
 def test_attention_moves_between_images_and_texts():
     of_images = models.ImageClassifier(models.small_vit(SIZE, PATCH), 3)
     of_texts = models.TextClassifier(models.small_distilbert(20, separator=3), 2, "relu")
