@@ -305,7 +305,7 @@ def _leaf(route: ResolvedRoute, source_wiring: Wiring, target_wiring: Wiring, pa
             why = _bound("target", of_target, target_wiring) or _bound("source", of_source, source_wiring)
             raise ValueError(
                 f"{target!r} has {sizes[0]} entries along axis {t}, {source!r} has {sizes[1]} along axis {s}; {why}: "
-                "nothing says which to choose. Leave out the route, or give it rows=Rows.by_name(source_names, "
+                "nothing says which to choose. Leave out the route, or give it rows=mj.Rows.by_name(source_names, "
                 "target_names)"
             )
         axes.append(_Axis(t, s, pair, around, contracted, t not in target_wiring.both[target], sizes))

@@ -59,7 +59,12 @@ class Rejections:
         self._rejected = self._rejected + rejected
         self._written = self._written + np.asarray(sums["adapter/transferred"])
         if self._first is None and rejected.sum():
-            norm, before = (float(np.sum(sums[f"adapter/{name}"]) / rejected.sum()) for name in ("norm", "norm_before"))
+            # Of the seeds that had no transfer of another kind, whose norms would be in the sums.
+            alone = (rejected > 0) & (np.asarray(sums["adapter/transferred"]) == 0)
+            norm, before = (
+                float(np.sum(np.where(alone, sums[f"adapter/{name}"], 0)) / max(1, np.sum(rejected, where=alone)))
+                for name in ("norm", "norm_before")
+            )
             self._first = (step - count, step - 1, norm, before)
 
     def warn(self) -> None:
@@ -99,6 +104,8 @@ class Skips:
         for name, skipped in sums.items():
             if not name.endswith(_SKIPPED):
                 continue
+            if name == "adapter/skipped":  # A transfer that is rejected leaves nothing to learn, and is no fault.
+                skipped = np.asarray(skipped) - np.asarray(sums.get("adapter/rejected", 0))
             before = self._in_a_row.get(name, np.zeros(np.shape(skipped)))
             self._in_a_row[name] = np.where(np.asarray(skipped) >= count, before + count, 0)
             worst = int(np.max(self._in_a_row[name]))

@@ -143,8 +143,8 @@ def init_joint_state(
     if writes(transfer) and holds_parameters(target.optimizer, target_params):
         warnings.warn(
             "the target's optimizer keeps parameters of its own beside the target's (as schedule-free ones, COCOB, DoG "
-            "and Prodigy do): it may take back what a transfer writes, or be led astray by it. Take another, or "
-            "make_reparameterised_step, which writes nothing",
+            "and Prodigy do): it may take back what a transfer writes, or be led astray by it. Take another "
+            "optimizer, or a residual transfer in make_reparameterised_step, which writes nothing",
             stacklevel=2,
         )
     adapter_optimizer = adapter_optimizer or adapter_adamw()
@@ -155,7 +155,9 @@ def init_joint_state(
 
     def train_state(task: Task | None, params: Params, model_state: ModelState) -> TrainState:
         params, model_state = jax.tree.map(_copy, (params, model_state or {}))
-        return TrainState(params, model_state, task.optimizer.init(params) if task else None)
+        # Copied too: some optimizers keep the parameters themselves, or one array twice, and neither can be donated.
+        opt_state = jax.tree.map(_copy, task.optimizer.init(params)) if task else None
+        return TrainState(params, model_state, opt_state)
 
     return JointState(
         step=jnp.zeros((), jnp.int32),
@@ -316,11 +318,17 @@ def learn(
     def loss_fn(params: Params) -> tuple[jax.Array, tuple[ModelState, Metrics]]:
         return task.loss_fn(params, state.model_state, batch, key)
 
+    def value_fn(params: Params) -> jax.Array:
+        if axis_name is None:
+            return loss_fn(params)[0]
+        # Of the whole batch, and with a gradient of it: or each device would search a line of its own.
+        return lax.pmean(loss_fn(lax.pmean(params, axis_name))[0], axis_name)
+
     outcome = jax.value_and_grad(loss_fn, has_aux=True)(params)
     if axis_name is not None:
         outcome = lax.pmean(outcome, axis_name)
     (loss, (model_state, metrics)), grads = outcome
-    updates, opt_state = optimizer_update(task.optimizer, grads, state.opt_state, params, loss, lambda p: loss_fn(p)[0])
+    updates, opt_state = optimizer_update(task.optimizer, grads, state.opt_state, params, loss, value_fn)
     # The gradient, since an optimizer may make a number of an infinite one, as by its sign; the update, since it may
     # make NaN of a finite one.
     ok = all_finite(loss, pack(grads), pack(updates))
@@ -401,8 +409,9 @@ def adapter_metrics(
 
 
 def _norm(tree: Any) -> jax.Array:
-    """Returns the norm of all leaves that are floats: a frozen source may have others too."""
-    return optax.tree.norm([leaf for leaf in jax.tree.leaves(pack(tree)) if jnp.issubdtype(leaf.dtype, jnp.inexact)])
+    """Returns the norm of all leaves that are floats, in float32: a frozen source may have others too."""
+    leaves = [leaf for leaf in jax.tree.leaves(pack(tree)) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return optax.tree.norm([leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)) for leaf in leaves])
 
 
 def _as_float32(x: jax.Array) -> jax.Array:

@@ -8,7 +8,8 @@ __all__ = ["is_patch_kernel", "is_table", "matrix_spec"]
 
 _VECTORS = {"bias", "scale", "offset", "gamma", "beta"}
 _KERNELS = {"kernel", "weight", "w"}
-_TABLES = {"embed", "embedding", "embeddings", "embedder", "emb", "wte", "wpe", "table"}
+_TABLES = {"embed", "embedding", "embeddings", "embedder", "emb", "wte", "wpe", "table", "encoding"}
+_DENSE = {"proj", "project", "projection", "linear", "mapping", "decoder"}
 _PATCHES = re.compile(r"patch(es|ify)?(_?(embed(ding|dings|der|s)?|proj(ection)?|conv|linear|dense|stem))*(_?[0-9]+)?")
 
 # A leaf of rank 4 with a square window needs no name of a convolution, unless one of these says what else it is.
@@ -92,12 +93,14 @@ def is_table(path: str, shape: tuple[int, ...]) -> bool:
     By its name (`embedding`, `embeddings`, `pos_embed`, `relative_position_bias_table`), or as the `weight` in a module
     of such a name (`word_embeddings/weight`, `wte/weight`); `[n, d]`, or `[1, n, d]` and `[1, h, w, d]`.
     """
-    *_, parent, name = ("", *path.split("/"))
+    *modules, name = path.split("/")
+    parent = ("", *_named(modules))[-1]
     if len(shape) < 2 or (len(shape) > 2 and shape[0] != 1):
         return False
     if name == "weight":
-        return len(shape) == 2 and _has(parent, _TABLES) and not _PATCHES.fullmatch(parent.lower())
-    return name not in _KERNELS and _has(name, _TABLES) and not _has(name, {"proj", "projection", "linear"})
+        is_dense = _PATCHES.fullmatch(parent.lower()) or _has(parent, _DENSE)
+        return len(shape) == 2 and _has(parent, _TABLES) and not is_dense
+    return name not in _KERNELS and _has(name, _TABLES) and not _has(name, _DENSE)
 
 
 def is_patch_kernel(path: str, shape: tuple[int, ...]) -> bool:

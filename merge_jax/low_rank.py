@@ -19,6 +19,7 @@ _OVERSAMPLING = 8
 _POWER_ITERATIONS = 2
 # Of a matrix of some dozen rows: directions whose singular values are a tenth apart are told apart to 1e-3.
 _ROTATIONS = 32
+_FEW_ROWS = 96
 
 
 def row_basis(matrix: jax.Array, rank: int) -> jax.Array:
@@ -48,14 +49,18 @@ def row_basis(matrix: jax.Array, rank: int) -> jax.Array:
 def _leading_directions(rows: jax.Array) -> jax.Array:
     """Returns the left singular vectors of a few rows `[k, n]`, `[k, k]`, in falling order of singular values.
 
-    By orthogonal iteration, and not by an eigendecomposition, which accelerators are slow at and compile for long.
+    By orthogonal iteration, and not by an eigendecomposition, which accelerators are slow at and compile for long, up
+    to 96 rows.
     """
     rows = _scaled(rows)
     gram = _product(rows, rows.T)
+    if len(rows) > _FEW_ROWS:  # There, one decomposition costs less than so many of another kind.
+        return jnp.linalg.eigh(gram)[1][:, ::-1]
     # Scaled each time, so that directions of small singular values neither vanish nor come out as they went in.
-    return lax.fori_loop(
-        0, _ROTATIONS, lambda _, q: _orthonormal(_product(gram, q)), jnp.eye(len(rows), dtype=rows.dtype)
-    )
+    start = jnp.eye(len(rows), dtype=rows.dtype)
+    found = lax.fori_loop(0, _ROTATIONS, lambda _, q: _orthonormal(_product(gram, q)), start)
+    # Directions of nearly equal singular values may not have changed places yet.
+    return found[:, jnp.argsort(-jnp.sum(jnp.square(_product(found.T, rows)), axis=1))]
 
 
 def _product(a: jax.Array, b: jax.Array) -> jax.Array:

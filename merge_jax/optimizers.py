@@ -1,7 +1,8 @@
 """Optimizers: the adapter's own, and what the joint step asks of those of the models."""
 
+import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -56,9 +57,12 @@ def optimizer_update(
     Raises:
       ValueError: it asks for more, or for parameters of its own.
     """
-    extended = optax.with_extra_args_support(optimizer)
+    extra = {"value": value, "grad": grads, "value_fn": value_fn}
+    parameters = inspect.signature(optimizer.update).parameters
+    if not any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values()):
+        extra = {name: one for name, one in extra.items() if name in parameters}
     try:
-        return extended.update(grads, opt_state, params, value=value, grad=grads, value_fn=value_fn)
+        return optimizer.update(grads, opt_state, params, **extra)
     except (AttributeError, TypeError) as error:
         raise ValueError(
             "the optimizer cannot update these parameters from gradients, parameters and the loss alone "
@@ -72,9 +76,24 @@ def holds_parameters(optimizer: optax.GradientTransformation, params: Params) ->
     Then it keeps parameters, or distances to them, beside the model's: what is written into the model from outside, as
     by a transfer, does not reach these. Seen from the trace of its `init`, without computing it.
     """
-    jaxpr = jax.make_jaxpr(optimizer.init)(params).jaxpr
-    reached = set(jaxpr.invars)
+    try:
+        jaxpr = jax.make_jaxpr(optimizer.init)(params).jaxpr
+    except TypeError:  # It looks at values, which a trace does not have: nothing can be said.
+        return False
+    return any(_reached(jaxpr, [True] * len(jaxpr.invars)))
+
+
+def _reached(jaxpr: Any, from_inputs: Sequence[bool]) -> list[bool]:
+    """Returns which outputs of a program depend on the values of the inputs that are marked."""
+    reached = {var for var, marked in zip(jaxpr.invars, from_inputs, strict=True) if marked}
+
+    def marks(variables: Sequence[Any]) -> list[bool]:
+        return [isinstance(var, core.Var) and var in reached for var in variables]
+
     for eqn in jaxpr.eqns:
-        if any(isinstance(var, core.Var) and var in reached for var in eqn.invars):
-            reached.update(eqn.outvars)
-    return any(isinstance(var, core.Var) and var in reached for var in jaxpr.outvars)
+        inner = eqn.params.get("jaxpr") if eqn.primitive.name in ("jit", "pjit") else None
+        outputs = (
+            [any(marks(eqn.invars))] * len(eqn.outvars) if inner is None else _reached(inner.jaxpr, marks(eqn.invars))
+        )
+        reached.update(var for var, marked in zip(eqn.outvars, outputs, strict=True) if marked)
+    return marks(jaxpr.outvars)

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Self
 
@@ -19,6 +19,8 @@ __all__ = ["Arrangement", "Rows", "RowsByNumber", "arranged_ends"]
 
 RowsByNumber = Literal["first"]
 """Row `i` from row `i`, as far as both sides have one."""
+
+Names = Sequence[str] | Mapping[str, int]
 
 End = Sequence[tuple[str, tuple[int, ...], MatrixSpec]]
 """The leaves at one end of a route: path, shape, and how each is a matrix."""
@@ -48,20 +50,22 @@ class Rows:
     along_inputs: bool = False
 
     @classmethod
-    def by_name(cls, source: Sequence[str], target: Sequence[str]) -> Self:
+    def by_name(cls, source: Names, target: Names) -> Self:
         """Returns the rows of one name: a row of the target is the source's row of its name, if there is one.
 
         >>> Rows.by_name(["the", "cat", "sat"], ["a", "cat", "the"]).made
         (1, 2)
 
         Args:
-          source: names of the source's rows, in their order: tokens, labels.
+          source: names of the source's rows, in their order, or their numbers by name, as a tokenizer's vocabulary has
+            them.
           target: the same of the target's.
 
         Raises:
-          ValueError: a name that stands twice on one side, or no name in common.
+          ValueError: a name that stands twice on one side, numbers that are not 0, 1, ..., or no name in common.
         """
         places: list[dict[str, int]] = []
+        source, target = _in_order("source", source), _in_order("target", target)
         for role, names in (("source", source), ("target", target)):
             places.append({name: i for i, name in enumerate(names)})
             if len(places[-1]) < len(names):
@@ -143,6 +147,17 @@ class Rows:
     def _of_matrix(cls, matrix: np.ndarray, *, along_inputs: bool = False) -> Self:
         parts = tuple(tuple((int(s), float(row[s])) for s in np.flatnonzero(row)) for row in matrix)
         return cls(tuple(range(len(matrix))), parts, matrix.shape, along_inputs)  # type: ignore[arg-type]
+
+
+def _in_order(role: str, names: Names) -> Sequence[str]:
+    """Returns names in the order of their rows."""
+    if not isinstance(names, Mapping):
+        return names
+    if sorted(names.values()) != list(range(len(names))):
+        raise ValueError(
+            f"the rows of the {role} must be numbered 0 to {len(names) - 1}, each once; give a list of names"
+        )
+    return sorted(names, key=names.__getitem__)
 
 
 def _check_sizes(axes: str, **of_roles: Sequence[int]) -> None:
@@ -273,12 +288,13 @@ def _unlike(target: End, source: End, of_target: _NamedRows, of_source: _NamedRo
     (path, *_), (source_path, *_) = target[0], source[0]
     if of_target.kind == "rows":
         how = (
-            "rows=Rows.by_name(source_names, target_names) for words, rows=Rows.of_grids(source_grid, target_grid) for "
-            "places in images, or rows='first' for row i from row i, as positions in a text have it"
+            "rows=mj.Rows.by_name(source_names, target_names) for words, "
+            "rows=mj.Rows.of_grids(source_grid, target_grid) "
+            "for places in images, or rows='first' for row i from row i, as positions in a text have it"
         )
     else:
         how = (
-            "rows=Rows.of_patches(source_patch, target_patch), each (height, width, channels), or rows='first' for "
+            "rows=mj.Rows.of_patches(source_patch, target_patch), each (height, width, channels), or rows='first' for "
             "pixel i from pixel i"
         )
     counts = ["x".join(map(str, sizes)) for _, sizes in (of_target, of_source)]
@@ -302,9 +318,10 @@ def _arranged(rows: Rows, target: _Along, source: _Along) -> tuple[Arrangement |
     (path, shape, axes), (source_path, source_shape, source_axes) = target, source
     found = tuple(math.prod(of[axis] for axis in along) for of, along in ((shape, axes), (source_shape, source_axes)))
     if found != rows.counts:
+        swapped = "; names of the source come first" if found == rows.counts[::-1] else ""
         raise ValueError(
             f"give rows of {found[0]} from {found[1]}, as many as {path!r} and {source_path!r} have, not of "
-            f"{rows.counts[0]} from {rows.counts[1]}"
+            f"{rows.counts[0]} from {rows.counts[1]}{swapped}"
         )
     _check_layouts(target, source)
     made, complete = set(rows.made), len(rows.made) == found[0]

@@ -1,5 +1,6 @@
 """Which steps of a run transfer."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,5 +95,8 @@ class TransferSteps:
         with jax.ensure_compile_time_eval():  # A schedule may be written in jax.numpy, and this may be traced.
             while step < until:
                 transfers[step] = True
-                step += max(1, round(float(jnp.asarray(cycle(step)))))
+                steps = float(jnp.asarray(cycle(step)))
+                if math.isnan(steps):
+                    raise ValueError(f"the cycle must be a number of steps, got {steps} at step {step}")
+                step += self.num_steps if math.isinf(steps) else max(1, round(steps))
         return transfers

@@ -1,4 +1,5 @@
 import contextlib
+import gc
 import itertools
 import os
 import time
@@ -13,6 +14,10 @@ COMPILED = Path(__file__).parent.parent / ".pytest_cache" / "d" / "compiled"
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(COMPILED)
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+
+# Tracing makes millions of objects that live on: to look at them again and again took Python's collector a fifth of the
+# time.
+gc.set_threshold(100_000, 50, 1000)
 
 # ruff: noqa: E402
 import jax

@@ -276,3 +276,12 @@ def test_leaves_that_are_not_finite_are_named():
     check_finite("the source", {"a": {"w": jnp.ones(3)}, "b": jnp.arange(2)})
     with pytest.raises(ValueError, match=r"^the source has numbers that are not finite in a/w, b$"):
         check_finite("the source", {"a": {"w": jnp.ones(3).at[1].set(jnp.nan)}, "b": jnp.float32(jnp.inf)})
+
+
+def test_transfers_that_are_rejected_are_no_faults_of_the_adapter():
+    skips = Skips(3)
+    for step in range(9):
+        skips.see({"adapter/skipped": 1.0, "adapter/rejected": 1.0}, 1, step)
+    with pytest.raises(NumericFaultError, match="of the adapter was not finite in the last 3 steps"):
+        for step in range(3):
+            skips.see({"adapter/skipped": 1.0, "adapter/rejected": 0.0}, 1, step)

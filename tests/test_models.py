@@ -290,6 +290,8 @@ def test_a_start_is_that_of_the_models_own_init():
     chex.assert_trees_all_close(mj.models.initialize(model, jax.random.key(3), images), expected, rtol=1e-5)
     inside = jax.jit(lambda key: mj.models.initialize(model, key, images))(jax.random.key(3))
     chex.assert_trees_all_close(inside, expected, rtol=1e-5)
+    closed_over = jax.jit(lambda: mj.models.initialize(model, jax.random.key(3), images))()
+    chex.assert_trees_all_close(closed_over, expected, rtol=1e-5)
     shapes = jax.eval_shape(lambda key: mj.models.initialize(model, key, images), jax.random.key(3))
     assert jax.tree.map(lambda leaf: leaf.shape, shapes) == jax.tree.map(lambda leaf: leaf.shape, expected)
     assert not np.array_equal(

@@ -69,7 +69,7 @@ REFUSING = {
 def test_words_are_not_matched_by_their_number(name):
     transfer = REFUSING[name]({PATH: PATH})
     with pytest.raises(
-        ValueError, match=r"^give Route\('word/embedding', .*\) rows=Rows.by_name.* has 6 rows, .* 5, and"
+        ValueError, match=r"^give Route\('word/embedding', .*\) rows=mj.Rows.by_name.* has 6 rows, .* 5, and"
     ):
         transfer.init(jax.random.key(0), SOURCE, TARGET)
 
@@ -117,7 +117,7 @@ def test_grids_are_resampled_as_images_and_the_class_token_stays(source, target)
 
     trees = positions(*source, 5), positions(*target, 3)
     path = "position/embedding"
-    with pytest.raises(ValueError, match=r"rows=Rows\.of_grids"):
+    with pytest.raises(ValueError, match=r"rows=mj\.Rows\.of_grids"):
         mj.share_transfer({path: path}).apply({}, *trees)
     transfer = mj.share_transfer(route(mj.Rows.of_grids(source, target, leading=1), path))
     merged = transfer.apply({}, *trees)["position"]["embedding"]
@@ -145,7 +145,7 @@ def test_patches_of_other_channels_are_refused(path):
         return leaf
 
     with pytest.raises(
-        ValueError, match=rf"^give Route\('{path}', .*rows=Rows\.of_patches.* pixels, .* no number says"
+        ValueError, match=rf"^give Route\('{path}', .*rows=mj\.Rows\.of_patches.* pixels, .* no number says"
     ):
         mj.share_transfer({path: path}).apply({}, tree(3), tree(1))
     mj.share_transfer({path: path}).apply({}, tree(3), tree(3))
@@ -283,3 +283,11 @@ def test_rows_that_do_not_fit_are_refused(given, message):
     }
     with pytest.raises(ValueError, match=message):
         mj.share_transfer(given).apply({}, source, {**TARGET, **shared})
+
+
+def test_names_may_be_a_vocabulary_in_any_order():
+    """As a tokenizer's get_vocab gives it: numbers by name."""
+    listed = mj.Rows.by_name(["the", "cat", "sat"], ["a", "cat", "the"])
+    assert mj.Rows.by_name({"sat": 2, "the": 0, "cat": 1}, {"the": 2, "a": 0, "cat": 1}) == listed
+    with pytest.raises(ValueError, match="the rows of the source must be numbered 0 to 1, each once"):
+        mj.Rows.by_name({"the": 0, "cat": 2}, ["the"])

@@ -75,3 +75,9 @@ def test_what_makes_no_sense_is_refused(options, message):
 def test_a_count_needs_the_length_of_the_run():
     with pytest.raises(ValueError, match="depends on the length of the run: give num_steps"):
         mj.TransferSteps(2).count()
+
+
+def test_a_cycle_that_is_no_number_is_refused_and_one_without_end_is_the_last():
+    with pytest.raises(ValueError, match="the cycle must be a number of steps, got nan at step 0"):
+        mj.TransferSteps(lambda step: float("nan"), 1.0, 4).count()
+    assert steps_of(mj.TransferSteps(lambda step: float("inf"), 1.0, 4), 4) == [0]

@@ -114,3 +114,34 @@ def test_a_frozen_source_may_have_leaves_that_are_no_floats():
     )
     _, metrics = mj.make_joint_step(None, task, SHARE)(state, {"target": {}})
     assert metrics["adapter/transferred"] == 1
+
+
+def test_an_optimizer_gets_what_it_asks_for_and_no_more():
+    """SAM takes no loss; it learns as any other."""
+    state, step = begun(contrib.sam(optax.sgd(0.1), optax.sgd(0.1)), mj.identity_transfer())
+    losses = []
+    for _ in range(6):
+        state, metrics = step(state, {"target": {}})
+        losses.append(float(metrics["target/loss"]))
+    assert losses[-1] < losses[0]
+
+
+def test_what_an_init_computes_inside_is_looked_into_and_what_it_cannot_trace_is_let_be():
+    adam = optax.adam(0.1)
+    assert not holds_parameters(optax.GradientTransformation(jax.jit(adam.init), adam.update), PARAMS)
+    cocob = contrib.cocob()
+    assert holds_parameters(optax.GradientTransformation(jax.jit(cocob.init), cocob.update), PARAMS)
+    reads = optax.GradientTransformation(lambda params: float(jnp.sum(params["w"])), adam.update)
+    assert not holds_parameters(reads, PARAMS)
+
+
+@pytest.mark.parametrize("name", ["lbfgs", "cocob"])
+@pytest.mark.filterwarnings("ignore:the target's optimizer keeps parameters")
+def test_a_state_of_any_optimizer_can_be_donated(name):
+    optimizer = {**PLAIN, **HOLDING}[name]
+    task, same = mj.Task(loss_fn, optimizer), mj.identity_transfer()
+    params = {"w": jnp.ones(3)}
+    state = mj.init_joint_state(jax.random.key(0), None, task, same, source_params={}, target_params=params)
+    step = jax.jit(mj.make_joint_step(None, task, same), donate_argnums=0)
+    state, _ = step(state, {"target": {}})
+    assert np.isfinite(np.asarray(state.target.params["w"])).all()

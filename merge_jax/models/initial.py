@@ -6,6 +6,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jax.core import Tracer
 
 __all__ = ["compiled_once", "initialize"]
@@ -23,12 +24,21 @@ def initialize(model: nn.Module, key: jax.Array, *inputs: Any) -> dict[str, Any]
       key: consumed.
       inputs: as its call has them; only their shapes matter to parameters.
     """
-    return _init(model)(key, *inputs)
+    # Flags and names are part of the program.
+    arrays = [one for one in inputs if not isinstance(one, (bool, str, type(None)))]
+    fixed = tuple((i, one) for i, one in enumerate(inputs) if isinstance(one, (bool, str, type(None))))
+    return _init(model, fixed)(key, *arrays)
 
 
 @functools.lru_cache(maxsize=16)
-def _init(model: nn.Module) -> Callable[..., Any]:
-    return compiled_once(model.init)
+def _init(model: nn.Module, fixed: tuple[tuple[int, Any], ...]) -> Callable[..., Any]:
+    def init(key: jax.Array, *arrays: Any) -> Any:
+        inputs = list(arrays)
+        for i, one in fixed:
+            inputs.insert(i, one)
+        return model.init(key, *inputs)
+
+    return compiled_once(init)
 
 
 def compiled_once(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -39,8 +49,8 @@ def compiled_once(fn: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(fn)
     def call(*inputs: Any) -> Any:
-        # Inside another program there is nothing to compile apart, and JAX takes no options there.
-        traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(inputs))
-        return fn(*inputs) if traced else jitted(*inputs)
+        # Inside another program, where all that is made is traced, there is nothing to compile apart, and JAX takes no
+        # options.
+        return fn(*inputs) if isinstance(jnp.zeros(()), Tracer) else jitted(*inputs)
 
     return call
