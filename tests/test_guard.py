@@ -283,5 +283,4 @@ def test_transfers_that_are_rejected_are_no_faults_of_the_adapter():
     for step in range(9):
         skips.see({"adapter/skipped": 1.0, "adapter/rejected": 1.0}, 1, step)
     with pytest.raises(NumericFaultError, match="of the adapter was not finite in the last 3 steps"):
-        for step in range(3):
-            skips.see({"adapter/skipped": 1.0, "adapter/rejected": 0.0}, 1, step)
+        skips.see({"adapter/skipped": 3.0, "adapter/rejected": 0.0}, 3, 12)
