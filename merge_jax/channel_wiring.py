@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.extend import core
 
 from merge_jax.paths import flatten, near_misses
@@ -214,7 +215,9 @@ def _moments(value: jax.Array, axes: tuple[int, ...], around: tuple[int, ...] = 
     rest = [axis for axis in range(value.ndim) if axis not in (*around, *axes)]
     rows = value.transpose(*rest, *around, *axes).astype(jnp.float32)
     rows = rows.reshape(-1, *map(math.prod, sizes))
-    return jnp.einsum("nam,nak->amk", rows, rows).reshape(*sizes[0], *sizes[1], *sizes[1]) / rows.shape[0]
+    # The highest precision: alignment solves for what is left of them.
+    moments = jnp.einsum("nam,nak->amk", rows, rows, precision=lax.Precision.HIGHEST)
+    return moments.reshape(*sizes[0], *sizes[1], *sizes[1]) / rows.shape[0]
 
 
 class _Trace:
