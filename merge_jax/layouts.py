@@ -24,21 +24,21 @@ _LARGEST_WINDOW = 16
 def matrix_spec(path: str, shape: tuple[int, ...]) -> MatrixSpec:
     """Returns the spec of a leaf in the layout of Flax, Haiku, Keras, torch or Equinox, by its path and its shape.
 
-    ===================================  ==================================  =========  ===================
-    leaf                                 shape                               rows       columns
-    ===================================  ==================================  =========  ===================
-    bias, scale, offset                  `[out]`, `[1, out]`, `[out, 1, 1]`  1          out
-    bias of query, key, value            `[h, d]`                            1          h d
-    embedding, embeddings, pos_embed     `[tokens, d]`, `[1, tokens, d]`     tokens     d
-    attention query, key, value          `[in, h, d]`                        h d        in
-    attention out                        `[h, d, out]`                       out        h d
-    dense kernel                         `[in, out]`                         out        in
-    convolution (depthwise: in = 1)      `[*window, in, out]`                out        in x window
-    depthwise convolution of Keras       `[*window, c, m]`                   c m        window
-    transposed, Flax's `ConvTranspose`   `[*window, in, out]`                out        in x window
-    transposed, of Haiku and Keras       `[*window, out, in]`                out        in x window
-    weight (torch, Equinox)              `[out, in, *window]`                out        in x window
-    ===================================  ==================================  =========  ===================
+    =====================================  ========================================  ================  =================
+    leaf                                   shape                                     rows              columns
+    =====================================  ========================================  ================  =================
+    bias, scale, offset                    `[out]`, `[1, out]`, `[out, 1, 1]`        1                 out
+    bias of query, key, value              `[h, d]`                                  1                 h d
+    embedding, embeddings, pos_embed       `[tokens, d]`, `[1, tokens, d]`           tokens            d
+    attention query, key, value            `[in, h, d]`                              h d               in
+    attention out                          `[h, d, out]`                             out               h d
+    dense kernel                           `[in, out]`                               out               in
+    convolution (depthwise: in = 1)        `[*window, in, out]`                      out               in x window
+    depthwise convolution of Keras         `[*window, c, m]`                         c m               window
+    transposed, Flax's `ConvTranspose`     `[*window, in, out]`                      out               in x window
+    transposed, of Haiku and Keras         `[*window, out, in]`                      out               in x window
+    weight (torch, Equinox)                `[out, in, *window]`                      out               in x window
+    =====================================  ========================================  ================  =================
 
     A leaf is a torch weight where its name has the word `weight` (`weight`, `in_proj_weight`, `weight_ih_l0`), which
     no leaf of Flax or Haiku has. A torch embedding has its tokens as rows by that rule.
