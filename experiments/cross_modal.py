@@ -23,8 +23,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-import numpy as np
-
 import merge_jax as mj
 from experiments.architecture import Architecture
 from experiments.choices import ImageTextTaskName, TextTaskName
@@ -123,6 +121,8 @@ class Config(TaskConfig):
 
             check_text_weights(spec.weights, architecture.text, self.max_length, architecture.text_attributes)
         if spec.vision_weights is not None and self.image_size is not None:
+            import numpy as np
+
             from experiments.images import make_vision_encoder
             from experiments.texts import check_weights
 

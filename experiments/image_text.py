@@ -39,7 +39,6 @@ from merge_jax.data import (
     sort_of_clevr,
     take,
 )
-from merge_jax.models.initial import compiled_once
 from merge_jax.paths import near_misses
 from merge_jax.vqa_score import normalize_answer
 from merge_jax.weights import read_json
@@ -170,9 +169,9 @@ def image_text_learner(
         _check_ranks(f"--validation: {found.name} has, held out of its training images,", splits(0).validation)
         _check_ranks(f"{found.name} has to test on", parts.arrays[1])
 
-    @compiled_once
     def random_init(key: jax.Array) -> Any:
-        return module.init(key, jnp.zeros((1, *shape[1:])), jnp.ones((1, reading.max_length), jnp.int32))["params"]
+        inputs = np.zeros((1, *shape[1:]), np.float32), np.ones((1, reading.max_length), np.int32)
+        return mj.models.initialize(module, key, *inputs)["params"]
 
     weights = {"text_encoder": text_weights, "image_encoder": vision_weights}
     weights = {encoder: path for encoder, path in weights.items() if path is not None}

@@ -8,7 +8,6 @@ from types import MappingProxyType
 from typing import Any, get_args
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import merge_jax as mj
@@ -30,7 +29,6 @@ from merge_jax.data import (
     scene_shapes,
     split,
 )
-from merge_jax.models.initial import compiled_once
 from merge_jax.tasks import on_pixels
 from merge_jax.types import ModelApply
 
@@ -189,9 +187,8 @@ def make_role(
       augment: crop, mirror and rotate its training images at random.
     """
 
-    @compiled_once
     def init(key: jax.Array):
-        variables = model.init(key, jnp.zeros((1, *data.shape)))
+        variables = mj.models.initialize(model, key, np.zeros((1, *data.shape), np.float32))
         return variables["params"], {name: state for name, state in variables.items() if name != "params"}
 
     def few_labels(seed: int) -> Splits:

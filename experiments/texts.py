@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple, get_args
+from typing import Any, get_args
 
 import flax.linen as nn
 import jax
@@ -42,7 +42,6 @@ from merge_jax.data import (
     synthetic_topics,
 )
 from merge_jax.models.huggingface import Loaded, check_huggingface
-from merge_jax.models.initial import compiled_once
 from merge_jax.weights import leaf_paths
 
 __all__ = [
@@ -160,13 +159,6 @@ def words_of(texts: TextSet | QuestionSet) -> list[str]:
     return [*passages, *(question.question for question in texts.train)]
 
 
-class _Sizes(NamedTuple):
-    """What an encoder has of a vocabulary."""
-
-    vocab_size: int
-    separator: int
-
-
 def check_text_weights(
     path: Path, model: str, max_length: int, attributes: Mapping[str, Any], sizes: Path | None = None
 ) -> None:
@@ -174,11 +166,7 @@ def check_text_weights(
 
     What depends on the vocabulary is told once that is there.
     """
-    # Only names of leaves and the number of heads are looked at.
-    if sizes is None:
-        encoder = make_text_encoder(model, _Sizes(2, 1), max_length, attributes)
-    else:
-        encoder = _encoder_of(sizes, None, max_length, attributes, {})
+    encoder = make_text_encoder(model, None, max_length, attributes, sizes)
     check_weights(path, encoder, jnp.zeros((1, 1), jnp.int32))
 
 
@@ -199,7 +187,7 @@ def _told_as_weights() -> Iterator[None]:
 
 def make_text_encoder(
     model: str,
-    tokens: WordPiece | _Sizes,
+    tokens: WordPiece | None,
     max_length: int,
     attributes: Mapping[str, Any] = MappingProxyType({}),
     sizes: Path | None = None,
@@ -209,7 +197,7 @@ def make_text_encoder(
 
     Args:
       model: one of `TextModelName`.
-      tokens: the vocabulary.
+      tokens: the vocabulary; None where it is not known yet, for the names and shapes of all else.
       max_length: of a text, in tokens.
       attributes: of a small one, such as layers and width.
       sizes: the file or folder whose sizes it has, whatever the name.
@@ -220,40 +208,27 @@ def make_text_encoder(
         sizes, or has another vocabulary.
     """
     check_choice("text model", model, get_args(TextModelName))
+    name, of_small = (model, model.startswith("small_")) if sizes is None else (str(sizes), False)
+    if attributes and not of_small:
+        hint = "" if sizes is not None else ", or take a small model"
+        raise ValueError(f"{name} has sizes of its own: leave out {', '.join(attributes)}{hint}")
+    vocab_size, separator = (2, 1) if tokens is None else (tokens.vocab_size, tokens.separator)
     if sizes is not None:
-        return _encoder_of(sizes, tokens, max_length, attributes, options)
-    if model.startswith("small_"):
-        # As in vision: BERT's deviation of 0.02 is for its width of 768. A small encoder that starts so learns slowly,
-        # and gains from any larger numbers that are copied into it, those of an untrained source too.
-        options |= {"max_length": max_length, "kernel_init": nn.initializers.xavier_uniform(), **attributes}
-    elif attributes:
-        raise ValueError(f"{model} has sizes of its own: leave out {', '.join(attributes)}, or take a small model")
-    encoder = getattr(mj.models, model)(tokens.vocab_size, separator=tokens.separator, **options)
+        with _told_as_weights():
+            encoder = mj.models.text_encoder_of(sizes, separator=separator, **options)
+        if tokens is not None and encoder.vocab_size != vocab_size:
+            raise ValueError(
+                f"{sizes} has a vocabulary of {encoder.vocab_size} tokens, the texts are in one of {vocab_size}: "
+                "--vocabulary names the one that the weights were trained with"
+            )
+    else:
+        if of_small:
+            # As in vision: BERT's deviation of 0.02 is for its width of 768. A small encoder that starts so learns
+            # slowly, and gains from any larger numbers that are copied into it, those of an untrained source too.
+            options |= {"max_length": max_length, "kernel_init": nn.initializers.xavier_uniform(), **attributes}
+        encoder = getattr(mj.models, model)(vocab_size, separator=separator, **options)
     if max_length > encoder.max_length:
-        raise ValueError(f"max_length must be at most {encoder.max_length}, the positions of {model}, got {max_length}")
-    return encoder
-
-
-def _encoder_of(
-    path: Path,
-    tokens: WordPiece | _Sizes | None,
-    max_length: int,
-    attributes: Mapping[str, Any],
-    options: Mapping[str, Any],
-) -> mj.models.TextEncoder:
-    """Returns the encoder of a file's sizes; without a vocabulary, its own is not compared with it."""
-    if attributes:
-        raise ValueError(f"{path} has sizes of its own: leave out {', '.join(attributes)}")
-    separator = 1 if tokens is None else tokens.separator
-    with _told_as_weights():
-        encoder = mj.models.text_encoder_of(path, separator=separator, **options)
-    if tokens is not None and encoder.vocab_size != tokens.vocab_size:
-        raise ValueError(
-            f"{path} has a vocabulary of {encoder.vocab_size} tokens, the texts are in one of {tokens.vocab_size}: "
-            "--vocabulary names the one that the weights were trained with"
-        )
-    if max_length > encoder.max_length:
-        raise ValueError(f"max_length must be at most {encoder.max_length}, the positions of {path}, got {max_length}")
+        raise ValueError(f"max_length must be at most {encoder.max_length}, the positions of {name}, got {max_length}")
     return encoder
 
 
@@ -300,9 +275,8 @@ def text_learner(
     else:
         module = mj.models.TextClassifier(encoder, len(texts.classes), "tanh" if encoder.num_segments else "relu")
 
-    @compiled_once
     def random_init(key: jax.Array) -> Any:
-        return module.init(key, jnp.zeros((1, max_length), jnp.int32))["params"]
+        return mj.models.initialize(module, key, np.zeros((1, max_length), np.int32))["params"]
 
     # Read once, and now, so that what does not fit is told before anything else.
     given = None if weights is None else read_weights(weights, jax.eval_shape(random_init, jax.random.key(0)))

@@ -17,7 +17,7 @@ from merge_jax.low_rank import core_bases, decode, encode, row_basis
 from merge_jax.matrix_layers import pad_to
 from merge_jax.network import Network, Place, Sizes, Start, cannot_be_had, draw, linen_network, stack_starts
 from merge_jax.paths import flatten, replace
-from merge_jax.routes import ResolvedRoute, Routes, as_routes, check_rank, check_view, resolve
+from merge_jax.routes import ResolvedRoute, Routes, as_routes, check_rank, check_view, resolve, survey
 from merge_jax.transfer import RoutedTransfer, left_out_summaries, route_summary
 from merge_jax.types import Adapter, ApplyFn, Metrics, Params, RouteSummary, Transfer
 from merge_jax.views import AttentionView, Kinds, ViewName, proportional
@@ -128,9 +128,6 @@ def adapter_transfer(
         raise ValueError(f"padding must be a number of at least 1, got {padding!r}")
     net = linen_network(network) if isinstance(network, nn.Module) else network
 
-    def groups_of(source_params: Params, target_params: Params, refuse: bool) -> tuple[Group, ...]:
-        return grouped(resolve(named_routes, source_params, target_params, rank=rank, view=view, refuse=refuse))
-
     def sizes_of(group: Group) -> Sizes:
         """Returns the sizes of what the network maps."""
         route = group.routes[0]
@@ -142,8 +139,11 @@ def adapter_transfer(
             shapes += shape
         return Sizes(*shapes)
 
-    def batches_of(source_params: Params, target_params: Params, *, refuse: bool = True) -> tuple[Batch, ...]:
-        groups = groups_of(source_params, target_params, refuse)
+    def batches_of(source_params: Params, target_params: Params) -> tuple[Batch, ...]:
+        return in_batches(resolve(named_routes, source_params, target_params, rank=rank, view=view))
+
+    def in_batches(resolved: tuple[ResolvedRoute, ...]) -> tuple[Batch, ...]:
+        groups = grouped(resolved)
         alone = [group for group in groups if shared or net.true is None or net.flops is None or _kinds(group)]
         together = [group for group in groups if group not in alone]
         batches = [Batch((group,), (sizes_of(group),)) for group in alone]
@@ -316,14 +316,14 @@ def adapter_transfer(
 
     def describe(source_params: Params, target_params: Params) -> tuple[RouteSummary, ...]:
         rows: dict[int, RouteSummary] = {}
-        for batch in batches_of(source_params, target_params, refuse=False):
+        resolved, left_out = survey(named_routes, source_params, target_params, rank=rank, view=view)
+        for batch in in_batches(resolved):
             for group in batch.groups:
                 size, flops = costs_of(group)
                 for i, (number, route) in enumerate(zip(group.numbers, group.routes, strict=True)):
                     parameters = 0 if shared and i else size
                     rows[number] = route_summary(route, batch.name, core=core, parameters=parameters, flops=flops)
-        left_out = left_out_summaries(named_routes, source_params, target_params, rank=rank, view=view)
-        return (*(rows[number] for number in sorted(rows)), *left_out)
+        return (*(rows[number] for number in sorted(rows)), *left_out_summaries(left_out))
 
     def monitor_with(gate_now: Any) -> Callable[[Adapter, Params, Params], Metrics]:
         def monitor(adapter: Adapter, source_params: Params, target_params: Params) -> Metrics:

@@ -17,7 +17,7 @@ from merge_jax.cost import count_flops
 from merge_jax.matrices import overlap_blocks
 from merge_jax.memory import free_memory
 from merge_jax.paths import flatten, near_misses, replace
-from merge_jax.routes import ResolvedRoute, Routes, resolve
+from merge_jax.routes import ResolvedRoute, Routes, resolve, survey
 from merge_jax.selection import choice_matrix, evenly_chosen
 from merge_jax.transfer import RoutedTransfer, share_transfer
 from merge_jax.types import Adapter, ApplyFn, InitFn, Params, RouteSummary
@@ -202,9 +202,8 @@ def aligned_transfer(routes: Routes, source_wiring: Wiring, target_wiring: Wirin
     named_routes = kernel_routes(routes)
     like_share = share_transfer(named_routes)
 
-    def plan_of(source_params: Params, target_params: Params, *, refuse: bool = True) -> _Plan:
-        routes = resolve(named_routes, source_params, target_params, refuse=refuse)
-        return _plan(routes, source_wiring, target_wiring)
+    def plan_of(source_params: Params, target_params: Params) -> _Plan:
+        return _plan(resolve(named_routes, source_params, target_params), source_wiring, target_wiring)
 
     def init(key: jax.Array, source_params: Params, target_params: Params) -> Adapter:
         del key  # There is nothing random.
@@ -229,7 +228,8 @@ def aligned_transfer(routes: Routes, source_wiring: Wiring, target_wiring: Wirin
 
     def describe(source_params: Params, target_params: Params) -> tuple[RouteSummary, ...]:
         rows = like_share.describe(source_params, target_params)  # What cannot be paired is last.
-        plan, seen, described = plan_of(source_params, target_params, refuse=False), set(), []
+        resolved, _ = survey(named_routes, source_params, target_params)
+        plan, seen, described = _plan(resolved, source_wiring, target_wiring), set(), []
         adapter = jax.eval_shape(lambda: _evenly(plan))
         for row, leaf in zip(rows[: len(plan.leaves)], plan.leaves, strict=True):
             new = {str(leaf.axes[i].pair) for i in leaf.making} - seen

@@ -11,7 +11,7 @@ from merge_jax.checks import check_flag
 from merge_jax.cost import count_flops
 from merge_jax.groups import Group, adapter_of, grouped, run_group
 from merge_jax.paths import flatten, replace
-from merge_jax.routes import ResolvedRoute, Route, Routes, as_routes, resolve
+from merge_jax.routes import ResolvedRoute, Route, Routes, as_routes, resolve, survey
 from merge_jax.transfer import RoutedTransfer, share_transfer
 from merge_jax.types import Adapter, Params, RouteSummary
 from merge_jax.views import View
@@ -66,8 +66,8 @@ def block_transfer(
     check_flag(shared=shared)
     like_share = share_transfer(named_routes)
 
-    def groups_of(source_params: Params, target_params: Params, *, refuse: bool = True) -> tuple[Group, ...]:
-        return grouped(resolve(named_routes, source_params, target_params, refuse=refuse))
+    def groups_of(source_params: Params, target_params: Params) -> tuple[Group, ...]:
+        return grouped(resolve(named_routes, source_params, target_params))
 
     def start_of(group: Group) -> Adapter:
         if start is None:
@@ -111,7 +111,8 @@ def block_transfer(
         rows = list(like_share.describe(source_params, target_params))
         if start is None:
             return tuple(rows)
-        for group in groups_of(source_params, target_params, refuse=False):
+        resolved, _ = survey(named_routes, source_params, target_params)
+        for group in grouped(resolved):
             shapes = block_shapes(group.routes[0])
             params = jax.eval_shape(functools.partial(start, *shapes))
             blocks = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]

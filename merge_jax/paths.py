@@ -6,7 +6,17 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-__all__ = ["Pattern", "find_paths", "flatten", "natural_order", "near_misses", "replace", "select", "some_of"]
+__all__ = [
+    "Pattern",
+    "find_paths",
+    "flatten",
+    "is_pattern",
+    "natural_order",
+    "near_misses",
+    "replace",
+    "select",
+    "some_of",
+]
 
 Pattern = str | re.Pattern[str]
 """A path, a glob over paths (`**/attention/*/kernel`), or a compiled regular expression for whole paths."""
@@ -77,7 +87,7 @@ def find_paths(paths: Iterable[str], pattern: Pattern, *, role: str = "tree") ->
     paths = list(paths)
     if pattern in paths:
         return [str(pattern)]
-    if isinstance(pattern, str) and not re.search(r"[*?\[]", pattern):
+    if isinstance(pattern, str) and not is_pattern(pattern):
         raise ValueError(f"unknown {role} path {pattern!r}; {near_misses(pattern, paths)}")
     expression = _glob_expression(pattern) if isinstance(pattern, str) else pattern
     found = sorted(filter(expression.fullmatch, paths), key=natural_order)
@@ -90,6 +100,11 @@ def find_paths(paths: Iterable[str], pattern: Pattern, *, role: str = "tree") ->
             hint = f"'*' stays inside one part of a path, so try {f'**/{pattern}'!r}"
         raise ValueError(f"the {role} pattern {text!r} matches no leaf; {hint}")
     return found
+
+
+def is_pattern(named: Any) -> bool:
+    """Returns whether leaves are named by a glob or a regular expression, which may find what its author did not."""
+    return isinstance(named, re.Pattern) or (isinstance(named, str) and re.search(r"[*?\[]", named) is not None)
 
 
 def _glob_expression(glob: str) -> re.Pattern[str]:

@@ -13,7 +13,7 @@ import numpy as np
 from merge_jax.checks import check_at_least_one, check_choice
 from merge_jax.layouts import matrix_spec
 from merge_jax.matrices import MatrixSpec
-from merge_jax.paths import Pattern, find_paths, flatten, natural_order, near_misses
+from merge_jax.paths import Pattern, find_paths, flatten, is_pattern, natural_order, near_misses
 from merge_jax.rows import Rows, RowsByNumber, arranged_ends
 from merge_jax.types import Params
 from merge_jax.views import AttentionView, KernelView, View, ViewName, proportional
@@ -214,24 +214,21 @@ def resolve(
     *,
     rank: int | None = None,
     view: ViewName = "matrix",
-    refuse: bool = True,
 ) -> tuple[ResolvedRoute, ...]:
     """Returns one route for each target that the routes name in two models; `rank` and `view` are their defaults.
-
-    Without `refuse`, leaves that cannot be paired are left out, whatever their routes have for them: to describe them.
 
     Raises:
       ValueError: as `survey`; or leaves that cannot be paired and that their route does not skip, or no others.
     """
     resolved, left_out = survey(routes, source_params, target_params, rank=rank, view=view)
     refused = [one for one in left_out if one.route.unmatched == "error"]
-    if refuse and refused:
+    if refused:
         route, more = refused[0].route, f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
         raise ValueError(
             f"{refused[0].reason}{more}. To leave out what cannot be paired, give "
             f"Route({_text(route.target)!r}, {_text(route.source)!r}, unmatched='skip'); summarize lists it"
         )
-    if refuse and not resolved:
+    if not resolved:
         raise ValueError(f"nothing is left to pair: {left_out[0].reason}")
     return resolved
 
@@ -261,7 +258,7 @@ def survey(
             try:
                 resolved.append(_resolve_one(route, target, source, leaves, rank, of_route))
             except ValueError as error:
-                if route.unmatched == "error" and not _is_pattern(route.target):
+                if route.unmatched == "error" and not is_pattern(route.target):
                     raise
                 left_out.append(LeftOut(_text(target), _text(source), str(error), route))
     sources_of: dict[str, str] = {}
@@ -273,11 +270,6 @@ def survey(
     return tuple(resolved), tuple(left_out)
 
 
-def _is_pattern(leaves: Leaves) -> bool:
-    """Whether leaves are named by a pattern, which may find what its author did not think of."""
-    return isinstance(leaves, re.Pattern) or (isinstance(leaves, str) and re.search(r"[*?\[]", leaves) is not None)
-
-
 def _pairs(
     route: Route, leaves: Mapping[str, Mapping[str, Any]], view: ViewName
 ) -> tuple[list[tuple[tuple[str, ...], tuple[str, ...]]], list[LeftOut]]:
@@ -285,7 +277,7 @@ def _pairs(
     targets = _units("target", leaves["target"], route.target, view)
     sources = _units("source", leaves["source"], route.source, view)
     common = set(targets) & set(sources)
-    if route.target == route.source and _is_pattern(route.target) and common:
+    if route.target == route.source and is_pattern(route.target) and common:
         alone = [
             LeftOut(
                 _text(unit) if role == "target" else "",
@@ -525,9 +517,9 @@ def match(
         partners = proportional(len(paths), len(sources[kind]))
         routes.update({path: sources[kind][i] for path, i in zip(paths, partners, strict=True)})
     if unmatched == "skip":
-        for path, of in list(routes.items()):
-            alone = Route(path, of, view=view, unmatched="skip")
-            for one in survey([alone], source_params, target_params)[1]:
-                left_out[path] = one.reason
-                del routes[path]
+        pairs = [Route(path, of, view=view, unmatched="skip") for path, of in routes.items()]
+        for one in survey(pairs, source_params, target_params)[1]:
+            path = str(one.route.target)
+            left_out[path] = one.reason
+            del routes[path]
     return Matches(dict(sorted(routes.items(), key=lambda item: natural_order(item[0]))), left_out)

@@ -1,13 +1,13 @@
 """Transfers: pairs of pure functions that map a source and a target parameter tree to a new target tree."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Self
 
 import jax
 
 from merge_jax.groups import Group, grouped, run_group
 from merge_jax.paths import flatten, replace
-from merge_jax.routes import ResolvedRoute, Route, Routes, as_routes, check_view, resolve, survey
+from merge_jax.routes import LeftOut, ResolvedRoute, Routes, as_routes, check_view, resolve, survey
 from merge_jax.types import Adapter, ApplyFn, InitFn, Metrics, Params, RouteSummary, Transfer
 from merge_jax.views import AttentionView, ViewName
 
@@ -71,9 +71,9 @@ def share_transfer(routes: Routes, *, view: ViewName = "matrix") -> Transfer:
         return replace(target_params, new_leaves)
 
     def describe(source_params: Params, target_params: Params) -> tuple[RouteSummary, ...]:
-        resolved = resolve(named_routes, source_params, target_params, view=view, refuse=False)
+        resolved, left_out = survey(named_routes, source_params, target_params, view=view)
         rows = (route_summary(route, "", parameters=0, flops=0) for route in resolved)
-        return (*rows, *left_out_summaries(named_routes, source_params, target_params, view=view))
+        return (*rows, *left_out_summaries(left_out))
 
     return RoutedTransfer(init, apply, describe)
 
@@ -163,16 +163,8 @@ def route_summary(
     )
 
 
-def left_out_summaries(
-    routes: tuple[Route, ...],
-    source_params: Params,
-    target_params: Params,
-    *,
-    rank: int | None = None,
-    view: ViewName = "matrix",
-) -> tuple[RouteSummary, ...]:
+def left_out_summaries(left_out: Iterable[LeftOut]) -> tuple[RouteSummary, ...]:
     """Returns what the patterns of routes name and what cannot be paired, each with the reason."""
-    _, left_out = survey(routes, source_params, target_params, rank=rank, view=view)
     nothing = (0, 0)
     return tuple(
         RouteSummary(one.target, one.source, (), nothing, nothing, nothing, "", None, False, "", 0, 0, one.reason)

@@ -13,7 +13,7 @@ from merge_jax.checks import check_at_least_one
 from merge_jax.cost import count_flops
 from merge_jax.matrices import overlap_blocks
 from merge_jax.paths import flatten, replace
-from merge_jax.routes import ResolvedRoute, Routes, resolve
+from merge_jax.routes import ResolvedRoute, Routes, resolve, survey
 from merge_jax.transfer import RoutedTransfer, share_transfer
 from merge_jax.types import Adapter, Params, RouteSummary, Transfer
 from merge_jax.views import KernelView
@@ -105,7 +105,7 @@ def optimal_transport_transfer(
 
     def describe(source_params: Params, target_params: Params) -> tuple[RouteSummary, ...]:
         rows, previous = [], None
-        resolved = resolve(named_routes, source_params, target_params, refuse=False)
+        resolved, _ = survey(named_routes, source_params, target_params)
         shared = like_share.describe(source_params, target_params)  # What cannot be paired is last.
         for route, row in zip(resolved, shared[: len(resolved)], strict=True):
             blocks = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in block_shapes(route)]

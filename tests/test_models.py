@@ -1,6 +1,7 @@
 import functools
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -298,3 +299,15 @@ def test_a_start_is_that_of_the_models_own_init():
         mj.models.initialize(model, jax.random.key(4), images)["params"]["fc"]["kernel"],
         expected["params"]["fc"]["kernel"],
     )
+
+
+def test_a_flag_of_the_call_is_part_of_the_program_of_a_start():
+    class Flagged(nn.Module):
+        @nn.compact
+        def __call__(self, x, deep, name=None):
+            return nn.Dense(2, name=name)(nn.Dense(3, name="first")(x) if deep else x)
+
+    key, x = jax.random.key(0), jnp.ones((1, 4))
+    for inputs in ((x, True), (x, False), (x, False, "named")):
+        found = mj.models.initialize(Flagged(), key, *inputs)
+        chex.assert_trees_all_close(found, Flagged().init(key, *inputs), rtol=1e-5)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import merge_jax as mj
-from merge_jax.routes import as_routes, resolve
+from merge_jax.routes import as_routes, resolve, survey
 from merge_jax.views import proportional
 
 
@@ -244,7 +244,7 @@ def test_one_pattern_on_both_sides_pairs_by_path_and_skips_what_has_no_partner()
 def test_a_path_without_a_pattern_is_skipped_only_where_it_says_so():
     source, target = {"s": jnp.ones(()), "w": jnp.ones(2)}, {"s": jnp.zeros(()), "w": jnp.zeros(2)}
     with pytest.raises(ValueError, match=r"^the target leaf 's' cannot take part: .*rank of 1 or more and elements$"):
-        resolve(as_routes({"s": "s"}), source, target, refuse=False)
+        survey(as_routes({"s": "s"}), source, target)
     with pytest.raises(ValueError, match=r"^nothing is left to pair: the target leaf 's' cannot take part"):
         resolve(as_routes([mj.Route("s", "s", unmatched="skip")]), source, target)
     assert pairs([mj.Route("s", "s", unmatched="skip"), mj.Route("w", "w")], source, target) == [("w", "w")]

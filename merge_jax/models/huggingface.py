@@ -194,9 +194,7 @@ def text_encoder_of(path: str | os.PathLike[str], **options: Any) -> TextEncoder
             raise ValueError(f"{path} lacks the matrix {name!r}; {near_misses(name, shapes)}")
         return shapes[name][axis]
 
-    folder = Path(path) if Path(path).is_dir() else Path(path).parent
-    config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
-    num_heads = config.get(architecture.heads)
+    num_heads = _config(path).get(architecture.heads)
     if not isinstance(num_heads, int):
         raise ValueError(
             f"no tensor of {path} tells its number of heads: put the model's config.json, which has "
@@ -362,14 +360,21 @@ def _layers(names: Iterable[str]) -> dict[str, int]:
 
 
 def _check_config(path: str | os.PathLike[str], ours: _Architecture, num_heads: int) -> None:
-    folder = Path(path) if Path(path).is_dir() else Path(path).parent
-    if not (folder / "config.json").exists():
-        return
-    config = read_json(folder / "config.json")
+    config = _config(path)
     for key, expected in ((ours.heads, num_heads), (ours.activation, "gelu")):
         found = config.get(key, expected)
         if found != expected:
-            raise ValueError(f"{folder / 'config.json'} has {key} {found!r}, the model has {expected!r}")
+            raise ValueError(f"{_config_file(path)} has {key} {found!r}, the model has {expected!r}")
+
+
+def _config_file(path: str | os.PathLike[str]) -> Path:
+    return (Path(path) if Path(path).is_dir() else Path(path).parent) / "config.json"
+
+
+def _config(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Returns the configuration beside a file of weights; empty where there is none."""
+    file = _config_file(path)
+    return read_json(file) if file.exists() else {}
 
 
 def _check_patches(path: Any, kernel: Any, positions: Any, our_kernel: Any, our_positions: Any) -> int:

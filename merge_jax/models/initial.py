@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-__all__ = ["compiled_once", "initialize"]
+__all__ = ["initialize"]
 
 
 def initialize(model: nn.Module, key: jax.Array, *inputs: Any) -> dict[str, Any]:
@@ -24,33 +24,19 @@ def initialize(model: nn.Module, key: jax.Array, *inputs: Any) -> dict[str, Any]
       key: consumed.
       inputs: as its call has them; only their shapes matter to parameters.
     """
+    init: Callable[..., Any] = model.init
+    if isinstance(jnp.zeros(()), Tracer):
+        # Inside another program, where all that is made is traced, there is nothing to compile apart, and JAX takes no
+        # options.
+        return init(key, *inputs)
     # Flags and names are part of the program.
-    arrays = [one for one in inputs if not isinstance(one, (bool, str, type(None)))]
-    fixed = tuple((i, one) for i, one in enumerate(inputs) if isinstance(one, (bool, str, type(None))))
-    return _init(model, fixed)(key, *arrays)
+    static = tuple(i for i, one in enumerate(inputs, start=1) if isinstance(one, bool | str | None))
+    return _compiled_init(model, static)(key, *inputs)
 
 
 @functools.lru_cache(maxsize=16)
-def _init(model: nn.Module, fixed: tuple[tuple[int, Any], ...]) -> Callable[..., Any]:
-    def init(key: jax.Array, *arrays: Any) -> Any:
-        inputs = list(arrays)
-        for i, one in fixed:
-            inputs.insert(i, one)
-        return model.init(key, *inputs)
-
-    return compiled_once(init)
-
-
-def compiled_once(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns a jitted function that compiles soon and runs slowly, for what runs once or a few times."""
+def _compiled_init(model: nn.Module, static: tuple[int, ...]) -> Callable[..., Any]:
     # Only of XLA's CPU compiler is the time known, and other backends know other levels.
     on_cpu = jax.default_backend() == "cpu"
-    jitted = jax.jit(fn, compiler_options={"xla_backend_optimization_level": 0} if on_cpu else None)
-
-    @functools.wraps(fn)
-    def call(*inputs: Any) -> Any:
-        # Inside another program, where all that is made is traced, there is nothing to compile apart, and JAX takes no
-        # options.
-        return fn(*inputs) if isinstance(jnp.zeros(()), Tracer) else jitted(*inputs)
-
-    return call
+    options = {"xla_backend_optimization_level": 0} if on_cpu else None
+    return jax.jit(model.init, static_argnums=static, compiler_options=options)

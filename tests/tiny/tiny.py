@@ -53,8 +53,7 @@ PRESETS = {
 
 
 def build(config: Config) -> Scenario:
-    axis_name = mj.DATA_AXIS if config.parallel == "pmap" else None
-    data, model = load_images("digits", None, None, 200), Linear(config.dropout, config.deep, axis_name)
+    data, model = load_images("digits", None, None, 200), Linear(config.dropout, config.deep, config.axis_name)
     schedule = config.schedule(1197, config.labels or 1197)
 
     def task(loss=None):
@@ -81,7 +80,7 @@ def build(config: Config) -> Scenario:
         methods=choose(methods, config.methods),
         schedule=schedule,
         adapter_optimizer=config.adapter_optimizer(schedule),
-        axis_name=axis_name,
+        axis_name=config.axis_name,
     )
 
 
