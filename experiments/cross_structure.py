@@ -314,7 +314,7 @@ def _mixed_teacher(apply_fn: "ModelApply", mixed: "Callable[[Any], Any]") -> "Te
 
 
 MEASURED = {
-    "default": "93 s to 219 s on two idle CPU cores, most of it compiling",
+    "default": "70 s on two idle CPU cores, up to 199 s beside other programs, most of it compiling",
     "smoke": "47 s to 82 s on two CPU cores, most of it compiling",
 }
 

@@ -80,8 +80,8 @@ def write_coco(folder, images=14):
 
 @pytest.mark.slow
 def test_a_vision_model_gives_its_attention_to_the_words_of_a_question(tmp_path):
-    results, records = run("cross_modal", tmp_path / "run", *VQA, "--methods", "share")
-    assert [result["method"] for result in results] == ["share"]
+    results, records = run("cross_modal", tmp_path / "run", *VQA)
+    assert [result["method"] for result in results] == ["vanilla", "share", "mergenet"]
     for result in results:
         of_target = result["test_metrics"]["target"]
         assert result["target_test"] == of_target["accuracy"]
@@ -90,6 +90,7 @@ def test_a_vision_model_gives_its_attention_to_the_words_of_a_question(tmp_path)
     first, last = [record for record in records if record["run"] == "share-seed0"]
     assert first["adapter/change"] > 0
     assert "target/validation_accuracy" in last
+    assert records[-1]["adapter/gate/text_encoder/layer_0/attention/query/kernel"] != 0
     assert (tmp_path / "run" / "samples.png").stat().st_size > 0
     assert (tmp_path / "run" / "vocabulary.json").exists()
     assert "accuracy non relational" in (tmp_path / "run" / "table.txt").read_text()

@@ -56,8 +56,13 @@ def write_questions(folder, rows=60):
 
 @pytest.mark.slow
 def test_an_answering_model_gives_its_attention_to_a_classifier(tmp_path):
-    (result,), records = run("cross_task", tmp_path / "run", *LITTLE, "--methods", "share")
-    assert 0 <= result["target_test"] <= 1
+    results, records = run("cross_task", tmp_path / "run", *LITTLE, "--methods", "share", "mergenet_warm")
+    assert [result["method"] for result in results] == ["share", "mergenet_warm"]
+    assert all(0 <= result["target_test"] <= 1 for result in results)
+    assert records[-1]["run"] == "mergenet_warm-seed0"
+    gates = [f"adapter/gate/encoder/layer_{i}/attention/query/kernel" for i in range(2)]
+    assert all(records[-1][gate] != 0 for gate in gates)
+    assert (tmp_path / "run" / "gates.png").stat().st_size > 0
     first, last = [record for record in records if record["run"] == "share-seed0"]
     assert first["adapter/transferred"] == 0.5  # At the first of two steps.
     assert "target/validation_accuracy" in last

@@ -23,6 +23,9 @@ def initialize(model: nn.Module, key: jax.Array, *inputs: Any) -> dict[str, Any]
       model: of any kind; it must be hashable, as Linen modules are.
       key: consumed.
       inputs: as its call has them; only their shapes matter to parameters.
+
+    Raises:
+      TypeError: a model that is not hashable.
     """
     init: Callable[..., Any] = model.init
     if isinstance(jnp.zeros(()), Tracer):
