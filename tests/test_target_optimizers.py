@@ -108,7 +108,7 @@ def test_leaves_that_cannot_learn_are_named():
 
 def test_a_frozen_source_may_have_leaves_that_are_no_floats():
     task = mj.Task(loss_fn, optax.sgd(0.1))
-    source = {"w": jnp.full(3, 2.0), "ids": jnp.arange(4)}
+    source = {"w": jnp.full(3, 2.0), "ids": jnp.arange(4), "key": jax.random.key(0)}
     state = mj.init_joint_state(
         jax.random.key(0), None, task, SHARE, source_params=source, target_params={"w": jnp.ones(3)}
     )
