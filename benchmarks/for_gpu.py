@@ -24,13 +24,13 @@ from jax.experimental import topologies
 from jax.stages import Lowered
 
 from benchmarks.report import report
-from experiments.cli import parse
-from experiments.config import RunConfig
-from experiments.grid import load_experiment
-from experiments.sources import origin_of
-from experiments.stages import make_stages
-from experiments.training import steps_per_call
-from merge_jax.parallel import DATA_AXIS, jit_layout
+from merge_jax.study.cli import parse
+from merge_jax.study.config import RunConfig
+from merge_jax.study.grid import load_experiment
+from merge_jax.study.sources import origin_of
+from merge_jax.study.trainer import steps_per_call
+from merge_jax.study.trial import make_stages
+from merge_jax.training.sharding import DATA_AXIS, jit_layout
 
 __all__ = ["main"]
 

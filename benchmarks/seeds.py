@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 import merge_jax as mj
 from benchmarks.report import parse_config, report
 from merge_jax.checks import check_at_least_one
-from merge_jax.epoch import Epoch
+from merge_jax.training.epoch import Epoch
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import merge_jax as mj
 from benchmarks.torture_files import flip_each
 from benchmarks.torture_pair import batches_at, digest, joint_step, load_step, shapes
-from merge_jax.hosts import leaving_at_once
+from merge_jax.training.distributed import leaving_at_once
 
 __all__ = ["ADVICE", "main"]
 

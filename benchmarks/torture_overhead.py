@@ -12,10 +12,10 @@ import numpy as np
 import merge_jax as mj
 from benchmarks.torture_part import Outcome, Tools
 from experiments import cross_structure
-from experiments.sources import origin_of
-from experiments.stages import make_stages
-from experiments.training import compile_epoch, steps_per_call
-from merge_jax.manifest import Manifest
+from merge_jax.checkpoints.manifest import Manifest
+from merge_jax.study.sources import origin_of
+from merge_jax.study.trainer import compile_epoch, steps_per_call
+from merge_jax.study.trial import make_stages
 
 __all__ = ["blocking", "digests", "overhead"]
 

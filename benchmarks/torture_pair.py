@@ -14,7 +14,7 @@ import optax
 from jax.experimental import serialize_executable
 
 import merge_jax as mj
-from merge_jax.data.augment import crop_flip_rotate
+from merge_jax.data.images.augment import crop_flip_rotate
 
 __all__ = ["KnownStates", "batches_at", "compile_step", "digest", "initial_state", "joint_step", "load_step", "shapes"]
 

@@ -25,14 +25,15 @@ from rich.console import Console
 from rich.table import Table
 
 import merge_jax as mj
-from experiments import cross_structure, cross_task
-from experiments.cli import folded
-from experiments.transfers import TransferConfig, parse_pairs, parse_routes
 from merge_jax.checks import check_choice
-from merge_jax.compilation_cache import CacheChoice, use_cache
+from merge_jax.study.cli import folded
+from merge_jax.study.methods import TransferConfig, parse_pairs, parse_routes
+from merge_jax.training.compilation_cache import CacheChoice, use_cache
+
+from . import cross_structure, cross_task
 
 if TYPE_CHECKING:
-    from experiments.scenario import Scenario
+    from merge_jax.study.scenario import Scenario
 
 __all__ = ["main", "measure"]
 
@@ -173,7 +174,7 @@ def _observers(scenario: "Scenario", config: Any) -> list[Callable[..., Any]]:
 def _of_seed(
     scenario: "Scenario", config: Any, observers: Sequence[Callable[..., Any]], folder: Path, seed: int
 ) -> dict[str, float]:
-    from experiments.sources import initial_key
+    from merge_jax.study.sources import initial_key
 
     source, target = scenario.source, scenario.target
     assert source is not None  # Both experiments have one.
@@ -203,7 +204,7 @@ def _of_seed(
 
 
 def _format(values: Sequence[float]) -> str:
-    from merge_jax.reports import mean_and_error
+    from merge_jax.runs import mean_and_error
 
     mean, error = mean_and_error(values)
     return f"{mean:.2f}" + ("" if error is None else f" ± {error:.2f}")

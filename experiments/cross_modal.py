@@ -24,16 +24,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import merge_jax as mj
-from experiments.architecture import Architecture
-from experiments.choices import ImageTextTaskName, TextTaskName
-from experiments.cli import main
-from experiments.tasks import Spec, TaskConfig, TaskName
-from experiments.transfers import parse_routes
 from merge_jax.checks import check_at_least_one
+from merge_jax.study.architecture import Architecture
+from merge_jax.study.choices import ImageTextTaskName, TextTaskName
+from merge_jax.study.cli import main
+from merge_jax.study.methods import parse_routes
+from merge_jax.study.tasks import Spec, TaskConfig, TaskName
 
 if TYPE_CHECKING:
-    from experiments.scenario import Learner, Scenario
     from merge_jax.data import WordPiece
+    from merge_jax.study.scenario import Learner, Scenario
 
 Direction = Literal["vision_to_text", "text_to_vision"]
 SourceTaskName = Literal["itself"] | ImageTextTaskName | TaskName
@@ -117,14 +117,14 @@ class Config(TaskConfig):
             return super().check_weights(spec)
         architecture = spec.architecture
         if spec.weights is not None:
-            from experiments.texts import check_text_weights
+            from merge_jax.study.texts import check_text_weights
 
             check_text_weights(spec.weights, architecture.text, self.max_length, architecture.text_attributes)
         if spec.vision_weights is not None and self.image_size is not None:
             import numpy as np
 
-            from experiments.images import make_vision_encoder
-            from experiments.texts import check_weights
+            from merge_jax.study.images import make_vision_encoder
+            from merge_jax.study.texts import check_weights
 
             encoder = make_vision_encoder(architecture.vision, self.image_size, architecture.vision_attributes)
             check_weights(spec.vision_weights, encoder, np.zeros((1, self.image_size, self.image_size, 3), np.float32))
@@ -135,7 +135,7 @@ class Config(TaskConfig):
             return super().load_texts(spec)
         if self.image_size is None:
             raise ValueError(f"{spec.task} needs --image-size, which its images are scaled to")
-        from experiments.image_text import load_image_text
+        from merge_jax.study.image_text import load_image_text
 
         return load_image_text(
             spec.task, spec.text.data, self.data_dir, self.image_size, self.unreadable, self.num_shapes
@@ -143,8 +143,8 @@ class Config(TaskConfig):
 
     def words_of(self, texts: Any) -> Iterable[str]:
         """Returns all texts there are to learn from; see `TaskConfig`."""
-        from experiments.image_text import words_with_images
         from merge_jax.data import CaptionSet, VisualQuestionSet
+        from merge_jax.study.image_text import words_with_images
 
         if isinstance(texts, VisualQuestionSet | CaptionSet):
             return words_with_images(texts)
@@ -152,8 +152,8 @@ class Config(TaskConfig):
 
     def learner(self, spec: Spec, texts: Any | None, tokens: "WordPiece | None") -> "Learner":
         """Returns a model that is to learn; see `TaskConfig`."""
-        from experiments.image_text import Reading, image_text_learner
         from merge_jax.data import CaptionSet, VisualQuestionSet
+        from merge_jax.study.image_text import Reading, image_text_learner
 
         if not isinstance(texts, VisualQuestionSet | CaptionSet) or not isinstance(spec, _Spec) or tokens is None:
             return super().learner(spec, texts, tokens)
@@ -232,8 +232,8 @@ def build(config: Config) -> "Scenario":
       ValueError: data that cannot be had, an unknown model or method, a model that lacks the modality it is to give or
         receive by, or an option that a method refuses.
     """
-    from experiments.scenario import Scenario, choose
     from merge_jax.data import num_examples
+    from merge_jax.study.scenario import Scenario, choose
 
     specs: list[Spec] = []
     if config.source_task != "itself":
@@ -277,7 +277,7 @@ def _spec(
     vision_weights: Path | None,
     labels: int | None,
 ) -> Spec:
-    from experiments.texts import TextSource
+    from merge_jax.study.texts import TextSource
 
     reads = task in get_args(TextTaskName)
     model = architecture.text if reads else architecture.vision
@@ -321,4 +321,4 @@ def _routes(config: Config, source: "Learner", target: "Learner") -> "list[mj.Ro
 
 
 if __name__ == "__main__":
-    main(PRESETS, "experiments.cross_modal", __doc__, build, measured={"default": "3 to 4 minutes on two CPU cores"})
+    main(PRESETS, __spec__.name, __doc__, build, measured={"default": "3 to 4 minutes on two CPU cores"})

@@ -26,14 +26,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import merge_jax as mj
-from experiments.choices import ImageModelName, LearningRateSchedule
-from experiments.cli import main
-from experiments.transfers import Objective, TransferConfig, parse_routes
 from merge_jax.checks import check_below_one
+from merge_jax.study.choices import ImageModelName, LearningRateSchedule
+from merge_jax.study.cli import main
+from merge_jax.study.methods import Objective, TransferConfig, parse_routes
 
 if TYPE_CHECKING:
-    from experiments.scenario import Reader, Scenario
-    from merge_jax.tasks import ClassificationLoss
+    from merge_jax.objectives.classification import ClassificationLoss
+    from merge_jax.study.scenario import Reader, Scenario
     from merge_jax.types import ModelApply, TeacherFn
 
 ROUTES = {
@@ -197,10 +197,10 @@ def build(config: Config) -> "Scenario":
     """
     import jax.numpy as jnp
 
-    from experiments.alignment import Alignment
-    from experiments.images import load_images, make_apply, make_model, make_role
-    from experiments.optimizers import sgd
-    from experiments.scenario import Reader, Scenario, choose
+    from merge_jax.study.alignment import Alignment
+    from merge_jax.study.images import load_images, make_apply, make_model, make_role
+    from merge_jax.study.optimizers import sgd
+    from merge_jax.study.scenario import Reader, Scenario, choose
 
     data = load_images(config.data, config.data_dir, config.image_size, config.validation)
     axis_name = config.axis_name
@@ -319,4 +319,4 @@ MEASURED = {
 }
 
 if __name__ == "__main__":
-    main(PRESETS, "experiments.cross_structure", __doc__, build, measured=MEASURED)
+    main(PRESETS, __spec__.name, __doc__, build, measured=MEASURED)

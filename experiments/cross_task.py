@@ -22,13 +22,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import merge_jax as mj
-from experiments.cli import main
-from experiments.cross_structure import AGREE, CIFAR_AGREE, CIFAR_ROUTES, ROUTES
-from experiments.tasks import TASKS, ModelName, Spec, TaskConfig, TaskName
-from experiments.transfers import parse_routes
+from merge_jax.study.cli import main
+from merge_jax.study.methods import parse_routes
+from merge_jax.study.tasks import TASKS, ModelName, Spec, TaskConfig, TaskName
+
+from .cross_structure import AGREE, CIFAR_AGREE, CIFAR_ROUTES, ROUTES
 
 if TYPE_CHECKING:
-    from experiments.scenario import Learner, Scenario
+    from merge_jax.study.scenario import Learner, Scenario
 
 _BY_DEPTH = "by depth"
 
@@ -181,11 +182,11 @@ def build(config: Config) -> "Scenario":
     Raises:
       ValueError: data that cannot be had, an unknown model or method, or an option that a method refuses.
     """
-    from experiments.alignment import Alignment
-    from experiments.scenario import Scenario, choose
-    from experiments.several import side_by_side
-    from experiments.texts import TextSource
     from merge_jax.data import num_examples
+    from merge_jax.study.alignment import Alignment
+    from merge_jax.study.scenario import Scenario, choose
+    from merge_jax.study.several import side_by_side
+    from merge_jax.study.texts import TextSource
 
     of_source = TextSource(config.source_data, config.source_test_data, config.source_text, config.source_label)
     of_target = TextSource(config.target_data, config.target_test_data, config.target_text, config.target_label)
@@ -232,4 +233,4 @@ def _routes(config: Config, source: "Learner", target: "Learner") -> list[Any]:
 
 
 if __name__ == "__main__":
-    main(PRESETS, "experiments.cross_task", __doc__, build, measured={"default": "163 s on two CPU cores"})
+    main(PRESETS, __spec__.name, __doc__, build, measured={"default": "163 s on two CPU cores"})

@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 import merge_jax as mj
-from experiments.cli import main
-from experiments.tasks import ModelName, Spec, TaskConfig, TaskName
-from experiments.transfers import Objective, parse_routes
+from merge_jax.study.cli import main
+from merge_jax.study.methods import Objective, parse_routes
+from merge_jax.study.tasks import ModelName, Spec, TaskConfig, TaskName
 
 if TYPE_CHECKING:
-    from experiments.scenario import Scenario
+    from merge_jax.study.scenario import Scenario
 
 _BY_DEPTH = "by depth"
 _MOBILENET = ("stage1_0/expand/kernel=stage3_0/expand/kernel", "stage2_0/expand/kernel=head/kernel")
@@ -134,9 +134,9 @@ def build(config: Config) -> "Scenario":
     Raises:
       ValueError: data that cannot be had, an unknown model or method, or an option that a method refuses.
     """
-    from experiments.scenario import Scenario, choose
-    from experiments.texts import TextSource
     from merge_jax.data import num_examples
+    from merge_jax.study.scenario import Scenario, choose
+    from merge_jax.study.texts import TextSource
 
     text = TextSource(config.data, config.test_data, config.text, config.label)
     (learner,), attach = config.learners([Spec(config.task, config.model, text, config.weights, config.labels)])
@@ -182,4 +182,4 @@ def _routes(config: Config, init: Any) -> "list[mj.Route]":
 
 
 if __name__ == "__main__":
-    main(PRESETS, "experiments.self_transfer", __doc__, build, measured={"default": "56 s on two CPU cores"})
+    main(PRESETS, __spec__.name, __doc__, build, measured={"default": "56 s on two CPU cores"})

@@ -8,50 +8,10 @@ from etils import epy
 
 with epy.lazy_api_imports(globals()):
     from merge_jax import models
-    from merge_jax.adapter import adapter_transfer
-    from merge_jax.agreement import agreeing, cka, features_teacher, mixed
-    from merge_jax.aligned import AlignedTransfer, aligned_transfer
-    from merge_jax.channel_wiring import Wiring, input_moments, wiring
-    from merge_jax.checkpoint import CheckpointError, Checkpoints, DamagedCheckpointWarning, NotBitExactWarning
-    from merge_jax.combinators import chain, scheduled, self_transfer, several_sources, without_source
-    from merge_jax.device_axis import whole_batch
-    from merge_jax.epoch import augmented, make_epoch
-    from merge_jax.guard import NumericFaultError
-    from merge_jax.hosts import connect
-    from merge_jax.interruption import StopSignals
-    from merge_jax.joint import (
-        AdapterState,
-        JointState,
-        Task,
-        TrainState,
-        init_joint_state,
-        make_joint_step,
-    )
-    from merge_jax.layouts import matrix_spec
-    from merge_jax.linear_operators import linear_operator_transfer
-    from merge_jax.loop import run_loop, stepwise
-    from merge_jax.losses import cross_entropy, distillation_loss, dkd_loss, nkd_loss, rkd_loss, tf_kd_loss
-    from merge_jax.low_rank import LowRankConv, LowRankDense, core_bases, decode, encode, row_basis
-    from merge_jax.lpka import LPKA, LPKAOptions, lpka_network
-    from merge_jax.matrices import MatrixSpec, as_matrix, copy_overlap, from_matrix
-    from merge_jax.methods import lpka_transfer, mlp_transfer, published_transfer
-    from merge_jax.metrics import accuracy, top_k_accuracy
-    from merge_jax.official import OfficialAdapter, export_official_adapter, load_official_adapter
-    from merge_jax.optimizers import adapter_adamw
-    from merge_jax.parallel import DATA_AXIS, Layout, data_mesh, jit_layout, pmap_layout, state_shardings
-    from merge_jax.parameter_generator import parameter_generator_transfer
-    from merge_jax.paths import find_paths, flatten, replace, select
-    from merge_jax.reparameterised import bake, make_reparameterised_step
-    from merge_jax.retrieval import contrastive_loss, evaluate_retrieval, recall_at_k, retrieval_loss, retrieval_scores
-    from merge_jax.routes import Route, match
-    from merge_jax.rows import Rows
-    from merge_jax.schedule import TransferSteps
-    from merge_jax.seeds import over_seeds, stack_seeds, unstack_seeds
-    from merge_jax.selection import weight_selection_transfer
-    from merge_jax.span import evaluate_spans, span_loss
-    from merge_jax.squad import squad_scores
-    from merge_jax.summary import summarize
-    from merge_jax.tasks import (
+    from merge_jax.checkpoints.orbax import CheckpointError, Checkpoints, DamagedCheckpointWarning, NotBitExactWarning
+    from merge_jax.checkpoints.safetensors import load_params, load_safetensors, save_safetensors
+    from merge_jax.layouts import MatrixSpec, as_matrix, copy_overlap, from_matrix, matrix_spec
+    from merge_jax.objectives.classification import (
         Outputs,
         classification_loss,
         evaluate_classifier,
@@ -60,13 +20,65 @@ with epy.lazy_api_imports(globals()):
         on_pixels,
         with_features,
     )
-    from merge_jax.trajectory import Trajectory, last_of, load_trajectory, replay_evenly, replayed
-    from merge_jax.transfer import identity_transfer, share_transfer
-    from merge_jax.transport import optimal_transport_transfer
+    from merge_jax.objectives.device_axis import whole_batch
+    from merge_jax.objectives.distillation import (
+        cross_entropy,
+        distillation_loss,
+        dkd_loss,
+        nkd_loss,
+        rkd_loss,
+        tf_kd_loss,
+    )
+    from merge_jax.objectives.features import agreeing, cka, features_teacher, mixed
+    from merge_jax.objectives.metrics import accuracy, top_k_accuracy
+    from merge_jax.objectives.retrieval import (
+        contrastive_loss,
+        evaluate_retrieval,
+        recall_at_k,
+        retrieval_loss,
+        retrieval_scores,
+    )
+    from merge_jax.objectives.spans import evaluate_spans, span_loss
+    from merge_jax.objectives.squad import squad_scores
+    from merge_jax.objectives.vqa import evaluate_vqa, predict_answers, vqa_loss
+    from merge_jax.objectives.vqa_score import answer_coverage, answer_indices, answer_vocabulary, vqa_scores
+    from merge_jax.paths import find_paths, flatten, replace, select
+    from merge_jax.training.distributed import connect
+    from merge_jax.training.epoch import augmented, make_epoch
+    from merge_jax.training.joint import (
+        AdapterState,
+        JointState,
+        Task,
+        TrainState,
+        init_joint_state,
+        make_joint_step,
+    )
+    from merge_jax.training.loop import run_loop, stepwise
+    from merge_jax.training.nonfinite import NumericFaultError
+    from merge_jax.training.optimizers import adapter_adamw
+    from merge_jax.training.reparameterised import bake, make_reparameterised_step
+    from merge_jax.training.schedule import TransferSteps
+    from merge_jax.training.seeds import over_seeds, stack_seeds, unstack_seeds
+    from merge_jax.training.sharding import DATA_AXIS, Layout, data_mesh, jit_layout, pmap_layout, state_shardings
+    from merge_jax.training.signals import StopSignals
+    from merge_jax.training.trajectory import Trajectory, last_of, load_trajectory, replay_evenly, replayed
+    from merge_jax.transfers.adapter import adapter_transfer
+    from merge_jax.transfers.aligned import AlignedTransfer, aligned_transfer
+    from merge_jax.transfers.base import identity_transfer, share_transfer
+    from merge_jax.transfers.channel_graph import Wiring, input_moments, wiring
+    from merge_jax.transfers.combinators import chain, scheduled, self_transfer, several_sources, without_source
+    from merge_jax.transfers.describe import summarize
+    from merge_jax.transfers.linear_operators import linear_operator_transfer
+    from merge_jax.transfers.low_rank import LowRankConv, LowRankDense, core_bases, decode, encode, row_basis
+    from merge_jax.transfers.lpka import LPKA, LPKAOptions, lpka_network
+    from merge_jax.transfers.mergenet import lpka_transfer, mlp_transfer, published_transfer
+    from merge_jax.transfers.optimal_transport import optimal_transport_transfer
+    from merge_jax.transfers.parameter_generator import parameter_generator_transfer
+    from merge_jax.transfers.published import OfficialAdapter, export_official_adapter, load_official_adapter
+    from merge_jax.transfers.routes import Route, match
+    from merge_jax.transfers.rows import Rows
+    from merge_jax.transfers.weight_selection import weight_selection_transfer
     from merge_jax.types import Adapter, Batch, LossFn, Params, RouteSummary, Transfer
-    from merge_jax.vqa import evaluate_vqa, predict_answers, vqa_loss
-    from merge_jax.vqa_score import answer_coverage, answer_indices, answer_vocabulary, vqa_scores
-    from merge_jax.weights import load_params, load_safetensors, save_safetensors
 
 __all__ = [
     "DATA_AXIS",

@@ -24,8 +24,8 @@ import optax
 from jax import lax
 
 import merge_jax as mj
-from merge_jax.agreement import Agreeing
 from merge_jax.models.image_text import Embeddings
+from merge_jax.objectives.features import Agreeing
 from tests import helpers
 
 STEPS, BATCH = 5, 16

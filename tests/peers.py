@@ -14,9 +14,9 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 import merge_jax as mj
-from merge_jax.hosts import agree, leaving_at_once
-from merge_jax.interruption import StopSignals
-from tests.test_loop import Counter
+from merge_jax.training.distributed import agree, leaving_at_once
+from merge_jax.training.signals import StopSignals
+from tests.training.test_loop import Counter
 
 mode, folder, address, process_id = sys.argv[1:]
 

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from merge_jax.reports import compare
-from merge_jax.runs import numbered_folder
+from merge_jax.runs import compare
+from merge_jax.runs.folder import numbered_folder
 
 __all__ = ["compare_runs"]
 
@@ -15,7 +15,7 @@ def compare_runs(runs: Sequence[Path], baseline: str | None, out: Path | None) -
     Of one run both are there already: they are written again only where `out` is given.
 
     Raises:
-      ValueError: what `merge_jax.reports.compare` refuses, or a folder that is not empty.
+      ValueError: what `merge_jax.runs.compare` refuses, or a folder that is not empty.
     """
     if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is there already, and nothing is overwritten: give another --out")

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from merge_jax.compilation_cache import MAX_BYTES, bytes_in, folder_in_use
+from merge_jax.training.compilation_cache import MAX_BYTES, bytes_in, folder_in_use
 
 __all__ = ["Finding", "examine", "findings"]
 
@@ -25,7 +25,7 @@ _MARKS = {"good": "ok   ", "note": "note ", "bad": "BAD  "}
 # Compiles something, and prints how many programs were read from the cache in the place of that.
 _COMPILES = """\
 import jax
-from merge_jax.compilation_cache import programs_read
+from merge_jax.training.compilation_cache import programs_read
 programs_read()
 jax.jit(lambda x: jax.numpy.sin(x @ x.T).sum())(jax.numpy.ones((8, 8))).block_until_ready()
 print(programs_read())
@@ -230,7 +230,7 @@ def _folder() -> Iterator[Finding]:
     yield Finding(kind, f"free disk here: {free / 2**30:.1f} GiB; a run takes up to {_LEAST_DISK / 2**30:.0f} GiB")
     try:
         with tempfile.TemporaryDirectory(dir=here) as folder:
-            from merge_jax.lock import FolderLock
+            from merge_jax.checkpoints.lock import FolderLock
 
             FolderLock(Path(folder)).release()
     except OSError as error:

@@ -6,12 +6,12 @@ from typing import Any
 
 import jax
 
-from merge_jax.checkpoint import Checkpoints
-from merge_jax.commands.cells import located
+from merge_jax.checkpoints.orbax import Checkpoints
+from merge_jax.checkpoints.safetensors import save_safetensors
 from merge_jax.paths import near_misses
-from merge_jax.reports import PLAN, Model, Plan
+from merge_jax.runs import PLAN, Model, Plan
+from merge_jax.runs.checkpoint_folders import located
 from merge_jax.types import Params
-from merge_jax.weights import save_safetensors
 
 __all__ = ["export_part"]
 

@@ -1,14 +1,9 @@
-"""`merge-jax run`: an experiment of the repository, by its name."""
+"""`merge-jax run`: an experiment by its name, or by the path of its module."""
 
-import importlib.util
 import os
-import pkgutil
 import runpy
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-
-from merge_jax.checks import check_choice
 
 __all__ = ["EXPERIMENTS", "run"]
 
@@ -23,29 +18,23 @@ EXPERIMENTS = {
 
 
 def run(words: Sequence[str]) -> None:
-    """Runs an experiment as `python -m experiments.<name>` does; without words, or with --help, lists them.
+    """Runs an experiment as `python -m` does, from any folder; without words, or with --help, lists those that ship.
+
+    A user's own experiment is named by its module, `package.module`; `merge_jax.study` says how to write one.
 
     Raises:
-      ValueError: no experiment has that name, or the experiments are not there: they are in the repository.
+      ValueError: there is no such experiment; near misses are named.
     """
     if not words or words[0] in ("-h", "--help"):
         print("merge-jax run EXPERIMENT [PRESET] [OPTIONS]; --help after EXPERIMENT lists both\n")
         print("\n".join(f"  {name:16} {text}" for name, text in EXPERIMENTS.items()))
+        print("\nan experiment of your own is named by its module: merge-jax run my_package.my_experiment")
         return
+    from merge_jax.study.experiment import find_experiment
+
     name, *arguments = words
-    check_choice("experiment", name, EXPERIMENTS)
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
-    _check_there(name)
+    module = find_experiment(name)
     sys.argv = [f"merge-jax run {name}", *arguments]
-    runpy.run_module(f"experiments.{name}", run_name="__main__", alter_sys=True)
-
-
-def _check_there(name: str) -> None:
-    spec = importlib.util.find_spec("experiments")
-    folders = [] if spec is None else list(spec.submodule_search_locations or [])
-    if name not in {module.name for module in pkgutil.iter_modules(folders)}:
-        raise ValueError(
-            f"there is no experiments/{name}.py in {Path.cwd()}: experiments are in the repository of merge_jax, not "
-            "in the package; give the command from the repository's root"
-        )
+    runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -9,11 +9,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from merge_jax.checkpoint import Checkpoints
-from merge_jax.commands.cells import cells_of, located
-from merge_jax.manifest import Leaf, Manifest
+from merge_jax.checkpoints.manifest import Leaf, Manifest
+from merge_jax.checkpoints.orbax import Checkpoints
+from merge_jax.checkpoints.safetensors import load_safetensors
 from merge_jax.paths import find_paths, flatten
-from merge_jax.weights import load_safetensors
+from merge_jax.runs.checkpoint_folders import cells_of, located
 
 __all__ = ["summarize_checkpoint"]
 

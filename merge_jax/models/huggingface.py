@@ -11,13 +11,12 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from merge_jax.checkpoints.safetensors import leaf_paths, leaf_shapes, load_safetensors, read_json
 from merge_jax.checks import check_at_least_one
-from merge_jax.layouts import matrix_spec
-from merge_jax.matrices import MatrixSpec, as_matrix, from_matrix
+from merge_jax.layouts import MatrixSpec, as_matrix, from_matrix, matrix_spec
 from merge_jax.models.transformer import TextEncoder
 from merge_jax.paths import flatten, near_misses, replace, some_of
 from merge_jax.types import Params
-from merge_jax.weights import leaf_paths, leaf_shapes, load_safetensors, read_json
 
 __all__ = ["Loaded", "check_huggingface", "from_huggingface", "text_encoder_of", "to_huggingface"]
 

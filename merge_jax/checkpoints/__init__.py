@@ -1,0 +1,17 @@
+"""States and weights on disk: Orbax steps with digests, and weight files."""
+
+from etils import epy
+
+with epy.lazy_api_imports(globals()):
+    from merge_jax.checkpoints.orbax import CheckpointError, Checkpoints, DamagedCheckpointWarning, NotBitExactWarning
+    from merge_jax.checkpoints.safetensors import load_params, load_safetensors, save_safetensors
+
+__all__ = [
+    "CheckpointError",
+    "Checkpoints",
+    "DamagedCheckpointWarning",
+    "NotBitExactWarning",
+    "load_params",
+    "load_safetensors",
+    "save_safetensors",
+]

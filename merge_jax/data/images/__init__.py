@@ -1,0 +1,1 @@
+"""Sets of labelled images, and what reads them."""

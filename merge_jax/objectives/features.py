@@ -1,0 +1,199 @@
+"""Agreement of two models' features on one batch: an objective that tells a transfer what to move."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from merge_jax.checks import check_entries
+from merge_jax.objectives.device_axis import previous_example, whole_batch
+from merge_jax.paths import near_misses
+from merge_jax.types import Batch, ModelApply, ModelState, Params, TeacherFn
+
+__all__ = ["Agreeing", "View", "agreeing", "cka", "features_teacher", "mixed"]
+
+View = Callable[[jax.Array], jax.Array]
+"""From an input of the target, `[B, ...]`, to what both models are compared on."""
+
+_FEATURES = "source_features"
+_EPSILON = 1e-12
+
+
+def cka(features: jax.Array, other: jax.Array) -> jax.Array:
+    """Returns the linear centred kernel alignment of two models' features on the same examples, in [0, 1].
+
+    `<K, L> / (|K| |L|)` with `K = X X^T` and `L = Y Y^T`, where `X [B, ...]` and `Y [B, ...]` are flattened to rows and
+    centred over the batch. It compares which examples look alike, so that the models may differ in width, in resolution
+    and in what their channels mean; it does not change when features are rotated or scaled. Of few examples and many
+    features it is high for any two models, so compare values of equal batches only. Features that are the same for
+    all examples agree with nothing: 0. Source: Kornblith et al., arXiv:1905.00414.
+
+    Raises:
+      ValueError: features of different numbers of examples.
+    """
+    if features.shape[0] != other.shape[0]:
+        raise ValueError(f"features of the same examples are compared, got {features.shape[0]} and {other.shape[0]}")
+    kernel, other_kernel = _kernel(features), _kernel(other)
+    norms = jnp.sqrt(jnp.sum(jnp.square(kernel)) * jnp.sum(jnp.square(other_kernel)) + _EPSILON)
+    return jnp.sum(kernel * other_kernel) / norms
+
+
+def _kernel(features: jax.Array) -> jax.Array:
+    """Returns the inner products of all pairs of centred examples, `[B, B]`, of mean square 1."""
+    rows = features.reshape(features.shape[0], -1).astype(jnp.float32)
+    rows -= rows.mean(axis=0, keepdims=True)
+    # Scaled first, or the squares of large features are beyond float32.
+    rows /= jnp.sqrt(jnp.mean(jnp.square(rows)) + _EPSILON)
+    return rows @ rows.T / rows.shape[1]
+
+
+@dataclass(frozen=True)
+class Agreeing:
+    """What a model gives with features to compare.
+
+    Attributes:
+      outputs: of the model.
+      features: of the layers that are compared, `[B, ...]` each.
+      weight: of the disagreement in the loss.
+      axis_name: the axis of the devices that share the batch, if any.
+    """
+
+    outputs: Any
+    features: tuple[jax.Array, ...]
+    weight: float
+    axis_name: str | None = None
+
+    def disagreement(self, batch: Batch) -> jax.Array:
+        """Returns `mean over layers (1 - cka(target's, source's))`.
+
+        Raises:
+          ValueError: the batch lacks the source's features, or has those of another number of layers.
+        """
+        check_entries(batch, _FEATURES, hint=" (features_teacher adds them)")
+        given = batch[_FEATURES]
+        if len(given) != len(self.features):
+            raise ValueError(f"{len(self.features)} layers are to agree with {len(given)} of the source")
+        features, others = whole_batch((self.features, tuple(map(lax.stop_gradient, given))), self.axis_name)
+        agreements = [cka(own, other) for own, other in zip(features, others, strict=True)]
+        return 1 - sum(agreements[1:], agreements[0]) / len(agreements)
+
+
+def mixed(inputs: jax.Array, *, axis_name: str | None = None) -> jax.Array:
+    """Returns the mean of each example and the one before it, `[B, ...]` to `[B, ...]`, float32.
+
+    A view for `agreeing`: what lies between the examples, new at every step as batches are drawn anew, so that models
+    are compared where there is no data too. Where examples are few, that is most of what a source can tell. Whole
+    numbers that are no pixels (any type but uint8), such as tokens, cannot be averaged and stay as they are. Sources:
+    mixup (Zhang et al., arXiv:1710.09412), and distillation on it (Beyer et al., arXiv:2106.05237), with equal weights
+    and neighbours in the batch as our choice: no key is needed. Devices that share a batch along `axis_name` hand on
+    their last example.
+    """
+    if jnp.issubdtype(inputs.dtype, jnp.integer) and inputs.dtype != jnp.uint8:
+        return inputs
+    inputs = inputs.astype(jnp.float32)
+    return (inputs + previous_example(inputs, axis_name)) / 2
+
+
+def agreeing(
+    apply_fn: ModelApply,
+    layers: Sequence[str],
+    *,
+    weight: float = 20.0,
+    view: View | None = None,
+    axis_name: str | None = None,
+) -> ModelApply:
+    """Returns the target's apply function for a loss that also draws its features to those of the source.
+
+    The loss functions of `merge_jax` (`model_loss` and all that are made of it) then are `L + w mean_l (1 - cka(F_l,
+    G_l))`, where `F_l` are features of the target's layer `l` and `G_l` those that `features_teacher` gives of the
+    source on the same batch, and have the metric `agreement`, the mean of the cka. Since the adapter follows the
+    gradient of the target's loss, it learns from the features as well. No label need be shared, but the source must be
+    able to read the target's inputs. Our choice of a functional objective, beyond arXiv:2404.13322.
+
+    Args:
+      apply_fn: `model.apply` of a Linen module.
+      layers: paths of submodules, such as `stage1_0` or `encoder/layer_0`, or of what the model sows, such as
+        `features`.
+      weight: of the disagreement, 0 or more; at 0 the agreement is measured only.
+      view: what of each input the features are taken on, such as `mixed`, which costs a second pass; None for the
+        inputs as they are. The teacher must have the same.
+      axis_name: that of `make_joint_step`, under `pmap` or `shard_map`; features are compared over the whole batch.
+
+    Raises:
+      ValueError: no layers, or a weight that is no number of 0 or more; while tracing, a layer that is not there.
+    """
+    _check_layers(layers)
+    if not 0 <= weight < float("inf"):
+        raise ValueError(f"the weight of the disagreement must be 0 or more, got {weight}")
+
+    def apply(variables: Any, *inputs: jax.Array, mutable: Any = False, **options: Any) -> Any:
+        asked = (mutable,) if isinstance(mutable, str) else tuple(mutable or ())
+        outputs, updates, features = _observe(apply_fn, layers, variables, *inputs, mutable=asked, **options)
+        if view is not None:
+            seen = map(view, inputs)
+            _, _, features = _observe(apply_fn, layers, variables, *seen, mutable=asked, **options)
+        observed = Agreeing(outputs, features, weight, axis_name)
+        return observed if mutable is False else (observed, updates)
+
+    return apply
+
+
+def features_teacher(
+    apply_fn: ModelApply, layers: Sequence[str], *, inputs: Sequence[str] = ("image",), view: View | None = None
+) -> TeacherFn:
+    """Returns a teacher for `make_joint_step`: it adds the source's features of those layers to the target's batch.
+
+    The source runs in evaluation mode. `inputs` are the entries of the target's batch that the source reads; it sees
+    them through `view`, as `agreeing` has it.
+
+    Raises:
+      ValueError: no layers; while tracing, a layer or an entry that is not there.
+    """
+    _check_layers(layers)
+
+    def teacher(params: Params, model_state: ModelState, batch: Batch) -> Batch:
+        check_entries(batch, *inputs, hint=" (see the option `inputs`)")
+        read = (batch[name] if view is None else view(batch[name]) for name in inputs)
+        _, _, features = _observe(apply_fn, layers, {"params": params, **model_state}, *read, train=False)
+        return {**batch, _FEATURES: features}
+
+    return teacher
+
+
+def _check_layers(layers: Sequence[str]) -> None:
+    if isinstance(layers, str) or not layers:
+        raise ValueError(f"layers must be one or more paths of submodules, got {layers!r}")
+
+
+def _observe(
+    apply_fn: ModelApply,
+    layers: Sequence[str],
+    variables: Any,
+    *inputs: jax.Array,
+    mutable: Sequence[str] = (),
+    **options: Any,
+) -> tuple[Any, dict[str, Any], tuple[jax.Array, ...]]:
+    """Returns the outputs of a model, its updates, and the outputs of those of its submodules."""
+    outputs, updates = apply_fn(
+        variables, *inputs, mutable=[*mutable, "intermediates"], capture_intermediates=True, **options
+    )
+    updates = dict(updates)
+    found = _outputs_by_path(updates.pop("intermediates", {}))
+    for layer in layers:
+        if layer not in found:
+            raise ValueError(f"the model has no layer {layer!r} to compare features of; {near_misses(layer, found)}")
+    return outputs, updates, tuple(found[layer] for layer in layers)
+
+
+def _outputs_by_path(intermediates: Mapping[str, Any], prefix: str = "") -> dict[str, jax.Array]:
+    found: dict[str, jax.Array] = {}
+    for name, node in intermediates.items():
+        path = f"{prefix}{name}"
+        if isinstance(node, Mapping):
+            found |= _outputs_by_path(node, f"{path}/")
+        elif isinstance(node[-1], jax.Array):  # The last call, of a module that is called several times.
+            found[path.removesuffix("/__call__")] = node[-1]
+    return found

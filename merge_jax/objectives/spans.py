@@ -1,0 +1,114 @@
+"""Loss function and evaluation of models that answer a question by a span of its passage."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from merge_jax.checks import check_at_least_one, check_entries
+from merge_jax.objectives.classification import model_loss
+from merge_jax.objectives.distillation import cross_entropy
+from merge_jax.objectives.squad import squad_scores
+from merge_jax.types import Batch, LossFn, ModelApply, ModelState, Params
+
+__all__ = ["Decode", "evaluate_spans", "span_loss"]
+
+Decode = Callable[[np.ndarray, Mapping[str, np.ndarray]], Sequence[str]]
+"""Logits `[N, L, 2]` and the arrays they come from to N answers, empty for "no answer"."""
+
+
+def span_loss(apply_fn: ModelApply, *, inputs: str = "tokens") -> LossFn:
+    """Returns the loss function of a model of spans: the mean over the batch, in nats; metric `accuracy`.
+
+    `(CE(z[:, 0], start) + CE(z[:, 1], end)) / 2` of each example, with logits `z [L, 2]`: softmaxes over the L tokens
+    of where the answer starts and of where it ends. The accuracy is the fraction in [0, 1] of examples with both ends
+    right. Source: Devlin et al., arXiv:1810.04805, section 4.2; the mean of both ends is that of its code.
+
+    Args:
+      apply_fn: `model.apply` of a Linen module called as `(inputs, train=True)`, with logits `[B, L, 2]`; its
+        collections update, and dropout draws from the step's key.
+      inputs: the entry of the batch that is the model's input; `start` and `end`, `[B]` in [0, L), are the others.
+
+    Raises:
+      ValueError: while tracing, for a batch that lacks an entry or logits of another shape.
+    """
+
+    def of(logits: jax.Array, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+        losses, right = _losses_and_right(logits, batch)
+        return losses, {"accuracy": right.mean()}
+
+    return model_loss(apply_fn, (inputs,), of, needs=("start", "end"))
+
+
+def evaluate_spans(
+    apply_fn: ModelApply,
+    decode: Decode,
+    answers: Sequence[Sequence[str]],
+    *,
+    inputs: str = "tokens",
+    batch_size: int = 128,
+) -> Callable[[Params, ModelState, Mapping[str, np.ndarray]], dict[str, float]]:
+    """Returns a function `(params, model_state, arrays) -> {"loss", "exact_match", "f1"}` over exactly all examples.
+
+    The arrays hold the model's input, `start` and `end`, as for `span_loss`, `example [N]`, and what `decode` needs.
+    The last batch is padded and its padding left out, so that one compilation serves all. The loss is in nats, the
+    scores, those of `squad_scores`, are fractions in [0, 1]. All logits, `[N, L, 2]`, are on the host at once.
+
+    Args:
+      apply_fn: `model.apply` of a Linen module called as `(inputs, train=False)`, with logits `[B, L, 2]`.
+      decode: all logits and the arrays to N predicted answers.
+      answers: all that count as right, of the question with number `arrays["example"][i]`.
+      inputs: the entry of the arrays that is the model's input.
+      batch_size: the number of examples at a time.
+
+    Raises:
+      ValueError: a batch size below 1; the arrays hold no example, lack an entry, or name a question that `answers`
+        has not; or `decode` gives another number of answers.
+    """
+    check_at_least_one(batch_size=batch_size)
+
+    @jax.jit
+    def losses_and_logits(params: Params, model_state: ModelState, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        logits = apply_fn({"params": params, **model_state}, batch[inputs], train=False)
+        return _losses_and_right(logits, batch)[0], logits
+
+    def evaluate(params: Params, model_state: ModelState, arrays: Mapping[str, np.ndarray]) -> dict[str, float]:
+        check_entries(arrays, inputs, "example", "start", "end")
+        size = len(arrays["start"])
+        if size == 0:
+            raise ValueError("cannot evaluate on no examples")
+        example = np.asarray(arrays["example"])
+        if example.min() < 0 or example.max() >= len(answers):
+            raise ValueError(
+                f"arrays['example'] must lie in [0, {len(answers)}), the number of answers, found"
+                f" {example.min()} to {example.max()}"
+            )
+        width = min(batch_size, size)
+        losses, logits = [], []
+        for first in range(0, size, width):
+            indices = np.minimum(np.arange(first, first + width), size - 1)
+            batch = {name: arrays[name][indices] for name in (inputs, "start", "end")}
+            batch_losses, batch_logits = losses_and_logits(params, model_state, batch)
+            kept = min(width, size - first)
+            losses.append(np.asarray(batch_losses, np.float32)[:kept])
+            logits.append(np.asarray(batch_logits, np.float32)[:kept])
+        predictions = decode(np.concatenate(logits), arrays)
+        if len(predictions) != size:
+            raise ValueError(f"decode must give an answer to each of {size} examples, got {len(predictions)}")
+        loss = float(np.concatenate(losses).mean(dtype=np.float64))
+        return {"loss": loss, **squad_scores(predictions, [answers[int(index)] for index in example])}
+
+    return evaluate
+
+
+def _losses_and_right(logits: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """Returns the losses `[B]`, and whether both ends are right, `[B]`."""
+    shape, starts = jnp.shape(logits), jnp.shape(batch["start"])
+    if len(shape) != 3 or shape[-1] != 2 or shape[:1] != starts:
+        raise ValueError(f"logits must be [B, L, 2] and 'start' [B], got shapes {shape} and {starts}")
+    losses, right = [], []
+    for column, name in enumerate(("start", "end")):
+        losses.append(cross_entropy(logits[..., column], batch[name]))
+        right.append(jnp.argmax(logits[..., column], axis=-1) == batch[name])
+    return (losses[0] + losses[1]) / 2, right[0] & right[1]

@@ -1,0 +1,30 @@
+"""Run folders, read and shown: tables, curves, an HTML page, several runs side by side."""
+
+from etils import epy
+
+with epy.lazy_api_imports(globals()):
+    from merge_jax.runs.compare import Comparison, compare
+    from merge_jax.runs.curves import Curve, draw, followed, judged
+    from merge_jax.runs.html import html_report
+    from merge_jax.runs.run import PLAN, Model, Moved, Plan, Run, mean_and_error
+    from merge_jax.runs.table import Rows, as_text, notes, result_tables
+
+__all__ = [
+    "PLAN",
+    "Comparison",
+    "Curve",
+    "Model",
+    "Moved",
+    "Plan",
+    "Rows",
+    "Run",
+    "as_text",
+    "compare",
+    "draw",
+    "followed",
+    "html_report",
+    "judged",
+    "mean_and_error",
+    "notes",
+    "result_tables",
+]

@@ -1,0 +1,318 @@
+"""A run folder: the config, the environment, the metrics and the results of a run, where anyone can read them."""
+
+import contextlib
+import datetime
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+from tensorboardX import SummaryWriter
+
+from merge_jax.checkpoints.lock import FolderLock
+from merge_jax.checkpoints.manifest import changes
+
+__all__ = ["MetricsLog", "RunFolder", "check_space", "describe_environment", "numbered_folder"]
+
+_RUNS = Path("runs")
+_CONFIG = "config.json"
+_CONTENTS = "contents"
+
+_PACKAGES = ("merge_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+_README = """\
+# A run of `{command}`
+
+- `config.json`: every option of the run.
+- `environment.json`: command, date, versions, devices and commit of the run, and of each resumption.
+- `metrics.jsonl`: one record a report: the run (method and seed), the step, and the metrics by role. In the runs
+  `source-seed<n>` the source is trained on its own, in the role of the target.
+- `tensorboard/`: the same for TensorBoard, once `pip install tensorboard` is done (`tensorboard --logdir` this folder).
+- `plan.json`: the models, routes and lengths, as they were printed before the run began.
+- `results.json`, `table.txt`, `curves.png`: what came out; they appear as runs end, and `report.html`, which has all of
+  it on one page and needs no other file. `gates.png`, where a transfer has gates, `samples.png`, test images with what
+  models made of them, and `vocabulary.json`, of text models.
+- `checkpoints/<method>-seed<n>/<step>/`: Orbax checkpoints of everything (both models, adapter, optimizers, step, key);
+  `<method>-seeds<first>-<last>` where seeds ran side by side. In `seconds.json`, how long it was trained up to a step.
+
+Go on after an interruption with the command above and `--resume --run-dir` this folder.
+"""
+
+
+class RunFolder:
+    """The folder of one run; opening it checks all that could go wrong, before anything is trained.
+
+    One process at a time has it open to write; another is refused.
+    """
+
+    def __init__(self, path: Path):
+        """Takes a folder to read; use `RunFolder.open` to write into it."""
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self._lock: FolderLock | None = None
+
+    @classmethod
+    def open(cls, path: Path | str, config: Mapping[str, Any], *, resume: bool) -> Self:
+        """Returns the folder, made new, or the one that is there where `resume` is set.
+
+        Args:
+          path: the folder; a new one, or an empty one, unless `resume` is set.
+          config: all options that say what the run is, as JSON types. Under `contents` may stand what options hold that
+            are paths, by name: where a run in the folder knows that too, the paths themselves may differ.
+          resume: go on with the run in the folder.
+
+        Where several processes share a run, process 0 alone writes, and what is wrong is told by it alone.
+
+        Raises:
+          ValueError: the folder holds a run and `resume` is not set; `resume` is set and there is none, or one
+            with another config (the message names the fields); another process is writing into it; the folder
+            cannot be written.
+        """
+        path = Path(path)
+        if jax.process_index() > 0:
+            return cls(path)
+        cls.check(path, config, resume=resume)
+        config_path = path / _CONFIG
+        config = json.loads(json.dumps(config))  # As it will be read back: tuples are lists.
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            folder = cls(path)
+            folder._lock = FolderLock(path)
+            if not config_path.exists():
+                folder.write_json(_CONFIG, config)
+                folder.write_text("README.md", _README.format(command=_command()))
+            sessions = folder.read_json("environment.json", [])
+            folder.write_json("environment.json", [*sessions, describe_environment()])
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise ValueError(f"{path / 'environment.json'} is damaged: {error}") from None
+        except OSError as error:
+            raise ValueError(f"the run folder {path} cannot be written: {error}") from None
+        return folder
+
+    @staticmethod
+    def check(path: Path | str, config: Mapping[str, Any], *, resume: bool) -> None:
+        """Raises ValueError where `open` would because of what is in the folder; writes nothing."""
+        path = Path(path)
+        config_path = path / _CONFIG
+        try:
+            if config_path.exists():
+                saved, given = json.loads(config_path.read_text()), json.loads(json.dumps(config))
+                changed = changes(_by_contents(saved, given), _by_contents(given, saved))
+                if changed:
+                    raise ValueError(
+                        f"the run folder {path} exists with another config:\n  "
+                        + "\n  ".join(changed)
+                        + "\nGive the same preset and options, or another --run-dir"
+                    )
+                if not resume:
+                    raise ValueError(
+                        f"the run folder {path} already holds this run: add --resume to go on with it, "
+                        "or give another --run-dir"
+                    )
+            elif resume:
+                raise ValueError(f"there is no run to resume in {path}: it has no config.json")
+            elif path.is_dir() and any(path.iterdir()):
+                raise ValueError(
+                    f"the run folder {path} is not empty, and no run: it has no config.json. Give another --run-dir"
+                )
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise ValueError(f"{config_path} is damaged: {error}") from None
+        except OSError as error:
+            raise ValueError(f"the run folder {path} cannot be read: {error}") from None
+
+    def close(self) -> None:
+        """Lets other processes write into the folder."""
+        if self._lock is not None:
+            self._lock.release()
+
+    def write_json(self, name: str, content: Any) -> None:
+        """Writes a file of the folder whole or not at all."""
+        self.write_text(name, json.dumps(content, indent=2) + "\n")
+
+    def write_text(self, name: str, content: str) -> None:
+        """Writes a file of the folder whole or not at all; processes but 0 write nothing."""
+        if jax.process_index() > 0:
+            return
+        part = self.path / f"{name}.part"
+        part.write_text(content)
+        os.replace(part, self.path / name)
+
+    def read_json(self, name: str, default: Any) -> Any:
+        """Returns the content of a file of the folder, or `default` where there is none."""
+        path = self.path / name
+        return json.loads(path.read_text()) if path.exists() else default
+
+
+def _by_contents(config: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the options of a config, with what they hold in the place of paths where another config knows it too."""
+    known = config.get(_CONTENTS, {}).keys() & other.get(_CONTENTS, {}).keys()
+    options = {name: value for name, value in config.items() if name != _CONTENTS}
+    return options | {name: config[_CONTENTS][name] for name in known}
+
+
+class MetricsLog:
+    """The metrics of all runs of a folder, as `metrics.jsonl` and as TensorBoard events."""
+
+    def __init__(self, folder: RunFolder):
+        """Opens, or goes on with, the metrics of the folder."""
+        self._folder = folder
+        self._path = folder.path / "metrics.jsonl"
+
+    def records(self) -> list[dict[str, Any]]:
+        """Returns all records, each with `run`, `step` and metrics by name."""
+        if not self._path.exists():
+            return []
+        # A process that was killed as it wrote leaves a line without an end; its checkpoint is older than that.
+        lines = self._path.read_text().splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def rewind(self, run: str, step: int) -> None:
+        """Forgets what a run reported after `step`: it goes on from there and will report it again."""
+        if not self._path.exists():
+            return
+        kept = [r for r in self.records() if r["run"] != run or r["step"] <= step]
+        self._folder.write_text(self._path.name, "".join(json.dumps(r) + "\n" for r in kept))
+
+    def writer(self, run: str, step: int) -> "RunWriter":
+        """Returns the writer of one run, which goes on after `step` (0 for a new one)."""
+        self.rewind(run, step)
+        events = SummaryWriter(
+            str(self._folder.path / "tensorboard" / run),
+            purge_step=step + 1 if step else None,
+            flush_secs=10,
+            write_to_disk=jax.process_index() == 0,
+        )
+        return RunWriter(self._path, run, events)
+
+
+class RunWriter:
+    """Writes the metrics of one run; a context manager."""
+
+    def __init__(self, path: Path, run: str, events: SummaryWriter):
+        """Use `MetricsLog.writer`."""
+        self._path, self._run, self._events = path, run, events
+
+    def __enter__(self) -> Self:
+        """Returns itself."""
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        """Writes out what is left."""
+        self._events.close()
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Writes one record. JSON has no word for a number that is not finite, so it stands as a string there."""
+        if jax.process_index() > 0:
+            return
+        values = {k: v if math.isfinite(v) else str(v) for k, v in metrics.items()}
+        with self._path.open("a") as file:
+            file.write(json.dumps({"run": self._run, "step": step, **values}) + "\n")
+        for name, value in metrics.items():
+            self._events.add_scalar(name, value, step)
+
+
+@contextlib.contextmanager
+def numbered_folder(name: str, resume: bool = False, *, given: Path | None = None) -> Iterator[Path]:
+    """Makes the next folder `runs/<name>-<number>`, for this process alone; a context manager.
+
+    >>> with numbered_folder("mine") as folder:  # doctest: +SKIP
+    ...     (folder / "table.txt").write_text("...")  # What is still empty at the end is removed.
+
+    Args:
+      name: of what is run.
+      resume: make none, and find the last that holds a run.
+      given: the folder that the user names; it is taken as it is.
+
+    Raises:
+      ValueError: the folder cannot be made.
+    """
+    if given is not None:
+        yield given
+        return
+    folders = {path.name.removeprefix(f"{name}-"): path for path in _RUNS.glob(f"{name}-*")}
+    numbers = {int(suffix): path for suffix, path in folders.items() if suffix.isdigit()}
+    if resume:
+        last = max((number for number, path in numbers.items() if (path / _CONFIG).exists()), default=1)
+        yield numbers.get(last, _folder(name, last))
+        return
+    number = max(numbers, default=0) + 1
+    while True:
+        folder = _folder(name, number)
+        try:
+            folder.mkdir(parents=True)
+            break
+        except FileExistsError:  # Of a run that has begun meanwhile.
+            number += 1
+        except OSError as error:
+            raise ValueError(f"the run folder {folder} cannot be written: {error}") from None
+    try:
+        yield folder
+    finally:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
+def _folder(name: str, number: int) -> Path:
+    return _RUNS / f"{name}-{number:03d}"
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Raises ValueError where the disk has not the bytes that a run will need in a folder, which need not be there."""
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    free = shutil.disk_usage(existing).free
+    if needed - there > free:
+        raise ValueError(
+            f"the disk of {folder} has {free / 2**30:.3g} GiB left, and the checkpoints of this run may need "
+            f"{(needed - there) / 2**30:.3g} GiB: make room, or give another --run-dir"
+        )
+
+
+def describe_environment() -> dict[str, Any]:
+    """Returns what a reader needs to judge a run: command, date, versions, devices, commit."""
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return {
+        "command": _command(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu_count": os.cpu_count(),
+        "devices": [device.device_kind for device in jax.devices()],
+        "versions": versions,
+        "commit": _commit(),
+    }
+
+
+def _command() -> str:
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    program = f"python -m {spec.name}" if spec else shlex.quote(sys.argv[0])
+    return " ".join([program, *map(shlex.quote, sys.argv[1:])])
+
+
+def _commit() -> str | None:
+    """Returns the commit of the code, with a mark where it is changed, or None outside a git checkout."""
+    try:
+        git = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return git.stdout.strip()

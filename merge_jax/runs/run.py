@@ -1,0 +1,238 @@
+"""A run folder as a reader finds it: what was planned, and what came out."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from merge_jax.paths import near_misses, some_of
+from merge_jax.runs.folder import MetricsLog, RunFolder
+
+__all__ = ["PLAN", "Model", "Moved", "Plan", "Run", "mean_and_error", "words"]
+
+PLAN = "plan.json"
+"""The name of the file of a run folder that has the plan."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model of a run.
+
+    Attributes:
+      name: for people.
+      parameters: how many it has.
+      metric: what it is judged by.
+      examples: how many there are to train, to validate and to test.
+      code: lines of Python that make `model`, its variables as shapes, `like`, and its `apply` function; empty where
+        they are not known.
+    """
+
+    name: str
+    parameters: int
+    metric: str
+    examples: tuple[int, int, int]
+    code: str = ""
+
+    def __str__(self) -> str:
+        """Returns the model in a line."""
+        train, validate, test = self.examples
+        return (
+            f"{self.name}, {self.parameters:,} parameters; "
+            f"{train} examples to train, {validate} to validate, {test} to test"
+        )
+
+
+@dataclass(frozen=True)
+class Moved:
+    """What a method's transfer moves.
+
+    Attributes:
+      routes: each as `target <- source`.
+      parameters: how many the adapter has.
+    """
+
+    routes: tuple[str, ...]
+    parameters: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a run is going to do; beside its results it is all that the tables need.
+
+    Attributes:
+      experiment: its name.
+      source: the model that gives; None where the target is its own source.
+      target: the model that receives.
+      origin: where the source comes from, in words that follow "source".
+      steps: how long the target is trained.
+      batch_size: examples in a batch.
+      methods: that are compared, in their order.
+      seeds: how many there are.
+      transfers: what is moved, of each method that moves anything by name.
+      devices: how many of what kind.
+      control: what is done to the source to compare it; empty for nothing.
+      expected: how long this took where it was measured; empty where it was not.
+      caution: why its figures mean little; empty where they do not.
+      moments: how many steps of how many transfer; empty where none does.
+    """
+
+    experiment: str
+    source: Model | None
+    target: Model
+    origin: str
+    steps: int
+    batch_size: int
+    methods: tuple[str, ...]
+    seeds: int
+    transfers: Mapping[str, Moved]
+    devices: str
+    control: str = ""
+    expected: str = ""
+    caution: str = ""
+    moments: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the plan as JSON types."""
+        return json.loads(json.dumps(asdict(self)))
+
+    @classmethod
+    def from_json(cls, content: Any) -> Self:
+        """Returns the plan that `to_json` gave; whatever else raises KeyError, TypeError or AttributeError."""
+
+        def model(entry: Mapping[str, Any]) -> Model:
+            train, validate, test = entry["examples"]
+            examples = (train, validate, test)
+            return Model(entry["name"], entry["parameters"], entry["metric"], examples, entry.get("code", ""))
+
+        transfers = {
+            method: Moved(tuple(moved["routes"]), moved["parameters"]) for method, moved in content["transfers"].items()
+        }
+        return cls(
+            **{
+                **content,
+                "source": None if content["source"] is None else model(content["source"]),
+                "target": model(content["target"]),
+                "methods": tuple(content["methods"]),
+                "transfers": transfers,
+            }
+        )
+
+    def lines(self) -> list[str]:
+        """Returns the plan for people."""
+        lines = [] if self.source is None else [f"source: {self.source}"]
+        lines += [f"target: {self.target}", f"source {self.origin}"]
+        if self.control:
+            lines.append(f"source control: {self.control}")
+        lines.append(f"target trains {self.steps} steps of {self.batch_size}")
+        lines.append(f"methods: {', '.join(self.methods)}; seeds: {self.seeds}")
+        by_routes: dict[tuple[str, ...], list[str]] = {}
+        for method, moved in self.transfers.items():
+            by_routes.setdefault(moved.routes, []).append(method)
+        for routes, methods in by_routes.items():
+            plural = f"{len(routes)} route{'s' if len(routes) > 1 else ''}"
+            lines.append(f"{plural} (target <- source) of {', '.join(methods)}: {some_of(routes, 3)}")
+        adapters = [f"{name} {moved.parameters:,}" for name, moved in self.transfers.items() if moved.parameters]
+        if adapters:
+            lines.append(f"adapter parameters: {', '.join(adapters)}")
+        if self.moments:
+            lines.append(self.moments)
+        if self.caution:
+            lines.append(self.caution)
+        return [*lines, f"devices: {self.devices}"]
+
+    @property
+    def models(self) -> str:
+        """The models in a few words."""
+        if self.source is None:
+            return f"{self.target.name} to itself"
+        pair = f"{self.source.name} -> {self.target.name}"
+        if self.source.metric != self.target.metric:
+            pair += f" (source: test {words(self.source.metric)})"
+        return pair
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as its folder tells it.
+
+    Attributes:
+      path: the folder.
+      plan: what was to be done.
+      config: every option.
+      sessions: where and when it ran, the first time and each time that it was resumed.
+      results: one entry of each method and seed that has ended.
+      records: its reports.
+    """
+
+    path: Path
+    plan: Plan
+    config: Mapping[str, Any]
+    sessions: Sequence[Mapping[str, Any]]
+    results: Sequence[Mapping[str, Any]]
+    records: Sequence[Mapping[str, Any]]
+
+    @classmethod
+    def read(cls, path: Path | str) -> Self:
+        """Returns the run of a folder.
+
+        Raises:
+          ValueError: there is no such folder, it holds no run, one of a version without plans, or one of which no
+            method has ended; or a file of it is damaged.
+        """
+        path = Path(path)
+        if not path.is_dir():
+            there = [str(one.parent) for one in path.parent.glob("*/config.json")]
+            raise ValueError(f"there is no run folder {path}; {near_misses(str(path), there)}")
+        if not (path / "config.json").exists():
+            inside = [str(one.parent) for one in sorted(path.glob("*/config.json"))]
+            hint = f"; there are runs in it: {some_of(inside, 10)}" if inside else ""
+            raise ValueError(f"{path} is no run folder: it has no config.json{hint}")
+        folder = RunFolder(path)
+        try:
+            plan = folder.read_json(PLAN, None)
+            if plan is None:
+                raise ValueError(f"{path} has no {PLAN}: resume the run with this version, which writes it")
+            run = cls(
+                path,
+                Plan.from_json(plan),
+                folder.read_json("config.json", {}),
+                folder.read_json("environment.json", []),
+                folder.read_json("results.json", []),
+                MetricsLog(folder).records(),
+            )
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"the run folder {path} is damaged: {type(error).__name__}: {error}") from None
+        if not run.results:
+            raise ValueError(f"no method of the run {path} has ended yet: resume it first")
+        return run
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The methods that have ended for at least one seed, in the order of the plan."""
+        ended = {result["method"] for result in self.results}
+        return tuple(method for method in self.plan.methods if method in ended)
+
+    @property
+    def trained(self) -> Path | None:
+        """The folder of checkpoints of the last method and the first seed; None where seeds ran side by side."""
+        folder = self.path / "checkpoints" / f"{self.methods[-1]}-seed0"
+        return folder if folder.is_dir() else None
+
+    def by_seed(self, method: str, name: str, scale: float = 1.0) -> dict[int, float]:
+        """Returns a number of a method, of each seed that has it."""
+        rows = sorted((r["seed"], r[name]) for r in self.results if r["method"] == method and r[name] is not None)
+        return {seed: scale * value for seed, value in rows}
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
+    """Returns the mean and its standard error, `std(ddof=1) / sqrt(n)`; no error for a single value."""
+    error = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else None
+    return float(np.mean(values)), None if error is None else float(error)
+
+
+def words(metric: str) -> str:
+    """Returns the name of a metric for people."""
+    return metric.replace("_", " ").replace("f1", "F1")

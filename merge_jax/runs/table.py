@@ -1,0 +1,156 @@
+"""The table of a run."""
+
+import io
+import textwrap
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from merge_jax.runs.run import Run, mean_and_error, words
+
+__all__ = ["BASELINE", "Rows", "as_text", "difference", "format_values", "meaning", "notes", "result_tables"]
+
+BASELINE = "vanilla"
+_WIDTH = 100
+
+
+class Rows(NamedTuple):
+    """A table before it is drawn.
+
+    Attributes:
+      title: above it.
+      headings: of its columns; the first one's cells are names.
+      rows: the cells.
+    """
+
+    title: str
+    headings: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+
+    def drawn(self) -> Table:
+        """Returns the table for a terminal or a text file."""
+        table = Table(box=box.SIMPLE, pad_edge=False, padding=(0, 0, 0, 1), title=self.title)
+        for number, heading in enumerate(self.headings):
+            table.add_column(heading, justify="right" if number else "left", no_wrap=True)
+        for row in self.rows:
+            table.add_row(*row)
+        return table
+
+
+def result_tables(run: Run) -> list[Rows]:
+    """Returns the table of a run, a row a method, and, where there are other test metrics, a second one of them."""
+    metric = words(run.plan.target.metric)
+    headings = ("method", "target", f"- {BASELINE}", "best val.", "source", "s/run", "compile s", "adapter")
+    rows = []
+    for method in run.methods:
+        reached = run.by_seed(method, "target_test", 100)
+        rows.append(
+            (
+                method,
+                format_values(reached.values()),
+                difference(reached, run.by_seed(BASELINE, "target_test", 100)) if method != BASELINE else "",
+                format_values(run.by_seed(method, "target_best_validation", 100).values()),
+                format_values(run.by_seed(method, "source_test", 100).values()),
+                f"{np.mean(list(run.by_seed(method, 'seconds').values())):.1f}",
+                f"{max(run.by_seed(method, 'compile_seconds').values()):.1f}",
+                f"{max(run.by_seed(method, 'adapter_parameters').values()):,.0f}",
+            )
+        )
+    tables = [Rows(f"{run.plan.experiment}: test {metric} of the target, %", headings, rows)]
+    others = [name for name in _tested(run, run.methods[0]) if name not in (run.plan.target.metric, "loss")]
+    if others:
+        by_name = [
+            (words(name), *(format_values(100 * value for value in _tested(run, m)[name]) for m in run.methods))
+            for name in others
+        ]
+        tables.append(Rows("other test metrics of the target, %", ("metric", *run.methods), by_name))
+    return tables
+
+
+def _tested(run: Run, method: str) -> dict[str, list[float]]:
+    """Returns all metrics of the target on the test split, over seeds."""
+    values: dict[str, list[float]] = {}
+    for result in run.results:
+        if result["method"] == method:
+            for name, value in result["test_metrics"]["target"].items():
+                values.setdefault(name, []).append(value)
+    return values
+
+
+def difference(values: dict[int, float], baseline: dict[int, float]) -> str:
+    """Returns the mean difference of the seeds that both have, paired; nothing where there are none."""
+    common = sorted(values.keys() & baseline.keys())
+    return format_values([values[seed] - baseline[seed] for seed in common], "+")
+
+
+def format_values(values: Iterable[float], sign: str = "") -> str:
+    """Returns mean and standard error with one digit; nothing of no values."""
+    values = list(values)
+    if not values:
+        return ""
+    mean, error = mean_and_error(values)
+    return f"{mean:{sign}.1f}" + ("" if error is None else f" ± {error:.1f}")
+
+
+def meaning(run: Run) -> str:
+    """Returns in one sentence what the result of a run means: which method gains most, and whether that is sure.
+
+    Sure is a gain of more than twice its standard error over three seeds or more (our choice: a reader's rule of thumb,
+    not a test; `experiments.ablation` has tests).
+    """
+    if run.plan.caution:
+        return f"This is {run.plan.caution}."
+    baseline = run.by_seed(BASELINE, "target_test", 100)
+    gains = {}
+    for method in run.methods:
+        values = run.by_seed(method, "target_test", 100)
+        common = values.keys() & baseline.keys()
+        if method != BASELINE and common:
+            gains[method] = [values[seed] - baseline[seed] for seed in sorted(common)]
+    if not gains:
+        return f"No method stands beside {BASELINE}, so there is no gain to tell."
+    best = max(gains, key=lambda method: mean_and_error(gains[method])[0])
+    mean, error = mean_and_error(gains[best])
+    points = f"{format_values(gains[best], '+')} points of test {words(run.plan.target.metric)} over {BASELINE}"
+    if error is None or len(gains[best]) < 3:
+        return f"{best} comes to {points}, but fewer than three seeds make nothing sure."
+    if mean <= 2 * error:
+        return f"No method surely gains: the best, {best}, comes to {points}, not more than twice its standard error."
+    return f"{best} gains most, {points} in {len(gains[best])} seeds, more than twice its standard error."
+
+
+def notes(run: Run) -> list[str]:
+    """Returns what the table does not say: models, protocol, command, hardware, versions, date, and what went wrong."""
+    plan, session = run.plan, run.sessions[0]
+    several = f"mean ± standard error over {plan.seeds} seeds, differences paired by seed and taken before rounding"
+    protocol = (
+        f"{plan.models}; after the last of {plan.steps} steps; {several if plan.seeds > 1 else 'one seed'}. "
+        f"best val.: best validation {words(plan.target.metric)} of all reports. s/run: seconds of training; "
+        "compile s: seconds of compiling its loop, once."
+    )
+    lines = [protocol, *filter(None, [plan.caution]), session["command"]]
+    lines.append(
+        f"{plan.devices}, {session['cpu_count']} cores, jax {session['versions']['jax']}, {session['date'][:10]}"
+    )
+    ended = {(result["method"], result["seed"]) for result in run.results}
+    if len(ended) < plan.seeds * len(plan.methods):
+        lines.append(f"not ended: {len(ended)} of {plan.seeds * len(plan.methods)} trainings are here")
+    for result in run.results:
+        if result.get("faults"):
+            counts = ", ".join(f"{name} {count}" for name, count in result["faults"].items())
+            lines.append(f"not finite, or out of bounds: {result['method']}, seed {result['seed']}: {counts}")
+    return lines
+
+
+def as_text(tables: Sequence[Rows], lines: Sequence[str]) -> str:
+    """Returns tables and what is to be said of them, the same on any terminal and in a file."""
+    file = io.StringIO()
+    console = Console(file=file, width=1000)  # No table is cut; it takes what it needs.
+    for table in tables:
+        console.print(table.drawn())
+    written = "\n".join(line.rstrip() for line in file.getvalue().splitlines())
+    return written + "\n" + "\n".join(textwrap.fill(line, _WIDTH, break_long_words=False) for line in lines) + "\n"

@@ -1,0 +1,57 @@
+"""Names that options choose from. They stand apart from what they name: options are read before JAX is imported."""
+
+from typing import Literal
+
+__all__ = [
+    "ImageModelName",
+    "ImageTaskName",
+    "ImageTextTaskName",
+    "LearningRateSchedule",
+    "OutputForm",
+    "SourceControl",
+    "TextModelName",
+    "TextTaskName",
+    "UpdateRule",
+    "VisionModelName",
+]
+
+ImageModelName = Literal[
+    "small_resnet",
+    "small_resnet_half",
+    "resnet18",
+    "resnet18_quarter",
+    "resnet50",
+    "small_mobilenet_v2",
+    "mobilenet_v2",
+    "mobilenet_v2_half",
+]
+"""`resnet18_quarter` and `small_resnet_half` have that part of the channels; the others are `merge_jax.models`."""
+
+VisionModelName = Literal["small_vit", "tiny_vit", "vit_base"]
+"""The vision transformers of `merge_jax.models`."""
+
+TextModelName = Literal["small_bert", "small_distilbert", "bert_base", "distilbert_base"]
+"""The encoders of `merge_jax.models`, each with the head of its task."""
+
+ImageTaskName = Literal["digits", "parity", "parity_and_size", "shapes", "cifar100", "cifar100_coarse"]
+"""What is learned of images: `parity` (odd or even) and `parity_and_size` (whether at least 5, too) are of the digits
+and share no label with them; `shapes` are of rendered scenes; `cifar100_coarse` are the 20 groups of CIFAR-100's 100
+classes."""
+
+TextTaskName = Literal["sentiment", "topic", "qa"]
+"""Sentiment and topic classify texts; qa finds the answer to a question in a passage, or that there is none."""
+
+ImageTextTaskName = Literal["vqa", "retrieval"]
+"""vqa answers questions on images; retrieval finds the caption of an image, and the image of a caption."""
+
+LearningRateSchedule = Literal["cosine", "steps"]
+"""To 0 along a cosine, or times 0.2 after 30, 60 and 80 percent of the run, as published."""
+
+SourceControl = Literal["none", "random", "shuffled", "noise", "other_seed"]
+"""See `merge_jax.study.controls.controlled`."""
+
+UpdateRule = Literal["exact", "surrogate"]
+"""Those of `merge_jax.make_joint_step`."""
+
+OutputForm = Literal["official", "residual", "warm"]
+"""Those of `merge_jax.lpka_transfer`."""

@@ -1,0 +1,155 @@
+"""The command line of an experiment: a preset by name, then any option of its config."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, NoReturn, TypeVar
+
+import tyro
+
+from merge_jax.checks import check_choice
+from merge_jax.study.config import RunConfig
+from merge_jax.training.compilation_cache import use_cache
+
+if TYPE_CHECKING:
+    from merge_jax.study.scenario import Scenario
+
+__all__ = ["folded", "main", "parse"]
+
+_SMOKE = "a smoke test: it shows that all works; its figures mean nothing"
+
+_Options = TypeVar("_Options")
+_Config = TypeVar("_Config", bound=RunConfig)
+
+
+def parse(presets: Mapping[str, _Options], module: str, description: str, arguments: Sequence[str]) -> _Options:
+    """Returns the preset that the first word names (`default` where there is none), changed by the options.
+
+    Raises:
+      ValueError: no preset has that name.
+      SystemExit: an unknown or malformed option (tyro prints it, with near misses), or `--help`.
+    """
+    name, options = _preset_of(arguments)
+    check_choice("preset", name, presets)
+    preset = presets[name]
+    told = (
+        f"{description}\n\nPRESET is one of {', '.join(presets)}. Defaults shown are those of {name!r} (PRESET --help "
+        "for another)."
+    )
+    return tyro.cli(
+        type(preset),
+        default=preset,
+        args=options,
+        prog=f"python -m {module} [PRESET]",
+        description=folded(told.replace("python -m experiments.", f"python -m {module.rpartition('.')[0]}.")),
+    )
+
+
+def folded(text: str) -> str:
+    """Returns the text in lines that fit the terminal; what follows `#` goes below a command.
+
+    Every line begins with a space: tyro joins those that begin with a letter.
+    """
+    lines: list[str] = []
+    width = shutil.get_terminal_size().columns
+    for paragraph in re.split(r"\n(?=[\s-])|(?<=\n)\n", re.sub(r"\n{2,}", "\n\n", text)):
+        command, _, comment = paragraph.partition("  # ")
+        if not paragraph.startswith(" "):
+            lines += textwrap.wrap(paragraph, width, initial_indent=" ", subsequent_indent=" ") or [""]
+        elif len(paragraph) > width and comment:
+            lines.append(command.rstrip())
+            lines += textwrap.wrap(f"# {comment}", width, initial_indent=" " * 8, subsequent_indent=" " * 10)
+        else:
+            lines.append(paragraph.rstrip())
+    return "\n".join(lines)
+
+
+def _preset_of(arguments: Sequence[str]) -> tuple[str, list[str]]:
+    """Returns the name of the preset, and the options that follow it."""
+    if arguments and not arguments[0].startswith("-"):
+        return arguments[0], list(arguments[1:])
+    return "default", list(arguments)
+
+
+def main(
+    presets: Mapping[str, _Config],
+    module: str,
+    description: str | None,
+    build: Callable[[_Config], Scenario],
+    arguments: Sequence[str] | None = None,
+    *,
+    measured: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """Parses, checks and runs; what is wrong with the options is one line on standard error and exit code 2.
+
+    Args:
+      presets: configs by name, with one called `default`.
+      module: name of the module, for the help.
+      description: what the experiment is.
+      build: makes the scenario of a config, or raises ValueError.
+      arguments: words of the command line; those of this process by default.
+      measured: how long presets took where that was measured, in words.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        config = parse(presets, module, description or "", arguments)
+        config.check()
+        from merge_jax.training.distributed import (  # JAX is imported for options that are right.
+            agree,
+            connect,
+            leaving_at_once,
+        )
+
+        use_cache(config.compilation_cache)
+        if config.coordinator is not None:
+            print(f"waiting for all {config.num_processes} processes at {config.coordinator}", file=sys.stderr)
+            connect(config.coordinator, config.num_processes, config.process_id)
+        if config.process_id > 0:  # Process 0 speaks for all.
+            sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
+    except (ValueError, TimeoutError) as error:
+        _refuse(error)
+    with leaving_at_once("start all of them again, with --resume"):
+        caution = _SMOKE if _preset_of(arguments)[0] == "smoke" else ""
+        run = _prepared(build, config, _expected(presets, config, measured), caution)
+        run()  # An error in here is no fault of the options, and keeps its traceback.
+        agree(None)  # All leave together: JAX waits a short time only for those that have more to print.
+
+
+def _expected(presets: Mapping[str, _Config], config: _Config, measured: Mapping[str, str]) -> str:
+    """Returns how long the preset took that has these options; nothing where there is none, or it was not measured."""
+    for name, preset in presets.items():
+        if preset.options() == config.options():
+            return measured.get(name, "")
+    return ""
+
+
+def _prepared(build: Callable[[_Config], Scenario], config: _Config, expected: str, caution: str) -> Callable[[], None]:
+    """Returns what trains; where one of several processes is refused, all of them are."""
+    from merge_jax.study.runner import check_paths, prepare_run
+    from merge_jax.training.distributed import agree
+
+    run, problem = None, None
+    try:
+        check_paths(config)
+        run = prepare_run(build(config), config, expected, caution)
+    except (ValueError, OSError) as error:  # Of the options, or of files and folders that they name.
+        problem = error
+    try:
+        agree(problem)
+    except ValueError as error:
+        problem = error
+    if run is None or problem is not None:
+        _refuse(problem)
+    return run
+
+
+def _refuse(problem: Exception | None) -> NoReturn:
+    print(f"error: {problem}", file=sys.stderr)
+    raise SystemExit(2) from None

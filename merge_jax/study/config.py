@@ -1,0 +1,210 @@
+"""Options that every experiment has."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from merge_jax.checks import check_at_least_one
+from merge_jax.study.choices import SourceControl, UpdateRule
+from merge_jax.study.contents import contents_of
+from merge_jax.study.option_types import check_option_types
+from merge_jax.training.compilation_cache import CacheChoice
+
+if TYPE_CHECKING:
+    import optax
+
+__all__ = ["Lengths", "RunConfig", "Schedule"]
+
+# They say where and how far a run goes on, not what it is: a resumed run may have others.
+_NOT_OF_THE_RUN = (
+    *("run_dir", "resume", "compilation_cache"),
+    *("devices", "parallel", "shard_state", "coordinator", "num_processes", "process_id"),
+)
+
+
+class Lengths(NamedTuple):
+    """How long a model is trained, in steps.
+
+    Attributes:
+      steps: all of them.
+      report_every: from one report to the next.
+      checkpoint_every: from one checkpoint to the next.
+    """
+
+    steps: int
+    report_every: int
+    checkpoint_every: int
+
+
+class Schedule(NamedTuple):
+    """How long the target is trained, and the source before it where it is pretrained."""
+
+    source: Lengths
+    target: Lengths
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Options that every experiment has."""
+
+    seeds: int = 5
+    """Number of seeds. A seed fixes splits, source, start and batches, the same for every method."""
+    vectorized: bool = False
+    """All seeds side by side in one program; the results are those of separate runs, up to rounding."""
+    source: Literal["pretrained", "live", "frozen", "trajectory"] = "pretrained"
+    """Pretrained: trained first, then frozen. Live: from scratch beside the target, as in the paper. Frozen: read from
+    --source-from. Trajectory: its saved steps are replayed in order, of --source-from, or trained first."""
+    source_from: Path | None = None
+    """Where a frozen source is read from: a .safetensors file, or the folder of a run that trained one; for a
+    trajectory, the folder of such a run."""
+    snapshots: int = 8
+    """About how many steps of its training a trajectory that is trained here has; one that is read has those that were
+    saved, which are all if its run was one with --source trajectory."""
+    source_control: SourceControl = "none"
+    """A source to compare a trained one with. Random: as it starts, never trained. Shuffled: the trained entries of
+    each leaf permuted among themselves. Noise: normal numbers of each leaf's mean and deviation. Other_seed: trained on
+    the same split from another start, on other batches."""
+    source_steps: int = 400
+    """Steps of training the source before the transfer; a live source takes --steps instead."""
+    steps: int = 300
+    """Steps of training the target."""
+    epochs: int | None = None
+    """Epochs of training the target instead of --steps; reports and checkpoints are then counted in epochs too."""
+    source_epochs: int | None = None
+    """Epochs of training the source, where --epochs is given; as many as the target's by default."""
+    batch_size: int = 50
+    """Examples in a batch, over all devices."""
+    cycle: int = 4
+    """Steps from one transfer to the next; the steps between are self-learning."""
+    cycle_end: int | None = None
+    """Cycle at the last step, if it is to change evenly over the run."""
+    update: UpdateRule = "exact"
+    """What the adapter follows: the gradient of the target's loss, or the published surrogate."""
+    report_every: int = 15
+    """Steps (or epochs) from one report, metrics and validation, to the next."""
+    checkpoint_every: int = 150
+    """Steps (or epochs) from one checkpoint to the next, a multiple of --report-every; the last is always saved."""
+    devices: int | None = None
+    """Devices that share each batch; all there are by default."""
+    parallel: Literal["jit", "pmap"] = "jit"
+    """How they share it: jit splits one program, pmap runs one a device."""
+    shard_state: bool = False
+    """Split parameters, optimizer and adapter over the devices too, for models that one of them cannot hold."""
+    coordinator: str | None = None
+    """host:port of process 0, where several processes run this together, each with the same command."""
+    num_processes: int = 1
+    """How many processes there are."""
+    process_id: int = 0
+    """Which of them this is, from 0."""
+    run_dir: Path | None = None
+    """Folder of the run; by default a new numbered one in runs/."""
+    resume: bool = False
+    """Go on from the newest checkpoints of --run-dir, or of the last numbered folder."""
+    compilation_cache: CacheChoice = "default"
+    """Where compiled programs are kept for later runs: none, or a folder, which may grow to 512 MiB. By default that of
+    JAX_COMPILATION_CACHE_DIR, or one in the user's cache folder."""
+
+    def check(self) -> None:
+        """Raises ValueError for an option of another type or out of range."""
+        check_option_types(self)
+        for name in ("seeds", "source_steps", "steps", "batch_size", "report_every", "checkpoint_every", "snapshots"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_at_least_one(cycle=self.cycle, num_processes=self.num_processes)
+        optional = {name: getattr(self, name) for name in ("epochs", "source_epochs", "devices", "cycle_end")}
+        check_at_least_one(**{name: value for name, value in optional.items() if value is not None})
+        if self.source == "frozen" and self.source_from is None:
+            raise ValueError("a frozen source needs --source-from, a .safetensors file or the folder of a run")
+        if self.source_from is not None and self.source not in ("frozen", "trajectory"):
+            raise ValueError(
+                f"--source-from is for a source that is frozen or a trajectory; this one is {self.source}, and trained "
+                "here: add --source frozen"
+            )
+        if self.source == "trajectory" and self.vectorized:
+            raise ValueError("a trajectory is read seed by seed: leave out --vectorized")
+        if self.source_control != "none" and self.source not in ("pretrained", "frozen"):
+            raise ValueError(
+                f"source_control is for a source that is pretrained or frozen; this one is {self.source}: "
+                f"leave out {self.source_control}"
+            )
+        if self.source_control == "other_seed" and self.source == "frozen":
+            raise ValueError("source_control other_seed trains a source of another seed: leave out --source frozen")
+        if self.checkpoint_every % self.report_every:
+            raise ValueError(
+                f"checkpoint_every must be a multiple of report_every, "
+                f"got {self.checkpoint_every} and {self.report_every}"
+            )
+        if self.source_epochs is not None and self.epochs is None:
+            raise ValueError("source_epochs is given without epochs: lengths are in steps or in epochs, not in both")
+        if self.shard_state and self.parallel == "pmap":
+            raise ValueError("shard_state is for jit: pmap keeps a copy of all on every device")
+        if (self.num_processes > 1) != (self.coordinator is not None):
+            raise ValueError("several processes need all of coordinator, num_processes and process_id")
+        if not 0 <= self.process_id < self.num_processes:
+            raise ValueError(f"process_id must lie in [0, {self.num_processes}), got {self.process_id}")
+        if self.coordinator is not None and self.run_dir is None:
+            raise ValueError("several processes need a run_dir that all of them see")
+
+    def schedule(self, source_examples: int, target_examples: int) -> Schedule:
+        """Returns the lengths in steps, for as many examples to train each model on.
+
+        Raises:
+          ValueError: a batch has more examples than there are.
+        """
+        for role, examples in (("target", target_examples), ("source", source_examples)):
+            learns = role == "target" or self.source != "frozen"
+            if learns and examples < self.batch_size:
+                raise ValueError(
+                    f"batch_size is {self.batch_size}, but the {role} learns from {examples} examples: a batch would"
+                    " have some of them twice"
+                )
+        if self.epochs is None:
+            source, target = (
+                Lengths(steps, self.report_every, self.checkpoint_every) for steps in (self.source_steps, self.steps)
+            )
+            return Schedule(source, target)
+
+        def lengths(epochs: int, examples: int) -> Lengths:
+            epoch = math.ceil(examples / self.batch_size)
+            return Lengths(epochs * epoch, self.report_every * epoch, self.checkpoint_every * epoch)
+
+        source_epochs = self.epochs if self.source_epochs is None else self.source_epochs
+        return Schedule(lengths(source_epochs, source_examples), lengths(self.epochs, target_examples))
+
+    @property
+    def axis_name(self) -> str | None:
+        """The axis of the devices that models average over and losses compare examples along; None under jit."""
+        if self.parallel != "pmap":
+            return None
+        from merge_jax.training.sharding import DATA_AXIS
+
+        return DATA_AXIS
+
+    def cycle_over(self, num_steps: int) -> int | optax.Schedule:
+        """Returns the cycle of a run of so many steps."""
+        if self.cycle_end is None:
+            return self.cycle
+        import optax
+
+        return optax.linear_schedule(self.cycle, self.cycle_end, num_steps)
+
+    def options(self) -> dict[str, Any]:
+        """Returns the options that say what the run is."""
+        return {name: value for name, value in asdict(self).items() if name not in _NOT_OF_THE_RUN}
+
+    def identity(self) -> dict[str, Any]:
+        """Returns what the run is; with anything other, it is another run.
+
+        That is its options, and under `contents` what those hold that are paths, by which a run folder knows them
+        wherever they lie; see `contents_of`.
+
+        Raises:
+          ValueError: the folder of a run is named whose checkpoints are damaged.
+        """
+        options = self.options()
+        contents = contents_of(options)
+        options = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
+        return options | ({"contents": contents} if contents else {})

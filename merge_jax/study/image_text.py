@@ -1,0 +1,369 @@
+"""Models of images with text as the roles of a scenario: their tasks, data by name or folder, and their scores."""
+
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import merge_jax as mj
+from merge_jax.checkpoints.safetensors import read_json
+from merge_jax.checks import check_choice
+from merge_jax.data import (
+    Arrays,
+    CaptionedImages,
+    CaptionSet,
+    Splits,
+    Streamed,
+    VisualQuestionSet,
+    WordPiece,
+    channel_statistics,
+    class_captions,
+    load_clevr,
+    load_coco_captions,
+    load_tfds_images,
+    load_vqa,
+    scene_captions,
+    sort_of_clevr,
+    take,
+)
+from merge_jax.objectives.vqa_score import normalize_answer
+from merge_jax.paths import near_misses
+from merge_jax.study.architecture import Architecture
+from merge_jax.study.choices import ImageTextTaskName
+from merge_jax.study.images import make_vision_encoder
+from merge_jax.study.model_code import model_code
+from merge_jax.study.optimizers import adamw
+from merge_jax.study.scenario import Learner, Reader, Role, Samples
+from merge_jax.study.texts import make_text_encoder, read_weights, started, told, told_tokens
+
+__all__ = [
+    "Reading",
+    "image_text_learner",
+    "load_image_text",
+    "words_with_images",
+]
+
+_ATTENTION = {"vision": "image_encoder/*/attention", "text": "text_encoder/*/attention"}
+_EVALUATED_AT_ONCE = 100
+_NUM_SAMPLES = 6
+_CANDIDATES = 200
+_LARGEST_RANK = 10
+# A study makes many scenarios of one set; none of them changes its images or texts.
+_sort_of_clevr = lru_cache(maxsize=2)(sort_of_clevr)
+_scene_captions = lru_cache(maxsize=2)(scene_captions)
+_SEEN = 1000  # Images that mean and deviation of the pixels are taken of: no pass over all that are streamed.
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How images and texts are read.
+
+    Attributes:
+      max_length: tokens of a text.
+      too_long: what to do with longer ones, `truncate` or `error`.
+      validation: how many training images to hold out, with all their questions or captions, drawn for each seed.
+      num_answers: how many answers a model chooses from.
+      uncovered: what to do with training questions none of whose answers are among these, `error` or `skip`.
+    """
+
+    max_length: int
+    too_long: str
+    validation: int
+    num_answers: int
+    uncovered: str
+
+
+def load_image_text(
+    task: str, data: str, data_dir: Path | None, image_size: int, unreadable: str, num_shapes: int
+) -> VisualQuestionSet | CaptionSet:
+    """Returns images with questions or captions.
+
+    Args:
+      task: one of `ImageTextTaskName`.
+      data: `synthetic` for rendered scenes; for vqa, `clevr` of TFDS or the folder of the files of VQA v2.0; for
+        retrieval, the name of a set of TFDS whose classes are its captions, or a folder of MSCOCO.
+      data_dir: of TFDS.
+      image_size: height and width that images are brought to.
+      unreadable: what to do with images that are missing or cannot be read, `error` or `skip`.
+      num_shapes: on each rendered image that is asked about.
+
+    Raises:
+      ValueError: the task is unknown, or the data cannot be had.
+    """
+    check_choice("task", task, get_args(ImageTextTaskName))
+    is_folder = "/" in data or Path(data).is_dir()
+    if task == "vqa":
+        if data == "synthetic":
+            return _sort_of_clevr(
+                4000, 500, 0, image_size=image_size, num_shapes=num_shapes, relational=2, non_relational=2
+            )
+        if data == "clevr":
+            return load_clevr(data_dir, image_size=image_size, unreadable=unreadable)
+        if not is_folder:
+            names = near_misses(data, ("synthetic", "clevr"))
+            raise ValueError(f"unknown data {data!r} of vqa; {names}, or give a folder of VQA v2.0 such as ./vqa")
+        return load_vqa(data, image_size=image_size, unreadable=unreadable)
+    if data == "synthetic":
+        return _scene_captions(4000, 400, seed=0, image_size=image_size)
+    if is_folder:
+        return load_coco_captions(data, image_size=image_size, unreadable=unreadable)
+    return class_captions(load_tfds_images(data, data_dir, image_size=image_size))
+
+
+def words_with_images(found: VisualQuestionSet | CaptionSet) -> Sequence[str]:
+    """Returns the questions or captions there are to learn from."""
+    return found.train.questions if isinstance(found, VisualQuestionSet) else found.train.captions
+
+
+def image_text_learner(
+    task: str,
+    found: VisualQuestionSet | CaptionSet,
+    tokens: WordPiece,
+    architecture: Architecture,
+    reading: Reading,
+    *,
+    images: int | None = None,
+    text_weights: Path | None = None,
+    vision_weights: Path | None = None,
+) -> Learner:
+    """Returns a model that learns to answer questions on images, or to find captions and images.
+
+    Args:
+      task: its name.
+      found: its data.
+      tokens: the vocabulary of its texts.
+      architecture: the model.
+      reading: how images and texts are read.
+      images: how many training images it learns from; None for all.
+      text_weights: a Hugging Face safetensors file or folder that its text encoder starts from.
+      vision_weights: the same for its vision transformer; a preprocessor_config.json beside them scales the pixels.
+
+    Raises:
+      ValueError: the model does not fit the images, a text or weights do not fit the model, there are fewer images, or
+        answers that the training questions have are not among those to choose from.
+    """
+    shape = found.train.images.shape
+    rate, sizes = architecture.dropout, architecture.text_attributes
+    vision = make_vision_encoder(architecture.vision, shape[1], architecture.vision_attributes, dropout_rate=rate)
+    text = make_text_encoder(architecture.text, tokens, reading.max_length, sizes, dropout_rate=rate)
+    pixels = _scale_of_pixels(found, vision_weights)
+    encode = partial(_encode, found.name, tokens, reading)
+    name = f"{architecture.vision} and {architecture.text} ({found.name} {task})"
+    if isinstance(found, VisualQuestionSet):
+        fusion = {"num_layers": architecture.fusion_layers, "dropout_rate": rate}
+        module, parts = _answerer(
+            found, partial(mj.models.VisualAnswerer, vision, text, **fusion), pixels, reading, encode
+        )
+    else:
+        module = mj.models.DualEncoder(vision, text, architecture.embedding_size)
+        parts = _finder(found, module, pixels, encode)
+    splits = _splits_by_image(found.name, *parts.arrays, reading.validation, images, parts.learned)
+    if isinstance(found, CaptionSet):
+        _check_ranks(f"--validation: {found.name} has, held out of its training images,", splits(0).validation)
+        _check_ranks(f"{found.name} has to test on", parts.arrays[1])
+
+    def random_init(key: jax.Array) -> Any:
+        inputs = np.zeros((1, *shape[1:]), np.float32), np.ones((1, reading.max_length), np.int32)
+        return mj.models.initialize(module, key, *inputs)["params"]
+
+    weights = {"text_encoder": text_weights, "image_encoder": vision_weights}
+    weights = {encoder: path for encoder, path in weights.items() if path is not None}
+    drawn = jax.eval_shape(random_init, jax.random.key(0)) if weights else {}
+    given = {encoder: read_weights(path, drawn[encoder]) for encoder, path in weights.items()}
+
+    def init(key: jax.Array) -> tuple[Any, dict[str, Any]]:
+        params = random_init(key)
+        return {**params, **{encoder: started(one, params[encoder]) for encoder, one in given.items()}}, {}
+
+    inputs = {
+        f"jnp.zeros({(1, *shape[1:])})": f"images [N, {', '.join(map(str, shape[1:]))}], uint8",
+        f"jnp.zeros((1, {reading.max_length}), jnp.int32)": told_tokens(reading.max_length),
+    }
+    code = model_code(module, inputs, pixels)
+    role = Role(name, init, splits, parts.evaluate, parts.metric, samples=parts.samples, code=code)
+    loss_fn = parts.reader.loss(parts.reader.apply)
+    return Learner(role, loss_fn, adamw, attention=_ATTENTION, reader=parts.reader)
+
+
+def _scale_of_pixels(found: VisualQuestionSet | CaptionSet, weights: Path | None) -> tuple[Sequence[float], ...]:
+    """Returns mean and deviation that pixels are scaled by: those that weights learned with, or the images' own."""
+    if weights is not None:
+        config = (weights if weights.is_dir() else weights.parent) / "preprocessor_config.json"
+        learned = read_json(config) if config.exists() else {}
+        if {"image_mean", "image_std"} <= learned.keys():
+            return tuple(_numbers(learned[key], f"{key} of {config}") for key in ("image_mean", "image_std"))
+    images = found.train.images
+    mean, std = channel_statistics(images[np.arange(min(_SEEN, images.shape[0]))])
+    return mean, tuple(max(one, 1 / 255) for one in std)  # A channel may be the same everywhere.
+
+
+def _numbers(values: Any, name: str) -> Sequence[float]:
+    if not isinstance(values, list) or len(values) != 3 or not all(type(one) in (int, float) for one in values):
+        raise ValueError(f"{name} must be three numbers, one of each channel, got {values!r}")
+    return values
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What a task makes of its data: all training and test examples, which entries are learned from, and the rest."""
+
+    arrays: tuple[Arrays, Arrays]
+    learned: tuple[str, ...]
+    reader: Reader
+    evaluate: Any
+    metric: str
+    samples: Samples
+
+
+def _answerer(found: VisualQuestionSet, make: Any, pixels: Any, reading: Reading, encode: Any) -> tuple[Any, _Parts]:
+    vocabulary = mj.answer_vocabulary(found.train.answers, reading.num_answers)
+    questions = [*found.train.questions, *found.test.questions]
+    answers = [*found.train.answers, *found.test.answers]
+    kinds = None
+    if found.train.kinds is not None and found.test.kinds is not None:
+        kinds = [*found.train.kinds, *found.test.kinds]
+    indices, _ = mj.answer_indices(answers, vocabulary)
+    arrays: Arrays = {
+        "tokens": encode(questions),
+        "answers": indices,
+        "example": np.arange(len(questions), dtype=np.int32),
+    }
+    size = len(found.train.questions)
+    train = {**take(arrays, np.arange(size)), **_images(found.train.images, found.train.image)}
+    test = {**take(arrays, np.arange(size, len(questions))), **_images(found.test.images, found.test.image)}
+    covered = (indices[:size] >= 0).any(axis=1)
+    if not covered.all():
+        message = mj.answer_coverage(found.train.answers, vocabulary)
+        if reading.uncovered == "error":
+            raise ValueError(f"{found.name}: {message}: take more by --num-answers, or --uncovered skip")
+        print(f"{found.name}: {message}: not learned from", file=sys.stderr)
+        train = take(train, np.flatnonzero(covered))
+    module = make(len(vocabulary))
+    apply = mj.on_pixels(module.apply, *pixels)
+    evaluate = mj.evaluate_vqa(apply, vocabulary, answers, kinds, batch_size=_EVALUATED_AT_ONCE)
+    shown = _one_an_image(test)
+    few = take(test, shown)
+    asked = [questions[i] for i in few["example"]]
+    right = [_commonest_first(answers[i]) for i in few["example"]]
+    predict = mj.predict_answers(apply, vocabulary)
+    samples = Samples(partial(_read, few), asked, right, lambda params, state: predict(params, state, few))
+    reader = Reader(apply, ("image", "tokens"), mj.vqa_loss)
+    return module, _Parts((train, test), ("image", "tokens", "answers"), reader, evaluate, "accuracy", samples)
+
+
+def _finder(found: CaptionSet, module: Any, pixels: Any, encode: Any) -> _Parts:
+    train, test = (_pairs(part, encode(part.captions)) for part in (found.train, found.test))
+    apply = mj.on_pixels(module.apply, *pixels)
+    embed_images = partial(apply, method="embed_images")
+    embed_texts = partial(module.apply, method="embed_texts")
+    evaluate = mj.evaluate_retrieval(embed_images, embed_texts, batch_size=_EVALUATED_AT_ONCE)
+    _, shown = np.unique(test["group"], return_index=True)
+    few = take(test, np.sort(shown)[:_NUM_SAMPLES])
+    captions = found.test.captions
+    captions_of: dict[int, list[str]] = {}
+    for group, caption in zip(found.test.caption_group, captions, strict=True):
+        captions_of.setdefault(int(group), []).append(str(caption))
+    _, first = np.unique(test["caption_id"], return_index=True)
+    first = first[:_CANDIDATES]  # At once on the device.
+    of_captions = test["tokens"][first]
+
+    @jax.jit
+    def best(params: Any, state: Any, images: jax.Array, tokens: jax.Array) -> jax.Array:
+        variables = {"params": params, **state}
+        embedded: Any = embed_texts(variables, tokens)
+        return jnp.argmax(embed_images(variables, images) @ embedded.T, axis=1)
+
+    def answer(params: Any, state: Any) -> list[str]:
+        ids = test["caption_id"][first]
+        return [str(captions[ids[int(i)]]) for i in best(params, state, few["image"][:], of_captions)]
+
+    fitting = [captions_of[int(group)] for group in few["group"]]
+    samples = Samples(partial(_read, few), [""] * len(fitting), fitting, answer)
+    reader = Reader(apply, ("image", "tokens"), mj.retrieval_loss)
+    return _Parts((train, test), ("image", "tokens", "group"), reader, evaluate, "mean_recall", samples)
+
+
+def _check_ranks(what: str, arrays: Arrays) -> None:
+    images, captions = (len(np.unique(arrays[name])) for name in ("image_id", "caption_id"))
+    if min(images, captions) < _LARGEST_RANK:
+        raise ValueError(
+            f"{what} {images} images and {captions} captions; recall among the first {_LARGEST_RANK} needs as many of"
+            " each"
+        )
+
+
+def _pairs(part: CaptionedImages, tokens: np.ndarray) -> Arrays:
+    image, caption = part.pairs()
+    return {
+        **_images(part.images, image),
+        "tokens": tokens[caption],
+        "caption_id": caption,
+        "group": part.image_group[image].astype(np.int32),
+    }
+
+
+def _images(images: Any, rows: np.ndarray) -> dict[str, Any]:
+    return {"image": Streamed(images, rows), "image_id": rows.astype(np.int32)}
+
+
+def _read(arrays: Arrays) -> np.ndarray:
+    return arrays["image"][:]
+
+
+def _one_an_image(arrays: Arrays) -> np.ndarray:
+    """Returns an example of each of a few images, each with another of its questions."""
+    images = np.unique(arrays["image_id"])[:_NUM_SAMPLES]
+    rows = [np.flatnonzero(arrays["image_id"] == image) for image in images]
+    return np.array([of_one[i % len(of_one)] for i, of_one in enumerate(rows)])
+
+
+def _commonest_first(answers: Sequence[str]) -> list[str]:
+    """Returns the different answers as models give them."""
+    return [normalize_answer(answer) for answer, _ in Counter(answers).most_common()]
+
+
+def _encode(name: str, tokens: WordPiece, reading: Reading, texts: Sequence[str]) -> np.ndarray:
+    none = np.zeros(len(texts), np.int32)
+    try:
+        encoded = tokens.encode_texts(texts, none, reading.max_length, too_long=reading.too_long)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error} (two are special): take a larger --max-length, or cut texts") from None
+    return told(name, encoded)["tokens"]
+
+
+def _splits_by_image(
+    name: str, train: Arrays, test: Arrays, validation: int, images: int | None, learned: Sequence[str]
+) -> Any:
+    """Returns `seed -> Splits`; no image is in two of them, and what is learned from has the learned entries alone."""
+    of_images = np.unique(train["image_id"])
+    left = len(of_images) - validation
+    if not 1 <= validation < len(of_images):
+        raise ValueError(
+            f"--validation must lie in [1, {len(of_images) - 1}], for {len(of_images)} training images of {name}, got"
+            f" {validation}"
+        )
+    if images is not None and not 1 <= images <= left:
+        raise ValueError(
+            f"labels, how many images are learned from, must lie in [1, {left}], what {name} has beside {validation} to"
+            f" validate, got {images}; None is all"
+        )
+
+    @lru_cache(maxsize=1)
+    def splits(seed: int) -> Splits:
+        order = np.random.default_rng(seed).permutation(of_images)
+        held_out, rest = order[:validation], order[validation:][:images]
+
+        def of(part: np.ndarray) -> Arrays:
+            return take(train, np.flatnonzero(np.isin(train["image_id"], part)))
+
+        to_learn = {entry: array for entry, array in of(rest).items() if entry in learned}
+        return Splits(to_learn, of(held_out), test)
+
+    return splits

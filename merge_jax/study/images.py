@@ -1,0 +1,272 @@
+"""Image classifiers as the roles of a scenario: models by name, data by name, and what they are trained with."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, get_args
+
+import jax
+import numpy as np
+
+import merge_jax as mj
+from merge_jax.checks import check_at_least_one, check_choice
+from merge_jax.data import (
+    Arrays,
+    ImageSet,
+    Splits,
+    channel_statistics,
+    class_balanced,
+    crop_flip_rotate,
+    load_digits,
+    load_image_folder,
+    load_tfds_images,
+    scene_shapes,
+    split,
+)
+from merge_jax.objectives.classification import on_pixels
+from merge_jax.study.choices import ImageModelName, ImageTaskName, VisionModelName
+from merge_jax.study.model_code import model_code
+from merge_jax.study.optimizers import adamw, sgd
+from merge_jax.study.scenario import Learner, Reader, Role
+from merge_jax.types import ModelApply
+
+__all__ = [
+    "VISION_ATTENTION",
+    "ImageData",
+    "image_learner",
+    "load_image_task",
+    "load_images",
+    "make_apply",
+    "make_model",
+    "make_role",
+    "make_vision_encoder",
+]
+
+VISION_ATTENTION = "encoder/*/attention"
+
+# A study makes many scenarios of one set, with two kinds of labels at most; none of them changes the arrays.
+_tfds_images = lru_cache(maxsize=2)(load_tfds_images)
+_scene_shapes = lru_cache(maxsize=2)(scene_shapes)
+
+_EVALUATED_AT_ONCE = 200  # Divides the digits' validation and test: one compilation serves both.
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """Images to train, validate and test on.
+
+    Attributes:
+      name: of the set.
+      splits: `seed -> Splits`; the test split is the same for every seed.
+      shape: of an image, `(H, W, C)`.
+      num_classes: how many classes there are.
+      pixels: mean and standard deviation of each channel, where images are uint8; None for float images in [0, 1].
+    """
+
+    name: str
+    splits: Callable[[int], Splits]
+    shape: tuple[int, int, int]
+    num_classes: int
+    pixels: tuple[tuple[float, ...], tuple[float, ...]] | None
+
+
+def load_images(
+    name: str, data_dir: Path | None, image_size: int | None, validation: int, label: str = "label"
+) -> ImageData:
+    """Returns the images of that name: `digits`, a TFDS set such as `cifar100`, or the path of a folder.
+
+    Args:
+      name: what to load; what has a slash in it, or is a folder, is a path.
+      data_dir: of TFDS.
+      image_size: height and width to bring images to; None for as they are.
+      validation: how many training images to hold out, drawn anew for each seed; 0 for none. Digits always hold 200.
+      label: the feature of a TFDS set that is the label.
+
+    Raises:
+      ValueError: the images cannot be had, or fewer can be held out than that.
+    """
+    if name == "digits":
+        if image_size is not None:
+            raise ValueError(f"digits are 8x8 images: image_size is for other data, got {image_size}")
+        return ImageData(name, lru_cache(maxsize=1)(load_digits), (8, 8, 1), 10, None)
+    if "/" in name or Path(name).is_dir():
+        images = load_image_folder(name, image_size=image_size)
+    else:
+        images = _tfds_images(name, data_dir, image_size=image_size, label=label)
+    return _held_out(name, images, validation)
+
+
+def _held_out(name: str, images: ImageSet, validation: int) -> ImageData:
+    size = len(images.train["label"])
+    if validation != 0 and not images.num_classes <= validation <= size - images.num_classes:
+        raise ValueError(
+            f"validation is {validation} of the {size} training images of {name}, of {images.num_classes} classes: "
+            "give --validation 0 to hold out none, or a number that leaves one of each class on either side"
+        )
+
+    def splits(seed: int) -> Splits:
+        train, held_out = images.train, {entry: array[:0] for entry, array in images.train.items()}
+        if validation:
+            held_out, train = split(images.train, validation, seed)
+        return Splits(train, held_out, images.test)
+
+    height, width, channels = images.train["image"].shape[1:]
+    pixels = channel_statistics(images.train["image"])
+    return ImageData(name, lru_cache(maxsize=1)(splits), (height, width, channels), images.num_classes, pixels)
+
+
+def load_image_task(task: str, data_dir: Path | None, image_size: int | None, validation: int) -> ImageData:
+    """Returns the images of a task with its labels.
+
+    Raises:
+      ValueError: the task is unknown, or as `load_images`.
+    """
+    check_choice("task", task, get_args(ImageTaskName))
+    if task.startswith("cifar100"):
+        label = "coarse_label" if task == "cifar100_coarse" else "label"
+        return load_images("cifar100", data_dir, image_size, validation, label)
+    if task == "shapes":
+        return _held_out(task, _scene_shapes(4000, 1000, seed=0, image_size=image_size or 32), validation)
+    digits = load_images("digits", data_dir, image_size, validation)
+    if task == "parity":
+        return _relabelled(digits, task, 2, lambda digit: digit % 2)
+    if task == "parity_and_size":
+        return _relabelled(digits, task, 4, lambda digit: digit % 2 + 2 * (digit >= 5))
+    return digits
+
+
+def _relabelled(data: ImageData, name: str, num_classes: int, of: Callable[[np.ndarray], np.ndarray]) -> ImageData:
+    def change(arrays: Arrays) -> Arrays:
+        return {**arrays, "label": of(arrays["label"]).astype(np.int32)}
+
+    def splits(seed: int) -> Splits:
+        found = data.splits(seed)
+        return Splits(change(found.train), change(found.validation), change(found.test))
+
+    return replace(data, name=name, splits=lru_cache(maxsize=1)(splits), num_classes=num_classes)
+
+
+def make_model(name: str, num_classes: int, *, stages: int, **options: Any) -> mj.models.ResNet | mj.models.MobileNetV2:
+    """Returns the model of that name; `stages` are those of the small ones, options the models' other attributes.
+
+    Raises:
+      ValueError: no model has that name.
+    """
+    check_choice("model", name, get_args(ImageModelName))
+    if name == "resnet18_quarter":
+        return mj.models.resnet18(num_classes, width=0.25, **options)
+    if name.startswith("small_"):
+        options["num_stages"] = stages
+    if name == "small_resnet_half":
+        return mj.models.small_resnet(num_classes, width=0.5, **options)
+    return getattr(mj.models, name)(num_classes, **options)
+
+
+def make_apply(model: Any, data: ImageData) -> ModelApply:
+    """Returns the model's apply function for images as the data has them."""
+    return model.apply if data.pixels is None else on_pixels(model.apply, *data.pixels)
+
+
+def make_role(
+    name: str,
+    model: Any,
+    data: ImageData,
+    *,
+    labels: int | None = None,
+    augment: bool = False,
+) -> Role:
+    """Returns a model that learns to classify images.
+
+    Args:
+      name: of the model, for people.
+      model: the model.
+      data: its images.
+      labels: how many of them it learns from, drawn with the classes in proportion; None for all.
+      augment: crop, mirror and rotate its training images at random.
+    """
+
+    def init(key: jax.Array):
+        variables = mj.models.initialize(model, key, np.zeros((1, *data.shape), np.float32))
+        return variables["params"], {name: state for name, state in variables.items() if name != "params"}
+
+    def few_labels(seed: int) -> Splits:
+        splits = data.splits(seed)
+        return splits if labels is None else replace(splits, train=class_balanced(splits.train, labels, seed))
+
+    def change(key: jax.Array, batch: mj.Batch) -> mj.Batch:
+        return {**batch, "image": crop_flip_rotate(key, batch["image"])}
+
+    evaluate = mj.evaluate_classifier(make_apply(model, data), batch_size=_EVALUATED_AT_ONCE)
+    shape = ", ".join(map(str, data.shape))
+    told = f"images [N, {shape}], {'float32 in [0, 1]' if data.pixels is None else 'uint8'}"
+    code = model_code(model, {f"jnp.zeros((1, {shape}))": told}, data.pixels)
+    augmented = change if augment else None
+    return Role(name, init, lru_cache(maxsize=1)(few_labels), evaluate, augment=augmented, code=code)
+
+
+def image_learner(
+    task: str,
+    model: str,
+    *,
+    data_dir: Path | None,
+    image_size: int | None,
+    validation: int,
+    labels: int | None,
+    stages: int,
+    attributes: Mapping[str, Any] = MappingProxyType({}),
+) -> Learner:
+    """Returns a model that learns an image task; see `load_image_task`, `make_model` and `make_role`.
+
+    A vision transformer learns by AdamW, has `attributes` (see `make_vision_encoder`) and blocks of attention; other
+    models learn by SGD.
+
+    Raises:
+      ValueError: the model or the task is unknown, or the images cannot be had.
+    """
+    data = load_image_task(task, data_dir, image_size, validation)
+    if model in get_args(VisionModelName):
+        height, width, _ = data.shape
+        if height != width:
+            raise ValueError(f"{model} takes square images, those of {data.name} are {height}x{width}")
+        encoder = make_vision_encoder(model, height, attributes)
+        module: Any = mj.models.ImageClassifier(encoder, data.num_classes)
+        optimizer, attention = adamw, {"vision": VISION_ATTENTION}
+    else:
+        module = make_model(model, data.num_classes, stages=stages)
+        optimizer, attention = partial(sgd, schedule="cosine"), {}
+    role = make_role(f"{model} ({task})", module, data, labels=labels)
+    apply = make_apply(module, data)
+    reader = Reader(apply, ("image",), mj.classification_loss)
+    return Learner(role, reader.loss(apply), optimizer, partial(mj.classification_loss, apply), attention, reader)
+
+
+def make_vision_encoder(
+    model: str,
+    image_size: int,
+    attributes: Mapping[str, Any] = MappingProxyType({}),
+    **options: Any,
+) -> mj.models.VisionTransformer:
+    """Returns the vision transformer of that name for square images.
+
+    Args:
+      model: one of `VisionModelName`.
+      image_size: their height and width.
+      attributes: of a small one, such as layers, width and patch size; that is a quarter of the image by default.
+      options: attributes of any.
+
+    Raises:
+      ValueError: the model is unknown, takes images of another size, has sizes of its own, or patches do not fill the
+        image.
+    """
+    check_choice("vision model", model, get_args(VisionModelName))
+    if model == "vit_base":
+        if image_size != 224 or attributes:
+            raise ValueError("vit_base has sizes of its own, with patches of 16: give it images of --image-size 224")
+        return mj.models.vit_base(**options)
+    attributes = {"patch_size": max(1, image_size // 4), **attributes}
+    check_at_least_one(patch_size=attributes["patch_size"])
+    if image_size % attributes["patch_size"]:
+        raise ValueError(f"patches of {attributes['patch_size']} do not fill images of {image_size}x{image_size}")
+    return getattr(mj.models, model)(image_size, **attributes, **options)

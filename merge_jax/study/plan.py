@@ -1,0 +1,84 @@
+"""What a run is going to do, told before it starts."""
+
+import jax
+
+from merge_jax.data import num_examples
+from merge_jax.runs import Model, Moved, Plan
+from merge_jax.study.config import RunConfig
+from merge_jax.study.scenario import Role, Scenario
+from merge_jax.study.sources import Origin
+from merge_jax.training.schedule import TransferSteps
+from merge_jax.training.sharding import Layout
+from merge_jax.types import Params
+
+__all__ = ["make_plan"]
+
+
+def make_plan(
+    scenario: Scenario, config: RunConfig, origin: Origin, layout: Layout, expected: str, caution: str
+) -> Plan:
+    """Returns the plan of a run; `expected` and `caution` as the plan has them."""
+    target = _shapes(scenario.target)
+    source = {} if scenario.source is None else _shapes(scenario.source)
+    transfers = {}
+    for name, method in scenario.methods.items():
+        rows = method.transfer.describe(source, target)
+        if rows:
+            routes = tuple(f"{row.target} <- {row.source}" for row in rows if not row.left_out)
+            transfers[name] = Moved(routes, sum(row.parameters for row in rows))
+    devices = f"{layout.num_devices} x {jax.devices()[0].device_kind}"
+    return Plan(
+        experiment=scenario.name,
+        source=None if scenario.source is None else _model(scenario.source, source),
+        target=_model(scenario.target, target),
+        origin=_origin(scenario, config, origin),
+        steps=scenario.schedule.target.steps,
+        batch_size=config.batch_size,
+        methods=tuple(scenario.methods),
+        seeds=config.seeds,
+        transfers=transfers,
+        devices=f"{devices} by {config.parallel}" if layout.num_devices > 1 else devices,
+        control="" if config.source_control == "none" else config.source_control,
+        expected=expected,
+        caution=caution,
+        moments=_moments(scenario, config),
+    )
+
+
+def _shapes(role: Role) -> Params:
+    params, _ = jax.eval_shape(role.init, jax.random.key(0))
+    return params
+
+
+def _model(role: Role, params: Params) -> Model:
+    splits = role.splits(0)
+    train, validation, test = (num_examples(split) for split in (splits.train, splits.validation, splits.test))
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
+    return Model(role.name, parameters, role.metric, (train, validation, test), role.code)
+
+
+def _moments(scenario: Scenario, config: RunConfig) -> str:
+    steps = scenario.schedule.target.steps
+    counts = {
+        name: TransferSteps(config.cycle_over(steps), method.stop, steps).count()
+        for name, method in scenario.methods.items()
+        if method.stop
+    }
+    told = [f"{name} {count}" for name, count in counts.items()]
+    every = f"{config.cycle}" if config.cycle_end is None else f"{config.cycle}, at the end every {config.cycle_end}"
+    return f"steps that transfer, of {steps}: {', '.join(told)} (every {every})" if told else ""
+
+
+def _origin(scenario: Scenario, config: RunConfig, origin: Origin) -> str:
+    if scenario.source is None:
+        return "is the target itself"
+    if origin.live:
+        return "is trained beside the target"
+    trained = (
+        f"is trained {origin.lengths.steps} steps"
+        if origin.lengths is not None
+        else f"is read from {config.source_from}"
+    )
+    if origin.snapshots is None:
+        return f"{trained}, and frozen"
+    return f"{trained}; {origin.snapshots} steps of its training are replayed"

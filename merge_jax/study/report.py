@@ -1,0 +1,312 @@
+"""What a study says after its runs: tables with tests, every number as JSON, and pictures."""
+
+import io
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from merge_jax.runs import mean_and_error
+from merge_jax.runs.folder import RunFolder
+from merge_jax.study.experiment import find_experiment
+from merge_jax.study.grid import Grid, GridRun, Row, Setting
+from merge_jax.study.statistics import Comparison, holm, paired_difference
+
+__all__ = ["Measured", "write_report"]
+
+_LEVEL = 0.01
+_MARK = "**"
+_WIDTH = 120
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the runs say of a row in a setting.
+
+    Attributes:
+      setting: of the grid.
+      row: of the grid.
+      command: that gives it.
+      results: of each seed, as the run's `results.json` has them.
+    """
+
+    setting: Setting
+    row: Row
+    command: str
+    results: tuple[Mapping[str, Any], ...]
+
+    @property
+    def metric(self) -> str:
+        """What the target is judged by."""
+        return self.results[0]["target_metric"].replace("_", " ").replace("f1", "F1")
+
+    def by_seed(self, name: str, scale: float = 1.0) -> dict[int, float]:
+        """Returns a number of each seed that has it."""
+        return {result["seed"]: scale * result[name] for result in self.results if result.get(name) is not None}
+
+    def values(self, name: str, scale: float = 1.0) -> list[float]:
+        """Returns a number of all seeds that have it."""
+        return list(self.by_seed(name, scale).values())
+
+    def minus(self, other: "Measured") -> Comparison | None:
+        """Returns the comparison of test metrics on the seeds that both have, as fractions; None without any."""
+        mine, others = self.by_seed("target_test"), other.by_seed("target_test")
+        seeds = sorted(mine.keys() & others.keys())
+        return paired_difference([mine[seed] for seed in seeds], [others[seed] for seed in seeds]) if seeds else None
+
+
+@dataclass(frozen=True)
+class _Comparisons:
+    """The comparisons of a setting: those with each row that others are compared with, and what Holm leaves of them."""
+
+    by_pair: Mapping[tuple[str, str], Comparison]
+    significant: frozenset[tuple[str, str]]
+    tested: int
+
+
+def write_report(grid: Grid, runs: Sequence[GridRun], folder: RunFolder) -> str:
+    """Writes tables, numbers and pictures of all that is done into the study's folder, and returns the tables."""
+    measured = [one for run in runs for one in _measured(run, folder)]
+    folder.write_json("results.json", [entry for one in measured for entry in _entries(one)])
+    console = Console(record=True, width=_WIDTH, file=io.StringIO())
+    markdown = []
+    by_setting = {s.name: ordered for s in grid.settings if (ordered := _of_setting(grid, s, measured))}
+    for name, rows in by_setting.items():
+        comparisons = _comparisons(rows, grid.against)
+        for against in [other for other in grid.against if other in rows] or [None]:
+            title = f"{name}: test {next(iter(rows.values())).metric} of the target, %"
+            headings, lines = _table(rows, comparisons, against)
+            console.print(_as_rich(title, headings, lines))
+            markdown += [f"### {title}", "", *_as_markdown(headings, lines), ""]
+        note = _comparison_note(grid, name, rows, comparisons)
+        console.print(note + "\n", highlight=False)
+        markdown += [note, ""]
+    note = _note(grid, measured, runs, folder)
+    console.print(note, highlight=False)
+    markdown.append(note.replace("\n", "\n\n"))
+    text = console.export_text()
+    folder.write_text("table.txt", text)
+    folder.write_text("table.md", "\n".join(markdown) + "\n")
+    if by_setting:
+        _save_differences(grid, by_setting, folder)
+        _save_sizes(grid, by_setting, folder)
+    return text
+
+
+def _measured(run: GridRun, folder: RunFolder) -> list[Measured]:
+    """Returns the rows of a run that have results."""
+    results = RunFolder(folder.path / run.name).read_json("results.json", [])
+    command = f"python -m {find_experiment(run.setting.experiment)} {shlex.join(run.arguments)}"
+    found = []
+    for row in run.rows:
+        of_row = sorted((r for r in results if r["method"] == row.method), key=lambda result: result["seed"])
+        if of_row:
+            found.append(Measured(run.setting, row, command, tuple(of_row)))
+    return found
+
+
+def _of_setting(grid: Grid, setting: Setting, measured: Sequence[Measured]) -> dict[str, Measured]:
+    """Returns the rows of a setting by name, in the order of the grid."""
+    found = {one.row.name: one for one in measured if one.setting.name == setting.name}
+    return {row.name: found[row.name] for row in grid.rows if row.name in found}
+
+
+def _entries(one: Measured) -> list[dict[str, Any]]:
+    return [
+        {
+            "setting": one.setting.name,
+            "row": one.row.name,
+            "seed": result["seed"],
+            "metric": result["target_metric"],
+            "test": result["target_test"],
+            "validation": result["target_validation"],
+            "best_validation": result["target_best_validation"],
+            "source_test": result["source_test"],
+            "test_metrics": result["test_metrics"],
+            "seconds": result["seconds"],
+            "compile_seconds": result["compile_seconds"],
+            "adapter_parameters": result["adapter_parameters"],
+            "experiment": one.setting.experiment,
+            "preset": one.setting.preset,
+            "method": one.row.method,
+            "options": {**one.setting.options, **one.row.options},
+            "routes": one.row.routes,
+            "curve": one.setting.curve,
+            "size": one.setting.size,
+            "command": one.command,
+        }
+        for result in one.results
+    ]
+
+
+def _comparisons(rows: Mapping[str, Measured], against: Sequence[str]) -> _Comparisons:
+    """Returns all comparisons of a setting; of two rows that others are compared with, Holm counts theirs once."""
+    by_pair: dict[tuple[str, str], Comparison] = {}
+    for other in [name for name in against if name in rows]:
+        for name, one in rows.items():
+            if name != other and (comparison := one.minus(rows[other])) is not None:
+                by_pair[name, other] = comparison
+    tested = {frozenset(pair): found.p_t for pair, found in by_pair.items() if found.p_t is not None}
+    adjusted = dict(zip(tested, holm(list(tested.values())), strict=True))
+    significant = frozenset(pair for pair in by_pair if adjusted.get(frozenset(pair), 1.0) < _LEVEL)
+    return _Comparisons(by_pair, significant, len(tested))
+
+
+def _table(
+    rows: Mapping[str, Measured], comparisons: _Comparisons, against: str | None
+) -> tuple[list[str], list[list[str]]]:
+    """Returns headings and lines of the table that compares the rows of a setting with one of them."""
+    differences = [] if against is None else [f"- {against}", "p (t)", "p (Wilcoxon)"]
+    headings = ["row", "n", "test", "validation", *differences, "s/run", "adapter"]
+    lines = []
+    for name, one in rows.items():
+        validation = one.values("target_validation", 100)
+        line = [
+            name,
+            str(len(one.results)),
+            _number(one.values("target_test", 100)),
+            _number(validation) if validation else "",
+        ]
+        if against is not None:
+            comparison = comparisons.by_pair.get((name, against))
+            line += ["", "", ""] if comparison is None else _compared(comparison)
+            if (name, against) in comparisons.significant:
+                line[0] += f" {_MARK}"
+        seconds, adapter = one.values("seconds"), one.values("adapter_parameters")
+        lines.append([*line, f"{np.mean(seconds):.1f}", f"{int(adapter[0]):,}"])
+    return headings, lines
+
+
+def _compared(comparison: Comparison) -> list[str]:
+    error = "" if comparison.error is None else f" ± {100 * comparison.error:.1f}"
+    return [f"{100 * comparison.mean:+.1f}{error}", _p(comparison.p_t), _p(comparison.p_wilcoxon)]
+
+
+def _p(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}" if value >= 0.001 else f"{value:.0e}"
+
+
+def _number(values: Sequence[float]) -> str:
+    mean, error = mean_and_error(values)
+    return f"{mean:.1f}" + ("" if error is None else f" ± {error:.1f}")
+
+
+def _comparison_note(grid: Grid, setting: str, rows: Mapping[str, Measured], comparisons: _Comparisons) -> str:
+    missing = [name for name in grid.against if name not in rows]
+    note = f"{setting}: {comparisons.tested} comparisons; "
+    if not comparisons.tested:
+        note = f"{setting}: nothing to test; "
+    left = [f"{name} - {other}" for name, other in comparisons.by_pair if (name, other) in comparisons.significant]
+    note += f"significant at {_LEVEL} after Holm ({_MARK}): {', '.join(left) or 'none'}."
+    return note + (f" Without {', '.join(missing)}: not run." if missing else "")
+
+
+def _note(grid: Grid, measured: Sequence[Measured], runs: Sequence[GridRun], folder: RunFolder) -> str:
+    """Returns what the columns are, what is missing yet, and where and when it was measured."""
+    environment = folder.read_json("environment.json", [])[0]
+    expected = [(run.setting, row) for run in runs for row in run.rows]
+    seeds = sum(setting.seeds for setting, _ in expected)
+    missing = seeds - sum(len(one.results) for one in measured)
+    lines = [
+        "After the last step; mean ± standard error over n seeds, differences paired by seed. p: two-sided, of the "
+        "paired t-test and of Wilcoxon's signed-rank test. Holm adjusts the p of the t-test for all comparisons of a "
+        "setting. validation: at the last step. s/run: seconds of training. adapter: its parameters.",
+    ]
+    if missing:
+        lines.append(f"Not done yet: {missing} of {seeds} results.")
+    versions = ", ".join(f"{name} {environment['versions'][name]}" for name in ("jax", "flax", "optax"))
+    commit = f", commit {environment['commit']}" if environment["commit"] else ""
+    lines += [
+        environment["command"],
+        f"{len(environment['devices'])} x {environment['devices'][0]}, {environment['cpu_count']} cores, "
+        f"Python {environment['python']}, {versions}{commit}, {environment['date'][:10]}",
+    ]
+    return "\n".join(lines)
+
+
+def _as_rich(title: str, headings: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
+    table = Table(box=box.SIMPLE, pad_edge=False, padding=(0, 0, 0, 1), title=title)
+    table.add_column(headings[0], overflow="fold")
+    for heading in headings[1:]:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for line in lines:
+        table.add_row(*line)
+    return table
+
+
+def _as_markdown(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
+    marked = [[cell.replace(_MARK, r"\*\*") for cell in line] for line in lines]
+    rule = [" --- ", *(" ---: " for _ in headings[1:])]
+    return [f"| {' | '.join(headings)} |", f"|{'|'.join(rule)}|", *(f"| {' | '.join(line)} |" for line in marked)]
+
+
+def _save_differences(grid: Grid, by_setting: Mapping[str, Mapping[str, Measured]], folder: RunFolder) -> None:
+    """Saves `differences.png`: the difference of each row to the first it is compared with, a panel a setting."""
+    from matplotlib.figure import Figure  # It takes half a second that --help should not.
+
+    panels = {name: rows for name, rows in by_setting.items() if grid.against and grid.against[0] in rows}
+    if not panels:
+        return
+    against = grid.against[0]
+    most = max(len(rows) for rows in panels.values())
+    columns = min(3, len(panels))
+    height = -(-len(panels) // columns)
+    figure = Figure(figsize=(2 + 4 * columns, height * (1.2 + 0.25 * most)), layout="constrained")
+    axes = figure.subplots(height, columns, squeeze=False)
+    for panel in axes.flat[len(panels) :]:
+        panel.set_visible(False)
+    for panel, (name, rows) in zip(axes.flat, panels.items(), strict=False):
+        differences = {
+            row: comparison
+            for row, one in rows.items()
+            if row != against and (comparison := one.minus(rows[against])) is not None
+        }
+        for place, comparison in enumerate(differences.values()):
+            panel.errorbar(
+                100 * comparison.mean, place, xerr=100 * (comparison.error or 0.0), fmt="o", color="C0", capsize=2
+            )
+        panel.axvline(0, color="0.5", linewidth=0.8)
+        panel.set_yticks(range(len(differences)), list(differences), fontsize="small")
+        panel.set(title=name, xlabel=f"test {rows[against].metric} minus {against} (points)")
+        panel.invert_yaxis()
+        panel.grid(alpha=0.3, axis="x")
+    figure.savefig(folder.path / "differences.png", dpi=150)
+
+
+def _save_sizes(grid: Grid, by_setting: Mapping[str, Mapping[str, Measured]], folder: RunFolder) -> None:
+    """Saves `sizes.png`: the test metric of each row over the size of the settings of a curve, a panel a curve."""
+    from matplotlib.figure import Figure
+
+    curves: dict[str, list[Setting]] = {}
+    for setting in grid.settings:
+        if setting.curve is not None and setting.name in by_setting:
+            curves.setdefault(setting.curve, []).append(setting)
+    if not curves:
+        return
+    figure = Figure(figsize=(7 * len(curves), 4.5), layout="constrained")
+    for panel, (curve, settings) in zip(
+        figure.subplots(1, len(curves), squeeze=False).flat, curves.items(), strict=True
+    ):
+        settings = sorted(settings, key=lambda setting: setting.size or 0.0)
+        for number, row in enumerate(grid.rows):
+            points = [(s.size, by_setting[s.name][row.name]) for s in settings if row.name in by_setting[s.name]]
+            if points:
+                means, errors = zip(*(mean_and_error(one.values("target_test", 100)) for _, one in points), strict=True)
+                panel.errorbar(
+                    [size for size, _ in points],
+                    means,
+                    yerr=[error or 0.0 for error in errors],
+                    label=row.name,
+                    marker="os^Dv"[number // 10 % 5],
+                    capsize=2,
+                )
+        metric = next(iter(by_setting[settings[0].name].values())).metric
+        panel.set(title=curve, xlabel="size", ylabel=f"test {metric} of the target (%)")
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize="small")
+    figure.savefig(folder.path / "sizes.png", dpi=150)

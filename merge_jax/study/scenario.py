@@ -1,0 +1,170 @@
+"""What a scenario is: two models and the methods to compare. It says what to run; the runner says how."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import optax
+
+from merge_jax.checkpoints.safetensors import load_params
+from merge_jax.checks import check_choice
+from merge_jax.data import Arrays, Splits
+from merge_jax.objectives.classification import ClassificationLoss
+from merge_jax.study.config import Schedule
+from merge_jax.training.epoch import Augment
+from merge_jax.training.joint import Task, TrainState
+from merge_jax.transfers.base import identity_transfer
+from merge_jax.types import Adapter, Batch, LossFn, ModelApply, ModelState, Params, TeacherFn, Transfer
+
+__all__ = ["FitFn", "Learner", "Method", "Reader", "Role", "Samples", "Scenario", "choose"]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """A few test images, for a picture of what is made of them.
+
+    Attributes:
+      images: reads them, uint8 `[n, H, W, C]`.
+      asked: what is asked of each, if anything is.
+      right: of each, all answers that are right, the one to show first.
+      answer: `(params, model_state) -> answers`, n of them.
+    """
+
+    images: Callable[[], np.ndarray]
+    asked: Sequence[str]
+    right: Sequence[Sequence[str]]
+    answer: Callable[[Params, ModelState], Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Role:
+    """One model of a scenario: how it starts, what it learns from, how it is judged.
+
+    Attributes:
+      name: of the model, for people.
+      init: `key -> (params, model_state)`.
+      splits: `seed -> Splits`.
+      evaluate: `(params, model_state, arrays) -> metrics`, with the one it is judged by, a fraction in [0, 1].
+      metric: the name of that one.
+      augment: changes its batches at random while it trains; None for batches as they are.
+      load: `(path, params) -> params` from a file of weights, where `params` is the model as it starts.
+      samples: test images that it is shown with; None for a model of other things.
+      code: lines of Python that make it, see `model_code`; empty for several models in one.
+    """
+
+    name: str
+    init: Callable[[jax.Array], tuple[Params, ModelState]]
+    splits: Callable[[int], Splits]
+    evaluate: Callable[[Params, ModelState, Arrays], dict[str, float]]
+    metric: str = "accuracy"
+    augment: Augment | None = None
+    load: Callable[[Path, Params], Params] = load_params
+    samples: Samples | None = None
+    code: str = ""
+
+
+class Reader(NamedTuple):
+    """How a model reads its inputs, for losses that look inside of it.
+
+    Attributes:
+      apply: its apply function.
+      inputs: the entries of a batch that it reads.
+      loss: `apply function -> loss function` of what it learns.
+    """
+
+    apply: ModelApply
+    inputs: tuple[str, ...]
+    loss: Callable[[ModelApply], LossFn]
+
+
+class Learner(NamedTuple):
+    """A model of a scenario with what it learns.
+
+    Attributes:
+      role: the model and its data.
+      loss_fn: what it learns.
+      optimizer: `(learning rate, steps) -> optimizer` that is usual for it.
+      classify: `loss -> loss function` of a classifier, with another loss of its logits; None for other models.
+      attention: its attention blocks as a pattern of paths, by what they attend to: `vision`, `text`.
+      reader: how it reads its inputs; None for several models in one.
+    """
+
+    role: Role
+    loss_fn: LossFn
+    optimizer: Callable[[float, int], optax.GradientTransformation]
+    classify: Callable[[ClassificationLoss], LossFn] | None = None
+    attention: Mapping[str, str] = MappingProxyType({})
+    reader: Reader | None = None
+
+
+FitFn = Callable[[Adapter, TrainState, Params, Batch], Adapter]
+"""`(adapter as the transfer makes it, source, target's parameters, target's examples) -> adapter to start from`."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """What is compared: a choice of transfer and of what the target learns.
+
+    Attributes:
+      task: the target's loss and optimizer.
+      transfer: what moves parameters from the source to the target.
+      stop: the fraction of the run after which it moves no more; 0 for no transfer.
+      teacher: adds the source's outputs to the target's batches, for a loss that distils them.
+      fit: makes the adapter that the run starts from; None for the one that the transfer makes.
+    """
+
+    task: Task
+    transfer: Transfer = field(default_factory=identity_transfer)
+    stop: float = 0.0
+    teacher: TeacherFn | None = None
+    fit: FitFn | None = None
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """Two models and the methods to compare.
+
+    Attributes:
+      name: of the scenario.
+      source: the model that gives; None where the target is its own source.
+      target: the model that receives.
+      source_task: what the source learns, if there is one.
+      methods: by name.
+      schedule: the lengths of the run.
+      adapter_optimizer: of every method's adapter.
+      axis_name: the `pmap` axis that the models average over; None under jit.
+      attach: writes what belongs to a run beside its checkpoints, such as a vocabulary, into its folder.
+      readers: how the target and the source read their inputs; empty where that is not known.
+    """
+
+    name: str
+    source: Role | None
+    target: Role
+    source_task: Task | None
+    methods: Mapping[str, Method]
+    schedule: Schedule
+    adapter_optimizer: optax.GradientTransformation
+    axis_name: str | None = None
+    attach: Callable[[Path], None] | None = None
+    readers: tuple[Reader, ...] = ()
+
+
+def choose(methods: Mapping[str, Callable[[], Method]], names: Sequence[str]) -> dict[str, Method]:
+    """Returns the named methods in the order of their names; only these are made.
+
+    Raises:
+      ValueError: no names, a name that is no method's, or one that stands twice.
+    """
+    if not names:
+        raise ValueError(f"no methods: name one or more of {', '.join(methods)}")
+    chosen: dict[str, Method] = {}
+    for name in names:
+        check_choice("method", name, methods)
+        if name in chosen:
+            raise ValueError(f"the method {name!r} is named twice")
+        chosen[name] = methods[name]()
+    return chosen

@@ -1,0 +1,404 @@
+"""Text models as the roles of a scenario: tasks by name, data by name or file, and what they are trained with."""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, lru_cache, partial
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, get_args
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import merge_jax as mj
+from merge_jax.checkpoints.safetensors import leaf_paths
+from merge_jax.checks import check_choice
+from merge_jax.data import (
+    Arrays,
+    Encoded,
+    LabelledTexts,
+    QuestionSet,
+    Splits,
+    TextSet,
+    WordPiece,
+    class_balanced,
+    decode_spans,
+    load_questions,
+    load_text_set,
+    load_texts,
+    load_tfds_questions,
+    load_tfds_texts,
+    num_examples,
+    split,
+    synthetic_questions,
+    synthetic_reviews,
+    synthetic_topics,
+)
+from merge_jax.models.huggingface import Loaded, check_huggingface
+from merge_jax.study.choices import TextModelName, TextTaskName
+from merge_jax.study.model_code import model_code
+from merge_jax.study.optimizers import adamw
+from merge_jax.study.scenario import Learner, Reader, Role
+
+__all__ = [
+    "TEXT_ATTENTION",
+    "TextSource",
+    "check_text_weights",
+    "check_weights",
+    "load_text",
+    "make_text_encoder",
+    "read_weights",
+    "started",
+    "text_learner",
+    "told",
+    "vocabulary",
+    "words_of",
+]
+
+TEXT_ATTENTION = "encoder/*/attention"
+
+# A study makes many scenarios of one set: it is made once a process. None of them changes it.
+_SYNTHETIC: dict[str, Callable[[], TextSet | QuestionSet]] = {
+    "sentiment": cache(partial(synthetic_reviews, 2000, 1000, seed=0)),
+    "topic": cache(partial(synthetic_topics, 2000, 1000, seed=0)),
+    "qa": cache(partial(synthetic_questions, 4000, 1000, seed=0)),
+}
+_TFDS = {
+    "sentiment": partial(load_tfds_texts, "imdb_reviews"),
+    "topic": partial(load_tfds_texts, "ag_news_subset", text=("title", "description")),
+    "qa": partial(load_tfds_questions, "squad/v2.0"),
+}
+_WORDS = "encoder/embeddings/word/embedding"
+_FILES = (".tsv", ".csv", ".jsonl", ".json")
+_TEST_SHARE = 0.2
+_EVALUATED_AT_ONCE = 200
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """Where the text of one role comes from.
+
+    Attributes:
+      data: `synthetic`, `tfds` for the set of TFDS that the task is known by, the name of another, or the path of a
+        file.
+      test_data: the file that is tested on, where `data` is one; a fifth of that one by default.
+      text: the columns, or features, that are the text.
+      label: the column of the label.
+    """
+
+    data: str
+    test_data: Path | None = None
+    text: tuple[str, ...] = ("text",)
+    label: str = "label"
+
+
+def load_text(task: str, source: TextSource, data_dir: Path | None) -> TextSet | QuestionSet:
+    """Returns the texts of a task.
+
+    Raises:
+      ValueError: the task is unknown, or the data cannot be had.
+    """
+    check_choice("task", task, get_args(TextTaskName))
+    path = Path(source.data)
+    if source.data == "synthetic":
+        return _SYNTHETIC[task]()
+    if source.data == "tfds":
+        return _TFDS[task](data_dir=data_dir)
+    if path.suffix not in _FILES and not path.exists():
+        if task == "qa":
+            return load_tfds_questions(source.data, data_dir)
+        return load_tfds_texts(source.data, data_dir, text=source.text)
+    if task == "qa":
+        questions = load_questions(path)
+        if source.test_data is not None:
+            return QuestionSet(path.stem, questions, load_questions(source.test_data))
+        order = np.random.default_rng(0).permutation(len(questions))
+        cut = round(_TEST_SHARE * len(questions))
+        return QuestionSet(path.stem, [questions[i] for i in order[cut:]], [questions[i] for i in order[:cut]])
+    columns: Any = {"text": [_column(name) for name in source.text], "label": _column(source.label)}
+    if source.test_data is not None:
+        return load_text_set(path, source.test_data, name=path.stem, **columns)
+    texts, classes = load_texts(path, **columns)
+    _check_classes(path.stem, texts, classes)
+    rows = {"row": np.arange(len(texts.texts)), "label": texts.labels}
+    test, train = split(rows, round(_TEST_SHARE * len(texts.texts)), seed=0)
+
+    def taken(part: Arrays) -> LabelledTexts:
+        return LabelledTexts([texts.texts[int(row)] for row in part["row"]], part["label"])
+
+    return TextSet(path.stem, taken(train), taken(test), classes)
+
+
+def _column(name: str) -> str | int:
+    return int(name) if name.isdigit() else name
+
+
+def vocabulary(path: Path | None, words: Iterable[str], size: int) -> WordPiece:
+    """Returns the vocabulary of a file, or one learned from texts.
+
+    Raises:
+      ValueError: the file is no vocabulary, or the size leaves no place for every letter.
+    """
+    if path is not None:
+        return WordPiece.from_vocabulary(path)
+    return _learned(tuple(words), size)
+
+
+_learned = lru_cache(maxsize=8)(WordPiece.train)
+
+
+def words_of(texts: TextSet | QuestionSet) -> list[str]:
+    """Returns all texts there are to learn from."""
+    if isinstance(texts, TextSet):
+        return list(texts.train.texts)
+    passages = dict.fromkeys(question.passage for question in texts.train)
+    return [*passages, *(question.question for question in texts.train)]
+
+
+def check_text_weights(
+    path: Path, model: str, max_length: int, attributes: Mapping[str, Any], sizes: Path | None = None
+) -> None:
+    """Raises ValueError for weights that are of another encoder, before texts are read: their header is enough.
+
+    What depends on the vocabulary is told once that is there.
+    """
+    encoder = make_text_encoder(model, None, max_length, attributes, sizes)
+    check_weights(path, encoder, jnp.zeros((1, 1), jnp.int32))
+
+
+def check_weights(path: Path, encoder: nn.Module, inputs: Any) -> None:
+    """Raises ValueError for weights of Hugging Face that are of another encoder, as far as their header tells."""
+    shapes: Any = jax.eval_shape(encoder.init, jax.random.key(0), inputs)
+    with _told_as_weights():
+        check_huggingface(path, shapes["params"])
+
+
+@contextlib.contextmanager
+def _told_as_weights() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"the weights cannot be read: {error}") from None
+
+
+def make_text_encoder(
+    model: str,
+    tokens: WordPiece | None,
+    max_length: int,
+    attributes: Mapping[str, Any] = MappingProxyType({}),
+    sizes: Path | None = None,
+    **options: Any,
+) -> mj.models.TextEncoder:
+    """Returns the encoder of that name, or of the sizes that a file of Hugging Face has.
+
+    Args:
+      model: one of `TextModelName`.
+      tokens: the vocabulary; None where it is not known yet, for the names and shapes of all else.
+      max_length: of a text, in tokens.
+      attributes: of a small one, such as layers and width.
+      sizes: the file or folder whose sizes it has, whatever the name.
+      options: attributes of any.
+
+    Raises:
+      ValueError: the model is unknown, has no such length, or has sizes of its own; a file that does not tell its
+        sizes, or has another vocabulary.
+    """
+    check_choice("text model", model, get_args(TextModelName))
+    name, of_small = (model, model.startswith("small_")) if sizes is None else (str(sizes), False)
+    if attributes and not of_small:
+        hint = "" if sizes is not None else ", or take a small model"
+        raise ValueError(f"{name} has sizes of its own: leave out {', '.join(attributes)}{hint}")
+    vocab_size, separator = (2, 1) if tokens is None else (tokens.vocab_size, tokens.separator)
+    if sizes is not None:
+        with _told_as_weights():
+            encoder = mj.models.text_encoder_of(sizes, separator=separator, **options)
+        if tokens is not None and encoder.vocab_size != vocab_size:
+            raise ValueError(
+                f"{sizes} has a vocabulary of {encoder.vocab_size} tokens, the texts are in one of {vocab_size}: "
+                "--vocabulary names the one that the weights were trained with"
+            )
+    else:
+        if of_small:
+            # As in vision: BERT's deviation of 0.02 is for its width of 768. A small encoder that starts so learns
+            # slowly, and gains from any larger numbers that are copied into it, those of an untrained source too.
+            options |= {"max_length": max_length, "kernel_init": nn.initializers.xavier_uniform(), **attributes}
+        encoder = getattr(mj.models, model)(vocab_size, separator=separator, **options)
+    if max_length > encoder.max_length:
+        raise ValueError(f"max_length must be at most {encoder.max_length}, the positions of {name}, got {max_length}")
+    return encoder
+
+
+def text_learner(
+    task: str,
+    texts: TextSet | QuestionSet,
+    tokens: WordPiece,
+    model: str,
+    *,
+    max_length: int,
+    too_long: str = "truncate",
+    validation: int,
+    labels: int | None = None,
+    weights: Path | None = None,
+    attributes: Mapping[str, Any] = MappingProxyType({}),
+    sizes: Path | None = None,
+    dtype: Any = jnp.float32,
+) -> Learner:
+    """Returns a model that learns a text task.
+
+    Args:
+      task: its name.
+      texts: its data.
+      tokens: the vocabulary.
+      model: one of `TextModelName`.
+      max_length: tokens of a text, or of a question and its passage.
+      too_long: what to do with longer ones; those that are cut are counted on standard error.
+      validation: how many training examples to hold out, drawn anew for each seed.
+      labels: how many of the others it learns from; None for all.
+      weights: a Hugging Face safetensors file or folder to start from; None for random ones.
+      attributes: of a small model, see `make_text_encoder`.
+      sizes: the file or folder whose sizes it has, see `make_text_encoder`.
+      dtype: of the computation.
+
+    Raises:
+      ValueError: the model is unknown, fewer examples can be held out than that, a text does not fit, or weights that
+        do not fit the model and its vocabulary.
+    """
+    encoder = make_text_encoder(model, tokens, max_length, attributes, sizes, dtype=dtype)
+    name = f"{model if sizes is None else sizes.name} ({texts.name} {task})"
+    module: Any
+    if isinstance(texts, QuestionSet):
+        module = mj.models.SpanExtractor(encoder)
+    else:
+        module = mj.models.TextClassifier(encoder, len(texts.classes), "tanh" if encoder.num_segments else "relu")
+
+    def random_init(key: jax.Array) -> Any:
+        return mj.models.initialize(module, key, np.zeros((1, max_length), np.int32))["params"]
+
+    # Read once, and now, so that what does not fit is told before anything else.
+    given = None if weights is None else read_weights(weights, jax.eval_shape(random_init, jax.random.key(0)))
+    if isinstance(texts, QuestionSet):
+        train, test, evaluate = _questions(texts, tokens, max_length, too_long, module.apply)
+        loss, classify, metric = mj.span_loss, None, "f1"
+    else:
+        _check_classes(texts.name, texts.train, texts.classes)
+        train, test = (
+            told(f"{texts.name}, {use}", tokens.encode_texts(part.texts, part.labels, max_length, too_long=too_long))
+            for use, part in (("to learn from", texts.train), ("to test on", texts.test))
+        )
+        evaluate = mj.evaluate_classifier(module.apply, inputs="tokens", batch_size=_EVALUATED_AT_ONCE)
+        loss: Any = partial(mj.classification_loss, inputs="tokens")
+        classify, metric = partial(loss, module.apply), "accuracy"
+    _check_sizes(texts.name, num_examples(train), validation, labels)
+
+    def init(key: jax.Array) -> tuple[Any, dict[str, Any]]:
+        params = random_init(key)
+        return params if given is None else started(given, params), {}
+
+    def splits(seed: int) -> Splits:
+        held_out, rest = split(train, validation, seed)
+        if labels is not None:
+            rest = class_balanced(rest, labels, seed) if "label" in rest else split(rest, labels, seed)[0]
+        return Splits(_to_learn_from(rest), held_out, test)
+
+    def load(path: Path, params: Any) -> Any:
+        if _WORDS in leaf_paths(path):  # By our names, as save_safetensors wrote it.
+            return mj.load_params(path, params)
+        return read_weights(path, params).params
+
+    code = model_code(module, {f"jnp.zeros((1, {max_length}), jnp.int32)": told_tokens(max_length)})
+    role = Role(name, init, lru_cache(maxsize=1)(splits), evaluate, metric, load=load, code=code)
+    reader = Reader(module.apply, ("tokens",), loss)
+    return Learner(role, loss(module.apply), adamw, classify, {"text": TEXT_ATTENTION}, reader)
+
+
+def _questions(
+    texts: QuestionSet, tokens: WordPiece, max_length: int, too_long: str, apply: Any
+) -> tuple[Arrays, Arrays, Callable[..., dict[str, float]]]:
+    """Returns the encoded questions to learn from and to test on, and what scores the answers to either."""
+    questions = [*texts.train, *texts.test]
+    encoded = tokens.encode_questions(questions, max_length, too_long=too_long)
+    if encoded.truncated:
+        _tell(f"{texts.name}: {encoded.truncated} of {len(questions)} passages were longer, and lost their end")
+    size = len(texts.train)
+    # A question whose answer was cut off would teach that there is none where there is one.
+    learned = np.flatnonzero(encoded.arrays["kept"][:size])
+    if len(learned) < size:
+        _tell(f"{texts.name}: {size - len(learned)} of {size} questions lost their answer: not learned from")
+    rows = (learned, np.arange(size, len(questions)))
+    train, test = ({name: array[part] for name, array in encoded.arrays.items()} for part in rows)
+    passages = [question.passage for question in questions]
+    answers = [question.answers for question in questions]
+
+    def decode(logits: np.ndarray, arrays: Arrays) -> Sequence[str]:
+        return decode_spans(logits, arrays, passages)
+
+    return train, test, mj.evaluate_spans(apply, decode, answers, batch_size=_EVALUATED_AT_ONCE)
+
+
+def _to_learn_from(arrays: Arrays) -> Arrays:
+    """Returns what goes to the device: without what only scores need."""
+    return {name: array for name, array in arrays.items() if name in ("tokens", "label", "start", "end")}
+
+
+def told(name: str, encoded: Encoded) -> Arrays:
+    """Returns the arrays of texts, and says on standard error how many were cut."""
+    if encoded.truncated:
+        _tell(f"{name}: {encoded.truncated} of {num_examples(encoded.arrays)} texts were longer, and lost their end")
+    return encoded.arrays
+
+
+def told_tokens(max_length: int) -> str:
+    """Returns what a model of texts takes, in words."""
+    return f"tokens [N, {max_length}] of vocabulary.json, int32"
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def _check_classes(name: str, texts: LabelledTexts, classes: Sequence[str]) -> None:
+    """Raises ValueError for a class with less than a text to learn from, one to validate and one to test."""
+    counts = np.bincount(texts.labels, minlength=len(classes))
+    rare = [f"{one!r} has {count}" for one, count in zip(classes, counts, strict=True) if count < 3]
+    if rare:
+        raise ValueError(f"each class of {name} needs three texts or more to learn from; {', '.join(rare)}")
+
+
+def _check_sizes(name: str, size: int, validation: int, labels: int | None) -> None:
+    if not 1 <= validation < size:
+        raise ValueError(
+            f"validation must lie in [1, {size - 1}], for {size} training examples of {name}, got {validation}"
+        )
+    if labels is not None and not 1 <= labels <= size - validation:
+        raise ValueError(
+            f"labels, how many examples are learned from, must lie in [1, {size - validation}], what {name} has beside"
+            f" {validation} to validate, got {labels}; None is all"
+        )
+
+
+def started(given: Loaded, params: Any) -> Any:
+    """Returns the weights that were read, with what they lacked as it was drawn."""
+    drawn = mj.flatten(params)
+    return mj.replace(given.params, {leaf: drawn[leaf] for leaf in given.kept})
+
+
+def read_weights(path: Path, params: Any) -> Loaded:
+    """Returns weights of Hugging Face for a model, and says on standard error what they lack.
+
+    Raises:
+      ValueError: they cannot be read, or do not fit the model or its vocabulary.
+    """
+    try:
+        with _told_as_weights():
+            loaded = mj.models.from_huggingface(path, params)
+    except ValueError as error:
+        if "vocabulary" not in str(error):
+            raise
+        raise ValueError(f"{error}: --vocabulary names the one that the weights were trained with") from None
+    if loaded.kept:
+        _tell(f"{path}: not in it, so as they start: {', '.join(loaded.kept)}")
+    return loaded

@@ -1,0 +1,278 @@
+"""What a run trains, once a seed: the methods, and before them the source on its own."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.stages import Lowered
+
+from merge_jax.data import ReadAhead, Splits, fingerprint, indices_of, is_streamed, num_examples
+from merge_jax.study.config import Lengths, RunConfig
+from merge_jax.study.controls import OTHER_SEED
+from merge_jax.study.scenario import Method, Role, Scenario
+from merge_jax.study.sources import Origin, initial_key
+from merge_jax.training.epoch import Epoch, augmented, make_epoch
+from merge_jax.training.joint import JointState, Task, TrainState, init_joint_state, make_joint_step
+from merge_jax.training.seeds import over_seeds
+from merge_jax.training.sharding import Layout
+from merge_jax.training.trajectory import last_of, replay_evenly, replayed
+from merge_jax.types import Adapter, Batch, Params
+
+__all__ = ["Stage", "make_stages"]
+
+Indices = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What is trained once a seed: a method, or the source on its own.
+
+    That too is a joint run, of a target that is the scenario's source and has nothing to receive from.
+
+    Attributes:
+      name: of the method, or `source`.
+      roles: the models by the part they play; without `source` there is none, and its parameters are `{}`.
+      source_task: what the source learns beside the target; None for a frozen source, or none.
+      method: the method.
+      lengths: how long it is trained.
+      batch_size: examples in a batch of either.
+      optimizer: the adapter's optimizer.
+      epoch: many joint steps in one loop, of one seed.
+      digest: `(splits, seed) -> fingerprint of the training split`, which stages share: it reads every number.
+      snapshots: steps of the source's training, where the source is a trajectory.
+      keep: how many checkpoints stay; None for all.
+      other_seed: added to a seed for the start and the batches, not for the split.
+      of_source: whether it is the source on its own, which draws its start, its batches and its steps as the source.
+    """
+
+    name: str
+    roles: Mapping[str, Role]
+    source_task: Task | None
+    method: Method
+    lengths: Lengths
+    batch_size: int
+    optimizer: optax.GradientTransformation
+    epoch: Epoch
+    digest: Callable[[Callable[[int], Splits], int], str]
+    snapshots: int | None = None
+    keep: int | None = 2
+    other_seed: int = 0
+    of_source: bool = False
+
+    def lower(self, layout: Layout, steps: int, seeds: int | None) -> Lowered:
+        """Returns the jitted epoch of up to `steps` steps, traced for the shapes of its arguments alone.
+
+        Args:
+          layout: how it lies on devices.
+          steps: the most steps of one call.
+          seeds: how many there are side by side; None for one at a time.
+        """
+        state = jax.eval_shape(lambda: self.initial_state(0, self.fresh_source(0)))
+        indices = self.indices_at(0)(0, steps)
+        shapes = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (state, self._array_shapes(steps), indices)
+        )
+        epoch = self.epoch
+        if seeds is not None:
+            step = shapes[0].step
+            shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((seeds, *leaf.shape), leaf.dtype), shapes)
+            shapes = (shapes[0].replace(step=step), *shapes[1:])
+            epoch = over_seeds(epoch)
+        return layout.lower(epoch, *shapes, jax.ShapeDtypeStruct((), np.int32))
+
+    def fresh_source(self, seed: int) -> TrainState:
+        """Returns the source of a seed as it starts; a trajectory starts as copies of that."""
+        if "source" not in self.roles:
+            return TrainState({}, {}, None)
+        source = TrainState(*self.roles["source"].init(initial_key(seed, "source")), None)
+        if self.snapshots is None:
+            return source
+        return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (self.snapshots, *leaf.shape)), source)
+
+    def initial_state(self, seed: int, source: TrainState) -> JointState:
+        """Returns the state before the first step; for a seed, it is the same for every method."""
+        seed += self.other_seed
+        params, model_state = self.roles["target"].init(initial_key(seed, "source" if self.of_source else "target"))
+        adapter = None if self.method.fit is None else self._fitted(seed, source, params)
+        state = init_joint_state(
+            initial_key(seed, "adapter"),
+            self.source_task,
+            self.method.task,
+            self.method.transfer,
+            source_params=source.params,
+            source_state=source.model_state,
+            target_params=params,
+            target_state=model_state,
+            adapter=adapter,
+            adapter_optimizer=self.optimizer,
+        )
+        return state.replace(key=initial_key(seed, "source_steps" if self.of_source else "steps"))
+
+    def _fitted(self, seed: int, source: TrainState, target_params: Params) -> Adapter:
+        assert self.method.fit is not None
+        adapter = self.method.transfer.init(initial_key(seed, "adapter"), source.params, target_params)
+        return self.method.fit(adapter, source, target_params, self.arrays(seed)["target"])
+
+    def arrays(self, seed: int) -> dict[str, Batch]:
+        """Returns all examples to train on, of the roles that learn."""
+        return {role: dict(self.roles[role].splits(seed).train) for role in self._learning_roles}
+
+    @cached_property
+    def streams(self) -> bool:
+        """Whether examples are read when they are needed, and not all on the device."""
+        return any(is_streamed(arrays) for arrays in self.arrays(0).values())
+
+    def facts(self, seeds: Sequence[int]) -> dict[str, str | int]:
+        """Returns what the steps of some seeds depend on beside the state: which examples come in which order."""
+        return {
+            "seeds": ",".join(map(str, seeds)),
+            "batch_size": self.batch_size,
+            **{
+                f"{role}_data": ",".join(self.digest(self.roles[role].splits, seed) for seed in seeds)
+                for role in self._learning_roles
+            },
+        }
+
+    def read_ahead(self, seed: int, steps: int) -> ReadAhead:
+        """Returns what reads the examples of so many steps at a time."""
+        return ReadAhead(self.arrays(seed), self._indices(seed), steps)
+
+    def indices_at(self, seed: int) -> Callable[[int, int], Indices]:
+        """Returns `(first step, count) -> {role: [count, B]}`: the examples in each batch."""
+        by_role = self._indices(seed)
+        return lambda first, count: {role: indices(first, count) for role, indices in by_role.items()}
+
+    def _indices(self, seed: int) -> dict[str, Callable[[int, int], np.ndarray]]:
+        return {
+            role: indices_of(
+                num_examples(self.roles[role].splits(seed).train),
+                self.batch_size,
+                seed + self.other_seed,
+                stream=int(role == "source" or self.of_source),
+            )
+            for role in self._learning_roles
+        }
+
+    def _array_shapes(self, steps: int) -> Any:
+        """Returns shapes of the examples that one call of the epoch has: all of them, or those of its own steps."""
+
+        def shape(entry: Any) -> jax.ShapeDtypeStruct:
+            leading = steps * self.batch_size if self.streams else len(entry)
+            return jax.ShapeDtypeStruct((leading, *entry.shape[1:]), entry.dtype)
+
+        return {role: {name: shape(entry) for name, entry in arrays.items()} for role, arrays in self.arrays(0).items()}
+
+    def validate(self, state: JointState, seed: int) -> dict[str, float]:
+        """Returns the metrics on the validation splits, of the models that learn; none where a split is empty."""
+        return {
+            f"{role}/validation_{name}": value
+            for role in self._learning_roles
+            if num_examples(self.roles[role].splits(seed).validation)
+            for name, value in self._evaluate(state, seed, role, "validation").items()
+        }
+
+    def test(self, state: JointState, seed: int, role: str) -> dict[str, float]:
+        """Returns a model's metrics on the test split; read once, after the last step. None of no model."""
+        return self._evaluate(state, seed, role, "test") if role in self.roles else {}
+
+    def answers(self, state: JointState) -> dict[str, list[str]]:
+        """Returns what each model that has samples makes of them."""
+        answers = {}
+        for role, model in self.roles.items():
+            if model.samples is not None:
+                trained = self._model(state, role)
+                answers[role] = list(model.samples.answer(trained.params, trained.model_state))
+        return answers
+
+    @property
+    def _learning_roles(self) -> tuple[str, ...]:
+        return ("target",) if self.source_task is None else ("source", "target")
+
+    def _evaluate(self, state: JointState, seed: int, role: str, split: str) -> dict[str, float]:
+        model = self._model(state, role)
+        arrays = getattr(self.roles[role].splits(seed), split)
+        return self.roles[role].evaluate(model.params, model.model_state, arrays)
+
+    def _model(self, state: JointState, role: str) -> TrainState:
+        model: TrainState = getattr(state, role)
+        if role == "source" and self.snapshots is not None:
+            model = jax.tree.map(lambda leaf: leaf[-1], model)
+        return model
+
+
+def make_stages(scenario: Scenario, config: RunConfig, origin: Origin) -> dict[str, Stage]:
+    """Returns the stages of a seed in order: the source's own training, where it has one, then the methods."""
+
+    @cache
+    def digest(splits: Callable[[int], Splits], seed: int) -> str:
+        return fingerprint(splits(seed).train)
+
+    def stage(
+        name: str, roles: Mapping[str, Role], source_task: Task | None, method: Method, lengths: Lengths, **options: Any
+    ) -> Stage:
+        step = make_joint_step(
+            source_task,
+            method.task,
+            method.transfer,
+            cycle=config.cycle_over(lengths.steps),
+            stop=method.stop,
+            num_steps=lengths.steps,
+            update=config.update,
+            teacher=method.teacher,
+            adapter_optimizer=scenario.adapter_optimizer,
+            axis_name=scenario.axis_name,
+        )
+        augment = {role: model.augment for role, model in roles.items() if model.augment is not None}
+        if augment:
+            step = augmented(step, augment, axis_name=scenario.axis_name)
+        return Stage(
+            name,
+            roles,
+            source_task,
+            method,
+            lengths,
+            config.batch_size,
+            scenario.adapter_optimizer,
+            make_epoch(step),
+            digest,
+            **options,
+        )
+
+    stages = {}
+    roles = {"target": scenario.target}
+    if scenario.source is not None:
+        roles["source"] = scenario.source
+        if origin.read is None and origin.lengths is not None and scenario.source_task is not None:
+            stages["source"] = stage(
+                "source",
+                {"target": scenario.source},
+                None,
+                Method(scenario.source_task),
+                origin.lengths,
+                of_source=True,
+                keep=2 if origin.snapshots is None else None,
+                other_seed=OTHER_SEED if config.source_control == "other_seed" else 0,
+            )
+    for name, method in scenario.methods.items():
+        if method.fit is not None and config.source in ("live", "trajectory"):
+            raise ValueError(
+                f"the method {name!r} is fitted to a source that has been trained, once: with --source {config.source} "
+                "there is none before the first step; take pretrained or frozen"
+            )
+        if origin.snapshots is not None:
+            method = _replaying(method, origin.snapshots, scenario.schedule.target.steps)
+        live_task = scenario.source_task if origin.live else None
+        stages[name] = stage(name, roles, live_task, method, scenario.schedule.target, snapshots=origin.snapshots)
+    return stages
+
+
+def _replaying(method: Method, snapshots: int, num_steps: int) -> Method:
+    """Returns the method from a source that is a trajectory, all of which is shown while there are transfers."""
+    replay = replay_evenly(snapshots, max(1, round(method.stop * num_steps)))
+    teacher = None if method.teacher is None else last_of(method.teacher)
+    return replace(method, transfer=replayed(method.transfer, replay), teacher=teacher)

@@ -1,0 +1,99 @@
+"""Optimizers: the adapter's own, and what the joint step asks of those of the models."""
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import optax
+from jax.extend import core
+
+from merge_jax.training.packing import packed
+from merge_jax.types import Params
+
+__all__ = ["adapter_adamw", "holds_parameters", "optimizer_update"]
+
+
+def adapter_adamw(
+    learning_rate: optax.ScalarOrSchedule = 1e-3,
+    *,
+    weight_decay: float = 5e-4,
+    max_norm: float = 50.0,
+) -> optax.GradientTransformation:
+    """Returns the adapter's published optimizer: clip by global norm, then AdamW.
+
+    Only kernels decay; biases, norms and gates do not. Small leaves are updated as one vector. A schedule counts the
+    adapter's own updates, one per transfer. The published grid of rates is 0.1, 0.01, 0.001, 0.0001; 0.001 is our
+    choice among them.
+
+    Raises:
+      ValueError: a rate or a norm that is not a finite number above 0, or a decay that is not one of at least 0.
+    """
+    for name, value in {"learning_rate": learning_rate, "max_norm": max_norm}.items():
+        if not callable(value) and not 0 < value < math.inf:
+            raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
+    if not 0 <= weight_decay < math.inf:
+        raise ValueError(f"weight_decay must be a finite number of at least 0, got {weight_decay!r}")
+
+    def decays(params: dict[str, Any]) -> dict[str, Any]:
+        large = {path: path.endswith("kernel") for path in params["large"]}
+        return {name: large if name == "large" else name == "kernel" for name in params}
+
+    adamw = optax.adamw(learning_rate, weight_decay=weight_decay, mask=decays)
+    return packed(optax.chain(optax.clip_by_global_norm(max_norm), adamw))
+
+
+def optimizer_update(
+    optimizer: optax.GradientTransformation,
+    grads: Params,
+    opt_state: Any,
+    params: Params,
+    value: jax.Array,
+    value_fn: Callable[[Params], jax.Array],
+) -> tuple[Params, Any]:
+    """Returns the update of an optimizer, which may also ask for the loss: `polyak_sgd`, `lbfgs`, `contrib.momo`.
+
+    Raises:
+      ValueError: it asks for more, or for parameters of its own.
+    """
+    extra = {"value": value, "grad": grads, "value_fn": value_fn}
+    parameters = inspect.signature(optimizer.update).parameters
+    if not any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values()):
+        extra = {name: one for name, one in extra.items() if name in parameters}
+    try:
+        return optimizer.update(grads, opt_state, params, **extra)
+    except (AttributeError, TypeError) as error:
+        raise ValueError(
+            "the optimizer cannot update these parameters from gradients, parameters and the loss alone "
+            f"({type(error).__name__}: {error})"
+        ) from error
+
+
+def holds_parameters(optimizer: optax.GradientTransformation, params: Params) -> bool:
+    """Returns whether the state of an optimizer begins as something that depends on the parameters' values.
+
+    Then it keeps parameters, or distances to them, beside the model's: what is written into the model from outside, as
+    by a transfer, does not reach these. Seen from the trace of its `init`, without computing it.
+    """
+    try:
+        jaxpr = jax.make_jaxpr(optimizer.init)(params).jaxpr
+    except TypeError:  # It looks at values, which a trace does not have: nothing can be said.
+        return False
+    return any(_reached(jaxpr, [True] * len(jaxpr.invars)))
+
+
+def _reached(jaxpr: Any, from_inputs: Sequence[bool]) -> list[bool]:
+    """Returns which outputs of a program depend on the values of the inputs that are marked."""
+    reached = {var for var, marked in zip(jaxpr.invars, from_inputs, strict=True) if marked}
+
+    def marks(variables: Sequence[Any]) -> list[bool]:
+        return [isinstance(var, core.Var) and var in reached for var in variables]
+
+    for eqn in jaxpr.eqns:
+        inner = eqn.params.get("jaxpr") if eqn.primitive.name in ("jit", "pjit") else None
+        outputs = (
+            [any(marks(eqn.invars))] * len(eqn.outvars) if inner is None else _reached(inner.jaxpr, marks(eqn.invars))
+        )
+        reached.update(var for var, marked in zip(eqn.outvars, outputs, strict=True) if marked)
+    return marks(jaxpr.outvars)

@@ -1,0 +1,65 @@
+"""Several seeds of one run side by side in one program."""
+
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from merge_jax.training.epoch import Epoch
+from merge_jax.training.joint import JointState
+from merge_jax.types import Batch, Metrics
+
+__all__ = ["over_seeds", "stack_arrays", "stack_seeds", "unstack_seeds"]
+
+# Seeds stand at the same step: with a step each, every one would pay for a transfer whenever one has it.
+_AXES = JointState(step=None, key=0, source=0, target=0, adapter=0)  # type: ignore[arg-type]
+
+_Tree = TypeVar("_Tree")
+
+
+def stack_seeds(states: Sequence[JointState]) -> JointState:
+    """Returns the states of S seeds as one, leaves `[S, ...]`; the step is common to all.
+
+    Raises:
+      ValueError: no states, or states at different steps.
+    """
+    if len({int(state.step) for state in states}) != 1:
+        raise ValueError(f"seeds must stand at the same step, got {[int(state.step) for state in states]}")
+    together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+    return together.replace(step=_copy(states[0].step))
+
+
+def unstack_seeds(state: JointState) -> list[JointState]:
+    """Returns the states of the seeds that were stacked."""
+    return [
+        jax.tree.map(operator.itemgetter(i), state.replace(step=())).replace(step=_copy(state.step))
+        for i in range(len(state.key))
+    ]
+
+
+def _copy(step: jax.Array) -> jax.Array:
+    # States may be donated, each on its own.
+    return jnp.array(step, copy=True)
+
+
+def over_seeds(epoch: Epoch) -> Epoch:
+    """Returns the epoch over stacked states, arrays `[S, N, ...]` and indices `[S, n, B]`; metrics are `[S]`.
+
+    It computes what each seed would alone, up to the rounding of batched products, provided that the states' keys
+    are threefry's: `rbg` keys draw differently under vmap.
+    """
+
+    def together(
+        state: JointState, arrays: Mapping[str, Batch], indices: Mapping[str, jax.Array], count: Any
+    ) -> tuple[JointState, Metrics]:
+        return jax.vmap(epoch, in_axes=(_AXES, 0, 0, None), out_axes=(_AXES, 0))(state, arrays, indices, count)
+
+    return together
+
+
+def stack_arrays(trees: Sequence[_Tree]) -> _Tree:
+    """Returns trees of NumPy arrays as one with leaves `[S, ...]`."""
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)

@@ -1,0 +1,233 @@
+"""Transfers made of transfers."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from merge_jax.checks import check_number_or_schedule, check_transfer
+from merge_jax.paths import flatten, near_misses, replace
+from merge_jax.transfers.base import RoutedTransfer
+from merge_jax.types import Adapter, Metrics, Params, RouteSummary, Transfer
+
+__all__ = ["chain", "scheduled", "self_transfer", "several_sources", "without_source"]
+
+
+def chain(*transfers: Transfer) -> Transfer:
+    """Returns the transfers one after the other: `T' = t_k(S, ... t_2(S, t_1(S, T)))`.
+
+    Each sees the target that the one before has made, and the source as it is. The adapter is `{"0": the first's
+    adapter, "1": ...}`.
+
+    Raises:
+      ValueError: no transfers, or something that is none.
+    """
+    if not transfers:
+        raise ValueError("no transfers to chain: give at least one")
+    for i, transfer in enumerate(transfers):
+        check_transfer(f"number {i} of the chain", transfer)
+    by_name = {str(i): transfer for i, transfer in enumerate(transfers)}
+
+    def init(key: jax.Array, source_params: Params, target_params: Params) -> Adapter:
+        keys = jax.random.split(key, len(by_name))
+        return {
+            name: transfer.init(k, source_params, target_params)
+            for (name, transfer), k in zip(by_name.items(), keys, strict=True)
+        }
+
+    def apply(
+        adapter: Adapter, source_params: Params, target_params: Params, *, key: jax.Array | None = None
+    ) -> Params:
+        for i, (name, transfer) in enumerate(by_name.items()):
+            of_one = None if key is None else jax.random.fold_in(key, i)
+            target_params = transfer.apply(adapter[name], source_params, target_params, key=of_one)
+        return target_params
+
+    def describe(source_params: Params, target_params: Params) -> tuple[RouteSummary, ...]:
+        return tuple(
+            _inside(name, row)
+            for name, transfer in by_name.items()
+            for row in transfer.describe(source_params, target_params)
+        )
+
+    def monitor(adapter: Adapter, source_params: Params, target_params: Params) -> Metrics:
+        return _monitored(by_name, adapter, dict.fromkeys(by_name, source_params), target_params)
+
+    return RoutedTransfer(init, apply, describe, lambda step: chain(*(one.at(step) for one in transfers)), monitor)
+
+
+def scheduled(transfer: Transfer, schedule: optax.ScalarOrSchedule) -> Transfer:
+    """Returns the transfer let in by a schedule: `T' = T + w(i) (t(S, T) - T)`, `w` of the joint step's count `i`.
+
+    A weight of 0 leaves the target as it is, 1 is the transfer itself, what lies between mixes both. Any Optax
+    schedule serves, e.g. `optax.cosine_decay_schedule(1.0, num_steps)`, or a number for a weight that stays. The
+    adapter is the transfer's own. Leaves that take no part stay the same arrays.
+
+    Raises:
+      ValueError: for what is no transfer or no schedule; in `apply`, where a schedule has no step:
+        `transfer.at(step).apply(...)`, as the joint step does.
+    """
+    check_transfer("what is scheduled", transfer)
+    check_number_or_schedule(schedule=schedule)
+
+    def apply_unbound(
+        adapter: Adapter, source_params: Params, target_params: Params, *, key: jax.Array | None = None
+    ) -> Params:
+        del adapter, source_params, target_params, key  # Without a step there is no weight.
+        raise ValueError("the transfer follows a schedule: name the step, as in transfer.at(step).apply(...)")
+
+    def at(step: jax.Array | int) -> Transfer:
+        now, weight = transfer.at(step), schedule(step) if callable(schedule) else schedule
+
+        def apply(
+            adapter: Adapter, source_params: Params, target_params: Params, *, key: jax.Array | None = None
+        ) -> Params:
+            old = flatten(target_params)
+            merged = flatten(now.apply(adapter, source_params, target_params, key=key))
+            mixed = {
+                path: (old[path] + weight * (new - old[path])).astype(new.dtype)
+                for path, new in merged.items()
+                if new is not old[path]  # What takes no part comes back as the same array.
+            }
+            return replace(target_params, mixed)
+
+        def monitor(adapter: Adapter, source_params: Params, target_params: Params) -> Metrics:
+            of_transfer = now.monitor(adapter, source_params, target_params)
+            return {**of_transfer, "weight": jnp.asarray(weight, jnp.float32)}
+
+        return RoutedTransfer(transfer.init, apply, now.describe, monitor=monitor)
+
+    unbound = apply_unbound if callable(schedule) else at(0).apply
+    return RoutedTransfer(transfer.init, unbound, transfer.describe, at, transfer.monitor)
+
+
+def several_sources(transfers: Mapping[str, Transfer]) -> Transfer:
+    """Returns one transfer from several sources: each target leaf is the mean of what its sources make of it.
+
+    `T' = (1 / k) sum_i t_i(S_i, T)` over the `k` transfers that have a route to the leaf. The source's parameters
+    are `{name: parameters}`, and so is the adapter. All see the target as it is; `chain` would let each see what
+    the one before has made. Our choice.
+
+    Raises:
+      ValueError: no transfers, or something that is none; in `init` and `apply`, source parameters without one of
+        the names.
+    """
+    if not isinstance(transfers, Mapping) or not transfers:
+        raise ValueError(f"sources are a mapping of names to transfers, at least one, got {type(transfers).__name__}")
+    transfers = dict(transfers)
+    for name, transfer in transfers.items():
+        check_transfer(f"the transfer of the source {name!r}", transfer)
+
+    def check(source_params: Params) -> None:
+        for name in transfers:
+            if name not in source_params:
+                raise ValueError(f"the source's parameters lack {name!r}; {near_misses(name, source_params)}")
+
+    def init(key: jax.Array, source_params: Params, target_params: Params) -> Adapter:
+        check(source_params)
+        keys = jax.random.split(key, len(transfers))
+        return {
+            name: transfer.init(k, source_params[name], target_params)
+            for (name, transfer), k in zip(transfers.items(), keys, strict=True)
+        }
+
+    def apply(
+        adapter: Adapter, source_params: Params, target_params: Params, *, key: jax.Array | None = None
+    ) -> Params:
+        check(source_params)
+        old = flatten(target_params)
+        made: dict[str, list[jax.Array]] = {}
+        for i, (name, transfer) in enumerate(transfers.items()):
+            of_one = None if key is None else jax.random.fold_in(key, i)
+            merged = transfer.apply(adapter[name], source_params[name], target_params, key=of_one)
+            for path, new in flatten(merged).items():
+                if new is not old[path]:  # What takes no part comes back as the same array.
+                    made.setdefault(path, []).append(new)
+        return replace(target_params, {path: jnp.mean(jnp.stack(new), axis=0) for path, new in made.items()})
+
+    def describe(source_params: Params, target_params: Params) -> tuple[RouteSummary, ...]:
+        check(source_params)
+        return tuple(
+            dataclasses.replace(_inside(name, row), source=f"{name}: {row.source}")
+            for name, transfer in transfers.items()
+            for row in transfer.describe(source_params[name], target_params)
+        )
+
+    def monitor(adapter: Adapter, source_params: Params, target_params: Params) -> Metrics:
+        return _monitored(transfers, adapter, source_params, target_params)
+
+    return RoutedTransfer(
+        init,
+        apply,
+        describe,
+        lambda step: several_sources({name: transfer.at(step) for name, transfer in transfers.items()}),
+        monitor,
+    )
+
+
+def self_transfer(transfer: Transfer) -> Transfer:
+    """Returns the transfer inside one model: the target is its own source, `T' = t(stop_gradient(T), T)`.
+
+    Routes lead from one layer to another, e.g. deep to shallow, `{"layer_0/kernel": "layer_5/kernel"}`; all layers are
+    read as they stand before the transfer. The source's parameters are not used: give `{}`, and None as its task. As
+    between two models, no gradient runs through the side that gives (our choice; it matters to
+    `make_reparameterised_step` alone). Self transfer: arXiv:2404.13322.
+
+    Raises:
+      ValueError: something that is no transfer.
+    """
+    check_transfer("what a model gives to itself", transfer)
+    return _reading(transfer, lambda source_params, target_params: target_params)
+
+
+def without_source(transfer: Transfer) -> Transfer:
+    """Returns the transfer with nothing to read: `T' = t(0, T)`, zeros in the place of the source's parameters.
+
+    A control: as many parameters and as much computation as the transfer has, and no source. What it gains is not
+    knowledge of the source. Forms that start from the source's numbers (`share_transfer`, the output `warm`) would
+    write zeros; the output `residual` asks what the adapter is worth on its own. Our choice.
+
+    Raises:
+      ValueError: something that is no transfer.
+    """
+    check_transfer("what is to read no source", transfer)
+    return _reading(transfer, lambda source_params, target_params: jax.tree.map(jnp.zeros_like, source_params))
+
+
+def _reading(transfer: Transfer, given: Callable[[Params, Params], Params]) -> Transfer:
+    """Returns the transfer from what is given for the source: a function of source and target, without gradient."""
+
+    def init(key: jax.Array, source_params: Params, target_params: Params) -> Adapter:
+        return transfer.init(key, given(source_params, target_params), target_params)
+
+    def apply(
+        adapter: Adapter, source_params: Params, target_params: Params, *, key: jax.Array | None = None
+    ) -> Params:
+        source_params = lax.stop_gradient(given(source_params, target_params))
+        return transfer.apply(adapter, source_params, target_params, key=key)
+
+    def describe(source_params: Params, target_params: Params) -> tuple[RouteSummary, ...]:
+        return transfer.describe(given(source_params, target_params), target_params)
+
+    def monitor(adapter: Adapter, source_params: Params, target_params: Params) -> Metrics:
+        return transfer.monitor(adapter, given(source_params, target_params), target_params)
+
+    return RoutedTransfer(init, apply, describe, lambda step: _reading(transfer.at(step), given), monitor)
+
+
+def _monitored(
+    transfers: Mapping[str, Transfer], adapter: Adapter, sources: Mapping[str, Params], target_params: Params
+) -> Metrics:
+    """Returns what the transfers have to monitor, each scalar after its transfer's name."""
+    return {
+        f"{name}/{scalar}": value
+        for name, transfer in transfers.items()
+        for scalar, value in transfer.monitor(adapter[name], sources[name], target_params).items()
+    }
+
+
+def _inside(name: str, row: RouteSummary) -> RouteSummary:
+    return dataclasses.replace(row, adapter=f"{name}/{row.adapter}" if row.adapter else "")

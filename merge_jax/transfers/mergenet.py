@@ -1,0 +1,123 @@
+"""The method and its variants: each is one factory of a transfer."""
+
+from typing import Any, Unpack
+
+import jax.numpy as jnp
+
+from merge_jax.transfers.adapter import AdapterOptions, adapter_transfer
+from merge_jax.transfers.lpka import ATTENTIONS, AttentionName, LPKAOptions, lpka_network
+from merge_jax.transfers.mixing import MixingOptions, mixing_network
+from merge_jax.transfers.routes import Routes
+from merge_jax.types import Transfer
+
+__all__ = ["lpka_transfer", "mlp_transfer", "published_transfer"]
+
+
+def lpka_transfer(
+    routes: Routes,
+    *,
+    num_layers: int = 2,
+    num_heads: int = 8,
+    max_width: int | None = 512,
+    max_hidden: int | None = 1024,
+    attentions: tuple[AttentionName, ...] = ATTENTIONS,
+    attention_dropout: float = 0.1,
+    feed_forward_dropout: float = 0.2,
+    spectral: bool = True,
+    max_scores: int = 2**22,
+    dtype: Any = jnp.float32,
+    **options: Unpack[AdapterOptions],
+) -> Transfer:
+    """Returns MergeNet's transfer: each routed target leaf attends to its source leaf through an LPKA.
+
+    `T' = LPKA(T, S)` in one of the output forms of `adapter_transfer`, by default `warm`. Two defaults are caps on
+    widths that grow with the matrices as published; they change nothing where matrices are small, and
+    `published_transfer` has none. Source: arXiv:2404.13322.
+
+    Args:
+      routes: `{target path: source path}`, or a sequence of such pairs or of `Route`s; paths may be patterns.
+      num_layers: layers of each LPKA, 1 or more.
+      num_heads: heads of each attention, 1 or more.
+      max_width: cap on the inner width of each attention, or None.
+      max_hidden: cap on the hidden width of each feed-forward block, or None.
+      attentions: which of `rows_rows`, `rows_cols`, `cols_rows`, `cols_cols` there are.
+      attention_dropout: rate of dropout on attention weights, in [0, 1).
+      feed_forward_dropout: rate of dropout on the feed-forward block, in [0, 1).
+      spectral: whether feed-forward kernels are divided by their spectral norms.
+      max_scores: entries of attention maps held at once; larger ones are made in chunks of queries, and again in
+        the backward pass. The values do not depend on it.
+      dtype: of the computation, e.g. bfloat16; parameters, softmax and norms stay float32.
+      **options: `output`, `rank`, `core`, `view`, `gate`, `shared`, `group_size`, `padding`; see `adapter_transfer`.
+
+    Raises:
+      ValueError: as `adapter_transfer`, and for an option out of range.
+    """
+    options_of_lpka = LPKAOptions(
+        num_layers=num_layers,
+        num_heads=num_heads,
+        max_width=max_width,
+        max_hidden=max_hidden,
+        attentions=attentions,
+        attention_dropout=attention_dropout,
+        feed_forward_dropout=feed_forward_dropout,
+        spectral=spectral,
+        max_scores=max_scores,
+        dtype=dtype,
+    )
+    return adapter_transfer(routes, lpka_network(options_of_lpka), **options)
+
+
+def published_transfer(routes: Routes, *, num_layers: int = 2, num_heads: int = 8) -> Transfer:
+    """Returns the transfer exactly as published: `T' = LPKA(T, S)`, no caps on widths, whole matrices.
+
+    The rows of the new matrix have variance 1, so use it before a BatchNorm, and with
+    `make_joint_step(..., update="surrogate")` to train it as published. Source: arXiv:2404.13322 and its code, to
+    which `tests/transfers/test_published.py` compares it.
+
+    Raises:
+      ValueError: as `lpka_transfer`.
+    """
+    return lpka_transfer(
+        routes, num_layers=num_layers, num_heads=num_heads, max_width=None, max_hidden=None, output="official"
+    )
+
+
+def mlp_transfer(
+    routes: Routes,
+    *,
+    num_layers: int = 2,
+    width: int = 128,
+    max_hidden: int | None = 1024,
+    feed_forward_dropout: float = 0.2,
+    spectral: bool = True,
+    dtype: Any = jnp.float32,
+    **options: Unpack[AdapterOptions],
+) -> Transfer:
+    """Returns the ablation without attention: the source's rows and columns are mixed by learned perceptrons.
+
+    See `mlp.apply` for the equation; all else is as in `lpka_transfer`.
+
+    Args:
+      routes: as `lpka_transfer`.
+      num_layers: layers of each adapter, 1 or more.
+      width: hidden units of the perceptrons, 1 or more.
+      max_hidden: cap on the hidden width of each feed-forward block, or None.
+      feed_forward_dropout: rate of dropout on the feed-forward block, in [0, 1).
+      spectral: whether feed-forward kernels are divided by their spectral norms.
+      dtype: of the computation; parameters and norms stay float32.
+      **options: `output`, `rank`, `core`, `view`, `gate`, `shared`, `group_size`, `padding`; see `adapter_transfer`.
+
+    Raises:
+      ValueError: as `lpka_transfer`.
+    """
+    network = mixing_network(
+        MixingOptions(
+            num_layers=num_layers,
+            width=width,
+            max_hidden=max_hidden,
+            feed_forward_dropout=feed_forward_dropout,
+            spectral=spectral,
+            dtype=dtype,
+        )
+    )
+    return adapter_transfer(routes, network, **options)

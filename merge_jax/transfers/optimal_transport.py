@@ -1,0 +1,153 @@
+"""Fusion by optimal transport: the source's neurons are matched with the target's, then both are averaged."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from merge_jax.checks import check_at_least_one
+from merge_jax.layouts import overlap_blocks
+from merge_jax.paths import flatten, replace
+from merge_jax.transfers.base import RoutedTransfer, share_transfer
+from merge_jax.transfers.cost import count_flops
+from merge_jax.transfers.layerwise import block_shapes, kernel_routes
+from merge_jax.transfers.routes import ResolvedRoute, Routes, resolve, survey
+from merge_jax.transfers.tokens import KernelView
+from merge_jax.types import Adapter, Params, RouteSummary, Transfer
+
+__all__ = ["optimal_transport_transfer", "transport_map"]
+
+# Keeps the length of zero rows, and its gradient, finite.
+_EPSILON = 1e-12
+
+# Distances are differences of large numbers, which the faster matrix products of accelerators would drown.
+_PRECISION = lax.Precision.HIGHEST
+
+
+def optimal_transport_transfer(
+    routes: Routes, *, regularisation: float = 0.01, iterations: int = 100, weight: float = 0.5
+) -> Transfer:
+    """Returns fusion by optimal transport: `T' = (1 - w) T + w P S Q^T`, layer by layer.
+
+    `T` is `[m, n]`, `S [p, q]`, rows being neurons. `P [m, p]` says which of the source's neurons each neuron of the
+    target is made of; its rows sum to 1. It is the transport plan between the rows of `T` and those of `S Q^T`, all of
+    one mass, times `m`; see `transport_map`. `Q [n, q]` is the `P` of the route before, if it is of that shape: **the
+    order of the routes is the order of the layers**. Otherwise, as for the first route, inputs are matched one by one
+    from the first on, and what only the target has stays. Windows of convolutions meet at their centres (see
+    `copy_overlap`). A vector (a bias, a norm's scale) belongs to the layer before it: it gets `Q` and sets no `P`.
+    An embedding's neurons are its features, so it needs `Route(..., target_spec=MatrixSpec(rows=(1,), inputs=(0,)))`
+    and the same for its source.
+
+    The adapter is empty. All is differentiable, the plan included. Running statistics of a BatchNorm are no
+    parameters and stay.
+
+    Source: Singh & Jaggi, arXiv:1910.05653, algorithm 1 with neurons told by their weights, the target as the model
+    aligned to, and its code (sidak/otfusion). Their experiments use exact plans; ours are regularised by entropy, to be
+    differentiable. What happens to inputs and windows that differ is our choice. Outputs of the last layer are matched
+    as neurons too; where they are the same classes in both models, leave that layer out.
+
+    Args:
+      routes: as `share_transfer`, in the order of the layers.
+      regularisation: of the plan by entropy, above 0, in units of the mean squared length of the rows; the smaller it
+        is, the nearer `P` is to a permutation.
+      iterations: Sinkhorn iterations for each plan.
+      weight: `w` in [0, 1], the part of the source; 1 is the aligned source.
+
+    Raises:
+      ValueError: as `share_transfer`; or for an option out of range or a route with the view `attention`.
+    """
+    named_routes = kernel_routes(routes)
+    check_at_least_one(iterations=iterations)
+    if not (regularisation > 0 and math.isfinite(regularisation)):
+        raise ValueError(f"regularisation must be a finite number above 0, got {regularisation}")
+    if not 0 <= weight <= 1:
+        raise ValueError(f"weight must lie in [0, 1], got {weight}")
+    like_share = share_transfer(named_routes)
+
+    def fuse(target: jax.Array, source: jax.Array, previous: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        """Returns the new blocks of the target and the map `[m, p]`, from the map of the route before."""
+        if _fits(previous, target.shape, source.shape):
+            source = jnp.einsum("nq,pq...->pn...", previous, source, precision=_PRECISION)
+        aligned = overlap_blocks(jnp.zeros((source.shape[0], *target.shape[1:])), source)
+        both = overlap_blocks(jnp.zeros((1, *target.shape[1:])), jnp.ones((1, *source.shape[1:])))
+        rows = ((target * both).reshape(len(target), -1), aligned.reshape(len(aligned), -1))
+        plan = transport_map(*rows, regularisation=regularisation, iterations=iterations)
+        moved = jnp.einsum("mp,pn...->mn...", plan, aligned, precision=_PRECISION)
+        return target + weight * both * (moved - target), plan
+
+    def init(key: jax.Array, source_params: Params, target_params: Params) -> Adapter:
+        del key  # There is nothing to learn.
+        resolve(named_routes, source_params, target_params)
+        return {}
+
+    def apply(
+        adapter: Adapter, source_params: Params, target_params: Params, *, key: jax.Array | None = None
+    ) -> Params:
+        del adapter, key  # There is nothing learned and nothing random.
+        new_leaves, sources, targets = {}, flatten(source_params), flatten(target_params)
+        previous: jax.Array | None = None
+        for route in resolve(named_routes, source_params, target_params):
+            blocks, source_blocks = (
+                view.to_blocks([leaves[path].astype(jnp.float32) for path in paths])
+                for view, leaves, paths in (
+                    (route.target_view, targets, route.target),
+                    (route.source_view, sources, route.source),
+                )
+            )
+            blocks, plan = fuse(blocks, source_blocks, previous)
+            previous = previous if _is_vector(route) else plan
+            for path, leaf in zip(route.target, route.target_view.to_leaves(blocks), strict=True):
+                new_leaves[path] = leaf.astype(targets[path].dtype)
+        return replace(target_params, new_leaves)
+
+    def describe(source_params: Params, target_params: Params) -> tuple[RouteSummary, ...]:
+        rows, previous = [], None
+        resolved, _ = survey(named_routes, source_params, target_params)
+        shared = like_share.describe(source_params, target_params)  # What cannot be paired is last.
+        for route, row in zip(resolved, shared[: len(resolved)], strict=True):
+            blocks = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in block_shapes(route)]
+            rows.append(dataclasses.replace(row, flops=count_flops(fuse, *blocks, previous)))
+            _, plan = jax.eval_shape(fuse, *blocks, previous)
+            previous = previous if _is_vector(route) else plan
+        return (*rows, *shared[len(resolved) :])
+
+    return RoutedTransfer(init, apply, describe)
+
+
+def _fits(previous: jax.Array | None, target: tuple[int, ...], source: tuple[int, ...]) -> bool:
+    return previous is not None and previous.shape == (target[1], source[1])
+
+
+def _is_vector(route: ResolvedRoute) -> bool:
+    view = route.target_view
+    return isinstance(view, KernelView) and not any(spec.rows for spec in view.specs)
+
+
+def transport_map(target: jax.Array, source: jax.Array, *, regularisation: float, iterations: int) -> jax.Array:
+    """Returns the map `P [m, p]` by which `P S` is the source's rows `[p, d]` aligned to the target's rows `[m, d]`.
+
+    `P / m` is the plan of least `sum_ik plan_ik |t_i - s_k|^2 / u - regularisation * entropy(plan)` with all rows of
+    one side of one mass, by Sinkhorn iterations on logarithms; `u` is the mean squared length of the target's rows
+    plus that of the source's, which makes the map one of directions and not of units (our choice). Rows of `P`
+    sum to 1 after any number of iterations, its columns to `m / p` after enough of them. Sources: Cuturi,
+    arXiv:1306.0895; arXiv:1910.05653.
+    """
+    squares = [jnp.mean(jnp.sum(jnp.square(rows), axis=1)) for rows in (target, source)]
+    unit = jnp.sqrt(sum(squares, jnp.asarray(_EPSILON)))
+    target, source = target / unit, source / unit
+    lengths = jnp.sum(jnp.square(target), axis=1)[:, None] + jnp.sum(jnp.square(source), axis=1)[None]
+    products = jnp.matmul(target, source.T, precision=_PRECISION)
+    logits = -jnp.maximum(lengths - 2 * products, 0) / regularisation
+
+    # Made again in the backward pass: one vector an iteration is kept, not matrices.
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def iteration(potential: jax.Array, _: None) -> tuple[jax.Array, None]:
+        of_rows = -jax.nn.logsumexp(logits + potential, axis=1, keepdims=True)
+        return -jax.nn.logsumexp(logits + of_rows, axis=0, keepdims=True), None
+
+    # Masses are left out: being equal, they shift a potential as a whole, which the softmax does not see.
+    potential, _ = lax.scan(iteration, jnp.zeros((1, len(source))), length=iterations)
+    return jax.nn.softmax(logits + potential, axis=1)

@@ -1,0 +1,334 @@
+"""Which rows of a source's table are which rows of a target's: words by name, positions by place, pixels by patch."""
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from merge_jax.checks import check_at_least_one
+from merge_jax.layouts import MatrixSpec, is_patch_kernel, is_table, matrix_spec
+
+__all__ = ["Arrangement", "Rows", "RowsByNumber", "arranged_ends"]
+
+RowsByNumber = Literal["first"]
+"""Row `i` from row `i`, as far as both sides have one."""
+
+Names = Sequence[str] | Mapping[str, int]
+
+End = Sequence[tuple[str, tuple[int, ...], MatrixSpec]]
+"""The leaves at one end of a route: path, shape, and how each is a matrix."""
+
+_Along = tuple[str, tuple[int, ...], tuple[int, ...]]  # Path, shape, and the axes of the rows.
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A linear map from the rows of a source's leaf to rows of a target's: `row t = sum_s w[t, s] row s`.
+
+    Rows are what a number of its own stands for: words and positions of an embedding, pixels of a patch, labels of a
+    last layer. They are along the first axis of a table; along the inputs for `of_patches`; along the outputs of any
+    other kernel; along a bias. Target rows that none of the source makes stay as they are. Make one by `by_name`,
+    `by_index`, `of_grids` or `of_patches`, and give it to a `Route`.
+
+    Attributes:
+      made: the target rows that are made, rising.
+      parts: for each, the source rows that it is made of, `((s, w), ...)`.
+      counts: how many rows the target's leaf has, and the source's.
+      along_inputs: whether rows are along the inputs of a kernel.
+    """
+
+    made: tuple[int, ...]
+    parts: tuple[tuple[tuple[int, float], ...], ...]
+    counts: tuple[int, int]
+    along_inputs: bool = False
+
+    @classmethod
+    def by_name(cls, source: Names, target: Names) -> Self:
+        """Returns the rows of one name: a row of the target is the source's row of its name, if there is one.
+
+        >>> Rows.by_name(["the", "cat", "sat"], ["a", "cat", "the"]).made
+        (1, 2)
+
+        Args:
+          source: names of the source's rows, in their order, or their numbers by name, as a tokenizer's vocabulary has
+            them.
+          target: the same of the target's.
+
+        Raises:
+          ValueError: a name that stands twice on one side, numbers that are not 0, 1, ..., or no name in common.
+        """
+        places: list[dict[str, int]] = []
+        source, target = _in_order("source", source), _in_order("target", target)
+        for role, names in (("source", source), ("target", target)):
+            places.append({name: i for i, name in enumerate(names)})
+            if len(places[-1]) < len(names):
+                twice = next(name for i, name in enumerate(names) if places[-1][name] != i)
+                raise ValueError(f"names of rows must differ: {twice!r} stands twice among those of the {role}")
+        if places[0].keys().isdisjoint(places[1]):
+            found = " and ".join(f"{list(names)[:3]}" for names in (source, target))
+            raise ValueError(f"source and target must have a name in common; their first are {found}")
+        return cls.by_index([places[0].get(name, -1) for name in target], len(source))
+
+    @classmethod
+    def by_index(cls, indices: Sequence[int] | np.ndarray, source_rows: int) -> Self:
+        """Returns the rows by number: row `i` of the target is row `indices[i]` of the source; it stays at -1.
+
+        Raises:
+          ValueError: an index that is neither -1 nor below `source_rows`, or nothing but -1.
+        """
+        check_at_least_one(source_rows=source_rows)
+        numbers = np.asarray(indices)
+        if numbers.ndim != 1 or not np.issubdtype(numbers.dtype, np.integer):
+            raise ValueError(f"indices must be a row of whole numbers, got {indices!r}")
+        outside = numbers[(numbers < -1) | (numbers >= source_rows)]
+        if outside.size or not (numbers >= 0).any():
+            found = f"{outside[0]}" if outside.size else "none but -1"
+            raise ValueError(f"indices must be those of {source_rows} rows of the source, or -1; got {found}")
+        made = np.flatnonzero(numbers >= 0)
+        parts = tuple(((int(numbers[i]), 1.0),) for i in made)
+        return cls(tuple(map(int, made)), parts, (len(numbers), source_rows))
+
+    @classmethod
+    def of_grids(cls, source: tuple[int, int], target: tuple[int, int], *, leading: int = 0) -> Self:
+        """Returns the rows of a grid of positions by place, resampled where grids differ in size.
+
+        Bilinear between the centres of cells, over as many cells as one of the target covers where it is coarser:
+        `jax.image.resize(..., "linear")` of the table as an image `[h, w, features]`.
+
+        Args:
+          source: height and width of the source's grid.
+          target: the same of the target's.
+          leading: rows before those of the grid on both sides, such as a class token's, which are taken as they are.
+
+        Raises:
+          ValueError: sizes below 1, or a number of leading rows below 0.
+        """
+        _check_sizes("hw", source=source, target=target)
+        if not isinstance(leading, int) or leading < 0:
+            raise ValueError(f"leading must be a whole number of 0 or more rows, got {leading!r}")
+        grid = np.kron(*(_resampling(s, t) for s, t in zip(source, target, strict=True)))
+        matrix = np.zeros((leading + grid.shape[0], leading + grid.shape[1]))
+        matrix[:leading, :leading] = np.eye(leading)
+        matrix[leading:, leading:] = grid
+        return cls._of_matrix(matrix)
+
+    @classmethod
+    def of_patches(cls, source: tuple[int, int, int], target: tuple[int, int, int]) -> Self:
+        """Returns the rows of a kernel that reads patches: pixels, in the order height, width, channels.
+
+        The new kernel gives on a patch what the source's gives on that patch, brought to the source's size (bilinear)
+        and channels: a grey patch is grey in all colours, of a coloured patch the mean of its channels is taken. So a
+        kernel for RGB becomes one for grey by the sum over its channels. With `R` the map of patches, target's to
+        source's, `W' = R^T W`. Our choice; FlexiViT (arXiv:2212.08013) has the pseudo-inverse of the opposite map.
+
+        Args:
+          source: height, width and channels of the source's patches.
+          target: the same of the target's.
+
+        Raises:
+          ValueError: sizes below 1, or channels that differ with neither number 1.
+        """
+        _check_sizes("hwc", source=source, target=target)
+        (*_, c), (*_, d) = source, target
+        if c != d and 1 not in (c, d):
+            raise ValueError(f"nothing says how {d} channels become {c}: give as many, or 1 on one side")
+        colours = np.eye(c) if c == d else np.full((c, d), 1 / d)
+        spatial = [_resampling(t, s) for s, t in zip(source[:2], target[:2], strict=True)]
+        return cls._of_matrix(functools.reduce(np.kron, (*spatial, colours)).T, along_inputs=True)
+
+    @classmethod
+    def _of_matrix(cls, matrix: np.ndarray, *, along_inputs: bool = False) -> Self:
+        parts = tuple(tuple((int(s), float(row[s])) for s in np.flatnonzero(row)) for row in matrix)
+        return cls(tuple(range(len(matrix))), parts, matrix.shape, along_inputs)  # type: ignore[arg-type]
+
+
+def _in_order(role: str, names: Names) -> Sequence[str]:
+    """Returns names in the order of their rows."""
+    if not isinstance(names, Mapping):
+        return names
+    if sorted(names.values()) != list(range(len(names))):
+        raise ValueError(
+            f"the rows of the {role} must be numbered 0 to {len(names) - 1}, each once; give a list of names"
+        )
+    return sorted(names, key=names.__getitem__)
+
+
+def _check_sizes(axes: str, **of_roles: Sequence[int]) -> None:
+    for role, sizes in of_roles.items():
+        if len(sizes) != len(axes):
+            raise ValueError(f"the sizes of the {role} must be {len(axes)} ({', '.join(axes)}), got {sizes!r}")
+        check_at_least_one(**{f"{axis} of the {role}": size for axis, size in zip(axes, sizes, strict=True)})
+
+
+def _resampling(source: int, target: int) -> np.ndarray:
+    """Returns the matrix `[target, source]` that resamples a line: the triangle filter, wider where it gets coarser."""
+    scale = source / target
+    centres = (np.arange(target)[:, None] + 0.5) * scale - 0.5
+    weights = np.maximum(0, 1 - np.abs(centres - np.arange(source)) / max(scale, 1))
+    return weights / weights.sum(axis=1, keepdims=True)
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """A leaf whose rows are taken anew before it is a matrix: `row i = sum_s w[i, s] row s`, along some of its axes.
+
+    Attributes:
+      axes: along which the rows are, in the order of the rows.
+      sizes: of these axes afterwards.
+      parts: for each new row, the old ones that it is made of, with weights.
+    """
+
+    axes: tuple[int, ...]
+    sizes: tuple[int, ...]
+    parts: tuple[tuple[tuple[int, float], ...], ...]
+
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Returns the shape of a leaf of this shape afterwards."""
+        new = dict(zip(self.axes, self.sizes, strict=True))
+        return tuple(new.get(axis, size) for axis, size in enumerate(shape))
+
+    def arrange(self, leaf: jax.Array) -> jax.Array:
+        """Returns the leaf with its new rows; those that are one row of the old are that row exactly."""
+        width = max(map(len, self.parts))
+        padded = [(*part, *((0, 0.0),) * (width - len(part))) for part in self.parts]
+        indices = np.array([[row for row, _ in part] for part in padded])
+        weights = np.array([[weight for _, weight in part] for part in padded], np.float32)
+        if width == 1 and (weights == 1).all():
+            return self._on_rows(leaf, self.sizes, lambda rows: rows[indices[:, 0]])
+        # The highest precision, so that an accelerator resamples as a CPU does.
+        weighted = functools.partial(jnp.einsum, "kj,kj...->k...", weights, precision=lax.Precision.HIGHEST)
+        return self._on_rows(leaf, self.sizes, lambda rows: weighted(rows[indices]))
+
+    def restore(self, leaf: jax.Array) -> jax.Array:
+        """Returns the leaf that was rearranged, where rows were put into another order alone."""
+        order = np.argsort([row for ((row, _),) in self.parts])
+        return self._on_rows(leaf, self.sizes, lambda rows: rows[order])
+
+    def _on_rows(self, leaf: jax.Array, sizes: tuple[int, ...], change: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        first = tuple(range(len(self.axes)))
+        moved = jnp.moveaxis(jnp.asarray(leaf), self.axes, first)
+        rest = moved.shape[len(first) :]
+        return jnp.moveaxis(change(moved.reshape(-1, *rest)).reshape(*sizes, *rest), first, self.axes)
+
+
+def arranged_ends(
+    rows: Rows | RowsByNumber | None, target: End, source: End
+) -> tuple[Arrangement | None, Arrangement | None]:
+    """Returns how the leaves of both ends of a route are arranged, so that rows of one number belong together.
+
+    The source has the rows that the target gets. The target has those first, then what only the target has. None for a
+    leaf as it is.
+
+    Two embeddings have rows that are words, positions or the like, and two kernels of patches have inputs that are
+    pixels. Where these differ in number, a row of one is not that of the other with its number, so that nothing but the
+    route can say which belong together. Equal numbers are taken for the same things.
+
+    Raises:
+      ValueError: unlike numbers of words, positions or pixels and no rows; rows of other numbers than the leaves have,
+        for several leaves as one matrix, or along several axes where some stay.
+    """
+    if isinstance(rows, Rows):
+        return _arranged(rows, _along(target, rows.along_inputs), _along(source, rows.along_inputs))
+    of_target, of_source = _named_rows(target), _named_rows(source)
+    if of_target is None or of_source is None or of_target.kind != of_source.kind or of_target == of_source:
+        return None, None
+    if rows is None:
+        raise _unlike(target, source, of_target, of_source)
+    if any(len(end) > 1 for end in (target, source)):
+        return None, None  # Rows under each other are by number already.
+    pixels = of_target.kind == "pixels"
+    ends = _along(target, pixels), _along(source, pixels)
+    _check_layouts(*ends)
+    if any(len(axes) > 1 for *_, axes in ends):
+        return None, None  # Windows meet at their centres, channels from the first on.
+    m, p = (shape[axes[0]] for _, shape, axes in ends)
+    return _arranged(Rows.by_index([row if row < p else -1 for row in range(m)], p), *ends)
+
+
+class _NamedRows(NamedTuple):
+    """What the rows of an end stand for, and how many there are: of pixels, as the axes of the window and channels."""
+
+    kind: str
+    sizes: tuple[int, ...]
+
+
+def _named_rows(end: End) -> _NamedRows | None:
+    """Returns the rows of an end, where they stand for what has a name or a place of its own."""
+    if all(is_table(path, shape) for path, shape, _ in end):
+        along = (_along((leaf,), False) for leaf in end)
+        return _NamedRows("rows", (sum(math.prod(shape[axis] for axis in axes) for _, shape, axes in along),))
+    if all(is_patch_kernel(path, shape) for path, shape, _ in end):
+        _, shape, spec = end[0]
+        inputs, *window = spec.blocks(shape)[1:]
+        return _NamedRows("pixels", (*window, inputs))
+    return None
+
+
+def _along(end: End, inputs: bool) -> _Along:
+    """Returns path, shape and axes of the rows of the one leaf at an end."""
+    if len(end) > 1:
+        paths = " + ".join(path for path, *_ in end)
+        raise ValueError(f"give rows to routes of one leaf from one leaf; {paths!r} makes one matrix of several")
+    ((path, shape, spec),) = end
+    if inputs:
+        return path, shape, spec.window + spec.inputs  # Pixels are in the order height, width, channels.
+    if is_table(path, shape):
+        return path, shape, matrix_spec(path, shape).rows  # Whatever its route's spec has them for.
+    return path, shape, spec.rows or spec.inputs
+
+
+def _unlike(target: End, source: End, of_target: _NamedRows, of_source: _NamedRows) -> ValueError:
+    (path, *_), (source_path, *_) = target[0], source[0]
+    if of_target.kind == "rows":
+        how = (
+            "rows=mj.Rows.by_name(source_names, target_names) for words, "
+            "rows=mj.Rows.of_grids(source_grid, target_grid) "
+            "for places in images, or rows='first' for row i from row i, as positions in a text have it"
+        )
+    else:
+        how = (
+            "rows=mj.Rows.of_patches(source_patch, target_patch), each (height, width, channels), or rows='first' for "
+            "pixel i from pixel i"
+        )
+    counts = ["x".join(map(str, sizes)) for _, sizes in (of_target, of_source)]
+    return ValueError(
+        f"give Route({path!r}, {source_path!r}, ...) {how}, or leave it out: the target has {counts[0]} "
+        f"{of_target.kind}, the source {counts[1]}, and no number says which belong together"
+    )
+
+
+def _check_layouts(target: _Along, source: _Along) -> None:
+    """Raises ValueError unless both leaves have their rows along as many axes."""
+    (path, _, axes), (source_path, _, source_axes) = target, source
+    if len(axes) != len(source_axes):
+        raise ValueError(
+            f"reshape one of the leaves to the other's layout: {path!r} has its rows along {len(axes)} axes, "
+            f"{source_path!r} along {len(source_axes)}"
+        )
+
+
+def _arranged(rows: Rows, target: _Along, source: _Along) -> tuple[Arrangement | None, Arrangement]:
+    (path, shape, axes), (source_path, source_shape, source_axes) = target, source
+    found = tuple(math.prod(of[axis] for axis in along) for of, along in ((shape, axes), (source_shape, source_axes)))
+    if found != rows.counts:
+        swapped = "; names of the source come first" if found == rows.counts[::-1] else ""
+        raise ValueError(
+            f"give rows of {found[0]} from {found[1]}, as many as {path!r} and {source_path!r} have, not of "
+            f"{rows.counts[0]} from {rows.counts[1]}{swapped}"
+        )
+    _check_layouts(target, source)
+    made, complete = set(rows.made), len(rows.made) == found[0]
+    if len(axes) > 1 and not complete:
+        raise ValueError(f"make all rows of {path!r}, which are along {len(axes)} axes; {len(made)} are made")
+    sizes = tuple(shape[axis] for axis in axes) if complete else (len(rows.made),)
+    of_source = Arrangement(source_axes, sizes, rows.parts)
+    order = (*rows.made, *(row for row in range(found[0]) if row not in made))
+    if order == tuple(range(found[0])):
+        return None, of_source
+    return Arrangement(axes, found[:1], tuple(((row, 1.0),) for row in order)), of_source

@@ -1,0 +1,226 @@
+"""How the leaves of one end of a route become a matrix of tokens, and exactly back.
+
+A view makes **blocks** of leaves, in which the overlap of two models is a plain block, and of blocks the **matrix**
+whose rows are the adapter's tokens.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from merge_jax.layouts import MatrixSpec, as_matrix, from_matrix, overlap_blocks, overlap_shape
+from merge_jax.transfers.rows import Arrangement
+
+__all__ = ["AttentionView", "KernelView", "Kinds", "View", "ViewName", "proportional"]
+
+ViewName = Literal["matrix", "convolution", "attention"]
+"""What an adapter's tokens are.
+
+- `matrix`: the rows and columns of the leaf's matrix `[outputs, inputs x window]`.
+- `convolution`: the matrix is `[outputs x window, inputs]`: each tap of the window is a token of its own that knows
+  its place. The adapter does not grow with the window, and windows of different sizes meet tap by tap.
+- `attention`: query, key, value and output kernels of an attention block move together, head by head. A head is a
+  matrix `[4 d, width]` whose rows know which kernel they are of; heads share one adapter, and are paired in
+  proportion where there are more of them on one side.
+"""
+
+
+def proportional(count: int, other: int) -> list[int]:
+    """Returns for each of `count` things in a row its partner among `other` in a row: `floor((i + 1/2) m / n)`.
+
+    >>> proportional(6, 12), proportional(3, 2)
+    ([1, 3, 5, 7, 9, 11], [0, 1, 1])
+    """
+    return [(2 * i + 1) * other // (2 * count) for i in range(count)]
+
+
+@dataclass(frozen=True)
+class Kinds:
+    """The kinds of a matrix's rows: `0 .. count - 1`, each `each` times in a row, all of it `times` times."""
+
+    count: int
+    each: int
+    times: int
+
+    def of_rows(self) -> np.ndarray:
+        """Returns the kind of each row, `[each * count * times]`."""
+        return np.tile(np.repeat(np.arange(self.count), self.each), self.times)
+
+
+@dataclass(frozen=True)
+class KernelView:
+    """Leaves as one matrix, the rows of several leaves under each other.
+
+    Blocks are `[rows, inputs, *window]`.
+
+    Attributes:
+      shapes: of the leaves.
+      specs: how each leaf is a matrix; all have the same inputs and window.
+      taps: whether the taps of the window are rows (the view `convolution`) or columns (`matrix`).
+      arrangement: how the rows of a table are taken anew first, where the view is of one leaf and they are.
+    """
+
+    shapes: tuple[tuple[int, ...], ...]
+    specs: tuple[MatrixSpec, ...]
+    taps: bool = False
+    arrangement: Arrangement | None = None
+
+    def check(self) -> None:
+        """Raises ValueError where the leaves do not stack to one matrix."""
+        blocks = [spec.blocks(shape)[1:] for spec, shape in zip(self.specs, self.arranged_shapes, strict=True)]
+        if len(set(blocks)) > 1:
+            shapes = " and ".join(f"{shape}" for shape in dict.fromkeys(self.shapes))
+            raise ValueError(f"leaves that make one matrix together need the same inputs and window, got {shapes}")
+
+    @property
+    def arranged_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """The shapes of the leaves with their rows taken anew."""
+        return tuple(map(self.arrangement.shape, self.shapes)) if self.arrangement else self.shapes
+
+    def arrange(self, leaf: jax.Array) -> jax.Array:
+        """Returns a leaf with its rows taken anew."""
+        return self.arrangement.arrange(leaf) if self.arrangement else leaf
+
+    def restore(self, leaf: jax.Array) -> jax.Array:
+        """Returns a leaf of the target with its rows where they were."""
+        return self.arrangement.restore(leaf) if self.arrangement else leaf
+
+    @property
+    def _rows(self) -> list[int]:
+        return [spec.blocks(shape)[0] for spec, shape in zip(self.specs, self.arranged_shapes, strict=True)]
+
+    @property
+    def _blocks(self) -> tuple[int, ...]:
+        return (sum(self._rows), *self.specs[0].blocks(self.arranged_shapes[0])[1:])
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """The shape of the matrix."""
+        rows, inputs, *window = self._blocks
+        taps = math.prod(window)
+        return (rows * taps, inputs) if self.taps else (rows, inputs * taps)
+
+    @property
+    def kinds(self) -> Kinds | None:
+        """The kinds of the rows, where they have kinds."""
+        return Kinds(self.matrix_shape[0] // self._blocks[0], 1, self._blocks[0]) if self.taps else None
+
+    def to_blocks(self, leaves: Sequence[jax.Array]) -> jax.Array:
+        """Returns the blocks of the leaves."""
+        matrices = [as_matrix(self.arrange(leaf), spec) for leaf, spec in zip(leaves, self.specs, strict=True)]
+        return jnp.concatenate(matrices).reshape(self._blocks)
+
+    def to_leaves(self, blocks: jax.Array) -> tuple[jax.Array, ...]:
+        """Returns the leaves of blocks."""
+        matrix = blocks.reshape(self._blocks[0], -1)
+        leaves, start = [], 0
+        for spec, shape, rows in zip(self.specs, self.arranged_shapes, self._rows, strict=True):
+            leaves.append(self.restore(from_matrix(matrix[start : start + rows], spec, shape)))
+            start += rows
+        return tuple(leaves)
+
+    def to_matrix(self, blocks: jax.Array) -> jax.Array:
+        """Returns the matrix of blocks."""
+        return (jnp.moveaxis(blocks, 1, -1) if self.taps else blocks).reshape(self.matrix_shape)
+
+    def from_matrix(self, matrix: jax.Array) -> jax.Array:
+        """Returns the blocks of the matrix."""
+        rows, inputs, *window = self._blocks
+        if self.taps:
+            return jnp.moveaxis(matrix.reshape(rows, *window, inputs), -1, 1)
+        return matrix.reshape(self._blocks)
+
+    def overlap(self, blocks: jax.Array, source: "KernelView", source_blocks: jax.Array) -> jax.Array:
+        """Returns the blocks with the overlapping block of the source copied in; see `copy_overlap`."""
+        del source
+        return overlap_blocks(blocks, source_blocks)
+
+    def overlap_shape(self, source: "KernelView") -> tuple[int, int]:
+        """Returns the shape of the overlapping block, as a matrix."""
+        return overlap_shape(self._blocks, source._blocks)
+
+
+@dataclass(frozen=True)
+class AttentionView:
+    """Query, key, value and output kernels as one matrix a head.
+
+    Blocks are `[heads, 4, d, width]`, with `width` the features that queries come from and outputs go to.
+
+    Attributes:
+      shapes: of the four leaves, in that order.
+      specs: how each leaf is a matrix: `[heads d, width]` for the first three, `[width, heads d]` for the last.
+      heads: number of heads.
+    """
+
+    shapes: tuple[tuple[int, ...], ...]
+    specs: tuple[MatrixSpec, ...]
+    heads: int
+
+    def check(self) -> None:
+        """Raises ValueError where the leaves are no attention block with that many heads."""
+        shapes = [spec.matrix_shape(shape) for spec, shape in zip(self.specs, self.shapes, strict=True)]
+        inner, width = shapes[0]
+        if shapes != [(inner, width)] * 3 + [(width, inner)]:
+            raise ValueError(
+                "the kernels of query, key, value and output must be matrices [h d, w], [h d, w], [h d, w] and "
+                f"[w, h d] of one width w, got {', '.join(f'{list(shape)}' for shape in shapes)}"
+            )
+        if self.heads < 1 or inner % self.heads:
+            raise ValueError(f"{self.heads} heads do not divide the {inner} features of the attention")
+
+    @property
+    def _blocks(self) -> tuple[int, int, int, int]:
+        inner, width = self.specs[0].matrix_shape(self.shapes[0])
+        return self.heads, 4, inner // self.heads, width
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """The shape of the matrix of one head."""
+        _, kernels, d, width = self._blocks
+        return kernels * d, width
+
+    @property
+    def kinds(self) -> Kinds:
+        """The kinds of the rows: which kernel they are of."""
+        _, kernels, d, _ = self._blocks
+        return Kinds(kernels, d, 1)
+
+    def to_blocks(self, leaves: Sequence[jax.Array]) -> jax.Array:
+        """Returns the blocks of the leaves."""
+        *inputs, output = (as_matrix(leaf, spec) for leaf, spec in zip(leaves, self.specs, strict=True))
+        heads, _, d, width = self._blocks
+        return jnp.stack([matrix.reshape(heads, d, width) for matrix in (*inputs, output.T)], axis=1)
+
+    def to_leaves(self, blocks: jax.Array) -> tuple[jax.Array, ...]:
+        """Returns the leaves of blocks."""
+        *inputs, output = (blocks[:, kernel].reshape(-1, blocks.shape[-1]) for kernel in range(4))
+        matrices = zip((*inputs, output.T), self.specs, self.shapes, strict=True)
+        return tuple(from_matrix(matrix, spec, shape) for matrix, spec, shape in matrices)
+
+    def to_matrix(self, blocks: jax.Array) -> jax.Array:
+        """Returns the matrices of blocks, `[heads, 4 d, width]`."""
+        return blocks.reshape(self.heads, *self.matrix_shape)
+
+    def from_matrix(self, matrix: jax.Array) -> jax.Array:
+        """Returns the blocks of the matrices."""
+        return matrix.reshape(self._blocks)
+
+    def overlap(self, blocks: jax.Array, source: "AttentionView", source_blocks: jax.Array) -> jax.Array:
+        """Returns the blocks with the leading block of each head's partner in the source copied in."""
+        partners = source_blocks[jnp.array(proportional(self.heads, source.heads))]
+        d, width = (min(a, b) for a, b in zip(blocks.shape[2:], partners.shape[2:], strict=True))
+        return blocks.at[:, :, :d, :width].set(partners[:, :, :d, :width].astype(blocks.dtype))
+
+    def overlap_shape(self, source: "AttentionView") -> tuple[int, int]:
+        """Returns the shape of the leading block of a head that both have, as a matrix."""
+        d, width = map(min, zip(self._blocks[2:], source._blocks[2:], strict=True))
+        return 4 * d, width
+
+
+View = KernelView | AttentionView
+"""How the leaves of one end of a route become a matrix."""

@@ -1,0 +1,307 @@
+"""The experiment across tasks, and the data that it takes."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+import merge_jax as mj
+import merge_jax.study.texts
+from experiments import cross_task
+from merge_jax.data import WordPiece
+from merge_jax.study.cli import parse
+from merge_jax.study.sources import origin_of
+from tests import helpers
+from tests.smoke import run
+
+LITTLE = [
+    *("--seeds", "1", "--steps", "4", "--source-steps", "4", "--report-every", "2", "--checkpoint-every", "2"),
+    *("--labels", "40", "--validation", "20", "--batch-size", "8", "--stop", "1.0", "--num-heads", "2"),
+]
+IMAGES = ["smoke", *LITTLE, "--methods", "share"]
+
+
+def build(*options):
+    return cross_task.build(parse(cross_task.PRESETS, "", "", list(map(str, options))))
+
+
+def check(*options):
+    """Builds a scenario, and lets its transfer check its routes."""
+    scenario = build(*options)
+    params = [jax.eval_shape(role.init, jax.random.key(0))[0] for role in (scenario.source, scenario.target)]
+    scenario.methods["share"].transfer.init(jax.random.key(0), *params)
+
+
+def write_texts(folder, name="texts", rows=60):
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{name}.tsv"
+    lines = [f"item {i} is {'good' if i % 2 else 'bad'} \t{i % 2}" for i in range(rows)]
+    path.write_text("sentence\tgrade\n" + "\n".join(lines) + "\n")
+    return path
+
+
+def write_questions(folder, rows=60):
+    path = folder / "squad.json"
+    paragraphs = []
+    for i in range(rows):
+        passage = f"The colour of item {i} is {'red' if i % 2 else 'blue'}."
+        answers = [{"text": passage[-4:-1].strip(), "answer_start": len(passage) - 4}] if i % 3 else []
+        asked = {"id": str(i), "question": f"what is item {i}?", "answers": answers, "is_impossible": not answers}
+        paragraphs.append({"context": passage, "qas": [asked]})
+    path.write_text(json.dumps({"version": "v2.0", "data": [{"title": "t", "paragraphs": paragraphs}]}))
+    return path
+
+
+@pytest.mark.slow
+def test_an_answering_model_gives_its_attention_to_a_classifier(tmp_path):
+    results, records = run("cross_task", tmp_path / "run", *LITTLE, "--methods", "share", "mergenet_warm")
+    assert [result["method"] for result in results] == ["share", "mergenet_warm"]
+    assert all(0 <= result["target_test"] <= 1 for result in results)
+    assert records[-1]["run"] == "mergenet_warm-seed0"
+    gates = [f"adapter/gate/encoder/layer_{i}/attention/query/kernel" for i in range(2)]
+    assert all(records[-1][gate] != 0 for gate in gates)
+    assert (tmp_path / "run" / "gates.png").stat().st_size > 0
+    first, last = [record for record in records if record["run"] == "share-seed0"]
+    assert first["adapter/transferred"] == 0.5  # At the first of two steps.
+    assert "target/validation_accuracy" in last
+    source = [record for record in records if record["run"] == "source-seed0"]
+    assert "target/validation_f1" in source[-1]
+
+
+def test_blocks_meet_by_depth():
+    scenario = build(*LITTLE, "--methods", "share")
+    params = {role: jax.eval_shape(getattr(scenario, role).init, jax.random.key(0))[0] for role in ("source", "target")}
+    rows = scenario.methods["share"].transfer.describe(params["source"], params["target"])
+    routes = {row.target.split("/attention")[0]: row.source.split("/attention")[0] for row in rows}
+    assert routes == {"encoder/layer_0": "encoder/layer_1", "encoder/layer_1": "encoder/layer_3"}
+
+
+@pytest.mark.slow
+def test_several_tasks_are_several_sources(tmp_path):
+    options = [*LITTLE, "--source-task", "qa", "topic", "--methods", "mergenet_warm"]
+    (result,), records = run("cross_task", tmp_path / "run", *options)
+    assert result["adapter_parameters"] > 0
+    source = [record for record in records if record["run"] == "source-seed0"][-1]
+    assert {"target/validation_qa_f1", "target/validation_topic_accuracy", "target/qa_loss"} <= source.keys()
+    for task in ("qa", "topic"):
+        assert f"adapter/{task}/gate/encoder/layer_0/attention/query/kernel" in records[-1]
+
+
+@pytest.mark.slow
+def test_files_of_ones_own_are_data_and_the_reverse_direction_runs(tmp_path):
+    texts, questions = write_texts(tmp_path), write_questions(tmp_path)
+    options = [
+        *(*LITTLE, "--source-task", "sentiment", "--source-data", texts, "--source-text", "sentence"),
+        *("--source-label", "grade", "--target-task", "qa", "--target-data", questions, "--labels", "20"),
+        *("--validation", "8", "--methods", "vanilla"),
+    ]
+    (result,), records = run("cross_task", tmp_path / "run", *options)
+    assert 0 <= result["target_test"] <= 1
+    assert "target/validation_f1" in records[-1]
+
+
+def test_what_is_held_out_is_never_learned_from():
+    for task in ("sentiment", "qa"):
+        role = build(*LITTLE, "--target-task", task, "--methods", "vanilla").target
+        splits = [role.splits(seed) for seed in (0, 1)]
+        for one in splits:
+            parts = [{row.tobytes() for row in arrays["tokens"]} for arrays in (one.train, one.validation, one.test)]
+            assert len(parts[0]) == 40
+            assert not parts[0] & parts[1]
+            assert not parts[0] & parts[2]
+        assert not np.array_equal(splits[0].train["tokens"], splits[1].train["tokens"])
+        np.testing.assert_array_equal(splits[0].test["tokens"], splits[1].test["tokens"])
+
+
+@pytest.mark.parametrize("task", ["parity", "parity_and_size"])
+def test_labels_of_digits_are_those_of_the_task(task):
+    scenario = build(*IMAGES, "--target-task", task)
+    digits, target = scenario.source.splits(3).test["label"], scenario.target.splits(3).test["label"]
+    expected = digits % 2 if task == "parity" else digits % 2 + 2 * (digits >= 5)
+    np.testing.assert_array_equal(target, expected)
+
+
+def test_weights_of_hugging_face_are_where_a_model_starts(tmp_path, capsys):
+    scenario = build(*LITTLE, "--methods", "vanilla")
+    params, _ = scenario.source.init(jax.random.key(5))
+    weights = {name: tensor for name, tensor in mj.models.to_huggingface(params).items() if "qa_outputs" not in name}
+    mj.save_safetensors(tmp_path / "model.safetensors", weights)
+    scenario.attach(tmp_path)
+    options = ["--source-weights", tmp_path / "model.safetensors", "--vocabulary", tmp_path / "vocabulary.json"]
+    started = build(*LITTLE, "--methods", "vanilla", *options).source
+    loaded, _ = started.init(jax.random.key(6))
+    for path, leaf in mj.flatten(loaded).items():
+        assert np.array_equal(leaf, mj.flatten(params)[path]) == (path != "qa_outputs/kernel"), path
+    assert "not in it, so as they start: qa_outputs" in capsys.readouterr().err
+
+
+def write_encoder(folder, tokens, width=24, num_layers=3, num_heads=3, **config):
+    """Writes an encoder of no usual size as Hugging Face saves it."""
+    encoder = mj.models.TextEncoder(tokens.vocab_size, width, num_layers, num_heads, 40, 64, separator=tokens.separator)
+    params = encoder.init(jax.random.key(5), np.ones((1, 4), np.int32))["params"]
+    mj.save_safetensors(folder / "model.safetensors", mj.models.to_huggingface(params))
+    (folder / "config.json").write_text(json.dumps({"num_attention_heads": num_heads, "hidden_act": "gelu", **config}))
+    return params
+
+
+def test_a_file_with_its_config_tells_the_sizes_of_a_source(tmp_path):
+    build(*LITTLE, "--methods", "vanilla").attach(tmp_path)
+    tokens = WordPiece.from_vocabulary(tmp_path / "vocabulary.json")
+    params = write_encoder(tmp_path, tokens)
+    options = ["--source", "frozen", "--source-from", tmp_path, "--vocabulary", tmp_path / "vocabulary.json"]
+    scenario = build(*LITTLE, "--methods", "share", *options)
+    assert scenario.source.name.startswith(f"{tmp_path.name} (")
+    config = parse(cross_task.PRESETS, "", "", [*LITTLE, "--methods", "share", *map(str, options)])
+    read = mj.flatten(origin_of(scenario, config).read(0).params)
+    for path, leaf in mj.flatten(params).items():
+        np.testing.assert_array_equal(read[f"encoder/{path}"], leaf)
+    rows = scenario.methods["share"].transfer.describe(
+        *(jax.eval_shape(role.init, jax.random.key(0))[0] for role in (scenario.source, scenario.target))
+    )
+    assert {row.source.split("/attention")[0] for row in rows} == {"encoder/layer_0", "encoder/layer_2"}
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (["--max-length", "65", "--vocabulary", "own/vocabulary.json"], "max_length must be at most 64, the positions of"),
+    (["--vocabulary", "other/vocabulary.json"], r"has a vocabulary of \d+ tokens, the texts are in one of \d+: --"),
+])  # fmt: skip
+def test_a_file_that_does_not_fit_is_refused(tmp_path, options, message):
+    for name in ("own", "other", "encoder"):
+        (tmp_path / name).mkdir()
+    build(*LITTLE, "--methods", "vanilla").attach(tmp_path / "own")
+    build(*LITTLE, "--methods", "vanilla", "--vocabulary-size", "90").attach(tmp_path / "other")
+    write_encoder(tmp_path / "encoder", WordPiece.from_vocabulary(tmp_path / "own" / "vocabulary.json"))
+    options = [tmp_path / word if word.endswith(".json") else word for word in options]
+    with pytest.raises(ValueError, match=message):
+        build(*LITTLE, "--methods", "share", "--source", "frozen", "--source-from", tmp_path / "encoder", *options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("names", [mj.models.to_huggingface, lambda params: params], ids=["theirs", "ours"])
+def test_a_frozen_text_source_is_a_file_of_either_names(tmp_path, names):
+    scenario = build(*LITTLE, "--methods", "vanilla")
+    params, _ = scenario.source.init(jax.random.key(5))
+    mj.save_safetensors(tmp_path / "model.safetensors", names(params))
+    scenario.attach(tmp_path)
+    options = [
+        *(*LITTLE, "--methods", "share", "--source", "frozen", "--source-from", tmp_path / "model.safetensors"),
+        *("--vocabulary", tmp_path / "vocabulary.json"),
+    ]
+    results, records = run("cross_task", tmp_path / "run", *options)
+    assert len(results) == 1
+    assert {record["run"] for record in records} == {"share-seed0"}
+
+
+@pytest.mark.slow
+def test_a_source_of_another_run_brings_its_vocabulary(tmp_path):
+    """The target reads other texts, from which another vocabulary would be learned; the source must not notice."""
+    (first,), _ = run("cross_task", tmp_path / "first", *LITTLE, "--methods", "share")
+    texts = write_texts(tmp_path)
+    options = [
+        *(*LITTLE, "--methods", "share", "--source", "frozen", "--source-from", tmp_path / "first"),
+        *("--target-data", texts, "--target-text", "sentence", "--target-label", "grade", "--labels", "20"),
+    ]
+    (second,), _ = run("cross_task", tmp_path / "second", *options)
+    assert second["source_test"] == first["source_test"]
+    kept = [(tmp_path / name / "vocabulary.json").read_text() for name in ("first", "second")]
+    assert kept[0] == kept[1]
+    build(*LITTLE, "--target-data", texts, *options[-6:]).attach(tmp_path)  # What would have been learned.
+    assert (tmp_path / "vocabulary.json").read_text() != kept[0]
+    with pytest.raises(ValueError, match=r"is not that of the source, .*: leave it out"):
+        build(*options, "--vocabulary", tmp_path / "vocabulary.json")
+
+
+def test_what_is_cut_is_counted_or_refused(tmp_path, capsys):
+    texts = write_texts(tmp_path)
+    options = [
+        *LITTLE,
+        "--target-data",
+        texts,
+        "--target-text",
+        "sentence",
+        "--target-label",
+        "grade",
+        "--labels",
+        "20",
+    ]
+    build(*options, "--methods", "vanilla", "--validation", "8", "--max-length", "20")
+    assert "texts" not in capsys.readouterr().err
+    # A text has five words or more with both ends, a passage nine; in 12 places no passage is whole.
+    build(*options, "--methods", "vanilla", "--validation", "8", "--max-length", "18")
+    error = capsys.readouterr().err
+    assert "passages were longer, and lost their end" in error
+    assert "questions lost their answer: not learned from" in error
+    with pytest.raises(ValueError, match="tokens, but max_length 18 leaves"):
+        build(*options, "--methods", "vanilla", "--validation", "8", "--max-length", "18", "--too-long", "error")
+
+
+def test_bad_options_are_refused_by_name(tmp_path):
+    texts = write_texts(tmp_path)
+    rare = tmp_path / "rare.tsv"
+    rare.write_text(texts.read_text() + "one more\t2\n")
+    own = ["--target-data", texts, "--target-text", "sentence", "--target-label", "grade"]
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n")
+    for options, message in [
+        (
+            ["--labels", "9999"],
+            r"labels, how many examples are learned from, must lie in \[1, 1980\], what synthetic_reviews has beside",
+        ),
+        (
+            ["--validation", "5000"],
+            r"validation must lie in \[1, 3999\], for 4000 training examples of synth",
+        ),
+        (["--target-model", "resnet18"], "unknown text model 'resnet18'"),
+        (["--target-data", tmp_path / "none.tsv"], "none.tsv"),
+        (["--target-data", "none.tsv"], "none.tsv is missing or not a file"),
+        ([*own[:1], rare, *own[2:]], "each class of rare needs three texts or more to learn from; '2' has 1"),
+        (["--target-data", "imdb_revews"], "imdb_reviews"),
+        ([*own[:-1], "grad"], "grade"),
+        ([*own[:3], "sentense", *own[4:]], "sentence"),
+        (["--vocabulary", tmp_path / "vocab.txt"], r"lacks the special tokens \[SEP\]"),
+        (["--vocabulary-size", "7"], "vocab_size must be at least"),
+        (["--target-model", "distilbert_base", "--max-length", "513"], "max_length must be at most 512, the positions"),
+        (["--routes", "encoder/layer_9/attention=encoder/layer_0/attention"], "encoder/layer_9/attention"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            check(*LITTLE, "--methods", "share", *options)
+    with pytest.raises(ValueError, match="source_task must name one or more of sentiment"):
+        parse(cross_task.PRESETS, "", "", ["--source-task"]).check()
+    with pytest.raises(ValueError, match="a source task stands twice"):
+        parse(cross_task.PRESETS, "", "", ["--source-task", "qa", "qa"]).check()
+
+
+@pytest.mark.parametrize("words", [["--source-weights"], ["--target-weights"], ["--source", "frozen", "--source-from"]])
+def test_weights_of_another_model_are_told_before_texts_are_read(words, tmp_path, monkeypatch):
+    sizes = {"width": 8, "num_heads": 2, "hidden": 8, "max_length": 8, "num_segments": 2, "separator": 3}
+    encoder = mj.models.TextEncoder(20, num_layers=6, **sizes)
+    params = helpers.jitted_init(encoder, 0, np.zeros((1, 4), np.int32))["params"]
+    mj.save_safetensors(tmp_path / "model.safetensors", mj.models.to_huggingface(params))
+    monkeypatch.setattr(merge_jax.study.texts, "load_text", lambda *arguments: pytest.fail("texts are read"))
+    options = ["--source-model", "small_bert", "--target-model", "small_bert", "--methods", "vanilla"]
+    with pytest.raises(ValueError, match=r"model\.safetensors has 6 layers, the model has 4$"):
+        build(*options, *words, tmp_path / "model.safetensors", "--vocabulary", tmp_path / "unread")
+
+
+@pytest.mark.slow
+def test_weights_and_vocabulary_that_do_not_fit_are_refused(tmp_path):
+    params, _ = build(*LITTLE, "--methods", "vanilla").source.init(jax.random.key(5))
+    mj.save_safetensors(tmp_path / "model.safetensors", mj.models.to_huggingface(params))
+    build(*LITTLE, "--vocabulary-size", "300").attach(tmp_path)
+    vocabulary = ["--vocabulary", tmp_path / "vocabulary.json"]
+    with pytest.raises(ValueError, match=r"has a vocabulary of [0-9]+ tokens, the model has one of 300: --vocabulary"):
+        build(*LITTLE, "--source-weights", tmp_path / "model.safetensors", *vocabulary)
+    with pytest.raises(ValueError, match="the weights cannot be read: there is no file or folder"):
+        build(*LITTLE, "--target-weights", tmp_path / "none.safetensors", *vocabulary)
+    with pytest.raises(ValueError, match=r"model.safetensors need the vocabulary they were trained with"):
+        build(*LITTLE, "--source-weights", tmp_path / "model.safetensors")
+
+
+@pytest.mark.slow
+def test_a_run_is_resumed(tmp_path):
+    _, records = run("cross_task", tmp_path / "run", *IMAGES)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "share-seed0" / "4")
+    (tmp_path / "run" / "results.json").unlink()
+    _, again = run("cross_task", tmp_path / "run", *IMAGES, "--resume")
+    assert again == records

@@ -1,0 +1,361 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import merge_jax as mj
+from merge_jax import models
+from tests.models.test_vit import IMAGES, attend, dense, encoded, feed_forward, in_float64, norm, tiny
+
+CLS, SEP = 2, 3
+TOKENS = np.array([[CLS, 5, 6, 7, 8, SEP, 0, 0], [CLS, 9, 10, SEP, 0, 0, 0, 0]], np.int32)
+
+
+def text_encoder(**options):
+    sizes = {"vocab_size": 20, "width": 12, "num_layers": 1, "num_heads": 3, "hidden": 10, "max_length": 8}
+    return models.TextEncoder(**{**sizes, "num_segments": 0, "separator": SEP, **options})
+
+
+ANSWERER = models.VisualAnswerer(tiny(num_layers=1), text_encoder(), 5, num_heads=2)
+DEEP_ANSWERER = ANSWERER.clone(num_layers=2)
+DUAL = models.DualEncoder(tiny(num_layers=1), text_encoder(), 6)
+both = pytest.mark.parametrize("model", [ANSWERER, DUAL], ids=["answerer", "dual"])
+
+
+@functools.cache
+def initialised(model):
+    """Returns parameters that are all random and far from 0: what starts at 0 or 1 would hide what it is for.
+
+    Norms hold their size, so that something of the image is left at the end.
+    """
+    params = jax.eval_shape(model.init, jax.random.key(0), IMAGES, TOKENS)["params"]
+    random = np.random.default_rng(0)
+    values = {path: 0.5 * random.normal(size=leaf.shape) for path, leaf in mj.flatten(params).items()}
+    return mj.replace(params, {path: jnp.float32(value + path.endswith("scale")) for path, value in values.items()})
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _outputs(model, train, params, images, tokens, key):
+    return model.apply({"params": params}, images, tokens, train=train, rngs=None if key is None else {"dropout": key})
+
+
+def outputs(model, params, images=IMAGES, tokens=TOKENS, train=False, key=None):
+    # All arguments are given here: `jit` would compile once more for those that are left out.
+    return _outputs(model, train, params, images, tokens, key)
+
+
+def read(params, text):
+    """Returns what the published equations give for one text in one layer, `[L, width]`, in float64."""
+    embeddings = params["embeddings"]
+    x = embeddings["word"]["embedding"][text] + embeddings["position"]["embedding"][: len(text)]
+    x = norm(embeddings["norm"], x)
+    layer = params["layer_0"]
+    x = norm(layer["norm1"], x + attend(layer["attention"], x, x, text > 0))
+    return norm(layer["norm2"], x + feed_forward(layer, x))
+
+
+def fused(params, image, text):
+    """Returns what the described equations give for one image and its question, `[L, width]`, in float64."""
+    seen = dense(params["image_projection"], encoded(params["image_encoder"], image))
+    x = read(params["text_encoder"], text)
+    for i in range(2):
+        layer = params[f"fusion_{i}"]
+        x = norm(layer["norm1"], x + attend(layer["cross_attention"], x, seen))
+        x = norm(layer["norm2"], x + attend(layer["attention"], x, x, text > 0))
+        x = norm(layer["norm3"], x + feed_forward(layer, x))
+    return x
+
+
+def test_an_answer_is_that_of_the_described_equations():
+    params = initialised(DEEP_ANSWERER)
+    exact = in_float64(params)
+    first = [fused(exact, image, text)[0] for image, text in zip(IMAGES, TOKENS, strict=True)]
+    logits = outputs(DEEP_ANSWERER, params)
+    assert logits.shape == (2, 5)
+    np.testing.assert_allclose(logits, dense(exact["answer"], np.stack(first)), atol=1e-5)
+
+
+def test_embeddings_are_those_of_the_published_equations():
+    params = initialised(DUAL)
+    exact = in_float64(params)
+    found = outputs(DUAL, params)
+    for vectors, name, encode, inputs in (
+        (found.image, "image", encoded, IMAGES),
+        (found.text, "text", read, TOKENS),
+    ):
+        first = np.stack([encode(exact[f"{name}_encoder"], one)[0] for one in inputs])
+        expected = first @ exact[f"{name}_projection"]["kernel"]
+        expected /= np.sqrt((expected**2).sum(-1, keepdims=True))
+        assert vectors.shape == (2, 6)
+        np.testing.assert_allclose(vectors, expected, atol=1e-5, err_msg=name)
+
+
+def test_leaves_have_readable_names():
+    def leaves(model):
+        params = jax.eval_shape(model.init, jax.random.key(0), IMAGES, TOKENS)["params"]
+        for name in ("image_encoder", "text_encoder"):
+            encoder, inputs = (model.image_encoder, IMAGES) if name[0] == "i" else (model.text_encoder, TOKENS)
+            below = jax.eval_shape(encoder.init, jax.random.key(0), inputs)["params"]
+            assert jax.tree.map(jnp.shape, params.pop(name)) == jax.tree.map(jnp.shape, below)
+        return {path: leaf.shape for path, leaf in mj.flatten(params).items()}
+
+    attention = {
+        **{f"{name}/kernel": (12, 2, 6) for name in ("query", "key", "value")},
+        **{f"{name}/bias": (2, 6) for name in ("query", "key", "value")},
+        "out/kernel": (2, 6, 12),
+        "out/bias": (12,),
+    }
+    layer = {
+        **{f"{name}/{path}": shape for name in ("cross_attention", "attention") for path, shape in attention.items()},
+        "up/kernel": (12, 10),
+        "up/bias": (10,),
+        "down/kernel": (10, 12),
+        "down/bias": (12,),
+        **{f"norm{k}/{name}": (12,) for k in (1, 2, 3) for name in ("scale", "bias")},
+    }
+    fusion = {f"fusion_{i}/{path}": shape for i in range(2) for path, shape in layer.items()}
+    projection = {"image_projection/kernel": (8, 12), "image_projection/bias": (12,)}
+    answer = {"answer/kernel": (12, 5), "answer/bias": (5,)}
+    assert leaves(DEEP_ANSWERER) == {**projection, **fusion, **answer}
+    of_one_width = ANSWERER.clone(text_encoder=text_encoder(width=8, num_heads=2))
+    assert not [path for path in leaves(of_one_width) if path.startswith("image_projection")]
+    assert leaves(DUAL) == {"image_projection/kernel": (8, 6), "text_projection/kernel": (12, 6), "log_scale": ()}
+
+
+def test_kernels_of_the_fusion_start_xavier_uniformly():
+    model = models.VisualAnswerer(tiny(), models.TextEncoder(20, 64, 1, 4, 128, 8, separator=SEP), 64)
+    leaves = mj.flatten(jax.jit(model.init)(jax.random.key(0), IMAGES, TOKENS)["params"])
+    kernels = [path for path in leaves if path.endswith("kernel") and "encoder" not in path]
+    assert len(kernels) == 1 + 8 + 2 + 1
+    for path in kernels:
+        fans = 2 * 64 if "attention" in path else sum(leaves[path].shape)
+        np.testing.assert_allclose(leaves[path].std(), np.sqrt(2 / fans), rtol=0.1, err_msg=path)
+
+
+@both
+def test_padding_changes_nothing(model):
+    params = initialised(model)
+    short, full = (outputs(model, params, tokens=tokens) for tokens in (TOKENS[:, :6], TOKENS))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), short, full)
+
+
+@both
+def test_a_text_of_padding_alone_is_finite(model):
+    for leaf in jax.tree.leaves(outputs(model, initialised(model), tokens=np.zeros_like(TOKENS))):
+        assert np.isfinite(leaf).all()
+
+
+def test_an_answer_needs_its_image_and_its_question():
+    params = initialised(ANSWERER)
+    logits = outputs(ANSWERER, params)
+    for other in (outputs(ANSWERER, params, images=IMAGES[::-1]), outputs(ANSWERER, params, tokens=TOKENS[::-1])):
+        assert jnp.abs(other - logits).max() > 0.01
+    both_turned = outputs(ANSWERER, params, IMAGES[::-1], TOKENS[::-1])
+    np.testing.assert_allclose(both_turned, logits[::-1], atol=1e-5)
+
+
+@both
+@pytest.mark.slow
+def test_gradients_reach_every_leaf(model):
+    def loss(params):
+        found = jax.tree.leaves(model.apply({"params": params}, IMAGES, TOKENS))
+        return sum(jnp.sum(leaf * jax.random.normal(jax.random.key(1), leaf.shape)) for leaf in found)
+
+    gradient = mj.flatten(jax.jit(jax.grad(loss))(initialised(model)))
+    for path, leaf in gradient.items():
+        largest = float(jnp.abs(leaf).max())
+        if path.endswith("attention/key/bias"):
+            # It adds one number to all scores of a query, which the softmax takes out again.
+            assert largest < 1e-5, path
+        else:
+            assert largest > 1e-5, path
+
+
+@both
+def test_dropout_is_in_training_alone(model):
+    params, keys = initialised(model), jax.random.split(jax.random.key(0))
+    expected = jax.tree.leaves(outputs(model, params))
+    without = model.clone(text_encoder=text_encoder(dropout_rate=0.0))
+    if model is ANSWERER:
+        without = without.clone(dropout_rate=0.0)
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(outputs(without, params, train=True)), expected)
+    # Each encoder has its own, and drops where it is asked to.
+    for i, options in enumerate(
+        ({"image_encoder": tiny(num_layers=1, dropout_rate=0.5)}, {"text_encoder": text_encoder()})
+    ):
+        one = without.clone(**options)
+        first, again, other = (
+            jax.tree.leaves(outputs(one, params, train=True, key=key)) for key in (keys[0], keys[0], keys[1])
+        )
+        jax.tree.map(np.testing.assert_array_equal, first, again)
+        changed = i if model is DUAL else 0
+        assert jnp.abs(first[changed] - other[changed]).max() > 0.01
+        assert jnp.abs(first[changed] - expected[changed]).max() > 0.01
+
+
+def test_dropout_of_the_fusion_is_after_each_block_and_before_the_answer():
+    model, params = ANSWERER.clone(dropout_rate=0.5), initialised(ANSWERER)
+    apply = functools.partial(model.apply, train=True, capture_intermediates=True, mutable=["intermediates"])
+    logits, found = jax.jit(apply)({"params": params}, IMAGES, TOKENS, rngs={"dropout": jax.random.key(0)})
+    found = found["intermediates"]
+    dropped = found["fusion_0"]["Dropout_0"]["__call__"]
+    assert len(dropped) == 3
+    (last,) = found["Dropout_0"]["__call__"]
+    for one in (*dropped, last):
+        assert 0.2 < (one == 0).mean() < 0.8
+    np.testing.assert_allclose(logits, dense(in_float64(params["answer"]), in_float64(last)), atol=1e-5)
+
+
+@both
+def test_in_bfloat16_parameters_and_outputs_stay_float32(model):
+    narrow = model.clone(
+        image_encoder=tiny(num_layers=1, dtype=jnp.bfloat16),
+        text_encoder=text_encoder(dtype=jnp.bfloat16),
+    )
+    params = initialised(model)
+    shapes = jax.eval_shape(narrow.init, jax.random.key(0), IMAGES, TOKENS)["params"]
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(shapes)} == {"float32"}
+    found, expected = jax.tree.leaves(outputs(narrow, params)), jax.tree.leaves(outputs(model, params))
+    for one, exact in zip(found, expected, strict=True):
+        assert one.dtype == jnp.float32
+        np.testing.assert_allclose(one, exact, atol=0.3)
+    assert jnp.abs(found[0] - expected[0]).max() > 1e-4
+    if model is ANSWERER:
+        apply = functools.partial(narrow.apply, mutable=["intermediates"])
+        _, sown = jax.eval_shape(apply, {"params": params}, IMAGES, TOKENS)
+        assert sown["intermediates"]["features"][0].dtype == jnp.float32
+
+
+def test_the_logits_are_the_last_layer_of_the_sown_features():
+    params = initialised(ANSWERER)
+    apply = functools.partial(ANSWERER.apply, mutable=["intermediates"])
+    logits, found = jax.jit(apply)({"params": params}, IMAGES, TOKENS)
+    (features,) = found["intermediates"]["features"]
+    assert features.shape == (2, 12)
+    np.testing.assert_allclose(logits, dense(in_float64(params["answer"]), in_float64(features)), atol=1e-5)
+
+
+def test_images_and_texts_are_embedded_alone_too_and_in_any_number():
+    variables = {"params": initialised(DUAL)}
+    found = outputs(DUAL, variables["params"])
+    images = jax.jit(functools.partial(DUAL.apply, method="embed_images"))(variables, IMAGES)
+    texts = jax.jit(functools.partial(DUAL.apply, method="embed_texts"))(variables, TOKENS)
+    np.testing.assert_allclose(images, found.image, atol=1e-6)
+    np.testing.assert_allclose(texts, found.text, atol=1e-6)
+    shapes = jax.eval_shape(DUAL.apply, variables, IMAGES, TOKENS[:1])
+    assert jax.tree.map(jnp.shape, shapes) == ((2, 6), (1, 6), ())
+
+
+def test_the_scale_starts_at_the_published_one_and_is_at_most_100():
+    params = initialised(DUAL)
+    start = jax.jit(DUAL.init)(jax.random.key(0), IMAGES, TOKENS)["params"]["log_scale"]
+    np.testing.assert_allclose(start, np.log(1 / 0.07), rtol=1e-6)
+    for log_scale, expected in ((0.5, np.exp(0.5)), (2.5, np.exp(2.5)), (4.7, 100), (1e3, 100)):
+        np.testing.assert_allclose(
+            outputs(DUAL, {**params, "log_scale": jnp.float32(log_scale)}).scale, expected, rtol=1e-6
+        )
+
+
+def test_vectors_of_nothing_stay_nothing_with_a_finite_gradient():
+    params = initialised(DUAL)
+    params = {**params, "image_projection": {"kernel": jnp.zeros((8, 6))}}
+    np.testing.assert_array_equal(outputs(DUAL, params).image, 0)
+
+    def loss(params):
+        found = DUAL.apply({"params": params}, IMAGES, TOKENS)
+        return jnp.sum(found.image @ found.text.T)
+
+    for path, leaf in mj.flatten(jax.jit(jax.grad(loss))(params)).items():
+        assert np.isfinite(leaf).all(), path
+
+
+def learned(model, loss, steps, learning_rate=1e-3):
+    """Returns the losses of a training."""
+    optimizer = optax.adam(learning_rate)
+
+    @jax.jit
+    def step(params, state, key):
+        value, gradient = jax.value_and_grad(loss)(params, key)
+        updates, state = optimizer.update(gradient, state)
+        return optax.apply_updates(params, updates), state, value
+
+    params = jax.jit(model.init)(jax.random.key(0), IMAGES, TOKENS)["params"]
+    state, losses = optimizer.init(params), []
+    for i in range(steps):
+        params, state, value = step(params, state, jax.random.key(i))
+        losses.append(float(value))
+    return losses
+
+
+SMALL = models.tiny_vit(6, 3, num_layers=1), models.small_distilbert(20, num_layers=1, separator=SEP)
+
+
+@pytest.mark.slow
+def test_an_answerer_learns_what_takes_both_image_and_question():
+    """The answer is whether image and question have the same number: neither tells it alone."""
+    model = models.VisualAnswerer(*SMALL, 2)
+    images, tokens = np.concatenate([IMAGES, IMAGES]), np.concatenate([TOKENS, TOKENS[::-1]])
+
+    def loss(params, key):
+        logits = model.apply({"params": params}, images, tokens, train=True, rngs={"dropout": key})
+        return optax.softmax_cross_entropy_with_integer_labels(logits, np.array([1, 1, 0, 0])).mean()
+
+    losses = learned(model, loss, 100)
+    assert losses[0] > 0.4
+    assert max(losses[-10:]) < 0.1
+
+
+@pytest.mark.slow
+def test_a_dual_encoder_learns_which_text_belongs_to_which_image():
+    model = models.DualEncoder(*SMALL, 16)
+
+    def loss(params, key):
+        found = model.apply({"params": params}, IMAGES, TOKENS, train=True, rngs={"dropout": key})
+        logits = found.scale * found.image @ found.text.T
+        return optax.softmax_cross_entropy_with_integer_labels(logits, np.arange(2)).mean()
+
+    assert max(learned(model, loss, 60)[-10:]) < 0.1
+
+
+@pytest.mark.slow
+def test_attention_moves_between_the_encoders_of_one_model():
+    model = models.VisualAnswerer(models.small_vit(6, 3), models.small_distilbert(20, separator=SEP), 5)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), IMAGES, TOKENS)["params"]
+    of_images, of_texts = "image_encoder/*/attention", "text_encoder/*/attention"
+    routes = mj.match(shapes, shapes, source=of_images, target=of_texts, view="attention")
+    assert routes == {f"text_encoder/layer_{i}/attention": f"image_encoder/layer_{2 * i + 1}/attention" for i in (0, 1)}
+    back = mj.match(shapes, shapes, source=of_texts, target=of_images, view="attention")
+    assert back == {f"image_encoder/layer_{i}/attention": f"text_encoder/layer_{i // 2}/attention" for i in range(4)}
+
+    params = initialised(ANSWERER)
+    routes = mj.match(params, params, source=of_images, target=of_texts, view="attention")
+    # The attentions of the fusion are such blocks too.
+    routes["fusion_0/cross_attention"] = "image_encoder/layer_0/attention"
+    transfer = mj.lpka_transfer(routes, view="attention", num_layers=1, num_heads=2)
+    adapter = jax.jit(transfer.init)(jax.random.key(1), params, params)
+    merged = mj.flatten(jax.jit(transfer.apply)(adapter, params, params))
+    changed = {path for path, leaf in mj.flatten(params).items() if not np.array_equal(leaf, merged[path])}
+    assert changed == {f"{block}/{name}/kernel" for block in routes for name in ("query", "key", "value", "out")}
+
+
+@pytest.mark.parametrize(
+    ("model", "images", "tokens", "message"),
+    [
+        (ANSWERER.clone(num_answers=0), IMAGES, TOKENS, "num_answers must be a whole number of at least 1, got 0"),
+        (ANSWERER.clone(num_layers=0), IMAGES, TOKENS, "num_layers must be a whole number of at least 1, got 0"),
+        (ANSWERER.clone(num_heads=5), IMAGES, TOKENS, "5 heads do not divide the width 12"),
+        (ANSWERER.clone(dropout_rate=-0.1), IMAGES, TOKENS, r"dropout_rate must lie in \[0, 1\), got -0.1"),
+        (ANSWERER, IMAGES[:1], TOKENS, "each question needs its image, got 1 images and 2 questions"),
+        (ANSWERER, IMAGES[:, :3], TOKENS, r"images must be floats \[B, 6, 6, C\], got float32 \[2, 3, 6, 2\]"),
+        (ANSWERER, IMAGES, TOKENS[0], r"tokens must be whole numbers \[B, L\], got int32 \[8\]"),
+        (DUAL.clone(embedding_size=0), IMAGES, TOKENS, "embedding_size must be a whole number of at least 1, got 0"),
+        (DUAL, IMAGES[..., 0], TOKENS, r"images must be floats \[B, 6, 6, C\], got float32 \[2, 6, 6\]"),
+        (DUAL, IMAGES, np.tile(TOKENS, (1, 2)), "texts of 16 tokens do not fit in 8 positions"),
+    ],
+)
+def test_what_does_not_fit_is_named(model, images, tokens, message):
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(model.init, jax.random.key(0), images, tokens)

@@ -1,0 +1,126 @@
+"""What options that are paths hold: the same wherever it lies, another where it is another."""
+
+import shutil
+import time
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from merge_jax.checkpoints.orbax import Checkpoints
+from merge_jax.study.config import RunConfig
+from merge_jax.study.contents import contents_of
+
+
+def content(path, **options):
+    return contents_of({"seeds": 1, "source": "frozen", "weights": path, **options})["weights"]
+
+
+def change(path, at, to=b"!"):
+    with path.open("r+b") as file:
+        file.seek(at)
+        file.write(to)
+
+
+@pytest.mark.parametrize("size", [0, 10, 2**20 - 1])
+def test_a_file_is_known_by_all_of_it(size, tmp_path):
+    file, copy = tmp_path / "a", tmp_path / "elsewhere"
+    file.write_bytes(np.random.default_rng(0).bytes(size))
+    shutil.copyfile(file, copy)
+    assert content(file) == content(copy)
+    if size:
+        for at in (0, size // 2, size - 1):
+            shutil.copyfile(file, copy)
+            change(copy, at)
+            assert content(copy) != content(file)
+    copy.write_bytes(file.read_bytes() + b"!")
+    assert content(copy) != content(file)
+
+
+def test_a_large_file_is_known_in_no_time_by_its_size_and_blocks_up_to_its_end(tmp_path):
+    file, copy = tmp_path / "a", tmp_path / "b"
+    for path in (file, copy):
+        with path.open("wb") as opened:
+            opened.truncate(2**35)  # 32 GiB that take no room.
+    start = time.perf_counter()
+    expected = content(file)
+    assert content(copy) == expected
+    assert time.perf_counter() - start < 5
+    for at in (0, 2**35 - 1):
+        change(copy, at)
+        assert content(copy) != expected
+        change(copy, at, to=b"\0")
+    with copy.open("r+b") as opened:
+        opened.truncate(2**35 + 1)
+    assert content(copy) != expected
+
+
+def test_a_folder_is_known_by_the_names_and_sizes_of_its_files_and_what_is_in_them(tmp_path):
+    folder = tmp_path / "model"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "sub" / "weights").write_bytes(b"123")
+    expected = content(folder)
+    copied = shutil.copytree(folder, tmp_path / "elsewhere" / "other name")
+    (copied / ".cache").mkdir()
+    (copied / ".cache" / "x").write_text("hidden")
+    assert content(copied) == expected
+    (copied / "sub" / "weights").write_bytes(b"124")
+    assert content(copied) != expected
+    (copied / "sub" / "weights").write_bytes(b"123")
+    (copied / "config.json").rename(copied / "config2.json")
+    assert content(copied) != expected
+
+
+def save(folder, value, step=3):
+    with Checkpoints(folder / "checkpoints" / "source-seed0", keep=None) as checkpoints:
+        state = {"target": {"params": {"w": jnp.full(3, value)}, "model_state": {}}, "step": jnp.int32(step)}
+        checkpoints.save(step, state)
+
+
+def test_a_run_is_known_by_the_numbers_of_its_source(tmp_path):
+    run = tmp_path / "run"
+    save(run, 1.0)
+    (run / "metrics.jsonl").write_text("")
+    expected = content(run)
+    copied = shutil.copytree(run, tmp_path / "copied")
+    (copied / "metrics.jsonl").write_text("more")
+    assert content(copied) == expected
+    save(tmp_path / "again", 1.0)
+    save(tmp_path / "other", 2.0)
+    assert content(tmp_path / "again") == expected != content(tmp_path / "other")
+    save(copied, 2.0, step=4)
+    assert content(copied) != expected
+    (run / "vocabulary.json").write_text("[]")
+    assert content(run) != expected
+
+
+def test_of_a_trajectory_every_step_counts(tmp_path):
+    for name, first in (("a", 1.0), ("b", 5.0)):
+        save(tmp_path / name, first)
+        save(tmp_path / name, 2.0, step=4)
+    a, b = tmp_path / "a", tmp_path / "b"
+    assert content(a) == content(b)  # The last is all that a frozen source is.
+    assert content(a, source="trajectory") != content(b, source="trajectory")
+
+
+def test_what_is_no_path_of_anything_has_no_content_and_a_place_is_none(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts.csv").write_text("a,b\n")
+    options = {"source_from": tmp_path / "absent", "data": "digits", "routes": ("a/b=c/d",), "text": "./absent"}
+    assert contents_of(options) == {}
+    (tmp_path / "digits").mkdir()  # A set's name, and not a path.
+    found = contents_of({**options, "test_data": "texts.csv", "data_dir": tmp_path})
+    assert found.keys() == {"test_data", "data_dir"}
+    (tmp_path / "more").write_text("of another set")
+    assert contents_of({**options, "test_data": "texts.csv", "data_dir": tmp_path}) == found
+
+
+def test_a_config_is_known_by_options_and_contents(tmp_path):
+    save(tmp_path / "run", 1.0)
+    config = RunConfig(seeds=1, source="frozen", source_from=tmp_path / "run", run_dir=tmp_path)
+    identity = config.identity()
+    assert identity["source_from"] == str(tmp_path / "run")
+    assert identity["contents"] == {"source_from": content(tmp_path / "run")}
+    assert "run_dir" not in identity
+    assert "contents" not in RunConfig().identity()

@@ -1,0 +1,76 @@
+import socket
+import threading
+import time
+
+import pytest
+
+import merge_jax as mj
+from merge_jax.training.distributed import _gather, _join
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("localhost", 2, 0), "the coordinator's address must be host:port, got 'localhost'"),
+        (("localhost:port", 2, 0), "must be host:port, got 'localhost:port'"),
+        ((":80", 2, 0), "must be host:port, got ':80'"),
+        (("localhost:99999", 2, 0), "must be host:port, got 'localhost:99999'"),
+        (("localhost:80", 2, 2), r"process_id must lie in \[0, 2\), got 2"),
+        (("localhost:80", 0, 0), r"process_id must lie in \[0, 0\), got 0"),
+    ],
+)
+def test_a_wrong_address_or_number_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        mj.connect(*arguments)
+
+
+def test_a_coordinator_that_is_not_there_is_named_in_time():
+    address = f"localhost:{free_port()}"
+    with pytest.raises(TimeoutError, match=rf"process 1 of 2 found no coordinator at {address} within 0.3 s"):
+        mj.connect(address, 2, 1, timeout=0.3)
+
+
+def test_processes_that_do_not_come_are_named():
+    address = f"localhost:{free_port()}"
+    with pytest.raises(TimeoutError, match=rf"processes 1, 2 of 3 did not come to {address} within 0.3 s"):
+        mj.connect(address, 3, 0, timeout=0.3)
+
+
+def test_a_port_that_is_taken_is_refused():
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=rf"process 0 cannot listen on port {port}: .*in use"):
+            mj.connect(f"localhost:{port}", 2, 0, timeout=0.3)
+
+
+def test_processes_meet_whoever_comes_first_and_strangers_are_passed_over():
+    port, came = free_port(), []
+    deadline = time.monotonic() + 20
+
+    def join(process_id):
+        came.append((process_id, _join("localhost", port, process_id, deadline)))
+
+    threads = [threading.Thread(target=join, args=(process_id,)) for process_id in (1, 2)]
+    threads[0].start()  # Before process 0 listens.
+    gathered = []
+    zero = threading.Thread(target=lambda: gathered.append(_gather(port, 3, deadline)))
+    zero.start()
+    while True:
+        try:
+            stranger = socket.create_connection(("localhost", port))
+            break
+        except OSError:
+            continue
+    with stranger:
+        stranger.sendall(b"GET / HTTP/1.1")
+        threads[1].start()
+        for thread in (*threads, zero):
+            thread.join(timeout=20)
+    assert sorted(came) == [(1, True), (2, True)]
+    assert gathered == [set()]

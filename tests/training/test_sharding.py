@@ -1,0 +1,165 @@
+"""Several devices and several processes, each set in a process of its own (tests/devices.py)."""
+
+import json
+import socket
+import subprocess
+import sys
+import warnings
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import merge_jax as mj
+from tests import ROOT, devices, helpers
+
+
+def start(*arguments):
+    command = [sys.executable, "-m", "tests.devices", *map(str, arguments)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process):
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output[-3000:]
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """What every mode came to; each one also restores the checkpoints of those before it."""
+    out = tmp_path_factory.mktemp("devices")
+    finish(start(out, 8, "jit1,jit8,sharded8,pmap8,losses"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", mj.NotBitExactWarning)  # Of more devices, as it is meant to.
+        devices.train(out, "again", 1)  # One device of its own, which reads what all others saved.
+    return {path.stem: json.loads(path.read_text()) for path in out.glob("*.json")}
+
+
+@pytest.fixture(scope="module")
+def outcomes_of_two(outcomes, tmp_path_factory):
+    """The same of two processes, which also read what one process of eight devices saved."""
+    out, address = tmp_path_factory.mktemp("processes"), f"localhost:{free_port()}"
+    finish(start(out, 8, "jit8"))
+    pair = [start(out, 2, "jit2", address, 2, process_id) for process_id in (0, 1)]
+    for process in pair:
+        finish(process)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", mj.NotBitExactWarning)
+        devices.train(out, "again", 1)
+    return outcomes | {path.stem: json.loads(path.read_text()) for path in out.glob("*.json")}
+
+
+@pytest.mark.parametrize("name", ["agreement", "relations", "retrieval"])
+def test_losses_that_compare_examples_see_all_of_the_batch(outcomes, name):
+    (value, gradient), (expected, expected_gradient) = (outcomes["losses"][name][where] for where in ("all", "one"))
+    assert value == pytest.approx(expected, rel=1e-5)
+    np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-4, atol=1e-6)
+    assert np.abs(gradient).max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["jit8", "sharded8", "pmap8"])
+def test_many_devices_give_the_losses_of_one(outcomes, name):
+    expected = np.array(outcomes["jit1"]["losses"])
+    assert expected[:, 2].tolist() == [pytest.approx(x) if x else 0 for x in expected[:, 2]]
+    np.testing.assert_allclose(outcomes[name]["losses"], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_losses_of_one_and_read_and_write_what_one_does(outcomes_of_two):
+    found, expected = (outcomes_of_two[name]["losses"] for name in ("jit2", "jit1"))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    for reader, writer in (("jit2", "jit8"), ("again1", "jit2")):
+        assert outcomes_of_two[reader]["restored"][f"checkpoints-{writer}"] == [5, 5, True]
+
+
+def test_training_moves_the_losses_and_the_adapter_learns_at_every_second_step(outcomes):
+    source, target, gradient = np.array(outcomes["jit1"]["losses"]).T
+    assert len(set(source)) == len(set(target)) == 5
+    assert [bool(x) for x in gradient] == [True, False, True, False, True]
+
+
+def test_a_sharded_state_lies_in_parts(outcomes):
+    assert outcomes["sharded8"]["share"] == 1 / 8
+    assert outcomes["jit8"]["share"] == 1
+
+
+@pytest.mark.parametrize(
+    ("reader", "writer"),
+    [
+        *(("jit8", "jit1"), ("sharded8", "jit1"), ("sharded8", "jit8"), ("pmap8", "sharded8")),
+        *(("again1", writer) for writer in ("jit8", "sharded8", "pmap8")),
+    ],
+)
+def test_a_checkpoint_of_some_devices_is_read_on_others(outcomes, reader, writer):
+    assert outcomes[reader]["restored"][f"checkpoints-{writer}"] == [5, 5, True]
+
+
+def test_a_batch_that_does_not_divide_is_refused(tmp_path):
+    process = start(tmp_path, 3, "jit3")
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode != 0
+    assert "a batch of 16 (source) does not divide among 3 devices: take a multiple of 3, or fewer devices" in output
+
+
+@pytest.mark.parametrize("number", [0, 2, -1])
+def test_devices_that_are_not_there_are_refused(number):
+    available = len(jax.devices())
+    number = number if number < 1 else available + 1
+    for layout in (mj.data_mesh, mj.pmap_layout):
+        with pytest.raises(ValueError, match=rf"number of devices must lie in \[1, {available}\], got {number}"):
+            layout(number)
+
+
+def test_only_large_leaves_with_an_axis_that_divides_are_split():
+    one = mj.data_mesh(1)
+    tree = {"small": np.zeros(8), "large": np.zeros((3, 4096)), "scalar": np.zeros(())}
+    specs = jax.tree.map(lambda s: s.spec, mj.state_shardings(tree, one, sharded=True))
+    assert specs["small"] == specs["scalar"] == jax.sharding.PartitionSpec()
+    assert specs["large"] == jax.sharding.PartitionSpec(None, "data")
+    copied = mj.state_shardings(tree, one, sharded=False)
+    assert all(s.spec == jax.sharding.PartitionSpec() for s in jax.tree.leaves(copied))
+
+
+@pytest.mark.parametrize("layout", [mj.jit_layout(mj.data_mesh(1)), mj.pmap_layout(1)])
+def test_a_layout_of_one_device_trains_as_jit_does(layout):
+    transfer = mj.share_transfer(helpers.ROUTES)
+    epoch = mj.make_epoch(helpers.joint_step(transfer, cycle=1))
+    examples, rows = helpers.batch(0), np.arange(16, dtype=np.int32)[None]
+    arrays, indices = {"source": examples, "target": examples}, {"source": rows, "target": rows}
+    expected, _ = jax.jit(epoch)(helpers.initial_state(transfer), arrays, indices, 1)
+    state = layout.put_state(helpers.initial_state(transfer))
+    compiled = layout.lower(epoch, state, arrays, indices, np.int32(1)).compile()
+    state, _ = compiled(state, layout.put_arrays(arrays), layout.put_indices(indices), np.int32(1))
+    chex.assert_trees_all_close(state.target.params, expected.target.params, atol=1e-6)
+
+
+def test_whole_numbers_of_a_model_state_are_not_averaged():
+    """Under an axis their mean would be another type, and counters of examples a part of what they are."""
+
+    def loss_fn(params, model_state, batch, key):
+        return jnp.sum(params["w"]), ({"seen": model_state["seen"] + len(batch)}, {})
+
+    task, same = mj.Task(loss_fn, optax.sgd(0.1)), mj.identity_transfer()
+    state = mj.init_joint_state(
+        jax.random.key(0),
+        None,
+        task,
+        same,
+        source_params={},
+        target_params={"w": jnp.ones(2)},
+        target_state={"seen": jnp.zeros((), jnp.int32)},
+    )
+    step = mj.make_joint_step(None, task, same, axis_name=mj.DATA_AXIS)
+    with pytest.raises(ValueError, match="the model state has numbers in seen that are no floats, and devices of one"):
+        jax.pmap(step, mj.DATA_AXIS, in_axes=(None, 0))(state, {"target": jnp.zeros((1, 4))})
+    after, _ = jax.jit(mj.make_joint_step(None, task, same))(state, {"target": jnp.zeros(4)})
+    assert after.target.model_state["seen"] == 4

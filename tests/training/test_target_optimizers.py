@@ -1,0 +1,147 @@
+"""What an optimizer of a model may do to a transfer, and what the joint step hands it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from optax import contrib
+
+import merge_jax as mj
+from merge_jax.training.optimizers import holds_parameters
+
+SHARE = mj.share_transfer({"w": "w"})
+PARAMS = {"w": jnp.ones(3), "b": jnp.zeros(())}
+
+
+def loss_fn(params, model_state, batch, key):
+    return jnp.sum((params["w"].astype(jnp.float32) - 0.5) ** 2), (model_state, {})
+
+
+def begun(optimizer, transfer=SHARE, target=None):
+    task = mj.Task(loss_fn, optimizer)
+    target = {"w": jnp.ones(3)} if target is None else target
+    source = {"w": jnp.full(3, 10.0)}
+    state = mj.init_joint_state(jax.random.key(0), None, task, transfer, source_params=source, target_params=target)
+    return state, jax.jit(mj.make_joint_step(None, task, transfer))
+
+
+HOLDING = {
+    "cocob": contrib.cocob(),
+    "schedule_free": contrib.schedule_free_sgd(1e-2),
+    "dog": contrib.dog(),
+    "prodigy": contrib.prodigy(),
+    "one of two": optax.partition({"a": optax.sgd(0.1), "b": contrib.cocob()}, {"w": "a", "b": "b"}),
+}
+PLAIN = {
+    "sgd": optax.sgd(0.1, momentum=0.9),
+    "adamw": optax.adamw(1e-3),
+    "hyperparams": optax.inject_hyperparams(optax.adam)(1e-2),
+    "every two": optax.MultiSteps(optax.adam(1e-3), 2),
+    "lbfgs": optax.lbfgs(),
+    "lamb": optax.lamb(1e-3),
+}
+
+
+@pytest.mark.parametrize("name", [*HOLDING, *PLAIN])
+def test_optimizers_that_keep_parameters_are_told_from_those_that_do_not(name):
+    assert holds_parameters({**HOLDING, **PLAIN}[name], PARAMS) == (name in HOLDING)
+
+
+@pytest.mark.parametrize("name", ["cocob", "schedule_free"])
+def test_of_an_optimizer_that_takes_the_transfer_back_a_run_is_warned(name):
+    with pytest.warns(UserWarning, match="keeps parameters of its own beside the target's") as caught:
+        state, step = begun(HOLDING[name])
+    assert caught[0].filename == __file__
+    after, _ = step(state, {"target": {}})
+    assert float(after.target.params["w"][0]) < 1, "it keeps what was written: the warning is no longer true"
+    begun(HOLDING[name], mj.identity_transfer())  # Nothing is written that could be taken back.
+
+
+def test_a_plain_optimizer_keeps_what_was_written():
+    state, step = begun(optax.sgd(1e-2))
+    after, _ = step(state, {"target": {}})
+    np.testing.assert_allclose(after.target.params["w"], 10 - 1e-2 * 2 * 9.5, rtol=1e-6)
+
+
+def test_an_update_that_is_not_finite_is_skipped_and_counted():
+    """A rate in bfloat16 makes NaN of a finite gradient (Optax, bias correction)."""
+    optimizer = optax.inject_hyperparams(optax.adam)(1e-2)
+    state, step = begun(optimizer, mj.identity_transfer(), {"w": jnp.ones(3, jnp.bfloat16)})
+    for _ in range(2):
+        state, metrics = step(state, {"target": {}})
+        assert np.isfinite(np.asarray(state.target.params["w"], np.float32)).all()
+        moved = not np.array_equal(state.target.params["w"], np.ones(3))
+        assert metrics["target/skipped"] == (not moved)
+
+
+def test_an_optimizer_that_makes_nan_of_a_finite_gradient_changes_nothing():
+    bad = optax.stateless(lambda updates, params: jax.tree.map(lambda leaf: leaf * jnp.nan, updates))
+    state, step = begun(bad, mj.identity_transfer())
+    after, metrics = step(state, {"target": {}})
+    np.testing.assert_array_equal(after.target.params["w"], np.ones(3))
+    assert metrics["target/skipped"] == 1
+
+
+@pytest.mark.parametrize("make", [optax.polyak_sgd, optax.lbfgs, contrib.momo], ids=lambda make: make.__name__)
+def test_optimizers_may_ask_for_the_loss(make):
+    """All three come near the minimum of a square in a few steps."""
+    state, step = begun(make(), mj.identity_transfer())
+    losses = []
+    for _ in range(12):
+        state, metrics = step(state, {"target": {}})
+        losses.append(float(metrics["target/loss"]))
+    assert losses[-1] < 0.2 * losses[0]
+
+
+def test_an_optimizer_of_other_parameters_is_refused():
+    lookahead = optax.lookahead(optax.sgd(0.1), 5, 0.5)
+    state, step = begun(lookahead, mj.identity_transfer())
+    with pytest.raises(ValueError, match=r"the optimizer cannot update these parameters .* \(AttributeError: .*fast"):
+        step(state, {"target": {}})
+
+
+def test_leaves_that_cannot_learn_are_named():
+    with pytest.raises(ValueError, match=r"the target leaf 'key' must be an array of floats, .* got key<fry>"):
+        begun(optax.sgd(0.1), target={"w": jnp.ones(3), "key": jax.random.key(0), "n": jnp.arange(2)})
+
+
+def test_a_frozen_source_may_have_leaves_that_are_no_floats():
+    task = mj.Task(loss_fn, optax.sgd(0.1))
+    source = {"w": jnp.full(3, 2.0), "ids": jnp.arange(4), "key": jax.random.key(0)}
+    state = mj.init_joint_state(
+        jax.random.key(0), None, task, SHARE, source_params=source, target_params={"w": jnp.ones(3)}
+    )
+    _, metrics = mj.make_joint_step(None, task, SHARE)(state, {"target": {}})
+    assert metrics["adapter/transferred"] == 1
+
+
+def test_an_optimizer_gets_what_it_asks_for_and_no_more():
+    """SAM takes no loss; it learns as any other."""
+    state, step = begun(contrib.sam(optax.sgd(0.1), optax.sgd(0.1)), mj.identity_transfer())
+    losses = []
+    for _ in range(6):
+        state, metrics = step(state, {"target": {}})
+        losses.append(float(metrics["target/loss"]))
+    assert losses[-1] < losses[0]
+
+
+def test_what_an_init_computes_inside_is_looked_into_and_what_it_cannot_trace_is_let_be():
+    adam = optax.adam(0.1)
+    assert not holds_parameters(optax.GradientTransformation(jax.jit(adam.init), adam.update), PARAMS)
+    cocob = contrib.cocob()
+    assert holds_parameters(optax.GradientTransformation(jax.jit(cocob.init), cocob.update), PARAMS)
+    reads = optax.GradientTransformation(lambda params: float(jnp.sum(params["w"])), adam.update)
+    assert not holds_parameters(reads, PARAMS)
+
+
+@pytest.mark.parametrize("name", ["lbfgs", "cocob"])
+@pytest.mark.filterwarnings("ignore:the target's optimizer keeps parameters")
+def test_a_state_of_any_optimizer_can_be_donated(name):
+    optimizer = {**PLAIN, **HOLDING}[name]
+    task, same = mj.Task(loss_fn, optimizer), mj.identity_transfer()
+    params = {"w": jnp.ones(3)}
+    state = mj.init_joint_state(jax.random.key(0), None, task, same, source_params={}, target_params=params)
+    step = jax.jit(mj.make_joint_step(None, task, same), donate_argnums=0)
+    state, _ = step(state, {"target": {}})
+    assert np.isfinite(np.asarray(state.target.params["w"])).all()

@@ -1,0 +1,476 @@
+"""Alignment: what it writes, that a fit finds channels which carry all, and what it refuses."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import merge_jax as mj
+from merge_jax.transfers.memory import free_memory
+from tests.helpers import jitted_init
+
+IMAGES = jnp.asarray(np.random.default_rng(0).normal(size=(16, 8, 8, 1)), jnp.float32)
+LARGE, SMALL = mj.models.small_resnet(10, num_stages=2), mj.models.small_resnet(10, num_stages=2, width=0.5)
+EVERYTHING = {"**": "**"}
+
+
+def start(model, seed):
+    variables = dict(jitted_init(model, seed, IMAGES))
+    params = variables.pop("params")
+    variables.pop("intermediates", None)
+    rng = np.random.default_rng(seed)
+    noisy = jax.tree.map(lambda leaf: leaf + jnp.asarray(0.1 * rng.normal(size=leaf.shape), jnp.float32), params)
+    return noisy, variables
+
+
+def reading(model):
+    return lambda params, state, inputs: model.apply({"params": params, **state}, inputs)
+
+
+@functools.cache
+def variables_of(model):
+    return start(model, (LARGE, SMALL).index(model))
+
+
+@functools.cache
+def wired(model):
+    return mj.wiring(reading(model), *variables_of(model), IMAGES)
+
+
+def aligned(source, target, routes=None):
+    return mj.aligned_transfer(routes or EVERYTHING, wired(source), wired(target))
+
+
+def mlp(params, x):
+    hidden = jax.nn.relu(x @ params["first"]["kernel"] + params["first"]["bias"][None])
+    return hidden @ params["last"]["kernel"]
+
+
+def perceptron(rng, hidden):
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+    return {"first": {"kernel": normal(5, hidden), "bias": normal(hidden)}, "last": {"kernel": normal(hidden, 3)}}
+
+
+def test_it_starts_as_weight_selection_with_one_choice_for_a_space():
+    (source, _), (target, _) = variables_of(LARGE), variables_of(SMALL)
+    transfer = aligned(LARGE, SMALL)
+    merged = transfer.apply(transfer.init(jax.random.key(0), source, target), source, target)
+    even = source["stage2_0"]["conv1"]["kernel"][:, :, ::2, ::2]
+    np.testing.assert_array_equal(merged["stage2_0"]["conv1"]["kernel"], even)
+    np.testing.assert_array_equal(merged["stage2_0"]["norm1"]["scale"], source["stage2_0"]["norm1"]["scale"][::2])
+    np.testing.assert_array_equal(merged["fc"]["kernel"], source["fc"]["kernel"][::2])
+    np.testing.assert_array_equal(merged["fc"]["bias"], source["fc"]["bias"])
+
+
+def test_of_equal_models_it_copies():
+    (source, _), (target, _) = variables_of(LARGE), start(LARGE, 7)
+    transfer = aligned(LARGE, LARGE)
+    merged = transfer.apply(transfer.init(jax.random.key(0), source, target), source, target)
+    for path, leaf in mj.flatten(merged).items():
+        np.testing.assert_array_equal(leaf, mj.flatten(source)[path])
+
+
+@pytest.mark.parametrize("fitted", [False, True])
+def test_a_wider_target_computes_what_the_source_does(fitted):
+    (source, state), (target, wide_state) = variables_of(SMALL), variables_of(LARGE)
+    transfer = aligned(SMALL, LARGE)
+    adapter = transfer.init(jax.random.key(0), source, target)
+    if fitted:
+        adapter = transfer.fit(mj.input_moments(reading(SMALL), source, state, IMAGES), source, target)
+    wide = transfer.apply(adapter, source, target)
+    np.testing.assert_allclose(
+        reading(LARGE)(wide, wide_state, IMAGES), reading(SMALL)(source, state, IMAGES), rtol=1e-4, atol=1e-5
+    )
+    rest = wide["stage2_0"]["conv1"]["kernel"][..., 16:]
+    np.testing.assert_array_equal(rest, target["stage2_0"]["conv1"]["kernel"][..., 16:])
+
+
+def test_a_fit_loses_nothing_where_the_source_has_channels_twice():
+    rng = np.random.default_rng(0)
+    core, x = perceptron(rng, 4), jnp.asarray(rng.normal(size=(64, 5)), jnp.float32)
+    # Eight channels of the four, in disorder and scaled, each with a reader of its own.
+    of, scale = np.array([2, 0, 0, 3, 1, 2, 1, 3]), jnp.asarray(rng.uniform(0.5, 2, 8), jnp.float32)
+    source = {
+        "first": {"kernel": core["first"]["kernel"][:, of] * scale[None], "bias": core["first"]["bias"][of] * scale},
+        "last": {"kernel": jnp.asarray(rng.normal(size=(8, 3)), jnp.float32)},
+    }
+    target = perceptron(rng, 4)
+    wirings = [mj.wiring(mlp, params, x) for params in (source, target)]
+    transfer = mj.aligned_transfer(EVERYTHING, *wirings)
+    moments = mj.input_moments(mlp, source, x)
+    fitted = transfer.apply(jax.jit(transfer.fit)(moments, source, target), source, target)
+    even = transfer.apply(transfer.init(jax.random.key(0), source, target), source, target)
+    expected = mlp(source, x)
+    size = float(jnp.sqrt(jnp.mean(jnp.square(expected))))
+    assert float(jnp.sqrt(jnp.mean(jnp.square(mlp(fitted, x) - expected)))) < 2e-3 * size
+    assert float(jnp.sqrt(jnp.mean(jnp.square(mlp(even, x) - expected)))) > 0.1 * size
+
+
+def test_a_fit_keeps_more_of_a_real_model_than_an_even_choice():
+    (source, state), (target, small_state) = variables_of(LARGE), variables_of(SMALL)
+    transfer = aligned(LARGE, SMALL)
+    moments = mj.input_moments(reading(LARGE), source, state, IMAGES)
+    expected = reading(LARGE)(source, state, IMAGES)
+    errors = []
+    for adapter in (transfer.fit(moments, source, target), transfer.init(jax.random.key(0), source, target)):
+        outputs = reading(SMALL)(transfer.apply(adapter, source, target), small_state, IMAGES)
+        errors.append(float(jnp.mean(jnp.square(outputs - expected))))
+    assert errors[0] < 0.5 * errors[1]
+
+
+def test_without_moments_a_fit_is_the_start():
+    (source, _), (target, _) = variables_of(LARGE), variables_of(SMALL)
+    transfer = aligned(LARGE, SMALL)
+    fitted, started = transfer.fit({}, source, target), transfer.init(jax.random.key(0), source, target)
+    jax.tree.map(np.testing.assert_array_equal, fitted, started)
+
+
+def test_leaves_without_a_route_stay_and_jit_changes_nothing():
+    (source, _), (target, _) = variables_of(LARGE), variables_of(SMALL)
+    transfer = aligned(LARGE, SMALL, {"stage1_0/**": "stage1_0/**", "stem*/**": "stem*/**"})
+    adapter = transfer.init(jax.random.key(0), source, target)
+    merged = transfer.apply(adapter, source, target)
+    assert merged["fc"]["kernel"] is target["fc"]["kernel"]
+    assert merged["stage2_0"]["conv1"]["kernel"] is target["stage2_0"]["conv1"]["kernel"]
+    jax.tree.map(np.testing.assert_array_equal, jax.jit(transfer.apply)(adapter, source, target), merged)
+
+
+def test_gradients_reach_every_matrix_of_the_adapter():
+    (source, _), (target, state) = variables_of(LARGE), variables_of(SMALL)
+    transfer = aligned(LARGE, SMALL)
+    adapter = transfer.init(jax.random.key(0), source, target)
+
+    def loss(adapter):
+        logits = reading(SMALL)(transfer.apply(adapter, source, target), state, IMAGES)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, jnp.arange(16) % 10).mean()
+
+    grads = jax.jit(jax.grad(loss))(adapter)
+    assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(grads))
+
+
+def test_a_larger_window_has_the_sources_at_its_centre_and_a_smaller_its_centre():
+    x = jnp.ones((1, 4, 4, 2))
+
+    def wired(window):
+        kernel = jnp.asarray(np.random.default_rng(window).normal(size=(window, window, 2, 3)), jnp.float32)
+        params = {"conv": {"kernel": kernel}}
+
+        def run(p, x):
+            return jax.lax.conv_general_dilated(
+                x, p["conv"]["kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+            )
+
+        return params, mj.wiring(run, params, x)
+
+    (three, of_three), (one, of_one) = wired(3), wired(1)
+    grown = mj.aligned_transfer(EVERYTHING, of_one, of_three)
+    larger = grown.apply(grown.init(jax.random.key(0), one, three), one, three)["conv"]["kernel"]
+    np.testing.assert_array_equal(larger[1, 1], one["conv"]["kernel"][0, 0])
+    assert float(jnp.abs(larger).sum()) == float(jnp.abs(larger[1, 1]).sum())
+    shrunk = mj.aligned_transfer(EVERYTHING, of_three, of_one)
+    smaller = shrunk.apply(shrunk.init(jax.random.key(0), three, one), three, one)["conv"]["kernel"]
+    np.testing.assert_array_equal(smaller[0, 0], three["conv"]["kernel"][1, 1])
+
+
+def test_a_target_space_that_hears_two_source_spaces_has_a_matrix_for_each():
+    (source, _), (target, _) = variables_of(LARGE), variables_of(SMALL)
+    routes = {"stage1_0/conv1/kernel": "stage1_0/conv1/kernel", "stage1_0/conv2/kernel": "stage2_0/conv2/kernel"}
+    transfer = aligned(LARGE, SMALL, routes)
+    adapter = transfer.init(jax.random.key(0), source, target)
+    assert adapter["spaces"].keys() == {"stage1_0/conv1/kernel:3", "stage1_0/conv1/kernel:2 from fc/kernel:0"}
+    merged = transfer.apply(adapter, source, target)
+    np.testing.assert_array_equal(
+        merged["stage1_0"]["conv2"]["kernel"], source["stage2_0"]["conv2"]["kernel"][:, :, ::4, ::4]
+    )
+
+
+def test_description_counts_what_the_adapter_has():
+    (source, _), (target, _) = variables_of(LARGE), variables_of(SMALL)
+    transfer = aligned(LARGE, SMALL)
+    adapter = transfer.init(jax.random.key(0), source, target)
+    described = transfer.describe(source, target)
+    assert sum(row.parameters for row in described) == sum(leaf.size for leaf in jax.tree.leaves(adapter))
+    assert len(described) == len(mj.flatten(target))
+
+
+def test_a_joint_state_starts_from_the_fitted_adapter():
+    (source, state), (target, small_state) = variables_of(LARGE), variables_of(SMALL)
+    transfer = aligned(LARGE, SMALL)
+    adapter = transfer.fit(mj.input_moments(reading(LARGE), source, state, IMAGES), source, target)
+    task = mj.Task(mj.classification_loss(SMALL.apply), optax.sgd(0.0))
+    parts = {"source_params": source, "target_params": target, "source_state": state, "target_state": small_state}
+    joint = mj.init_joint_state(jax.random.key(0), None, task, transfer, adapter=adapter, **parts)
+    step = mj.make_joint_step(None, task, transfer, stop=0.1, num_steps=10)
+    batch = {"target": {"image": IMAGES, "label": jnp.arange(16) % 10}}
+    joint, _ = jax.jit(step)(joint, batch)
+    expected = transfer.apply(adapter, source, target)
+    jax.tree.map(np.testing.assert_array_equal, joint.target.params, expected)
+
+
+def attend(params, x):
+    """Returns what an attention of any number of heads makes of `[B, L, 3]`, without biases and norms."""
+    query, key, value = (jnp.einsum("bli,ihd->blhd", x, params[name]["kernel"]) for name in ("query", "key", "value"))
+    weights = jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", query, key))
+    return jnp.einsum("blhd,hdo->blo", jnp.einsum("bhqk,bkhd->bqhd", weights, value), params["out"]["kernel"])
+
+
+def attention(seed, heads, of_query, of_value):
+    rng = np.random.default_rng(seed)
+    shapes = {"query": (3, heads, of_query), "key": (3, heads, of_query), "value": (3, heads, of_value)}
+    shapes["out"] = (heads, of_value, 4)
+    return {name: {"kernel": jnp.asarray(rng.normal(size=shape), jnp.float32)} for name, shape in shapes.items()}
+
+
+ROWS = jnp.asarray(np.random.default_rng(0).normal(size=(32, 5, 3)), jnp.float32)
+
+
+def written(source, target, fitted=True):
+    """Returns the transfer of an attention, its adapter and what it writes."""
+    transfer = mj.aligned_transfer(EVERYTHING, mj.wiring(attend, source, ROWS), mj.wiring(attend, target, ROWS))
+    moments = mj.input_moments(attend, source, ROWS) if fitted else {}
+    adapter = transfer.fit(moments, source, target)
+    return transfer, adapter, transfer.apply(adapter, source, target)
+
+
+def test_heads_are_chosen_by_what_they_add_and_each_has_channels_of_its_own():
+    source, target = attention(0, 4, 5, 3), attention(1, 2, 2, 2)
+    source["out"]["kernel"] *= jnp.asarray([0.01, 5.0, 0.01, 1.0])[:, None, None]
+    # Head 1 compares by its channels 0 and 4, and says something in its 1 and 2; head 3 by 2 and 3, and in 0 and 1.
+    for name in ("query", "key"):
+        source[name]["kernel"] *= jnp.ones((4, 5)).at[1, 1:4].set(0.01).at[3, jnp.array([0, 1, 4])].set(0.01)[None]
+    source["value"]["kernel"] *= jnp.ones((4, 3)).at[1, 0].set(0.0).at[3, 2].set(0.0)[None]
+    _, adapter, new = written(source, target)
+    np.testing.assert_array_equal(jnp.argmax(adapter["spaces"]["key/kernel:1"], 1), [1, 3])
+    assert [set(row) for row in np.argmax(adapter["spaces"]["key/kernel:2"], 2).tolist()] == [{0, 4}, {2, 3}]
+    assert [set(row) for row in np.argmax(adapter["spaces"]["out/kernel:1"], 2).tolist()] == [{1, 2}, {0, 1}]
+    expected = attend(source, ROWS)
+    error = jnp.sqrt(jnp.mean(jnp.square(attend(new, ROWS) - expected)) / jnp.mean(jnp.square(expected)))
+    assert error < 0.02
+    even = attend(written(source, target, fitted=False)[2], ROWS)
+    assert jnp.sqrt(jnp.mean(jnp.square(even - expected)) / jnp.mean(jnp.square(expected))) > 0.5
+
+
+def test_an_attention_of_equal_heads_copies_and_one_of_more_computes_the_same():
+    source = attention(0, 2, 4, 3)
+    for fitted in (False, True):
+        _, _, new = written(source, attention(1, 2, 4, 3), fitted)
+        jax.tree.map(np.testing.assert_array_equal, new, source)
+        _, _, new = written(source, attention(1, 3, 4, 5), fitted)
+        np.testing.assert_allclose(attend(new, ROWS), attend(source, ROWS), rtol=1e-5, atol=1e-5)
+
+
+def test_the_order_of_heads_and_of_channels_in_each_does_not_matter():
+    source, target = attention(0, 4, 5, 3), attention(1, 2, 2, 2)
+    heads, rng = jnp.array([2, 0, 3, 1]), np.random.default_rng(2)
+    moved = {name: {"kernel": leaf["kernel"][:, heads]} for name, leaf in source.items() if name != "out"}
+    moved["out"] = {"kernel": source["out"]["kernel"][heads]}
+    compared, said = (jnp.asarray([rng.permutation(size) for _ in heads]) for size in (5, 3))
+    for name, order in (("query", compared), ("key", compared), ("value", said)):
+        moved[name]["kernel"] = jnp.take_along_axis(moved[name]["kernel"], order[None], 2)
+    moved["out"]["kernel"] = jnp.take_along_axis(moved["out"]["kernel"], said[..., None], 1)
+    np.testing.assert_allclose(attend(moved, ROWS), attend(source, ROWS), rtol=1e-4, atol=1e-4)
+    results = [attend(written(one, target)[2], ROWS) for one in (source, moved)]
+    np.testing.assert_allclose(*results, atol=1e-4 * float(jnp.abs(results[0]).max()))
+
+
+def tied(params, x):
+    table = params["table"]["embedding"]
+    return (table[x] @ params["dense"]["kernel"]) @ table.T
+
+
+def of_tied(seed, words, width):
+    rng = np.random.default_rng(seed)
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+    return {"table": {"embedding": normal(words, width)}, "dense": {"kernel": normal(width, width)}}
+
+
+@pytest.mark.parametrize("fitted", [False, True])
+def test_an_embedding_that_is_the_last_layer_too_is_written_in_one_way(fitted):
+    words = jnp.arange(11)
+    wirings = {width: mj.wiring(tied, of_tied(0, 11, width), words) for width in (6, 10)}
+
+    def new(source, target):
+        sizes = [params["dense"]["kernel"].shape[0] for params in (source, target)]
+        transfer = mj.aligned_transfer(EVERYTHING, *(wirings[size] for size in sizes))
+        moments = mj.input_moments(tied, source, words) if fitted else {}
+        adapter = transfer.fit(moments, source, target)
+        return adapter, transfer.apply(adapter, source, target)
+
+    narrow, wide = of_tied(0, 11, 6), of_tied(1, 11, 10)
+    _, wider = new(narrow, wide)
+    np.testing.assert_allclose(tied(wider, words), tied(narrow, words), rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(wider["table"]["embedding"][:, 6:], 0.0)
+    np.testing.assert_array_equal(wider["dense"]["kernel"][:6, 6:], wide["dense"]["kernel"][:6, 6:])
+    adapter, narrower = new(wide, narrow)
+    chosen = jnp.argmax(next(iter(adapter["spaces"].values())), 1)
+    np.testing.assert_array_equal(narrower["table"]["embedding"], wide["table"]["embedding"][:, chosen])
+
+
+def test_what_reads_channels_together_is_not_kept_by_a_wider_target():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(16, 3)), jnp.float32)
+
+    def off(change):
+        """Returns how far a wider target is from its source, as a part of that."""
+
+        def run(params, x):
+            return change(x @ params["first"]["kernel"]) @ params["last"]["kernel"]
+
+        rng, trees = np.random.default_rng(1), []
+        for width in (4, 6):
+            shapes = {"first": (3, width), "last": (width, 2)}
+            trees.append(
+                {name: {"kernel": jnp.asarray(rng.normal(size=shape), jnp.float32)} for name, shape in shapes.items()}
+            )
+        transfer = mj.aligned_transfer(EVERYTHING, *(mj.wiring(run, params, x) for params in trees))
+        outputs = run(transfer.apply(transfer.init(jax.random.key(0), *trees), *trees), x), run(trees[0], x)
+        return float(jnp.abs(outputs[0] - outputs[1]).max() / jnp.abs(outputs[1]).max())
+
+    assert off(jnp.tanh) < 1e-6
+    assert off(lambda h: h / jnp.std(h, 1, keepdims=True)) > 0.05
+    assert off(lambda h: jax.nn.softmax(h, 1)) > 0.05
+
+
+def test_tokens_meet_one_by_one_without_a_matrix_of_the_vocabulary():
+    models = [mj.models.TextEncoder(3000, width, 1, 2, width, 16) for width in (32, 16)]
+    x = jnp.zeros((1, 8), jnp.int32)
+    trees = [jitted_init(model, seed, x)["params"] for seed, model in enumerate(models)]
+    path = "embeddings/word/embedding"
+    runs = [lambda params, x, m=model: m.apply({"params": params}, x) for model in models]
+    wirings = [mj.wiring(run, params, x) for run, params in zip(runs, trees, strict=True)]
+    transfer = mj.aligned_transfer({path: path}, *wirings)
+    adapter = transfer.init(jax.random.key(0), *trees)
+    assert {name: matrix.shape for name, matrix in mj.flatten(adapter).items()} == {
+        f"spaces/{wirings[1].spaces[path][1]}": (16, 32)
+    }
+    table = mj.flatten(transfer.apply(adapter, *trees))[path]
+    np.testing.assert_array_equal(table, mj.flatten(trees[0])[path][:, ::2])
+    (row,) = transfer.describe(*trees)
+    assert row.parameters == 16 * 32
+
+
+def test_other_numbers_of_tokens_positions_and_pixels_are_refused():
+    def run(params, x):
+        return (params["word"]["embedding"][x] + params["place"]["embedding"]) @ params["last"]["kernel"]
+
+    def tree(words, places):
+        return {
+            "word": {"embedding": jnp.ones((words, 4))},
+            "place": {"embedding": jnp.ones((places, 4))},
+            "last": {"kernel": jnp.ones((4, 2))},
+        }
+
+    def wired(words, places):
+        return mj.wiring(run, tree(words, places), jnp.zeros(places, jnp.int32))
+
+    routes = {"word/embedding": "word/embedding"}
+    few = "the target has 5 rows, the source 7, and no number says which belong together"
+    refuse(routes, tree(7, 3), tree(5, 3), (wired(7, 3), wired(5, 3)), few)
+    routes = {"place/embedding": "place/embedding"}
+    refuse(routes, tree(7, 6), tree(7, 3), (wired(7, 6), wired(7, 3)), "has 3 rows, the source 6")
+    trees = [{"first": {"kernel": jnp.ones((size, 4))}, "last": {"kernel": jnp.ones((4, 2))}} for size in (48, 16)]
+    wirings = [
+        mj.wiring(lambda p, x: x @ p["first"]["kernel"] @ p["last"]["kernel"], params, jnp.ones((1, size)))
+        for params, size in zip(trees, (48, 16), strict=True)
+    ]
+    refuse(EVERYTHING, *trees, wirings, "'first/kernel' has 16 entries along axis 0.* 48 .*come from outside")
+
+
+def test_positions_that_are_added_and_attended_to_are_no_channels():
+    def run(params, x):
+        x = x @ params["patch"]["kernel"] + params["place"]["kernel"]
+        weights = jax.nn.softmax(jnp.einsum("bqd,bkd->bqk", x, x))
+        return jnp.einsum("bqk,bkd->bqd", weights, x) @ params["last"]["kernel"]
+
+    trees = [
+        {
+            "patch": {"kernel": jnp.ones((3, 4))},
+            "place": {"kernel": jnp.ones((1, n, 4))},
+            "last": {"kernel": jnp.ones((4, 2))},
+        }
+        for n in (9, 4)
+    ]
+    wirings = [mj.wiring(run, params, jnp.ones((2, n, 3))) for params, n in zip(trees, (9, 4), strict=True)]
+    spec = mj.MatrixSpec(rows=(2,), inputs=(1,), window=(0,))
+    routes = [mj.Route("place/kernel", "place/kernel", target_spec=spec, source_spec=spec)]
+    refuse(routes, *trees, wirings, "'place/kernel' has 4 entries along axis 1")
+
+
+def test_an_adapter_of_more_than_half_of_the_free_memory_is_refused_by_name(monkeypatch):
+    (source, _), (target, _) = variables_of(LARGE), variables_of(SMALL)
+    transfer = aligned(LARGE, SMALL)
+    needed = 4 * sum(row.parameters for row in transfer.describe(source, target))
+    monkeypatch.setattr("merge_jax.transfers.aligned.free_memory", lambda: 2 * needed)
+    transfer.init(jax.random.key(0), source, target)
+    monkeypatch.setattr("merge_jax.transfers.aligned.free_memory", lambda: 2 * needed - 1)
+    match = (
+        r"the adapter takes .* GB, more than half of the .* that are free; most of that has 'inputs/.*', of \(16, 32\)"
+    )
+    with pytest.raises(ValueError, match=match):
+        transfer.init(jax.random.key(0), source, target)
+    with pytest.raises(ValueError, match=match):
+        transfer.fit({}, source, target)
+    assert transfer.describe(source, target)  # It tells the size all the same.
+
+
+def test_free_memory_is_that_of_the_machine():
+    assert 0 < free_memory() < 1e14
+
+
+def refuse(routes, source, target, wirings, match):
+    transfer = mj.aligned_transfer(routes, *wirings)
+    with pytest.raises(ValueError, match=match):
+        transfer.init(jax.random.key(0), source, target)
+
+
+def test_labels_of_other_numbers_are_refused():
+    x, rng = jnp.ones((2, 5)), np.random.default_rng(0)
+    source = perceptron(rng, 4)
+    target = {**perceptron(rng, 4), "last": {"kernel": jnp.ones((4, 7))}}
+    wirings = [mj.wiring(mlp, params, x) for params in (source, target)]
+    refuse(EVERYTHING, source, target, wirings, r"'last/kernel' has 7 entries along axis 1.*has 3.*Leave out the route")
+
+
+def test_wirings_of_other_models_are_refused():
+    (source, _), (target, _) = variables_of(LARGE), variables_of(SMALL)
+    x = jnp.ones((2, 5))
+    other = mj.wiring(mlp, perceptron(np.random.default_rng(0), 4), x)
+    refuse(EVERYTHING, source, target, (other, wired(SMALL)), "wiring is of a model without a leaf")
+    flat = mj.wiring(lambda p, x: x @ p["fc"]["kernel"], {"fc": {"kernel": jnp.ones(5)}}, x)
+    refuse({"fc/kernel": "fc/kernel"}, source, target, (flat, wired(SMALL)), "has 1 axes there, here 2")
+
+
+def test_kernels_of_other_layouts_are_refused():
+    x, square = jnp.ones((2, 4)), {"k": jnp.ones((4, 4))}
+    wirings = mj.wiring(lambda p, x: x @ p["k"].T, square, x), mj.wiring(lambda p, x: x @ p["k"], square, x)
+    refuse(
+        {"k": "k"}, square, square, wirings, "of other layouts: axis 0 is an input of the target's layer, and axis 0"
+    )
+
+
+def test_leaves_of_other_ranks_and_joined_leaves_are_refused():
+    (source, _), (target, _) = variables_of(LARGE), variables_of(SMALL)
+    wirings = wired(LARGE), wired(SMALL)
+    refuse({"fc/kernel": "fc/bias"}, source, target, wirings, r"2 axes of channels.*1: they cannot be paired")
+    joined = {("stage1_0/conv1/kernel", "stage1_0/conv2/kernel"): "stage2_0/conv2/kernel"}
+    refuse(joined, source, target, wirings, "joins several leaves")
+    with pytest.raises(ValueError, match="the view 'attention'"):
+        mj.aligned_transfer([mj.Route("a", "b", view="attention")], *wirings)
+
+
+def test_an_adapter_or_moments_of_other_models_are_refused():
+    (source, state), (target, _) = variables_of(LARGE), variables_of(SMALL)
+    transfer = aligned(LARGE, SMALL)
+    other = aligned(LARGE, LARGE).init(jax.random.key(0), source, source)
+    with pytest.raises(ValueError, match=r"does not fit.*Expected \(16, 32\), got \(32, 32\)"):
+        transfer.apply(other, source, target)
+    few = aligned(LARGE, SMALL, {"fc/kernel": "fc/kernel"}).init(jax.random.key(0), source, target)
+    with pytest.raises(ValueError, match="the adapter has nothing for"):
+        transfer.apply(few, source, target)
+    with pytest.raises(ValueError, match="the adapter has nothing for"):
+        transfer.apply({}, source, target)
+    moments = mj.input_moments(reading(LARGE), source, state, IMAGES)
+    with pytest.raises(ValueError, match=r"must be \(16, 16\), got \(3, 3\)"):
+        transfer.fit({**moments, "stage1_0/conv1/kernel": jnp.eye(3)}, source, target)
