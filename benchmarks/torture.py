@@ -109,8 +109,8 @@ def main() -> None:
         with Console(stderr=True).status("compiling"):
             tools = stack.enter_context(prepare(temporary))
         for name in config.parts:
-            what, of_part, aim, function = PARTS[name]
-            n = max(1, round(config.scale * of_part))
+            what, part_n, aim, function = PARTS[name]
+            n = max(1, round(config.scale * part_n))
             folder = temporary / name
             folder.mkdir(exist_ok=True)
             start = time.perf_counter()

@@ -152,11 +152,11 @@ def _problem(folder: Path, kind: Damage) -> str:
         with warnings.catch_warnings(record=True) as caught, mj.Checkpoints(folder, keep=None) as checkpoints:
             warnings.simplefilter("always")
             step, state = checkpoints.restore_latest(_LIKE) or (0, None)
-            told = [str(one.message) for one in caught if one.category is mj.DamagedCheckpointWarning]
+            messages = [str(one.message) for one in caught if one.category is mj.DamagedCheckpointWarning]
             if step != kind.restored or digest(state) != digest(_state(kind.restored)):
                 return f"step {step} was restored"
-            if len(told) != (kind.reason is not None) or not all(re.search(kind.reason or "", one) for one in told):
-                return f"it said {told}"
+            if len(messages) != (kind.reason is not None) or not all(re.search(kind.reason or "", one) for one in messages):
+                return f"it said {messages}"
             checkpoints.save(step + 1, _state(step + 1))
         with mj.Checkpoints(folder, read_only=True) as checkpoints:
             after, state = checkpoints.restore_latest(_LIKE) or (0, None)

@@ -146,10 +146,10 @@ def kills(tools: Tools, n: int, seed: int) -> Outcome:
     for folder in folders:  # Not in the threads: Orbax does not save two folders at once in one process.
         _start_folder(folder)
     with ThreadPoolExecutor(len(shares)) as pool:
-        chains = [
-            pool.submit(chain, *of_chain) for of_chain in zip(tools.children, folders, shares, randoms, strict=True)
+        futures = [
+            pool.submit(chain, *options) for options in zip(tools.children, folders, shares, randoms, strict=True)
         ]
-        restarts = [restart for of_chain in chains for restart in of_chain.result()]
+        restarts = [restart for future in futures for restart in future.result()]
     survived = sum(_is_known(tools.known, one.step, one.digest) for one in restarts)
     lost = sum(one.step is None or one.step < one.finished for one in restarts)
     in_flight = sum(one.in_flight for one in restarts)
@@ -245,7 +245,7 @@ def _take_away(tools: Tools, n: int, number: signal.Signals) -> Outcome:
     good, seconds, codes = 0, [], []
     for i in range(n):
         folder = tools.folder / f"peers-{i}"
-        output, code, taken = _left_of_two(folder, number)
+        output, code, taken = _survivor_of_two(folder, number)
         seconds.append(taken)
         codes.append(code)
         ours = "error: process 0 of 2 cannot go on, or another one has gone" in output and ADVICE in output
@@ -256,7 +256,7 @@ def _take_away(tools: Tools, n: int, number: signal.Signals) -> Outcome:
     return Outcome(result, good == n and max(seconds) < 35, {"good": good, "seconds": seconds, "codes": codes})
 
 
-def _left_of_two(folder: Path, number: int) -> tuple[str, int, float]:
+def _survivor_of_two(folder: Path, number: int) -> tuple[str, int, float]:
     """Returns what process 0 has printed, its exit code, and its seconds from the end of the other to its own."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))

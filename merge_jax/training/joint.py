@@ -42,7 +42,7 @@ __all__ = [
 ]
 
 UpdateRule = Literal["exact", "surrogate"]
-"""What the adapter's output is told; see `make_joint_step`."""
+"""Which cotangent the adapter learns from; see `make_joint_step`."""
 
 
 class Task(NamedTuple):
@@ -266,8 +266,8 @@ def make_joint_step(
             (adapter_grads,) = pullback(cotangent)
             useful = accepted & (metrics["skipped"] == 0)
             new_adapter, skipped = learn_adapter(adapter_optimizer, state.adapter, adapter_grads, useful)
-            of_adapter = adapter_metrics(own, merged, adapter_grads, transferred=useful, rejected=~accepted)
-            return new_target, new_adapter, metrics, {**of_adapter, "skipped": skipped}
+            adapter_values = adapter_metrics(own, merged, adapter_grads, transferred=useful, rejected=~accepted)
+            return new_target, new_adapter, metrics, {**adapter_values, "skipped": skipped}
 
         def learn_alone() -> tuple[TrainState, AdapterState, Metrics, Metrics]:
             new_target, _, metrics = learn(
@@ -283,12 +283,12 @@ def make_joint_step(
             # The target's step stands in both branches, so the adapter's residuals live in one of them only:
             # steps without a transfer pay nothing for it, and no forward pass of the adapter runs twice.
             outcome = lax.cond(transfer_steps.includes(state.step), transfer_and_learn, learn_alone)
-        new_target, new_adapter, target_metrics, of_adapter = outcome
+        new_target, new_adapter, target_metrics, adapter_values = outcome
         # The gates that this step used, not those it has learned.
         gates = transfer.at(state.step).monitor(state.adapter.params, state.source.params, state.target.params)
 
         new_state = state.replace(step=state.step + 1, source=new_source, target=new_target, adapter=new_adapter)
-        return new_state, metrics_by_role(source_metrics, target_metrics, {**of_adapter, **gates})
+        return new_state, metrics_by_role(source_metrics, target_metrics, {**adapter_values, **gates})
 
     return step
 

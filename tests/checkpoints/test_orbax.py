@@ -91,7 +91,7 @@ def test_what_went_wrong_while_writing_is_told_by_what_comes_next(tmp_path, monk
     def full(*unused, **options):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(checkpoints._checkpointer, "save_async", full)
+    monkeypatch.setattr(checkpoints._steps._checkpointer, "save_async", full)
     checkpoints.save(2, {"x": jnp.ones(3)}, score=0.9)
     following = {"wait": checkpoints.wait, "close": checkpoints.close}
     following["save"] = lambda: checkpoints.save(3, {"x": jnp.ones(3)})
@@ -107,7 +107,7 @@ def test_a_step_that_was_not_saved_is_not_the_best(tmp_path, monkeypatch):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, {"x": jnp.ones(3)}, score=0.5)
         checkpoints.wait()
-        monkeypatch.setattr(checkpoints._checkpointer, "save_async", lambda *unused, **options: None)
+        monkeypatch.setattr(checkpoints._steps._checkpointer, "save_async", lambda *unused, **options: None)
         checkpoints.save(2, {"x": jnp.ones(3)}, score=0.9)
         with pytest.raises(RuntimeError, match="Orbax did not save step 2"):
             checkpoints.wait()
@@ -247,7 +247,7 @@ def prune_after_listing(monkeypatch, reader, writer, scores):
     """Lets the writer save more, and so prune, once the reader has listed what is there."""
     listed = reader.steps, reader.best_step
 
-    def manifest(step, read=reader._manifest):
+    def manifest(step, read=reader._steps.manifest):
         while scores:
             score = scores.pop(0)
             at = writer.steps[-1] + 1
@@ -255,7 +255,7 @@ def prune_after_listing(monkeypatch, reader, writer, scores):
         writer.wait()
         return read(step)
 
-    monkeypatch.setattr(reader, "_manifest", manifest)
+    monkeypatch.setattr(reader._steps, "manifest", manifest)
     return listed
 
 
