@@ -117,7 +117,9 @@ def make_problem(config: Config) -> Problem:
         target = mj.models.MobileNetV2(stages, 10, stem_width=8, head_width=64)
         route = ("stage2_1/project/kernel", "fc/kernel")
     images = jnp.zeros((1, 32, 32, 3))
-    source_variables, target_variables = (jax.jit(model.init)(jax.random.key(i), images) for i, model in enumerate((source, target)))
+    source_variables, target_variables = (
+        jax.jit(model.init)(jax.random.key(i), images) for i, model in enumerate((source, target))
+    )
     transfer = mj.published_transfer([route])
     random = np.random.default_rng(0)
     return Problem(

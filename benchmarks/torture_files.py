@@ -155,7 +155,8 @@ def _problem(folder: Path, kind: Damage) -> str:
             messages = [str(one.message) for one in caught if one.category is mj.DamagedCheckpointWarning]
             if step != kind.restored or digest(state) != digest(_state(kind.restored)):
                 return f"step {step} was restored"
-            if len(messages) != (kind.reason is not None) or not all(re.search(kind.reason or "", one) for one in messages):
+            named = all(re.search(kind.reason or "", message) for message in messages)
+            if len(messages) != (kind.reason is not None) or not named:
                 return f"it said {messages}"
             checkpoints.save(step + 1, _state(step + 1))
         with mj.Checkpoints(folder, read_only=True) as checkpoints:

@@ -3,7 +3,7 @@
 import contextlib
 from pathlib import Path
 
-__all__ = ["is_orbax", "explain_file", "explain_folder"]
+__all__ = ["explain_file", "explain_folder", "is_orbax"]
 
 _BY_SUFFIX = {
     (".pt", ".pth", ".bin", ".ckpt"): (

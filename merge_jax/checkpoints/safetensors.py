@@ -52,9 +52,9 @@ def load_safetensors(path: str | os.PathLike[str], *, select: Pattern | Sequence
     Raises:
       FileNotFoundError: no such file or folder, no weights in the folder, or a shard that is missing.
       ValueError: a file that is truncated or otherwise no safetensors file (the message says what it is and how it
-        becomes one, where that is known), a name that stands twice, tensors that the index names and the shards have not or the
-        other way round, names that collide as paths, a shard outside the folder of its index, or a pattern that names
-        nothing (near misses are listed).
+        becomes one, where that is known), a name that stands twice, tensors that the index names and the shards lack,
+        or the other way round, names that collide as paths, a shard outside the folder of its index, or a pattern that
+        names nothing (near misses are listed).
     """
     shard_of, names = _listed(path)
     if select is None:
@@ -199,7 +199,9 @@ def _weights_file(path: Path) -> Path:
     files = sorted(path.glob("*.safetensors.index.json")) or sorted(path.glob("*.safetensors"))
     if not files:
         known = explain_folder(path)
-        raise FileNotFoundError(f"the folder {path} has neither {_INDEX} nor a .safetensors file{known and f': {known}'}")
+        raise FileNotFoundError(
+            f"the folder {path} has neither {_INDEX} nor a .safetensors file{known and f': {known}'}"
+        )
     if len(files) > 1:
         raise ValueError(
             f"the folder {path} has several files of weights, name one: {', '.join(f.name for f in files)}"

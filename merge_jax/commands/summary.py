@@ -40,7 +40,9 @@ def summarize_checkpoint(path: Path, pattern: str | None, *, verify: bool) -> No
     """
     console = Console()
     if path.suffix == ".safetensors" or (path.is_dir() and list(path.glob("*.safetensors*"))):
-        leaves = {name: LeafRecord(leaf.shape, str(leaf.dtype)) for name, leaf in flatten(load_safetensors(path)).items()}
+        leaves = {
+            name: LeafRecord(leaf.shape, str(leaf.dtype)) for name, leaf in flatten(load_safetensors(path)).items()
+        }
         _print_parts(console, leaves, depth=1)
         _print_leaves(console, leaves, pattern)
         return
