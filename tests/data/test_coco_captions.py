@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from merge_jax.data import load_coco_captions
-from merge_jax.data.image_text.sets import class_captions
+from merge_jax.data.image_text.class_captions import class_captions
 from merge_jax.data.images.image_set import ImageSet
 
 COLOURS = {9: (250, 0, 0), 25: (0, 250, 0), 30: (0, 0, 250), 42: (250, 250, 0)}

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from merge_jax.data.images.digits import image_files
+from merge_jax.data.images import image_files
 from merge_jax.data.images.image_files import ImageFiles, check_image_files, image_table, read_rows
 from merge_jax.data.images.image_set import as_pixels
 
