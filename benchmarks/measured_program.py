@@ -24,7 +24,7 @@ import optax
 
 import experiments.cross_structure
 import merge_jax as mj
-from merge_jax.runs.folder import describe_environment
+from merge_jax.runs import describe_environment
 
 __all__ = ["main"]
 

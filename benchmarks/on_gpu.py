@@ -36,7 +36,7 @@ import numpy as np
 import merge_jax as mj
 from benchmarks import against_torch
 from benchmarks.joint_step import plain_step
-from merge_jax.runs.folder import describe_environment
+from merge_jax.runs import describe_environment
 from merge_jax.study.cli import parse
 
 __all__ = ["Config", "Ledger", "Part", "main", "measure", "parts_of"]

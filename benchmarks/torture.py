@@ -24,12 +24,13 @@ from tqdm.auto import tqdm
 
 from benchmarks.damage import DAMAGE
 from benchmarks.report import parse_config, report
+from benchmarks.torture_children import Children
 from benchmarks.torture_files import damage, flips
 from benchmarks.torture_numbers import nan, resume
 from benchmarks.torture_overhead import digests, overhead
 from benchmarks.torture_pair import KnownStates, compile_step
 from benchmarks.torture_part import Outcome, Tools
-from benchmarks.torture_processes import Children, frozen, kills, peer, sigterm, writer
+from benchmarks.torture_processes import frozen, kills, peer, sigterm, writer
 
 __all__ = ["PARTS", "Config", "Part", "prepare"]
 

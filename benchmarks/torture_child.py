@@ -25,14 +25,12 @@ from flax import struct
 from jax.sharding import NamedSharding, PartitionSpec
 
 import merge_jax as mj
+from benchmarks.torture_children import ADVICE
 from benchmarks.torture_files import flip_each
 from benchmarks.torture_pair import batches_at, digest, joint_step, load_step, shapes
 from merge_jax.training.distributed import leaving_at_once
 
-__all__ = ["ADVICE", "main"]
-
-ADVICE = "start both again"
-"""What the one that is left shall say."""
+__all__ = ["main"]
 
 _PAUSE = 0.002  # Seconds between steps, as data takes them.
 

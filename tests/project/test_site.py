@@ -16,7 +16,6 @@ import yaml
 import merge_jax as mj
 import merge_jax.data
 import merge_jax.runs
-import merge_jax.runs.folder
 from tests import ROOT
 
 pytestmark = pytest.mark.docs
@@ -87,9 +86,7 @@ def pages(site):
     return {path.relative_to(site): read(path) for path in site.rglob("*.html")}
 
 
-@pytest.mark.parametrize(
-    "module", [mj, mj.models, merge_jax.data, merge_jax.runs.folder, merge_jax.runs], ids=lambda module: module.__name__
-)
+@pytest.mark.parametrize("module", [mj, mj.models, merge_jax.data, merge_jax.runs], ids=lambda module: module.__name__)
 def test_every_public_name_is_on_one_page_of_the_reference(module, pages):
     for name in module.__all__:
         full = "module-merge_jax.models" if (module, name) == (mj, "models") else f"{module.__name__}.{name}"
