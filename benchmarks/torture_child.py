@@ -28,7 +28,7 @@ import merge_jax as mj
 from benchmarks.torture_children import ADVICE
 from benchmarks.torture_files import flip_each
 from benchmarks.torture_pair import batches_at, digest, joint_step, load_step, shapes
-from merge_jax.training.distributed import leaving_at_once
+from merge_jax.training.distributed import exit_on_error
 
 __all__ = ["main"]
 
@@ -207,7 +207,7 @@ def main() -> None:
         _serve(Path(arguments[0]))
     else:
         number, folder, address, process_id = arguments
-        with leaving_at_once(ADVICE):
+        with exit_on_error(ADVICE):
             _peer(int(number), folder, address, int(process_id))
 
 
