@@ -22,8 +22,8 @@ _SHUTDOWN = 10  # Seconds to wait for the others at the end; by default it is 30
 def connect(address: str, num_processes: int, process_id: int, *, timeout: float = 300.0) -> None:
     """Makes this process one of several that run the same program; call it before anything uses a device.
 
-    The processes meet first, by a connection of ours: where one is missing, `jax.distributed.initialize` aborts the others
-    at its timeout (SIGABRT, no exception, no name; jax 0.10 and 0.12), and of a port that is taken it names no port. Later,
+    The processes meet first, by a connection of ours: where one is missing, `jax.distributed.initialize` aborts the
+    others at its timeout (SIGABRT, no exception, no name; jax 0.10 and 0.12), and names no port that is taken. Later,
     when one dies, the others end within seconds; see `exit_on_error`.
 
     Args:
