@@ -218,14 +218,18 @@ def restoring(checkpoints, state):
 @pytest.mark.parametrize("way", ["latest", "best", "parts", "arrays"])
 def test_every_way_to_restore_refuses_other_facts(tmp_path, way):
     state = {"x": jnp.ones(3)}
-    with Checkpoints(tmp_path, facts={"data": "abc"}) as checkpoints:
+    facts = {"data": "abc", "batch_size": 50, "seed": 0}
+    with Checkpoints(tmp_path, facts=facts) as checkpoints:
         checkpoints.save(1, state, score=0.5)
-    message = r"step 1 in .* was saved by another run: data was 'abc', is 'abd'\. Go on"
+    message = r"step 1 in .* was saved by another run: batch_size was 50, is 20; data was 'abc', is 'abd'\. Go on"
     with (
-        Checkpoints(tmp_path, facts={"data": "abd"}, read_only=True) as checkpoints,
+        Checkpoints(tmp_path, facts={**facts, "data": "abd", "batch_size": 20}, read_only=True) as checkpoints,
         pytest.raises(CheckpointError, match=message),
     ):
         restoring(checkpoints, state)[way]()
+    for same in (facts, None):
+        with Checkpoints(tmp_path, facts=same, read_only=True) as checkpoints:
+            restoring(checkpoints, state)[way]()
 
 
 @pytest.mark.parametrize("way", ["latest", "best", "parts"])
@@ -237,9 +241,11 @@ def test_every_way_to_restore_tells_of_other_circumstances_once(tmp_path, way, m
     monkeypatch.setenv("NPROC", "3")
     with Checkpoints(tmp_path, read_only=True) as checkpoints:
         restore = restoring(checkpoints, state)[way]
-        with pytest.warns(NotBitExactWarning, match="threads was 16, is 3$") as told:
+        with pytest.warns(
+            NotBitExactWarning, match="so what follows is not bit-exact: threads was 16, is 3$"
+        ) as caught:
             restore()
-        assert told[0].filename == __file__
+        assert caught[0].filename == __file__
         restore()  # Warnings are errors here: it is not told again.
 
 

@@ -72,6 +72,21 @@ def test_the_package_is_imported_without_jax():
     assert not packages & set(_HEAVY)
 
 
+def test_the_import_takes_less_than_a_second_beside_that_of_jax():
+    code = "import time, jax; start = time.process_time(); import merge_jax; print(time.process_time() - start)"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 1
+
+
+@pytest.mark.parametrize("name", ["arrays.batches_of", "read_ahead.ReadAhead", "text.tokens.WordPiece"])
+def test_data_import_what_they_need_alone(name):
+    """Of what reads files of one kind, nothing for who has arrays."""
+    code = f"import sys; from merge_jax.data import {name.rpartition('.')[2]}; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    heavy = {"tokenizers", "PIL", "sklearn", "tensorflow_datasets", "tensorflow", "jax"}
+    assert not heavy & set(done.stdout.split())
+
+
 def test_every_public_name_is_there():
     assert set(mj.__all__) <= set(dir(mj))
     with pytest.raises(AttributeError, match="no attribute 'lpka_transfr'"):

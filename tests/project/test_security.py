@@ -25,7 +25,6 @@ from merge_jax.data import (
     WordPiece,
     load_clevr,
     load_coco_captions,
-    load_image_folder,
     load_questions,
     load_texts,
     load_tfds_images,
@@ -35,7 +34,7 @@ from merge_jax.data import (
 )
 from merge_jax.data.image_text import clevr
 from merge_jax.data.image_text.json_files import files_in, read_json
-from merge_jax.data.images.image_files import check_image_files, open_image
+from merge_jax.data.images.image_files import open_image
 from merge_jax.data.tfds import archive_members
 from merge_jax.models import from_huggingface
 from merge_jax.study.grid import load_experiment
@@ -223,20 +222,6 @@ OUTSIDE = ["../secret/1.png", "a/../../secret/1.png", "/etc/passwd", "..", ".", 
 LINKS = ["link.png", "linked/1.png"]
 
 
-def test_an_image_inside_is_found(folder):
-    files, usable = check_image_files(folder, ["here.png"])
-    assert files == [folder / "here.png"]
-    assert usable.all()
-
-
-@pytest.mark.parametrize("unreadable", ["error", "skip"])
-@pytest.mark.parametrize("name", [*OUTSIDE, *LINKS])
-def test_names_of_images_stay_inside(name, unreadable, folder):
-    with pytest.raises(ValueError, match=r"which stays inside|outside of") as error:
-        check_image_files(folder, [name], unreadable)
-    assert name.split("/")[0].encode("unicode_escape").decode() in str(error.value)
-
-
 @pytest.mark.parametrize("name", [*OUTSIDE, *LINKS])
 def test_annotations_stay_inside(name, folder):
     (folder / "annotations").mkdir()
@@ -252,24 +237,12 @@ def test_annotations_stay_inside(name, folder):
         load_coco_captions(folder, image_size=4)
 
 
-def test_splits_and_folders_of_classes_stay_inside(folder):
+def test_splits_stay_inside(folder):
     for name in ("../secret", "linked"):
         with pytest.raises(ValueError, match=r"lacks|outside of"):
             load_vqa(folder, image_size=4, split_names=("train2014", name))
     with pytest.raises(ValueError, match=r"outside of"):
         files_in(folder, ["link.png"])
-    for split in ("train", "test"):
-        (folder / split / "cat").mkdir(parents=True)
-        (folder / split / "cat" / "1.png").write_bytes(png(4, 4))
-    load_image_folder(folder)
-    (folder / "train" / "cat" / "2.png").symlink_to(folder / "link.png")
-    with pytest.raises(ValueError, match=r"2\.png leads to .*/secret/1\.png, outside of"):
-        load_image_folder(folder)
-    (folder / "train" / "cat" / "2.png").unlink()
-    (folder / "train" / "dog").symlink_to(folder / "linked")
-    (folder / "test" / "dog").symlink_to(folder / "linked")
-    with pytest.raises(ValueError, match=r"train/dog leads to .*/secret, outside of"):
-        load_image_folder(folder)
 
 
 @pytest.mark.parametrize(
@@ -360,18 +333,6 @@ def test_tensors_are_no_larger_than_their_file(shape, tmp_path):
         (tmp_path / "m.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(4))
         with pytest.raises(ValueError, match="truncated or no safetensors file"):
             mj.load_safetensors(tmp_path / "m.safetensors")
-
-
-def test_images_are_no_larger_than_the_limit(tmp_path):
-    for split in ("train", "test"):
-        (tmp_path / split / "cat").mkdir(parents=True)
-        (tmp_path / split / "cat" / "1.png").write_bytes(png(10**6, 10**6, rows=0))
-    limit = "it claims 1000000x1000000 pixels, over the limit|exceeds limit of"
-    with pytest.raises(ValueError, match=limit):
-        load_image_folder(tmp_path, image_size=8)
-    for unreadable in ("error", "skip"):
-        with pytest.raises(ValueError, match=limit):
-            check_image_files(tmp_path, ["train/cat/1.png"], unreadable)
 
 
 def test_a_member_that_claims_more_than_the_limit_is_not_read(tmp_path):
