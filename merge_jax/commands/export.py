@@ -57,8 +57,8 @@ def _part(state: dict[str, Any], part: str) -> Any:
     node: Any = state
     for name in part.split("/"):
         if not isinstance(node, dict) or name not in node:
-            roles = {role: entries for role, entries in state.items() if isinstance(entries, dict)}
-            parts = [*roles, *(f"{role}/{name}" for role, entries in roles.items() for name in entries)]
+            roles = {role: content for role, content in state.items() if isinstance(content, dict)}
+            parts = [*roles, *(f"{role}/{name}" for role, content in roles.items() for name in content)]
             raise ValueError(f"what is saved has no part {part!r}; {near_misses(part, parts)}")
         node = node[name]
     return node
