@@ -166,16 +166,16 @@ class OrbaxSteps:
 
     def write(self, state: Any, manifest: Manifest) -> None:
         """Begins to write a step, and removes those that do not stay."""
+        step = manifest.step
         if manifest.score is not None:
-            self.scores[manifest.step] = manifest.score
+            self.scores[step] = manifest.score
         try:
             with _ORBAX:
-                custom = {_MANIFEST: manifest.to_json()}
-                saved = self._checkpointer.save_async(manifest.step, state, custom_metadata=custom)
+                saved = self._checkpointer.save_async(step, state, custom_metadata={_MANIFEST: manifest.to_json()})
             if saved is None:
-                raise RuntimeError(f"Orbax did not save step {manifest.step} in {self.folder}, and does not say why")
+                raise RuntimeError(f"Orbax did not save step {step} in {self.folder}, and does not say why")
         except BaseException:
-            self.scores.pop(manifest.step, None)  # No step that is not there may be the best.
+            self.scores.pop(step, None)  # No step that is not there may be the best.
             raise
 
     def wait(self) -> None:
