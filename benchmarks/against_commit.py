@@ -168,17 +168,17 @@ def rows_of(name: str, measurement: Measurement, first: Side, second: Side) -> l
     for figure in dict.fromkeys([*targets, *measured]):
         before, after = first.values(figure), second.values(figure)
         ratio = statistics.median(_over(b, a) for a, b in zip(before, after, strict=True)) if before and after else None
-        of_first, of_second = (statistics.median(values) if values else None for values in (before, after))
+        first_median, second_median = (statistics.median(values) if values else None for values in (before, after))
         target = targets.get(figure)
         reached = None
         if target is not None:
-            judged = ratio if target.kind == "ratio" else of_second
+            judged = ratio if target.kind == "ratio" else second_median
             if judged is not None:
                 reached = judged <= target.limit
             elif second.failure:
                 reached = False
         in_words = "" if target is None else str(target)
-        rows.append(Row(name, figure, of_first, of_second, ratio, in_words, reached, failures))
+        rows.append(Row(name, figure, first_median, second_median, ratio, in_words, reached, failures))
     return rows or [Row(name, "", None, None, None, "", None, failures)]
 
 

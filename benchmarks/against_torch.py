@@ -117,14 +117,16 @@ def make_problem(config: Config) -> Problem:
         target = mj.models.MobileNetV2(stages, 10, stem_width=8, head_width=64)
         route = ("stage2_1/project/kernel", "fc/kernel")
     images = jnp.zeros((1, 32, 32, 3))
-    of_source, of_target = (jax.jit(model.init)(jax.random.key(i), images) for i, model in enumerate((source, target)))
+    source_variables, target_variables = (
+        jax.jit(model.init)(jax.random.key(i), images) for i, model in enumerate((source, target))
+    )
     transfer = mj.published_transfer([route])
     random = np.random.default_rng(0)
     return Problem(
         models=(source, target),
-        variables=(of_source, of_target),
+        variables=(source_variables, target_variables),
         route=route,
-        adapter=transfer.init(jax.random.key(2), of_source["params"], of_target["params"]),
+        adapter=transfer.init(jax.random.key(2), source_variables["params"], target_variables["params"]),
         images=random.standard_normal((config.steps, config.batch_size, 32, 32, 3), np.float32),
         labels=random.integers(0, source.num_classes, (config.steps, config.batch_size)),
     )

@@ -24,7 +24,7 @@ import optax
 
 import experiments.cross_structure
 import merge_jax as mj
-from merge_jax.runs.folder import describe_environment
+from merge_jax.runs import describe_environment
 
 __all__ = ["main"]
 
@@ -108,16 +108,16 @@ def _joint_step(options: argparse.Namespace) -> dict[str, float]:
     source, target = (make_task(model) for model in models)
 
     def make_state(key: jax.Array) -> mj.JointState:
-        of_source, of_target = (model.init(key, jnp.zeros((1, 8, 8, 1))) for model in models)
+        source_variables, target_variables = (model.init(key, jnp.zeros((1, 8, 8, 1))) for model in models)
         return mj.init_joint_state(
             key,
             source,
             target,
             transfer,
-            source_params=of_source["params"],
-            source_state={"batch_stats": of_source["batch_stats"]},
-            target_params=of_target["params"],
-            target_state={"batch_stats": of_target["batch_stats"]},
+            source_params=source_variables["params"],
+            source_state={"batch_stats": source_variables["batch_stats"]},
+            target_params=target_variables["params"],
+            target_state={"batch_stats": target_variables["batch_stats"]},
         )
 
     state = jax.eval_shape(make_state, jax.random.key(0))

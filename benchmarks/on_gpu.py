@@ -1,7 +1,7 @@
 """What a GPU makes of the joint step, in one command of at most ten minutes.
 
     python -m benchmarks.on_gpu              # ResNet50 to MobileNetV2 at 32x32, the published adapter, batch 128
-    python -m benchmarks.on_gpu --minutes 5  # what is worth most comes first; what does not fit is told
+    python -m benchmarks.on_gpu --minutes 5  # what is worth most comes first; what does not fit is named
     python -m benchmarks.on_gpu --tiny       # two small networks, on a CPU too: shows that it works
 
 In this order: the two plain steps and the joint step at cycle 1 and 4 in bfloat16, each with the seconds of compiling,
@@ -36,7 +36,7 @@ import numpy as np
 import merge_jax as mj
 from benchmarks import against_torch
 from benchmarks.joint_step import plain_step
-from merge_jax.runs.folder import describe_environment
+from merge_jax.runs import describe_environment
 from merge_jax.study.cli import parse
 
 __all__ = ["Config", "Ledger", "Part", "main", "measure", "parts_of"]
@@ -127,8 +127,8 @@ class Ledger:
         """Notes, prints and writes what became of a part."""
         with self._lock:
             self.outcomes[name] = {"outcome": outcome, **figures}
-            told = ", ".join(f"{key} {value:.4g}" for key, value in figures.items())
-            print(f"{name}: {outcome}{': ' if told else ''}{told}", flush=True)
+            listed = ", ".join(f"{key} {value:.4g}" for key, value in figures.items())
+            print(f"{name}: {outcome}{': ' if listed else ''}{listed}", flush=True)
             self._write()
 
     def close(self) -> None:
@@ -196,15 +196,15 @@ def measure(parts: Sequence[Part], config: Config, ledger: Ledger, deadline: flo
 def _timed(prepared: Prepared, base: Prepared | None, config: Config) -> dict[str, float]:
     """Returns the figures of a part, timed in turns with its base."""
     sizes = config.sizes
-    of_base, own = [], []
+    base_seconds, own = [], []
     for _ in range(config.repetitions):
         if base is not None:
-            of_base.append(_seconds(base.run, sizes.steps))
+            base_seconds.append(_seconds(base.run, sizes.steps))
         own.append(_seconds(prepared.run, sizes.steps))
     seconds = statistics.median(own)
     figures = {"milliseconds": 1000 * seconds, "images_per_second": sizes.batch / seconds, **prepared.figures}
     if base is not None:
-        figures["ratio"] = statistics.median(a / b for a, b in zip(own, of_base, strict=True))
+        figures["ratio"] = statistics.median(a / b for a, b in zip(own, base_seconds, strict=True))
     if prepared.epoch:
         steps = sizes.images // sizes.batch
         figures["epoch_seconds"] = steps * _seconds(prepared.run, steps)
@@ -289,16 +289,16 @@ def _make_problem(config: Config) -> against_torch.Problem:
         source, target = mj.models.resnet50(100), mj.models.mobilenet_v2(100)
         route = ("stage6_2/project/kernel", "fc/kernel")
     image = (sizes.pixels, sizes.pixels, 3)
-    of_source, of_target = (
+    source_variables, target_variables = (
         jax.jit(model.init)(jax.random.key(i), jnp.zeros((1, *image))) for i, model in enumerate((source, target))
     )
     transfer = mj.published_transfer([route])
     random = np.random.default_rng(0)
     return against_torch.Problem(
         models=(source, target),
-        variables=(of_source, of_target),
+        variables=(source_variables, target_variables),
         route=route,
-        adapter=jax.jit(transfer.init)(jax.random.key(2), of_source["params"], of_target["params"]),
+        adapter=jax.jit(transfer.init)(jax.random.key(2), source_variables["params"], target_variables["params"]),
         images=random.standard_normal((sizes.steps, sizes.batch, *image), np.float32),
         labels=random.integers(0, source.num_classes, (sizes.steps, sizes.batch)),
     )

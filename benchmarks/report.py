@@ -11,7 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from merge_jax.runs.folder import describe_environment
+from merge_jax.runs import describe_environment
 from merge_jax.study.cli import parse
 
 __all__ = ["parse_config", "report"]

@@ -82,10 +82,10 @@ class LanguageModel(nn.Module):
 def next_token_loss(apply_fn: ModelApply) -> LossFn:
     """Returns the cross entropy of each token given those before it, in nats, the mean over tokens and texts."""
 
-    def of(logits: jax.Array, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def per_example(logits: jax.Array, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
         return mj.cross_entropy(logits[:, :-1], batch["tokens"][:, 1:]).mean(axis=-1), {}
 
-    return model_loss(apply_fn, ("tokens",), of)
+    return model_loss(apply_fn, ("tokens",), per_example)
 
 
 class Pair(NamedTuple):

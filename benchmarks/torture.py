@@ -24,12 +24,13 @@ from tqdm.auto import tqdm
 
 from benchmarks.damage import DAMAGE
 from benchmarks.report import parse_config, report
+from benchmarks.torture_children import Children
 from benchmarks.torture_files import damage, flips
 from benchmarks.torture_numbers import nan, resume
 from benchmarks.torture_overhead import digests, overhead
 from benchmarks.torture_pair import KnownStates, compile_step
 from benchmarks.torture_part import Outcome, Tools
-from benchmarks.torture_processes import Children, frozen, kills, peer, sigterm, writer
+from benchmarks.torture_processes import frozen, kills, peer, sigterm, writer
 
 __all__ = ["PARTS", "Config", "Part", "prepare"]
 
@@ -109,8 +110,8 @@ def main() -> None:
         with Console(stderr=True).status("compiling"):
             tools = stack.enter_context(prepare(temporary))
         for name in config.parts:
-            what, of_part, aim, function = PARTS[name]
-            n = max(1, round(config.scale * of_part))
+            what, part_n, aim, function = PARTS[name]
+            n = max(1, round(config.scale * part_n))
             folder = temporary / name
             folder.mkdir(exist_ok=True)
             start = time.perf_counter()

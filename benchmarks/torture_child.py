@@ -25,19 +25,17 @@ from flax import struct
 from jax.sharding import NamedSharding, PartitionSpec
 
 import merge_jax as mj
+from benchmarks.torture_children import ADVICE
 from benchmarks.torture_files import flip_each
 from benchmarks.torture_pair import batches_at, digest, joint_step, load_step, shapes
-from merge_jax.training.distributed import leaving_at_once
+from merge_jax.training.distributed import exit_on_error
 
-__all__ = ["ADVICE", "main"]
-
-ADVICE = "start both again"
-"""What the one that is left is told to say."""
+__all__ = ["main"]
 
 _PAUSE = 0.002  # Seconds between steps, as data takes them.
 
 
-def _tell(word: str, *values: Any) -> None:
+def _say(word: str, *values: Any) -> None:
     os.write(1, (json.dumps([word, *values]) + "\n").encode())  # Whole or not at all: it is short.
 
 
@@ -51,7 +49,7 @@ def _train(folder: Path, step_file: Path) -> None:
             step += 1
             checkpoints.save(step, state)
             checkpoints.wait()
-            _tell("finished", step)
+            _say("finished", step)
 
 
 def _run(folder: Path, step_file: Path) -> None:
@@ -65,7 +63,7 @@ def _run(folder: Path, step_file: Path) -> None:
 
     def advance(state: mj.JointState, first: int, count: int) -> tuple[mj.JointState, Any]:
         state, metrics = by_steps(state, first, count)
-        _tell("reached", first + count)
+        _say("reached", first + count)
         return state, metrics
 
     with mj.Checkpoints(folder) as checkpoints, mj.StopSignals() as signals:
@@ -80,7 +78,7 @@ def _run(folder: Path, step_file: Path) -> None:
             checkpoint_every=100,
             should_stop=signals.should_stop,
         )
-    _tell("stopped", int(state.step), digest(state))
+    _say("stopped", int(state.step), digest(state))
     raise SystemExit(128 + (signals.received or 0))
 
 
@@ -92,7 +90,7 @@ def _go_on(folder: Path, step_file: Path) -> None:
         step, state = _restore(checkpoints)
     for i in range(step, 10):
         state, _ = advance(state, batches_at(i))
-    _tell("done", int(state.step), digest(state))
+    _say("done", int(state.step), digest(state))
 
 
 def _write_too(folder: Path, step_file: Path) -> None:
@@ -104,14 +102,14 @@ def _write_too(folder: Path, step_file: Path) -> None:
         message = ""
     except ValueError as error:
         message = str(error)
-    _tell("refused", message, time.perf_counter() - start)
+    _say("refused", message, time.perf_counter() - start)
 
 
 def _flip(folder: Path, step_file: Path) -> None:
     """Flips bits of a saved step, each on its own, and restores it."""
     del step_file
     for effect in flip_each(folder):
-        _tell("flipped", effect)
+        _say("flipped", effect)
 
 
 def _restore(checkpoints: mj.Checkpoints) -> tuple[int, mj.JointState]:
@@ -121,7 +119,7 @@ def _restore(checkpoints: mj.Checkpoints) -> tuple[int, mj.JointState]:
         restored = checkpoints.restore_latest(shapes()[0])
     if restored is None:
         raise ValueError(f"nothing is saved in {checkpoints.folder}")
-    _tell("restored", restored[0], digest(restored[1]))
+    _say("restored", restored[0], digest(restored[1]))
     return restored
 
 
@@ -139,18 +137,18 @@ def _serve(step_file: Path) -> None:
     tasks = Path("/proc/self/task")
     if tasks.exists() and len(list(tasks.iterdir())) > 1:
         raise RuntimeError("there are other threads already, which a fork would lose")
-    _tell("ready")
+    _say("ready")
     for line in sys.stdin:
         work, folder = json.loads(line)
         child = os.fork()
         if child == 0:
             os._exit(_code_of(lambda work=_WORKS[work], folder=folder: work(Path(folder), step_file)))
         _, status = os.waitpid(child, 0)
-        _tell("ended", os.waitstatus_to_exitcode(status))
+        _say("ended", os.waitstatus_to_exitcode(status))
 
 
 def _code_of(work: Callable[[], None]) -> int:
-    _tell("pid", os.getpid())
+    _say("pid", os.getpid())
     try:
         work()
     except SystemExit as end:
@@ -179,13 +177,13 @@ def _peer(number: int, folder: str, address: str, process_id: int) -> None:
     @jax.jit
     def step_fn(state: _Counter, batches: Any) -> tuple[_Counter, dict[str, jax.Array]]:
         del batches
-        of_both = jnp.sum(state.total)  # An exchange of numbers.
-        return _Counter(state.step + 1, state.total + 1 + 0 * of_both), {"sum": of_both}
+        sum_of_both = jnp.sum(state.total)  # An exchange of numbers.
+        return _Counter(state.step + 1, state.total + 1 + 0 * sum_of_both), {"sum": sum_of_both}
 
     def batches(step: int) -> dict[str, Any]:
         if step == 3 and process_id == 1:
             checkpoints.wait()
-            _tell("gone", time.time())
+            _say("gone", time.time())
             os.kill(os.getpid(), number)
         return {}
 
@@ -209,7 +207,7 @@ def main() -> None:
         _serve(Path(arguments[0]))
     else:
         number, folder, address, process_id = arguments
-        with leaving_at_once(ADVICE):
+        with exit_on_error(ADVICE):
             _peer(int(number), folder, address, int(process_id))
 
 

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +21,9 @@ import numpy as np
 
 import merge_jax as mj
 from benchmarks.damage import DAMAGE, Damage
+from benchmarks.torture_children import Children
 from benchmarks.torture_pair import digest
 from benchmarks.torture_part import Outcome, Tools, counted
-
-if TYPE_CHECKING:
-    from benchmarks.torture_processes import Children
 
 __all__ = ["damage", "flip_each", "flips"]
 
@@ -80,7 +78,7 @@ def flips(tools: Tools, n: int, seed: int) -> Outcome:
         (str(files[i].relative_to(whole)), int(random.integers(sizes[i])), int(random.integers(8))) for i in chosen
     ]
 
-    def share(children: "Children", number: int) -> list[str]:
+    def share(children: Children, number: int) -> list[str]:
         folder = tools.folder / f"flips-{number}"
         shutil.copytree(whole, folder)
         folder.with_suffix(".json").write_text(json.dumps(planned[number :: len(tools.children)]))
@@ -152,11 +150,12 @@ def _problem(folder: Path, kind: Damage) -> str:
         with warnings.catch_warnings(record=True) as caught, mj.Checkpoints(folder, keep=None) as checkpoints:
             warnings.simplefilter("always")
             step, state = checkpoints.restore_latest(_LIKE) or (0, None)
-            told = [str(one.message) for one in caught if one.category is mj.DamagedCheckpointWarning]
+            messages = [str(one.message) for one in caught if one.category is mj.DamagedCheckpointWarning]
             if step != kind.restored or digest(state) != digest(_state(kind.restored)):
                 return f"step {step} was restored"
-            if len(told) != (kind.reason is not None) or not all(re.search(kind.reason or "", one) for one in told):
-                return f"it said {told}"
+            named = all(re.search(kind.reason or "", message) for message in messages)
+            if len(messages) != (kind.reason is not None) or not named:
+                return f"it said {messages}"
             checkpoints.save(step + 1, _state(step + 1))
         with mj.Checkpoints(folder, read_only=True) as checkpoints:
             after, state = checkpoints.restore_latest(_LIKE) or (0, None)

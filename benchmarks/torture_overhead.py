@@ -61,7 +61,7 @@ def blocking(
                 steps.append(trained - start)
                 saves.append(saved - trained)
                 tools.bar.update()
-    ratio = statistics.median(save / of_steps for save, of_steps in zip(saves, steps, strict=True))
+    ratio = statistics.median(save / step_seconds for save, step_seconds in zip(saves, steps, strict=True))
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state) if isinstance(leaf.dtype, np.dtype))
     result = (
         f"{100 * ratio:.2f} % ({1000 * statistics.median(saves):.0f} ms for {size / 1e6:.1f} MB, "

@@ -51,7 +51,7 @@ def initial_state() -> mj.JointState:
         role: dict(model.init(jax.random.key(i), jnp.zeros((1, *_IMAGE))))
         for i, (role, model) in enumerate(_MODELS.items())
     }
-    params = {role: of_model.pop("params") for role, of_model in variables.items()}
+    params = {role: entries.pop("params") for role, entries in variables.items()}
     return mj.init_joint_state(
         jax.random.key(2),
         _task("source"),

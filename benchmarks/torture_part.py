@@ -3,14 +3,12 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
 
+from benchmarks.torture_children import Children
 from benchmarks.torture_pair import KnownStates
-
-if TYPE_CHECKING:
-    from benchmarks.torture_processes import Children
 
 __all__ = ["Outcome", "Tools", "counted"]
 
@@ -29,7 +27,7 @@ class Tools:
 
     step: Any
     known: KnownStates
-    children: Sequence["Children"]
+    children: Sequence[Children]
     folder: Path
     bar: tqdm
 

@@ -5,101 +5,22 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
-import threading
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import merge_jax as mj
-from benchmarks.torture_child import ADVICE
+from benchmarks.torture_children import ADVICE, PATIENCE, Children, start_program
 from benchmarks.torture_pair import KnownStates, digest, initial_state, shapes
 from benchmarks.torture_part import Outcome, Tools, counted
 
-__all__ = ["Children", "frozen", "kills", "peer", "sigterm", "writer"]
-
-_ROOT = Path(__file__).parent.parent
-_ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
-    "OPENBLAS_NUM_THREADS": "1",  # Its threads would be there before the fork.
-}
-_PATIENCE = 120  # Seconds that a child may take.
-
-
-class Children:
-    """A process that forks children, one at a time, and what they say; a context manager."""
-
-    def __init__(self, step_file: Path):
-        """Starts it; `step_file` is what `compile_step` wrote."""
-        self._process = _program("serve", str(step_file), stdin=subprocess.PIPE, start_new_session=True)
-        self._noise: list[str] = []
-        self._watch: threading.Timer | None = None
-
-    def __enter__(self) -> Self:
-        """Returns itself."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """Ends it and the child, if any."""
-        self._kill_all()
-        self._process.communicate()
-
-    def start(self, work: str, folder: Path) -> int:
-        """Starts a child, one of the works of `torture_child`, and returns its process id."""
-        self._watch = threading.Timer(_PATIENCE, self._kill_all)
-        self._watch.start()
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps([work, str(folder)]) + "\n")
-        self._process.stdin.flush()
-        return self.until("pid")[-1][1]
-
-    def until(self, word: str) -> list[list[Any]]:
-        """Returns what the child says, up to a word; the last is that word, or `ended`, with the exit code."""
-        said = []
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if not line.startswith("["):
-                self._noise.append(line)
-                continue
-            said.append(json.loads(line))
-            if said[-1][0] in (word, "ended"):
-                if said[-1][0] == "ended" and self._watch is not None:
-                    self._watch.cancel()
-                return said
-        raise RuntimeError(f"the process that starts the others has ended: {''.join(self._noise[-20:])}")
-
-    def _kill_all(self) -> None:
-        if self._watch is not None:
-            self._watch.cancel()
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-
-    @property
-    def noise(self) -> str:
-        """The last lines that were no messages, such as a traceback."""
-        return "".join(self._noise[-20:])
-
-
-def _program(*arguments: str, **options: Any) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.torture_child", *arguments],
-        cwd=_ROOT,
-        env={**os.environ, **_ENVIRONMENT},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        **options,
-    )
+__all__ = ["frozen", "kills", "peer", "sigterm", "writer"]
 
 
 class _Restart(NamedTuple):
@@ -146,10 +67,10 @@ def kills(tools: Tools, n: int, seed: int) -> Outcome:
     for folder in folders:  # Not in the threads: Orbax does not save two folders at once in one process.
         _start_folder(folder)
     with ThreadPoolExecutor(len(shares)) as pool:
-        chains = [
-            pool.submit(chain, *of_chain) for of_chain in zip(tools.children, folders, shares, randoms, strict=True)
+        futures = [
+            pool.submit(chain, *options) for options in zip(tools.children, folders, shares, randoms, strict=True)
         ]
-        restarts = [restart for of_chain in chains for restart in of_chain.result()]
+        restarts = [restart for future in futures for restart in future.result()]
     survived = sum(_is_known(tools.known, one.step, one.digest) for one in restarts)
     lost = sum(one.step is None or one.step < one.finished for one in restarts)
     in_flight = sum(one.in_flight for one in restarts)
@@ -245,7 +166,7 @@ def _take_away(tools: Tools, n: int, number: signal.Signals) -> Outcome:
     good, seconds, codes = 0, [], []
     for i in range(n):
         folder = tools.folder / f"peers-{i}"
-        output, code, taken = _left_of_two(folder, number)
+        output, code, taken = _survivor_of_two(folder, number)
         seconds.append(taken)
         codes.append(code)
         ours = "error: process 0 of 2 cannot go on, or another one has gone" in output and ADVICE in output
@@ -256,14 +177,14 @@ def _take_away(tools: Tools, n: int, number: signal.Signals) -> Outcome:
     return Outcome(result, good == n and max(seconds) < 35, {"good": good, "seconds": seconds, "codes": codes})
 
 
-def _left_of_two(folder: Path, number: int) -> tuple[str, int, float]:
+def _survivor_of_two(folder: Path, number: int) -> tuple[str, int, float]:
     """Returns what process 0 has printed, its exit code, and its seconds from the end of the other to its own."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         address = f"localhost:{probe.getsockname()[1]}"
-    left, gone = (_program("peer", str(int(number)), str(folder), address, str(i)) for i in range(2))
+    left, gone = (start_program("peer", str(int(number)), str(folder), address, str(i)) for i in range(2))
     try:
-        output, _ = left.communicate(timeout=_PATIENCE)
+        output, _ = left.communicate(timeout=PATIENCE)
         ended = time.time()
     finally:
         for process in (left, gone):

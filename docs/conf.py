@@ -91,7 +91,7 @@ def on_include_read(app: Sphinx, path: Path, docname: str, content: list[str]) -
 def _public_names() -> dict[str, str]:
     """Returns the full name of each public name that no plain word can be meant by."""
     names = {}
-    for module in ("merge_jax.data", "merge_jax.models", "merge_jax.runs.folder", "merge_jax"):
+    for module in ("merge_jax.data", "merge_jax.models", "merge_jax.runs", "merge_jax"):
         for name in importlib.import_module(module).__all__:
             if "_" in name or name[0].isupper():
                 names[name] = f"{module}.{name}"

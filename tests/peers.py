@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 import merge_jax as mj
-from merge_jax.training.distributed import agree, leaving_at_once
+from merge_jax.training.distributed import await_all, exit_on_error
 from merge_jax.training.signals import StopSignals
 from tests.training.test_loop import Counter
 
@@ -75,10 +75,10 @@ if __name__ == "__main__":
         mj.connect(address, 2, int(process_id), timeout=60)
         problem = ValueError("the folder is full") if process_id == "0" else None
         try:
-            agree(problem)
+            await_all(problem)
         except ValueError as error:
             problem = error
         print(f"error: {problem}", flush=True)
         raise SystemExit(2)
-    with leaving_at_once("start both again"):
+    with exit_on_error("start both again"):
         main()

@@ -3,7 +3,7 @@
 import contextlib
 from pathlib import Path
 
-__all__ = ["is_orbax", "told_file", "told_folder"]
+__all__ = ["explain_file", "explain_folder", "is_orbax"]
 
 _BY_SUFFIX = {
     (".pt", ".pth", ".bin", ".ckpt"): (
@@ -26,7 +26,7 @@ _GIT_LFS = b"version https://git-lfs"
 _ORBAX = ("_CHECKPOINT_METADATA", "_METADATA")  # In every checkpoint of its newer and of its older interface.
 
 
-def told_file(file: Path) -> str:
+def explain_file(file: Path) -> str:
     """Returns what a file that is no safetensors file is, and what to do with it; empty where that is not known."""
     suffix = file.suffix.lower()
     for suffixes, (library, how) in _BY_SUFFIX.items():
@@ -42,7 +42,7 @@ def told_file(file: Path) -> str:
     return ""
 
 
-def told_folder(folder: Path) -> str:
+def explain_folder(folder: Path) -> str:
     """Returns what a folder without weights is, and what to do with it; empty where that is not known."""
     if any(is_orbax(step) for step in (folder, *folder.iterdir()) if step.name.isdigit()):
         return f"it is of checkpoints; of those of merge_jax, merge-jax export {folder} FILE makes a file"

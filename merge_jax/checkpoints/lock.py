@@ -1,4 +1,8 @@
-"""The lock of a folder: one process at a time writes into it."""
+"""The lock of a folder: one process at a time writes into it.
+
+Not by the library filelock: a second writer is refused with the process and host of the first, and a reader asks
+without keeping a writer out and without making a file; filelock's lock has no holder's name and no such question.
+"""
 
 import fcntl
 import json

@@ -9,7 +9,7 @@ import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
@@ -21,7 +21,17 @@ from jax.experimental import multihost_utils
 
 from merge_jax.paths import flatten
 
-__all__ = ["NO_MANIFEST", "Facts", "Leaf", "Manifest", "changes", "differing_leaves", "environment_of", "specs_of"]
+__all__ = [
+    "NO_MANIFEST",
+    "LeafRecord",
+    "Manifest",
+    "RunFingerprint",
+    "changes",
+    "differing_leaves",
+    "environment_of",
+    "misfits",
+    "specs_of",
+]
 
 _FORMAT = 1
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -30,12 +40,12 @@ _WHOLE = ""
 NO_MANIFEST = "it has no manifest"
 """What is wrong with a step that something else has saved."""
 
-Facts = Mapping[str, str | int | float | bool | None]
+RunFingerprint = Mapping[str, str | int | float | bool | None]
 """What saved steps depend on beside the state, by name, such as a fingerprint of the data."""
 
 
 @dataclass(frozen=True)
-class Leaf:
+class LeafRecord:
     """What was saved under one path.
 
     Attributes:
@@ -67,17 +77,19 @@ class Manifest:
     """
 
     step: int
-    leaves: Mapping[str, Leaf]
-    facts: Facts
+    leaves: Mapping[str, LeafRecord]
+    facts: RunFingerprint
     environment: Mapping[str, Any]
     score: float | None = None
 
     @classmethod
-    def of(cls, step: int, state: Any, facts: Facts, environment: Mapping[str, Any], score: float | None) -> Self:
+    def of(
+        cls, step: int, state: Any, facts: RunFingerprint, environment: Mapping[str, Any], score: float | None
+    ) -> Self:
         """Returns the manifest of a state; where several processes hold it, all of them call this together."""
         specs = specs_of(state)
-        digests = _everyones(_digests({path: dict(_parts(leaf)) for path, leaf in _arrays(state)}))
-        leaves = {path: Leaf(leaf.shape, leaf.dtype, digests[path]) for path, leaf in specs.items()}
+        digests = _gather_from_processes(_digests({path: dict(_parts(leaf)) for path, leaf in _arrays(state)}))
+        leaves = {path: LeafRecord(leaf.shape, leaf.dtype, digests[path]) for path, leaf in specs.items()}
         return cls(step, leaves, dict(facts), environment, score)
 
     def to_json(self) -> dict[str, Any]:
@@ -100,15 +112,40 @@ class Manifest:
         if content["format"] != _FORMAT:
             raise ValueError(f"its manifest has the format {content['format']}, this version reads {_FORMAT}")
         leaves = {
-            path: Leaf(tuple(leaf["shape"]), leaf["dtype"], leaf["sha256"]) for path, leaf in content["leaves"].items()
+            path: LeafRecord(tuple(leaf["shape"]), leaf["dtype"], leaf["sha256"])
+            for path, leaf in content["leaves"].items()
         }
         return cls(content["step"], leaves, content["facts"], content["environment"], content["score"])
 
 
-def specs_of(tree: Any) -> dict[str, Leaf]:
+def specs_of(tree: Any) -> dict[str, LeafRecord]:
     """Returns shape and dtype of each leaf, by path, of arrays or of shapes."""
     shapes = jax.eval_shape(lambda tree: jax.tree.map(_without_keys, tree), tree)
-    return {path: Leaf(tuple(leaf.shape), str(leaf.dtype)) for path, leaf in flatten(shapes).items()}
+    return {path: LeafRecord(tuple(leaf.shape), str(leaf.dtype)) for path, leaf in flatten(shapes).items()}
+
+
+def misfits(
+    saved: Mapping[str, LeafRecord], wanted: Mapping[str, LeafRecord], parts: Sequence[str] | None = None
+) -> list[str]:
+    """Returns every difference of two trees by path: Orbax's own error is long, and it casts dtypes silently.
+
+    Args:
+      saved: shape and dtype of what was saved.
+      wanted: of what is asked for.
+      parts: the paths of what is asked for, where it is not all of it.
+    """
+    problems = [f"{path} is not saved" for path in wanted.keys() - saved.keys()]
+    problems += [
+        f"{path} is saved, but not wanted"
+        for path in saved.keys() - wanted.keys()
+        if parts is None or any(path.startswith(f"{part}/") for part in parts)
+    ]
+    problems += [
+        f"{path} is saved as {saved[path]}, wanted as {wanted[path]}"
+        for path in wanted.keys() & saved.keys()
+        if str(wanted[path]) != str(saved[path])
+    ]
+    return sorted(problems)
 
 
 def differing_leaves(manifest: Manifest, tree: Any) -> tuple[list[str], int]:
@@ -124,13 +161,13 @@ def differing_leaves(manifest: Manifest, tree: Any) -> tuple[list[str], int]:
     saved = {path: leaf.sha256 for path, leaf in manifest.leaves.items()}
     parts = {path: {place: _part(leaf, place) for place in saved[path]} for path, leaf in _arrays(tree)}
     seen = _digests(
-        {path: {at: part for at, part in of_leaf.items() if part is not None} for path, of_leaf in parts.items()}
+        {path: {at: part for at, part in places.items() if part is not None} for path, places in parts.items()}
     )
     wrong = {
         path: {place: digest for place, digest in found.items() if digest != saved[path][place]}
         for path, found in seen.items()
     }
-    wrong, seen = _everyones(wrong), _everyones(seen)
+    wrong, seen = _gather_from_processes(wrong), _gather_from_processes(seen)
     unchecked = sum(len(manifest.leaves[path].sha256) - len(places) for path, places in seen.items())
     return sorted(path for path, places in wrong.items() if places), unchecked
 
@@ -204,7 +241,7 @@ def _part(leaf: Any, place: str) -> np.ndarray | None:
     if getattr(leaf, "is_fully_addressable", True):
         return np.asarray(leaf)[index]
     for shard in leaf.addressable_shards:
-        starts = [of_shard.indices(size)[:2] for of_shard, size in zip(shard.index, leaf.shape, strict=True)]
+        starts = [axis.indices(size)[:2] for axis, size in zip(shard.index, leaf.shape, strict=True)]
         wanted = index or tuple(slice(0, size) for size in leaf.shape)
         if all(start <= one.start and one.stop <= stop for (start, stop), one in zip(starts, wanted, strict=True)):
             local = tuple(
@@ -218,19 +255,17 @@ def _digests(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, str]
     """Returns the digest of each part of each leaf, several at a time: hashlib lets other threads run."""
     with ThreadPoolExecutor() as pool:
         futures = {
-            path: {place: pool.submit(_sha256, part) for place, part in of_leaf.items()}
-            for path, of_leaf in parts.items()
+            path: {place: pool.submit(_sha256, part) for place, part in places.items()}
+            for path, places in parts.items()
         }
-        return {
-            path: {place: future.result() for place, future in of_leaf.items()} for path, of_leaf in futures.items()
-        }
+        return {path: {place: future.result() for place, future in places.items()} for path, places in futures.items()}
 
 
 def _sha256(array: Any) -> str:
     return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data).hexdigest()
 
 
-def _everyones(own: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
+def _gather_from_processes(own: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
     """Returns the entries of all processes together; they have the same outer names."""
     if jax.process_count() == 1:
         return own

@@ -14,7 +14,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from merge_jax.checkpoints.formats import told_file, told_folder
+from merge_jax.checkpoints.formats import explain_file, explain_folder
 from merge_jax.paths import Pattern, find_paths, flatten, near_misses, some_of
 from merge_jax.types import Params
 
@@ -51,10 +51,10 @@ def load_safetensors(path: str | os.PathLike[str], *, select: Pattern | Sequence
 
     Raises:
       FileNotFoundError: no such file or folder, no weights in the folder, or a shard that is missing.
-      ValueError: a file that is truncated or otherwise no safetensors file (where it is known, what it is and how it
-        becomes one is told), a name that stands twice, tensors that the index names and the shards have not or the
-        other way round, names that collide as paths, a shard outside the folder of its index, or a pattern that names
-        nothing (near misses are listed).
+      ValueError: a file that is truncated or otherwise no safetensors file (the message says what it is and how it
+        becomes one, where that is known), a name that stands twice, tensors that the index names and the shards lack,
+        or the other way round, names that collide as paths, a shard outside the folder of its index, or a pattern that
+        names nothing (near misses are listed).
     """
     shard_of, names = _listed(path)
     if select is None:
@@ -125,9 +125,9 @@ def load_params(path: str | os.PathLike[str], like: Params) -> Params:
             problems.append(f"{name} is {there}, the model's is {here}")
     if problems:
         there, here = (sum(np.size(leaf) for leaf in leaves.values()) for leaves in (found, wanted))
-        told = some_of(sorted(problems), 3, "; ")
+        listed = some_of(sorted(problems), 3, "; ")
         raise ValueError(
-            f"{path} does not fit the model: {told} ({there:,} numbers in the file, {here:,} in the model)"
+            f"{path} does not fit the model: {listed} ({there:,} numbers in the file, {here:,} in the model)"
         )
     return jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in wanted])
 
@@ -198,8 +198,10 @@ def _weights_file(path: Path) -> Path:
             return path / name
     files = sorted(path.glob("*.safetensors.index.json")) or sorted(path.glob("*.safetensors"))
     if not files:
-        told = told_folder(path)
-        raise FileNotFoundError(f"the folder {path} has neither {_INDEX} nor a .safetensors file{told and f': {told}'}")
+        known = explain_folder(path)
+        raise FileNotFoundError(
+            f"the folder {path} has neither {_INDEX} nor a .safetensors file{known and f': {known}'}"
+        )
     if len(files) > 1:
         raise ValueError(
             f"the folder {path} has several files of weights, name one: {', '.join(f.name for f in files)}"
@@ -225,7 +227,7 @@ def _read_index(file: Path) -> dict[str, Path]:
 
 def _check_shard(shard: Path, shard_of: Mapping[str, Path]) -> None:
     """Raises ValueError where a shard does not hold just what is expected of it."""
-    found, expected = set(_names(shard)), {name for name, of in shard_of.items() if of == shard}
+    found, expected = set(_names(shard)), {name for name, file in shard_of.items() if file == shard}
     if missing := sorted(expected - found):
         raise ValueError(f"{shard} lacks the tensor {missing[0]!r}; {near_misses(missing[0], found)}")
     if surplus := sorted(found - expected):
@@ -254,8 +256,8 @@ def _opened(file: Path) -> Any:
     try:
         return safe_open(file, framework="np")
     except (SafetensorError, OSError) as error:
-        if told := told_file(file):
-            raise ValueError(f"{file} is no safetensors file: {told}") from None
+        if known := explain_file(file):
+            raise ValueError(f"{file} is no safetensors file: {known}") from None
         raise ValueError(f"{file} is truncated or no safetensors file: {error}") from None
 
 

@@ -25,7 +25,7 @@ def compare_runs(runs: Sequence[Path], baseline: str | None, out: Path | None) -
         return
     with numbered_folder("compare", given=out) as folder:
         folder.mkdir(parents=True, exist_ok=True)
-        try:  # Another comparison may have been told the same folder.
+        try:  # Another comparison may have taken the same folder.
             with (folder / "table.txt").open("x") as table:
                 table.write(comparison.text)
             with (folder / "curves.png").open("xb") as curves:

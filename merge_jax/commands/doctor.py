@@ -175,7 +175,7 @@ def _cache() -> Iterator[Finding]:
 
 def _compiled_in(folder: Path) -> subprocess.CompletedProcess[str]:
     """Compiles in a process of its own that keeps what is compiled in a folder."""
-    of_jax = {
+    cache_settings = {
         "JAX_COMPILATION_CACHE_DIR": str(folder),
         "JAX_ENABLE_COMPILATION_CACHE": "true",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -183,7 +183,7 @@ def _compiled_in(folder: Path) -> subprocess.CompletedProcess[str]:
     }
     return subprocess.run(
         [sys.executable, "-c", _COMPILES],
-        env={**os.environ, **of_jax},
+        env={**os.environ, **cache_settings},
         capture_output=True,
         text=True,
         timeout=_PATIENCE,

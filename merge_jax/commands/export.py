@@ -57,8 +57,8 @@ def _part(state: dict[str, Any], part: str) -> Any:
     node: Any = state
     for name in part.split("/"):
         if not isinstance(node, dict) or name not in node:
-            roles = {role: of_role for role, of_role in state.items() if isinstance(of_role, dict)}
-            parts = [*roles, *(f"{role}/{name}" for role, of_role in roles.items() for name in of_role)]
+            roles = {role: content for role, content in state.items() if isinstance(content, dict)}
+            parts = [*roles, *(f"{role}/{name}" for role, content in roles.items() for name in content)]
             raise ValueError(f"what is saved has no part {part!r}; {near_misses(part, parts)}")
         node = node[name]
     return node

@@ -9,7 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from merge_jax.checkpoints.manifest import Leaf, Manifest
+from merge_jax.checkpoints.manifest import LeafRecord, Manifest
 from merge_jax.checkpoints.orbax import Checkpoints
 from merge_jax.checkpoints.safetensors import load_safetensors
 from merge_jax.paths import find_paths, flatten
@@ -40,7 +40,9 @@ def summarize_checkpoint(path: Path, pattern: str | None, *, verify: bool) -> No
     """
     console = Console()
     if path.suffix == ".safetensors" or (path.is_dir() and list(path.glob("*.safetensors*"))):
-        leaves = {name: Leaf(leaf.shape, str(leaf.dtype)) for name, leaf in flatten(load_safetensors(path)).items()}
+        leaves = {
+            name: LeafRecord(leaf.shape, str(leaf.dtype)) for name, leaf in flatten(load_safetensors(path)).items()
+        }
         _print_parts(console, leaves, depth=1)
         _print_leaves(console, leaves, pattern)
         return
@@ -92,20 +94,20 @@ def _print_manifest(manifest: Manifest) -> None:
             print(f"{title}: " + ", ".join(f"{name} {str(value)[:24]}" for name, value in entries.items()))
 
 
-def _print_parts(console: Console, leaves: Mapping[str, Leaf], depth: int) -> None:
-    by_part: dict[str, list[Leaf]] = {}
+def _print_parts(console: Console, leaves: Mapping[str, LeafRecord], depth: int) -> None:
+    by_part: dict[str, list[LeafRecord]] = {}
     for path, leaf in leaves.items():
         by_part.setdefault("/".join(path.split("/")[:depth]), []).append(leaf)
     table = Table(box=box.SIMPLE, pad_edge=False)
     for heading in ("part", "leaves", "numbers", "bytes", "dtypes"):
         table.add_column(heading, justify="left" if heading in ("part", "dtypes") else "right")
-    for name, of_part in [*by_part.items(), ("all", list(leaves.values()))]:
-        part = _part(of_part)
+    for name, part_leaves in [*by_part.items(), ("all", list(leaves.values()))]:
+        part = _part(part_leaves)
         table.add_row(name, f"{part.leaves:,}", f"{part.numbers:,}", f"{part.bytes:,}", part.dtypes)
     console.print(table)
 
 
-def _part(leaves: Iterable[Leaf]) -> _Part:
+def _part(leaves: Iterable[LeafRecord]) -> _Part:
     leaves = list(leaves)
     sizes = [int(np.prod(leaf.shape, dtype=np.int64)) for leaf in leaves]
     width = [_item_size(leaf.dtype) for leaf in leaves]
@@ -119,7 +121,7 @@ def _item_size(dtype: str) -> int:
     return jnp.dtype(dtype).itemsize
 
 
-def _print_leaves(console: Console, leaves: Mapping[str, Leaf], pattern: str | None) -> None:
+def _print_leaves(console: Console, leaves: Mapping[str, LeafRecord], pattern: str | None) -> None:
     if pattern is None:
         return
     for path in find_paths(leaves, pattern, role="checkpoint"):

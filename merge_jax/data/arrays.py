@@ -1,18 +1,30 @@
 """Arrays of examples, their splits, and batches of them as a pure function of the step."""
 
 import functools
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from sklearn.model_selection import train_test_split
 
 from merge_jax.checks import check_at_least_one
 from merge_jax.data.streams import Streamed
 from merge_jax.paths import near_misses
 
-__all__ = ["Arrays", "Splits", "batches_of", "class_balanced", "indices_of", "num_examples", "split", "take"]
+__all__ = [
+    "Arrays",
+    "Splits",
+    "batches_of",
+    "class_balanced",
+    "fingerprint",
+    "indices_of",
+    "num_examples",
+    "split",
+    "take",
+]
+
+_FINGERPRINTED = 3  # Examples of a streamed entry that are read for a fingerprint.
 
 Arrays = Mapping[str, Any]  # np.ndarray or Streamed: most entries are never streamed, and used as what they are.
 """Examples by entry, e.g. `{"image": [N, H, W, C], "label": [N]}`, all with N on the leading axis.
@@ -92,6 +104,8 @@ def split(arrays: Arrays, size: int, seed: int) -> tuple[Arrays, Arrays]:
     Raises:
       ValueError: either side would have no example, or lack one of some class.
     """
+    from sklearn.model_selection import train_test_split  # Half a second, which who splits nothing need not wait.
+
     indices, labels = np.arange(num_examples(arrays)), arrays.get("label")
     _check_size(size, len(indices), labels)
     rest, chosen = train_test_split(indices, test_size=size, stratify=labels, random_state=seed)
@@ -137,3 +151,22 @@ def take(arrays: Arrays, indices: np.ndarray) -> dict[str, Any]:
     return {
         name: array.take(indices) if isinstance(array, Streamed) else array[indices] for name, array in arrays.items()
     }
+
+
+def fingerprint(arrays: Arrays) -> str:
+    """Returns a digest of examples in their order: names, shapes, dtypes and every number, 16 hexadecimal digits.
+
+    By it a run that goes on knows that its examples are those it began with. Of a streamed entry, which example is
+    which row, and the first, middle and last example are read.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        entry = arrays[name]
+        digest.update(f"{name} {entry.dtype} {tuple(entry.shape)}".encode())
+        if isinstance(entry, Streamed):
+            digest.update(np.ascontiguousarray(entry.rows).data)
+            some = np.unique(np.linspace(0, len(entry) - 1, _FINGERPRINTED).astype(int)) if len(entry) else []
+            digest.update(np.ascontiguousarray(entry[some]).tobytes())
+        else:
+            digest.update(np.ascontiguousarray(entry).tobytes())
+    return digest.hexdigest()[:16]

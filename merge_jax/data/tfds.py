@@ -13,7 +13,6 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
-from unittest import mock
 
 from merge_jax.paths import near_misses
 
@@ -25,13 +24,14 @@ __all__ = [
     "open_split",
     "prepare",
     "prepare_from_files",
+    "quiet_tfds",
     "root_folder",
-    "tamed_tfds",
 ]
 
 _FINGERPRINT = "archive.sha256"
 # Bytes that an archive may unpack to: IMDb has half of that, and a small archive may claim more than the memory holds.
 _LARGEST = 2**30
+_RETRIES = 4  # Of a download; the ten of TFDS take over three minutes.
 
 
 def root_folder(data_dir: Path | str | None) -> Path:
@@ -45,17 +45,18 @@ def root_folder(data_dir: Path | str | None) -> Path:
 
 
 @contextlib.contextmanager
-def tamed_tfds() -> Iterator[None]:
+def quiet_tfds() -> Iterator[None]:
     """Keeps TFDS from printing, and from trying for minutes where there is no network."""
     from tensorflow_datasets.core.download import downloader
 
-    # It prints advice about TensorFlow, which is not needed, and where it writes; its bars go to stderr and stay. Where
-    # there is no network it would try ten times, for over three minutes.
-    with (
-        contextlib.redirect_stdout(io.StringIO()),
-        mock.patch.object(downloader, "MAX_RETRIES", 4, create=True),
-    ):
-        yield
+    # TFDS reads this constant whenever it opens an address, and has no option for it.
+    retries, downloader.MAX_RETRIES = downloader.MAX_RETRIES, _RETRIES
+    try:
+        # It prints advice about TensorFlow, which is not needed, and where it writes; its bars go to stderr and stay.
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        downloader.MAX_RETRIES = retries
 
 
 def prepare(name: str, root: Path, check: Callable[[str, Any], None], *, hint: str = "") -> Any:

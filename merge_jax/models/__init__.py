@@ -1,26 +1,29 @@
 """Plain Flax (Linen) models; nothing here knows of the method."""
 
-from merge_jax.models.huggingface import from_huggingface, text_encoder_of, to_huggingface
-from merge_jax.models.image_text import DualEncoder, Embeddings, VisualAnswerer
-from merge_jax.models.initial import initialize
-from merge_jax.models.mobilenet import (
-    InvertedResidualStage,
-    MobileNetV2,
-    mobilenet_v2,
-    mobilenet_v2_half,
-    small_mobilenet_v2,
-)
-from merge_jax.models.resnet import ResNet, ResNetStage, resnet18, resnet50, small_resnet
-from merge_jax.models.transformer import (
-    SpanExtractor,
-    TextClassifier,
-    TextEncoder,
-    bert_base,
-    distilbert_base,
-    small_bert,
-    small_distilbert,
-)
-from merge_jax.models.vit import ImageClassifier, VisionTransformer, small_vit, tiny_vit, vit_base
+from etils import epy
+
+with epy.lazy_api_imports(globals()):
+    from merge_jax.models.huggingface import from_huggingface, text_encoder_of, to_huggingface
+    from merge_jax.models.image_text import DualEncoder, Embeddings, VisualAnswerer
+    from merge_jax.models.initial import initialize
+    from merge_jax.models.mobilenet import (
+        InvertedResidualStage,
+        MobileNetV2,
+        mobilenet_v2,
+        mobilenet_v2_half,
+        small_mobilenet_v2,
+    )
+    from merge_jax.models.resnet import ResNet, ResNetStage, resnet18, resnet50, small_resnet
+    from merge_jax.models.transformer import (
+        SpanExtractor,
+        TextClassifier,
+        TextEncoder,
+        bert_base,
+        distilbert_base,
+        small_bert,
+        small_distilbert,
+    )
+    from merge_jax.models.vit import ImageClassifier, VisionTransformer, small_vit, tiny_vit, vit_base
 
 __all__ = [
     "DualEncoder",

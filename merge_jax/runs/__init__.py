@@ -1,10 +1,11 @@
-"""Run folders, read and shown: tables, curves, an HTML page, several runs side by side."""
+"""Run folders, written, read and shown: tables, curves, an HTML page, several runs side by side."""
 
 from etils import epy
 
 with epy.lazy_api_imports(globals()):
-    from merge_jax.runs.compare import Comparison, compare
+    from merge_jax.runs.comparison import Comparison, compare
     from merge_jax.runs.curves import Curve, draw, followed, judged
+    from merge_jax.runs.folder import MetricsLog, RunFolder, check_space, describe_environment, numbered_folder
     from merge_jax.runs.html import html_report
     from merge_jax.runs.run import PLAN, Model, Moved, Plan, Run, mean_and_error
     from merge_jax.runs.table import Rows, as_text, notes, result_tables
@@ -13,18 +14,23 @@ __all__ = [
     "PLAN",
     "Comparison",
     "Curve",
+    "MetricsLog",
     "Model",
     "Moved",
     "Plan",
     "Rows",
     "Run",
+    "RunFolder",
     "as_text",
+    "check_space",
     "compare",
+    "describe_environment",
     "draw",
     "followed",
     "html_report",
     "judged",
     "mean_and_error",
     "notes",
+    "numbered_folder",
     "result_tables",
 ]

@@ -102,9 +102,9 @@ def main(
         config = parse(presets, module, description or "", arguments)
         config.check()
         from merge_jax.training.distributed import (  # JAX is imported for options that are right.
-            agree,
+            await_all,
             connect,
-            leaving_at_once,
+            exit_on_error,
         )
 
         use_cache(config.compilation_cache)
@@ -115,11 +115,11 @@ def main(
             sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
     except (ValueError, TimeoutError) as error:
         _refuse(error)
-    with leaving_at_once("start all of them again, with --resume"):
+    with exit_on_error("start all of them again, with --resume"):
         caution = _SMOKE if _preset_of(arguments)[0] == "smoke" else ""
         run = _prepared(build, config, _expected(presets, config, measured), caution)
         run()  # An error in here is no fault of the options, and keeps its traceback.
-        agree(None)  # All leave together: JAX waits a short time only for those that have more to print.
+        await_all(None)  # All leave together: JAX waits a short time only for those that have more to print.
 
 
 def _expected(presets: Mapping[str, _Config], config: _Config, measured: Mapping[str, str]) -> str:
@@ -133,7 +133,7 @@ def _expected(presets: Mapping[str, _Config], config: _Config, measured: Mapping
 def _prepared(build: Callable[[_Config], Scenario], config: _Config, expected: str, caution: str) -> Callable[[], None]:
     """Returns what trains; where one of several processes is refused, all of them are."""
     from merge_jax.study.runner import check_paths, prepare_run
-    from merge_jax.training.distributed import agree
+    from merge_jax.training.distributed import await_all
 
     run, problem = None, None
     try:
@@ -142,7 +142,7 @@ def _prepared(build: Callable[[_Config], Scenario], config: _Config, expected: s
     except (ValueError, OSError) as error:  # Of the options, or of files and folders that they name.
         problem = error
     try:
-        agree(problem)
+        await_all(problem)
     except ValueError as error:
         problem = error
     if run is None or problem is not None:

@@ -40,7 +40,7 @@ def find_experiment(name: str) -> str:
     try:
         if "." in name and importlib.util.find_spec(name) is not None:
             return name
-    except ModuleNotFoundError:  # Of a package that is not there.
+    except ImportError:  # Of a package that is not there, or a relative name.
         pass
     check_choice("experiment", name, names)
     raise AssertionError(name)  # What is no choice has raised.

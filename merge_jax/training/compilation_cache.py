@@ -42,13 +42,13 @@ def use_cache(choice: CacheChoice) -> None:
 
     if choice == "none":
         return _set_folder(None)
-    given = getattr(jax.config, "jax_compilation_cache_dir", None)
+    configured = getattr(jax.config, "jax_compilation_cache_dir", None)
     if choice == "default" and not getattr(jax.config, "jax_enable_compilation_cache", True):
         return None
-    if choice != "default" or not given:
+    if choice != "default" or not configured:
         folder = default_folder() if isinstance(choice, str) else choice
         try:
-            _make(folder)
+            _make_usable(folder)
         except (OSError, NotImplementedError) as error:
             problem = f"the compilation cache {folder} cannot be written: {error}"
             if choice != "default":
@@ -85,11 +85,11 @@ def _reads() -> list[str]:
 
     reads: list[str] = []
 
-    def hear(event: str, **unused: object) -> None:
+    def count(event: str, **unused: object) -> None:
         if event == "/jax/compilation_cache/cache_hits":
             reads.append(event)
 
-    jax.monitoring.register_event_listener(hear)
+    jax.monitoring.register_event_listener(count)
     return reads
 
 
@@ -102,7 +102,7 @@ def _set_folder(folder: Path | None) -> None:
     reset_cache()  # Whatever was compiled before has settled on the former folder.
 
 
-def _make(folder: Path) -> None:
+def _make_usable(folder: Path) -> None:
     """Makes a folder that can be written and locked.
 
     JAX writes nothing more into a cache where one program has no stamp: one that an interrupted process left, or that

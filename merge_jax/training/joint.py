@@ -16,7 +16,7 @@ from jax import lax
 
 from merge_jax.checks import check_choice, check_learnable, check_transfer
 from merge_jax.paths import flatten, some_of
-from merge_jax.training.nonfinite import all_finite, keep_unless
+from merge_jax.training.nonfinite import all_finite, select_update
 from merge_jax.training.optimizers import adapter_adamw, holds_parameters, optimizer_update
 from merge_jax.training.packing import pack
 from merge_jax.training.schedule import TransferSteps
@@ -39,10 +39,11 @@ __all__ = [
     "learn_adapter",
     "make_joint_step",
     "metrics_by_role",
+    "update_model",
 ]
 
 UpdateRule = Literal["exact", "surrogate"]
-"""What the adapter's output is told; see `make_joint_step`."""
+"""Which cotangent the adapter learns from; see `make_joint_step`."""
 
 
 class Task(NamedTuple):
@@ -260,14 +261,14 @@ def make_joint_step(
             own = state.target.params
             largest = largest_growth * jnp.maximum(_norm(own), _norm(state.source.params))
             accepted = all_finite(pack(merged)) & (_norm(merged) <= largest)
-            written = keep_unless(accepted, merged, own)
+            written = select_update(accepted, merged, own)
             new_target, grads, metrics = learn(target, state.target, written, target_batch, target_key, axis_name)
             cotangent = grads if update == "exact" else optax.tree.sub(written, new_target.params)
             (adapter_grads,) = pullback(cotangent)
             useful = accepted & (metrics["skipped"] == 0)
             new_adapter, skipped = learn_adapter(adapter_optimizer, state.adapter, adapter_grads, useful)
-            of_adapter = adapter_metrics(own, merged, adapter_grads, transferred=useful, rejected=~accepted)
-            return new_target, new_adapter, metrics, {**of_adapter, "skipped": skipped}
+            adapter_values = adapter_metrics(own, merged, adapter_grads, transferred=useful, rejected=~accepted)
+            return new_target, new_adapter, metrics, {**adapter_values, "skipped": skipped}
 
         def learn_alone() -> tuple[TrainState, AdapterState, Metrics, Metrics]:
             new_target, _, metrics = learn(
@@ -283,12 +284,12 @@ def make_joint_step(
             # The target's step stands in both branches, so the adapter's residuals live in one of them only:
             # steps without a transfer pay nothing for it, and no forward pass of the adapter runs twice.
             outcome = lax.cond(transfer_steps.includes(state.step), transfer_and_learn, learn_alone)
-        new_target, new_adapter, target_metrics, of_adapter = outcome
+        new_target, new_adapter, target_metrics, adapter_values = outcome
         # The gates that this step used, not those it has learned.
         gates = transfer.at(state.step).monitor(state.adapter.params, state.source.params, state.target.params)
 
         new_state = state.replace(step=state.step + 1, source=new_source, target=new_target, adapter=new_adapter)
-        return new_state, metrics_by_role(source_metrics, target_metrics, {**of_adapter, **gates})
+        return new_state, metrics_by_role(source_metrics, target_metrics, {**adapter_values, **gates})
 
     return step
 
@@ -328,12 +329,31 @@ def learn(
     if axis_name is not None:
         outcome = lax.pmean(outcome, axis_name)
     (loss, (model_state, metrics)), grads = outcome
+    new_state, metrics = update_model(task, state, params, grads, loss, model_state, metrics, value_fn)
+    return new_state, grads, metrics
+
+
+def update_model(
+    task: Task,
+    state: TrainState,
+    params: Params,
+    grads: Params,
+    loss: jax.Array,
+    model_state: ModelState,
+    metrics: Metrics,
+    value_fn: Callable[[Params], jax.Array],
+) -> tuple[TrainState, Metrics]:
+    """Moves `params` along their gradient; returns the new state and the metrics with `loss` and `skipped`.
+
+    Where the loss, the gradient or the update is not finite, the new state is the old one. `model_state` and `metrics`
+    are what the loss function gave beside the loss; `value_fn` gives the loss of parameters, for a line search.
+    """
     updates, opt_state = optimizer_update(task.optimizer, grads, state.opt_state, params, loss, value_fn)
     # The gradient, since an optimizer may make a number of an infinite one, as by its sign; the update, since it may
     # make NaN of a finite one.
     ok = all_finite(loss, pack(grads), pack(updates))
-    new_state = keep_unless(ok, TrainState(optax.apply_updates(params, updates), model_state, opt_state), state)
-    return new_state, grads, {"loss": loss, "skipped": _as_float32(~ok), **metrics}
+    new_state = select_update(ok, TrainState(optax.apply_updates(params, updates), model_state, opt_state), state)
+    return new_state, {"loss": loss, "skipped": _as_float32(~ok), **metrics}
 
 
 def _check_averages(model_state: ModelState) -> None:
@@ -351,7 +371,9 @@ def learn_adapter(
     """Takes one step of the adapter along its gradient, where it is useful and finite; returns whether it skipped."""
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     ok = useful & all_finite(pack(grads), pack(updates))
-    return keep_unless(ok, AdapterState(optax.apply_updates(state.params, updates), opt_state), state), _as_float32(~ok)
+    return select_update(ok, AdapterState(optax.apply_updates(state.params, updates), opt_state), state), _as_float32(
+        ~ok
+    )
 
 
 def begin_step(

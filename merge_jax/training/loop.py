@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from merge_jax.checkpoints.orbax import Checkpoints
-from merge_jax.training.nonfinite import Rejections, Skips
+from merge_jax.training.nonfinite import RejectedTransfers, SkippedUpdates
 from merge_jax.types import Batch, Metrics
 
 __all__ = ["Advance", "Report", "run_loop", "stepwise"]
@@ -110,7 +110,7 @@ def run_loop(
         )
     done = int(state.step)
     window: list[tuple[int, Metrics]] = []
-    skips, rejections = Skips(most_skipped), Rejections()
+    skips, rejections = SkippedUpdates(most_skipped), RejectedTransfers()
     while done < num_steps:
         next_report = min(num_steps, (done // report_every + 1) * report_every)
         count = min(steps_per_call, next_report - done)
@@ -133,13 +133,15 @@ def run_loop(
     return state
 
 
-def _means(window: list[tuple[int, Metrics]], done: int, skips: Skips, rejections: Rejections) -> dict[str, Any]:
+def _means(
+    window: list[tuple[int, Metrics]], done: int, skips: SkippedUpdates, rejections: RejectedTransfers
+) -> dict[str, Any]:
     # Fetched at once: reading each metric after its step would make the device wait for the host.
     fetched: list[tuple[int, Any]] = jax.device_get(window)
     steps = sum(count for count, _ in fetched)
     at = done - steps
     for count, sums in fetched:
         at += count
-        skips.see(sums, count, at)
-        rejections.see(sums, count, at)
+        skips.add(sums, count, at)
+        rejections.add(sums, count, at)
     return {name: np.sum([sums[name] for _, sums in fetched], axis=0) / steps for name in fetched[0][1]}

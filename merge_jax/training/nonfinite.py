@@ -11,7 +11,7 @@ import numpy as np
 
 from merge_jax.paths import flatten, some_of
 
-__all__ = ["NumericFaultError", "Rejections", "Skips", "all_finite", "check_finite", "keep_unless"]
+__all__ = ["NumericFaultError", "RejectedTransfers", "SkippedUpdates", "all_finite", "check_finite", "select_update"]
 
 _Tree = TypeVar("_Tree")
 
@@ -38,21 +38,21 @@ def check_finite(name: str, tree: Any) -> None:
         raise ValueError(f"{name} has numbers that are not finite in {some_of(wrong, 3)}")
 
 
-def keep_unless(ok: jax.Array, new: _Tree, old: _Tree) -> _Tree:
+def select_update(ok: jax.Array, new: _Tree, old: _Tree) -> _Tree:
     """Returns the new tree where `ok`, the old one bit for bit otherwise."""
-    return jax.tree.map(lambda one, other: jnp.where(ok, one, other), new, old)
+    return jax.tree.map(lambda new_leaf, old_leaf: jnp.where(ok, new_leaf, old_leaf), new, old)
 
 
-class Rejections:
-    """Follows the transfers of a run, from the sums of metrics that it fetches, to tell of a run that had none."""
+class RejectedTransfers:
+    """The rejected transfers of a run, from the sums of metrics that it fetches; warns of a run that wrote none."""
 
     def __init__(self) -> None:  # noqa: D107
         self._written: Any = 0.0
         self._rejected: Any = 0.0
         self._first: tuple[int, int, float, float] | None = None
 
-    def see(self, sums: Mapping[str, Any], count: int, step: int) -> None:
-        """Takes the sums of the metrics of `count` steps, with the number of steps done after them."""
+    def add(self, sums: Mapping[str, Any], count: int, step: int) -> None:
+        """Adds the sums of the metrics of `count` steps; `step` is the number of steps done after them."""
         if "adapter/rejected" not in sums:
             return
         rejected = np.asarray(sums["adapter/rejected"])
@@ -82,16 +82,16 @@ class Rejections:
         )
 
 
-class Skips:
-    """Counts skipped updates in a row, of each model, from the sums of metrics that a run fetches."""
+class SkippedUpdates:
+    """The skipped updates in a row of each model, from the sums of metrics that a run fetches."""
 
-    def __init__(self, most: int):
-        """Takes how many in a row are borne."""
-        self._most = most
+    def __init__(self, limit: int):
+        """Takes how many in a row end the run."""
+        self._limit = limit
         self._in_a_row: dict[str, np.ndarray] = {}
 
-    def see(self, sums: Mapping[str, Any], count: int, step: int) -> None:
-        """Counts those of some steps, of which only the sum is known: a row is one of steps that all were skipped.
+    def add(self, sums: Mapping[str, Any], count: int, step: int) -> None:
+        """Adds some steps, of which only the sum is known: they lengthen a row only where all of them were skipped.
 
         Args:
           sums: the sums of the metrics; those named `<role>/skipped` are read.
@@ -99,7 +99,7 @@ class Skips:
           step: the number of steps done after them.
 
         Raises:
-          NumericFaultError: as many in a row as are borne.
+          NumericFaultError: the limit is reached.
         """
         for name, skipped in sums.items():
             if not name.endswith(_SKIPPED):
@@ -109,7 +109,7 @@ class Skips:
             before = self._in_a_row.get(name, np.zeros(np.shape(skipped)))
             self._in_a_row[name] = np.where(np.asarray(skipped) >= count, before + count, 0)
             worst = int(np.max(self._in_a_row[name]))
-            if worst >= self._most:
+            if worst >= self._limit:
                 raise NumericFaultError(
                     f"loss, gradient or update of the {name.removesuffix(_SKIPPED)} was not finite in the last {worst} "
                     f"steps, up to step {step}; its parameters are those before them. A smaller learning rate may help"

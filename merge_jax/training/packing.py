@@ -74,8 +74,8 @@ def packed(optimizer: optax.GradientTransformation) -> optax.GradientTransformat
         return optimizer.init(pack(params))
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        of_params = None if params is None else pack(params)
-        new, state = optimizer.update(pack(updates), state, of_params)
+        packed_params = None if params is None else pack(params)
+        new, state = optimizer.update(pack(updates), state, packed_params)
         return unpack(new, updates), state
 
     return optax.GradientTransformation(init, update)

@@ -10,17 +10,15 @@ from merge_jax.training.joint import (
     JointState,
     JointStep,
     Task,
-    TrainState,
     adapter_metrics,
     begin_step,
     check_tasks,
     learn_adapter,
     metrics_by_role,
+    update_model,
 )
-from merge_jax.training.nonfinite import all_finite, keep_unless
-from merge_jax.training.optimizers import adapter_adamw, optimizer_update
-from merge_jax.training.packing import pack
-from merge_jax.types import Adapter, Batch, Metrics, Params, TeacherFn, Transfer
+from merge_jax.training.optimizers import adapter_adamw
+from merge_jax.types import Adapter, Batch, Metrics, ModelState, Params, TeacherFn, Transfer
 
 __all__ = ["bake", "make_reparameterised_step"]
 
@@ -61,32 +59,25 @@ def make_reparameterised_step(
         new_source, source_metrics, target_batch, target_key, transfer_key = begin_step(source, teacher, state, batches)
         now = transfer.at(state.step)
 
-        def loss(adapter: Adapter, params: Params) -> tuple[jax.Array, tuple[Params, Params, Metrics]]:
+        own = state.target.params
+
+        def loss_fn(adapter: Adapter, params: Params) -> tuple[jax.Array, tuple[Params, ModelState, Metrics]]:
             merged = now.apply(adapter, state.source.params, params, key=transfer_key)
             loss, (model_state, metrics) = target.loss_fn(merged, state.target.model_state, target_batch, target_key)
-            return loss, (merged, model_state, {"loss": loss, **metrics})
+            return loss, (merged, model_state, metrics)
 
-        gradient = jax.grad(loss, argnums=(0, 1), has_aux=True)
-        (adapter_grads, grads), (merged, model_state, metrics) = gradient(state.adapter.params, state.target.params)
-        updates, opt_state = optimizer_update(
-            target.optimizer,
-            grads,
-            state.target.opt_state,
-            state.target.params,
-            metrics["loss"],
-            lambda params: loss(state.adapter.params, params)[0],
-        )
-        ok = all_finite(metrics["loss"], pack(grads), pack(updates))
-        new_target = TrainState(optax.apply_updates(state.target.params, updates), model_state, opt_state)
-        new_target = keep_unless(ok, new_target, state.target)
+        def value_fn(params: Params) -> jax.Array:
+            return loss_fn(state.adapter.params, params)[0]
+
+        gradient = jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=True)
+        (loss, (merged, model_state, metrics)), (adapter_grads, grads) = gradient(state.adapter.params, own)
+        new_target, metrics = update_model(target, state.target, own, grads, loss, model_state, metrics, value_fn)
+        ok = metrics["skipped"] == 0
         new_adapter, skipped = learn_adapter(adapter_optimizer, state.adapter, adapter_grads, ok)
-        of_adapter = adapter_metrics(
-            state.target.params, merged, adapter_grads, transferred=ok, rejected=jnp.array(False)
-        )
-        metrics["skipped"] = jnp.asarray(~ok, jnp.float32)
+        adapter_values = adapter_metrics(own, merged, adapter_grads, transferred=ok, rejected=jnp.array(False))
         gates = now.monitor(state.adapter.params, state.source.params, state.target.params)
         new_state = state.replace(step=state.step + 1, source=new_source, target=new_target, adapter=new_adapter)
-        return new_state, metrics_by_role(source_metrics, metrics, {**of_adapter, "skipped": skipped, **gates})
+        return new_state, metrics_by_role(source_metrics, metrics, {**adapter_values, "skipped": skipped, **gates})
 
     return step
 

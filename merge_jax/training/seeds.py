@@ -28,8 +28,8 @@ def stack_seeds(states: Sequence[JointState]) -> JointState:
     """
     if len({int(state.step) for state in states}) != 1:
         raise ValueError(f"seeds must stand at the same step, got {[int(state.step) for state in states]}")
-    together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
-    return together.replace(step=_copy(states[0].step))
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+    return stacked.replace(step=_copy(states[0].step))
 
 
 def unstack_seeds(state: JointState) -> list[JointState]:
@@ -52,12 +52,12 @@ def over_seeds(epoch: Epoch) -> Epoch:
     are threefry's: `rbg` keys draw differently under vmap.
     """
 
-    def together(
+    def stacked_epoch(
         state: JointState, arrays: Mapping[str, Batch], indices: Mapping[str, jax.Array], count: Any
     ) -> tuple[JointState, Metrics]:
         return jax.vmap(epoch, in_axes=(_AXES, 0, 0, None), out_axes=(_AXES, 0))(state, arrays, indices, count)
 
-    return together
+    return stacked_epoch
 
 
 def stack_arrays(trees: Sequence[_Tree]) -> _Tree:

@@ -91,7 +91,7 @@ def jit_layout(mesh: Mesh, *, sharded: bool = False) -> Layout:
       mesh: of `data_mesh`; it may span several hosts.
       sharded: split the state over the devices too, see `state_shardings`.
     """
-    copied = NamedSharding(mesh, PartitionSpec())
+    replicated = NamedSharding(mesh, PartitionSpec())
 
     def split(rank: int) -> NamedSharding:
         return NamedSharding(mesh, PartitionSpec(*[None] * (rank - 1), DATA_AXIS))
@@ -108,15 +108,15 @@ def jit_layout(mesh: Mesh, *, sharded: bool = False) -> Layout:
         program = jax.jit(
             epoch,
             donate_argnums=0,
-            in_shardings=(placement, copied, jax.tree.map(lambda leaf: split(leaf.ndim), indices), copied),
-            out_shardings=(placement, copied),
+            in_shardings=(placement, replicated, jax.tree.map(lambda leaf: split(leaf.ndim), indices), replicated),
+            out_shardings=(placement, replicated),
         )
         return program.lower(state, arrays, indices, count)
 
     return Layout(
         mesh.size,
         lambda state: jax.tree.map(_put, state, state_shardings(state, mesh, sharded=sharded)),
-        lambda arrays: jax.tree.map(lambda leaf: _put(leaf, copied), arrays),
+        lambda arrays: jax.tree.map(lambda leaf: _put(leaf, replicated), arrays),
         put_indices,
         lower,
     )
@@ -151,10 +151,10 @@ def pmap_layout(num_devices: int | None = None) -> Layout:
         return program.lower(state, arrays, jax.eval_shape(put_indices, indices), count)
 
     # A compiled program takes its arguments where it wants them, and a restored state may lie anywhere.
-    copied = NamedSharding(data_mesh(len(devices)), PartitionSpec())
+    replicated = NamedSharding(data_mesh(len(devices)), PartitionSpec())
 
     def put(tree: Any) -> Any:
-        return jax.tree.map(lambda leaf: _put(leaf, copied), tree)
+        return jax.tree.map(lambda leaf: _put(leaf, replicated), tree)
 
     return Layout(len(devices), put, put, put_indices, lower)
 

@@ -30,7 +30,7 @@ class StopSignals:
         """Hears nothing yet."""
         self.received: signal.Signals | None = None
         self._calls = 0
-        self._several = jax.process_count() > 1
+        self._multi_process = jax.process_count() > 1
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
@@ -38,9 +38,9 @@ class StopSignals:
         if threading.current_thread() is threading.main_thread():
             for number in _SIGNALS:
                 # Of several processes, JAX hears SIGTERM itself, to tell the others.
-                ours = not (self._several and number == signal.SIGTERM)
+                ours = not (self._multi_process and number == signal.SIGTERM)
                 if ours and signal.getsignal(number) not in (signal.SIG_IGN, None):
-                    self._before[number] = signal.signal(number, self._hear)
+                    self._before[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(
@@ -56,14 +56,14 @@ class StopSignals:
     def should_stop(self) -> bool:
         """Returns whether to stop now; several processes call it after the same steps and get the same answer."""
         self._calls += 1
-        if self._several:
+        if self._multi_process:
             if multihost_utils.reached_preemption_sync_point(self._calls):
                 self.received = self.received or signal.SIGTERM
                 return True
             return False
         return self.received is not None
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         del frame
         if self.received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
@@ -71,5 +71,5 @@ class StopSignals:
             self.received = signal.Signals(number)
             with contextlib.suppress(OSError):  # The terminal may be gone. No print: it may be in one that was stopped.
                 os.write(2, b"\nstopping after this step, which is saved; Ctrl-C again leaves at once\n")
-            if self._several:
+            if self._multi_process:
                 os.kill(os.getpid(), signal.SIGTERM)

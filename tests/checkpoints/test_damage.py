@@ -18,7 +18,7 @@ import pytest
 from benchmarks.damage import DAMAGE, array_file, flip
 from merge_jax.checkpoints.lock import FolderLock
 from merge_jax.checkpoints.manifest import Manifest, _seal
-from merge_jax.checkpoints.orbax import Checkpoints, DamagedCheckpointWarning, NotBitExactWarning
+from merge_jax.checkpoints.orbax import Checkpoints, DamagedCheckpointWarning
 from tests import ROOT
 
 # Orbax leaves tasks behind when a file that it reads is damaged, and Python says so when it finds them.
@@ -185,38 +185,11 @@ def test_without_scores_there_is_no_best(folder):
         checkpoints.restore_best(state_of(0))
 
 
-def test_other_facts_are_refused_by_name(tmp_path):
-    facts = {"data": "abc", "batch_size": 50, "seed": 0}
-    with Checkpoints(tmp_path, facts=facts) as checkpoints:
-        checkpoints.save(1, state_of(1))
-    message = r"step 1 in .* was saved by another run: batch_size was 50, is 20; data was 'abc', is 'abd'. Go on"
-    with (
-        Checkpoints(tmp_path, facts={**facts, "data": "abd", "batch_size": 20}) as checkpoints,
-        pytest.raises(ValueError, match=message),
-    ):
-        checkpoints.restore_latest(state_of(0))
-    for same in (facts, None):
-        with Checkpoints(tmp_path, facts=same) as checkpoints:
-            assert checkpoints.restore_latest(state_of(0))[0] == 1
-
-
 def test_facts_are_plain_values(tmp_path):
     with pytest.raises(
         ValueError, match=r"the fact 'data' must be text, a number or True or False, got array\(\[1\]\)"
     ):
         Checkpoints(tmp_path, facts={"data": np.array([1])})
-
-
-def test_other_circumstances_are_told(tmp_path, monkeypatch):
-    monkeypatch.setenv("NPROC", "16")
-    with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(1, state_of(1))
-    monkeypatch.setenv("NPROC", "3")
-    with (
-        Checkpoints(tmp_path) as checkpoints,
-        pytest.warns(NotBitExactWarning, match="so what follows is not bit-exact: threads was 16, is 3$"),
-    ):
-        assert_is(checkpoints.restore_latest(state_of(0))[1], 1)
 
 
 def test_a_manifest_of_a_later_format_is_refused(tmp_path):

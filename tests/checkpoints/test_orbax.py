@@ -91,7 +91,7 @@ def test_what_went_wrong_while_writing_is_told_by_what_comes_next(tmp_path, monk
     def full(*unused, **options):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(checkpoints._checkpointer, "save_async", full)
+    monkeypatch.setattr(checkpoints._steps._checkpointer, "save_async", full)
     checkpoints.save(2, {"x": jnp.ones(3)}, score=0.9)
     following = {"wait": checkpoints.wait, "close": checkpoints.close}
     following["save"] = lambda: checkpoints.save(3, {"x": jnp.ones(3)})
@@ -107,7 +107,7 @@ def test_a_step_that_was_not_saved_is_not_the_best(tmp_path, monkeypatch):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, {"x": jnp.ones(3)}, score=0.5)
         checkpoints.wait()
-        monkeypatch.setattr(checkpoints._checkpointer, "save_async", lambda *unused, **options: None)
+        monkeypatch.setattr(checkpoints._steps._checkpointer, "save_async", lambda *unused, **options: None)
         checkpoints.save(2, {"x": jnp.ones(3)}, score=0.9)
         with pytest.raises(RuntimeError, match="Orbax did not save step 2"):
             checkpoints.wait()
@@ -218,14 +218,18 @@ def restoring(checkpoints, state):
 @pytest.mark.parametrize("way", ["latest", "best", "parts", "arrays"])
 def test_every_way_to_restore_refuses_other_facts(tmp_path, way):
     state = {"x": jnp.ones(3)}
-    with Checkpoints(tmp_path, facts={"data": "abc"}) as checkpoints:
+    facts = {"data": "abc", "batch_size": 50, "seed": 0}
+    with Checkpoints(tmp_path, facts=facts) as checkpoints:
         checkpoints.save(1, state, score=0.5)
-    message = r"step 1 in .* was saved by another run: data was 'abc', is 'abd'\. Go on"
+    message = r"step 1 in .* was saved by another run: batch_size was 50, is 20; data was 'abc', is 'abd'\. Go on"
     with (
-        Checkpoints(tmp_path, facts={"data": "abd"}, read_only=True) as checkpoints,
+        Checkpoints(tmp_path, facts={**facts, "data": "abd", "batch_size": 20}, read_only=True) as checkpoints,
         pytest.raises(CheckpointError, match=message),
     ):
         restoring(checkpoints, state)[way]()
+    for same in (facts, None):
+        with Checkpoints(tmp_path, facts=same, read_only=True) as checkpoints:
+            restoring(checkpoints, state)[way]()
 
 
 @pytest.mark.parametrize("way", ["latest", "best", "parts"])
@@ -237,9 +241,11 @@ def test_every_way_to_restore_tells_of_other_circumstances_once(tmp_path, way, m
     monkeypatch.setenv("NPROC", "3")
     with Checkpoints(tmp_path, read_only=True) as checkpoints:
         restore = restoring(checkpoints, state)[way]
-        with pytest.warns(NotBitExactWarning, match="threads was 16, is 3$") as told:
+        with pytest.warns(
+            NotBitExactWarning, match="so what follows is not bit-exact: threads was 16, is 3$"
+        ) as caught:
             restore()
-        assert told[0].filename == __file__
+        assert caught[0].filename == __file__
         restore()  # Warnings are errors here: it is not told again.
 
 
@@ -247,7 +253,7 @@ def prune_after_listing(monkeypatch, reader, writer, scores):
     """Lets the writer save more, and so prune, once the reader has listed what is there."""
     listed = reader.steps, reader.best_step
 
-    def manifest(step, read=reader._manifest):
+    def manifest(step, read=reader._steps.manifest):
         while scores:
             score = scores.pop(0)
             at = writer.steps[-1] + 1
@@ -255,7 +261,7 @@ def prune_after_listing(monkeypatch, reader, writer, scores):
         writer.wait()
         return read(step)
 
-    monkeypatch.setattr(reader, "_manifest", manifest)
+    monkeypatch.setattr(reader._steps, "manifest", manifest)
     return listed
 
 

@@ -296,13 +296,6 @@ def test_names_that_make_no_tree_are_refused(names, message, tmp_path):
         mj.load_safetensors(tmp_path / "x.safetensors")
 
 
-@pytest.mark.parametrize("shard", ["../model.safetensors", "/etc/x.safetensors", "a/../../x", "C:\\x", "..\\x", ""])
-def test_a_shard_outside_the_folder_is_refused(shard, sharded):
-    edit_index(sharded, lambda weight_map: weight_map.update({"conv.weight": shard}))
-    with pytest.raises(ValueError, match="which is not inside its folder"):
-        mj.load_safetensors(sharded)
-
-
 def test_shards_and_index_that_disagree_are_refused(sharded):
     edit_index(sharded, lambda weight_map: weight_map.update({"conv.weigth": weight_map["conv.weight"]}))
     with pytest.raises(ValueError, match=r"lacks the tensor 'conv.weigth'; did you mean 'conv.weight'"):

@@ -8,11 +8,11 @@ import zipfile
 
 import numpy as np
 import pytest
-import requests
 import tensorflow_datasets as tfds
 from PIL import Image
 
 from merge_jax.data import load_clevr
+from tests.data.common import exactly, serve
 
 URL = "https://dl.fbaipublicfiles.com/clevr/CLEVR_v1.0.zip"
 COLOURS = [(250, 0, 0), (0, 250, 0), (0, 0, 250)]
@@ -108,10 +108,6 @@ def put_archive(data_dir, files=None):
         for name, content in (files or members()).items():
             archive.writestr(f"CLEVR_v1.0/{name}", content)
     return path
-
-
-def exactly(message):
-    return rf"\A{re.escape(message)}\Z"
 
 
 def by_question(part):
@@ -320,10 +316,7 @@ def test_a_record_that_is_no_whole_image_is_named_when_it_is_read(tmp_path):
 
 
 def test_without_a_network_the_error_names_url_and_place(tmp_path, monkeypatch):
-    def get(session, url, **options):
-        raise requests.ConnectionError("no network")
-
-    monkeypatch.setattr(requests.Session, "get", get)
+    serve(monkeypatch, {})
     place = tmp_path / "downloads" / "manual" / "CLEVR_v1.0.zip"
     with pytest.raises(ValueError, match=rf"\A{URL} cannot be downloaded \(no network\); .* put it at {place}\Z"):
         load_clevr(tmp_path, image_size=8)
@@ -339,10 +332,3 @@ def test_a_set_that_official_tfds_prepared_elsewhere_can_be_moved_here(tmp_path)
     info.write_text(info.read_text().replace("array_record", "tfrecord"))
     with pytest.raises(ValueError, match=r"\Aclevr lies in .* as tfrecord, which cannot be read without TensorFlow; "):
         load_clevr(tmp_path, image_size=8)
-
-
-def test_options_are_checked_before_anything_is_read(tmp_path):
-    with pytest.raises(ValueError, match=r"\Aimage_size must be a whole number of at least 1, got 0\Z"):
-        load_clevr(tmp_path, image_size=0)
-    with pytest.raises(ValueError, match=r"\Aunknown way with unreadable images 'x'; there is 'error', 'skip'\Z"):
-        load_clevr(tmp_path, image_size=8, unreadable="x")

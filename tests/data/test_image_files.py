@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from merge_jax.data.images.digits import image_files
+from merge_jax.data import load_clevr, load_coco_captions, load_vqa
+from merge_jax.data.images import image_files
 from merge_jax.data.images.image_files import ImageFiles, check_image_files, image_table, read_rows
 from merge_jax.data.images.image_set import as_pixels
+from tests.data.common import exactly
 
 
 def write(path, seed=0, size=(12, 8), mode="RGB"):
@@ -28,10 +30,6 @@ def write(path, seed=0, size=(12, 8), mode="RGB"):
 def truncate(path):
     """Cuts the end of the pixels off; the header stays whole."""
     path.write_bytes(path.read_bytes()[:-60])
-
-
-def exactly(message):
-    return rf"\A{re.escape(message)}\Z"
 
 
 def png_of(width, height):
@@ -251,3 +249,11 @@ def test_a_table_has_each_image_once_and_none_that_is_left_out(three, tmp_path, 
     assert rows.dtype == np.int32
     assert rows.tolist() == [0, -1, 1, 0, 2, -1]
     assert "left out 1 of 4 images" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("load", [load_clevr, load_coco_captions, load_vqa])
+def test_options_are_checked_before_anything_is_read(load, tmp_path):
+    with pytest.raises(ValueError, match=r"\Aimage_size must be a whole number of at least 1, got 0\Z"):
+        load(tmp_path, image_size=0)
+    with pytest.raises(ValueError, match=r"\Aunknown way with unreadable images 'x'; there is 'error', 'skip'\Z"):
+        load(tmp_path, image_size=8, unreadable="x")

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from merge_jax.data import scene_captions, scene_shapes, sort_of_clevr
+from merge_jax.data.image_text import captioned_scenes, scene_questions
 from merge_jax.data.image_text.scenes import Shape, arrange, render
-from merge_jax.data.image_text.sets import captioned_scenes, scene_questions
 
 COLOURS = {
     "red": (255, 0, 0),

@@ -1,19 +1,18 @@
 import hashlib
 import io
 import json
-import shutil
 import sys
 import tarfile
 
 import numpy as np
 import pytest
-import requests
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core.download import checksums
 
 from merge_jax.data import load_tfds_questions, load_tfds_texts
 from merge_jax.data.text import imdb, squad
 from merge_jax.data.text.text_set import Question
+from tests.data.common import serve
 
 IMDB_URL = "http://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz"
 SQUAD_URL = "https://rajpurkar.github.io/SQuAD-explorer/dataset/"
@@ -86,22 +85,6 @@ def put_squad(data_dir, train=TRAIN, dev=DEV, version="v2.0"):
         manual(data_dir, f"{part}-{version}.json").write_bytes(content)
 
 
-def serve(monkeypatch, contents):
-    """Has TFDS download these contents by URL, and fail for others; returns the list of URLs it asked for."""
-    asked = []
-
-    def get(session, url, **options):
-        asked.append(url)
-        if url not in contents:
-            raise requests.ConnectionError("no network")
-        response = requests.Response()
-        response.status_code, response.url, response.raw = 200, url, io.BytesIO(contents[url])
-        return response
-
-    monkeypatch.setattr(requests.Session, "get", get)
-    return asked
-
-
 def test_imdb_is_read_from_its_archive_and_official_tfds_reads_what_was_prepared(tmp_path, capsys):
     put_imdb(tmp_path)
     loaded = load_tfds_texts(data_dir=tmp_path)
@@ -126,20 +109,6 @@ def test_an_archive_of_ones_own_needs_no_texts_without_labels(tmp_path):
 def test_of_two_members_of_one_name_the_later_counts(tmp_path):
     put_imdb(tmp_path, [("aclImdb/test/pos/0_10.txt", "No!"), *IMDB.items()])
     assert by_text(load_tfds_texts(data_dir=tmp_path).test) == expected_imdb("test")
-
-
-def test_a_prepared_set_needs_its_archive_no_more_and_refuses_another(tmp_path):
-    path = put_imdb(tmp_path)
-    first = load_tfds_texts(data_dir=tmp_path)
-    path.unlink()
-    again = load_tfds_texts(data_dir=str(tmp_path))
-    assert again.train.texts == first.train.texts
-    put_imdb(tmp_path, IMDB | {"aclImdb/test/pos/0_10.txt": "Oh yes!"})
-    folder = tmp_path / "imdb_reviews" / "plain_text" / "1.0.0"
-    with pytest.raises(ValueError, match=f"another archive than {path}; remove the folder {folder} "):
-        load_tfds_texts(data_dir=tmp_path)
-    shutil.rmtree(folder)
-    assert ("Oh yes!", 1) in by_text(load_tfds_texts(data_dir=tmp_path).test)
 
 
 @pytest.mark.parametrize(

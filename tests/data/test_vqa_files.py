@@ -2,7 +2,6 @@
 
 import copy
 import json
-import re
 import tracemalloc
 
 import numpy as np
@@ -10,6 +9,7 @@ import pytest
 from PIL import Image
 
 from merge_jax.data import ImageFiles, load_vqa
+from tests.data.common import exactly
 
 COLOURS = {9: (250, 0, 0), 25: (0, 250, 0), 30: (0, 0, 250)}
 QUESTIONS = {
@@ -81,10 +81,6 @@ def root(tmp_path):
         for _, image, _ in questions:
             Image.new("RGB", (40, 30), COLOURS[image]).save(image_file(tmp_path, split, image))
     return tmp_path
-
-
-def exactly(message):
-    return rf"\A{re.escape(message)}\Z"
 
 
 def test_questions_have_their_image_answers_and_kind(root, capsys):
@@ -285,13 +281,6 @@ def test_broken_json_is_named(content, message, root):
         load_vqa(root, image_size=8)
 
 
-def test_json_that_is_nested_without_end_is_named(root):
-    file = questions_file(root)
-    file.write_text("[" * 1_000_000)
-    with pytest.raises(ValueError, match=rf"\A{file} is no JSON, or truncated: .*recursion.*\Z"):
-        load_vqa(root, image_size=8)
-
-
 @pytest.mark.parametrize("name", ["v2_mscoco_val2014_annotations.json", "val2014"])
 def test_a_link_out_of_the_folder_is_refused(name, root, tmp_path_factory):
     outside = tmp_path_factory.mktemp("other") / "outside"
@@ -299,10 +288,3 @@ def test_a_link_out_of_the_folder_is_refused(name, root, tmp_path_factory):
     (root / name).symlink_to(outside)
     with pytest.raises(ValueError, match=rf"\A{root / name} leads to {outside}, outside of {root}; move what"):
         load_vqa(root, image_size=8, unreadable="skip")
-
-
-def test_options_are_checked_before_anything_is_read(tmp_path):
-    with pytest.raises(ValueError, match=r"\Aimage_size must be a whole number of at least 1, got 0\Z"):
-        load_vqa(tmp_path, image_size=0)
-    with pytest.raises(ValueError, match=r"\Aunknown way with unreadable images 'drop'; there is 'error', 'skip'\Z"):
-        load_vqa(tmp_path, image_size=8, unreadable="drop")

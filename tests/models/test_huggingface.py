@@ -1,3 +1,4 @@
+import functools
 import json
 
 import jax
@@ -5,10 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from scipy.special import erf
 
 import merge_jax as mj
 from merge_jax import models
+from tests.models.common import attend_one, gelu, norm
 
 VOCAB, WIDTH, HIDDEN, HEADS, LAYERS, POSITIONS, CLASSES = 20, 8, 12, 2, 2, 10, 3
 CLS, SEP = 2, 3
@@ -65,40 +66,39 @@ def tensors_of(architecture, head, seed=0):
     return tensors
 
 
+def torch_dense(tensors, name, x):
+    return x @ tensors[f"{name}.weight"].astype(np.float64).T + tensors[f"{name}.bias"]
+
+
+def torch_norm(tensors, name, x):
+    return norm({"scale": tensors[f"{name}.weight"], "bias": tensors[f"{name}.bias"]}, x)
+
+
+def attend_by_heads(query, key, value, seen=True):
+    parts = np.split(np.arange(WIDTH), HEADS)
+    return np.concatenate([attend_one(query[:, one], key[:, one], value[:, one], seen) for one in parts], -1)
+
+
 def reference(architecture, head, tensors, tokens, segments):
     """Returns what the published equations give, in float64 and one text and one head at a time."""
-
-    def dense(name, x):
-        return x @ tensors[f"{name}.weight"].astype(np.float64).T + tensors[f"{name}.bias"]
-
-    def norm(name, x):
-        centred = x - x.mean(-1, keepdims=True)
-        deviation = np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-12)
-        return centred / deviation * tensors[f"{name}.weight"] + tensors[f"{name}.bias"]
-
+    dense, norm = (functools.partial(part, tensors) for part in (torch_dense, torch_norm))
     embeddings = f"{architecture}.embeddings"
     layers, attention, (norm1, up, down, norm2) = PARTS[architecture]
     found = []
-    for text, of_segments in zip(tokens, segments, strict=True):
+    for text, text_segments in zip(tokens, segments, strict=True):
         x = tensors[f"{embeddings}.word_embeddings.weight"][text].astype(np.float64)
         x = x + tensors[f"{embeddings}.position_embeddings.weight"][: len(text)]
         if architecture == "bert":
-            x = x + tensors[f"{embeddings}.token_type_embeddings.weight"][of_segments]
+            x = x + tensors[f"{embeddings}.token_type_embeddings.weight"][text_segments]
         x = norm(f"{embeddings}.LayerNorm", x)
         for i in range(LAYERS):
             layer = f"{architecture}.{layers}.{i}."
             query, key, value = (dense(layer + part, x) for part in attention[:3])
-            contexts = []
-            for one in np.split(np.arange(WIDTH), HEADS):
-                scores = query[:, one] @ key[:, one].T / np.sqrt(len(one))
-                weights = np.exp(scores - scores.max(-1, keepdims=True)) * (text > 0)
-                contexts.append(weights / weights.sum(-1, keepdims=True) @ value[:, one])
-            x = norm(layer + norm1, x + dense(layer + attention[3], np.concatenate(contexts, -1)))
-            y = dense(layer + up, x)
-            x = norm(layer + norm2, x + dense(layer + down, y * (1 + erf(y / np.sqrt(2))) / 2))
+            x = norm(layer + norm1, x + dense(layer + attention[3], attend_by_heads(query, key, value, text > 0)))
+            x = norm(layer + norm2, x + dense(layer + down, gelu(dense(layer + up, x))))
         if head == "spans":
             x = dense("qa_outputs", x)
-            impossible = (of_segments == 0) | (text == SEP)
+            impossible = (text_segments == 0) | (text == SEP)
             impossible[0] = False
             x[impossible] = -1e9
         elif head == "classes" and architecture == "bert":
@@ -299,12 +299,18 @@ def test_tensors_of_whole_numbers_are_refused(write):
         ("distilbert", {"n_heads": 4}, r"config\.json has n_heads 4, the model has 2"),
         ("bert", {"hidden_act": "gelu_new"}, r"config\.json has hidden_act 'gelu_new', the model has 'gelu'"),
         ("distilbert", {"activation": "relu"}, r"config\.json has activation 'relu', the model has 'gelu'"),
+        ("vit", {"num_attention_heads": 4}, r"config\.json has num_attention_heads 4, the model has 2"),
+        ("vit", {"hidden_act": "quick_gelu"}, r"config\.json has hidden_act 'quick_gelu', the model has 'gelu'"),
         ("bert", {"num_attention_heads": 2, "hidden_act": "gelu", "n_heads": 9}, None),
         ("distilbert", {}, None),
+        ("vit", {"num_attention_heads": 2, "hidden_act": "gelu"}, None),
     ],
 )
 def test_what_no_tensor_tells_is_compared_with_the_configuration(architecture, config, message, write):
-    path, params = write(tensors_of(architecture, None)), params_of(model_of(architecture, None))
+    if architecture == "vit":
+        path, params = write(vit_tensors(None)), vit_params(None)
+    else:
+        path, params = write(tensors_of(architecture, None)), params_of(model_of(architecture, None))
     path.with_name("config.json").write_text(json.dumps(config))
     for of in (path, path.parent):
         if message is None:
@@ -362,15 +368,7 @@ def vit_tensors(head, seed=0, channels=CHANNELS):
 
 def vit_reference(head, tensors, images):
     """Returns what the published equations give, in float64 and one image, one patch and one head at a time."""
-
-    def dense(name, x):
-        return x @ tensors[f"{name}.weight"].astype(np.float64).T + tensors[f"{name}.bias"]
-
-    def norm(name, x):
-        centred = x - x.mean(-1, keepdims=True)
-        deviation = np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-12)
-        return centred / deviation * tensors[f"{name}.weight"] + tensors[f"{name}.bias"]
-
+    dense, norm = (functools.partial(part, tensors) for part in (torch_dense, torch_norm))
     projection = "vit.embeddings.patch_embeddings.projection"
     found = []
     for image in images.astype(np.float64):
@@ -385,14 +383,9 @@ def vit_reference(head, tensors, images):
             layer = f"{VIT_LAYER}.{i}"
             y = norm(f"{layer}.layernorm_before", x)
             query, key, value = (dense(f"{layer}.attention.attention.{part}", y) for part in ("query", "key", "value"))
-            contexts = []
-            for one in np.split(np.arange(WIDTH), HEADS):
-                scores = query[:, one] @ key[:, one].T / np.sqrt(len(one))
-                weights = np.exp(scores - scores.max(-1, keepdims=True))
-                contexts.append(weights / weights.sum(-1, keepdims=True) @ value[:, one])
-            x = x + dense(f"{layer}.attention.output.dense", np.concatenate(contexts, -1))
+            x = x + dense(f"{layer}.attention.output.dense", attend_by_heads(query, key, value))
             y = dense(f"{layer}.intermediate.dense", norm(f"{layer}.layernorm_after", x))
-            x = x + dense(f"{layer}.output.dense", y * (1 + erf(y / np.sqrt(2))) / 2)
+            x = x + dense(f"{layer}.output.dense", gelu(y))
         x = norm("vit.layernorm", x)
         found.append(dense("classifier", x[0]) if head else x)
     return np.stack(found)
@@ -490,24 +483,6 @@ def test_broken_files_of_a_vision_transformer_are_refused(write):
         odd = {**tensors, "vit.embeddings.position_embeddings": np.ones(shape, np.float32)}
         with pytest.raises(ValueError, match=message):
             models.from_huggingface(write(odd), params)
-
-
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        ({"num_attention_heads": 4}, r"config\.json has num_attention_heads 4, the model has 2"),
-        ({"hidden_act": "quick_gelu"}, r"config\.json has hidden_act 'quick_gelu', the model has 'gelu'"),
-        ({"num_attention_heads": 2, "hidden_act": "gelu"}, None),
-    ],
-)
-def test_a_vision_transformers_configuration_is_compared(config, message, write):
-    path, params = write(vit_tensors(None)), vit_params(None)
-    path.with_name("config.json").write_text(json.dumps(config))
-    if message is None:
-        models.from_huggingface(path, params)
-    else:
-        with pytest.raises(ValueError, match=message):
-            models.from_huggingface(path, params)
 
 
 def test_params_of_no_vision_transformer_are_refused():

@@ -8,7 +8,20 @@ import pytest
 
 import merge_jax as mj
 from merge_jax import models
-from tests.models.test_vit import IMAGES, attend, dense, encoded, feed_forward, in_float64, norm, tiny
+from tests.models import common
+from tests.models.common import (
+    assert_reaches_every_leaf,
+    attend,
+    dense,
+    feed_forward,
+    in_float64,
+    in_training,
+    layer_shapes,
+    learned,
+    norm,
+    random_params,
+)
+from tests.models.test_vit import IMAGES, encoded, tiny
 
 CLS, SEP = 2, 3
 TOKENS = np.array([[CLS, 5, 6, 7, 8, SEP, 0, 0], [CLS, 9, 10, SEP, 0, 0, 0, 0]], np.int32)
@@ -31,20 +44,12 @@ def initialised(model):
 
     Norms hold their size, so that something of the image is left at the end.
     """
-    params = jax.eval_shape(model.init, jax.random.key(0), IMAGES, TOKENS)["params"]
-    random = np.random.default_rng(0)
-    values = {path: 0.5 * random.normal(size=leaf.shape) for path, leaf in mj.flatten(params).items()}
-    return mj.replace(params, {path: jnp.float32(value + path.endswith("scale")) for path, value in values.items()})
+    params = random_params(model, IMAGES, TOKENS)
+    return mj.replace(params, {path: leaf + path.endswith("scale") for path, leaf in mj.flatten(params).items()})
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _outputs(model, train, params, images, tokens, key):
-    return model.apply({"params": params}, images, tokens, train=train, rngs=None if key is None else {"dropout": key})
-
-
-def outputs(model, params, images=IMAGES, tokens=TOKENS, train=False, key=None):
-    # All arguments are given here: `jit` would compile once more for those that are left out.
-    return _outputs(model, train, params, images, tokens, key)
+def outputs(model, params, images=IMAGES, tokens=TOKENS, **options):
+    return common.outputs(model, params, images, tokens, **options)
 
 
 def read(params, text):
@@ -102,20 +107,7 @@ def test_leaves_have_readable_names():
             assert jax.tree.map(jnp.shape, params.pop(name)) == jax.tree.map(jnp.shape, below)
         return {path: leaf.shape for path, leaf in mj.flatten(params).items()}
 
-    attention = {
-        **{f"{name}/kernel": (12, 2, 6) for name in ("query", "key", "value")},
-        **{f"{name}/bias": (2, 6) for name in ("query", "key", "value")},
-        "out/kernel": (2, 6, 12),
-        "out/bias": (12,),
-    }
-    layer = {
-        **{f"{name}/{path}": shape for name in ("cross_attention", "attention") for path, shape in attention.items()},
-        "up/kernel": (12, 10),
-        "up/bias": (10,),
-        "down/kernel": (10, 12),
-        "down/bias": (12,),
-        **{f"norm{k}/{name}": (12,) for k in (1, 2, 3) for name in ("scale", "bias")},
-    }
+    layer = layer_shapes(12, 2, 10, attentions=("cross_attention", "attention"))
     fusion = {f"fusion_{i}/{path}": shape for i in range(2) for path, shape in layer.items()}
     projection = {"image_projection/kernel": (8, 12), "image_projection/bias": (12,)}
     answer = {"answer/kernel": (12, 5), "answer/bias": (5,)}
@@ -164,14 +156,7 @@ def test_gradients_reach_every_leaf(model):
         found = jax.tree.leaves(model.apply({"params": params}, IMAGES, TOKENS))
         return sum(jnp.sum(leaf * jax.random.normal(jax.random.key(1), leaf.shape)) for leaf in found)
 
-    gradient = mj.flatten(jax.jit(jax.grad(loss))(initialised(model)))
-    for path, leaf in gradient.items():
-        largest = float(jnp.abs(leaf).max())
-        if path.endswith("attention/key/bias"):
-            # It adds one number to all scores of a query, which the softmax takes out again.
-            assert largest < 1e-5, path
-        else:
-            assert largest > 1e-5, path
+    assert_reaches_every_leaf(loss, initialised(model))
 
 
 @both
@@ -198,9 +183,7 @@ def test_dropout_is_in_training_alone(model):
 
 def test_dropout_of_the_fusion_is_after_each_block_and_before_the_answer():
     model, params = ANSWERER.clone(dropout_rate=0.5), initialised(ANSWERER)
-    apply = functools.partial(model.apply, train=True, capture_intermediates=True, mutable=["intermediates"])
-    logits, found = jax.jit(apply)({"params": params}, IMAGES, TOKENS, rngs={"dropout": jax.random.key(0)})
-    found = found["intermediates"]
+    logits, found = in_training(model, params, IMAGES, TOKENS)
     dropped = found["fusion_0"]["Dropout_0"]["__call__"]
     assert len(dropped) == 3
     (last,) = found["Dropout_0"]["__call__"]
@@ -272,24 +255,6 @@ def test_vectors_of_nothing_stay_nothing_with_a_finite_gradient():
         assert np.isfinite(leaf).all(), path
 
 
-def learned(model, loss, steps, learning_rate=1e-3):
-    """Returns the losses of a training."""
-    optimizer = optax.adam(learning_rate)
-
-    @jax.jit
-    def step(params, state, key):
-        value, gradient = jax.value_and_grad(loss)(params, key)
-        updates, state = optimizer.update(gradient, state)
-        return optax.apply_updates(params, updates), state, value
-
-    params = jax.jit(model.init)(jax.random.key(0), IMAGES, TOKENS)["params"]
-    state, losses = optimizer.init(params), []
-    for i in range(steps):
-        params, state, value = step(params, state, jax.random.key(i))
-        losses.append(float(value))
-    return losses
-
-
 SMALL = models.tiny_vit(6, 3, num_layers=1), models.small_distilbert(20, num_layers=1, separator=SEP)
 
 
@@ -303,7 +268,7 @@ def test_an_answerer_learns_what_takes_both_image_and_question():
         logits = model.apply({"params": params}, images, tokens, train=True, rngs={"dropout": key})
         return optax.softmax_cross_entropy_with_integer_labels(logits, np.array([1, 1, 0, 0])).mean()
 
-    losses = learned(model, loss, 100)
+    losses = learned(model, loss, 100, (IMAGES, TOKENS))
     assert losses[0] > 0.4
     assert max(losses[-10:]) < 0.1
 
@@ -317,7 +282,7 @@ def test_a_dual_encoder_learns_which_text_belongs_to_which_image():
         logits = found.scale * found.image @ found.text.T
         return optax.softmax_cross_entropy_with_integer_labels(logits, np.arange(2)).mean()
 
-    assert max(learned(model, loss, 60)[-10:]) < 0.1
+    assert max(learned(model, loss, 60, (IMAGES, TOKENS))[-10:]) < 0.1
 
 
 @pytest.mark.slow

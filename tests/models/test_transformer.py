@@ -3,12 +3,20 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 import merge_jax as mj
 from merge_jax import models
 from merge_jax.models.transformer import _Layer, _segments
+from tests.models.common import (
+    assert_reaches_every_leaf,
+    count,
+    in_training,
+    layer_shapes,
+    learned,
+    outputs,
+    random_params,
+)
 
 CLS, SEP = 2, 3
 TOKENS = np.array([[CLS, 5, 6, SEP, 7, 8, 9, SEP, 0, 0], [CLS, 5, SEP, 10, 11, SEP, 0, 0, 0, 0]], np.int32)
@@ -32,21 +40,7 @@ all_models = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 two_models = pytest.mark.parametrize("model", [MODELS["bert"], MODELS["distilbert, spans"]], ids=["bert", "spans"])
 
 
-@functools.cache
-def initialised(model):
-    """Returns parameters that are all random and far from 0: what starts at 0 or 1 would hide what it is for."""
-    params = jax.eval_shape(model.init, jax.random.key(0), TOKENS)["params"]
-    random = np.random.default_rng(0)
-    return jax.tree.map(lambda leaf: jnp.asarray(0.5 * random.normal(size=leaf.shape), leaf.dtype), params)
-
-
-@functools.partial(jax.jit, static_argnames=("model", "train"))
-def outputs(model, params, tokens, train=False, key=None):
-    return model.apply({"params": params}, tokens, train=train, rngs=None if key is None else {"dropout": key})
-
-
-def count(tree):
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+initialised = functools.cache(lambda model: random_params(model, TOKENS))
 
 
 def test_published_models_have_the_published_number_of_parameters():
@@ -68,28 +62,13 @@ def test_leaves_have_readable_names():
     model = models.SpanExtractor(tiny(num_layers=2))
     params = jax.eval_shape(model.init, jax.random.key(0), TOKENS)["params"]
     found = {path: leaf.shape for path, leaf in mj.flatten(params).items()}
-    layers = {
-        f"encoder/layer_{i}/{path}": shape
-        for i in range(2)
-        for path, shape in {
-            **{f"attention/{name}/kernel": (8, 2, 4) for name in ("query", "key", "value")},
-            **{f"attention/{name}/bias": (2, 4) for name in ("query", "key", "value")},
-            "attention/out/kernel": (2, 4, 8),
-            "attention/out/bias": (8,),
-            "up/kernel": (8, 12),
-            "up/bias": (12,),
-            "down/kernel": (12, 8),
-            "down/bias": (8,),
-            **{f"norm{k}/{name}": (8,) for k in (1, 2) for name in ("scale", "bias")},
-        }.items()
-    }
     assert found == {
         "encoder/embeddings/word/embedding": (20, 8),
         "encoder/embeddings/position/embedding": (10, 8),
         "encoder/embeddings/segment/embedding": (2, 8),
         "encoder/embeddings/norm/scale": (8,),
         "encoder/embeddings/norm/bias": (8,),
-        **layers,
+        **{f"encoder/layer_{i}/{path}": shape for i in range(2) for path, shape in layer_shapes(8, 2, 12).items()},
         "qa_outputs/kernel": (8, 2),
         "qa_outputs/bias": (2,),
     }
@@ -130,19 +109,12 @@ def test_a_text_of_padding_alone_is_finite():
 @two_models
 def test_dropout_is_in_training_alone(model):
     params, keys = initialised(model), jax.random.split(jax.random.key(0))
-    first, again, other = (outputs(model, params, TOKENS, True, key) for key in (keys[0], keys[0], keys[1]))
+    first, again, other = (outputs(model, params, TOKENS, train=True, key=key) for key in (keys[0], keys[0], keys[1]))
     np.testing.assert_array_equal(first, again)
     assert jnp.abs(first - other).max() > 0.01
     assert jnp.abs(first - outputs(model, params, TOKENS)).max() > 0.01
     without = model.clone(encoder=model.encoder.clone(dropout_rate=0.0))
-    np.testing.assert_array_equal(outputs(without, params, TOKENS, True), outputs(without, params, TOKENS))
-
-
-def in_training(module, params, *inputs):
-    """Returns what a module gives in training, and what each of its submodules gave, by name."""
-    apply = functools.partial(module.apply, train=True, capture_intermediates=True, mutable=["intermediates"])
-    output, found = jax.jit(apply)({"params": params}, *inputs, rngs={"dropout": jax.random.key(0)})
-    return output, found["intermediates"]
+    np.testing.assert_array_equal(outputs(without, params, TOKENS, train=True), outputs(without, params, TOKENS))
 
 
 def test_dropout_is_in_berts_places():
@@ -193,22 +165,12 @@ def test_in_bfloat16_parameters_and_logits_stay_float32(model):
 
 @all_models
 def test_gradients_reach_every_leaf(model):
-    @jax.jit
-    def gradient(params):
-        def loss(params):
-            logits = model.apply({"params": params}, TOKENS)
-            weights = jax.random.normal(jax.random.key(1), logits.shape)
-            return jnp.sum(jnp.where(logits > -1e8, logits * weights, 0.0))
+    def loss(params):
+        logits = model.apply({"params": params}, TOKENS)
+        weights = jax.random.normal(jax.random.key(1), logits.shape)
+        return jnp.sum(jnp.where(logits > -1e8, logits * weights, 0.0))
 
-        return jax.grad(loss)(params)
-
-    for path, leaf in mj.flatten(gradient(initialised(model))).items():
-        largest = float(jnp.abs(leaf).max())
-        if path.endswith("attention/key/bias"):
-            # It adds one number to all scores of a query, which the softmax takes out again.
-            assert largest < 1e-6, path
-        else:
-            assert largest > 1e-5, path
+    assert_reaches_every_leaf(loss, initialised(model), most=1e-6)
 
 
 @pytest.mark.parametrize("name", ["bert", "distilbert"])
@@ -226,19 +188,8 @@ def test_a_text_classifier_learns_as_the_librarys_classifiers_do():
     model = models.TextClassifier(tiny(dropout_rate=0.1), 2)
     loss_fn = mj.classification_loss(model.apply, inputs="tokens")
     batch = {"tokens": TOKENS, "label": np.array([0, 1])}
-    optimizer = optax.adam(1e-2)
 
-    @jax.jit
-    def step(params, state, key):
-        (loss, _), gradient = jax.value_and_grad(loss_fn, has_aux=True)(params, {}, batch, key)
-        updates, state = optimizer.update(gradient, state)
-        return optax.apply_updates(params, updates), state, loss
-
-    params = jax.jit(model.init)(jax.random.key(0), TOKENS)["params"]
-    state, losses = optimizer.init(params), []
-    for i in range(60):
-        params, state, loss = step(params, state, jax.random.key(i))
-        losses.append(float(loss))
+    losses = learned(model, lambda params, key: loss_fn(params, {}, batch, key)[0], 60, (TOKENS,), 1e-2)
     np.testing.assert_allclose(losses[0], np.log(2), atol=0.1)
     assert losses[-1] < 0.1
 

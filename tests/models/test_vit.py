@@ -3,12 +3,24 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-from scipy.special import erf
 
 import merge_jax as mj
 from merge_jax import models
+from tests.models.common import (
+    assert_reaches_every_leaf,
+    attend,
+    count,
+    dense,
+    feed_forward,
+    in_float64,
+    in_training,
+    layer_shapes,
+    learned,
+    norm,
+    outputs,
+    random_params,
+)
 
 SIZE, PATCH, CHANNELS = 6, 3, 2
 IMAGES = np.random.default_rng(1).normal(size=(2, SIZE, SIZE, CHANNELS)).astype(np.float32)
@@ -24,49 +36,7 @@ def tiny(**options):
 MODEL = models.ImageClassifier(tiny(), 3)
 
 
-@functools.cache
-def initialised(model):
-    """Returns parameters that are all random and far from 0: what starts at 0 or 1 would hide what it is for."""
-    params = jax.eval_shape(model.init, jax.random.key(0), IMAGES)["params"]
-    random = np.random.default_rng(0)
-    return jax.tree.map(lambda leaf: jnp.asarray(0.5 * random.normal(size=leaf.shape), leaf.dtype), params)
-
-
-@functools.partial(jax.jit, static_argnames=("model", "train"))
-def outputs(model, params, images, train=False, key=None):
-    return model.apply({"params": params}, images, train=train, rngs=None if key is None else {"dropout": key})
-
-
-def in_float64(tree):
-    return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), tree)
-
-
-def dense(layer, x):
-    return x @ layer["kernel"] + layer["bias"]
-
-
-def norm(layer, x):
-    deviation = np.sqrt(x.var(-1, keepdims=True) + 1e-12)
-    return (x - x.mean(-1, keepdims=True)) / deviation * layer["scale"] + layer["bias"]
-
-
-def attend(block, x, keys, seen=True):
-    """Returns what positions `x [N, width]` take from the keys `[M, width]` that are seen, one head at a time."""
-    result = block["out"]["bias"]
-    for head in range(block["out"]["kernel"].shape[0]):
-        query, key, value = (
-            inputs @ block[name]["kernel"][:, head] + block[name]["bias"][head]
-            for name, inputs in (("query", x), ("key", keys), ("value", keys))
-        )
-        scores = query @ key.T / np.sqrt(query.shape[-1])
-        weights = np.exp(scores - scores.max(-1, keepdims=True)) * seen
-        result = result + weights / weights.sum(-1, keepdims=True) @ value @ block["out"]["kernel"][head]
-    return result
-
-
-def feed_forward(layer, x):
-    y = dense(layer["up"], x)
-    return dense(layer["down"], y * (1 + erf(y / np.sqrt(2))) / 2)
+initialised = functools.cache(lambda model: random_params(model, IMAGES))
 
 
 def encoded(params, image, patch_size=PATCH):
@@ -81,10 +51,6 @@ def encoded(params, image, patch_size=PATCH):
         x = x + attend(layer["attention"], y, y)
         x = x + feed_forward(layer, norm(layer["norm2"], x))
     return norm(params["norm"], x)
-
-
-def count(tree):
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
 def test_a_forward_pass_is_that_of_the_published_equations():
@@ -111,23 +77,12 @@ def test_small_encoders_differ_in_all_sizes():
 
 def test_leaves_have_readable_names():
     params = jax.eval_shape(MODEL.init, jax.random.key(0), IMAGES)["params"]
-    layer = {
-        **{f"attention/{name}/kernel": (8, 2, 4) for name in ("query", "key", "value")},
-        **{f"attention/{name}/bias": (2, 4) for name in ("query", "key", "value")},
-        "attention/out/kernel": (2, 4, 8),
-        "attention/out/bias": (8,),
-        "up/kernel": (8, 12),
-        "up/bias": (12,),
-        "down/kernel": (12, 8),
-        "down/bias": (8,),
-        **{f"norm{k}/{name}": (8,) for k in (1, 2) for name in ("scale", "bias")},
-    }
     assert {path: leaf.shape for path, leaf in mj.flatten(params).items()} == {
         "encoder/patch/kernel": (18, 8),
         "encoder/patch/bias": (8,),
         "encoder/class_token": (8,),
         "encoder/position/embedding": (5, 8),
-        **{f"encoder/layer_{i}/{path}": shape for i in range(2) for path, shape in layer.items()},
+        **{f"encoder/layer_{i}/{path}": shape for i in range(2) for path, shape in layer_shapes(8, 2, 12).items()},
         "encoder/norm/scale": (8,),
         "encoder/norm/bias": (8,),
         "classifier/kernel": (8, 3),
@@ -150,25 +105,18 @@ def test_leaves_start_as_described():
             np.testing.assert_array_equal(leaf, 1.0 if path.endswith("scale") else 0.0, err_msg=path)
 
 
-def in_training(model, params):
-    """Returns what each submodule gave in training, by name."""
-    apply = functools.partial(model.apply, train=True, capture_intermediates=True, mutable=["intermediates"])
-    _, found = jax.jit(apply)({"params": params}, IMAGES, rngs={"dropout": jax.random.key(0)})
-    return found["intermediates"]
-
-
 def test_dropout_is_in_training_alone():
     params, keys = initialised(MODEL), jax.random.split(jax.random.key(0))
     model = MODEL.clone(encoder=tiny(dropout_rate=0.5))
-    first, again, other = (outputs(model, params, IMAGES, True, key) for key in (keys[0], keys[0], keys[1]))
+    first, again, other = (outputs(model, params, IMAGES, train=True, key=key) for key in (keys[0], keys[0], keys[1]))
     np.testing.assert_array_equal(first, again)
     assert jnp.abs(first - other).max() > 0.01
     np.testing.assert_array_equal(outputs(model, params, IMAGES), outputs(MODEL, params, IMAGES))
-    np.testing.assert_array_equal(outputs(MODEL, params, IMAGES, True), outputs(MODEL, params, IMAGES))
+    np.testing.assert_array_equal(outputs(MODEL, params, IMAGES, train=True), outputs(MODEL, params, IMAGES))
 
 
 def test_dropout_is_on_embeddings_and_after_each_block():
-    found = in_training(tiny(dropout_rate=0.5), initialised(MODEL)["encoder"])
+    _, found = in_training(tiny(dropout_rate=0.5), initialised(MODEL)["encoder"], IMAGES)
     dropped = [found[place]["Dropout_0"]["__call__"] for place in ("layer_0", "layer_1")]
     assert list(map(len, dropped)) == [2, 2]
     assert len(found["Dropout_0"]["__call__"]) == 1
@@ -193,13 +141,7 @@ def test_gradients_reach_every_leaf():
         logits = MODEL.apply({"params": params}, IMAGES)
         return jnp.sum(logits * jax.random.normal(jax.random.key(1), logits.shape))
 
-    for path, leaf in mj.flatten(jax.jit(jax.grad(loss))(initialised(MODEL))).items():
-        largest = float(jnp.abs(leaf).max())
-        if path.endswith("attention/key/bias"):
-            # It adds one number to all scores of a query, which the softmax takes out again.
-            assert largest < 1e-5, path
-        else:
-            assert largest > 1e-4, path
+    assert_reaches_every_leaf(loss, initialised(MODEL), least=1e-4)
 
 
 def test_the_logits_are_the_last_layer_of_the_sown_features():
@@ -219,20 +161,11 @@ def test_an_image_classifier_learns_where_a_patch_is():
     for i in range(4):
         images[i, 2 * (i // 2) :, 2 * (i % 2) :][:2, :2] = 1
     loss_fn = mj.classification_loss(model.apply)
-    optimizer = optax.adam(1e-3)
 
-    @jax.jit
-    def step(params, state, key):
-        batch = {"image": images, "label": jnp.arange(4)}
-        (loss, _), gradient = jax.value_and_grad(loss_fn, has_aux=True)(params, {}, batch, key)
-        updates, state = optimizer.update(gradient, state)
-        return optax.apply_updates(params, updates), state, loss
+    def loss(params, key):
+        return loss_fn(params, {}, {"image": images, "label": jnp.arange(4)}, key)[0]
 
-    params = jax.jit(model.init)(jax.random.key(0), images)["params"]
-    state, losses = optimizer.init(params), []
-    for i in range(60):
-        params, state, loss = step(params, state, jax.random.key(i))
-        losses.append(float(loss))
+    losses = learned(model, loss, 60, (images,))
     assert losses[0] > 1
     assert losses[-1] < 0.1
 

@@ -1,6 +1,6 @@
 """What is imported when: help and checks of options need no JAX, and `import merge_jax` imports no module of it."""
 
-import inspect
+import importlib
 import pkgutil
 import subprocess
 import sys
@@ -72,17 +72,36 @@ def test_the_package_is_imported_without_jax():
     assert not packages & set(_HEAVY)
 
 
+def test_the_import_takes_less_than_a_second_beside_that_of_jax():
+    code = "import time, jax; start = time.process_time(); import merge_jax; print(time.process_time() - start)"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 1
+
+
+@pytest.mark.parametrize("name", ["arrays.batches_of", "read_ahead.ReadAhead", "text.tokens.WordPiece"])
+def test_data_import_what_they_need_alone(name):
+    """Of what reads files of one kind, nothing for who has arrays."""
+    code = f"import sys; from merge_jax.data import {name.rpartition('.')[2]}; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    heavy = {"tokenizers", "PIL", "sklearn", "tensorflow_datasets", "tensorflow", "jax"}
+    assert not heavy & set(done.stdout.split())
+
+
 def test_every_public_name_is_there():
-    assert {name for name in mj.__all__ if not hasattr(mj, name)} == set()
     assert set(mj.__all__) <= set(dir(mj))
     with pytest.raises(AttributeError, match="no attribute 'lpka_transfr'"):
         mj.lpka_transfr  # noqa: B018
 
 
-def test_no_module_hides_a_public_name():
+_PACKAGES = ("", ".checkpoints", ".data", ".models", ".objectives", ".runs", ".training", ".transfers")
+
+
+@pytest.mark.parametrize("package", [importlib.import_module(f"merge_jax{name}") for name in _PACKAGES], ids=_PACKAGES)
+def test_no_module_hides_a_public_name(package):
     # An imported module becomes an attribute of its package, in the place of a name that is imported when it is used.
-    modules = {module.name for module in pkgutil.iter_modules(mj.__path__)}
-    assert {name for name in modules & set(mj.__all__) if not inspect.ismodule(getattr(mj, name))} == set()
+    modules, names = {module.name for module in pkgutil.iter_modules(package.__path__)}, set(package.__all__)
+    assert modules & names == ({"models"} if package is mj else set())
+    assert {name for name in names if not hasattr(package, name)} == set()
 
 
 def test_options_choose_from_what_the_library_has():

@@ -5,7 +5,7 @@ import time
 import pytest
 
 import merge_jax as mj
-from merge_jax.training.distributed import _gather, _join
+from merge_jax.training.distributed import _await_coordinator, _await_others
 
 
 def free_port():
@@ -54,12 +54,12 @@ def test_processes_meet_whoever_comes_first_and_strangers_are_passed_over():
     deadline = time.monotonic() + 20
 
     def join(process_id):
-        came.append((process_id, _join("localhost", port, process_id, deadline)))
+        came.append((process_id, _await_coordinator("localhost", port, process_id, deadline)))
 
     threads = [threading.Thread(target=join, args=(process_id,)) for process_id in (1, 2)]
     threads[0].start()  # Before process 0 listens.
     gathered = []
-    zero = threading.Thread(target=lambda: gathered.append(_gather(port, 3, deadline)))
+    zero = threading.Thread(target=lambda: gathered.append(_await_others(port, 3, deadline)))
     zero.start()
     while True:
         try:

@@ -10,7 +10,14 @@ import pytest
 import merge_jax as mj
 from merge_jax.checkpoints.orbax import Checkpoints
 from merge_jax.training.loop import run_loop, stepwise
-from merge_jax.training.nonfinite import NumericFaultError, Rejections, Skips, all_finite, check_finite, keep_unless
+from merge_jax.training.nonfinite import (
+    NumericFaultError,
+    RejectedTransfers,
+    SkippedUpdates,
+    all_finite,
+    check_finite,
+    select_update,
+)
 from tests import helpers
 
 OPERATORS = mj.linear_operator_transfer(helpers.ROUTES)
@@ -185,17 +192,17 @@ def test_a_run_without_any_transfer_ends_with_a_warning(factor, reason):
 
 
 def test_a_run_with_some_transfer_ends_without():
-    rejections = Rejections()
+    rejections = RejectedTransfers()
     for rejected in (1, 0):
         sums = {"adapter/rejected": rejected, "adapter/transferred": 1 - rejected}
-        rejections.see({**sums, "adapter/norm": np.inf, "adapter/norm_before": 1.0}, 4, 4)
+        rejections.add({**sums, "adapter/norm": np.inf, "adapter/norm_before": 1.0}, 4, 4)
     rejections.warn()
 
 
 def test_of_seeds_side_by_side_one_without_any_transfer_is_enough():
-    rejections = Rejections()
+    rejections = RejectedTransfers()
     sums = {"adapter/rejected": np.array([0.0, 3.0]), "adapter/transferred": np.array([3.0, 0.0])}
-    rejections.see({**sums, "adapter/norm": np.array([9.0, 6e9]), "adapter/norm_before": np.array([3.0, 3.0])}, 5, 10)
+    rejections.add({**sums, "adapter/norm": np.array([9.0, 6e9]), "adapter/norm_before": np.array([3.0, 3.0])}, 5, 10)
     with pytest.warns(UserWarning, match="all 3 were rejected, the first at steps 5 to 9"):
         rejections.warn()
 
@@ -252,12 +259,12 @@ def test_a_run_of_faults_ends_with_a_name_and_its_checkpoints_are_finite(step, t
 
 
 def test_only_faults_in_a_row_of_one_model_count():
-    skips = Skips(5)
+    skips = SkippedUpdates(5)
     for step in range(101):
-        skips.see({"source/skipped": step % 2, "target/skipped": (step + 1) % 2, "target/loss": np.nan}, 1, step)
-    skips.see({"source/skipped": np.array([0.0, 4.0])}, 4, 104)
+        skips.add({"source/skipped": step % 2, "target/skipped": (step + 1) % 2, "target/loss": np.nan}, 1, step)
+    skips.add({"source/skipped": np.array([0.0, 4.0])}, 4, 104)
     with pytest.raises(NumericFaultError, match="source was not finite in the last 5 steps, up to step 105"):
-        skips.see({"source/skipped": np.array([0.0, 1.0])}, 1, 105)
+        skips.add({"source/skipped": np.array([0.0, 1.0])}, 1, 105)
 
 
 @pytest.mark.parametrize("bad", [*BAD, None])
@@ -269,7 +276,7 @@ def test_one_number_among_many_is_seen(bad, dtype):
     assert bool(jax.jit(all_finite)(tree)) == bool(all_finite(tree)) == (bad is None)
     assert all_finite()
     old = jax.tree.map(jnp.zeros_like, tree)
-    chex.assert_trees_all_equal(keep_unless(all_finite(tree), tree, old), tree if bad is None else old)
+    chex.assert_trees_all_equal(select_update(all_finite(tree), tree, old), tree if bad is None else old)
 
 
 def test_leaves_that_are_not_finite_are_named():
@@ -279,8 +286,8 @@ def test_leaves_that_are_not_finite_are_named():
 
 
 def test_transfers_that_are_rejected_are_no_faults_of_the_adapter():
-    skips = Skips(3)
+    skips = SkippedUpdates(3)
     for step in range(9):
-        skips.see({"adapter/skipped": 1.0, "adapter/rejected": 1.0}, 1, step)
+        skips.add({"adapter/skipped": 1.0, "adapter/rejected": 1.0}, 1, step)
     with pytest.raises(NumericFaultError, match="of the adapter was not finite in the last 3 steps"):
-        skips.see({"adapter/skipped": 3.0, "adapter/rejected": 0.0}, 3, 12)
+        skips.add({"adapter/skipped": 3.0, "adapter/rejected": 0.0}, 3, 12)

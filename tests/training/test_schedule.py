@@ -63,7 +63,8 @@ def test_the_joint_step_transfers_at_those_steps():
 
 @pytest.mark.parametrize(("options", "message"), [
     ({"cycle": optax.constant_schedule(2)}, "a cycle that changes needs the length of the run: give num_steps too"),
-    ({"cycle": 0}, "cycle must be a whole number of at least 1, got 0"),
+    *(({"cycle": cycle}, f"cycle must be a whole number of at least 1, got {cycle}") for cycle in (0, 1.5, True)),
+    *(({"stop": stop}, rf"stop must be a fraction in \[0, 1\], got {stop}") for stop in (-0.1, 1.1, float("nan"))),
     ({"stop": 0.5}, "stop is 0.5, a fraction of the run: give num_steps too"),
     ({"stop": 0.1, "num_steps": 4}, "stop is 0.1 of 4 steps, less than one: nothing would be transferred"),
 ])  # fmt: skip

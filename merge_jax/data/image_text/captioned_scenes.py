@@ -7,8 +7,8 @@ from typing import NamedTuple
 import numpy as np
 
 from merge_jax.checks import check_at_least_one
+from merge_jax.data.image_text.image_text_set import CaptionedImages, CaptionSet
 from merge_jax.data.image_text.scenes import COLOURS, KINDS, LARGE, SMALL, Scene, Scenes, Shape, arrange, draw_scenes
-from merge_jax.data.image_text.sets import CaptionedImages, CaptionSet
 
 __all__ = ["scene_captions"]
 
@@ -74,7 +74,7 @@ def _scene(rng: np.random.Generator) -> Scene:
 def _caption(rng: np.random.Generator, scenes: Scenes, num_captions: int) -> CaptionedImages:
     captions: list[str] = []
     for scene in scenes.scenes:
-        possible = [caption for told in _tellings(scene) for caption in _wordings(told)]
+        possible = [caption for relations in _statements(scene) for caption in _wordings(relations)]
         captions += [possible[i] for i in rng.permutation(len(possible))[:num_captions]]
     image_group = np.arange(len(scenes.scenes), dtype=np.int32)
     return CaptionedImages(scenes.images, image_group, tuple(captions), np.repeat(image_group, num_captions))
@@ -82,10 +82,10 @@ def _caption(rng: np.random.Generator, scenes: Scenes, num_captions: int) -> Cap
 
 def _facts(scene: Scene) -> Iterator[frozenset[_Relation]]:
     """Yields all that a caption of the scene can tell, in whatever order."""
-    yield from map(frozenset, _tellings(scene))
+    yield from map(frozenset, _statements(scene))
 
 
-def _tellings(scene: Scene) -> Iterator[tuple[_Relation, ...]]:
+def _statements(scene: Scene) -> Iterator[tuple[_Relation, ...]]:
     """Yields where one shape stands to each of the others, in all ways that are true and all orders of the others."""
     for first, *others in itertools.permutations(scene):
         yield from itertools.product(*(_relations(first, other) for other in others))
@@ -99,12 +99,12 @@ def _relations(first: Shape, second: Shape) -> list[_Relation]:
     return [_Relation(_describe(first), name, _describe(second)) for name, holds in true.items() if holds]
 
 
-def _wordings(told: tuple[_Relation, ...]) -> list[str]:
-    name = told[0].first
-    if len(told) == 1:
-        return [wording.format(name, _ARTICLED[told[0].name], told[0].second) for wording in _TWO]
-    straight = [word for relation in told for word in relation[1:]]
-    turned = [word for relation in told for word in (_OPPOSITE[relation.name], relation.second)]
+def _wordings(relations: tuple[_Relation, ...]) -> list[str]:
+    name = relations[0].first
+    if len(relations) == 1:
+        return [wording.format(name, _ARTICLED[relations[0].name], relations[0].second) for wording in _TWO]
+    straight = [word for relation in relations for word in relation[1:]]
+    turned = [word for relation in relations for word in (_OPPOSITE[relation.name], relation.second)]
     return [
         *(wording.format(name, *straight) for wording in _THREE),
         *(wording.format(name, *turned) for wording in _THREE_TURNED),

@@ -5,7 +5,7 @@ import re
 import numpy as np
 
 from merge_jax.data.arrays import Arrays
-from merge_jax.data.image_text.sets import CaptionedImages, CaptionSet
+from merge_jax.data.image_text.image_text_set import CaptionedImages, CaptionSet
 from merge_jax.data.images.image_set import ImageSet
 
 __all__ = ["class_captions"]

@@ -15,11 +15,11 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from merge_jax.checks import check_at_least_one
+from merge_jax.data.image_text.image_text_set import VisualQuestions, VisualQuestionSet
 from merge_jax.data.image_text.json_files import columns, entry, files_in, parse_json, read_json
-from merge_jax.data.image_text.sets import VisualQuestions, VisualQuestionSet
 from merge_jax.data.image_text.vqa_files import AskedOfFiles
 from merge_jax.data.images.image_files import BAR, check_inside, check_unreadable, open_image, read_image, read_rows
-from merge_jax.data.tfds import check_unpacked, fetch, one_line, open_split, root_folder, tamed_tfds
+from merge_jax.data.tfds import check_unpacked, fetch, one_line, open_split, quiet_tfds, root_folder
 from merge_jax.paths import near_misses
 
 __all__ = ["load_clevr"]
@@ -74,7 +74,7 @@ def load_clevr(data_dir: Path | str | None = None, *, image_size: int, unreadabl
     for folder in (root, root / _FOLDER):
         if (folder / "questions").is_dir():
             return _from_folder(folder, image_size, unreadable)
-    with tamed_tfds():
+    with quiet_tfds():
         builder = _builder_class()(data_dir=str(root))
         builder.download_and_prepare(file_format="array_record")
     train, test = (_from_records(builder, split, image_size) for split in ("train", "validation"))

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import numpy as np
 
 from merge_jax.checks import check_at_least_one, check_choice
+from merge_jax.data.image_text.image_text_set import CaptionedImages, CaptionSet
 from merge_jax.data.image_text.json_files import check_once, columns, files_in, read_json
-from merge_jax.data.image_text.sets import CaptionedImages, CaptionSet
 from merge_jax.data.images.image_files import check_inside, check_unreadable, image_table
 
 __all__ = ["load_coco_captions"]

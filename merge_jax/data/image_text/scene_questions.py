@@ -4,8 +4,8 @@ from functools import partial
 
 import numpy as np
 
+from merge_jax.data.image_text.image_text_set import VisualQuestions, VisualQuestionSet
 from merge_jax.data.image_text.scenes import CELLS, COLOURS, KINDS, Scene, Scenes, arrange, draw_scenes
-from merge_jax.data.image_text.sets import VisualQuestions, VisualQuestionSet
 
 __all__ = ["sort_of_clevr"]
 

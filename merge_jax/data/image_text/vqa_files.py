@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from merge_jax.checks import check_at_least_one
+from merge_jax.data.image_text.image_text_set import VisualQuestions, VisualQuestionSet
 from merge_jax.data.image_text.json_files import check_once, columns, entry, files_in, read_json
-from merge_jax.data.image_text.sets import VisualQuestions, VisualQuestionSet
 from merge_jax.data.images.image_files import check_inside, check_unreadable, image_table
 
 __all__ = ["AskedOfFiles", "load_vqa"]

@@ -13,7 +13,7 @@ from merge_jax.data.arrays import Arrays
 from merge_jax.data.images.cifar import CIFAR, prepare_cifar
 from merge_jax.data.images.image_files import read_image
 from merge_jax.data.images.image_set import ImageSet
-from merge_jax.data.tfds import open_split, prepare, root_folder, tamed_tfds
+from merge_jax.data.tfds import open_split, prepare, quiet_tfds, root_folder
 
 __all__ = ["load_tfds_images"]
 
@@ -43,7 +43,7 @@ def load_tfds_images(
     if image_size is not None:
         check_at_least_one(image_size=image_size)
     root = root_folder(data_dir)
-    with tamed_tfds():
+    with quiet_tfds():
         if name in CIFAR:
             builder = prepare_cifar(name, root)
             _check_features(name, builder.info.features, label)

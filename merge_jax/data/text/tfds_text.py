@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from merge_jax.data.text.imdb import IMDB, prepare_imdb
 from merge_jax.data.text.squad import SQUAD, prepare_squad
 from merge_jax.data.text.text_set import LabelledTexts, Question, QuestionSet, TextSet
-from merge_jax.data.tfds import one_line, open_split, prepare, root_folder, tamed_tfds
+from merge_jax.data.tfds import one_line, open_split, prepare, quiet_tfds, root_folder
 
 __all__ = ["load_tfds_questions", "load_tfds_texts"]
 
@@ -89,7 +89,7 @@ def _prepared(name: str, root: Path, prepare_set: Callable[..., Any], check: Cal
     import tensorflow_datasets.question_answering
     import tensorflow_datasets.text  # noqa: F401
 
-    with tamed_tfds():
+    with quiet_tfds():
         return prepare_set(name, root, check)
 
 

@@ -1,0 +1,215 @@
+"""The steps of one folder as Orbax lists, reads, writes and prunes them: the one module that knows Orbax."""
+
+import contextlib
+import functools
+import os
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from merge_jax.checkpoints.errors import DamagedStepError, PrunedStepError, first_line
+from merge_jax.checkpoints.lock import is_locked
+from merge_jax.checkpoints.manifest import Manifest, differing_leaves
+from merge_jax.checkpoints.trees import placed_shapes, unwrap_variables
+from merge_jax.paths import flatten, some_of
+
+__all__ = ["OrbaxSteps"]
+
+_Tree = TypeVar("_Tree")
+_Found = TypeVar("_Found")
+
+_MANIFEST = "manifest"
+# Orbax saves into one folder at a time in a process; there may be several.
+_ORBAX = threading.Lock()
+_LISTINGS = 10  # How often steps are listed again.
+_PRUNING = 2.0  # Seconds that a writer may take to remove the files of one step.
+
+
+class OrbaxSteps:
+    """The steps of a folder; a step that another process removes meanwhile raises PrunedStepError, not damage."""
+
+    def __init__(self, folder: Path, keep: int | None, read_only: bool):
+        """Lists the steps of a folder that is there; see `Checkpoints`."""
+        self._read_only = read_only
+        self._checkpointer = _retry_listing(
+            lambda: ocp.training.Checkpointer(
+                str(folder),
+                # Orbax gives its policies for the type of its older interface.
+                save_decision_policy=cast(Any, ocp.training.save_decision_policies.FixedIntervalPolicy(1)),
+                preservation_policy=cast(Any, _NewestAndBest(keep, lambda: self.scores)),
+                # A process that was killed while saving leaves such a folder; it never holds a whole step.
+                cleanup_tmp_directories=not read_only,
+            )
+        )
+        self.folder = Path(self._checkpointer.directory)
+        if read_only and not self.listed() and is_locked(folder):
+            self.reload()
+
+    def listed(self) -> tuple[int, ...]:
+        """Returns the steps that were there when they were last listed, in order."""
+        return tuple(sorted(checkpoint.step for checkpoint in self._checkpointer.checkpoints))
+
+    def reload(self) -> None:
+        """Lists the steps that are there now: a writer may have gone on."""
+        self.wait()
+        for _ in range(_LISTINGS):
+            _retry_listing(self._checkpointer.reload)
+            # Between a step that went and one that came, a listing may find neither.
+            if self.listed() or not self._read_only:
+                break
+            time.sleep(0.02)
+        self.__dict__.pop("scores", None)
+
+    @functools.cached_property
+    def scores(self) -> dict[int, float]:
+        """The scores of the steps that have one."""
+        scores = {}
+        for step in self.listed():
+            try:
+                score = self.manifest(step).score
+            except PrunedStepError:
+                if self._read_only:  # Its writer has gone on, and what is there now may have other scores.
+                    raise
+            except DamagedStepError:
+                pass
+            else:
+                if score is not None:
+                    scores[step] = score
+        return scores
+
+    def best(self) -> int | None:
+        """Returns the step of the highest score, the newest of several; None where no step has a score."""
+        return max(self.scores, key=lambda step: (self.scores[step], step), default=None)
+
+    def manifest(self, step: int) -> Manifest:
+        """Returns what stands beside a step; raises DamagedStepError where it is not what was written."""
+        with self._noticing_pruning(step):
+            try:
+                metadata: Any = self._checkpointer.metadata(step).custom_metadata or {}
+                manifest = Manifest.from_json(metadata.get(_MANIFEST))
+            except Exception as error:  # Orbax raises many kinds, bare Exception among them.
+                raise DamagedStepError(first_line(error)) from None
+        if manifest.step != step:
+            raise DamagedStepError(f"it is step {manifest.step}")
+        return manifest
+
+    def load(self, manifest: Manifest, tree: _Tree, *, partial: bool = False) -> tuple[_Tree, int]:
+        """Returns a step as a tree of the given shapes, every leaf compared with its digest.
+
+        Args:
+          manifest: of the step.
+          tree: arrays or shapes, placed as what is returned shall be.
+          partial: whether the tree is a part of what was saved.
+
+        Returns:
+          The tree, and how many parts of its leaves could not be compared.
+
+        Raises:
+          DamagedStepError: a leaf cannot be read, or is not what was saved.
+        """
+        context = ocp.Context()
+        context.pytree.loading.partial_load = partial
+
+        def load() -> _Tree:
+            with context:
+                return self._checkpointer.load(manifest.step, placed_shapes(tree))
+
+        return self._compared(manifest, load, partial=partial)
+
+    def load_arrays(self, manifest: Manifest) -> dict[str, Any]:
+        """Returns all of a step as nested dictionaries and lists of NumPy arrays; raises as `load`."""
+
+        def load() -> Any:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Sharding info not provided")  # On purpose.
+                return unwrap_variables(self._checkpointer.load(manifest.step), manifest.leaves)
+
+        return self._compared(manifest, load, partial=False)[0]
+
+    def _compared(self, manifest: Manifest, load: Callable[[], _Tree], *, partial: bool) -> tuple[_Tree, int]:
+        with self._noticing_pruning(manifest.step):
+            try:
+                with _ORBAX:
+                    loaded = load()
+                leaves = flatten(loaded)
+            except Exception as error:
+                raise DamagedStepError(first_line(error)) from None
+            changed = [path for path, leaf in leaves.items() if not isinstance(leaf, jax.Array | np.ndarray)]
+            changed += [] if partial else manifest.leaves.keys() ^ leaves.keys()
+            unchecked = 0
+            if not changed:
+                changed, unchecked = differing_leaves(manifest, loaded)
+            if changed:
+                raise DamagedStepError(f"{some_of(sorted(changed), 3)} changed since it was saved")
+        return loaded, unchecked
+
+    @contextlib.contextmanager
+    def _noticing_pruning(self, step: int) -> Iterator[None]:
+        """Raises PrunedStepError for a damaged step that its writer has removed since it was listed."""
+        try:
+            yield
+        except DamagedStepError as error:
+            # Its files go one after the other.
+            path, until = self.folder / str(step), time.monotonic() + _PRUNING
+            while os.path.lexists(path):
+                if not (self._read_only and is_locked(self.folder) and time.monotonic() < until):
+                    raise
+                time.sleep(0.02)
+            raise PrunedStepError(str(error)) from None
+
+    def write(self, state: Any, manifest: Manifest) -> None:
+        """Begins to write a step, and removes those that do not stay."""
+        step = manifest.step
+        if manifest.score is not None:
+            self.scores[step] = manifest.score
+        try:
+            with _ORBAX:
+                saved = self._checkpointer.save_async(step, state, custom_metadata={_MANIFEST: manifest.to_json()})
+            if saved is None:
+                raise RuntimeError(f"Orbax did not save step {step} in {self.folder}, and does not say why")
+        except BaseException:
+            self.scores.pop(step, None)  # No step that is not there may be the best.
+            raise
+
+    def wait(self) -> None:
+        """Waits until what is being written is on disk, and raises what went wrong."""
+        self._checkpointer.wait()
+
+    def close(self) -> None:
+        """Waits, and ends Orbax's threads."""
+        self._checkpointer.close()
+
+
+class _NewestAndBest:
+    """Orbax's policy of what stays: the newest steps and the one of the best score."""
+
+    def __init__(self, keep: int | None, scores: Callable[[], Mapping[int, float]]):
+        """Takes how many of the newest stay, None for all, and what returns the scores of steps."""
+        self._keep, self._scores = keep, scores
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Returns for each checkpoint, oldest first, whether it stays."""
+        del context
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        if self._keep is None:
+            return [True] * len(steps)
+        staying, scores = set(sorted(steps)[-self._keep :]), self._scores()
+        scored = [step for step in steps if step in scores]
+        if scored:
+            staying.add(max(scored, key=lambda step: (scores[step], step)))
+        return [step in staying for step in steps]
+
+
+def _retry_listing(list_steps: Callable[[], _Found]) -> _Found:
+    """Returns what a listing of steps gives; Orbax fails where a writer removes one of them meanwhile."""
+    for _ in range(_LISTINGS):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            return list_steps()
+    return list_steps()

@@ -1,0 +1,90 @@
+"""The trees that checkpoints hold: which can be saved, how they are copied, and what they are read into."""
+
+import sys
+from collections.abc import Collection
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from merge_jax.paths import flatten, some_of
+
+__all__ = ["check_saveable", "copy_to_host", "placed_shapes", "unwrap_variables"]
+
+_Tree = TypeVar("_Tree")
+
+
+def check_saveable(state: Any) -> None:
+    """Raises ValueError for what Orbax would save and not restore as it was; the first three leaves are named."""
+    _check_no_nnx_list(state)
+    problems = []
+    for path, leaf in flatten(state).items():
+        if isinstance(leaf, jax.Array):
+            continue
+        if not isinstance(leaf, np.ndarray | np.generic):
+            problems.append(f"{path} is {leaf!r:.40}, of the type {type(leaf).__name__}")
+        elif (taken := _dtype_in_jax(leaf)) != leaf.dtype:
+            problems.append(f"{path} is {leaf.dtype}{list(leaf.shape)} of NumPy, in JAX {taken or 'nothing'}")
+    if problems:
+        raise ValueError(
+            f"a checkpoint holds arrays that JAX can hold: {some_of(problems, 3, '; ')}. Give jnp.asarray(...) of a"
+            " number, and keep what is no number out of the state"
+        )
+
+
+def _check_no_nnx_list(state: Any) -> None:
+    nnx = sys.modules.get("flax.nnx")
+    if nnx is None:  # Where nobody has imported it, no tree has a list of it.
+        return
+    for path, node in jax.tree.leaves_with_path(state, is_leaf=lambda node: isinstance(node, nnx.List)):
+        if isinstance(node, nnx.List):
+            raise ValueError(
+                f"{jax.tree_util.keystr(path, simple=True, separator='/')} is an nnx.List, which Orbax saves and"
+                " cannot read again: save nnx.state(module) in the place of the module; nnx.update(module, state)"
+                " puts what comes back into it"
+            )
+
+
+def _dtype_in_jax(array: np.ndarray | np.generic) -> np.dtype | None:
+    """Returns the dtype that an array of NumPy has in JAX; None for one that it does not take."""
+    try:
+        return jax.eval_shape(lambda array: array, array).dtype
+    except TypeError:
+        return None
+
+
+def copy_to_host(tree: Any) -> Any:
+    """Returns the tree with copies of its arrays, in NumPy but for random keys, all fetched at once."""
+    for leaf in jax.tree.leaves(tree):
+        if isinstance(leaf, jax.Array):
+            leaf.copy_to_host_async()
+
+    def copy(leaf: Any) -> Any:
+        if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.random.clone(leaf)
+        return np.array(leaf)
+
+    return jax.tree.map(copy, tree)
+
+
+def placed_shapes(tree: _Tree) -> _Tree:
+    """Returns the tree with shapes, dtypes and placements for leaves; one device holds what is placed nowhere."""
+    default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+    def placed(shape: Any, leaf: Any) -> jax.ShapeDtypeStruct:
+        sharding = getattr(leaf, "sharding", None) or default
+        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+
+    return jax.tree.map(placed, jax.eval_shape(lambda tree: tree, tree), tree)
+
+
+def unwrap_variables(node: Any, leaves: Collection[str], path: str = "") -> Any:
+    """Returns what Orbax has loaded with each variable of NNX, `{"value": array}`, as the one leaf that it was."""
+    if isinstance(node, list):
+        return [unwrap_variables(child, leaves, f"{path}/{i}" if path else str(i)) for i, child in enumerate(node)]
+    if not isinstance(node, dict):
+        return node
+    if path in leaves and node.keys() == {"value"}:
+        return node["value"]
+    return {name: unwrap_variables(child, leaves, f"{path}/{name}" if path else name) for name, child in node.items()}
