@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import merge_jax as mj
 from merge_jax.paths import natural_order
 from merge_jax.transfers.routes import as_routes, resolve
-from merge_jax.transfers.tokens import proportional
+from merge_jax.transfers.views import proportional
 
 # Few sizes, so that what is compiled for a shape is met again.
 SIZES = st.sampled_from([1, 2, 3])

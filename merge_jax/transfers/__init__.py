@@ -6,7 +6,7 @@ with epy.lazy_api_imports(globals()):
     from merge_jax.transfers.adapter import adapter_transfer
     from merge_jax.transfers.aligned import AlignedTransfer, aligned_transfer
     from merge_jax.transfers.base import identity_transfer, share_transfer
-    from merge_jax.transfers.channel_graph import Wiring, input_moments, wiring
+    from merge_jax.transfers.channels import Wiring, input_moments, wiring
     from merge_jax.transfers.combinators import chain, scheduled, self_transfer, several_sources, without_source
     from merge_jax.transfers.describe import summarize
     from merge_jax.transfers.linear_operators import linear_operator_transfer

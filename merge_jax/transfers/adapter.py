@@ -19,7 +19,7 @@ from merge_jax.transfers.low_rank import core_bases, decode, encode, row_basis
 from merge_jax.transfers.matrix_layers import pad_to
 from merge_jax.transfers.network import Network, Place, Sizes, Start, cannot_be_had, draw, linen_network, stack_starts
 from merge_jax.transfers.routes import ResolvedRoute, Routes, as_routes, check_rank, check_view, resolve, survey
-from merge_jax.transfers.tokens import AttentionView, Kinds, ViewName, proportional
+from merge_jax.transfers.views import AttentionView, Kinds, ViewName, proportional
 from merge_jax.types import Adapter, ApplyFn, Metrics, Params, RouteSummary, Transfer
 
 __all__ = ["AdapterOptions", "OutputForm", "adapter_transfer"]

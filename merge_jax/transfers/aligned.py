@@ -14,12 +14,12 @@ from jax import lax
 from merge_jax.layouts import overlap_blocks
 from merge_jax.paths import flatten, near_misses, replace
 from merge_jax.transfers.base import RoutedTransfer, share_transfer
-from merge_jax.transfers.channel_graph import Wiring
+from merge_jax.transfers.channels import Wiring
 from merge_jax.transfers.cost import count_flops
 from merge_jax.transfers.layerwise import kernel_routes
 from merge_jax.transfers.memory import free_memory
 from merge_jax.transfers.routes import ResolvedRoute, Routes, resolve, survey
-from merge_jax.transfers.tokens import KernelView
+from merge_jax.transfers.views import KernelView
 from merge_jax.transfers.weight_selection import choice_matrix, evenly_chosen
 from merge_jax.types import Adapter, ApplyFn, InitFn, Params, RouteSummary
 

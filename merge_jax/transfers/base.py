@@ -8,7 +8,7 @@ import jax
 from merge_jax.paths import flatten, replace
 from merge_jax.transfers.batching import Group, grouped, run_group
 from merge_jax.transfers.routes import LeftOut, ResolvedRoute, Routes, as_routes, check_view, resolve, survey
-from merge_jax.transfers.tokens import AttentionView, ViewName
+from merge_jax.transfers.views import AttentionView, ViewName
 from merge_jax.types import Adapter, ApplyFn, InitFn, Metrics, Params, RouteSummary, Transfer
 
 __all__ = [

@@ -13,7 +13,7 @@ from merge_jax.transfers.base import RoutedTransfer, share_transfer
 from merge_jax.transfers.batching import Group, adapter_of, grouped, run_group
 from merge_jax.transfers.cost import count_flops
 from merge_jax.transfers.routes import ResolvedRoute, Route, Routes, as_routes, resolve, survey
-from merge_jax.transfers.tokens import View
+from merge_jax.transfers.views import View
 from merge_jax.types import Adapter, Params, RouteSummary
 
 __all__ = ["block_shapes", "block_transfer", "kernel_routes"]

@@ -15,7 +15,7 @@ from merge_jax.transfers.base import RoutedTransfer, share_transfer
 from merge_jax.transfers.cost import count_flops
 from merge_jax.transfers.layerwise import block_shapes, kernel_routes
 from merge_jax.transfers.routes import ResolvedRoute, Routes, resolve, survey
-from merge_jax.transfers.tokens import KernelView
+from merge_jax.transfers.views import KernelView
 from merge_jax.types import Adapter, Params, RouteSummary, Transfer
 
 __all__ = ["optimal_transport_transfer", "transport_map"]

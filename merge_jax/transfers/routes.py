@@ -14,7 +14,7 @@ from merge_jax.checks import check_at_least_one, check_choice
 from merge_jax.layouts import MatrixSpec, matrix_spec
 from merge_jax.paths import Pattern, find_paths, flatten, is_pattern, natural_order, near_misses
 from merge_jax.transfers.rows import Rows, RowsByNumber, arranged_ends
-from merge_jax.transfers.tokens import AttentionView, KernelView, View, ViewName, proportional
+from merge_jax.transfers.views import AttentionView, KernelView, View, ViewName, proportional
 from merge_jax.types import Params
 
 __all__ = [

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 import merge_jax as mj
-from merge_jax.transfers.channel_graph import FOLLOWED
+from merge_jax.transfers.channels import FOLLOWED
 from tests.helpers import jitted_init
 
 IMAGES = jnp.asarray(np.random.default_rng(0).normal(size=(3, 8, 8, 1)), jnp.float32)
