@@ -20,7 +20,8 @@ from merge_jax.training.joint import (
 from merge_jax.training.nonfinite import all_finite, keep_unless
 from merge_jax.training.optimizers import adapter_adamw, optimizer_update
 from merge_jax.training.packing import pack
-from merge_jax.types import Adapter, Batch, Metrics, Params, TeacherFn, Transfer
+from merge_jax.transfers.base import Transfer
+from merge_jax.types import Adapter, Batch, Metrics, Params, TeacherFn
 
 __all__ = ["bake", "make_reparameterised_step"]
 
@@ -59,10 +60,9 @@ def make_reparameterised_step(
 
     def step(state: JointState, batches: Mapping[str, Batch]) -> tuple[JointState, Metrics]:
         new_source, source_metrics, target_batch, target_key, transfer_key = begin_step(source, teacher, state, batches)
-        now = transfer.at(state.step)
 
         def loss(adapter: Adapter, params: Params) -> tuple[jax.Array, tuple[Params, Params, Metrics]]:
-            merged = now.apply(adapter, state.source.params, params, key=transfer_key)
+            merged = transfer.apply(adapter, state.source.params, params, key=transfer_key, step=state.step)
             loss, (model_state, metrics) = target.loss_fn(merged, state.target.model_state, target_batch, target_key)
             return loss, (merged, model_state, {"loss": loss, **metrics})
 
@@ -84,7 +84,7 @@ def make_reparameterised_step(
             state.target.params, merged, adapter_grads, transferred=ok, rejected=jnp.array(False)
         )
         metrics["skipped"] = jnp.asarray(~ok, jnp.float32)
-        gates = now.monitor(state.adapter.params, state.source.params, state.target.params)
+        gates = transfer.monitor(state.adapter.params, state.source.params, state.target.params, step=state.step)
         new_state = state.replace(step=state.step + 1, source=new_source, target=new_target, adapter=new_adapter)
         return new_state, metrics_by_role(source_metrics, metrics, {**of_adapter, "skipped": skipped, **gates})
 
@@ -97,5 +97,4 @@ def bake(transfer: Transfer, state: JointState) -> Params:
     `T' = transfer(adapter, S, T)` of a state that a reparameterised step has trained; the adapter and the source
     are needed no more.
     """
-    now = transfer.at(state.step)
-    return now.apply(state.adapter.params, state.source.params, state.target.params)
+    return transfer.apply(state.adapter.params, state.source.params, state.target.params, step=state.step)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import merge_jax as mj
-from merge_jax.transfers.routes import as_routes, resolve, survey
+from merge_jax.transfers.pairing import resolve, survey
+from merge_jax.transfers.routes import as_routes
 from merge_jax.transfers.views import proportional
 
 
