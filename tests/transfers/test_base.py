@@ -309,6 +309,25 @@ def test_memory_does_not_grow_with_rows_times_columns():
     assert wider < 3 * chunked
 
 
+def test_a_transfer_of_ones_own_needs_two_functions_that_take_the_step():
+    init, tree = (lambda key, source, target: {"gain": jnp.ones(())}), {"w": jnp.ones((2, 3))}
+
+    def apply(adapter, source_params, target_params, *, key=None, step=None):
+        return {"w": target_params["w"] + adapter["gain"] * (0 if step is None else step)}
+
+    own = mj.Transfer(init, apply)
+    assert (own.describe(tree, tree), own.monitor({}, tree, tree, step=1), own.fit) == ((), {}, None)
+    both = mj.chain(own, mj.scheduled(own, 0.5))
+    merged = both.apply(both.init(jax.random.key(0), tree, tree), tree, tree, step=jnp.array(4))
+    np.testing.assert_array_equal(merged["w"], 1 + 4 + 0.5 * 4)
+    with pytest.raises(
+        ValueError, match=r"apply must take the step of training, as in def apply\(.*key=None, step=None"
+    ):
+        mj.Transfer(init, lambda adapter, source_params, target_params, *, key=None: target_params)
+    with pytest.raises(ValueError, match="monitor must take the step"):
+        mj.Transfer(init, apply, monitor=lambda adapter, source_params, target_params: {})
+
+
 def test_transfers_can_be_copied_and_sent_to_another_process():
     """As engines that ship functions to workers do; the copy transfers what the original does."""
     source, target = {"w": jnp.arange(6.0).reshape(2, 3)}, {"w": jnp.zeros((2, 3))}
