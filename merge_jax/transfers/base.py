@@ -124,11 +124,8 @@ def _no_metrics(adapter: Adapter, source_params: Params, target_params: Params, 
 class Transfer:
     """A transfer of knowledge as pure functions over parameter pytrees, as an Optax optimizer is.
 
-    Every method, baseline and ablation is one factory that returns this. One of your own needs `init` and `apply`:
-
-        def init(key, source_params, target_params): ...  # Returns the adapter, {} for none.
-        def apply(adapter, source_params, target_params, *, key=None, step=None): ...  # Returns the new target.
-        transfer = Transfer(init, apply)
+    Every method, baseline and ablation is one factory that returns this. One of your own is `Transfer(init, apply)`;
+    its `apply` has to take both keywords, whether it uses them or not.
 
     Attributes:
       init: `(key, source_params, target_params) -> adapter`; checks the transfer against both trees.

@@ -122,20 +122,6 @@ def test_routes_may_be_pairs_or_routes_with_their_own_matrices(trees, next_key):
         assert up.shape == (1, width, 2 * width)
 
 
-@pytest.mark.parametrize("output", ["published", "warm"])
-def test_half_precision_leaves_stay_half(output):
-    target = {"w": {"kernel": jnp.ones((4, 3), jnp.bfloat16)}}
-    source = {"w": {"kernel": jnp.ones((5, 6), jnp.float16)}}
-    transfer = mj.lpka_transfer({"w/kernel": "w/kernel"}, num_layers=1, output=output)
-
-    def merge(key):
-        return transfer.apply(transfer.init(key, source, target), source, target)
-
-    merged = jax.eval_shape(merge, jax.random.key(0))
-    assert merged["w"]["kernel"].dtype == jnp.bfloat16
-
-
-@pytest.mark.parametrize("make", [mj.lpka_transfer, mj.share_transfer])
 @pytest.mark.parametrize(
     ("routes", "message"),
     [
@@ -150,12 +136,11 @@ def test_half_precision_leaves_stay_half(output):
         ([("a", 1)], "a route is a pair"),
     ],
 )
-def test_bad_routes_are_refused_at_once(make, routes, message):
+def test_bad_routes_are_refused_at_once(routes, message):
     with pytest.raises(ValueError, match=message):
-        make(routes)
+        mj.share_transfer(routes)
 
 
-@pytest.mark.parametrize("make", [mj.lpka_transfer, mj.share_transfer])
 @pytest.mark.parametrize(
     ("target_path", "source_path", "message"),
     [
@@ -171,9 +156,9 @@ def test_bad_routes_are_refused_at_once(make, routes, message):
         ("text", "fc/kernel", r"target leaf 'text' must be a float array, got str"),
     ],
 )
-def test_routes_that_do_not_fit_the_models_are_refused_by_init(make, target_path, source_path, message, next_key):
+def test_routes_that_do_not_fit_the_models_are_refused_by_init(target_path, source_path, message, next_key):
     with pytest.raises(ValueError, match=message):
-        make({target_path: source_path}).init(next_key(), SOURCE, TARGET)
+        mj.share_transfer({target_path: source_path}).init(next_key(), SOURCE, TARGET)
 
 
 def test_a_matrix_spec_that_does_not_fit_is_refused(trees, next_key):

@@ -207,7 +207,7 @@ def test_every_public_factory_of_a_transfer_has_a_row():
 
 
 @every_row
-def test_structure_stays_and_leaves_that_take_no_part_are_the_same_arrays(name):
+def test_structure_and_dtypes_stay_and_leaves_that_take_no_part_are_the_same_arrays(name):
     row, apply, adapter = made(name)
 
     def compare(adapter, source, target):
@@ -217,8 +217,10 @@ def test_structure_stays_and_leaves_that_take_no_part_are_the_same_arrays(name):
         assert same == set(before) - set(row.routed)
         return merged
 
-    merged = jax.eval_shape(compare, adapter, row.source, TARGET)
-    chex.assert_trees_all_equal_shapes_and_dtypes(merged, TARGET)
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x, TARGET)
+    for target in (TARGET, half):
+        merged = jax.eval_shape(compare, adapter, row.source, target)
+        chex.assert_trees_all_equal_shapes_and_dtypes(merged, target)
 
 
 @every_row
