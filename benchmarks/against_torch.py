@@ -206,7 +206,7 @@ def make_torch_modules(problem: Problem) -> tuple[Any, Any, Any]:
         for module, name in zip(modules[::-1], problem.torch_route, strict=True)
     )
     adapter = torch_pair.Adapter(target_shape, source_shape)
-    arrays = mj.export_official_adapter(problem.adapter[problem.route[0]])
+    arrays = mj.export_published_adapter(problem.adapter[problem.route[0]])
     adapter.load_state_dict({name: torch.from_numpy(array.copy()) for name, array in arrays.items()})
     return *modules, adapter
 

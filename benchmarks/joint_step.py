@@ -74,7 +74,7 @@ def make_pair(name: str, dtype: Any = jnp.float32) -> Pair:
     """Returns the models and the transfer of a pair by its name."""
     if name in ("published", "capped"):
         route = {"stage6_2/project/kernel": "fc/kernel"}
-        transfer = mj.published_transfer(route) if name == "published" else mj.lpka_transfer(route, output="official")
+        transfer = mj.published_transfer(route) if name == "published" else mj.lpka_transfer(route, output="published")
         models = mj.models.resnet50(100, dtype=dtype), mj.models.mobilenet_v2(100, dtype=dtype)
         return Pair(*models, (32, 32, 3), transfer)
     transfer = mj.lpka_transfer(ROUTES, num_layers=1, num_heads=8)

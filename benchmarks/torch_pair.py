@@ -1,7 +1,7 @@
 """The published joint step in PyTorch, written for `benchmarks.against_torch`: what ours is timed against.
 
 Modules have the parameters of ours one to one, by the same names: `stage1_0/conv1/kernel` is `stage1_0.conv1.weight`.
-The adapter's names are the published ones, their misspelling included, which `mj.export_official_adapter` writes.
+The adapter's names are the published ones, their misspelling included, which `mj.export_published_adapter` writes.
 """
 
 from collections import OrderedDict

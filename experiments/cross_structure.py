@@ -138,7 +138,7 @@ _PAPER = replace(
     stop=1.0,
     num_layers=2,
     capped=False,
-    output="official",
+    output="published",
 )
 
 _BASELINES = ("vanilla", "share", "kd", "rkd", "dkd", "nkd", "mergenet", "mergenet_kd")

@@ -63,30 +63,34 @@ with epy.lazy_api_imports(globals()):
     from merge_jax.training.signals import StopSignals
     from merge_jax.training.trajectory import Trajectory, last_of, load_trajectory, replay_evenly, replayed
     from merge_jax.transfers.adapter import adapter_transfer
-    from merge_jax.transfers.aligned import AlignedTransfer, aligned_transfer
-    from merge_jax.transfers.base import identity_transfer, share_transfer
-    from merge_jax.transfers.channel_graph import Wiring, input_moments, wiring
+    from merge_jax.transfers.aligned import aligned_transfer
+    from merge_jax.transfers.base import RouteSummary, Transfer, identity_transfer
+    from merge_jax.transfers.channel_axes import ChannelGraph
+    from merge_jax.transfers.channels import channel_graph, input_moments
     from merge_jax.transfers.combinators import chain, scheduled, self_transfer, several_sources, without_source
     from merge_jax.transfers.describe import summarize
     from merge_jax.transfers.linear_operators import linear_operator_transfer
-    from merge_jax.transfers.low_rank import LowRankConv, LowRankDense, core_bases, decode, encode, row_basis
+    from merge_jax.transfers.low_rank import LowRankConv, LowRankDense, decode, encode, row_basis
     from merge_jax.transfers.lpka import LPKA, LPKAOptions, lpka_network
-    from merge_jax.transfers.mergenet import lpka_transfer, mlp_transfer, published_transfer
+    from merge_jax.transfers.matching import match
+    from merge_jax.transfers.mergenet import lpka_transfer, published_transfer
+    from merge_jax.transfers.mixing import mlp_transfer
     from merge_jax.transfers.optimal_transport import optimal_transport_transfer
     from merge_jax.transfers.parameter_generator import parameter_generator_transfer
-    from merge_jax.transfers.published import OfficialAdapter, export_official_adapter, load_official_adapter
-    from merge_jax.transfers.routes import Route, match
+    from merge_jax.transfers.published import PublishedAdapter, export_published_adapter, load_published_adapter
+    from merge_jax.transfers.routes import Route
     from merge_jax.transfers.rows import Rows
+    from merge_jax.transfers.sharing import share_transfer
     from merge_jax.transfers.weight_selection import weight_selection_transfer
-    from merge_jax.types import Adapter, Batch, LossFn, Params, RouteSummary, Transfer
+    from merge_jax.types import Adapter, Batch, LossFn, Params
 
 __all__ = [
     "DATA_AXIS",
     "LPKA",
     "Adapter",
     "AdapterState",
-    "AlignedTransfer",
     "Batch",
+    "ChannelGraph",
     "CheckpointError",
     "Checkpoints",
     "DamagedCheckpointWarning",
@@ -99,9 +103,9 @@ __all__ = [
     "MatrixSpec",
     "NotBitExactWarning",
     "NumericFaultError",
-    "OfficialAdapter",
     "Outputs",
     "Params",
+    "PublishedAdapter",
     "Route",
     "RouteSummary",
     "Rows",
@@ -111,7 +115,6 @@ __all__ = [
     "Trajectory",
     "Transfer",
     "TransferSteps",
-    "Wiring",
     "accuracy",
     "adapter_adamw",
     "adapter_transfer",
@@ -124,12 +127,12 @@ __all__ = [
     "augmented",
     "bake",
     "chain",
+    "channel_graph",
     "cka",
     "classification_loss",
     "connect",
     "contrastive_loss",
     "copy_overlap",
-    "core_bases",
     "cross_entropy",
     "data_mesh",
     "decode",
@@ -140,7 +143,7 @@ __all__ = [
     "evaluate_retrieval",
     "evaluate_spans",
     "evaluate_vqa",
-    "export_official_adapter",
+    "export_published_adapter",
     "features_teacher",
     "find_paths",
     "flatten",
@@ -151,8 +154,8 @@ __all__ = [
     "jit_layout",
     "last_of",
     "linear_operator_transfer",
-    "load_official_adapter",
     "load_params",
+    "load_published_adapter",
     "load_safetensors",
     "load_trajectory",
     "logits_teacher",
@@ -203,7 +206,6 @@ __all__ = [
     "vqa_scores",
     "weight_selection_transfer",
     "whole_batch",
-    "wiring",
     "with_features",
     "without_source",
 ]

@@ -16,7 +16,6 @@ __all__ = [
     "check_float_dtype",
     "check_learnable",
     "check_number_or_schedule",
-    "check_transfer",
 ]
 
 
@@ -61,12 +60,6 @@ def check_number_or_schedule(**options: Any) -> None:
         number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
         if not number and not callable(value):
             raise ValueError(f"{name} must be a finite number or a schedule of the step, got {value!r}")
-
-
-def check_transfer(name: str, value: Any) -> None:
-    """Raises ValueError unless the value has a transfer's two functions."""
-    if not callable(getattr(value, "init", None)) or not callable(getattr(value, "apply", None)):
-        raise ValueError(f"{name} must be a Transfer, a pair of functions init and apply, got {type(value).__name__}")
 
 
 def check_float_dtype(dtype: Any) -> None:

@@ -1,4 +1,4 @@
-"""Aligned transfers of an experiment: wired by the models' readers, fitted on the target's training inputs."""
+"""Aligned transfers of an experiment: by the channels of both models, fitted on the target's training inputs."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -10,7 +10,6 @@ import optax
 import merge_jax as mj
 from merge_jax.data import num_examples
 from merge_jax.study.scenario import FitFn, Learner, Reader, Role
-from merge_jax.transfers.aligned import AlignedTransfer
 from merge_jax.transfers.weight_selection import evenly_chosen
 from merge_jax.types import Adapter, Batch, ModelState, Params
 
@@ -37,27 +36,28 @@ class Alignment(NamedTuple):
             return None
         return cls((source.role, source.reader), (target.role, target.reader))
 
-    def transfer(self, routes: Sequence[mj.Route]) -> AlignedTransfer:
+    def transfer(self, routes: Sequence[mj.Route]) -> mj.Transfer:
         """Returns the aligned transfer of those routes."""
-        return mj.aligned_transfer(routes, self._wiring(*self.source), self._wiring(*self.target))
+        return mj.aligned_transfer(routes, self._channel_graph(*self.source), self._channel_graph(*self.target))
 
-    def first(self, transfer: AlignedTransfer) -> mj.Transfer:
+    def first(self, transfer: mj.Transfer) -> mj.Transfer:
         """Returns the transfer that writes at the first step alone."""
         return mj.scheduled(transfer, optax.piecewise_constant_schedule(1.0, {1: 0.0}))
 
-    def fit(self, transfer: AlignedTransfer, place: Callable[[Adapter, Adapter], Adapter] | None = None) -> FitFn:
+    def fit(self, transfer: mj.Transfer, place: Callable[[Adapter, Adapter], Adapter] | None = None) -> FitFn:
         """Returns what makes the adapter: fitted to what the target's training inputs are to the source.
 
         Args:
           transfer: the aligned one.
           place: `(whole adapter, fitted part) -> whole adapter`, where it is part of another transfer.
         """
-        of_source = _reading(self.source[1])
+        source_model, transfer_fit = _reading(self.source[1]), transfer.fit
+        assert transfer_fit is not None  # The aligned one has it.
 
         @jax.jit
         def fit(source: mj.TrainState, target_params: Params, inputs: Sequence[jax.Array]) -> Adapter:
-            moments = mj.input_moments(of_source, source.params, source.model_state, *inputs)
-            return transfer.fit(moments, source.params, target_params)
+            moments = mj.input_moments(source_model, source.params, source.model_state, *inputs)
+            return transfer_fit(moments, source.params, target_params)
 
         def fitted(adapter: Adapter, source: mj.TrainState, target_params: Params, examples: Batch) -> Adapter:
             found = fit(source, target_params, self._inputs(self.source[1], examples))
@@ -65,10 +65,10 @@ class Alignment(NamedTuple):
 
         return fitted
 
-    def _wiring(self, role: Role, reader: Reader) -> mj.Wiring:
+    def _channel_graph(self, role: Role, reader: Reader) -> mj.ChannelGraph:
         params, model_state = jax.eval_shape(role.init, jax.random.key(0))
         inputs = self._inputs(reader, self.target[0].splits(0).train)
-        return mj.wiring(_reading(reader), params, model_state, *inputs)
+        return mj.channel_graph(_reading(reader), params, model_state, *inputs)
 
     def _inputs(self, reader: Reader, examples: Any) -> list[np.ndarray]:
         total = num_examples(examples)

@@ -53,5 +53,5 @@ SourceControl = Literal["none", "random", "shuffled", "noise", "other_seed"]
 UpdateRule = Literal["exact", "surrogate"]
 """Those of `merge_jax.make_joint_step`."""
 
-OutputForm = Literal["official", "residual", "warm"]
+OutputForm = Literal["published", "residual", "warm"]
 """Those of `merge_jax.lpka_transfer`."""

@@ -125,7 +125,7 @@ class TransferConfig(RunConfig):
             return Method(task, bind(transfer), self.stop, teacher)
 
         def aligned(learning: bool, objective: Callable[[], Objective]) -> Method:
-            if alignment is None or not isinstance(transfer := bind(alignment.transfer), mj.AlignedTransfer):
+            if alignment is None or (transfer := bind(alignment.transfer)).fit is None:
                 raise ValueError("a method with aligned needs one source that is a model of its own")
             task, teacher = objective()
             if not learning:
@@ -158,7 +158,7 @@ class TransferConfig(RunConfig):
             "": None,
             "share": mj.share_transfer,
             "mergenet": lpka(),
-            "mergenet_official": lpka("official"),
+            "mergenet_official": lpka("published"),
             "mergenet_residual": lpka("residual"),
             "mergenet_warm": lpka("warm"),
             "selection": mj.weight_selection_transfer,

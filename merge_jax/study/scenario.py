@@ -17,8 +17,8 @@ from merge_jax.objectives.classification import ClassificationLoss
 from merge_jax.study.config import Schedule
 from merge_jax.training.epoch import Augment
 from merge_jax.training.joint import Task, TrainState
-from merge_jax.transfers.base import identity_transfer
-from merge_jax.types import Adapter, Batch, LossFn, ModelApply, ModelState, Params, TeacherFn, Transfer
+from merge_jax.transfers.base import Transfer, identity_transfer
+from merge_jax.types import Adapter, Batch, LossFn, ModelApply, ModelState, Params, TeacherFn
 
 __all__ = ["FitFn", "Learner", "Method", "Reader", "Role", "Samples", "Scenario", "choose"]
 

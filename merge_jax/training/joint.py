@@ -14,14 +14,14 @@ import optax
 from flax import struct
 from jax import lax
 
-from merge_jax.checks import check_choice, check_learnable, check_transfer
+from merge_jax.checks import check_choice, check_learnable
 from merge_jax.paths import flatten, some_of
 from merge_jax.training.nonfinite import all_finite, select_update
 from merge_jax.training.optimizers import adapter_adamw, holds_parameters, optimizer_update
 from merge_jax.training.packing import pack
 from merge_jax.training.schedule import TransferSteps
-from merge_jax.transfers.base import writes
-from merge_jax.types import Adapter, Batch, LossFn, Metrics, ModelState, Params, TeacherFn, Transfer
+from merge_jax.transfers.base import Transfer, check_transfer, writes
+from merge_jax.types import Adapter, Batch, LossFn, Metrics, ModelState, Params, TeacherFn
 
 __all__ = [
     "AdapterState",
@@ -127,7 +127,7 @@ def init_joint_state(
       target_params: parameters of the target.
       source_state: the source's model state; `{}` if not given.
       target_state: the target's model state; `{}` if not given.
-      adapter: to start from, such as one that `AlignedTransfer.fit` has made; by default what `transfer.init` makes.
+      adapter: to start from, such as one that `transfer.fit` has made; by default what `transfer.init` makes.
       adapter_optimizer: the one that `make_joint_step` gets; `adapter_adamw()` if not given.
 
     Raises:
@@ -254,8 +254,8 @@ def make_joint_step(
         def transfer_and_learn() -> tuple[TrainState, AdapterState, Metrics, Metrics]:
             def apply(adapter: Adapter) -> Params:
                 # Source and target as they stood before this step: new_source is not used here.
-                now = transfer.at(state.step)
-                return now.apply(adapter, state.source.params, state.target.params, key=transfer_key)
+                source_params, target_params = state.source.params, state.target.params
+                return transfer.apply(adapter, source_params, target_params, key=transfer_key, step=state.step)
 
             merged, pullback = jax.vjp(apply, state.adapter.params)
             own = state.target.params
@@ -286,7 +286,7 @@ def make_joint_step(
             outcome = lax.cond(transfer_steps.includes(state.step), transfer_and_learn, learn_alone)
         new_target, new_adapter, target_metrics, adapter_values = outcome
         # The gates that this step used, not those it has learned.
-        gates = transfer.at(state.step).monitor(state.adapter.params, state.source.params, state.target.params)
+        gates = transfer.monitor(state.adapter.params, state.source.params, state.target.params, step=state.step)
 
         new_state = state.replace(step=state.step + 1, source=new_source, target=new_target, adapter=new_adapter)
         return new_state, metrics_by_role(source_metrics, target_metrics, {**adapter_values, **gates})

@@ -18,7 +18,8 @@ from merge_jax.training.joint import (
     update_model,
 )
 from merge_jax.training.optimizers import adapter_adamw
-from merge_jax.types import Adapter, Batch, Metrics, ModelState, Params, TeacherFn, Transfer
+from merge_jax.transfers.base import Transfer
+from merge_jax.types import Adapter, Batch, Metrics, ModelState, Params, TeacherFn
 
 __all__ = ["bake", "make_reparameterised_step"]
 
@@ -57,12 +58,11 @@ def make_reparameterised_step(
 
     def step(state: JointState, batches: Mapping[str, Batch]) -> tuple[JointState, Metrics]:
         new_source, source_metrics, target_batch, target_key, transfer_key = begin_step(source, teacher, state, batches)
-        now = transfer.at(state.step)
 
         own = state.target.params
 
         def loss_fn(adapter: Adapter, params: Params) -> tuple[jax.Array, tuple[Params, ModelState, Metrics]]:
-            merged = now.apply(adapter, state.source.params, params, key=transfer_key)
+            merged = transfer.apply(adapter, state.source.params, params, key=transfer_key, step=state.step)
             loss, (model_state, metrics) = target.loss_fn(merged, state.target.model_state, target_batch, target_key)
             return loss, (merged, model_state, metrics)
 
@@ -75,7 +75,7 @@ def make_reparameterised_step(
         ok = metrics["skipped"] == 0
         new_adapter, skipped = learn_adapter(adapter_optimizer, state.adapter, adapter_grads, ok)
         adapter_values = adapter_metrics(own, merged, adapter_grads, transferred=ok, rejected=jnp.array(False))
-        gates = now.monitor(state.adapter.params, state.source.params, state.target.params)
+        gates = transfer.monitor(state.adapter.params, state.source.params, own, step=state.step)
         new_state = state.replace(step=state.step + 1, source=new_source, target=new_target, adapter=new_adapter)
         return new_state, metrics_by_role(source_metrics, metrics, {**adapter_values, "skipped": skipped, **gates})
 
@@ -88,5 +88,4 @@ def bake(transfer: Transfer, state: JointState) -> Params:
     `T' = transfer(adapter, S, T)` of a state that a reparameterised step has trained; the adapter and the source
     are needed no more.
     """
-    now = transfer.at(state.step)
-    return now.apply(state.adapter.params, state.source.params, state.target.params)
+    return transfer.apply(state.adapter.params, state.source.params, state.target.params, step=state.step)

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from merge_jax.checkpoints.orbax import Checkpoints
-from merge_jax.checks import check_at_least_one, check_transfer
-from merge_jax.transfers.base import RoutedTransfer
-from merge_jax.types import Adapter, Batch, Metrics, ModelState, Params, RouteSummary, TeacherFn, Transfer
+from merge_jax.checks import check_at_least_one
+from merge_jax.transfers.base import RouteSummary, Step, Transfer, check_transfer
+from merge_jax.types import Adapter, Batch, Metrics, ModelState, Params, TeacherFn
 
 __all__ = ["Trajectory", "last_of", "load_trajectory", "replay_evenly", "replayed"]
 
@@ -92,8 +92,8 @@ def replayed(transfer: Transfer, replay: Replay) -> Transfer:
       replay: `step -> k`, e.g. `replay_evenly(K, num_steps)`; beyond [0, K) it is the first or the last.
 
     Raises:
-      ValueError: something that is no transfer, or a schedule that is no function; in `apply`, without a step:
-        `transfer.at(step).apply(...)`, as the joint step does; leaves of unequal K.
+      ValueError: something that is no transfer, or a schedule that is no function; in `apply` and `monitor`, where
+        there is no step: `transfer.apply(..., step=step)`, as the joint step does; leaves of unequal K.
     """
     check_transfer("what is replayed", transfer)
     if not callable(replay):
@@ -102,31 +102,32 @@ def replayed(transfer: Transfer, replay: Replay) -> Transfer:
     def init(key: jax.Array, source_params: Params, target_params: Params) -> Adapter:
         return transfer.init(key, _snapshot(source_params, 0), target_params)
 
+    def snapshot(source_params: Params, step: Step) -> tuple[Params, Any]:
+        if step is None:
+            raise ValueError("the source is replayed by the step: name it, as in transfer.apply(..., step=step)")
+        number = replay(step)
+        return _snapshot(source_params, number), number
+
     def apply(
-        adapter: Adapter, source_params: Params, target_params: Params, *, key: jax.Array | None = None
+        adapter: Adapter,
+        source_params: Params,
+        target_params: Params,
+        *,
+        key: jax.Array | None = None,
+        step: Step = None,
     ) -> Params:
-        del adapter, source_params, target_params, key  # Without a step there is no source.
-        raise ValueError("the source is replayed by the step: name it, as in transfer.at(step).apply(...)")
+        return transfer.apply(adapter, snapshot(source_params, step)[0], target_params, key=key, step=step)
 
     def describe(source_params: Params, target_params: Params) -> tuple[RouteSummary, ...]:
         one = jax.eval_shape(lambda params: _snapshot(params, 0), source_params)
         return transfer.describe(one, target_params)
 
-    def at(step: jax.Array | int) -> Transfer:
-        now, number = transfer.at(step), replay(step)
+    def monitor(adapter: Adapter, source_params: Params, target_params: Params, *, step: Step = None) -> Metrics:
+        shown, number = snapshot(source_params, step)
+        metrics = transfer.monitor(adapter, shown, target_params, step=step)
+        return {**metrics, "snapshot": jnp.asarray(number, jnp.float32)}
 
-        def apply(
-            adapter: Adapter, source_params: Params, target_params: Params, *, key: jax.Array | None = None
-        ) -> Params:
-            return now.apply(adapter, _snapshot(source_params, number), target_params, key=key)
-
-        def monitor(adapter: Adapter, source_params: Params, target_params: Params) -> Metrics:
-            of_transfer = now.monitor(adapter, _snapshot(source_params, number), target_params)
-            return {**of_transfer, "snapshot": jnp.asarray(number, jnp.float32)}
-
-        return RoutedTransfer(init, apply, describe, monitor=monitor)
-
-    return RoutedTransfer(init, apply, describe, at)
+    return Transfer(init, apply, describe, monitor)
 
 
 def last_of(teacher: TeacherFn) -> TeacherFn:

@@ -4,43 +4,48 @@ from etils import epy
 
 with epy.lazy_api_imports(globals()):
     from merge_jax.transfers.adapter import adapter_transfer
-    from merge_jax.transfers.aligned import AlignedTransfer, aligned_transfer
-    from merge_jax.transfers.base import identity_transfer, share_transfer
-    from merge_jax.transfers.channel_graph import Wiring, input_moments, wiring
+    from merge_jax.transfers.aligned import aligned_transfer
+    from merge_jax.transfers.base import RouteSummary, Transfer, identity_transfer
+    from merge_jax.transfers.channel_axes import ChannelGraph
+    from merge_jax.transfers.channels import channel_graph, input_moments
     from merge_jax.transfers.combinators import chain, scheduled, self_transfer, several_sources, without_source
     from merge_jax.transfers.describe import summarize
     from merge_jax.transfers.linear_operators import linear_operator_transfer
-    from merge_jax.transfers.low_rank import LowRankConv, LowRankDense, core_bases, decode, encode, row_basis
+    from merge_jax.transfers.low_rank import LowRankConv, LowRankDense, decode, encode, row_basis
     from merge_jax.transfers.lpka import LPKA, LPKAOptions, lpka_network
-    from merge_jax.transfers.mergenet import lpka_transfer, mlp_transfer, published_transfer
+    from merge_jax.transfers.matching import match
+    from merge_jax.transfers.mergenet import lpka_transfer, published_transfer
+    from merge_jax.transfers.mixing import mlp_transfer
     from merge_jax.transfers.optimal_transport import optimal_transport_transfer
     from merge_jax.transfers.parameter_generator import parameter_generator_transfer
-    from merge_jax.transfers.published import OfficialAdapter, export_official_adapter, load_official_adapter
-    from merge_jax.transfers.routes import Route, match
+    from merge_jax.transfers.published import PublishedAdapter, export_published_adapter, load_published_adapter
+    from merge_jax.transfers.routes import Route
     from merge_jax.transfers.rows import Rows
+    from merge_jax.transfers.sharing import share_transfer
     from merge_jax.transfers.weight_selection import weight_selection_transfer
 
 __all__ = [
     "LPKA",
-    "AlignedTransfer",
+    "ChannelGraph",
     "LPKAOptions",
     "LowRankConv",
     "LowRankDense",
-    "OfficialAdapter",
+    "PublishedAdapter",
     "Route",
+    "RouteSummary",
     "Rows",
-    "Wiring",
+    "Transfer",
     "adapter_transfer",
     "aligned_transfer",
     "chain",
-    "core_bases",
+    "channel_graph",
     "decode",
     "encode",
-    "export_official_adapter",
+    "export_published_adapter",
     "identity_transfer",
     "input_moments",
     "linear_operator_transfer",
-    "load_official_adapter",
+    "load_published_adapter",
     "lpka_network",
     "lpka_transfer",
     "match",
@@ -55,6 +60,5 @@ __all__ = [
     "share_transfer",
     "summarize",
     "weight_selection_transfer",
-    "wiring",
     "without_source",
 ]

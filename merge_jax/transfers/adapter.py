@@ -1,7 +1,7 @@
 """Transfers with an adapter: each route's matrices go through a network that is learned."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, TypedDict, get_args
 
 import flax.linen as nn
@@ -10,28 +10,38 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from merge_jax.checks import check_at_least_one, check_choice, check_flag, check_number_or_schedule
-from merge_jax.paths import flatten, replace
-from merge_jax.transfers.base import RoutedTransfer, left_out_summaries, route_summary
-from merge_jax.transfers.batching import Batch, Group, adapter_of, batched, grouped, map_routes, stack_group, unstack
-from merge_jax.transfers.cost import count_flops
-from merge_jax.transfers.low_rank import core_bases, decode, encode, row_basis
+from merge_jax.checks import check_choice, check_flag, check_number_or_schedule
+from merge_jax.transfers.base import Step, Transfer, schedule_value
+from merge_jax.transfers.batching import (
+    PaddedBatch,
+    RouteBatch,
+    adapter_entry,
+    batch_routes,
+    map_routes,
+    pad_batches,
+    stack_leaves,
+    unstack_leaves,
+)
+from merge_jax.transfers.describe import RouteCost, count_flops
+from merge_jax.transfers.low_rank import decode, encode, row_basis
 from merge_jax.transfers.matrix_layers import pad_to
-from merge_jax.transfers.network import Network, Place, Sizes, Start, cannot_be_had, draw, linen_network, stack_starts
-from merge_jax.transfers.routes import ResolvedRoute, Routes, as_routes, check_rank, check_view, resolve, survey
-from merge_jax.transfers.tokens import AttentionView, Kinds, ViewName, proportional
-from merge_jax.types import Adapter, ApplyFn, Metrics, Params, RouteSummary, Transfer
+from merge_jax.transfers.network import Network, Place, Sizes, Start, draw, error_context, linen_network, stack_starts
+from merge_jax.transfers.pairing import ResolvedRoute
+from merge_jax.transfers.routed import LeavesByPath, routed_transfer
+from merge_jax.transfers.routes import Routes, as_routes, check_rank, check_view
+from merge_jax.transfers.views import AttentionView, TokenTypes, ViewName, proportional
+from merge_jax.types import Adapter, Metrics
 
 __all__ = ["AdapterOptions", "OutputForm", "adapter_transfer"]
 
-OutputForm = Literal["official", "residual", "warm"]
+OutputForm = Literal["published", "residual", "warm"]
 """How the adapter's output becomes the new target leaf; see `adapter_transfer`."""
 
 # Keeps the root mean square of a zero matrix, and its gradient, finite.
 _EPSILON = 1e-12
 _EXTRAS = 2**32 - 1  # No number of a route, which the keys of modules are folded with.
-# Half the width of a uniform distribution of deviation 0.1: the start of what tokens learn of their kind.
-_KIND_BOUND = (np.full((1, 1), 0.1 * 3**0.5),)
+# Half the width of a uniform distribution of deviation 0.1: the start of what tokens learn of their type.
+_TOKEN_TYPE_BOUND = (np.full((1, 1), 0.1 * 3**0.5),)
 
 
 class AdapterOptions(TypedDict, total=False):
@@ -39,11 +49,9 @@ class AdapterOptions(TypedDict, total=False):
 
     output: OutputForm
     rank: int | None
-    core: bool
     view: ViewName
     gate: float | optax.Schedule | None
     shared: bool
-    group_size: int | None
     padding: float
 
 
@@ -53,11 +61,9 @@ def adapter_transfer(
     *,
     output: OutputForm = "warm",
     rank: int | None = None,
-    core: bool = False,
     view: ViewName = "matrix",
     gate: float | optax.Schedule | None = None,
     shared: bool = False,
-    group_size: int | None = None,
     padding: float = 2.0,
 ) -> Transfer:
     """Returns the transfer whose matrices go through a network `F(T, S) -> T'`.
@@ -65,7 +71,7 @@ def adapter_transfer(
     With `T` the target's matrix, `S` the source's, `W` the target with the source's overlapping block copied in,
     `s` and `s_S` root mean squares, and `g` the gate:
 
-    - `official`: `T' = F(T, S)`, as published for LPKA.
+    - `published`: `T' = F(T, S)`, as published for LPKA.
     - `residual`: `T' = T + g s (F(T/s, S/s_S) - T/s)`; starts as the identity.
     - `warm`: `T' = W + g s (F(W/s, S/s_S) - W/s)`; starts as `share_transfer` and learns from there. As there, every
       transfer overwrites what the target has learned in the overlap, so stop it early in a run
@@ -76,137 +82,109 @@ def adapter_transfer(
 
     **Rank.** At rank `r` the network sees and makes `A = B^T T [r, n]` instead of `T [m, n]`, with `B` the leading
     directions of `T` (`row_basis`), and `T' = T + B (A' - A)`: what rank `r` does not see is kept. The source is
-    re-encoded alike, unless it is as small already. With `core`, both are `r x r`: `B^T T D`.
+    re-encoded alike, unless it is as small already.
 
     **Tokens that know what they are.** In the views `convolution` and `attention` the rows of a matrix are of several
-    kinds: a place in the window, or query, key, value and output. The network gets `T/s + E[kind of row]`, with a
+    types: a place in the window, or query, key, value and output. The network gets `T/s + E[type of row]`, with a
     learned table for each side.
 
-    **Routes of one kind** (equal shapes, rank and view) run as one `vmap`ped group. The adapter is
-    `{target path: parameters}`, with one entry a group, named after its first route; the parameters are stacked
-    along a first axis where the group has several routes, or `shared` by them. Unlike but small matrices make one group
+    **Routes of one signature** (equal shapes, rank and view) run as one `vmap`ped batch. The adapter is
+    `{target path: parameters}`, with one entry a batch, named after its first route; the parameters are stacked
+    along a first axis where the batch has several routes, or `shared` by them. Unlike but small matrices make one batch
     too, with zeros around matrices and parameters, which changes values by rounding alone (for an LPKA; a module of
-    your own gets whole matrices). Routes of a group have the same dropout masks, new ones at every step.
+    your own gets whole matrices). Routes of a batch have the same dropout masks, new ones at every step.
 
     Computation is in float32 unless the network has it otherwise; a new leaf has the dtype of the old. Without a
-    key, `apply` is deterministic; with one, dropout is on. Source: arXiv:2404.13322; `residual`, `warm`, `core`,
-    padding and sharing are our choice.
+    key, `apply` is deterministic; with one, dropout is on. Source: arXiv:2404.13322; `residual`, `warm`, padding
+    and sharing are our choice.
 
     Args:
       routes: `{target path: source path}`, or a sequence of such pairs or of `Route`s; paths may be patterns.
       network: such as `lpka_network(LPKAOptions())`, or a Flax module `(T, S, *, deterministic) -> T'` of your own.
       output: one of the three forms above.
       rank: the rank of routes that name none; None for whole matrices.
-      core: whether a re-encoded matrix is encoded from both sides.
       view: the view of routes that name none; see `Route`.
       gate: None for a learned scalar that starts at 0; a number, or a schedule of the joint step's count.
-      shared: whether the routes of a group share one adapter.
-      group_size: at most so many routes run at once, to bound memory; None for all.
+      shared: whether the routes of a batch share one adapter.
       padding: how many times their own work unlike matrices may cost as one program, 1 or more. At 1 unlike shapes
         stay apart: what is run is least, what is compiled is most.
 
     Raises:
       ValueError: here, for no routes, a target routed twice, or an option out of range; in `init` and `apply`,
         for a path or pattern that is not there (near misses are listed), leaves that cannot be paired, a leaf
-        that is not a float array, or a rank above a matrix; in `apply`, for an adapter of other routes.
+        that is not a float array, or a rank above a matrix; in `apply`, for an adapter of other routes, or no step
+        where the gate follows a schedule.
     """
     named_routes = as_routes(routes)
     check_view(view)
     if rank is not None:
         check_rank(rank)
     check_choice("output form", output, get_args(OutputForm))
-    if gate is not None and output == "official":
-        raise ValueError("the output form 'official' has no gate; use 'residual' or 'warm'")
-    if group_size is not None:
-        check_at_least_one(group_size=group_size)
-    check_flag(core=core, shared=shared)
-    if core and rank is None and not any(isinstance(route.rank, int) for route in named_routes):
-        raise ValueError("core encodes from both sides at a rank, but neither the transfer nor a route has one")
+    if gate is not None and output == "published":
+        raise ValueError("the output form 'published' has no gate; use 'residual' or 'warm'")
+    check_flag(shared=shared)
     if gate is not None:
         check_number_or_schedule(gate=gate)
     if isinstance(padding, bool) or not isinstance(padding, (int, float)) or not padding >= 1:
         raise ValueError(f"padding must be a number of at least 1, got {padding!r}")
     net = linen_network(network) if isinstance(network, nn.Module) else network
 
-    def sizes_of(group: Group) -> Sizes:
-        """Returns the sizes of what the network maps."""
-        route = group.routes[0]
-        shapes = []
-        for one in (route.target_view, route.source_view):
-            shape = one.matrix_shape
-            if _encodes(route.rank, shape, one is route.target_view):
-                shape = (route.rank, route.rank if core else shape[1])
-            shapes += shape
-        return Sizes(*shapes)
-
-    def batches_of(source_params: Params, target_params: Params) -> tuple[Batch, ...]:
-        return in_batches(resolve(named_routes, source_params, target_params, rank=rank, view=view))
-
-    def in_batches(resolved: tuple[ResolvedRoute, ...]) -> tuple[Batch, ...]:
-        groups = grouped(resolved)
-        alone = [group for group in groups if shared or net.true is None or net.flops is None or _kinds(group)]
-        together = [group for group in groups if group not in alone]
-        batches = [Batch((group,), (sizes_of(group),)) for group in alone]
+    def padded_batches(resolved: tuple[ResolvedRoute, ...]) -> tuple[PaddedBatch, ...]:
+        batches = batch_routes(resolved)
+        alone = [one for one in batches if shared or net.true is None or net.flops is None or _token_types(one)]
+        together = [one for one in batches if one not in alone]
+        found = [PaddedBatch((one,), (_network_sizes(one),)) for one in alone]
         if net.flops is not None:
-            for group in groups:
-                with cannot_be_had(group.name):
-                    net.flops(sizes_of(group))
-            batches += batched(together, [sizes_of(group) for group in together], net.flops, padding)
-        return tuple(sorted(batches, key=lambda batch: batch.groups[0].numbers))
+            for one in batches:
+                with error_context(one.name):
+                    net.flops(_network_sizes(one))
+            found += pad_batches(together, [_network_sizes(one) for one in together], net.flops, padding)
+        return tuple(sorted(found, key=lambda batch: batch.parts[0].numbers))
 
     # Compiled, since small arrays made one by one take long.
     @functools.partial(jax.jit, static_argnums=1)
-    def init_batches(key: jax.Array, batches: tuple[Batch, ...]) -> Adapter:
+    def start(key: jax.Array, batches: tuple[PaddedBatch, ...]) -> Adapter:
         places, extras = {}, {}
         for batch in batches:
             copied = len(batch.routes) > 1 and not shared
             true = batch.true if copied else batch.true[:1]
             places[batch.name] = Place(batch.sizes, true, copied)
-            extra = _kind_starts(_kinds(batch.groups[0]), batch.sizes)
-            if output != "official" and gate is None:
+            extra = _token_type_starts(_token_types(batch.parts[0]), batch.sizes)
+            if output != "published" and gate is None:
                 extra["gate"] = Start(())
             extras[batch.name] = stack_starts([extra] * len(true)) if copied else extra
         made, extras = net.init(key, places), draw(jax.random.fold_in(key, _EXTRAS), extras)
         # Of the published form are the parameters those of the network, as published.
         return {
-            name: params if output == "official" and not extras[name] else {**extras[name], "proposal": params}
+            name: params if output == "published" and not extras[name] else {**extras[name], "proposal": params}
             for name, params in made.items()
         }
 
-    def init(key: jax.Array, source_params: Params, target_params: Params) -> Adapter:
-        return init_batches(key, batches_of(source_params, target_params))
-
     @functools.lru_cache(maxsize=8)
-    def adapter_shapes(batches: tuple[Batch, ...]) -> Adapter:
-        return jax.eval_shape(lambda key: init_batches(key, batches), jax.random.key(0))
+    def adapter_shapes(batches: tuple[PaddedBatch, ...]) -> Adapter:
+        return jax.eval_shape(lambda key: start(key, batches), jax.random.key(0))
 
     def prepare(route: ResolvedRoute, target: Sequence[jax.Array], source: Sequence[jax.Array]) -> "_Prepared":
         """Returns the matrices of a route, encoded where it has a rank."""
         target_view, source_view = route.target_view, route.source_view
-        blocks = target_view.to_blocks([leaf.astype(jnp.float32) for leaf in target])
-        source_blocks = source_view.to_blocks([leaf.astype(jnp.float32) for leaf in source])
+        kernel = target_view.to_kernel([leaf.astype(jnp.float32) for leaf in target])
+        source_kernel = source_view.to_kernel([leaf.astype(jnp.float32) for leaf in source])
         if output == "warm":
-            blocks = target_view.overlap(blocks, source_view, source_blocks)  # type: ignore[arg-type]
-        matrix, source_matrix = target_view.to_matrix(blocks), source_view.to_matrix(source_blocks)
+            kernel = target_view.overlap(kernel, source_view, source_kernel)  # type: ignore[arg-type]
+        matrix, source_matrix = target_view.to_matrix(kernel), source_view.to_matrix(source_kernel)
         if isinstance(target_view, AttentionView) and isinstance(source_view, AttentionView):
             partners = jnp.array(proportional(target_view.heads, source_view.heads))
             return _Prepared(matrix, source_matrix[partners])
         if route.rank is None:
             return _Prepared(matrix, source_matrix)
-        bases = _bases(matrix, route.rank, core)
+        basis = row_basis(matrix, route.rank)
         if _encodes(route.rank, source_matrix.shape, False):
-            source_matrix = encode(source_matrix, *_bases(source_matrix, route.rank, core))
-        return _Prepared(encode(matrix, *bases), source_matrix, matrix, bases)
-
-    def finish(route: ResolvedRoute, prepared: "_Prepared", new: jax.Array) -> tuple[jax.Array, ...]:
-        """Returns the new target leaves of a route."""
-        if prepared.whole is not None:
-            new = decode(prepared.whole, new - prepared.target, *prepared.bases)
-        return route.target_view.to_leaves(route.target_view.from_matrix(new))
+            source_matrix = encode(source_matrix, row_basis(source_matrix, route.rank))
+        return _Prepared(encode(matrix, basis), source_matrix, matrix, basis)
 
     def propose(
-        kinds: tuple[Kinds, Kinds] | None,
-        gate_now: Any,
+        types: tuple[TokenTypes, TokenTypes] | None,
+        gate_value: Any,
         masks: Any,
         params: Adapter,
         target: jax.Array,
@@ -217,133 +195,124 @@ def adapter_transfer(
         known = None if true is None else true["network"]
 
         def new(target: jax.Array, source: jax.Array) -> jax.Array:
-            if kinds is None and output == "official":
+            if types is None and output == "published":
                 return net.apply(params, target, source, masks, known)
-            if kinds is not None:
-                target = target + params["target_kinds"][kinds[0].of_rows()]
-                source = source + params["source_kinds"][kinds[1].of_rows()]
+            if types is not None:
+                target = target + params["target_token_types"][types[0].by_row()]
+                source = source + params["source_token_types"][types[1].by_row()]
             return net.apply(params["proposal"], target, source, masks, known)
 
-        if output == "official":
+        if output == "published":
             return new(target, source)
         m, n, p, q = (*target.shape, *source.shape) if true is None else true["sizes"]
         scale, source_scale = _root_mean_square(target, m * n), _root_mean_square(source, p * q)
         normalised = target / scale
-        opened = params["gate"] if gate is None else gate_now
+        opened = params["gate"] if gate is None else gate_value
         return target + opened * scale * (new(normalised, source / source_scale) - normalised)
 
     def move_batch(
-        batch: Batch,
-        gate_now: Any,
+        batch: PaddedBatch,
+        gate_value: Any,
         masks: Any,
         params: Adapter,
-        sources: Mapping[str, jax.Array],
-        targets: Mapping[str, jax.Array],
+        sources: LeavesByPath,
+        targets: LeavesByPath,
     ) -> dict[str, jax.Array]:
         """Returns the new target leaves of a batch's routes by path."""
         prepared = []
-        for group in batch.groups:
-            each, all_alike = stack_group(group, sources, targets)
-            route = group.routes[0]
+        for part in batch.parts:
+            own, alike = stack_leaves(part, sources, targets)
+            route = part.routes[0]
             prepared.append(
-                map_routes(lambda of, route=route, alike=all_alike: prepare(route, **{**alike, **of}), each, group_size)
+                map_routes(lambda leaves, route=route, alike=alike: prepare(route, **{**alike, **leaves}), own)
             )
-        each = {
+        own = {
             "target": jnp.concatenate([_padded(one.target, batch.sizes[:2]) for one in prepared]),
             "source": jnp.concatenate([_padded(one.source, batch.sizes[2:]) for one in prepared]),
         }
         fixed = {"params": params}
         if len(batch.routes) > 1 and not shared:
-            each, fixed = {**each, **fixed}, {}
+            own, fixed = {**own, **fixed}, {}
         if batch.padded and net.true is not None:
-            of_routes = [{"sizes": true, "network": net.true(true)} for true in batch.true]
-            each["true"] = jax.tree.map(lambda *sizes: jnp.asarray(sizes), *of_routes)
-        kinds = _kinds(batch.groups[0])
-        one_matrix = functools.partial(propose, kinds, gate_now, masks)
+            true_sizes = [{"sizes": true, "network": net.true(true)} for true in batch.true]
+            own["true"] = jax.tree.map(lambda *sizes: jnp.asarray(sizes), *true_sizes)
+        one_matrix = functools.partial(propose, _token_types(batch.parts[0]), gate_value, masks)
 
-        def one_route(of_route: dict[str, Any]) -> jax.Array:
-            given = {"true": None, **fixed, **of_route}
+        def one_route(route: dict[str, Any]) -> jax.Array:
+            given = {"true": None, **fixed, **route}
             if given["target"].ndim == 3:  # A matrix a head, which share the adapter.
                 return jax.vmap(lambda t, s: one_matrix(given["params"], t, s, None))(given["target"], given["source"])
             return one_matrix(given["params"], given["target"], given["source"], given["true"])
 
-        new = map_routes(one_route, each, group_size)
-        leaves, start = {}, 0
-        for group, one, true in zip(batch.groups, prepared, batch.group_sizes, strict=True):
-            of_group = new[start : start + len(group.routes)]
+        new = map_routes(one_route, own)
+        leaves, first = {}, 0
+        for part, one, true in zip(batch.parts, prepared, batch.part_sizes, strict=True):
+            new_part = new[first : first + len(part.routes)]
             if batch.padded:
-                of_group = of_group[:, : true.m, : true.n]
-            start += len(group.routes)
-            route = group.routes[0]
+                new_part = new_part[:, : true.m, : true.n]
+            first += len(part.routes)
+            route = part.routes[0]
             finished = map_routes(
-                lambda of, route=route: finish(route, of["prepared"], of["new"]),
-                {"prepared": one, "new": of_group},
-                group_size,
+                lambda stacked, route=route: _finish(route, stacked["prepared"], stacked["new"]),
+                {"prepared": one, "new": new_part},
             )
-            leaves |= unstack(group, finished, targets)
+            leaves |= unstack_leaves(part, finished, targets)
         return leaves
 
-    def apply_with(gate_now: Any) -> ApplyFn:
-        def apply(
-            adapter: Adapter, source_params: Params, target_params: Params, *, key: jax.Array | None = None
-        ) -> Params:
-            if callable(gate_now):
-                raise ValueError("the gate follows a schedule: name the step, as in transfer.at(step).apply(...)")
-            batches = batches_of(source_params, target_params)
-            masks = [None] * len(batches) if key is None else net.masks(key, [batch.sizes for batch in batches])
-            new_leaves, sources, targets = {}, flatten(source_params), flatten(target_params)
-            for batch, of_batch in zip(batches, masks, strict=True):
-                params = adapter_of(batch.name, adapter, adapter_shapes(batches)[batch.name])
-                new_leaves |= move_batch(batch, gate_now, of_batch, params, sources, targets)
-            return replace(target_params, new_leaves)
+    def move(
+        batches: tuple[PaddedBatch, ...],
+        adapter: Adapter,
+        sources: LeavesByPath,
+        targets: LeavesByPath,
+        key: jax.Array | None,
+        step: Step,
+    ) -> LeavesByPath:
+        gate_value = None if gate is None else schedule_value(gate, step, "the gate")
+        masks = [None] * len(batches) if key is None else net.masks(key, [batch.sizes for batch in batches])
+        new_leaves = {}
+        for batch, batch_masks in zip(batches, masks, strict=True):
+            params = adapter_entry(batch.name, adapter, adapter_shapes(batches)[batch.name])
+            new_leaves |= move_batch(batch, gate_value, batch_masks, params, sources, targets)
+        return new_leaves
 
-        return apply
-
-    def costs_of(group: Group) -> tuple[int, int]:
-        """Returns the parameters and the operations of one route of a group, as on its own."""
-        route = group.routes[0]
-        alone = Batch((Group(group.routes[:1], (0,)),), (sizes_of(group),))
-        params = adapter_shapes((alone,))[group.name]
+    def route_cost(batch: RouteBatch) -> tuple[int, int]:
+        """Returns the parameters and the operations of one route of a batch, as on its own."""
+        route = batch.routes[0]
+        alone = PaddedBatch((RouteBatch(batch.routes[:1], (0,)),), (_network_sizes(batch),))
+        params = adapter_shapes((alone,))[batch.name]
         parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
         if net.flops is not None and route.rank is None:
             heads = route.target_view.heads if isinstance(route.target_view, AttentionView) else 1
-            return parameters, heads * net.flops(sizes_of(group))
+            return parameters, heads * net.flops(_network_sizes(batch))
         leaves = [
-            {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in zip(paths, one.shapes, strict=True)}
-            for paths, one in ((route.source, route.source_view), (route.target, route.target_view))
+            {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in zip(paths, view.shapes, strict=True)}
+            for paths, view in ((route.source, route.source_view), (route.target, route.target_view))
         ]
         return parameters, count_flops(functools.partial(move_batch, alone, 0.0, None), params, *leaves)
 
-    def describe(source_params: Params, target_params: Params) -> tuple[RouteSummary, ...]:
-        rows: dict[int, RouteSummary] = {}
-        resolved, left_out = survey(named_routes, source_params, target_params, rank=rank, view=view)
-        for batch in in_batches(resolved):
-            for group in batch.groups:
-                size, flops = costs_of(group)
-                for i, (number, route) in enumerate(zip(group.numbers, group.routes, strict=True)):
-                    parameters = 0 if shared and i else size
-                    rows[number] = route_summary(route, batch.name, core=core, parameters=parameters, flops=flops)
-        return (*(rows[number] for number in sorted(rows)), *left_out_summaries(left_out))
+    def costs(batches: tuple[PaddedBatch, ...]) -> dict[int, RouteCost]:
+        found: dict[int, RouteCost] = {}
+        for batch in batches:
+            for part in batch.parts:
+                size, flops = route_cost(part)
+                for i, number in enumerate(part.numbers):
+                    found[number] = RouteCost(batch.name, 0 if shared and i else size, flops)
+        return found
 
-    def monitor_with(gate_now: Any) -> Callable[[Adapter, Params, Params], Metrics]:
-        def monitor(adapter: Adapter, source_params: Params, target_params: Params) -> Metrics:
-            if output == "official" or callable(gate_now):
-                return {}
-            if gate_now is not None:
-                return {"gate": jnp.asarray(gate_now, jnp.float32)}
-            gates: dict[str, jax.Array] = {}
-            for batch in batches_of(source_params, target_params):
-                learned = jnp.broadcast_to(adapter[batch.name]["gate"], len(batch.routes))
-                gates |= {f"gate/{route.target[0]}": learned[i] for i, route in enumerate(batch.routes)}
-            return gates
+    def monitor(batches: tuple[PaddedBatch, ...], adapter: Adapter, step: Step) -> Metrics:
+        if output == "published":
+            return {}
+        if gate is not None:
+            return {"gate": jnp.asarray(schedule_value(gate, step, "the gate"), jnp.float32)}
+        gates: dict[str, jax.Array] = {}
+        for batch in batches:
+            learned = jnp.broadcast_to(adapter[batch.name]["gate"], len(batch.routes))
+            gates |= {f"gate/{route.target[0]}": learned[i] for i, route in enumerate(batch.routes)}
+        return gates
 
-        return monitor
-
-    def at(step: jax.Array | int) -> Transfer:
-        now = gate(step)  # type: ignore[operator]
-        return RoutedTransfer(init, apply_with(now), describe, monitor=monitor_with(now))
-
-    return RoutedTransfer(init, apply_with(gate), describe, at if callable(gate) else None, monitor_with(gate))
+    return routed_transfer(
+        named_routes, padded_batches, move, start=start, costs=costs, monitor=monitor, rank=rank, view=view
+    )
 
 
 class _Prepared(NamedTuple):
@@ -353,26 +322,45 @@ class _Prepared(NamedTuple):
       target: the target's matrix, `[m, n]` or one a head, or its code.
       source: the source's.
       whole: the target's matrix, where `target` is its code.
-      bases: of the code.
+      basis: of the code.
     """
 
     target: jax.Array
     source: jax.Array
     whole: jax.Array | None = None
-    bases: tuple[jax.Array, ...] = ()
+    basis: jax.Array | None = None
 
 
-def _kinds(group: Group) -> tuple[Kinds, Kinds] | None:
-    target, source = group.routes[0].target_view.kinds, group.routes[0].source_view.kinds
+def _finish(route: ResolvedRoute, prepared: _Prepared, new: jax.Array) -> tuple[jax.Array, ...]:
+    """Returns the new target leaves of a route."""
+    if prepared.whole is not None and prepared.basis is not None:
+        new = decode(prepared.whole, new - prepared.target, prepared.basis)
+    return route.target_view.to_leaves(route.target_view.from_matrix(new))
+
+
+def _network_sizes(batch: RouteBatch) -> Sizes:
+    """Returns the sizes of what the network maps."""
+    route = batch.routes[0]
+    shapes = []
+    for view in (route.target_view, route.source_view):
+        shape = view.matrix_shape
+        if _encodes(route.rank, shape, view is route.target_view):
+            shape = (route.rank, shape[1])
+        shapes += shape
+    return Sizes(*shapes)
+
+
+def _token_types(batch: RouteBatch) -> tuple[TokenTypes, TokenTypes] | None:
+    target, source = batch.routes[0].target_view.token_types, batch.routes[0].source_view.token_types
     return None if target is None or source is None else (target, source)
 
 
-def _kind_starts(kinds: tuple[Kinds, Kinds] | None, sizes: Sizes) -> dict[str, Start]:
-    if kinds is None:
+def _token_type_starts(types: tuple[TokenTypes, TokenTypes] | None, sizes: Sizes) -> dict[str, Start]:
+    if types is None:
         return {}
     return {
-        "target_kinds": Start((kinds[0].count, sizes.n), _KIND_BOUND),
-        "source_kinds": Start((kinds[1].count, sizes.q), _KIND_BOUND),
+        "target_token_types": Start((types[0].count, sizes.n), _TOKEN_TYPE_BOUND),
+        "source_token_types": Start((types[1].count, sizes.q), _TOKEN_TYPE_BOUND),
     }
 
 
@@ -387,7 +375,3 @@ def _root_mean_square(matrix: jax.Array, size: Any) -> jax.Array:
 def _encodes(rank: int | None, shape: tuple[int, ...], is_target: bool) -> bool:
     """Whether a matrix is re-encoded; a source of no higher rank stays whole, there is nothing to gain."""
     return rank is not None and (is_target or min(shape) > rank)
-
-
-def _bases(matrix: jax.Array, rank: int, core: bool) -> tuple[jax.Array, ...]:
-    return core_bases(matrix, rank) if core else (row_basis(matrix, rank),)

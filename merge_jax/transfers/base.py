@@ -1,172 +1,210 @@
-"""Transfers: pairs of pure functions that map a source and a target parameter tree to a new target tree."""
+"""What a transfer is: pure functions that map a source and a target parameter tree to a new target tree."""
 
-from collections.abc import Callable, Iterable
-from typing import Any, Self
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import jax
+import optax
 
-from merge_jax.paths import flatten, replace
-from merge_jax.transfers.batching import Group, grouped, run_group
-from merge_jax.transfers.routes import LeftOut, ResolvedRoute, Routes, as_routes, check_view, resolve, survey
-from merge_jax.transfers.tokens import AttentionView, ViewName
-from merge_jax.types import Adapter, ApplyFn, InitFn, Metrics, Params, RouteSummary, Transfer
+from merge_jax.types import Adapter, Metrics, Params
 
 __all__ = [
-    "RoutedTransfer",
+    "ApplyFn",
+    "DescribeFn",
+    "FitFn",
+    "InitFn",
+    "MonitorFn",
+    "RouteSummary",
+    "Step",
+    "Transfer",
+    "check_transfer",
     "identity_transfer",
-    "left_out_summaries",
-    "route_summary",
-    "share_transfer",
+    "schedule_value",
     "writes",
 ]
 
-MonitorFn = Callable[[Adapter, Params, Params], Metrics]
-"""`(adapter, source_params, target_params) -> scalars by name`; see `Transfer.monitor`."""
+Step = jax.Array | int | None
+"""The joint step's count; None where no training is under way."""
 
 
-def share_transfer(routes: Routes, *, view: ViewName = "matrix") -> Transfer:
-    """Returns parameter sharing: the source's overlapping block is copied into each routed target leaf.
+class InitFn(Protocol):
+    """Makes the adapter of a transfer."""
 
-    `T'[i, j] = S[i, j]` where both have the entry, `T[i, j]` elsewhere; windows of convolutions overlap at
-    their centres (see `copy_overlap`), heads of attention blocks in proportion (see `Route`). The baseline
-    "parameter sharing" of arXiv:2404.13322; which block is copied is our choice, since the paper leaves it open.
-    The adapter is empty.
+    def __call__(self, key: jax.Array, source_params: Params, target_params: Params, /) -> Adapter:
+        """Checks the transfer against both trees and returns the adapter's parameters; `key` is consumed."""
+        ...
 
-    Raises:
-      ValueError: as `adapter_transfer`.
-    """
-    named_routes = as_routes(routes)
-    check_view(view)
 
-    def groups_of(source_params: Params, target_params: Params) -> tuple[Group, ...]:
-        return grouped(resolve(named_routes, source_params, target_params, view=view))
+class ApplyFn(Protocol):
+    """Maps both parameter trees to a new target tree."""
 
-    def init(key: jax.Array, source_params: Params, target_params: Params) -> Adapter:
-        del key  # There is nothing to learn.
-        groups_of(source_params, target_params)
-        return {}
-
-    def apply(
+    def __call__(
+        self,
         adapter: Adapter,
         source_params: Params,
         target_params: Params,
+        /,
         *,
         key: jax.Array | None = None,
+        step: Step = None,
     ) -> Params:
-        del adapter, key  # There is nothing learned and nothing random.
-        new_leaves, sources, targets = {}, flatten(source_params), flatten(target_params)
-        for group in groups_of(source_params, target_params):
-            route = group.routes[0]
+        """Returns a target tree of the same structure, shapes and dtypes; a `key` turns dropout on.
 
-            def share(params: Adapter, target: Any, source: Any, route: ResolvedRoute = route) -> tuple[jax.Array, ...]:
-                del params
-                blocks = route.target_view.overlap(
-                    route.target_view.to_blocks(target),
-                    route.source_view,  # type: ignore[arg-type]
-                    route.source_view.to_blocks(source),
+        Raises:
+          ValueError: the transfer follows a schedule and there is no `step`.
+        """
+        ...
+
+
+class MonitorFn(Protocol):
+    """Watches the adapter while it learns."""
+
+    def __call__(
+        self, adapter: Adapter, source_params: Params, target_params: Params, /, *, step: Step = None
+    ) -> Metrics:
+        """Returns scalars by name, such as the gates; the `step` as in `ApplyFn`."""
+        ...
+
+
+@dataclass(frozen=True)
+class RouteSummary:
+    """What one route of a transfer is and costs.
+
+    Attributes:
+      target: paths of the target's leaves, joined with ` + `.
+      source: paths of the source's leaves.
+      shapes: of the target's leaves.
+      target_matrix: shape of the target's matrix.
+      source_matrix: shape of the source's matrix, of the rows that the route takes of it.
+      overlap: shape of the block that both matrices have; what is copied where a transfer copies.
+      view: what the tokens are, and how many matrices there are where it is not one.
+      rank: of the re-encoding; None for whole matrices.
+      adapter: path of the route's parameters in the adapter, shared or stacked with those of other routes where
+        several rows have the same; empty for none.
+      parameters: number of adapter parameters of this route; 0 where a row above has them already.
+      flops: floating point operations of one pass of the adapter over this route, matrix products alone.
+      left_out: why the leaves take no part, where a route's patterns name them and they cannot be paired; empty for all
+        others. One of target and source may then be empty, and sizes are 0.
+    """
+
+    target: str
+    source: str
+    shapes: tuple[tuple[int, ...], ...]
+    target_matrix: tuple[int, int]
+    source_matrix: tuple[int, int]
+    overlap: tuple[int, int]
+    view: str
+    rank: int | None
+    adapter: str
+    parameters: int
+    flops: int
+    left_out: str = ""
+
+
+DescribeFn = Callable[[Params, Params], tuple[RouteSummary, ...]]
+"""`(source_params, target_params) -> a summary of each route`, from shapes alone."""
+
+FitFn = Callable[[Mapping[str, jax.Array], Params, Params], Adapter]
+"""`(moments, source_params, target_params) -> adapter`; see `aligned_transfer`."""
+
+
+def _no_routes(source_params: Params, target_params: Params) -> tuple[RouteSummary, ...]:
+    del source_params, target_params
+    return ()
+
+
+def _no_metrics(adapter: Adapter, source_params: Params, target_params: Params, *, step: Step = None) -> Metrics:
+    del adapter, source_params, target_params, step
+    return {}
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """A transfer of knowledge as pure functions over parameter pytrees, as an Optax optimizer is.
+
+    Every method, baseline and ablation is one factory that returns this. One of your own is `Transfer(init, apply)`;
+    its `apply` has to take both keywords, whether it uses them or not.
+
+    Attributes:
+      init: `(key, source_params, target_params) -> adapter`; checks the transfer against both trees.
+      apply: `(adapter, source_params, target_params, *, key=None, step=None) -> new target_params`. A key turns dropout
+        on; the joint step gives its count as the step, which schedules follow. Leaves that take no part come back as
+        the same arrays.
+      describe: `(source_params, target_params) -> (RouteSummary, ...)`: what each route is and costs, then what cannot
+        be paired, from shapes alone; nothing for a transfer without routes.
+      monitor: `(adapter, source_params, target_params, *, step=None) -> scalars by name` that are worth following
+        while the adapter learns, such as its gates; nothing for most transfers.
+      fit: `(moments, source_params, target_params) -> adapter` in closed form, from what enters the source's layers;
+        None for most transfers. See `aligned_transfer`.
+
+    Raises:
+      ValueError: an `apply` or a `monitor` that does not take the step.
+    """
+
+    init: InitFn
+    apply: ApplyFn
+    describe: DescribeFn = _no_routes
+    monitor: MonitorFn = _no_metrics
+    fit: FitFn | None = None
+
+    def __post_init__(self) -> None:  # noqa: D105
+        for name, function, arguments in (("apply", self.apply, "key=None, step=None"),
+                                          ("monitor", self.monitor, "step=None")):  # fmt: skip
+            if not _takes_step(function):
+                raise ValueError(
+                    f"the transfer's {name} must take the step of training, as in "
+                    f"def {name}(adapter, source_params, target_params, *, {arguments})"
                 )
-                return route.target_view.to_leaves(blocks)
 
-            new_leaves |= run_group(group, share, sources, targets)
-        return replace(target_params, new_leaves)
 
-    def describe(source_params: Params, target_params: Params) -> tuple[RouteSummary, ...]:
-        resolved, left_out = survey(named_routes, source_params, target_params, view=view)
-        rows = (route_summary(route, "", parameters=0, flops=0) for route in resolved)
-        return (*rows, *left_out_summaries(left_out))
+def _takes_step(function: Any) -> bool:
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # Nothing tells what a function outside of Python takes.
+        return callable(function)
+    return any(one.name == "step" or one.kind is one.VAR_KEYWORD for one in parameters)
 
-    return RoutedTransfer(init, apply, describe)
+
+def check_transfer(name: str, value: Any) -> None:
+    """Raises ValueError unless the value is a transfer."""
+    if not isinstance(value, Transfer):
+        raise ValueError(
+            f"{name} must be a Transfer, made by a factory or as Transfer(init, apply), got {type(value).__name__}"
+        )
+
+
+def schedule_value(schedule: optax.ScalarOrSchedule, step: Step, noun: str) -> Any:
+    """Returns a number as it is, and a schedule's value at a step.
+
+    Raises:
+      ValueError: a schedule and no step; `noun` says what follows it.
+    """
+    if not callable(schedule):
+        return schedule
+    if step is None:
+        raise ValueError(f"{noun} follows a schedule: name the step, as in transfer.apply(..., step=step)")
+    return schedule(step)
 
 
 def identity_transfer() -> Transfer:
     """Returns the transfer that moves nothing: `T' = T`. The baseline "vanilla"; the adapter is empty."""
-    return Transfer(_nothing, _unchanged)
+    return Transfer(_no_adapter, _unchanged)
 
 
-def _nothing(key: jax.Array, source_params: Params, target_params: Params) -> Adapter:
+def _no_adapter(key: jax.Array, source_params: Params, target_params: Params) -> Adapter:
     del key, source_params, target_params  # There is nothing to learn.
     return {}
 
 
 def _unchanged(
-    adapter: Adapter, source_params: Params, target_params: Params, *, key: jax.Array | None = None
+    adapter: Adapter, source_params: Params, target_params: Params, *, key: jax.Array | None = None, step: Step = None
 ) -> Params:
-    del adapter, source_params, key  # Nothing moves.
+    del adapter, source_params, key, step  # Nothing moves.
     return target_params
 
 
 def writes(transfer: Transfer) -> bool:
     """Returns whether a transfer may change the target: any but `identity_transfer()`."""
     return transfer.apply is not _unchanged
-
-
-class RoutedTransfer(Transfer):
-    """A transfer that knows its routes, and may follow a schedule."""
-
-    _describe: Callable[[Params, Params], tuple[RouteSummary, ...]]
-    _at: Callable[[Any], Transfer] | None
-    _monitor: MonitorFn | None
-
-    def __new__(  # noqa: D102
-        cls,
-        init: InitFn,
-        apply: ApplyFn,
-        describe: Callable[[Params, Params], tuple[RouteSummary, ...]],
-        at: Callable[[Any], Transfer] | None = None,
-        monitor: MonitorFn | None = None,
-    ) -> Self:
-        self = super().__new__(cls, init, apply)
-        self._describe, self._at, self._monitor = describe, at, monitor
-        return self
-
-    def __getnewargs__(self) -> tuple[Any, ...]:  # noqa: D105
-        # A copy, and what another process is sent, is made of all five, not of the two that unpack.
-        return (self.init, self.apply, self._describe, self._at, self._monitor)
-
-    def at(self, step: jax.Array | int, /) -> Transfer:
-        """Returns the transfer as it is at a step."""
-        return self if self._at is None else self._at(step)
-
-    def describe(self, source_params: Params, target_params: Params, /) -> tuple[RouteSummary, ...]:
-        """Returns what each route is and costs."""
-        return self._describe(source_params, target_params)
-
-    def monitor(self, adapter: Adapter, source_params: Params, target_params: Params, /) -> Metrics:
-        """Returns the gates."""
-        return {} if self._monitor is None else self._monitor(adapter, source_params, target_params)
-
-
-def route_summary(
-    route: ResolvedRoute, adapter: str, *, core: bool = False, parameters: int, flops: int
-) -> RouteSummary:
-    """Returns what a route is, with what its adapter costs."""
-    target_view = route.target_view
-    if isinstance(target_view, AttentionView):
-        view = f"attention, {target_view.heads} heads"
-    else:
-        view = "convolution" if target_view.taps else "matrix"
-        if route.source_view.arrangement is not None:  # type: ignore[union-attr]
-            view += ", rows paired"
-    return RouteSummary(
-        " + ".join(route.target),
-        " + ".join(route.source),
-        target_view.shapes,
-        target_view.matrix_shape,
-        route.source_view.matrix_shape,
-        target_view.overlap_shape(route.source_view),  # type: ignore[arg-type]
-        view,
-        route.rank,
-        core and route.rank is not None,
-        adapter,
-        parameters,
-        flops,
-    )
-
-
-def left_out_summaries(left_out: Iterable[LeftOut]) -> tuple[RouteSummary, ...]:
-    """Returns what the patterns of routes name and what cannot be paired, each with the reason."""
-    nothing = (0, 0)
-    return tuple(
-        RouteSummary(one.target, one.source, (), nothing, nothing, nothing, "", None, False, "", 0, 0, one.reason)
-        for one in left_out
-    )

@@ -1,4 +1,4 @@
-"""Routes that run as one: those of one kind stacked and mapped over, those of unlike small matrices padded."""
+"""Routes that run as one: those of one signature stacked and mapped over, those of unlike small matrices padded."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,20 +10,19 @@ from jax import lax
 
 from merge_jax.paths import flatten, near_misses
 from merge_jax.transfers.network import Sizes
-from merge_jax.transfers.routes import ResolvedRoute
+from merge_jax.transfers.pairing import ResolvedRoute
 from merge_jax.types import Adapter
 
 __all__ = [
-    "Batch",
-    "Group",
-    "adapter_of",
-    "batched",
-    "grouped",
+    "PaddedBatch",
+    "RouteBatch",
+    "adapter_entry",
+    "batch_routes",
     "map_routes",
-    "run_group",
-    "stack",
-    "stack_group",
-    "unstack",
+    "pad_batches",
+    "run_batch",
+    "stack_leaves",
+    "unstack_leaves",
 ]
 
 # Matrices up to this size are padded however much that adds: what they cost is nothing beside a program of their own.
@@ -31,7 +30,7 @@ _SMALL = 256
 
 
 @dataclass(frozen=True)
-class Group:
+class RouteBatch:
     """Routes of one signature, with the place of each among all routes."""
 
     routes: tuple[ResolvedRoute, ...]
@@ -43,88 +42,90 @@ class Group:
         return self.routes[0].target[0]
 
 
-def grouped(routes: Sequence[ResolvedRoute]) -> tuple[Group, ...]:
-    """Returns the groups of routes, in the order of their first routes."""
-    groups: dict[Any, list[int]] = {}
+def batch_routes(routes: Sequence[ResolvedRoute]) -> tuple[RouteBatch, ...]:
+    """Returns the routes in batches of one signature, in the order of their first routes."""
+    by_signature: dict[Any, list[int]] = {}
     for number, route in enumerate(routes):
-        groups.setdefault(route.signature, []).append(number)
-    return tuple(Group(tuple(routes[i] for i in numbers), tuple(numbers)) for numbers in groups.values())
+        by_signature.setdefault(route.signature, []).append(number)
+    return tuple(RouteBatch(tuple(routes[i] for i in numbers), tuple(numbers)) for numbers in by_signature.values())
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Groups whose matrices run as one program, padded with zeros to common sizes.
+class PaddedBatch:
+    """Batches whose matrices run as one program, padded with zeros to common sizes.
 
     Attributes:
-      groups: one, whose matrices are whole, or several.
-      group_sizes: of each group's matrices.
+      parts: one, whose matrices are whole, or several.
+      part_sizes: of the matrices of each.
     """
 
-    groups: tuple[Group, ...]
-    group_sizes: tuple[Sizes, ...]
+    parts: tuple[RouteBatch, ...]
+    part_sizes: tuple[Sizes, ...]
 
     @property
     def name(self) -> str:
         """The path of the first route's first target leaf: its name in the adapter."""
-        return self.groups[0].name
+        return self.parts[0].name
 
     @property
     def routes(self) -> tuple[ResolvedRoute, ...]:
-        """The routes of all groups."""
-        return tuple(route for group in self.groups for route in group.routes)
+        """The routes of all parts."""
+        return tuple(route for part in self.parts for route in part.routes)
 
     @property
     def true(self) -> tuple[Sizes, ...]:
         """The sizes of each route's matrices."""
-        return tuple(sizes for group, sizes in zip(self.groups, self.group_sizes, strict=True) for _ in group.routes)
+        return tuple(sizes for part, sizes in zip(self.parts, self.part_sizes, strict=True) for _ in part.routes)
 
     @property
     def sizes(self) -> Sizes:
         """The common sizes."""
-        return Sizes(*map(max, zip(*self.group_sizes, strict=True)))
+        return Sizes(*map(max, zip(*self.part_sizes, strict=True)))
 
     @property
     def padded(self) -> bool:
-        """Whether the matrices of any group are smaller."""
-        return len(set(self.group_sizes)) > 1
+        """Whether the matrices of any part are smaller."""
+        return len(set(self.part_sizes)) > 1
 
 
-def batched(
-    groups: Sequence[Group], sizes: Sequence[Sizes], work: Callable[[Sizes], int], largest_ratio: float
-) -> tuple[Batch, ...]:
-    """Returns the groups in as few batches as keep the work near what it is for each group on its own.
+def pad_batches(
+    batches: Sequence[RouteBatch], sizes: Sequence[Sizes], work: Callable[[Sizes], int], largest_ratio: float
+) -> tuple[PaddedBatch, ...]:
+    """Returns the batches joined to as few as keep the work near what it is for each on its own.
 
-    From the most work to the least, a group joins the first batch in which the padded work stays within
+    From the most work to the least, a batch joins the first of those before it in which the padded work stays within
     `largest_ratio` of the true work, twice that for each route, or in which all matrices are small. Our choice: unlike
     shapes are one program each to a compiler, which takes seconds, where small matrices take microseconds.
 
     Args:
-      groups: of routes.
+      batches: of routes.
       sizes: of the matrices of each.
       work: the operations that one route of some sizes takes.
       largest_ratio: 1 or more; at 1 each stays apart.
     """
-    batches: list[list[int]] = []
+    joined: list[list[int]] = []
 
     def fits(members: Sequence[int]) -> bool:
         common = Sizes(*map(max, zip(*(sizes[i] for i in members), strict=True)))
         if largest_ratio > 1 and max(common) <= _SMALL:
             return True
-        each = [work(sizes[i]) for i in members for _ in groups[i].routes]
+        each = [work(sizes[i]) for i in members for _ in batches[i].routes]
         return len(each) * work(common) <= largest_ratio * min(sum(each), 2 * len(each) * min(each))
 
-    for i in sorted(range(len(groups)), key=lambda i: -work(sizes[i])):
-        for batch in batches:
-            if fits([*batch, i]):
-                batch.append(i)
+    for i in sorted(range(len(batches)), key=lambda i: -work(sizes[i])):
+        for members in joined:
+            if fits([*members, i]):
+                members.append(i)
                 break
         else:
-            batches.append([i])
-    members = sorted(map(sorted, batches))
-    return tuple(Batch(tuple(groups[i] for i in batch), tuple(sizes[i] for i in batch)) for batch in members)
+            joined.append([i])
+    return tuple(
+        PaddedBatch(tuple(batches[i] for i in members), tuple(sizes[i] for i in members))
+        for members in sorted(map(sorted, joined))
+    )
 
 
-def stack(leaves: Mapping[str, jax.Array], paths: Sequence[tuple[str, ...]]) -> tuple[jax.Array, ...]:
+def _stack(leaves: Mapping[str, jax.Array], paths: Sequence[tuple[str, ...]]) -> tuple[jax.Array, ...]:
     """Returns the leaves that each route names, stacked along a new first axis."""
     # Joined along their first axis, then reshaped: one operation for all, not one for each.
     columns = ([leaves[path] for path in column] for column in zip(*paths, strict=True))
@@ -134,29 +135,39 @@ def stack(leaves: Mapping[str, jax.Array], paths: Sequence[tuple[str, ...]]) -> 
     )
 
 
-def unstack(group: Group, stacked: Sequence[jax.Array], targets: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """Returns the new leaves of a group's routes by path, in the dtypes of the old ones; the inverse of `stack`."""
-    count = len(group.routes)
+def stack_leaves(
+    batch: RouteBatch, sources: Mapping[str, jax.Array], targets: Mapping[str, jax.Array]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns what each route has of its own, stacked, and what all have alike: `target` and `source` leaves."""
+    own = {"target": _stack(targets, [route.target for route in batch.routes])}
+    first = batch.routes[0].source
+    if all(route.source == first for route in batch.routes):
+        return own, {"source": tuple(sources[path] for path in first)}
+    return {**own, "source": _stack(sources, [route.source for route in batch.routes])}, {}
+
+
+def unstack_leaves(
+    batch: RouteBatch, stacked: Sequence[jax.Array], targets: Mapping[str, jax.Array]
+) -> dict[str, jax.Array]:
+    """Returns the new target leaves of a batch by path, in the dtypes of the old ones."""
+    count = len(batch.routes)
     new = {}
-    for column, leaf in zip(zip(*(route.target for route in group.routes), strict=True), stacked, strict=True):
+    for column, leaf in zip(zip(*(route.target for route in batch.routes), strict=True), stacked, strict=True):
         # Split in one operation, whose derivative is one too; an index for each would have a padded array for each.
         flat = leaf.astype(targets[column[0]].dtype).reshape(-1, *leaf.shape[2:])
         new |= zip(column, lax.split(flat, (leaf.shape[1],) * count) if count > 1 else [flat], strict=True)
     return new
 
 
-def map_routes(move: Callable[[Any], Any], each: Any, group_size: int | None = None) -> Any:
-    """Returns `move` of each entry of a tree along its first axis, at most `group_size` at once; None for all."""
-    count = jax.tree.leaves(each)[0].shape[0]
-    if count == 1:
-        return jax.tree.map(lambda leaf: leaf[None], move(jax.tree.map(lambda leaf: leaf[0], each)))
-    if group_size is None or group_size >= count:
-        return jax.vmap(move)(each)
-    return lax.map(move, each, batch_size=group_size)
+def map_routes(move: Callable[[Any], Any], stacked: Any) -> Any:
+    """Returns `move` of each entry of a tree along its first axis."""
+    if jax.tree.leaves(stacked)[0].shape[0] == 1:
+        return jax.tree.map(lambda leaf: leaf[None], move(jax.tree.map(lambda leaf: leaf[0], stacked)))
+    return jax.vmap(move)(stacked)
 
 
-def run_group(
-    group: Group,
+def run_batch(
+    batch: RouteBatch,
     move: Callable[..., tuple[jax.Array, ...]],
     sources: Mapping[str, jax.Array],
     targets: Mapping[str, jax.Array],
@@ -164,41 +175,30 @@ def run_group(
     params: Adapter = None,
     shared: bool = False,
 ) -> dict[str, jax.Array]:
-    """Returns the new leaves of a group's routes by path: `move(params, target leaves, source leaves)` of each.
+    """Returns the new leaves of a batch's routes by path: `move(params, target leaves, source leaves)` of each.
 
     Args:
-      group: the routes.
+      batch: the routes.
       move: of one route.
       sources: leaves of the source by path.
       targets: leaves of the target by path.
-      params: parameters of the group's adapter, stacked where it has several routes and they share none.
+      params: parameters of the batch's adapter, stacked where it has several routes and they share none.
       shared: whether all routes have the same parameters.
     """
-    each, alike = stack_group(group, sources, targets)
-    if shared or len(group.routes) == 1:
+    own, alike = stack_leaves(batch, sources, targets)
+    if shared or len(batch.routes) == 1:
         alike["params"] = params
     else:
-        each["params"] = params
+        own["params"] = params
 
-    def move_one(of_route: Mapping[str, Any]) -> tuple[jax.Array, ...]:
-        given = {**alike, **of_route}
+    def move_one(route: Mapping[str, Any]) -> tuple[jax.Array, ...]:
+        given = {**alike, **route}
         return move(given["params"], given["target"], given["source"])
 
-    return unstack(group, map_routes(move_one, each), targets)
+    return unstack_leaves(batch, map_routes(move_one, own), targets)
 
 
-def stack_group(
-    group: Group, sources: Mapping[str, jax.Array], targets: Mapping[str, jax.Array]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns what each route has of its own, stacked, and what all have alike: `target` and `source` leaves."""
-    each = {"target": stack(targets, [route.target for route in group.routes])}
-    first = group.routes[0].source
-    if all(route.source == first for route in group.routes):
-        return each, {"source": tuple(sources[path] for path in first)}
-    return {**each, "source": stack(sources, [route.source for route in group.routes])}, {}
-
-
-def adapter_of(name: str, adapter: Adapter, expected: Any) -> Adapter:
+def adapter_entry(name: str, adapter: Adapter, expected: Any) -> Adapter:
     """Returns the parameters of the routes that are named after one of them.
 
     Raises:

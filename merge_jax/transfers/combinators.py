@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from merge_jax.checks import check_number_or_schedule, check_transfer
+from merge_jax.checks import check_number_or_schedule
 from merge_jax.paths import flatten, near_misses, replace
-from merge_jax.transfers.base import RoutedTransfer
-from merge_jax.types import Adapter, Metrics, Params, RouteSummary, Transfer
+from merge_jax.transfers.base import RouteSummary, Step, Transfer, check_transfer, schedule_value
+from merge_jax.types import Adapter, Metrics, Params
 
 __all__ = ["chain", "scheduled", "self_transfer", "several_sources", "without_source"]
 
@@ -39,24 +39,29 @@ def chain(*transfers: Transfer) -> Transfer:
         }
 
     def apply(
-        adapter: Adapter, source_params: Params, target_params: Params, *, key: jax.Array | None = None
+        adapter: Adapter,
+        source_params: Params,
+        target_params: Params,
+        *,
+        key: jax.Array | None = None,
+        step: Step = None,
     ) -> Params:
         for i, (name, transfer) in enumerate(by_name.items()):
-            of_one = None if key is None else jax.random.fold_in(key, i)
-            target_params = transfer.apply(adapter[name], source_params, target_params, key=of_one)
+            own_key = None if key is None else jax.random.fold_in(key, i)
+            target_params = transfer.apply(adapter[name], source_params, target_params, key=own_key, step=step)
         return target_params
 
     def describe(source_params: Params, target_params: Params) -> tuple[RouteSummary, ...]:
         return tuple(
-            _inside(name, row)
+            _prefixed(name, row)
             for name, transfer in by_name.items()
             for row in transfer.describe(source_params, target_params)
         )
 
-    def monitor(adapter: Adapter, source_params: Params, target_params: Params) -> Metrics:
-        return _monitored(by_name, adapter, dict.fromkeys(by_name, source_params), target_params)
+    def monitor(adapter: Adapter, source_params: Params, target_params: Params, *, step: Step = None) -> Metrics:
+        return _monitor_all(by_name, adapter, dict.fromkeys(by_name, source_params), target_params, step)
 
-    return RoutedTransfer(init, apply, describe, lambda step: chain(*(one.at(step) for one in transfers)), monitor)
+    return Transfer(init, apply, describe, monitor)
 
 
 def scheduled(transfer: Transfer, schedule: optax.ScalarOrSchedule) -> Transfer:
@@ -67,41 +72,35 @@ def scheduled(transfer: Transfer, schedule: optax.ScalarOrSchedule) -> Transfer:
     adapter is the transfer's own. Leaves that take no part stay the same arrays.
 
     Raises:
-      ValueError: for what is no transfer or no schedule; in `apply`, where a schedule has no step:
-        `transfer.at(step).apply(...)`, as the joint step does.
+      ValueError: for what is no transfer or no schedule; in `apply` and `monitor`, where a schedule has no step:
+        `transfer.apply(..., step=step)`, as the joint step does.
     """
     check_transfer("what is scheduled", transfer)
     check_number_or_schedule(schedule=schedule)
 
-    def apply_unbound(
-        adapter: Adapter, source_params: Params, target_params: Params, *, key: jax.Array | None = None
+    def apply(
+        adapter: Adapter,
+        source_params: Params,
+        target_params: Params,
+        *,
+        key: jax.Array | None = None,
+        step: Step = None,
     ) -> Params:
-        del adapter, source_params, target_params, key  # Without a step there is no weight.
-        raise ValueError("the transfer follows a schedule: name the step, as in transfer.at(step).apply(...)")
+        weight = schedule_value(schedule, step, "the transfer")
+        old = flatten(target_params)
+        merged = flatten(transfer.apply(adapter, source_params, target_params, key=key, step=step))
+        mixed = {
+            path: (old[path] + weight * (new - old[path])).astype(new.dtype)
+            for path, new in merged.items()
+            if new is not old[path]  # What takes no part comes back as the same array.
+        }
+        return replace(target_params, mixed)
 
-    def at(step: jax.Array | int) -> Transfer:
-        now, weight = transfer.at(step), schedule(step) if callable(schedule) else schedule
+    def monitor(adapter: Adapter, source_params: Params, target_params: Params, *, step: Step = None) -> Metrics:
+        metrics = transfer.monitor(adapter, source_params, target_params, step=step)
+        return {**metrics, "weight": jnp.asarray(schedule_value(schedule, step, "the transfer"), jnp.float32)}
 
-        def apply(
-            adapter: Adapter, source_params: Params, target_params: Params, *, key: jax.Array | None = None
-        ) -> Params:
-            old = flatten(target_params)
-            merged = flatten(now.apply(adapter, source_params, target_params, key=key))
-            mixed = {
-                path: (old[path] + weight * (new - old[path])).astype(new.dtype)
-                for path, new in merged.items()
-                if new is not old[path]  # What takes no part comes back as the same array.
-            }
-            return replace(target_params, mixed)
-
-        def monitor(adapter: Adapter, source_params: Params, target_params: Params) -> Metrics:
-            of_transfer = now.monitor(adapter, source_params, target_params)
-            return {**of_transfer, "weight": jnp.asarray(weight, jnp.float32)}
-
-        return RoutedTransfer(transfer.init, apply, now.describe, monitor=monitor)
-
-    unbound = apply_unbound if callable(schedule) else at(0).apply
-    return RoutedTransfer(transfer.init, unbound, transfer.describe, at, transfer.monitor)
+    return Transfer(transfer.init, apply, transfer.describe, monitor)
 
 
 def several_sources(transfers: Mapping[str, Transfer]) -> Transfer:
@@ -135,14 +134,19 @@ def several_sources(transfers: Mapping[str, Transfer]) -> Transfer:
         }
 
     def apply(
-        adapter: Adapter, source_params: Params, target_params: Params, *, key: jax.Array | None = None
+        adapter: Adapter,
+        source_params: Params,
+        target_params: Params,
+        *,
+        key: jax.Array | None = None,
+        step: Step = None,
     ) -> Params:
         check(source_params)
         old = flatten(target_params)
         made: dict[str, list[jax.Array]] = {}
         for i, (name, transfer) in enumerate(transfers.items()):
-            of_one = None if key is None else jax.random.fold_in(key, i)
-            merged = transfer.apply(adapter[name], source_params[name], target_params, key=of_one)
+            own_key = None if key is None else jax.random.fold_in(key, i)
+            merged = transfer.apply(adapter[name], source_params[name], target_params, key=own_key, step=step)
             for path, new in flatten(merged).items():
                 if new is not old[path]:  # What takes no part comes back as the same array.
                     made.setdefault(path, []).append(new)
@@ -151,21 +155,15 @@ def several_sources(transfers: Mapping[str, Transfer]) -> Transfer:
     def describe(source_params: Params, target_params: Params) -> tuple[RouteSummary, ...]:
         check(source_params)
         return tuple(
-            dataclasses.replace(_inside(name, row), source=f"{name}: {row.source}")
+            dataclasses.replace(_prefixed(name, row), source=f"{name}: {row.source}")
             for name, transfer in transfers.items()
             for row in transfer.describe(source_params[name], target_params)
         )
 
-    def monitor(adapter: Adapter, source_params: Params, target_params: Params) -> Metrics:
-        return _monitored(transfers, adapter, source_params, target_params)
+    def monitor(adapter: Adapter, source_params: Params, target_params: Params, *, step: Step = None) -> Metrics:
+        return _monitor_all(transfers, adapter, source_params, target_params, step)
 
-    return RoutedTransfer(
-        init,
-        apply,
-        describe,
-        lambda step: several_sources({name: transfer.at(step) for name, transfer in transfers.items()}),
-        monitor,
-    )
+    return Transfer(init, apply, describe, monitor)
 
 
 def self_transfer(transfer: Transfer) -> Transfer:
@@ -180,7 +178,7 @@ def self_transfer(transfer: Transfer) -> Transfer:
       ValueError: something that is no transfer.
     """
     check_transfer("what a model gives to itself", transfer)
-    return _reading(transfer, lambda source_params, target_params: target_params)
+    return _from_made_source(transfer, lambda source_params, target_params: target_params)
 
 
 def without_source(transfer: Transfer) -> Transfer:
@@ -194,40 +192,49 @@ def without_source(transfer: Transfer) -> Transfer:
       ValueError: something that is no transfer.
     """
     check_transfer("what is to read no source", transfer)
-    return _reading(transfer, lambda source_params, target_params: jax.tree.map(jnp.zeros_like, source_params))
+    return _from_made_source(transfer, lambda source_params, target_params: jax.tree.map(jnp.zeros_like, source_params))
 
 
-def _reading(transfer: Transfer, given: Callable[[Params, Params], Params]) -> Transfer:
-    """Returns the transfer from what is given for the source: a function of source and target, without gradient."""
+def _from_made_source(transfer: Transfer, make_source: Callable[[Params, Params], Params]) -> Transfer:
+    """Returns the transfer from what is made of source and target in the source's place, without gradient."""
 
     def init(key: jax.Array, source_params: Params, target_params: Params) -> Adapter:
-        return transfer.init(key, given(source_params, target_params), target_params)
+        return transfer.init(key, make_source(source_params, target_params), target_params)
 
     def apply(
-        adapter: Adapter, source_params: Params, target_params: Params, *, key: jax.Array | None = None
+        adapter: Adapter,
+        source_params: Params,
+        target_params: Params,
+        *,
+        key: jax.Array | None = None,
+        step: Step = None,
     ) -> Params:
-        source_params = lax.stop_gradient(given(source_params, target_params))
-        return transfer.apply(adapter, source_params, target_params, key=key)
+        source_params = lax.stop_gradient(make_source(source_params, target_params))
+        return transfer.apply(adapter, source_params, target_params, key=key, step=step)
 
     def describe(source_params: Params, target_params: Params) -> tuple[RouteSummary, ...]:
-        return transfer.describe(given(source_params, target_params), target_params)
+        return transfer.describe(make_source(source_params, target_params), target_params)
 
-    def monitor(adapter: Adapter, source_params: Params, target_params: Params) -> Metrics:
-        return transfer.monitor(adapter, given(source_params, target_params), target_params)
+    def monitor(adapter: Adapter, source_params: Params, target_params: Params, *, step: Step = None) -> Metrics:
+        return transfer.monitor(adapter, make_source(source_params, target_params), target_params, step=step)
 
-    return RoutedTransfer(init, apply, describe, lambda step: _reading(transfer.at(step), given), monitor)
+    return Transfer(init, apply, describe, monitor)
 
 
-def _monitored(
-    transfers: Mapping[str, Transfer], adapter: Adapter, sources: Mapping[str, Params], target_params: Params
+def _monitor_all(
+    transfers: Mapping[str, Transfer],
+    adapter: Adapter,
+    sources: Mapping[str, Params],
+    target_params: Params,
+    step: Step,
 ) -> Metrics:
     """Returns what the transfers have to monitor, each scalar after its transfer's name."""
     return {
         f"{name}/{scalar}": value
         for name, transfer in transfers.items()
-        for scalar, value in transfer.monitor(adapter[name], sources[name], target_params).items()
+        for scalar, value in transfer.monitor(adapter[name], sources[name], target_params, step=step).items()
     }
 
 
-def _inside(name: str, row: RouteSummary) -> RouteSummary:
+def _prefixed(name: str, row: RouteSummary) -> RouteSummary:
     return dataclasses.replace(row, adapter=f"{name}/{row.adapter}" if row.adapter else "")

@@ -1,14 +1,21 @@
-"""A transfer told in a table."""
+"""What a transfer is and costs: a summary of each route, counted on traces, and a table of them."""
 
+import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
+import jax
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from merge_jax.types import Params, RouteSummary, Transfer
+from merge_jax.transfers.base import RouteSummary, Transfer
+from merge_jax.transfers.pairing import LeftOut, ResolvedRoute
+from merge_jax.transfers.views import AttentionView
+from merge_jax.types import Params
 
-__all__ = ["Summary", "summarize"]
+__all__ = ["RouteCost", "Summary", "count_flops", "left_out_summaries", "route_summary", "summarize"]
 
 # Nothing is folded in a file or on a page, which scrolls; a terminal folds what it must.
 _UNFOLDED = 10_000
@@ -46,7 +53,7 @@ def summarize(transfer: Transfer, source_params: Params, target_params: Params) 
 
     In a notebook it is an HTML table. Nothing is computed: shapes are all that is needed, so both trees may hold
     `jax.ShapeDtypeStruct`s. The cost is the floating point operations of the matrix products of one pass; a
-    gradient takes about three times as many. Routes of one group have one entry in the adapter, named
+    gradient takes about three times as many. Routes of one batch have one entry in the adapter, named
     after the first of them.
 
     Raises:
@@ -80,15 +87,15 @@ def _print(summary: Summary, console: Console) -> None:
 
 def _print_routes(rows: tuple[RouteSummary, ...], console: Console) -> None:
     table = _table("target", "source")
-    for heading in ("shape", "matrix", "overlap", "view", "rank", "group", "adapter parameters", "cost"):
+    for heading in ("shape", "matrix", "overlap", "view", "rank", "batch", "adapter parameters", "cost"):
         table.add_column(heading, justify="right")
-    numbers: dict[str, int] = {}
+    batch_numbers: dict[str, int] = {}
     for row in rows:
-        number = numbers.setdefault(row.adapter, len(numbers) + 1)
+        number = batch_numbers.setdefault(row.adapter, len(batch_numbers) + 1)
         table.add_row(row.target, row.source, *_numbers(row, str(number) if row.adapter else ""))
     parameters, flops = (sum(getattr(row, name) for row in rows) for name in ("parameters", "flops"))
     console.print(table)
-    counts = f"{_count(len(rows), 'route')} in {_count(len(numbers), 'group')}"
+    counts = f"{_count(len(rows), 'route')} in {_count(len(batch_numbers), 'batch', 'batches')}"
     console.print(f"{counts}: {parameters:,} adapter parameters, {_flops(flops)} a pass", highlight=False)
 
 
@@ -99,19 +106,19 @@ def _table(*headings: str) -> Table:
     return table
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+def _count(number: int, noun: str, plural: str = "") -> str:
+    return f"{number} {noun if number == 1 else plural or noun + 's'}"
 
 
-def _numbers(row: RouteSummary, group: str) -> tuple[str, ...]:
+def _numbers(row: RouteSummary, batch: str) -> tuple[str, ...]:
     shape = " + ".join("x".join(map(str, shape)) for shape in row.shapes)
     m, n = row.target_matrix
     p, q = row.source_matrix
     cut = row.overlap != row.source_matrix
     overlap = f"{row.overlap[0]}x{row.overlap[1]} of {p}x{q}" if cut else "whole"
-    rank = "whole" if row.rank is None else f"{row.rank}{' core' if row.core else ''}"
+    rank = "whole" if row.rank is None else f"{row.rank}"
     parameters = f"{row.parameters:,}" if row.parameters or not row.adapter else "shared"
-    return shape, f"{m}x{n} from {p}x{q}", overlap, row.view, rank, group, parameters, _flops(row.flops)
+    return shape, f"{m}x{n} from {p}x{q}", overlap, row.view, rank, batch, parameters, _flops(row.flops)
 
 
 def _flops(flops: int) -> str:
@@ -120,3 +127,82 @@ def _flops(flops: int) -> str:
         if flops >= size:
             return f"{flops / size:.3g} {unit}FLOP"
     return f"{flops} FLOP"
+
+
+class RouteCost(NamedTuple):
+    """What the adapter of a route costs; see `RouteSummary`."""
+
+    adapter: str = ""
+    parameters: int = 0
+    flops: int = 0
+
+
+def route_summary(route: ResolvedRoute, cost: RouteCost) -> RouteSummary:
+    """Returns what a route is, with what its adapter costs."""
+    target_view = route.target_view
+    if isinstance(target_view, AttentionView):
+        view = f"attention, {target_view.heads} heads"
+    else:
+        view = "convolution" if target_view.taps else "matrix"
+        if route.source_view.arrangement is not None:  # type: ignore[union-attr]
+            view += ", rows paired"
+    return RouteSummary(
+        " + ".join(route.target),
+        " + ".join(route.source),
+        target_view.shapes,
+        target_view.matrix_shape,
+        route.source_view.matrix_shape,
+        target_view.overlap_shape(route.source_view),  # type: ignore[arg-type]
+        view,
+        route.rank,
+        *cost,
+    )
+
+
+def left_out_summaries(left_out: Iterable[LeftOut]) -> tuple[RouteSummary, ...]:
+    """Returns what the patterns of routes name and what cannot be paired, each with the reason."""
+    nothing = (0, 0)
+    return tuple(
+        RouteSummary(one.target, one.source, (), nothing, nothing, nothing, "", None, *RouteCost(), one.reason)
+        for one in left_out
+    )
+
+
+def count_flops(function: Callable[..., Any], *args: Any) -> int:
+    """Returns the floating point operations of a function's matrix products, loops counted as often as they run.
+
+    A product `[m, k] @ [k, n]` costs `2 m k n`; all else is left out, as it is by the usual models of cost. The
+    longest branch counts, and the body of a loop without a fixed number of steps counts once.
+
+    Args:
+      function: any JAX function.
+      *args: its arguments, or their `jax.ShapeDtypeStruct`s.
+    """
+    return _count_products(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def _count_products(jaxpr: Any) -> int:
+    total = 0
+    for equation in jaxpr.eqns:
+        name, params = equation.primitive.name, equation.params
+        if name == "dot_general":
+            total += _dot_flops(equation)
+        elif name == "cond":
+            total += max(_count_products(branch.jaxpr) for branch in params["branches"])
+        else:
+            inner = sum(_count_products(sub) for sub in _inner_jaxprs(params))
+            total += inner * (params["length"] if name == "scan" else 1)
+    return total
+
+
+def _dot_flops(equation: Any) -> int:
+    (contracted, _), _ = equation.params["dimension_numbers"]
+    shape = equation.invars[0].aval.shape
+    return 2 * math.prod(shape[axis] for axis in contracted) * math.prod(equation.outvars[0].aval.shape)
+
+
+def _inner_jaxprs(params: dict[str, Any]) -> Iterator[Any]:
+    for value in params.values():
+        inner = getattr(value, "jaxpr", value)  # A closed jaxpr holds one.
+        if hasattr(inner, "eqns"):
+            yield inner

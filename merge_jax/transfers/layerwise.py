@@ -1,6 +1,5 @@
-"""Transfers given by an equation for the blocks of one route: what is not of a method is here, once."""
+"""Transfers that are one equation for each route's kernel; what they have in common is here."""
 
-import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -8,28 +7,28 @@ import jax
 import jax.numpy as jnp
 
 from merge_jax.checks import check_flag
-from merge_jax.paths import flatten, replace
-from merge_jax.transfers.base import RoutedTransfer, share_transfer
-from merge_jax.transfers.batching import Group, adapter_of, grouped, run_group
-from merge_jax.transfers.cost import count_flops
-from merge_jax.transfers.routes import ResolvedRoute, Route, Routes, as_routes, resolve, survey
-from merge_jax.transfers.tokens import View
-from merge_jax.types import Adapter, Params, RouteSummary
+from merge_jax.transfers.base import Step, Transfer
+from merge_jax.transfers.batching import RouteBatch, adapter_entry, batch_routes, run_batch
+from merge_jax.transfers.describe import RouteCost, count_flops
+from merge_jax.transfers.pairing import ResolvedRoute
+from merge_jax.transfers.routed import LeavesByPath, routed_transfer
+from merge_jax.transfers.routes import Route, Routes, as_routes
+from merge_jax.types import Adapter
 
-__all__ = ["block_shapes", "block_transfer", "kernel_routes"]
+__all__ = ["kernel_routes", "kernel_shapes", "layerwise_transfer"]
 
 ChangeFn = Callable[[Adapter, jax.Array, jax.Array], jax.Array]
-"""`(parameters of a route, target's blocks [m, n, *window], source's [p, q, *window]) -> new target's blocks`."""
+"""`(parameters of a route, target's kernel [m, n, *window], source's [p, q, *window]) -> new target's kernel`."""
 
 StartFn = Callable[[tuple[int, ...], tuple[int, ...]], Adapter]
-"""`(shape of the target's blocks, shape of the source's) -> parameters of a route`."""
+"""`(shape of the target's kernel, shape of the source's) -> parameters of a route`."""
 
 
 def kernel_routes(routes: Routes) -> tuple[Route, ...]:
     """Returns the routes as such.
 
     Raises:
-      ValueError: as `as_routes`; or a route with the view `attention`, whose blocks are of another form.
+      ValueError: as `as_routes`; or a route with the view `attention`, whose kernel is of another form.
     """
     named_routes = as_routes(routes)
     for route in named_routes:
@@ -41,85 +40,72 @@ def kernel_routes(routes: Routes) -> tuple[Route, ...]:
     return named_routes
 
 
-def block_shapes(route: ResolvedRoute) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Returns the shapes `(rows, inputs, *window)` of the target's and the source's blocks."""
-
-    def of(view: View) -> tuple[int, ...]:
-        leaves = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in view.shapes]
-        return jax.eval_shape(view.to_blocks, leaves).shape
-
-    return of(route.target_view), of(route.source_view)
+def kernel_shapes(route: ResolvedRoute) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Returns the shapes `(rows, inputs, *window)` of the target's and the source's kernel."""
+    return route.target_view.kernel_shape, route.source_view.kernel_shape
 
 
-def block_transfer(
+def layerwise_transfer(
     routes: Routes, change: ChangeFn, *, start: StartFn | None = None, shared: bool = False
-) -> RoutedTransfer:
-    """Returns the transfer `T' = change(parameters, T, S)` of the blocks `[rows, inputs, *window]` of each route.
+) -> Transfer:
+    """Returns the transfer `T' = change(parameters, T, S)` of the kernel `[rows, inputs, *window]` of each route.
 
-    Routes of one kind run as one group. The adapter is `{target path: parameters}` with one entry a group, stacked
-    where the group has several routes, or `shared` by them; it is empty without a `start`.
+    Routes of one signature run as one batch. The adapter is `{target path: parameters}` with one entry a batch, stacked
+    where the batch has several routes, or `shared` by them; it is empty without a `start`.
 
     Raises:
       ValueError: as `share_transfer`; for the view `attention`; in `apply`, for an adapter that does not fit.
     """
     named_routes = kernel_routes(routes)
     check_flag(shared=shared)
-    like_share = share_transfer(named_routes)
 
-    def groups_of(source_params: Params, target_params: Params) -> tuple[Group, ...]:
-        return grouped(resolve(named_routes, source_params, target_params))
-
-    def start_of(group: Group) -> Adapter:
-        if start is None:
-            return {}
-        params, count = start(*block_shapes(group.routes[0])), len(group.routes)
+    def start_batch(batch: RouteBatch) -> Adapter:
+        assert start is not None
+        params, count = start(*kernel_shapes(batch.routes[0])), len(batch.routes)
         if count == 1 or shared:
             return params
         return jax.tree.map(lambda leaf: jnp.tile(leaf, (count, *(1,) * leaf.ndim)), params)
 
-    def params_of(adapter: Adapter, group: Group) -> Adapter:
-        if start is None:
-            return {}
-        return adapter_of(group.name, adapter, jax.eval_shape(functools.partial(start_of, group)))
+    def start_all(key: jax.Array, batches: tuple[RouteBatch, ...]) -> Adapter:
+        del key  # There is nothing random.
+        return {batch.name: start_batch(batch) for batch in batches}
+
+    def move_route(
+        route: ResolvedRoute, params: Adapter, target: tuple[jax.Array, ...], source: tuple[jax.Array, ...]
+    ) -> tuple[jax.Array, ...]:
+        kernel = change(params, route.target_view.to_kernel(target), route.source_view.to_kernel(source))
+        return route.target_view.to_leaves(kernel)
 
     def move(
-        route: ResolvedRoute,
-        params: Adapter,
-        target: tuple[jax.Array, ...],
-        source: tuple[jax.Array, ...],
-    ) -> tuple[jax.Array, ...]:
-        blocks = change(params, route.target_view.to_blocks(target), route.source_view.to_blocks(source))
-        return route.target_view.to_leaves(blocks)
+        batches: tuple[RouteBatch, ...],
+        adapter: Adapter,
+        sources: LeavesByPath,
+        targets: LeavesByPath,
+        key: jax.Array | None,
+        step: Step,
+    ) -> LeavesByPath:
+        del key, step
+        new_leaves = {}
+        for batch in batches:
+            params = {}
+            if start is not None:
+                params = adapter_entry(batch.name, adapter, jax.eval_shape(functools.partial(start_batch, batch)))
+            move_one = functools.partial(move_route, batch.routes[0])
+            new_leaves |= run_batch(batch, move_one, sources, targets, params=params, shared=shared)
+        return new_leaves
 
-    def init(key: jax.Array, source_params: Params, target_params: Params) -> Adapter:
-        del key  # There is nothing random.
-        groups = groups_of(source_params, target_params)
-        return {} if start is None else {group.name: start_of(group) for group in groups}
-
-    def apply(
-        adapter: Adapter, source_params: Params, target_params: Params, *, key: jax.Array | None = None
-    ) -> Params:
-        del key
-        new_leaves, sources, targets = {}, flatten(source_params), flatten(target_params)
-        for group in groups_of(source_params, target_params):
-            of_route = functools.partial(move, group.routes[0])
-            params = params_of(adapter, group)
-            new_leaves |= run_group(group, of_route, sources, targets, params=params, shared=shared)
-        return replace(target_params, new_leaves)
-
-    def describe(source_params: Params, target_params: Params) -> tuple[RouteSummary, ...]:
-        rows = list(like_share.describe(source_params, target_params))
-        if start is None:
-            return tuple(rows)
-        resolved, _ = survey(named_routes, source_params, target_params)
-        for group in grouped(resolved):
-            shapes = block_shapes(group.routes[0])
+    def costs(batches: tuple[RouteBatch, ...]) -> dict[int, RouteCost]:
+        assert start is not None
+        found = {}
+        for batch in batches:
+            shapes = kernel_shapes(batch.routes[0])
             params = jax.eval_shape(functools.partial(start, *shapes))
-            blocks = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-            size, flops = sum(leaf.size for leaf in jax.tree.leaves(params)), count_flops(change, params, *blocks)
-            for i, number in enumerate(group.numbers):
-                parameters = 0 if shared and i else size
-                rows[number] = dataclasses.replace(rows[number], adapter=group.name, parameters=parameters, flops=flops)
-        return tuple(rows)
+            size = sum(leaf.size for leaf in jax.tree.leaves(params))
+            flops = count_flops(change, params, *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes))
+            for i, number in enumerate(batch.numbers):
+                found[number] = RouteCost(batch.name, 0 if shared and i else size, flops)
+        return found
 
-    return RoutedTransfer(init, apply, describe)
+    if start is None:
+        return routed_transfer(named_routes, batch_routes, move)
+    return routed_transfer(named_routes, batch_routes, move, start=start_all, costs=costs)

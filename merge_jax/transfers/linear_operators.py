@@ -9,10 +9,11 @@ from jax import lax
 
 from merge_jax.checks import check_choice
 from merge_jax.layouts import overlap_blocks
-from merge_jax.transfers.layerwise import block_transfer
+from merge_jax.transfers.base import Transfer
+from merge_jax.transfers.layerwise import layerwise_transfer
 from merge_jax.transfers.routes import Routes
 from merge_jax.transfers.weight_selection import choice_matrix, evenly_chosen
-from merge_jax.types import Adapter, Transfer
+from merge_jax.types import Adapter
 
 __all__ = ["OperatorStart", "linear_operator_transfer"]
 
@@ -43,7 +44,7 @@ def linear_operator_transfer(routes: Routes, *, start: OperatorStart = "overlap"
       start: one of the two above.
       shared: whether routes of one shape share `A` and `B`.
 
-    The adapter is `{target path: {"outputs": A, "inputs": B}}`, grouped as in `adapter_transfer`; computed in float32.
+    The adapter is `{target path: {"outputs": A, "inputs": B}}`, batched as in `adapter_transfer`; computed in float32.
 
     Raises:
       ValueError: as `share_transfer`; for an unknown start, a route with the view `attention`, or, in `apply`, an
@@ -70,4 +71,4 @@ def linear_operator_transfer(routes: Routes, *, start: OperatorStart = "overlap"
         )
         return kept + made
 
-    return block_transfer(routes, operate, start=operators, shared=shared)
+    return layerwise_transfer(routes, operate, start=operators, shared=shared)

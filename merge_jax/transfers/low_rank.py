@@ -1,4 +1,4 @@
-"""Low rank: a matrix re-encoded by few rows or a small core and back, and layers that store two factors.
+"""Low rank: a matrix re-encoded by few rows and back, and layers that store two factors.
 
 Legend of shapes: matrix `W [m, n]`, rank `r`, at most `min(m, n)`.
 """
@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-__all__ = ["LowRankConv", "LowRankDense", "core_bases", "decode", "encode", "row_basis"]
+__all__ = ["LowRankConv", "LowRankDense", "decode", "encode", "row_basis"]
 
 # A few more directions than asked for, and a few passes over the matrix, bring the found space within percents of
 # the best one also where singular values fall slowly (Halko, Martinsson & Tropp, arXiv:0909.4061, section 4).
 _OVERSAMPLING = 8
 _POWER_ITERATIONS = 2
-# Of a matrix of some dozen rows: directions whose singular values are a tenth apart are told apart to 1e-3.
+# Of a matrix of some dozen rows: directions whose singular values are a tenth apart are separated to 1e-3.
 _ROTATIONS = 32
 _FEW_ROWS = 96
 
@@ -37,8 +37,8 @@ def row_basis(matrix: jax.Array, rank: int) -> jax.Array:
     m, n = matrix.shape
     _check_rank(rank, m, n)
     matrix = lax.stop_gradient(matrix)
-    samples = min(rank + _OVERSAMPLING, m, n)
-    basis = _orthonormal(_product(matrix, jax.random.normal(jax.random.key(0), (n, samples), matrix.dtype)))
+    directions = min(rank + _OVERSAMPLING, m, n)
+    basis = _orthonormal(_product(matrix, jax.random.normal(jax.random.key(0), (n, directions), matrix.dtype)))
     for _ in range(_POWER_ITERATIONS):
         # The barrier keeps XLA from turning `(B^T W)^T` into `W^T B`, which is several times slower on a CPU.
         rows = lax.optimization_barrier(_product(basis.T, matrix))
@@ -56,7 +56,7 @@ def _leading_directions(rows: jax.Array) -> jax.Array:
     gram = _product(rows, rows.T)
     if len(rows) > _FEW_ROWS:  # There, one decomposition costs less than so many of another kind.
         return jnp.linalg.eigh(gram)[1][:, ::-1]
-    # Scaled each time, so that directions of small singular values neither vanish nor come out as they went in.
+    # Scaled each time, so that directions of small singular values neither vanish nor stay as they were.
     start = jnp.eye(len(rows), dtype=rows.dtype)
     found = lax.fori_loop(0, _ROTATIONS, lambda _, q: _orthonormal(_product(gram, q)), start)
     # Directions of nearly equal singular values may not have changed places yet.
@@ -68,29 +68,14 @@ def _product(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
 
 
-def core_bases(matrix: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
-    """Returns `B [m, r]` and `D [n, r]` with orthonormal columns, so that `W ~ B (B^T W D) D^T`.
-
-    `B` is `row_basis(W, r)`, `D` spans the rows of `B^T W`: the core `B^T W D [r, r]` holds all that `B` sees.
-    Both are constants to the gradient.
-
-    Raises:
-      ValueError: the rank is below 1 or above `min(m, n)`.
-    """
-    left = row_basis(matrix, rank)
-    right = _orthonormal(_product(left.T, lax.stop_gradient(matrix)).T)
-    return left, _with_fixed_signs(right)
+def encode(matrix: jax.Array, basis: jax.Array) -> jax.Array:
+    """Returns the code `A = B^T W [r, n]`."""
+    return basis.T @ matrix
 
 
-def encode(matrix: jax.Array, left: jax.Array, right: jax.Array | None = None) -> jax.Array:
-    """Returns `A = B^T W [r, n]`, or the core `B^T W D [r, r]` where a right basis is given."""
-    code = left.T @ matrix
-    return code if right is None else code @ right
-
-
-def decode(matrix: jax.Array, change: jax.Array, left: jax.Array, right: jax.Array | None = None) -> jax.Array:
-    """Returns `W + B dA`, or `W + B dC D^T`, for the change of a code; what the bases do not see is kept."""
-    return matrix + left @ (change if right is None else change @ right.T)
+def decode(matrix: jax.Array, change: jax.Array, basis: jax.Array) -> jax.Array:
+    """Returns `W + B dA` for the change of a code; what the basis does not see is kept."""
+    return matrix + basis @ change
 
 
 def _check_rank(rank: int, m: int, n: int) -> None:

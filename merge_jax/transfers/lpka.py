@@ -235,16 +235,11 @@ def _layer(
     ):
         answered = [mixed[one.name] for one in attentions if one.asks == asks]
         if answered:
-            of_side = params[f"target_{asks}"]
-            kernels = jnp.split(of_side["out"]["kernel"], np.cumsum([part.shape[1] for part in answered])[:-1])
-            out = jnp.stack(
-                [
-                    part.astype(options.dtype) @ kernel.astype(options.dtype)
-                    for part, kernel in zip(answered, kernels, strict=True)
-                ]
-            )
-            new = layer_norm(x[None] + out + of_side["out"]["bias"][:, None].astype(out.dtype), of_side["norm"], valid)
-            new = new.sum(axis=0)
+            output, norm = params[f"target_{asks}"]["out"], params[f"target_{asks}"]["norm"]
+            kernels = jnp.split(output["kernel"], np.cumsum([part.shape[1] for part in answered])[:-1])
+            pairs = zip(answered, kernels, strict=True)
+            out = jnp.stack([part.astype(options.dtype) @ kernel.astype(options.dtype) for part, kernel in pairs])
+            new = layer_norm(x[None] + out + output["bias"][:, None].astype(out.dtype), norm, valid).sum(axis=0)
             total = total + (new if asks == "rows" else new.T)
     x = total / len(attentions)
     rows, columns = _valid(target, 0, true, "m"), _valid(target, 1, true, "n")
@@ -361,7 +356,7 @@ def _starts(true: Sizes, padded: Sizes, options: LPKAOptions) -> dict[str, Any]:
     for tokens, (features, wide) in {"rows": (true.n, padded.n), "cols": (true.m, padded.m)}.items():
         asking = [(one.width, pad.width) for one, pad in pairs if one.asks == tokens]
         if asking:
-            heads = np.concatenate([_of_heads(width, pad, h) for width, pad in asking])
+            heads = np.concatenate([_valid_heads(width, pad, h) for width, pad in asking])
             # Each attention's output kernel has its own fan in.
             bounds = np.array([width**-0.5 for width, _ in asking])
             by_row = heads * np.repeat(bounds, [pad for _, pad in asking])
@@ -377,13 +372,13 @@ def _starts(true: Sizes, padded: Sizes, options: LPKAOptions) -> dict[str, Any]:
     for tokens, (features, wide) in {"rows": (true.q, padded.q), "cols": (true.p, padded.p)}.items():
         answering = [(one.width, pad.width) for one, pad in pairs if one.answers == tokens]
         if answering:
-            heads = np.concatenate([np.tile(_of_heads(width, pad, h), 2) for width, pad in answering])
+            heads = np.concatenate([np.tile(_valid_heads(width, pad, h), 2) for width, pad in answering])
             starts[f"source_{tokens}"] = {"key_value": dense_start(layers, features, valid_ones(features, wide), heads)}
     return starts | {"feed_forward": feed_forward_start(layers, true, padded, options)}
 
 
-def _of_heads(true: int, padded: int, heads: int) -> np.ndarray:
-    """Returns `_count` of each of the heads of an axis."""
+def _valid_heads(true: int, padded: int, heads: int) -> np.ndarray:
+    """Returns `valid_ones` of each of the heads of an axis."""
     return np.tile(valid_ones(true // heads, padded // heads), heads)
 
 

@@ -44,17 +44,19 @@ def in_layers(layer: LayerFn, num_layers: int, target: jax.Array, params: Any, m
     One or two stand one after the other. More are one program in a loop, which compiles as long as two; what a layer
     makes on the way is then made again in the backward pass.
     """
-    of_layers = params, dict(masks or {})
+    layers = params, dict(masks or {})
     if num_layers <= _UNROLLED:
         for i in range(num_layers):
-            target = layer(target, *jax.tree.map(lambda leaf, i=i: jnp.squeeze(leaf[i : i + 1], 0), of_layers))
+            target = layer(target, *jax.tree.map(lambda leaf, i=i: jnp.squeeze(leaf[i : i + 1], 0), layers))
         return target
 
     @jax.checkpoint
-    def step(target: jax.Array, of_layer: Any) -> jax.Array:
-        return layer(target, *of_layer)
+    def step(target: jax.Array, layer_inputs: Any) -> jax.Array:
+        return layer(target, *layer_inputs)
 
-    return lax.scan(lambda target, of_layer: (step(target, of_layer), None), target.astype(jnp.float32), of_layers)[0]
+    return lax.scan(
+        lambda target, layer_inputs: (step(target, layer_inputs), None), target.astype(jnp.float32), layers
+    )[0]
 
 
 def feed_forward(

@@ -1,16 +1,15 @@
-"""The method and its variants: each is one factory of a transfer."""
+"""MergeNet: the transfer through an LPKA, with our defaults and as published."""
 
 from typing import Any, Unpack
 
 import jax.numpy as jnp
 
 from merge_jax.transfers.adapter import AdapterOptions, adapter_transfer
+from merge_jax.transfers.base import Transfer
 from merge_jax.transfers.lpka import ATTENTIONS, AttentionName, LPKAOptions, lpka_network
-from merge_jax.transfers.mixing import MixingOptions, mixing_network
 from merge_jax.transfers.routes import Routes
-from merge_jax.types import Transfer
 
-__all__ = ["lpka_transfer", "mlp_transfer", "published_transfer"]
+__all__ = ["lpka_transfer", "published_transfer"]
 
 
 def lpka_transfer(
@@ -47,24 +46,26 @@ def lpka_transfer(
       max_scores: entries of attention maps held at once; larger ones are made in chunks of queries, and again in
         the backward pass. The values do not depend on it.
       dtype: of the computation, e.g. bfloat16; parameters, softmax and norms stay float32.
-      **options: `output`, `rank`, `core`, `view`, `gate`, `shared`, `group_size`, `padding`; see `adapter_transfer`.
+      **options: `output`, `rank`, `view`, `gate`, `shared`, `padding`; see `adapter_transfer`.
 
     Raises:
       ValueError: as `adapter_transfer`, and for an option out of range.
     """
-    options_of_lpka = LPKAOptions(
-        num_layers=num_layers,
-        num_heads=num_heads,
-        max_width=max_width,
-        max_hidden=max_hidden,
-        attentions=attentions,
-        attention_dropout=attention_dropout,
-        feed_forward_dropout=feed_forward_dropout,
-        spectral=spectral,
-        max_scores=max_scores,
-        dtype=dtype,
+    network = lpka_network(
+        LPKAOptions(
+            num_layers=num_layers,
+            num_heads=num_heads,
+            max_width=max_width,
+            max_hidden=max_hidden,
+            attentions=attentions,
+            attention_dropout=attention_dropout,
+            feed_forward_dropout=feed_forward_dropout,
+            spectral=spectral,
+            max_scores=max_scores,
+            dtype=dtype,
+        )
     )
-    return adapter_transfer(routes, lpka_network(options_of_lpka), **options)
+    return adapter_transfer(routes, network, **options)
 
 
 def published_transfer(routes: Routes, *, num_layers: int = 2, num_heads: int = 8) -> Transfer:
@@ -78,46 +79,5 @@ def published_transfer(routes: Routes, *, num_layers: int = 2, num_heads: int = 
       ValueError: as `lpka_transfer`.
     """
     return lpka_transfer(
-        routes, num_layers=num_layers, num_heads=num_heads, max_width=None, max_hidden=None, output="official"
+        routes, num_layers=num_layers, num_heads=num_heads, max_width=None, max_hidden=None, output="published"
     )
-
-
-def mlp_transfer(
-    routes: Routes,
-    *,
-    num_layers: int = 2,
-    width: int = 128,
-    max_hidden: int | None = 1024,
-    feed_forward_dropout: float = 0.2,
-    spectral: bool = True,
-    dtype: Any = jnp.float32,
-    **options: Unpack[AdapterOptions],
-) -> Transfer:
-    """Returns the ablation without attention: the source's rows and columns are mixed by learned perceptrons.
-
-    See `mlp.apply` for the equation; all else is as in `lpka_transfer`.
-
-    Args:
-      routes: as `lpka_transfer`.
-      num_layers: layers of each adapter, 1 or more.
-      width: hidden units of the perceptrons, 1 or more.
-      max_hidden: cap on the hidden width of each feed-forward block, or None.
-      feed_forward_dropout: rate of dropout on the feed-forward block, in [0, 1).
-      spectral: whether feed-forward kernels are divided by their spectral norms.
-      dtype: of the computation; parameters and norms stay float32.
-      **options: `output`, `rank`, `core`, `view`, `gate`, `shared`, `group_size`, `padding`; see `adapter_transfer`.
-
-    Raises:
-      ValueError: as `lpka_transfer`.
-    """
-    network = mixing_network(
-        MixingOptions(
-            num_layers=num_layers,
-            width=width,
-            max_hidden=max_hidden,
-            feed_forward_dropout=feed_forward_dropout,
-            spectral=spectral,
-            dtype=dtype,
-        )
-    )
-    return adapter_transfer(routes, network, **options)

@@ -1,15 +1,17 @@
-"""A network without attention, to learn what attention is good for."""
+"""The ablation without attention: a network that mixes the matrices by perceptrons, and its transfer."""
 
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from merge_jax.checks import check_at_least_one, check_below_one, check_flag, check_float_dtype
+from merge_jax.transfers.adapter import AdapterOptions, adapter_transfer
+from merge_jax.transfers.base import Transfer
 from merge_jax.transfers.matrix_layers import (
     dense,
     dense_start,
@@ -20,8 +22,9 @@ from merge_jax.transfers.matrix_layers import (
     norm_start,
 )
 from merge_jax.transfers.network import Dropout, Network, Sizes, drawn_network
+from merge_jax.transfers.routes import Routes
 
-__all__ = ["MixingOptions", "apply", "mixing_network"]
+__all__ = ["MixingOptions", "apply", "mixing_network", "mlp_transfer"]
 
 
 @dataclass(frozen=True)
@@ -121,3 +124,44 @@ def mixing_network(options: MixingOptions) -> Network:
         functools.partial(apply, options=options),
         functools.partial(_masks, options=options),
     )
+
+
+def mlp_transfer(
+    routes: Routes,
+    *,
+    num_layers: int = 2,
+    width: int = 128,
+    max_hidden: int | None = 1024,
+    feed_forward_dropout: float = 0.2,
+    spectral: bool = True,
+    dtype: Any = jnp.float32,
+    **options: Unpack[AdapterOptions],
+) -> Transfer:
+    """Returns the ablation without attention: the source's rows and columns are mixed by learned perceptrons.
+
+    See `mixing.apply` for the equation; all else is as in `lpka_transfer`.
+
+    Args:
+      routes: as `lpka_transfer`.
+      num_layers: layers of each adapter, 1 or more.
+      width: hidden units of the perceptrons, 1 or more.
+      max_hidden: cap on the hidden width of each feed-forward block, or None.
+      feed_forward_dropout: rate of dropout on the feed-forward block, in [0, 1).
+      spectral: whether feed-forward kernels are divided by their spectral norms.
+      dtype: of the computation; parameters and norms stay float32.
+      **options: `output`, `rank`, `view`, `gate`, `shared`, `padding`; see `adapter_transfer`.
+
+    Raises:
+      ValueError: as `lpka_transfer`.
+    """
+    network = mixing_network(
+        MixingOptions(
+            num_layers=num_layers,
+            width=width,
+            max_hidden=max_hidden,
+            feed_forward_dropout=feed_forward_dropout,
+            spectral=spectral,
+            dtype=dtype,
+        )
+    )
+    return adapter_transfer(routes, network, **options)

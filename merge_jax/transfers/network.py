@@ -22,11 +22,11 @@ __all__ = [
     "Place",
     "Sizes",
     "Start",
-    "cannot_be_had",
     "draw",
     "draw_mask",
     "draw_masks",
     "drawn_network",
+    "error_context",
     "linen_network",
     "stack_starts",
 ]
@@ -170,8 +170,8 @@ def _kept(halves: jax.Array, rate: float) -> jax.Array:
     return halves >= min(round(rate * 2**16), 2**16 - 1)
 
 
-def _is(kind: type) -> Callable[[Any], bool]:
-    return lambda leaf: isinstance(leaf, kind)
+def _is(record: type) -> Callable[[Any], bool]:
+    return lambda leaf: isinstance(leaf, record)
 
 
 def drawn_network(
@@ -193,20 +193,20 @@ def drawn_network(
     """
 
     def init(key: jax.Array, places: Mapping[str, Place]) -> dict[str, Adapter]:
-        of_places = {}
+        all_starts = {}
         for name, place in places.items():
-            of_copies = [starts(true, place.sizes) for true in place.true]
-            of_places[name] = stack_starts(of_copies) if place.copied else of_copies[0]
-        return draw(key, of_places)
+            copies = [starts(true, place.sizes) for true in place.true]
+            all_starts[name] = stack_starts(copies) if place.copied else copies[0]
+        return draw(key, all_starts)
 
-    def draw_all(key: jax.Array, kinds: Sequence[Sizes]) -> list[Any]:
-        return draw_masks(key, [masks(sizes) for sizes in kinds])
+    def draw_all(key: jax.Array, all_sizes: Sequence[Sizes]) -> list[Any]:
+        return draw_masks(key, [masks(sizes) for sizes in all_sizes])
 
     return Network(init, apply, draw_all, true, flops)
 
 
 @contextlib.contextmanager
-def cannot_be_had(route: str) -> Iterator[None]:
+def error_context(route: str) -> Iterator[None]:
     """Names the route in the ValueError of a network that its matrices do not fit."""
     try:
         yield
@@ -225,13 +225,13 @@ def linen_network(module: nn.Module) -> Network:
     def init(key: jax.Array, places: Mapping[str, Place]) -> dict[str, Adapter]:
         adapter = {}
         for i, (name, place) in enumerate(places.items()):
-            of_place = jax.random.fold_in(key, i)
-            with cannot_be_had(name):
+            own_key = jax.random.fold_in(key, i)
+            with error_context(name):
                 if place.copied:
-                    keys = jax.random.split(of_place, len(place.true))
+                    keys = jax.random.split(own_key, len(place.true))
                     adapter[name] = jax.vmap(lambda key, sizes=place.sizes: init_one(key, sizes))(keys)
                 else:
-                    adapter[name] = init_one(of_place, place.sizes)
+                    adapter[name] = init_one(own_key, place.sizes)
         return adapter
 
     def apply(params: Adapter, target: jax.Array, source: jax.Array, masks: Any, true: Any) -> jax.Array:
@@ -239,7 +239,7 @@ def linen_network(module: nn.Module) -> Network:
         rngs = None if masks is None else {"dropout": masks}
         return jnp.asarray(module.apply({"params": params}, target, source, deterministic=masks is None, rngs=rngs))
 
-    def masks(key: jax.Array, kinds: Sequence[Sizes]) -> list[Any]:
-        return [jax.random.fold_in(key, i) for i in range(len(kinds))]
+    def masks(key: jax.Array, all_sizes: Sequence[Sizes]) -> list[Any]:
+        return [jax.random.fold_in(key, i) for i in range(len(all_sizes))]
 
     return Network(init, apply, masks)

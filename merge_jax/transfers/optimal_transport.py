@@ -1,6 +1,5 @@
 """Fusion by optimal transport: the source's neurons are matched with the target's, then both are averaged."""
 
-import dataclasses
 import functools
 import math
 
@@ -10,13 +9,14 @@ from jax import lax
 
 from merge_jax.checks import check_at_least_one
 from merge_jax.layouts import overlap_blocks
-from merge_jax.paths import flatten, replace
-from merge_jax.transfers.base import RoutedTransfer, share_transfer
-from merge_jax.transfers.cost import count_flops
-from merge_jax.transfers.layerwise import block_shapes, kernel_routes
-from merge_jax.transfers.routes import ResolvedRoute, Routes, resolve, survey
-from merge_jax.transfers.tokens import KernelView
-from merge_jax.types import Adapter, Params, RouteSummary, Transfer
+from merge_jax.transfers.base import Step, Transfer
+from merge_jax.transfers.describe import RouteCost, count_flops
+from merge_jax.transfers.layerwise import kernel_routes, kernel_shapes
+from merge_jax.transfers.pairing import ResolvedRoute
+from merge_jax.transfers.routed import LeavesByPath, routed_transfer
+from merge_jax.transfers.routes import Routes
+from merge_jax.transfers.views import KernelView
+from merge_jax.types import Adapter
 
 __all__ = ["optimal_transport_transfer", "transport_map"]
 
@@ -44,7 +44,7 @@ def optimal_transport_transfer(
     The adapter is empty. All is differentiable, the plan included. Running statistics of a BatchNorm are no
     parameters and stay.
 
-    Source: Singh & Jaggi, arXiv:1910.05653, algorithm 1 with neurons told by their weights, the target as the model
+    Source: Singh & Jaggi, arXiv:1910.05653, algorithm 1 with neurons compared by their weights, the target as the model
     aligned to, and its code (sidak/otfusion). Their experiments use exact plans; ours are regularised by entropy, to be
     differentiable. What happens to inputs and windows that differ is our choice. Outputs of the last layer are matched
     as neurons too; where they are the same classes in both models, leave that layer out.
@@ -65,56 +65,53 @@ def optimal_transport_transfer(
         raise ValueError(f"regularisation must be a finite number above 0, got {regularisation}")
     if not 0 <= weight <= 1:
         raise ValueError(f"weight must lie in [0, 1], got {weight}")
-    like_share = share_transfer(named_routes)
 
     def fuse(target: jax.Array, source: jax.Array, previous: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        """Returns the new blocks of the target and the map `[m, p]`, from the map of the route before."""
+        """Returns the new kernel of the target and the map `[m, p]`, from the map of the route before."""
         if _fits(previous, target.shape, source.shape):
             source = jnp.einsum("nq,pq...->pn...", previous, source, precision=_PRECISION)
         aligned = overlap_blocks(jnp.zeros((source.shape[0], *target.shape[1:])), source)
         both = overlap_blocks(jnp.zeros((1, *target.shape[1:])), jnp.ones((1, *source.shape[1:])))
         rows = ((target * both).reshape(len(target), -1), aligned.reshape(len(aligned), -1))
         plan = transport_map(*rows, regularisation=regularisation, iterations=iterations)
-        moved = jnp.einsum("mp,pn...->mn...", plan, aligned, precision=_PRECISION)
-        return target + weight * both * (moved - target), plan
+        transported = jnp.einsum("mp,pn...->mn...", plan, aligned, precision=_PRECISION)
+        return target + weight * both * (transported - target), plan
 
-    def init(key: jax.Array, source_params: Params, target_params: Params) -> Adapter:
-        del key  # There is nothing to learn.
-        resolve(named_routes, source_params, target_params)
-        return {}
-
-    def apply(
-        adapter: Adapter, source_params: Params, target_params: Params, *, key: jax.Array | None = None
-    ) -> Params:
-        del adapter, key  # There is nothing learned and nothing random.
-        new_leaves, sources, targets = {}, flatten(source_params), flatten(target_params)
+    def move(
+        routes: tuple[ResolvedRoute, ...],
+        adapter: Adapter,
+        sources: LeavesByPath,
+        targets: LeavesByPath,
+        key: jax.Array | None,
+        step: Step,
+    ) -> LeavesByPath:
+        del adapter, key, step  # There is nothing learned and nothing random.
+        new_leaves = {}
         previous: jax.Array | None = None
-        for route in resolve(named_routes, source_params, target_params):
-            blocks, source_blocks = (
-                view.to_blocks([leaves[path].astype(jnp.float32) for path in paths])
+        for route in routes:
+            kernel, source_kernel = (
+                view.to_kernel([leaves[path].astype(jnp.float32) for path in paths])
                 for view, leaves, paths in (
                     (route.target_view, targets, route.target),
                     (route.source_view, sources, route.source),
                 )
             )
-            blocks, plan = fuse(blocks, source_blocks, previous)
+            kernel, plan = fuse(kernel, source_kernel, previous)
             previous = previous if _is_vector(route) else plan
-            for path, leaf in zip(route.target, route.target_view.to_leaves(blocks), strict=True):
+            for path, leaf in zip(route.target, route.target_view.to_leaves(kernel), strict=True):
                 new_leaves[path] = leaf.astype(targets[path].dtype)
-        return replace(target_params, new_leaves)
+        return new_leaves
 
-    def describe(source_params: Params, target_params: Params) -> tuple[RouteSummary, ...]:
-        rows, previous = [], None
-        resolved, _ = survey(named_routes, source_params, target_params)
-        shared = like_share.describe(source_params, target_params)  # What cannot be paired is last.
-        for route, row in zip(resolved, shared[: len(resolved)], strict=True):
-            blocks = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in block_shapes(route)]
-            rows.append(dataclasses.replace(row, flops=count_flops(fuse, *blocks, previous)))
-            _, plan = jax.eval_shape(fuse, *blocks, previous)
+    def costs(routes: tuple[ResolvedRoute, ...]) -> dict[int, RouteCost]:
+        found, previous = {}, None
+        for number, route in enumerate(routes):
+            kernels = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in kernel_shapes(route)]
+            found[number] = RouteCost(flops=count_flops(fuse, *kernels, previous))
+            _, plan = jax.eval_shape(fuse, *kernels, previous)
             previous = previous if _is_vector(route) else plan
-        return (*rows, *shared[len(resolved) :])
+        return found
 
-    return RoutedTransfer(init, apply, describe)
+    return routed_transfer(named_routes, lambda routes: routes, move, costs=costs)
 
 
 def _fits(previous: jax.Array | None, target: tuple[int, ...], source: tuple[int, ...]) -> bool:
@@ -145,8 +142,8 @@ def transport_map(target: jax.Array, source: jax.Array, *, regularisation: float
     # Made again in the backward pass: one vector an iteration is kept, not matrices.
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def iteration(potential: jax.Array, _: None) -> tuple[jax.Array, None]:
-        of_rows = -jax.nn.logsumexp(logits + potential, axis=1, keepdims=True)
-        return -jax.nn.logsumexp(logits + of_rows, axis=0, keepdims=True), None
+        row_potential = -jax.nn.logsumexp(logits + potential, axis=1, keepdims=True)
+        return -jax.nn.logsumexp(logits + row_potential, axis=0, keepdims=True), None
 
     # Masses are left out: being equal, they shift a potential as a whole, which the softmax does not see.
     potential, _ = lax.scan(iteration, jnp.zeros((1, len(source))), length=iterations)

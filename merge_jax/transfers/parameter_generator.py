@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from merge_jax.transfers.adapter import AdapterOptions, adapter_transfer
+from merge_jax.transfers.base import Transfer
 from merge_jax.transfers.routes import Routes
-from merge_jax.types import Transfer
 
 __all__ = ["ParameterGenerator", "parameter_generator_transfer"]
 
@@ -42,14 +42,14 @@ def parameter_generator_transfer(routes: Routes, **options: Unpack[AdapterOption
     `L` source layers of a group share `A` and `B` and are then mixed by learned weights: `sum_l c_l A S_l B`. Here they
     are under each other as one matrix `[L p, q]` (a route of several source leaves), and each has an `A` of its own,
     of which `c_l A` is a special case; our choice, since it needs no leaves of one shape. So are convolutions, whose
-    columns are inputs x window, and all output forms but `official`, the default.
+    columns are inputs x window, and all output forms but `published`, the default.
 
     Args:
       routes: as `adapter_transfer`.
-      **options: `output`, `rank`, `core`, `view`, `gate`, `shared`, `group_size`; see `adapter_transfer`.
+      **options: `output`, `rank`, `view`, `gate`, `shared`, `padding`; see `adapter_transfer`.
 
     Raises:
       ValueError: as `adapter_transfer`.
     """
-    options.setdefault("output", "official")
+    options.setdefault("output", "published")
     return adapter_transfer(routes, ParameterGenerator(), **options)

@@ -11,7 +11,7 @@ from merge_jax.transfers.lpka import ATTENTIONS, LPKAOptions, attention_widths
 from merge_jax.transfers.network import Sizes
 from merge_jax.types import Adapter
 
-__all__ = ["OfficialAdapter", "export_official_adapter", "load_official_adapter"]
+__all__ = ["PublishedAdapter", "export_published_adapter", "load_published_adapter"]
 
 _PUBLISHED_NUM_HEADS = 8
 
@@ -24,7 +24,7 @@ _ATTENTIONS = {
 }
 _PROJECTIONS = {"fc_q": "query", "fc_k": "key", "fc_v": "value", "fc_output": "out"}
 _FEED_FORWARD = {"dense_up": "up", "dense_dowm": "down"}
-# Our parts, with a module of each whose kernel tells the sizes.
+# Our parts, with a module of each whose kernel has the sizes.
 _PARTS = {
     "target_rows": "query",
     "target_cols": "query",
@@ -36,12 +36,12 @@ _PARTS = {
 _STATE = re.compile(r"\.parametrizations\.weight\.0\._[uv]$|\.effective_weight$|num_batches_tracked$")
 
 
-class OfficialAdapter(NamedTuple):
+class PublishedAdapter(NamedTuple):
     """A published adapter in our layout.
 
     Attributes:
       params: parameters of `LPKA` for one route; the adapter of `lpka_transfer({target: source}, ...,
-        output="official")` is `{target: params}`.
+        output="published")` is `{target: params}`.
       num_layers: layers found.
       num_heads: heads given, stored in the file, or 8 as published.
     """
@@ -51,13 +51,13 @@ class OfficialAdapter(NamedTuple):
     num_heads: int
 
 
-def load_official_adapter(
+def load_published_adapter(
     arrays: Mapping[str, Any],
     *,
     prefix: str = "",
     num_layers: int | None = None,
     num_heads: int | None = None,
-) -> OfficialAdapter:
+) -> PublishedAdapter:
     """Maps the arrays of a published adapter, by their torch names, to parameters of our `LPKA`.
 
     Torch keeps a linear weight as `[out, in]`, so kernels are transposed: `kernel [in, out] = weight^T`. The
@@ -97,13 +97,13 @@ def load_official_adapter(
     if num_layers is not None and num_layers != found:
         raise ValueError(f"num_layers is {num_layers}, but the arrays hold {found}")
     _check_complete(params, num_heads)
-    return OfficialAdapter(_joined([params[f"layer_{i}"] for i in range(found)]), found, num_heads)
+    return PublishedAdapter(_fused([params[f"layer_{i}"] for i in range(found)]), found, num_heads)
 
 
-def _joined(layers: Sequence[Mapping[str, Any]]) -> Adapter:
+def _fused(layers: Sequence[Mapping[str, Any]]) -> Adapter:
     """Returns our parameters of layers given attention by attention."""
 
-    def fused(modules: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    def concatenated(modules: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
         return {leaf: np.concatenate([module[leaf] for module in modules], -1) for leaf in ("kernel", "bias")}
 
     def one(layer: Mapping[str, Any]) -> dict[str, Any]:
@@ -112,7 +112,7 @@ def _joined(layers: Sequence[Mapping[str, Any]]) -> Adapter:
             asking = [layer[name] for name in ATTENTIONS if name.startswith(f"{tokens}_")]
             answering = [layer[name] for name in ATTENTIONS if name.endswith(f"_{tokens}")]
             params[f"target_{tokens}"] = {
-                "query": fused([attention["query"] for attention in asking]),
+                "query": concatenated([attention["query"] for attention in asking]),
                 "out": {
                     "kernel": np.concatenate([attention["out"]["kernel"] for attention in asking]),
                     "bias": np.stack([attention["out"]["bias"] for attention in asking]),
@@ -120,18 +120,18 @@ def _joined(layers: Sequence[Mapping[str, Any]]) -> Adapter:
                 "norm": jax.tree.map(lambda *leaves: np.stack(leaves), *(attention["norm"] for attention in asking)),
             }
             modules = [attention[module] for attention in answering for module in ("key", "value")]
-            params[f"source_{tokens}"] = {"key_value": fused(modules)}
+            params[f"source_{tokens}"] = {"key_value": concatenated(modules)}
         return {**params, "feed_forward": layer["feed_forward"]}
 
     return jax.tree.map(lambda *leaves: np.stack(leaves), *map(one, layers))
 
 
-def _apart(params: Adapter, layer: int, widths: Mapping[str, int]) -> dict[str, Any]:
-    """Returns the parameters of a layer attention by attention; the inverse of `_joined`."""
-    of_layer = jax.tree.map(lambda leaf: np.asarray(leaf)[layer], params)
+def _split(params: Adapter, layer: int, widths: Mapping[str, int]) -> dict[str, Any]:
+    """Returns the parameters of a layer attention by attention; the inverse of `_fused`."""
+    layer_params = jax.tree.map(lambda leaf: np.asarray(leaf)[layer], params)
     modules: dict[str, Any] = {name: {} for name in ATTENTIONS}
     for tokens in ("rows", "cols"):
-        asks, answers = of_layer[f"target_{tokens}"], of_layer[f"source_{tokens}"]["key_value"]
+        asks, answers = layer_params[f"target_{tokens}"], layer_params[f"source_{tokens}"]["key_value"]
         start = 0
         for i, name in enumerate(name for name in ATTENTIONS if name.startswith(f"{tokens}_")):
             part = slice(start, start := start + widths[name])
@@ -143,10 +143,10 @@ def _apart(params: Adapter, layer: int, widths: Mapping[str, int]) -> dict[str, 
             for module in ("key", "value"):
                 part = slice(start, start := start + widths[name])
                 modules[name][module] = {leaf: answers[leaf][..., part] for leaf in ("kernel", "bias")}
-    return {**modules, "feed_forward": of_layer["feed_forward"]}
+    return {**modules, "feed_forward": layer_params["feed_forward"]}
 
 
-def export_official_adapter(
+def export_published_adapter(
     params: Adapter, *, num_heads: int = _PUBLISHED_NUM_HEADS, max_width: int | None = None, prefix: str = ""
 ) -> dict[str, np.ndarray]:
     """Returns the parameters of one `LPKA` as the state dict of the published adapter; the inverse of loading.
@@ -156,7 +156,7 @@ def export_official_adapter(
     `module.load_state_dict({name: torch.from_numpy(array) for name, array in arrays.items()})`.
 
     Args:
-      params: the parameters of one route: `adapter[target path]` of a transfer with `output="official"` whose four
+      params: the parameters of one route: `adapter[target path]` of a transfer with `output="published"` whose four
         attentions are all there, of one route.
       num_heads: of the transfer; the kernels of the attentions stand one beside the other, so where one ends follows
         from it.
@@ -189,19 +189,19 @@ def export_official_adapter(
         arrays[f"{prefix}{module}.bias"] = np.asarray(leaves["bias"])
 
     for number in range(kernels["target_rows"][0]):
-        blocks = _apart(params, number, widths)
+        modules = _split(params, number, widths)
         for theirs, ours in _ATTENTIONS.items():
             for module, name in _PROJECTIONS.items():
-                put(f"{number}.{theirs}.{module}", blocks[ours][name])
-            put(f"{number}.{theirs}.norm", blocks[ours]["norm"])
+                put(f"{number}.{theirs}.{module}", modules[ours][name])
+            put(f"{number}.{theirs}.norm", modules[ours]["norm"])
         for module, name in _FEED_FORWARD.items():
-            put(f"{number}.output.{module}", blocks["feed_forward"][name], "parametrizations.weight.original")
-            left, _, right = np.linalg.svd(np.asarray(blocks["feed_forward"][name]["kernel"]).T, full_matrices=False)
+            put(f"{number}.output.{module}", modules["feed_forward"][name], "parametrizations.weight.original")
+            left, _, right = np.linalg.svd(np.asarray(modules["feed_forward"][name]["kernel"]).T, full_matrices=False)
             state = f"{prefix}{number}.output.{module}.parametrizations.weight.0."
             arrays.update(
                 {f"{state}_u": np.ascontiguousarray(left[:, 0]), f"{state}_v": np.ascontiguousarray(right[0])}
             )
-        put(f"{number}.output.layernorm", blocks["feed_forward"]["norm"])
+        put(f"{number}.output.layernorm", modules["feed_forward"]["norm"])
     return arrays
 
 
@@ -220,44 +220,34 @@ def _place(name: str) -> tuple[str, ...] | None:
     match = re.match(r"^(\d+)\.(\w+)\.(\w+)\.(.+)$", name)
     if match is None:
         return None
-    layer, block, module, parameter = match.groups()
-    weight = "weight" in parameter
-    if block in _ATTENTIONS and module in _PROJECTIONS:
-        return (
-            f"layer_{layer}",
-            _ATTENTIONS[block],
-            _PROJECTIONS[module],
-            "kernel" if weight else "bias",
-        )
-    if block in _ATTENTIONS and module == "norm":
-        return f"layer_{layer}", _ATTENTIONS[block], "norm", "scale" if weight else "bias"
-    if block == "output" and module in _FEED_FORWARD:
-        return (
-            f"layer_{layer}",
-            "feed_forward",
-            _FEED_FORWARD[module],
-            "kernel" if weight else "bias",
-        )
-    if block == "output" and module == "layernorm":
-        return f"layer_{layer}", "feed_forward", "norm", "scale" if weight else "bias"
+    layer, part, module, parameter = match.groups()
+    kernel, scale = ("kernel", "scale") if "weight" in parameter else ("bias", "bias")
+    if part in _ATTENTIONS and module in _PROJECTIONS:
+        return f"layer_{layer}", _ATTENTIONS[part], _PROJECTIONS[module], kernel
+    if part in _ATTENTIONS and module == "norm":
+        return f"layer_{layer}", _ATTENTIONS[part], "norm", scale
+    if part == "output" and module in _FEED_FORWARD:
+        return f"layer_{layer}", "feed_forward", _FEED_FORWARD[module], kernel
+    if part == "output" and module == "layernorm":
+        return f"layer_{layer}", "feed_forward", "norm", scale
     raise ValueError(f"the array {name!r} has no place in the published adapter")
 
 
 def _check_complete(params: Mapping[str, Any], num_heads: int) -> None:
     modules = (*_PROJECTIONS.values(), *_FEED_FORWARD.values())
     leaves = {**dict.fromkeys(modules, ("kernel", "bias")), "norm": ("scale", "bias")}
-    blocks = dict.fromkeys(_ATTENTIONS.values(), (*_PROJECTIONS.values(), "norm"))
-    blocks["feed_forward"] = (*_FEED_FORWARD.values(), "norm")
+    parts = dict.fromkeys(_ATTENTIONS.values(), (*_PROJECTIONS.values(), "norm"))
+    parts["feed_forward"] = (*_FEED_FORWARD.values(), "norm")
     for layer, layer_params in params.items():
-        for block, modules in blocks.items():
+        for part, modules in parts.items():
             for module in modules:
                 for leaf in leaves[module]:
-                    if leaf not in layer_params.get(block, {}).get(module, {}):
-                        raise ValueError(f"the arrays lack {layer}/{block}/{module}/{leaf}")
-            if block == "feed_forward":
+                    if leaf not in layer_params.get(part, {}).get(module, {}):
+                        raise ValueError(f"the arrays lack {layer}/{part}/{module}/{leaf}")
+            if part == "feed_forward":
                 continue
-            features = layer_params[block]["query"]["kernel"].shape[1]
+            features = layer_params[part]["query"]["kernel"].shape[1]
             if num_heads < 1 or features % num_heads:
                 raise ValueError(
-                    f"num_heads is {num_heads}, which does not divide the {features} features of {layer}/{block}"
+                    f"num_heads is {num_heads}, which does not divide the {features} features of {layer}/{part}"
                 )

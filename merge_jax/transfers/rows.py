@@ -159,8 +159,8 @@ def _in_order(role: str, names: Names) -> Sequence[str]:
     return sorted(names, key=names.__getitem__)
 
 
-def _check_sizes(axes: str, **of_roles: Sequence[int]) -> None:
-    for role, sizes in of_roles.items():
+def _check_sizes(axes: str, **by_role: Sequence[int]) -> None:
+    for role, sizes in by_role.items():
         if len(sizes) != len(axes):
             raise ValueError(f"the sizes of the {role} must be {len(axes)} ({', '.join(axes)}), got {sizes!r}")
         check_at_least_one(**{f"{axis} of the {role}": size for axis, size in zip(axes, sizes, strict=True)})
@@ -235,14 +235,14 @@ def arranged_ends(
     """
     if isinstance(rows, Rows):
         return _arranged(rows, _along(target, rows.along_inputs), _along(source, rows.along_inputs))
-    of_target, of_source = _named_rows(target), _named_rows(source)
-    if of_target is None or of_source is None or of_target.kind != of_source.kind or of_target == of_source:
+    target_rows, source_rows = _named_rows(target), _named_rows(source)
+    if target_rows is None or source_rows is None or target_rows.kind != source_rows.kind or target_rows == source_rows:
         return None, None
     if rows is None:
-        raise _unlike(target, source, of_target, of_source)
+        raise _unlike(target, source, target_rows, source_rows)
     if any(len(end) > 1 for end in (target, source)):
         return None, None  # Rows under each other are by number already.
-    pixels = of_target.kind == "pixels"
+    pixels = target_rows.kind == "pixels"
     ends = _along(target, pixels), _along(source, pixels)
     _check_layouts(*ends)
     if any(len(axes) > 1 for *_, axes in ends):
@@ -283,9 +283,9 @@ def _along(end: End, inputs: bool) -> _Along:
     return path, shape, spec.rows or spec.inputs
 
 
-def _unlike(target: End, source: End, of_target: _NamedRows, of_source: _NamedRows) -> ValueError:
+def _unlike(target: End, source: End, target_rows: _NamedRows, source_rows: _NamedRows) -> ValueError:
     (path, *_), (source_path, *_) = target[0], source[0]
-    if of_target.kind == "rows":
+    if target_rows.kind == "rows":
         how = (
             "rows=mj.Rows.by_name(source_names, target_names) for words, "
             "rows=mj.Rows.of_grids(source_grid, target_grid) "
@@ -296,10 +296,10 @@ def _unlike(target: End, source: End, of_target: _NamedRows, of_source: _NamedRo
             "rows=mj.Rows.of_patches(source_patch, target_patch), each (height, width, channels), or rows='first' for "
             "pixel i from pixel i"
         )
-    counts = ["x".join(map(str, sizes)) for _, sizes in (of_target, of_source)]
+    counts = ["x".join(map(str, sizes)) for _, sizes in (target_rows, source_rows)]
     return ValueError(
         f"give Route({path!r}, {source_path!r}, ...) {how}, or leave it out: the target has {counts[0]} "
-        f"{of_target.kind}, the source {counts[1]}, and no number says which belong together"
+        f"{target_rows.kind}, the source {counts[1]}, and no number says which belong together"
     )
 
 
@@ -315,7 +315,9 @@ def _check_layouts(target: _Along, source: _Along) -> None:
 
 def _arranged(rows: Rows, target: _Along, source: _Along) -> tuple[Arrangement | None, Arrangement]:
     (path, shape, axes), (source_path, source_shape, source_axes) = target, source
-    found = tuple(math.prod(of[axis] for axis in along) for of, along in ((shape, axes), (source_shape, source_axes)))
+    found = tuple(
+        math.prod(full[axis] for axis in along) for full, along in ((shape, axes), (source_shape, source_axes))
+    )
     if found != rows.counts:
         swapped = "; names of the source come first" if found == rows.counts[::-1] else ""
         raise ValueError(
@@ -327,8 +329,8 @@ def _arranged(rows: Rows, target: _Along, source: _Along) -> tuple[Arrangement |
     if len(axes) > 1 and not complete:
         raise ValueError(f"make all rows of {path!r}, which are along {len(axes)} axes; {len(made)} are made")
     sizes = tuple(shape[axis] for axis in axes) if complete else (len(rows.made),)
-    of_source = Arrangement(source_axes, sizes, rows.parts)
+    source_arrangement = Arrangement(source_axes, sizes, rows.parts)
     order = (*rows.made, *(row for row in range(found[0]) if row not in made))
     if order == tuple(range(found[0])):
-        return None, of_source
-    return Arrangement(axes, found[:1], tuple(((row, 1.0),) for row in order)), of_source
+        return None, source_arrangement
+    return Arrangement(axes, found[:1], tuple(((row, 1.0),) for row in order)), source_arrangement

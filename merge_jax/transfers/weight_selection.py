@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from merge_jax.layouts import overlap_blocks
-from merge_jax.transfers.layerwise import block_transfer
+from merge_jax.transfers.base import Transfer
+from merge_jax.transfers.layerwise import layerwise_transfer
 from merge_jax.transfers.routes import Routes
-from merge_jax.types import Adapter, Transfer
+from merge_jax.types import Adapter
 
 __all__ = ["choice_matrix", "evenly_chosen", "weight_selection_transfer"]
 
@@ -52,4 +53,4 @@ def weight_selection_transfer(routes: Routes) -> Transfer:
             source = source.take(evenly_chosen(min(target.shape[axis], total), total), axis)
         return overlap_blocks(target, source)
 
-    return block_transfer(routes, choose)
+    return layerwise_transfer(routes, choose)

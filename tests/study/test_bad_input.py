@@ -40,7 +40,8 @@ from merge_jax.study.cli import parse
 from merge_jax.study.images import make_vision_encoder
 from merge_jax.study.sources import origin_of
 from merge_jax.training.sharding import DATA_AXIS, jit_layout
-from merge_jax.transfers.routes import Route, as_routes, resolve
+from merge_jax.transfers.pairing import resolve
+from merge_jax.transfers.routes import Route, as_routes
 from tests.smoke import run
 
 # What each call is handed: a folder of its own, and what reads the printed lines.
@@ -555,10 +556,6 @@ ROWS = {
         "the target leaf 'fc/kernel' is a matrix [3, 4], too small for the rank 9; its route may have a rank of its"
         " own,"
         " or rank='whole'",
-    ),
-    "core without a rank": (
-        lpka(core=True),
-        "core encodes from both sides at a rank, but neither the transfer nor a route has one",
     ),
     "heads that do not divide": (
         route("flat", "attention", view="attention", target_heads=3),

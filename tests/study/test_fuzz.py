@@ -23,7 +23,8 @@ import merge_jax as mj
 from experiments import cross_modal, cross_structure, cross_task, self_transfer
 from merge_jax.study.cli import parse
 from merge_jax.study.methods import parse_routes
-from merge_jax.transfers.routes import Route, as_routes, resolve
+from merge_jax.transfers.pairing import resolve
+from merge_jax.transfers.routes import Route, as_routes
 from merge_jax.transfers.rows import Rows
 
 pytestmark = pytest.mark.slow
@@ -148,7 +149,7 @@ RIGHT = {
     "source_control": one_of("none", "random", "shuffled", "noise", "other_seed"),
     "update": one_of("exact", "surrogate"),
     "parallel": one_of("jit", "pmap"),
-    "output": one_of("official", "residual", "warm"),
+    "output": one_of("published", "residual", "warm"),
     "gate": one_of("learned", "rising", "falling"),
     "adapter_schedule": one_of("constant", "cosine"),
     "learning_rate_schedule": one_of("cosine", "steps"),

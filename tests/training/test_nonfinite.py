@@ -81,7 +81,7 @@ def test_an_infinite_gradient_of_a_finite_loss_is_skipped_before_it_is_clipped()
 
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(0.1))
     task = mj.Task(loss_fn, optimizer)
-    nothing = mj.Transfer(lambda key, source, target: {}, lambda adapter, source, target, *, key=None: target)
+    nothing = mj.Transfer(lambda key, source, target: {}, lambda adapter, source, target, **_: target)
     state = mj.init_joint_state(
         jax.random.key(0), None, task, nothing, source_params={}, target_params={"w": jnp.ones(3)}
     )
@@ -119,7 +119,7 @@ def wild(factor):
     def init(key, source_params, target_params):
         return {"gain": jnp.ones(())}
 
-    def apply(adapter, source_params, target_params, *, key=None):
+    def apply(adapter, source_params, target_params, *, key=None, step=None):
         return jax.tree.map(lambda leaf: leaf * (factor * adapter["gain"]), target_params)
 
     return mj.Transfer(init, apply)
@@ -155,7 +155,7 @@ def test_an_output_within_bounds_is_written_and_the_bounds_can_be_moved():
 def scalar_run(target, factor, num_steps=4, **options):
     """A run of a transfer that gives the target times a factor, or the source where there is no target."""
 
-    def apply(adapter, source_params, target_params, *, key=None):
+    def apply(adapter, source_params, target_params, *, key=None, step=None):
         return jax.tree.map(lambda own, other: own * factor + other, target_params, source_params)
 
     def loss_fn(params, model_state, batch, key):

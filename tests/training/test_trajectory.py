@@ -39,9 +39,9 @@ def test_each_replayed_step_is_the_one_named(saved, steps):
     blank = jax.tree.map(jnp.zeros_like, model.params)
     for step in range(14):
         number = min(step * len(found.steps) // 12, len(found.steps) - 1)
-        merged = transfer.at(step).apply({}, params, blank)
+        merged = transfer.apply({}, params, blank, step=step)
         np.testing.assert_array_equal(merged["hidden"]["kernel"], found.steps[number])
-        assert int(transfer.at(step).monitor({}, params, blank)["snapshot"]) == number
+        assert int(transfer.monitor({}, params, blank, step=step)["snapshot"]) == number
 
 
 def test_missing_steps_are_named(saved):
@@ -116,7 +116,7 @@ def test_the_last_snapshot_teaches():
 
 def test_a_number_outside_is_an_end():
     for number, expected in ((-5, 1.0), (7, 2.0)):
-        merged = replayed(SHARE, lambda step, number=number: number).at(0).apply({}, trajectory(1, 2), TARGET)
+        merged = replayed(SHARE, lambda step, number=number: number).apply({}, trajectory(1, 2), TARGET, step=0)
         assert merged["a"][0, 0] == expected
 
 
@@ -125,10 +125,10 @@ def test_bad_trajectories_are_refused():
         replayed(3, replay_evenly(1, 1))
     with pytest.raises(ValueError, match="replay must be a function of the step"):
         replayed(SHARE, 3)
-    with pytest.raises(ValueError, match=r"name it, as in transfer.at\(step\).apply"):
+    with pytest.raises(ValueError, match=r"name it, as in transfer.apply\(..., step=step\)"):
         replayed(SHARE, replay_evenly(1, 1)).apply({}, trajectory(1), TARGET)
     uneven = {"b": jnp.zeros((2, 2, 3)), "c": jnp.zeros((3, 2))}
     with pytest.raises(ValueError, match=r"one K for all, got leading axes \[2, 3\]"):
-        replayed(SHARE, replay_evenly(1, 1)).at(0).apply({}, uneven, TARGET)
+        replayed(SHARE, replay_evenly(1, 1)).apply({}, uneven, TARGET, step=0)
     with pytest.raises(ValueError, match="num_snapshots must be a whole number of at least 1, got 0"):
         replay_evenly(0, 4)

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import merge_jax as mj
-from merge_jax.transfers.memory import free_memory
+from merge_jax.transfers.aligned import free_memory
 from tests.helpers import jitted_init
 
 IMAGES = jnp.asarray(np.random.default_rng(0).normal(size=(16, 8, 8, 1)), jnp.float32)
@@ -36,12 +36,12 @@ def variables_of(model):
 
 
 @functools.cache
-def wired(model):
-    return mj.wiring(reading(model), *variables_of(model), IMAGES)
+def channels_of(model):
+    return mj.channel_graph(reading(model), *variables_of(model), IMAGES)
 
 
 def aligned(source, target, routes=None):
-    return mj.aligned_transfer(routes or EVERYTHING, wired(source), wired(target))
+    return mj.aligned_transfer(routes or EVERYTHING, channels_of(source), channels_of(target))
 
 
 def mlp(params, x):
@@ -54,7 +54,7 @@ def perceptron(rng, hidden):
     return {"first": {"kernel": normal(5, hidden), "bias": normal(hidden)}, "last": {"kernel": normal(hidden, 3)}}
 
 
-def test_it_starts_as_weight_selection_with_one_choice_for_a_space():
+def test_it_starts_as_weight_selection_with_one_choice_for_a_channel_group():
     (source, _), (target, _) = variables_of(LARGE), variables_of(SMALL)
     transfer = aligned(LARGE, SMALL)
     merged = transfer.apply(transfer.init(jax.random.key(0), source, target), source, target)
@@ -98,8 +98,8 @@ def test_a_fit_loses_nothing_where_the_source_has_channels_twice():
         "last": {"kernel": jnp.asarray(rng.normal(size=(8, 3)), jnp.float32)},
     }
     target = perceptron(rng, 4)
-    wirings = [mj.wiring(mlp, params, x) for params in (source, target)]
-    transfer = mj.aligned_transfer(EVERYTHING, *wirings)
+    graphs = [mj.channel_graph(mlp, params, x) for params in (source, target)]
+    transfer = mj.aligned_transfer(EVERYTHING, *graphs)
     moments = mj.input_moments(mlp, source, x)
     fitted = transfer.apply(jax.jit(transfer.fit)(moments, source, target), source, target)
     even = transfer.apply(transfer.init(jax.random.key(0), source, target), source, target)
@@ -128,33 +128,10 @@ def test_without_moments_a_fit_is_the_start():
     jax.tree.map(np.testing.assert_array_equal, fitted, started)
 
 
-def test_leaves_without_a_route_stay_and_jit_changes_nothing():
-    (source, _), (target, _) = variables_of(LARGE), variables_of(SMALL)
-    transfer = aligned(LARGE, SMALL, {"stage1_0/**": "stage1_0/**", "stem*/**": "stem*/**"})
-    adapter = transfer.init(jax.random.key(0), source, target)
-    merged = transfer.apply(adapter, source, target)
-    assert merged["fc"]["kernel"] is target["fc"]["kernel"]
-    assert merged["stage2_0"]["conv1"]["kernel"] is target["stage2_0"]["conv1"]["kernel"]
-    jax.tree.map(np.testing.assert_array_equal, jax.jit(transfer.apply)(adapter, source, target), merged)
-
-
-def test_gradients_reach_every_matrix_of_the_adapter():
-    (source, _), (target, state) = variables_of(LARGE), variables_of(SMALL)
-    transfer = aligned(LARGE, SMALL)
-    adapter = transfer.init(jax.random.key(0), source, target)
-
-    def loss(adapter):
-        logits = reading(SMALL)(transfer.apply(adapter, source, target), state, IMAGES)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, jnp.arange(16) % 10).mean()
-
-    grads = jax.jit(jax.grad(loss))(adapter)
-    assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(grads))
-
-
 def test_a_larger_window_has_the_sources_at_its_centre_and_a_smaller_its_centre():
     x = jnp.ones((1, 4, 4, 2))
 
-    def wired(window):
+    def channels_of(window):
         kernel = jnp.asarray(np.random.default_rng(window).normal(size=(window, window, 2, 3)), jnp.float32)
         params = {"conv": {"kernel": kernel}}
 
@@ -163,9 +140,9 @@ def test_a_larger_window_has_the_sources_at_its_centre_and_a_smaller_its_centre(
                 x, p["conv"]["kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
             )
 
-        return params, mj.wiring(run, params, x)
+        return params, mj.channel_graph(run, params, x)
 
-    (three, of_three), (one, of_one) = wired(3), wired(1)
+    (three, of_three), (one, of_one) = channels_of(3), channels_of(1)
     grown = mj.aligned_transfer(EVERYTHING, of_one, of_three)
     larger = grown.apply(grown.init(jax.random.key(0), one, three), one, three)["conv"]["kernel"]
     np.testing.assert_array_equal(larger[1, 1], one["conv"]["kernel"][0, 0])
@@ -175,25 +152,16 @@ def test_a_larger_window_has_the_sources_at_its_centre_and_a_smaller_its_centre(
     np.testing.assert_array_equal(smaller[0, 0], three["conv"]["kernel"][1, 1])
 
 
-def test_a_target_space_that_hears_two_source_spaces_has_a_matrix_for_each():
+def test_a_target_group_made_of_two_source_groups_has_a_matrix_for_each():
     (source, _), (target, _) = variables_of(LARGE), variables_of(SMALL)
     routes = {"stage1_0/conv1/kernel": "stage1_0/conv1/kernel", "stage1_0/conv2/kernel": "stage2_0/conv2/kernel"}
     transfer = aligned(LARGE, SMALL, routes)
     adapter = transfer.init(jax.random.key(0), source, target)
-    assert adapter["spaces"].keys() == {"stage1_0/conv1/kernel:3", "stage1_0/conv1/kernel:2 from fc/kernel:0"}
+    assert adapter["outputs"].keys() == {"stage1_0/conv1/kernel:3", "stage1_0/conv1/kernel:2 from fc/kernel:0"}
     merged = transfer.apply(adapter, source, target)
     np.testing.assert_array_equal(
         merged["stage1_0"]["conv2"]["kernel"], source["stage2_0"]["conv2"]["kernel"][:, :, ::4, ::4]
     )
-
-
-def test_description_counts_what_the_adapter_has():
-    (source, _), (target, _) = variables_of(LARGE), variables_of(SMALL)
-    transfer = aligned(LARGE, SMALL)
-    adapter = transfer.init(jax.random.key(0), source, target)
-    described = transfer.describe(source, target)
-    assert sum(row.parameters for row in described) == sum(leaf.size for leaf in jax.tree.leaves(adapter))
-    assert len(described) == len(mj.flatten(target))
 
 
 def test_a_joint_state_starts_from_the_fitted_adapter():
@@ -229,7 +197,9 @@ ROWS = jnp.asarray(np.random.default_rng(0).normal(size=(32, 5, 3)), jnp.float32
 
 def written(source, target, fitted=True):
     """Returns the transfer of an attention, its adapter and what it writes."""
-    transfer = mj.aligned_transfer(EVERYTHING, mj.wiring(attend, source, ROWS), mj.wiring(attend, target, ROWS))
+    transfer = mj.aligned_transfer(
+        EVERYTHING, mj.channel_graph(attend, source, ROWS), mj.channel_graph(attend, target, ROWS)
+    )
     moments = mj.input_moments(attend, source, ROWS) if fitted else {}
     adapter = transfer.fit(moments, source, target)
     return transfer, adapter, transfer.apply(adapter, source, target)
@@ -243,9 +213,9 @@ def test_heads_are_chosen_by_what_they_add_and_each_has_channels_of_its_own():
         source[name]["kernel"] *= jnp.ones((4, 5)).at[1, 1:4].set(0.01).at[3, jnp.array([0, 1, 4])].set(0.01)[None]
     source["value"]["kernel"] *= jnp.ones((4, 3)).at[1, 0].set(0.0).at[3, 2].set(0.0)[None]
     _, adapter, new = written(source, target)
-    np.testing.assert_array_equal(jnp.argmax(adapter["spaces"]["key/kernel:1"], 1), [1, 3])
-    assert [set(row) for row in np.argmax(adapter["spaces"]["key/kernel:2"], 2).tolist()] == [{0, 4}, {2, 3}]
-    assert [set(row) for row in np.argmax(adapter["spaces"]["out/kernel:1"], 2).tolist()] == [{1, 2}, {0, 1}]
+    np.testing.assert_array_equal(jnp.argmax(adapter["outputs"]["key/kernel:1"], 1), [1, 3])
+    assert [set(row) for row in np.argmax(adapter["outputs"]["key/kernel:2"], 2).tolist()] == [{0, 4}, {2, 3}]
+    assert [set(row) for row in np.argmax(adapter["outputs"]["out/kernel:1"], 2).tolist()] == [{1, 2}, {0, 1}]
     expected = attend(source, ROWS)
     error = jnp.sqrt(jnp.mean(jnp.square(attend(new, ROWS) - expected)) / jnp.mean(jnp.square(expected)))
     assert error < 0.02
@@ -290,11 +260,11 @@ def of_tied(seed, words, width):
 @pytest.mark.parametrize("fitted", [False, True])
 def test_an_embedding_that_is_the_last_layer_too_is_written_in_one_way(fitted):
     words = jnp.arange(11)
-    wirings = {width: mj.wiring(tied, of_tied(0, 11, width), words) for width in (6, 10)}
+    graphs = {width: mj.channel_graph(tied, of_tied(0, 11, width), words) for width in (6, 10)}
 
     def new(source, target):
         sizes = [params["dense"]["kernel"].shape[0] for params in (source, target)]
-        transfer = mj.aligned_transfer(EVERYTHING, *(wirings[size] for size in sizes))
+        transfer = mj.aligned_transfer(EVERYTHING, *(graphs[size] for size in sizes))
         moments = mj.input_moments(tied, source, words) if fitted else {}
         adapter = transfer.fit(moments, source, target)
         return adapter, transfer.apply(adapter, source, target)
@@ -305,7 +275,7 @@ def test_an_embedding_that_is_the_last_layer_too_is_written_in_one_way(fitted):
     np.testing.assert_array_equal(wider["table"]["embedding"][:, 6:], 0.0)
     np.testing.assert_array_equal(wider["dense"]["kernel"][:6, 6:], wide["dense"]["kernel"][:6, 6:])
     adapter, narrower = new(wide, narrow)
-    chosen = jnp.argmax(next(iter(adapter["spaces"].values())), 1)
+    chosen = jnp.argmax(next(iter(adapter["outputs"].values())), 1)
     np.testing.assert_array_equal(narrower["table"]["embedding"], wide["table"]["embedding"][:, chosen])
 
 
@@ -324,7 +294,7 @@ def test_what_reads_channels_together_is_not_kept_by_a_wider_target():
             trees.append(
                 {name: {"kernel": jnp.asarray(rng.normal(size=shape), jnp.float32)} for name, shape in shapes.items()}
             )
-        transfer = mj.aligned_transfer(EVERYTHING, *(mj.wiring(run, params, x) for params in trees))
+        transfer = mj.aligned_transfer(EVERYTHING, *(mj.channel_graph(run, params, x) for params in trees))
         outputs = run(transfer.apply(transfer.init(jax.random.key(0), *trees), *trees), x), run(trees[0], x)
         return float(jnp.abs(outputs[0] - outputs[1]).max() / jnp.abs(outputs[1]).max())
 
@@ -339,11 +309,11 @@ def test_tokens_meet_one_by_one_without_a_matrix_of_the_vocabulary():
     trees = [jitted_init(model, seed, x)["params"] for seed, model in enumerate(models)]
     path = "embeddings/word/embedding"
     runs = [lambda params, x, m=model: m.apply({"params": params}, x) for model in models]
-    wirings = [mj.wiring(run, params, x) for run, params in zip(runs, trees, strict=True)]
-    transfer = mj.aligned_transfer({path: path}, *wirings)
+    graphs = [mj.channel_graph(run, params, x) for run, params in zip(runs, trees, strict=True)]
+    transfer = mj.aligned_transfer({path: path}, *graphs)
     adapter = transfer.init(jax.random.key(0), *trees)
     assert {name: matrix.shape for name, matrix in mj.flatten(adapter).items()} == {
-        f"spaces/{wirings[1].spaces[path][1]}": (16, 32)
+        f"outputs/{graphs[1].channel_groups[path][1]}": (16, 32)
     }
     table = mj.flatten(transfer.apply(adapter, *trees))[path]
     np.testing.assert_array_equal(table, mj.flatten(trees[0])[path][:, ::2])
@@ -362,20 +332,20 @@ def test_other_numbers_of_tokens_positions_and_pixels_are_refused():
             "last": {"kernel": jnp.ones((4, 2))},
         }
 
-    def wired(words, places):
-        return mj.wiring(run, tree(words, places), jnp.zeros(places, jnp.int32))
+    def channels_of(words, places):
+        return mj.channel_graph(run, tree(words, places), jnp.zeros(places, jnp.int32))
 
     routes = {"word/embedding": "word/embedding"}
     few = "the target has 5 rows, the source 7, and no number says which belong together"
-    refuse(routes, tree(7, 3), tree(5, 3), (wired(7, 3), wired(5, 3)), few)
+    refuse(routes, tree(7, 3), tree(5, 3), (channels_of(7, 3), channels_of(5, 3)), few)
     routes = {"place/embedding": "place/embedding"}
-    refuse(routes, tree(7, 6), tree(7, 3), (wired(7, 6), wired(7, 3)), "has 3 rows, the source 6")
+    refuse(routes, tree(7, 6), tree(7, 3), (channels_of(7, 6), channels_of(7, 3)), "has 3 rows, the source 6")
     trees = [{"first": {"kernel": jnp.ones((size, 4))}, "last": {"kernel": jnp.ones((4, 2))}} for size in (48, 16)]
-    wirings = [
-        mj.wiring(lambda p, x: x @ p["first"]["kernel"] @ p["last"]["kernel"], params, jnp.ones((1, size)))
+    graphs = [
+        mj.channel_graph(lambda p, x: x @ p["first"]["kernel"] @ p["last"]["kernel"], params, jnp.ones((1, size)))
         for params, size in zip(trees, (48, 16), strict=True)
     ]
-    refuse(EVERYTHING, *trees, wirings, "'first/kernel' has 16 entries along axis 0.* 48 .*come from outside")
+    refuse(EVERYTHING, *trees, graphs, "'first/kernel' has 16 entries along axis 0.* 48 .*come from outside")
 
 
 def test_positions_that_are_added_and_attended_to_are_no_channels():
@@ -392,10 +362,10 @@ def test_positions_that_are_added_and_attended_to_are_no_channels():
         }
         for n in (9, 4)
     ]
-    wirings = [mj.wiring(run, params, jnp.ones((2, n, 3))) for params, n in zip(trees, (9, 4), strict=True)]
+    graphs = [mj.channel_graph(run, params, jnp.ones((2, n, 3))) for params, n in zip(trees, (9, 4), strict=True)]
     spec = mj.MatrixSpec(rows=(2,), inputs=(1,), window=(0,))
     routes = [mj.Route("place/kernel", "place/kernel", target_spec=spec, source_spec=spec)]
-    refuse(routes, *trees, wirings, "'place/kernel' has 4 entries along axis 1")
+    refuse(routes, *trees, graphs, "'place/kernel' has 4 entries along axis 1")
 
 
 def test_an_adapter_of_more_than_half_of_the_free_memory_is_refused_by_name(monkeypatch):
@@ -419,8 +389,8 @@ def test_free_memory_is_that_of_the_machine():
     assert 0 < free_memory() < 1e14
 
 
-def refuse(routes, source, target, wirings, match):
-    transfer = mj.aligned_transfer(routes, *wirings)
+def refuse(routes, source, target, graphs, match):
+    transfer = mj.aligned_transfer(routes, *graphs)
     with pytest.raises(ValueError, match=match):
         transfer.init(jax.random.key(0), source, target)
 
@@ -429,35 +399,36 @@ def test_labels_of_other_numbers_are_refused():
     x, rng = jnp.ones((2, 5)), np.random.default_rng(0)
     source = perceptron(rng, 4)
     target = {**perceptron(rng, 4), "last": {"kernel": jnp.ones((4, 7))}}
-    wirings = [mj.wiring(mlp, params, x) for params in (source, target)]
-    refuse(EVERYTHING, source, target, wirings, r"'last/kernel' has 7 entries along axis 1.*has 3.*Leave out the route")
+    graphs = [mj.channel_graph(mlp, params, x) for params in (source, target)]
+    refuse(EVERYTHING, source, target, graphs, r"'last/kernel' has 7 entries along axis 1.*has 3.*Leave out the route")
 
 
-def test_wirings_of_other_models_are_refused():
+def test_channel_graphs_of_other_models_are_refused():
     (source, _), (target, _) = variables_of(LARGE), variables_of(SMALL)
     x = jnp.ones((2, 5))
-    other = mj.wiring(mlp, perceptron(np.random.default_rng(0), 4), x)
-    refuse(EVERYTHING, source, target, (other, wired(SMALL)), "wiring is of a model without a leaf")
-    flat = mj.wiring(lambda p, x: x @ p["fc"]["kernel"], {"fc": {"kernel": jnp.ones(5)}}, x)
-    refuse({"fc/kernel": "fc/kernel"}, source, target, (flat, wired(SMALL)), "has 1 axes there, here 2")
+    other = mj.channel_graph(mlp, perceptron(np.random.default_rng(0), 4), x)
+    refuse(EVERYTHING, source, target, (other, channels_of(SMALL)), "graph is of a model without a leaf")
+    flat = mj.channel_graph(lambda p, x: x @ p["fc"]["kernel"], {"fc": {"kernel": jnp.ones(5)}}, x)
+    refuse({"fc/kernel": "fc/kernel"}, source, target, (flat, channels_of(SMALL)), "has 1 axes there, here 2")
 
 
 def test_kernels_of_other_layouts_are_refused():
     x, square = jnp.ones((2, 4)), {"k": jnp.ones((4, 4))}
-    wirings = mj.wiring(lambda p, x: x @ p["k"].T, square, x), mj.wiring(lambda p, x: x @ p["k"], square, x)
-    refuse(
-        {"k": "k"}, square, square, wirings, "of other layouts: axis 0 is an input of the target's layer, and axis 0"
+    graphs = (
+        mj.channel_graph(lambda p, x: x @ p["k"].T, square, x),
+        mj.channel_graph(lambda p, x: x @ p["k"], square, x),
     )
+    refuse({"k": "k"}, square, square, graphs, "of other layouts: axis 0 is an input of the target's layer, and axis 0")
 
 
 def test_leaves_of_other_ranks_and_joined_leaves_are_refused():
     (source, _), (target, _) = variables_of(LARGE), variables_of(SMALL)
-    wirings = wired(LARGE), wired(SMALL)
-    refuse({"fc/kernel": "fc/bias"}, source, target, wirings, r"2 axes of channels.*1: they cannot be paired")
+    graphs = channels_of(LARGE), channels_of(SMALL)
+    refuse({"fc/kernel": "fc/bias"}, source, target, graphs, r"2 axes of channels.*1: they cannot be paired")
     joined = {("stage1_0/conv1/kernel", "stage1_0/conv2/kernel"): "stage2_0/conv2/kernel"}
-    refuse(joined, source, target, wirings, "joins several leaves")
+    refuse(joined, source, target, graphs, "joins several leaves")
     with pytest.raises(ValueError, match="the view 'attention'"):
-        mj.aligned_transfer([mj.Route("a", "b", view="attention")], *wirings)
+        mj.aligned_transfer([mj.Route("a", "b", view="attention")], *graphs)
 
 
 def test_an_adapter_or_moments_of_other_models_are_refused():

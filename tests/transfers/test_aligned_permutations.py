@@ -51,35 +51,35 @@ def params_of(model, seed, inputs):
     return start, jax.tree.map(jnp.ones_like, variables)
 
 
-def permuted(wiring, params, seed):
-    """Returns the parameters with the channels of hidden spaces in another order, those of each head in their own."""
+def permuted(channels, params, seed):
+    """Returns the parameters with hidden channels in another order, those of each head in their own."""
     leaves, rng, orders = dict(mj.flatten(params)), np.random.default_rng(seed), {}
-    for path, spaces in wiring.spaces.items():
-        for axis, space in enumerate(spaces):
-            if space in wiring.hidden:
-                size, around = leaves[path].shape[axis], wiring.within.get(space)
-                rows = leaves[path].shape[spaces.index(around)] if around else 1
-                orders.setdefault(space, np.stack([rng.permutation(size) for _ in range(rows)]))
-    for path, spaces in wiring.spaces.items():
+    for path, leaf_groups in channels.channel_groups.items():
+        for axis, group in enumerate(leaf_groups):
+            if group in channels.hidden:
+                size, around = leaves[path].shape[axis], channels.within.get(group)
+                rows = leaves[path].shape[leaf_groups.index(around)] if around else 1
+                orders.setdefault(group, np.stack([rng.permutation(size) for _ in range(rows)]))
+    for path, leaf_groups in channels.channel_groups.items():
         leaf = np.asarray(leaves[path])
-        for axis, space in sorted(enumerate(spaces), key=lambda one: one[1] not in wiring.within):
-            if space in wiring.within:  # First inside of the heads, then the heads.
-                outer = spaces.index(wiring.within[space])
+        for axis, group in sorted(enumerate(leaf_groups), key=lambda one: one[1] not in channels.within):
+            if group in channels.within:  # First inside of the heads, then the heads.
+                outer = leaf_groups.index(channels.within[group])
                 rows = [
                     np.take(one, order, axis - (outer < axis))
-                    for one, order in zip(np.moveaxis(leaf, outer, 0), orders[space], strict=True)
+                    for one, order in zip(np.moveaxis(leaf, outer, 0), orders[group], strict=True)
                 ]
                 leaf = np.moveaxis(np.stack(rows), 0, outer)
-            elif space in orders:
-                leaf = np.take(leaf, orders[space][0], axis)
+            elif group in orders:
+                leaf = np.take(leaf, orders[group][0], axis)
         leaves[path] = jnp.asarray(leaf)
     return mj.replace(params, leaves)
 
 
 def moved(run, variables, inputs, routes):
     """Returns by how much the source's outputs, and the written target's, change with the order of its channels."""
-    wirings = [mj.wiring(one, *given, *inputs) for one, given in zip(run, variables, strict=True)]
-    transfer = mj.aligned_transfer(routes, *wirings)
+    graphs = [mj.channel_graph(one, *given, *inputs) for one, given in zip(run, variables, strict=True)]
+    transfer = mj.aligned_transfer(routes, *graphs)
     (source, source_state), (target, target_state) = variables
 
     @jax.jit
@@ -88,7 +88,7 @@ def moved(run, variables, inputs, routes):
         written = transfer.apply(transfer.fit(moments, params, target), params, target)
         return run[0](params, source_state, *inputs), run[1](written, target_state, *inputs)
 
-    results = [outputs(params) for params in (source, permuted(wirings[0], source, 0))]
+    results = [outputs(params) for params in (source, permuted(graphs[0], source, 0))]
     changes = jax.tree.map(lambda one, two: jnp.abs(one - two).max() / jnp.abs(one).max(), *results)
     return [max(map(float, jax.tree.leaves(of_model))) for of_model in changes]
 
@@ -173,7 +173,7 @@ def test_random_graphs_are_followed_or_refused(steps):
     x = jnp.asarray(np.random.default_rng(0).normal(size=(24, 4, 3)), jnp.float32)
     if mixed:
         with pytest.raises(ValueError, match=f"operation '({'|'.join(mixed)})' cannot be followed"):
-            mj.wiring(of_source, source, {}, x)
+            mj.channel_graph(of_source, source, {}, x)
         return
     changes = moved([of_source, of_target], [(source, {}), (target, {})], (x,), {"**": "**"})
     assert max(changes) < 1e-4

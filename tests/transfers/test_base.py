@@ -46,7 +46,7 @@ def small_lpka(**options):
 
 
 TRANSFERS = {
-    "official": small_lpka(output="official"),
+    "published": small_lpka(output="published"),
     "residual": small_lpka(output="residual"),
     "warm": small_lpka(output="warm"),
     "share": mj.share_transfer(ROUTES),
@@ -67,7 +67,7 @@ def opened_adapter(name):
 
 def test_gradients_reach_the_source(trees):
     source, target = trees
-    transfer, adapter = TRANSFERS["official"], closed_adapter("official")
+    transfer, adapter = TRANSFERS["published"], closed_adapter("published")
 
     @jax.jit
     @jax.grad
@@ -86,9 +86,9 @@ def test_residual_starts_as_the_identity_and_warm_as_sharing(trees, next_key):
         chex.assert_trees_all_equal(merged, expected)
 
 
-def test_official_rows_have_variance_one(trees):
+def test_published_rows_have_variance_one(trees):
     source, target = trees
-    merged = jax.jit(TRANSFERS["official"].apply)(closed_adapter("official"), source, target)
+    merged = jax.jit(TRANSFERS["published"].apply)(closed_adapter("published"), source, target)
     rows = merged["layers"][0]["kernel"].T
     np.testing.assert_allclose(rows.var(axis=1), 1, rtol=1e-4)
 
@@ -103,8 +103,8 @@ def test_residual_keeps_the_scale_of_the_target(trees):
 
 def test_dropout_follows_the_key(trees, next_key):
     source, target = trees
-    adapter, key = closed_adapter("official"), next_key()
-    apply = jax.jit(lambda key: TRANSFERS["official"].apply(adapter, source, target, key=key))
+    adapter, key = closed_adapter("published"), next_key()
+    apply = jax.jit(lambda key: TRANSFERS["published"].apply(adapter, source, target, key=key))
     dropped = apply(key)
     chex.assert_trees_all_equal(dropped, apply(key))
     for merged in (apply(next_key()), apply(None)):
@@ -122,20 +122,6 @@ def test_routes_may_be_pairs_or_routes_with_their_own_matrices(trees, next_key):
         assert up.shape == (1, width, 2 * width)
 
 
-@pytest.mark.parametrize("output", ["official", "warm"])
-def test_half_precision_leaves_stay_half(output):
-    target = {"w": {"kernel": jnp.ones((4, 3), jnp.bfloat16)}}
-    source = {"w": {"kernel": jnp.ones((5, 6), jnp.float16)}}
-    transfer = mj.lpka_transfer({"w/kernel": "w/kernel"}, num_layers=1, output=output)
-
-    def merge(key):
-        return transfer.apply(transfer.init(key, source, target), source, target)
-
-    merged = jax.eval_shape(merge, jax.random.key(0))
-    assert merged["w"]["kernel"].dtype == jnp.bfloat16
-
-
-@pytest.mark.parametrize("make", [mj.lpka_transfer, mj.share_transfer])
 @pytest.mark.parametrize(
     ("routes", "message"),
     [
@@ -150,12 +136,11 @@ def test_half_precision_leaves_stay_half(output):
         ([("a", 1)], "a route is a pair"),
     ],
 )
-def test_bad_routes_are_refused_at_once(make, routes, message):
+def test_bad_routes_are_refused_at_once(routes, message):
     with pytest.raises(ValueError, match=message):
-        make(routes)
+        mj.share_transfer(routes)
 
 
-@pytest.mark.parametrize("make", [mj.lpka_transfer, mj.share_transfer])
 @pytest.mark.parametrize(
     ("target_path", "source_path", "message"),
     [
@@ -171,9 +156,9 @@ def test_bad_routes_are_refused_at_once(make, routes, message):
         ("text", "fc/kernel", r"target leaf 'text' must be a float array, got str"),
     ],
 )
-def test_routes_that_do_not_fit_the_models_are_refused_by_init(make, target_path, source_path, message, next_key):
+def test_routes_that_do_not_fit_the_models_are_refused_by_init(target_path, source_path, message, next_key):
     with pytest.raises(ValueError, match=message):
-        make({target_path: source_path}).init(next_key(), SOURCE, TARGET)
+        mj.share_transfer({target_path: source_path}).init(next_key(), SOURCE, TARGET)
 
 
 def test_a_matrix_spec_that_does_not_fit_is_refused(trees, next_key):
@@ -185,14 +170,11 @@ def test_a_matrix_spec_that_does_not_fit_is_refused(trees, next_key):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"core": True}, "core encodes from both sides at a rank, but neither"),
-        ({"core": 1}, "core must be True or False, got 1"),
         ({"rank": 0}, "rank must be a whole number of at least 1, got 0"),
         ({"rank": 2.0}, "rank must be a whole number of at least 1, got 2.0"),
         ({"view": "windows"}, "unknown view 'windows'"),
         ({"gate": "open"}, "gate must be a finite number or a schedule of the step, got 'open'"),
-        ({"gate": 0.5, "output": "official"}, "the output form 'official' has no gate"),
-        ({"group_size": 0}, "group_size must be a whole number of at least 1, got 0"),
+        ({"gate": 0.5, "output": "published"}, "the output form 'published' has no gate"),
         ({"shared": "yes"}, "shared must be True or False, got 'yes'"),
         ({"max_width": 0}, "max_width must be a whole number of at least 1, got 0"),
         ({"max_hidden": 0.5}, "max_hidden must be a whole number of at least 1, got 0.5"),
@@ -207,7 +189,7 @@ def test_a_matrix_spec_that_does_not_fit_is_refused(trees, next_key):
         ({"num_layers": 0}, "num_layers must be a whole number of at least 1, got 0"),
         ({"num_heads": 0}, "num_heads must be a whole number of at least 1, got 0"),
         ({"num_heads": 2.5}, "num_heads must be a whole number of at least 1, got 2.5"),
-        ({"output": "offical"}, "unknown output form 'offical'; did you mean 'official'"),
+        ({"output": "publishd"}, "unknown output form 'publishd'; did you mean 'published'"),
         ({"attention_dropout": 1.0}, r"attention_dropout must lie in \[0, 1\), got 1.0"),
         ({"feed_forward_dropout": -0.1}, r"feed_forward_dropout must lie in \[0, 1\), got -0.1"),
     ],
@@ -247,7 +229,7 @@ def test_an_adapter_made_with_other_options_is_refused(trees):
             small_lpka(**options).apply(closed_adapter("warm"), source, target)
 
 
-def test_a_group_is_its_routes_one_by_one():
+def test_a_batch_is_its_routes_one_by_one():
     """With the slice of the stacked adapter that is each one's; the order of leaves and adapters is the routes'."""
     source, target = (
         {f"layer_{i}": {"kernel": jnp.asarray(np.random.default_rng(seed + i).normal(size=shape), jnp.float32)}
@@ -255,14 +237,14 @@ def test_a_group_is_its_routes_one_by_one():
         for seed, shape in ((0, (6, 5)), (10, (7, 4)))
     )  # fmt: skip
     routes = {f"layer_{i}/kernel": f"layer_{(i + 1) % 3}/kernel" for i in (2, 0, 1)}
-    options = {"num_layers": 1, "num_heads": 1, "attentions": ("rows_rows",), "output": "official"}
+    options = {"num_layers": 1, "num_heads": 1, "attentions": ("rows_rows",), "output": "published"}
     together = mj.lpka_transfer(routes, **options)
     ((name, adapter),) = together.init(jax.random.key(0), source, target).items()
     merged = jax.jit(together.apply)({name: adapter}, source, target)
-    for i, (path, of_source) in enumerate(routes.items()):
-        alone = mj.lpka_transfer({path: of_source}, **options)
-        of_one = {path: jax.tree.map(lambda leaf, i=i: leaf[i], adapter)}
-        expected = jax.jit(alone.apply)(of_one, source, target)
+    for i, (path, source_path) in enumerate(routes.items()):
+        alone = mj.lpka_transfer({path: source_path}, **options)
+        own = {path: jax.tree.map(lambda leaf, i=i: leaf[i], adapter)}
+        expected = jax.jit(alone.apply)(own, source, target)
         np.testing.assert_allclose(mj.flatten(merged)[path], mj.flatten(expected)[path], atol=1e-5)
 
 
@@ -273,7 +255,7 @@ def test_more_heads_than_width_are_refused(trees, next_key):
 
 def test_a_vector_can_be_routed(trees, next_key):
     source, target = trees
-    transfer = mj.lpka_transfer({"fc/bias": "conv/bias"}, num_layers=1, num_heads=2, output="official")
+    transfer = mj.lpka_transfer({"fc/bias": "conv/bias"}, num_layers=1, num_heads=2, output="published")
     merged = jax.jit(transfer.apply)(transfer.init(next_key(), source, target), source, target)
     np.testing.assert_allclose(merged["fc"]["bias"].var(), 1, rtol=1e-4)
 
@@ -312,6 +294,25 @@ def test_memory_does_not_grow_with_rows_times_columns():
     assert wider < 3 * chunked
 
 
+def test_a_transfer_of_ones_own_needs_two_functions_that_take_the_step():
+    init, tree = (lambda key, source, target: {"gain": jnp.ones(())}), {"w": jnp.ones((2, 3))}
+
+    def apply(adapter, source_params, target_params, *, key=None, step=None):
+        return {"w": target_params["w"] + adapter["gain"] * (0 if step is None else step)}
+
+    own = mj.Transfer(init, apply)
+    assert (own.describe(tree, tree), own.monitor({}, tree, tree, step=1), own.fit) == ((), {}, None)
+    both = mj.chain(own, mj.scheduled(own, 0.5))
+    merged = both.apply(both.init(jax.random.key(0), tree, tree), tree, tree, step=jnp.array(4))
+    np.testing.assert_array_equal(merged["w"], 1 + 4 + 0.5 * 4)
+    with pytest.raises(
+        ValueError, match=r"apply must take the step of training, as in def apply\(.*key=None, step=None"
+    ):
+        mj.Transfer(init, lambda adapter, source_params, target_params, *, key=None: target_params)
+    with pytest.raises(ValueError, match="monitor must take the step"):
+        mj.Transfer(init, apply, monitor=lambda adapter, source_params, target_params: {})
+
+
 def test_transfers_can_be_copied_and_sent_to_another_process():
     """As engines that ship functions to workers do; the copy transfers what the original does."""
     source, target = {"w": jnp.arange(6.0).reshape(2, 3)}, {"w": jnp.zeros((2, 3))}
@@ -321,7 +322,7 @@ def test_transfers_can_be_copied_and_sent_to_another_process():
             assert type(copied) is type(transfer)
             adapter = transfer.init(jax.random.key(0), source, target)
             chex.assert_trees_all_equal(
-                copied.at(3).apply(adapter, source, target), transfer.at(3).apply(adapter, source, target)
+                copied.apply(adapter, source, target, step=3), transfer.apply(adapter, source, target, step=3)
             )
             assert copied.describe(source, target) == transfer.describe(source, target)
             assert copied.monitor(adapter, source, target) == transfer.monitor(adapter, source, target)

@@ -14,7 +14,7 @@ SHARE_A, SHARE_B = mj.share_transfer({"a": "a"}), mj.share_transfer({"b": "b"})
 
 
 def test_a_chain_applies_one_after_the_other():
-    twice = mj.Transfer(lambda *_: {}, lambda adapter, source, target, *, key=None: {**target, "a": 2 * target["a"]})
+    twice = mj.Transfer(lambda *_: {}, lambda adapter, source, target, **_: {**target, "a": 2 * target["a"]})
     chained = mj.chain(SHARE_A, twice, SHARE_B)
     adapter = chained.init(jax.random.key(0), SOURCE, TARGET)
     assert adapter == {"0": {}, "1": {}, "2": {}}
@@ -27,7 +27,7 @@ def test_a_chain_applies_one_after_the_other():
 def test_a_schedule_lets_the_transfer_in():
     transfer = mj.scheduled(SHARE_A, optax.linear_schedule(1.0, 0.0, 4))
     for step, expected in ((0, 5.0), (1, 3.75), (4, 0.0), (9, 0.0)):
-        merged = transfer.at(step).apply({}, SOURCE, TARGET)
+        merged = transfer.apply({}, SOURCE, TARGET, step=step)
         np.testing.assert_allclose(merged["a"], expected)
         assert merged["b"] is TARGET["b"]
 
@@ -44,7 +44,7 @@ def test_without_a_step_a_schedule_has_no_weight():
         mj.lpka_transfer({"a": "a"}, gate=optax.constant_schedule(1.0), num_layers=1),
     ):
         adapter = transfer.init(jax.random.key(0), SOURCE, TARGET)
-        with pytest.raises(ValueError, match=r"name the step, as in transfer.at\(step\).apply"):
+        with pytest.raises(ValueError, match=r"name the step, as in transfer.apply\(..., step=step\)"):
             transfer.apply(adapter, SOURCE, TARGET)
 
 
@@ -72,12 +72,12 @@ def test_a_gate_on_a_schedule_is_a_gate_of_its_value():
     adapter = followed.init(jax.random.key(0), source, target)
     assert "gate" not in adapter["w"]
     share = mj.share_transfer({"w": "w"}).apply({}, source, target)
-    chex.assert_trees_all_equal(followed.at(0).apply(adapter, source, target), share)
+    chex.assert_trees_all_equal(followed.apply(adapter, source, target, step=0), share)
     fixed = mj.lpka_transfer({"w": "w"}, gate=0.75, **options)
     learned = mj.lpka_transfer({"w": "w"}, **options)
     opened = {"w": {**adapter["w"], "gate": jnp.array(0.75)}}
     for other in (fixed.apply(adapter, source, target), learned.apply(opened, source, target)):
-        chex.assert_trees_all_close(followed.at(3).apply(adapter, source, target), other, rtol=1e-6)
+        chex.assert_trees_all_close(followed.apply(adapter, source, target, step=3), other, rtol=1e-6)
 
 
 def test_several_sources_meet_in_the_mean():
@@ -128,14 +128,13 @@ def test_what_is_followed_has_the_names_of_its_transfers():
     two = mj.lpka_transfer({"a": "a", "b": "b"}, **options)
 
     def monitored(transfer, sources=source):
-        now = transfer.at(1)
-        found = now.monitor(now.init(jax.random.key(0), sources, target), sources, target)
+        found = transfer.monitor(transfer.init(jax.random.key(0), sources, target), sources, target, step=1)
         return {name: float(value) for name, value in found.items()}
 
     assert monitored(two) == {"gate/a": 0.0, "gate/b": 0.0}
     assert monitored(mj.lpka_transfer({"a": "a", "b": "b"}, shared=True, **options)) == {"gate/a": 0.0, "gate/b": 0.0}
     assert monitored(mj.lpka_transfer({"a": "a"}, gate=optax.linear_schedule(0.0, 1.0, 4), **options)) == {"gate": 0.25}
-    assert monitored(mj.lpka_transfer({"a": "a"}, output="official", **options)) == {}
+    assert monitored(mj.lpka_transfer({"a": "a"}, output="published", **options)) == {}
     assert monitored(mj.scheduled(two, optax.linear_schedule(1.0, 0.0, 2)))["weight"] == 0.5
     assert monitored(mj.chain(SHARE_A, mj.lpka_transfer({"b": "b"}, **options))) == {"1/gate/b": 0.0}
     several = mj.several_sources({"one": mj.lpka_transfer({"b": "b"}, **options)})
@@ -162,8 +161,8 @@ def test_bad_combinations_are_refused():
         mj.scheduled("a", 0.5)
     with pytest.raises(ValueError, match="schedule must be a finite number or a schedule of the step, got nan"):
         mj.scheduled(SHARE_A, float("nan"))
-    with pytest.raises(ValueError, match="'official' has no gate"):
-        mj.lpka_transfer({"a": "a"}, output="official", gate=0.5)
+    with pytest.raises(ValueError, match="'published' has no gate"):
+        mj.lpka_transfer({"a": "a"}, output="published", gate=0.5)
 
 
 def test_without_a_source_nothing_of_it_matters():

@@ -74,15 +74,15 @@ class Row:
     source: Any = field(default_factory=lambda: SOURCE)
 
 
-def wired(params, last):
-    """Returns the wiring of a residual block of two dense layers, behind one without a route."""
+def channels_of(params, last):
+    """Returns the channel graph of a residual block of two dense layers, behind one without a route."""
     first = {"first": jnp.ones((1, params["dense"][0]["kernel"].shape[0])), **params}
 
     def run(params, x):
         x = x @ params["first"]
         return x + jnp.tanh(x @ params["dense"][0]["kernel"]) @ params["dense"][last]["kernel"].T
 
-    return mj.wiring(run, first, jnp.ones((1, 1)))
+    return mj.channel_graph(run, first, jnp.ones((1, 1)))
 
 
 RAMP = optax.linear_schedule(0.25, 1.0, 4)
@@ -94,25 +94,28 @@ def lpka(routes, **options):
 
 generator = mj.parameter_generator_transfer
 TABLE = {
-    "lpka official": lambda: Row(mj.lpka_transfer(DENSE, num_layers=1, num_heads=2, output="official"), OF_DENSE),
+    "lpka published form": lambda: Row(
+        mj.lpka_transfer(DENSE, num_layers=1, num_heads=2, output="published"), OF_DENSE
+    ),
     "lpka residual, shared": lambda: Row(lpka(DENSE, output="residual", shared=True), OF_DENSE),
-    "lpka warm, one at a time": lambda: Row(lpka(DENSE, output="warm", group_size=1), OF_DENSE),
+    "lpka warm": lambda: Row(lpka(DENSE, output="warm"), OF_DENSE),
     "lpka of two shapes": lambda: Row(lpka({**ONE, "norm/0": "dense/1/kernel"}), (*OF_ONE, "norm/0")),
     "lpka of a pattern, in chunks": lambda: Row(lpka({"dense/*/kernel": "dense/1/kernel"}, max_scores=30), OF_DENSE),
     "lpka of several leaves, narrow": lambda: Row(
         lpka({"dense/0/kernel": "dense/*/kernel"}, max_width=4, max_hidden=3), OF_ONE
     ),
-    "lpka rank, grouped": lambda: Row(lpka(DENSE, rank=3, output="residual"), OF_DENSE),
-    "lpka core": lambda: Row(lpka(ONE, rank=3, core=True, output="official"), OF_ONE),
+    "lpka rank": lambda: Row(lpka(DENSE, rank=3, output="residual"), OF_DENSE),
     "lpka convolution, gate fixed": lambda: Row(lpka(CONV, view="convolution", gate=0.5, output="residual"), OF_CONV),
-    "lpka attention": lambda: Row(lpka(ATTENTION, view="attention", output="official"), OF_ATTENTION),
+    "lpka attention": lambda: Row(lpka(ATTENTION, view="attention", output="published"), OF_ATTENTION),
     "lpka gate on a schedule, without norms and dropout": lambda: Row(
         lpka(ONE, gate=RAMP, spectral=False, attention_dropout=0.0, feed_forward_dropout=0.0), OF_ONE, random=False
     ),
     "lpka bfloat16": lambda: Row(lpka(ONE, dtype=jnp.bfloat16), OF_ONE),
     "lpka published": lambda: Row(mj.published_transfer(ONE, num_layers=1, num_heads=1), OF_ONE),
     "mlp": lambda: Row(mj.mlp_transfer(DENSE, num_layers=1, width=8), OF_DENSE),
-    "a module of one's own": lambda: Row(mj.adapter_transfer(DENSE, Mean(), output="official"), OF_DENSE, random=False),
+    "a module of one's own": lambda: Row(
+        mj.adapter_transfer(DENSE, Mean(), output="published"), OF_DENSE, random=False
+    ),
     "share": lambda: Row(mj.share_transfer({**DENSE, **CONV}), (*OF_DENSE, *OF_CONV), random=False),
     "share attention": lambda: Row(mj.share_transfer(ATTENTION, view="attention"), OF_ATTENTION, random=False),
     "weight selection": lambda: Row(
@@ -134,10 +137,12 @@ TABLE = {
         (*OF_DENSE, "norm/0", *OF_CONV),
         random=False,
     ),
-    "aligned": lambda: Row(mj.aligned_transfer(DENSE, wired(SOURCE, 2), wired(TARGET, 1)), OF_DENSE, random=False),
+    "aligned": lambda: Row(
+        mj.aligned_transfer(DENSE, channels_of(SOURCE, 2), channels_of(TARGET, 1)), OF_DENSE, random=False
+    ),
     "identity": lambda: Row(mj.identity_transfer(), (), random=False),
     "chain": lambda: Row(mj.chain(mj.share_transfer(CONV), generator(ONE)), (*OF_ONE, *OF_CONV)),
-    "scheduled": lambda: Row(mj.scheduled(generator(ONE, output="official"), RAMP), OF_ONE),
+    "scheduled": lambda: Row(mj.scheduled(generator(ONE, output="published"), RAMP), OF_ONE),
     "several sources": lambda: Row(
         mj.several_sources({"a": generator(ONE), "b": mj.share_transfer(DENSE)}),
         OF_DENSE,
@@ -161,17 +166,17 @@ every_row = pytest.mark.parametrize("name", TABLE)
 
 @functools.cache
 def made(name):
-    """Returns the row's transfer at step 2 and its adapter with the gates open, so that all of it matters."""
+    """Returns the row, its transfer's apply at step 2, and its adapter with open gates, so that all of it matters."""
     row = TABLE[name]()
     adapter = jax.jit(row.transfer.init)(jax.random.key(7), row.source, TARGET)
     leaves = {p: leaf + 0.5 if p.endswith("gate") else leaf for p, leaf in mj.flatten(adapter).items()}
-    return row, row.transfer.at(2), mj.replace(adapter, leaves)
+    return row, functools.partial(row.transfer.apply, step=2), mj.replace(adapter, leaves)
 
 
 @functools.cache
 def compiled(name):
     """Returns `(adapter, source, target) -> (merged, gradients of adapter and target)`, and how often it is traced."""
-    row, transfer, _ = made(name)
+    row, apply, _ = made(name)
     traces = []
 
     @jax.jit
@@ -180,7 +185,7 @@ def compiled(name):
         floats = {path: leaf for path, leaf in mj.flatten(target).items() if jnp.issubdtype(leaf.dtype, jnp.floating)}
 
         def loss(adapter, floats):
-            merged = transfer.apply(adapter, source, mj.replace(target, floats))
+            merged = apply(adapter, source, mj.replace(target, floats))
             leaves = mj.select(merged, row.routed).values()
             # Squares against noise, since the plain sum of a normalised row is a constant.
             return sum(jnp.sum((leaf - normal(i, *leaf.shape)) ** 2) for i, leaf in enumerate(leaves)), merged
@@ -195,25 +200,27 @@ def compiled(name):
 def test_every_public_factory_of_a_transfer_has_a_row():
     functions = {name: getattr(mj, name) for name in mj.__all__ if inspect.isfunction(getattr(mj, name))}
     returned = {name: inspect.signature(function).return_annotation for name, function in functions.items()}
-    factories = {name for name, kind in returned.items() if kind in (mj.Transfer, mj.AlignedTransfer)}
+    factories = {name for name, kind in returned.items() if kind is mj.Transfer}
     text = Path(__file__).read_text()
     assert len(factories) >= 10
     assert {name for name in factories if f"mj.{name}(" in text} == factories
 
 
 @every_row
-def test_structure_stays_and_leaves_that_take_no_part_are_the_same_arrays(name):
-    row, transfer, adapter = made(name)
+def test_structure_and_dtypes_stay_and_leaves_that_take_no_part_are_the_same_arrays(name):
+    row, apply, adapter = made(name)
 
     def compare(adapter, source, target):
-        merged = transfer.apply(adapter, source, target)
+        merged = apply(adapter, source, target)
         before, after = mj.flatten(target), mj.flatten(merged)
         same = {path for path in before if after[path] is before[path]}
         assert same == set(before) - set(row.routed)
         return merged
 
-    merged = jax.eval_shape(compare, adapter, row.source, TARGET)
-    chex.assert_trees_all_equal_shapes_and_dtypes(merged, TARGET)
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x, TARGET)
+    for target in (TARGET, half):
+        merged = jax.eval_shape(compare, adapter, row.source, target)
+        chex.assert_trees_all_equal_shapes_and_dtypes(merged, target)
 
 
 @every_row
@@ -228,11 +235,11 @@ def test_it_is_traced_once(name):
 
 @pytest.mark.parametrize("name", WITHOUT_JIT)
 def test_jit_equals_no_jit(name):
-    row, transfer, adapter = made(name)
+    row, apply, adapter = made(name)
     run, _ = compiled(name)
     if run is not None:
         merged, *_ = run(adapter, row.source, TARGET)
-        chex.assert_trees_all_close(merged, transfer.apply(adapter, row.source, TARGET), atol=1e-5)
+        chex.assert_trees_all_close(merged, apply(adapter, row.source, TARGET), atol=1e-5)
 
 
 @every_row
@@ -268,13 +275,13 @@ def test_constant_and_extreme_values_stay_finite(name, value):
 
 @every_row
 def test_seeds_side_by_side_are_those_alone_and_a_key_decides_all(name):
-    row, transfer, _ = made(name)
+    row, apply, _ = made(name)
 
     def of_seed(key):
-        adapter = transfer.init(key, row.source, TARGET)
+        adapter = row.transfer.init(key, row.source, TARGET)
         # A gate of 0 would hide the rest.
         opened = {p: leaf + 0.5 for p, leaf in mj.flatten(adapter).items() if p.endswith("gate")}
-        merged = transfer.apply(mj.replace(adapter, opened), row.source, TARGET, key=key)
+        merged = apply(mj.replace(adapter, opened), row.source, TARGET, key=key)
         return mj.select(merged, row.routed)
 
     first, second = keys = jax.random.split(jax.random.key(3), 2)
@@ -305,8 +312,8 @@ def test_saved_and_restored_adapters_are_equal(name, tmp_path):
 
 @every_row
 def test_a_description_names_every_routed_leaf_and_counts_the_adapter(name):
-    row, transfer, adapter = made(name)
-    rows = transfer.describe(row.source, TARGET)
+    row, _, adapter = made(name)
+    rows = row.transfer.describe(row.source, TARGET)
     assert {path for one in rows for path in one.target.split(" + ")} == set(row.routed)
     assert sum(one.parameters for one in rows) == sum(leaf.size for leaf in jax.tree.leaves(adapter))
     for one in rows:

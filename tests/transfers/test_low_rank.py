@@ -29,16 +29,6 @@ def test_the_error_is_near_that_of_the_truncated_svd(m, n, rank):
     assert error <= 1.02 * best + 1e-5
 
 
-@pytest.mark.parametrize(("m", "n", "rank"), SHAPES)
-def test_a_core_holds_all_that_the_rows_hold(m, n, rank):
-    w = matrix(1, m, n)
-    left, right = mj.core_bases(w, rank)
-    np.testing.assert_allclose(right.T @ right, np.eye(rank), atol=1e-5)
-    core = mj.encode(w, left, right)
-    assert core.shape == (rank, rank)
-    np.testing.assert_allclose(left @ core @ right.T, left @ (left.T @ w), atol=1e-5)
-
-
 def test_directions_are_those_of_the_svd_in_order_and_sign():
     w = matrix(2, 30, 20, decay=2.0)
     basis = np.asarray(mj.row_basis(w, 3))
@@ -49,29 +39,26 @@ def test_directions_are_those_of_the_svd_in_order_and_sign():
     np.testing.assert_allclose(basis, moved, atol=1e-2)
 
 
-@pytest.mark.parametrize("core", [False, True])
-def test_decoding_changes_what_the_code_changes_and_keeps_the_rest(core):
+def test_decoding_changes_what_the_code_changes_and_keeps_the_rest():
     w = matrix(4, 20, 15)
-    bases = mj.core_bases(w, 4) if core else (mj.row_basis(w, 4),)
-    code = mj.encode(w, *bases)
+    basis = mj.row_basis(w, 4)
+    code = mj.encode(w, basis)
     change = jnp.asarray(np.random.default_rng(5).normal(size=code.shape), jnp.float32)
-    new = mj.decode(w, change, *bases)
-    np.testing.assert_allclose(mj.encode(new, *bases), code + change, atol=1e-5)
-    left = bases[0]
-    np.testing.assert_allclose(new - left @ (left.T @ new), w - left @ (left.T @ w), atol=1e-5)
-    np.testing.assert_array_equal(mj.decode(w, jnp.zeros_like(code), *bases), w)
+    new = mj.decode(w, change, basis)
+    np.testing.assert_allclose(mj.encode(new, basis), code + change, atol=1e-5)
+    np.testing.assert_allclose(new - basis @ (basis.T @ new), w - basis @ (basis.T @ w), atol=1e-5)
+    np.testing.assert_array_equal(mj.decode(w, jnp.zeros_like(code), basis), w)
 
 
 @pytest.mark.parametrize("w", [jnp.zeros((6, 8)), jnp.ones((6, 8)), matrix(6, 6, 8) * 1e-25, matrix(7, 8, 6) * 1e25,
                                jnp.eye(6, 8)])  # fmt: skip
 def test_gradients_are_finite_also_where_the_rank_is_lower(w):
     def loss(w, change):
-        bases = mj.core_bases(w, 3)
-        return jnp.sum(mj.decode(w, mj.encode(w, *bases) * change, *bases))
+        basis = mj.row_basis(w, 3)
+        return jnp.sum(mj.decode(w, mj.encode(w, basis) * change, basis))
 
-    of_w, of_change = jax.grad(loss, argnums=(0, 1))(w, 0.5)
-    assert np.isfinite(of_w).all()
-    assert np.isfinite(of_change)
+    for gradient in jax.grad(loss, argnums=(0, 1))(w, 0.5):
+        assert np.isfinite(gradient).all()
     basis = mj.row_basis(w, 3)
     np.testing.assert_allclose(basis.T @ basis, np.eye(3), atol=1e-5)
 

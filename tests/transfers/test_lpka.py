@@ -210,7 +210,7 @@ wide_edges = st.one_of(edges, st.sampled_from([130, 150]))  # From 128 on, heads
 @settings(max_examples=8, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 @given(
     st.lists(st.builds(Sizes, edges, edges, wide_edges, wide_edges), min_size=2, max_size=3, unique=True),
-    *(st.sampled_from([1, 2]), st.sampled_from(["official", "warm"]), st.integers(0, 100)),
+    *(st.sampled_from([1, 2]), st.sampled_from(["published", "warm"]), st.integers(0, 100)),
 )
 def test_any_routes_padded_to_one_program_are_the_routes_apart(sizes, num_layers, output, seed):
     check_padded(sizes, num_layers, output, seed)
@@ -233,9 +233,9 @@ def check_padded(sizes, num_layers, output, seed):
     def joined(adapter):
         parts = []
         for path, true in zip(routes, sizes, strict=True):
-            params = adapter[path] if output == "official" else adapter[path]["proposal"]
+            params = adapter[path] if output == "published" else adapter[path]["proposal"]
             params = embedded(params, true, padded, LPKAOptions(**options))
-            parts.append(params if output == "official" else {"gate": adapter[path]["gate"], "proposal": params})
+            parts.append(params if output == "published" else {"gate": adapter[path]["gate"], "proposal": params})
         return {next(iter(routes)): jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)}
 
     def merged_and_gradients(transfer, adapter):

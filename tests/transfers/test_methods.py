@@ -155,15 +155,6 @@ def test_shared_operators_are_one_pair_and_stacked_ones_are_each_ones_own():
     assert own.describe(source, target)[0].flops == 2 * 4 * 5 * 3 + 2 * 6 * 4 * 3
 
 
-def test_half_precision_targets_stay_half():
-    target = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), SMALL)
-    for make in (mj.weight_selection_transfer, mj.linear_operator_transfer, mj.optimal_transport_transfer):
-        transfer = make(ROUTES)
-        adapter = jax.eval_shape(transfer.init, jax.random.key(0), LARGE, target)
-        merged = jax.eval_shape(transfer.apply, adapter, LARGE, target)
-        chex.assert_trees_all_equal_shapes_and_dtypes(merged, target)
-
-
 def test_an_adapter_of_other_operators_is_refused():
     transfer = mj.linear_operator_transfer({"bias": "bias"})
     with pytest.raises(ValueError, match=r"nothing for the route to 'bias'.*there is 'dense/kernel'"):
@@ -369,15 +360,6 @@ def test_bad_options_are_refused_at_once(make, options, message):
 
 ALL = [mj.weight_selection_transfer, mj.linear_operator_transfer, mj.parameter_generator_transfer,
        mj.optimal_transport_transfer]  # fmt: skip
-
-
-@pytest.mark.parametrize("make", ALL)
-def test_routes_that_do_not_fit_are_refused(make):
-    with pytest.raises(ValueError, match="no routes"):
-        make({})
-    transfer = make({"dense/kernal": "dense/kernel"})
-    with pytest.raises(ValueError, match="unknown target path 'dense/kernal'; did you mean 'dense/kernel'"):
-        transfer.init(jax.random.key(0), LARGE, SMALL)
 
 
 @pytest.mark.parametrize("make", [make for make in ALL if make is not mj.parameter_generator_transfer])

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 import merge_jax as mj
-from merge_jax.transfers.routes import as_routes, resolve, survey
-from merge_jax.transfers.tokens import proportional
+from merge_jax.transfers.pairing import resolve, survey
+from merge_jax.transfers.routes import as_routes
+from merge_jax.transfers.views import proportional
 
 
 def tree(layers, width=4, kernels=("query", "key")):

@@ -42,8 +42,8 @@ def read(params, x):
 
 def aligned(routes):
     trees = ({**params, "read": normal(width, 2)} for params, width in ((SOURCE, 4), (TARGET, 3)))
-    wirings = [mj.wiring(read, params, jnp.zeros((2, 3), jnp.int32)) for params in trees]
-    return mj.aligned_transfer(routes, *wirings)
+    graphs = [mj.channel_graph(read, params, jnp.zeros((2, 3), jnp.int32)) for params in trees]
+    return mj.aligned_transfer(routes, *graphs)
 
 
 FACTORIES = {
@@ -197,11 +197,11 @@ def test_labels_of_a_last_layer_meet_by_name(alike):
     if alike == "share":
         transfer = mj.share_transfer(given)
     else:
-        wirings = [
-            mj.wiring(lambda p, x: x @ p["fc"]["kernel"] + p["fc"]["bias"][None], params, jnp.ones((1, 2)))
+        graphs = [
+            mj.channel_graph(lambda p, x: x @ p["fc"]["kernel"] + p["fc"]["bias"][None], params, jnp.ones((1, 2)))
             for params in (source, target)
         ]
-        transfer = mj.aligned_transfer(given, *wirings)
+        transfer = mj.aligned_transfer(given, *graphs)
     merged = transfer.apply(transfer.init(jax.random.key(0), source, target), source, target)["fc"]
     for name in ("kernel", "bias"):
         new, old, start = merged[name], source["fc"][name], target["fc"][name]

@@ -1,4 +1,4 @@
-"""Wiring: axes that are said to be one space are one, in models of ours, of Linen and NNX, and in plain functions."""
+"""Channel graphs: axes said to be one channel group are one, in models of ours, of Linen and NNX, and in functions."""
 
 import flax.linen as nn
 import jax
@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 import merge_jax as mj
-from merge_jax.transfers.channel_graph import FOLLOWED
+from merge_jax.transfers.channel_trace import FOLLOWED
 from tests.helpers import jitted_init
 
 IMAGES = jnp.asarray(np.random.default_rng(0).normal(size=(3, 8, 8, 1)), jnp.float32)
@@ -33,25 +33,25 @@ def reading(model):
     return lambda params, state, inputs: model.apply({"params": params, **state}, inputs)
 
 
-def members(wiring):
+def members(graph):
     found = {}
-    for path, names in wiring.spaces.items():
+    for path, names in graph.channel_groups.items():
         for axis, name in enumerate(names):
             found.setdefault(name, []).append((path, axis))
     return found
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_channels_of_a_space_may_change_places_and_the_model_stays(name):
+def test_channels_of_a_group_may_change_places_and_the_model_stays(name):
     model, inputs = MODELS[name]
     params, state = variables_of(model, inputs)
     read = jax.jit(reading(model))
-    wiring = mj.wiring(read, params, state, inputs)
+    graph = mj.channel_graph(read, params, state, inputs)
     state = jax.tree.map(jnp.ones_like, state)  # Statistics are alike for all channels.
     leaves, outputs, tried = mj.flatten(params), read(params, state, inputs), 0
-    for axes in members(wiring).values():
-        makes = any(axis not in wiring.inputs[path] for path, axis in axes)
-        reads = any(axis in wiring.inputs[path] for path, axis in axes)
+    for axes in members(graph).values():
+        makes = any(axis not in graph.inputs[path] for path, axis in axes)
+        reads = any(axis in graph.inputs[path] for path, axis in axes)
         if not (makes and reads):
             continue  # They come from outside, or leave the model.
         (size,) = {leaves[path].shape[axis] for path, axis in axes}
@@ -65,35 +65,35 @@ def test_channels_of_a_space_may_change_places_and_the_model_stays(name):
     assert tried == {"resnet": 6, "mobilenet": 7, "vit": 7, "distilbert": 8}[name]
 
 
-def test_residual_sums_norms_and_biases_are_one_space():
+def test_residual_sums_norms_and_biases_are_one_channel_group():
     model, images = MODELS["resnet"]
-    wiring = mj.wiring(reading(model), *variables_of(model, images), images)
-    of_stream = {
+    graph = mj.channel_graph(reading(model), *variables_of(model, images), images)
+    stream = {
         *(("stem/kernel", 3), ("stem_norm/scale", 0), ("stem_norm/bias", 0)),
         *(("stage1_0/conv1/kernel", 2), ("stage1_0/conv2/kernel", 3)),
         *(("stage1_0/norm2/scale", 0), ("stage1_0/norm2/bias", 0)),
         *(("stage2_0/conv1/kernel", 2), ("stage2_0/shortcut/kernel", 0)),
     }
-    assert of_stream in [set(axes) for axes in members(wiring).values()]
-    assert wiring.inputs["stage1_0/conv1/kernel"] == (2,)
-    assert wiring.inputs["stem_norm/scale"] == ()
+    assert stream in [set(axes) for axes in members(graph).values()]
+    assert graph.inputs["stage1_0/conv1/kernel"] == (2,)
+    assert graph.inputs["stem_norm/scale"] == ()
 
 
 def test_what_attention_multiplies_is_read_too():
     model, images = MODELS["vit"]
-    wiring = mj.wiring(reading(model), *variables_of(model, images), images)
-    (of_query,) = {wiring.spaces["encoder/layer_0/attention/query/kernel"][2]}
-    assert wiring.spaces["encoder/layer_0/attention/key/kernel"][2] == of_query
-    assert of_query in wiring.read
-    assert wiring.spaces["classifier/kernel"][1] not in wiring.read
+    graph = mj.channel_graph(reading(model), *variables_of(model, images), images)
+    (query_channels,) = {graph.channel_groups["encoder/layer_0/attention/query/kernel"][2]}
+    assert graph.channel_groups["encoder/layer_0/attention/key/kernel"][2] == query_channels
+    assert query_channels in graph.consumed
+    assert graph.channel_groups["classifier/kernel"][1] not in graph.consumed
 
 
 def test_depthwise_convolutions_pass_channels_on():
     model, images = MODELS["mobilenet"]
-    wiring = mj.wiring(reading(model), *variables_of(model, images), images)
-    (space,) = {wiring.spaces["stage2_0/expand/kernel"][1]}
-    assert wiring.spaces["stage2_0/depthwise/kernel"][3] == space
-    assert wiring.spaces["stage2_0/project/kernel"][0] == space
+    graph = mj.channel_graph(reading(model), *variables_of(model, images), images)
+    (group,) = {graph.channel_groups["stage2_0/expand/kernel"][1]}
+    assert graph.channel_groups["stage2_0/depthwise/kernel"][3] == group
+    assert graph.channel_groups["stage2_0/project/kernel"][0] == group
 
 
 class Grouped(nn.Module):
@@ -109,19 +109,21 @@ class Grouped(nn.Module):
 
 
 def test_groups_that_are_no_single_channels_tie_nothing():
-    wirings = []
+    graphs = []
     for groups in (4, 2):
         model = Grouped(groups)
         params, state = variables_of(model, IMAGES)
         if groups == 2:
             with pytest.raises(ValueError, match=r"conv_general_dilated in groups.*channels of 'first/kernel'"):
-                mj.wiring(reading(model), params, state, IMAGES)
-        wirings.append(mj.wiring(reading(model), params, state, IMAGES, strict=False))
-    depthwise, two = wirings
+                mj.channel_graph(reading(model), params, state, IMAGES)
+        graphs.append(mj.channel_graph(reading(model), params, state, IMAGES, strict=False))
+    depthwise, two = graphs
     assert (
-        depthwise.spaces["first/kernel"][3] == depthwise.spaces["grouped/kernel"][3] == depthwise.of("last/kernel")[2]
+        depthwise.channel_groups["first/kernel"][3]
+        == depthwise.channel_groups["grouped/kernel"][3]
+        == depthwise.leaf_groups("last/kernel")[2]
     )
-    assert two.spaces["first/kernel"][3] != two.spaces["grouped/kernel"][3]
+    assert two.channel_groups["first/kernel"][3] != two.channel_groups["grouped/kernel"][3]
     assert two.inputs["grouped/kernel"] == ()
     narrowing = jnp.ones((3, 3, 2, 4)), jnp.ones((1, 5, 5, 8))  # As many groups as outputs, but two inputs in each.
 
@@ -130,7 +132,7 @@ def test_groups_that_are_no_single_channels_tie_nothing():
             x, p["k"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=4
         )
 
-    assert mj.wiring(run, {"k": narrowing[0]}, narrowing[1], strict=False).inputs == {"k": ()}
+    assert mj.channel_graph(run, {"k": narrowing[0]}, narrowing[1], strict=False).inputs == {"k": ()}
 
 
 def test_a_model_of_nnx_and_a_plain_function():
@@ -142,19 +144,25 @@ def test_a_model_of_nnx_and_a_plain_function():
             return self.last(nnx.relu(self.first(x)))
 
     graph, params = nnx.split(Net(nnx.Rngs(0)))
-    of_nnx = mj.wiring(lambda params, x: nnx.merge(graph, params)(x), params, jnp.ones((2, 3)))
+    nnx_graph = mj.channel_graph(lambda params, x: nnx.merge(graph, params)(x), params, jnp.ones((2, 3)))
     plain = {"w": jnp.ones((3, 5)), "v": jnp.ones((2, 5))}
-    of_plain = mj.wiring(lambda p, x: jnp.einsum("oi,bi->bo", p["v"], jnp.tanh(x @ p["w"])), plain, jnp.ones((2, 3)))
-    assert of_nnx.spaces["first/kernel"][1] == of_nnx.spaces["last/kernel"][0] == of_nnx.spaces["first/bias"][0]
-    assert of_plain.spaces["w"][1] == of_plain.spaces["v"][1]
-    assert of_plain.inputs == {"w": (0,), "v": (1,)}
+    plain_graph = mj.channel_graph(
+        lambda p, x: jnp.einsum("oi,bi->bo", p["v"], jnp.tanh(x @ p["w"])), plain, jnp.ones((2, 3))
+    )
+    assert (
+        nnx_graph.channel_groups["first/kernel"][1]
+        == nnx_graph.channel_groups["last/kernel"][0]
+        == nnx_graph.channel_groups["first/bias"][0]
+    )
+    assert plain_graph.channel_groups["w"][1] == plain_graph.channel_groups["v"][1]
+    assert plain_graph.inputs == {"w": (0,), "v": (1,)}
 
 
 def test_shapes_are_enough_and_nothing_is_computed():
     model, images = MODELS["resnet"]
     params, state = variables_of(model, images)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (params, state, images))
-    assert mj.wiring(reading(model), *shapes) == mj.wiring(reading(model), params, state, images)
+    assert mj.channel_graph(reading(model), *shapes) == mj.channel_graph(reading(model), params, state, images)
 
 
 def test_a_loop_over_layers_ties_nothing_inside_and_still_runs():
@@ -165,9 +173,9 @@ def test_a_loop_over_layers_ties_nothing_inside_and_still_runs():
         return x @ params["last"]
 
     with pytest.raises(ValueError, match=r"'scan' cannot be followed: channels of 'first', along its axis 1"):
-        mj.wiring(run, params, jnp.ones((2, 3)))
-    wiring = mj.wiring(run, params, jnp.ones((2, 3)), strict=False)
-    assert wiring.inputs == {"first": (0,), "layers": (), "last": (0,)}
+        mj.channel_graph(run, params, jnp.ones((2, 3)))
+    graph = mj.channel_graph(run, params, jnp.ones((2, 3)), strict=False)
+    assert graph.inputs == {"first": (0,), "layers": (), "last": (0,)}
     assert set(mj.input_moments(run, params, jnp.ones((2, 3)))) == {"first", "last"}
 
 
@@ -177,28 +185,28 @@ def test_a_kernel_that_other_leaves_scale_or_make_is_read_still():
     def run(p, x):
         return jnp.tanh(x @ (p["w"] * p["g"][None])) @ (p["a"] @ p["b"])
 
-    wiring = mj.wiring(run, params, jnp.ones((2, 3)))
-    assert wiring.inputs["w"] == wiring.inputs["a"] == (0,)
-    assert wiring.spaces["w"][1] == wiring.spaces["g"][0] == wiring.spaces["a"][0]
+    graph = mj.channel_graph(run, params, jnp.ones((2, 3)))
+    assert graph.inputs["w"] == graph.inputs["a"] == (0,)
+    assert graph.channel_groups["w"][1] == graph.channel_groups["g"][0] == graph.channel_groups["a"][0]
 
 
 def test_a_kernel_that_is_divided_by_its_norm_is_read_still():
     params = {"w": jnp.ones((3, 4)), "v": jnp.ones((4, 2))}
     run = lambda p, u, x: jnp.tanh(x @ (p["w"] / (u @ p["w"] @ p["w"].T @ u.T))) @ p["v"]  # noqa: E731
-    wiring = mj.wiring(run, params, jnp.ones((1, 3)), jnp.ones((2, 3)))
-    assert (0 in wiring.summed("w"), wiring.inputs["v"]) == (True, (0,))
-    assert wiring.hidden == {wiring.spaces["w"][1]}
+    graph = mj.channel_graph(run, params, jnp.ones((1, 3)), jnp.ones((2, 3)))
+    assert (0 in graph.summed_axes("w"), graph.inputs["v"]) == (True, (0,))
+    assert graph.hidden == {graph.channel_groups["w"][1]}
 
 
 def test_a_table_that_is_looked_up_and_multiplied_makes_channels():
     params = {"table": jnp.ones((7, 4)), "position": jnp.ones((2, 4))}
     run = lambda p, x: (p["table"][x] + p["position"]) @ p["table"].T  # noqa: E731
-    wiring = mj.wiring(run, params, jnp.zeros(2, jnp.int32))
-    assert wiring.inputs["table"] == ()
-    assert wiring.both["table"] == (1,)
-    assert wiring.hidden == {wiring.spaces["table"][1]}
-    assert wiring.spaces["table"][1] == wiring.spaces["position"][1]
-    assert wiring.spaces["table"][1] in wiring.read
+    graph = mj.channel_graph(run, params, jnp.zeros(2, jnp.int32))
+    assert graph.inputs["table"] == ()
+    assert graph.both["table"] == (1,)
+    assert graph.hidden == {graph.channel_groups["table"][1]}
+    assert graph.channel_groups["table"][1] == graph.channel_groups["position"][1]
+    assert graph.channel_groups["table"][1] in graph.consumed
 
 
 def halves(h):
@@ -232,9 +240,9 @@ def test_channels_that_cannot_be_followed_are_refused_by_operation_and_leaf(oper
     run = lambda p, x: change(x @ p["a"]) @ p["b"]  # noqa: E731
     match = rf"operation '{operation}' cannot be followed: channels of 'a', along its axis 1, .*strict=False"
     with pytest.raises(ValueError, match=match):
-        mj.wiring(run, params, jnp.ones((2, 3)))
-    apart = mj.wiring(run, params, jnp.ones((2, 3)), strict=False)
-    assert apart.spaces["a"][1] != apart.spaces["b"][0]
+        mj.channel_graph(run, params, jnp.ones((2, 3)))
+    apart = mj.channel_graph(run, params, jnp.ones((2, 3)), strict=False)
+    assert apart.channel_groups["a"][1] != apart.channel_groups["b"][0]
     assert apart.hidden == set()
 
 
@@ -255,9 +263,9 @@ def test_channels_that_cannot_be_followed_are_refused_by_operation_and_leaf(oper
 )
 def test_what_changes_other_axes_keeps_channels(change):
     params = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
-    wiring = mj.wiring(lambda p, x: change(x @ p["a"]) @ p["b"], params, jnp.ones((2, 3)))
-    assert wiring.spaces["a"][1] == wiring.spaces["b"][0]
-    assert wiring.hidden == {"a:1"}
+    graph = mj.channel_graph(lambda p, x: change(x @ p["a"]) @ p["b"], params, jnp.ones((2, 3)))
+    assert graph.channel_groups["a"][1] == graph.channel_groups["b"][0]
+    assert graph.hidden == {"a:1"}
 
 
 @pytest.mark.parametrize(
@@ -272,14 +280,14 @@ def test_what_changes_other_axes_keeps_channels(change):
 def test_a_leaf_that_is_cut_before_it_makes_channels_is_refused(change):
     params = {"a": jnp.ones((3, 8)), "b": jnp.ones((4, 2))}
     with pytest.raises(ValueError, match=r"channels of 'a', along its axis 1"):
-        mj.wiring(lambda p, x: (x @ change(p["a"])) @ p["b"], params, jnp.ones((2, 3)))
+        mj.channel_graph(lambda p, x: (x @ change(p["a"])) @ p["b"], params, jnp.ones((2, 3)))
 
 
 def test_what_comes_from_outside_may_go_anywhere_before_a_leaf_reads_it():
     params = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
     run = lambda p, x: jnp.tanh(jnp.sort(x, 1)[:, 1:] @ p["a"]) @ p["b"]  # noqa: E731
-    wiring = mj.wiring(run, params, jnp.ones((2, 4)))
-    assert wiring.hidden == {"a:1"}
+    graph = mj.channel_graph(run, params, jnp.ones((2, 4)))
+    assert graph.hidden == {"a:1"}
 
 
 @pytest.mark.parametrize(
@@ -292,10 +300,10 @@ def test_what_comes_from_outside_may_go_anywhere_before_a_leaf_reads_it():
 )
 def test_inputs_that_a_layer_reads_are_bound(run, hidden):
     params = {"w": jnp.ones((3, 4)), "g": jnp.ones(3)}
-    assert mj.wiring(run, params, jnp.ones((2, 3))).hidden == hidden
+    assert mj.channel_graph(run, params, jnp.ones((2, 3))).hidden == hidden
 
 
-def test_moments_of_a_kernel_that_is_read_from_both_sides_are_those_of_its_spaces():
+def test_moments_of_a_kernel_that_is_read_from_both_sides_are_those_of_its_channel_groups():
     rng = np.random.default_rng(0)
     params, x = {"w": jnp.asarray(rng.normal(size=(3, 4)), jnp.float32)}, rng.normal(size=(5, 3)).astype(np.float32)
     found = mj.input_moments(lambda p, x: jnp.tanh(x @ p["w"]) @ p["w"].T, params, x)
@@ -314,11 +322,11 @@ def test_moments_of_an_attention_are_those_of_products_and_of_heads_and_channels
         weights = jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", q, k))
         return jnp.einsum("blhd,hdo->blo", jnp.einsum("bhqk,bkhd->bqhd", weights, v), p["out"]), weights
 
-    wiring, found = mj.wiring(run, params, x), mj.input_moments(run, params, x)
-    (heads, channels), (_, weights) = wiring.of("q")[1:], run(params, x)
-    assert wiring.within == {channels: heads, wiring.of("v")[2]: heads}
-    of_query, of_key = (np.einsum("bli,ihd->blhd", x, params[name]).reshape(-1, 2, 4) for name in ("q", "k"))
-    expected = [np.einsum("nhd,nhe->hde", one, one) / len(one) for one in (of_query, of_key)]
+    graph, found = mj.channel_graph(run, params, x), mj.input_moments(run, params, x)
+    (heads, channels), (_, weights) = graph.leaf_groups("q")[1:], run(params, x)
+    assert graph.within == {channels: heads, graph.leaf_groups("v")[2]: heads}
+    queries, keys = (np.einsum("bli,ihd->blhd", x, params[name]).reshape(-1, 2, 4) for name in ("q", "k"))
+    expected = [np.einsum("nhd,nhe->hde", one, one) / len(one) for one in (queries, keys)]
     np.testing.assert_allclose(found[channels], expected[0] * expected[1], rtol=1e-4, atol=1e-5)
     mixed = np.einsum("bhqk,bki,ihd->bqhd", weights, x, params["v"]).reshape(-1, 2, 4)
     np.testing.assert_allclose(
@@ -328,18 +336,20 @@ def test_moments_of_an_attention_are_those_of_products_and_of_heads_and_channels
 
 def test_channels_of_a_head_are_within_it_and_tokens_are_bound():
     model, tokens = MODELS["distilbert"]
-    wiring = mj.wiring(reading(model), *variables_of(model, tokens), tokens)
+    graph = mj.channel_graph(reading(model), *variables_of(model, tokens), tokens)
     attention = "encoder/layer_0/attention"
-    (_, heads, of_query), (_, same, of_value) = (wiring.of(f"{attention}/{name}/kernel") for name in ("query", "value"))
+    (_, heads, query_channels), (_, same, value_channels) = (
+        graph.leaf_groups(f"{attention}/{name}/kernel") for name in ("query", "value")
+    )
     assert heads == same
-    assert of_query != of_value
-    found = {space: around for space, around in wiring.within.items() if "layer_0" in space}
-    assert found == {of_query: heads, of_value: heads}
-    assert wiring.of(f"{attention}/out/kernel")[:2] == (heads, of_value)
-    word = wiring.spaces["encoder/embeddings/word/embedding"]
-    assert word[0] not in wiring.hidden
-    assert word[1] in wiring.hidden
-    assert wiring.spaces["classifier/kernel"][1] not in wiring.hidden
+    assert query_channels != value_channels
+    found = {group: around for group, around in graph.within.items() if "layer_0" in group}
+    assert found == {query_channels: heads, value_channels: heads}
+    assert graph.leaf_groups(f"{attention}/out/kernel")[:2] == (heads, value_channels)
+    word = graph.channel_groups["encoder/embeddings/word/embedding"]
+    assert word[0] not in graph.hidden
+    assert word[1] in graph.hidden
+    assert graph.channel_groups["classifier/kernel"][1] not in graph.hidden
 
 
 @pytest.mark.parametrize(
@@ -352,7 +362,7 @@ def test_channels_of_a_head_are_within_it_and_tokens_are_bound():
 )
 def test_channels_that_several_heads_share_are_within_none(run):
     params = {"a": jnp.ones((3, 2, 5)), "b": jnp.ones((2, 5, 4)), "g": jnp.ones(5)}
-    assert "a:2" not in mj.wiring(run, params, jnp.ones((1, 3))).within
+    assert "a:2" not in mj.channel_graph(run, params, jnp.ones((1, 3))).within
 
 
 FORWARD = {
@@ -394,7 +404,7 @@ def test_each_primitive_of_our_models_is_known_and_each_model_can_be_followed(na
     variables.pop("intermediates", None)
     run = lambda params, state, *inputs: model.apply({"params": params, **state}, *inputs)  # noqa: E731
     assert primitives(jax.make_jaxpr(run)(params, variables, *inputs).jaxpr) <= FOLLOWED
-    assert mj.wiring(run, params, variables, *inputs).hidden
+    assert mj.channel_graph(run, params, variables, *inputs).hidden
 
 
 def test_effects_and_barriers_are_passed():
@@ -406,15 +416,15 @@ def test_effects_and_barriers_are_passed():
         h, b = jax.lax.optimization_barrier((h, p["b"]))
         return h @ b
 
-    wiring = mj.wiring(run, params, jnp.ones((2, 3)))
-    assert wiring.inputs == {"a": (0,), "b": (0,)}
-    assert wiring.spaces["a"][1] == wiring.spaces["b"][0]
+    graph = mj.channel_graph(run, params, jnp.ones((2, 3)))
+    assert graph.inputs == {"a": (0,), "b": (0,)}
+    assert graph.channel_groups["a"][1] == graph.channel_groups["b"][0]
 
 
-def test_an_unknown_leaf_is_told_with_near_misses():
-    wiring = mj.wiring(lambda p, x: x @ p["kernel"], {"kernel": jnp.ones((3, 2))}, jnp.ones((1, 3)))
+def test_an_unknown_leaf_is_refused_with_near_misses():
+    graph = mj.channel_graph(lambda p, x: x @ p["kernel"], {"kernel": jnp.ones((3, 2))}, jnp.ones((1, 3)))
     with pytest.raises(ValueError, match=r"without a leaf 'kernal'.*kernel"):
-        wiring.of("kernal")
+        graph.leaf_groups("kernal")
 
 
 def test_moments_are_those_of_what_enters():

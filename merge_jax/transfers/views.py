@@ -1,7 +1,7 @@
 """How the leaves of one end of a route become a matrix of tokens, and exactly back.
 
-A view makes **blocks** of leaves, in which the overlap of two models is a plain block, and of blocks the **matrix**
-whose rows are the adapter's tokens.
+A view makes a **kernel** of leaves, in which the overlap of two models is a plain block, and of the kernel the
+**matrix** whose rows are the adapter's tokens.
 """
 
 import math
@@ -16,7 +16,10 @@ import numpy as np
 from merge_jax.layouts import MatrixSpec, as_matrix, from_matrix, overlap_blocks, overlap_shape
 from merge_jax.transfers.rows import Arrangement
 
-__all__ = ["AttentionView", "KernelView", "Kinds", "View", "ViewName", "proportional"]
+__all__ = ["ATTENTION_KERNELS", "AttentionView", "KernelView", "TokenTypes", "View", "ViewName", "proportional"]
+
+ATTENTION_KERNELS = ("query", "key", "value", "out")
+"""The kernels of an attention block, each at `<name>/kernel`."""
 
 ViewName = Literal["matrix", "convolution", "attention"]
 """What an adapter's tokens are.
@@ -40,15 +43,15 @@ def proportional(count: int, other: int) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Kinds:
-    """The kinds of a matrix's rows: `0 .. count - 1`, each `each` times in a row, all of it `times` times."""
+class TokenTypes:
+    """The types of a matrix's rows: `0 .. count - 1`, each `each` times in a row, all of it `times` times."""
 
     count: int
     each: int
     times: int
 
-    def of_rows(self) -> np.ndarray:
-        """Returns the kind of each row, `[each * count * times]`."""
+    def by_row(self) -> np.ndarray:
+        """Returns the type of each row, `[each * count * times]`."""
         return np.tile(np.repeat(np.arange(self.count), self.each), self.times)
 
 
@@ -56,7 +59,7 @@ class Kinds:
 class KernelView:
     """Leaves as one matrix, the rows of several leaves under each other.
 
-    Blocks are `[rows, inputs, *window]`.
+    The kernel is `[rows, inputs, *window]`.
 
     Attributes:
       shapes: of the leaves.
@@ -72,8 +75,8 @@ class KernelView:
 
     def check(self) -> None:
         """Raises ValueError where the leaves do not stack to one matrix."""
-        blocks = [spec.blocks(shape)[1:] for spec, shape in zip(self.specs, self.arranged_shapes, strict=True)]
-        if len(set(blocks)) > 1:
+        rests = [spec.blocks(shape)[1:] for spec, shape in zip(self.specs, self.arranged_shapes, strict=True)]
+        if len(set(rests)) > 1:
             shapes = " and ".join(f"{shape}" for shape in dict.fromkeys(self.shapes))
             raise ValueError(f"leaves that make one matrix together need the same inputs and window, got {shapes}")
 
@@ -95,61 +98,63 @@ class KernelView:
         return [spec.blocks(shape)[0] for spec, shape in zip(self.specs, self.arranged_shapes, strict=True)]
 
     @property
-    def _blocks(self) -> tuple[int, ...]:
+    def kernel_shape(self) -> tuple[int, ...]:
+        """The shape of the kernel."""
         return (sum(self._rows), *self.specs[0].blocks(self.arranged_shapes[0])[1:])
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
         """The shape of the matrix."""
-        rows, inputs, *window = self._blocks
+        rows, inputs, *window = self.kernel_shape
         taps = math.prod(window)
         return (rows * taps, inputs) if self.taps else (rows, inputs * taps)
 
     @property
-    def kinds(self) -> Kinds | None:
-        """The kinds of the rows, where they have kinds."""
-        return Kinds(self.matrix_shape[0] // self._blocks[0], 1, self._blocks[0]) if self.taps else None
+    def token_types(self) -> TokenTypes | None:
+        """The types of the rows, where they have types."""
+        rows = self.kernel_shape[0]
+        return TokenTypes(self.matrix_shape[0] // rows, 1, rows) if self.taps else None
 
-    def to_blocks(self, leaves: Sequence[jax.Array]) -> jax.Array:
-        """Returns the blocks of the leaves."""
+    def to_kernel(self, leaves: Sequence[jax.Array]) -> jax.Array:
+        """Returns the kernel of the leaves."""
         matrices = [as_matrix(self.arrange(leaf), spec) for leaf, spec in zip(leaves, self.specs, strict=True)]
-        return jnp.concatenate(matrices).reshape(self._blocks)
+        return jnp.concatenate(matrices).reshape(self.kernel_shape)
 
-    def to_leaves(self, blocks: jax.Array) -> tuple[jax.Array, ...]:
-        """Returns the leaves of blocks."""
-        matrix = blocks.reshape(self._blocks[0], -1)
+    def to_leaves(self, kernel: jax.Array) -> tuple[jax.Array, ...]:
+        """Returns the leaves of the kernel."""
+        matrix = kernel.reshape(self.kernel_shape[0], -1)
         leaves, start = [], 0
         for spec, shape, rows in zip(self.specs, self.arranged_shapes, self._rows, strict=True):
             leaves.append(self.restore(from_matrix(matrix[start : start + rows], spec, shape)))
             start += rows
         return tuple(leaves)
 
-    def to_matrix(self, blocks: jax.Array) -> jax.Array:
-        """Returns the matrix of blocks."""
-        return (jnp.moveaxis(blocks, 1, -1) if self.taps else blocks).reshape(self.matrix_shape)
+    def to_matrix(self, kernel: jax.Array) -> jax.Array:
+        """Returns the matrix of the kernel."""
+        return (jnp.moveaxis(kernel, 1, -1) if self.taps else kernel).reshape(self.matrix_shape)
 
     def from_matrix(self, matrix: jax.Array) -> jax.Array:
-        """Returns the blocks of the matrix."""
-        rows, inputs, *window = self._blocks
+        """Returns the kernel of the matrix."""
+        rows, inputs, *window = self.kernel_shape
         if self.taps:
             return jnp.moveaxis(matrix.reshape(rows, *window, inputs), -1, 1)
-        return matrix.reshape(self._blocks)
+        return matrix.reshape(self.kernel_shape)
 
-    def overlap(self, blocks: jax.Array, source: "KernelView", source_blocks: jax.Array) -> jax.Array:
-        """Returns the blocks with the overlapping block of the source copied in; see `copy_overlap`."""
+    def overlap(self, kernel: jax.Array, source: "KernelView", source_kernel: jax.Array) -> jax.Array:
+        """Returns the kernel with the overlapping block of the source copied in; see `copy_overlap`."""
         del source
-        return overlap_blocks(blocks, source_blocks)
+        return overlap_blocks(kernel, source_kernel)
 
     def overlap_shape(self, source: "KernelView") -> tuple[int, int]:
         """Returns the shape of the overlapping block, as a matrix."""
-        return overlap_shape(self._blocks, source._blocks)
+        return overlap_shape(self.kernel_shape, source.kernel_shape)
 
 
 @dataclass(frozen=True)
 class AttentionView:
     """Query, key, value and output kernels as one matrix a head.
 
-    Blocks are `[heads, 4, d, width]`, with `width` the features that queries come from and outputs go to.
+    The kernel is `[heads, 4, d, width]`, with `width` the features that queries come from and outputs go to.
 
     Attributes:
       shapes: of the four leaves, in that order.
@@ -174,51 +179,52 @@ class AttentionView:
             raise ValueError(f"{self.heads} heads do not divide the {inner} features of the attention")
 
     @property
-    def _blocks(self) -> tuple[int, int, int, int]:
+    def kernel_shape(self) -> tuple[int, int, int, int]:
+        """The shape of the kernel."""
         inner, width = self.specs[0].matrix_shape(self.shapes[0])
         return self.heads, 4, inner // self.heads, width
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
         """The shape of the matrix of one head."""
-        _, kernels, d, width = self._blocks
+        _, kernels, d, width = self.kernel_shape
         return kernels * d, width
 
     @property
-    def kinds(self) -> Kinds:
-        """The kinds of the rows: which kernel they are of."""
-        _, kernels, d, _ = self._blocks
-        return Kinds(kernels, d, 1)
+    def token_types(self) -> TokenTypes:
+        """The types of the rows: which kernel they are of."""
+        _, kernels, d, _ = self.kernel_shape
+        return TokenTypes(kernels, d, 1)
 
-    def to_blocks(self, leaves: Sequence[jax.Array]) -> jax.Array:
-        """Returns the blocks of the leaves."""
+    def to_kernel(self, leaves: Sequence[jax.Array]) -> jax.Array:
+        """Returns the kernel of the leaves."""
         *inputs, output = (as_matrix(leaf, spec) for leaf, spec in zip(leaves, self.specs, strict=True))
-        heads, _, d, width = self._blocks
+        heads, _, d, width = self.kernel_shape
         return jnp.stack([matrix.reshape(heads, d, width) for matrix in (*inputs, output.T)], axis=1)
 
-    def to_leaves(self, blocks: jax.Array) -> tuple[jax.Array, ...]:
-        """Returns the leaves of blocks."""
-        *inputs, output = (blocks[:, kernel].reshape(-1, blocks.shape[-1]) for kernel in range(4))
+    def to_leaves(self, kernel: jax.Array) -> tuple[jax.Array, ...]:
+        """Returns the leaves of the kernel."""
+        *inputs, output = (kernel[:, i].reshape(-1, kernel.shape[-1]) for i in range(4))
         matrices = zip((*inputs, output.T), self.specs, self.shapes, strict=True)
         return tuple(from_matrix(matrix, spec, shape) for matrix, spec, shape in matrices)
 
-    def to_matrix(self, blocks: jax.Array) -> jax.Array:
-        """Returns the matrices of blocks, `[heads, 4 d, width]`."""
-        return blocks.reshape(self.heads, *self.matrix_shape)
+    def to_matrix(self, kernel: jax.Array) -> jax.Array:
+        """Returns the matrices of the kernel, `[heads, 4 d, width]`."""
+        return kernel.reshape(self.heads, *self.matrix_shape)
 
     def from_matrix(self, matrix: jax.Array) -> jax.Array:
-        """Returns the blocks of the matrices."""
-        return matrix.reshape(self._blocks)
+        """Returns the kernel of the matrices."""
+        return matrix.reshape(self.kernel_shape)
 
-    def overlap(self, blocks: jax.Array, source: "AttentionView", source_blocks: jax.Array) -> jax.Array:
-        """Returns the blocks with the leading block of each head's partner in the source copied in."""
-        partners = source_blocks[jnp.array(proportional(self.heads, source.heads))]
-        d, width = (min(a, b) for a, b in zip(blocks.shape[2:], partners.shape[2:], strict=True))
-        return blocks.at[:, :, :d, :width].set(partners[:, :, :d, :width].astype(blocks.dtype))
+    def overlap(self, kernel: jax.Array, source: "AttentionView", source_kernel: jax.Array) -> jax.Array:
+        """Returns the kernel with the leading block of each head's partner in the source copied in."""
+        partners = source_kernel[jnp.array(proportional(self.heads, source.heads))]
+        d, width = (min(a, b) for a, b in zip(kernel.shape[2:], partners.shape[2:], strict=True))
+        return kernel.at[:, :, :d, :width].set(partners[:, :, :d, :width].astype(kernel.dtype))
 
     def overlap_shape(self, source: "AttentionView") -> tuple[int, int]:
         """Returns the shape of the leading block of a head that both have, as a matrix."""
-        d, width = map(min, zip(self._blocks[2:], source._blocks[2:], strict=True))
+        d, width = map(min, zip(self.kernel_shape[2:], source.kernel_shape[2:], strict=True))
         return 4 * d, width
 
 

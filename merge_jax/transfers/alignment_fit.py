@@ -1,0 +1,180 @@
+"""The adapter of an alignment: channels chosen evenly, or in closed form from what enters the source's layers."""
+
+import functools
+import math
+import string
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from merge_jax.transfers.alignment_plan import AlignedLeaf, AlignmentPlan, subscripts
+from merge_jax.transfers.channel_axes import ChannelGraph
+from merge_jax.transfers.weight_selection import choice_matrix, evenly_chosen
+from merge_jax.types import Adapter
+
+__all__ = ["even_adapter", "fitted_adapter"]
+
+_RIDGE = 1e-4
+_EPSILON = 1e-6
+_TIE = 1e-5
+_PRECISION = lax.Precision.HIGHEST
+
+
+def _even_outputs(plan: AlignmentPlan) -> dict[str, jax.Array]:
+    """Returns `A` of all pairs, by an even choice."""
+    outputs = {}
+    for name, ((m, p), _, around) in plan.pairs.items():
+        matrix = choice_matrix(evenly_chosen(min(m, p), p), m, p)
+        outputs[name] = matrix if around is None else jnp.tile(matrix, (plan.pairs[around].sizes[0], 1, 1))
+    return outputs
+
+
+def even_adapter(plan: AlignmentPlan) -> Adapter:
+    """Returns the adapter that chooses channels evenly."""
+    return _adapter(plan, _even_outputs(plan), {})
+
+
+def _adapter(plan: AlignmentPlan, outputs: Mapping[str, jax.Array], inputs: Mapping[str, jax.Array]) -> Adapter:
+    """Returns the adapter, with `R` of the inputs that are given, and what the outputs choose for the others."""
+    made = plan.made()
+    reading = [leaf for leaf in plan.leaves if leaf.reading]
+    return {
+        "outputs": {name: matrix for name, matrix in outputs.items() if name in made},
+        "inputs": {
+            leaf.input_name: inputs[leaf.input_name] if leaf.input_name in inputs else _chosen_inputs(leaf, outputs)
+            for leaf in reading
+        },
+    }
+
+
+def _chosen_inputs(leaf: AlignedLeaf, outputs: Mapping[str, jax.Array]) -> jax.Array:
+    """Returns `R` of a leaf's inputs that takes what the outputs choose, and makes up for nothing."""
+    matrix_axes, target_axes, source_axes = subscripts(leaf, leaf.reading)
+    matrices = [outputs[str(leaf.axes[i].pair)] for i in leaf.reading]
+    return jnp.einsum(f"{','.join(matrix_axes)}->{target_axes}{source_axes}", *matrices, precision=_PRECISION)
+
+
+def fitted_adapter(
+    plan: AlignmentPlan, source_graph: ChannelGraph, moments: Mapping[str, jax.Array], source: Mapping[str, jax.Array]
+) -> Adapter:
+    """Returns the adapter that keeps most of what the source's layers compute; see `aligned_transfer`."""
+    outputs, made, chosen = _even_outputs(plan), plan.made(), set()
+    for name in plan.outermost_first():
+        (m, p), group, around = plan.pairs[name]
+        found = _group_moments(group, around is not None, source_graph, moments, source)
+        if m >= p or not found or name not in made:
+            continue
+        chosen.add(name)
+        total, sizes = sum(found[1:], found[0]), _magnitudes(plan, name, source)
+        if around is None:
+            outputs[name] = choice_matrix(_choose(total, sizes, m), m, p)
+        else:
+            total, sizes = (jnp.tensordot(outputs[around], one, 1, precision=_PRECISION) for one in (total, sizes))
+            choose = functools.partial(_choose, count=m)
+            outputs[name] = jax.nn.one_hot(jax.vmap(choose)(total, sizes), p, dtype=jnp.float32)
+    inputs = {}
+    for leaf in plan.leaves:
+        if leaf.source in moments and chosen.intersection(str(leaf.axes[i].pair) for i in leaf.reading):
+            matrix = _chosen_inputs(leaf, outputs)
+            half = matrix.ndim // 2
+            rows, columns = math.prod(matrix.shape[:half]), math.prod(matrix.shape[half:])
+            own_moments = _leaf_moments(leaf, source_graph, moments).reshape(columns, columns)
+            inputs[leaf.input_name] = _reconstruction(own_moments, matrix.reshape(rows, columns)).reshape(matrix.shape)
+    return _adapter(plan, outputs, inputs)
+
+
+def _checked(path: str, graph: ChannelGraph, moments: Mapping[str, jax.Array], shape: tuple[int, ...]) -> jax.Array:
+    """Returns the moments of what enters a leaf of the source."""
+    sizes = tuple(shape[axis] for axis in graph.summed_axes(path))
+    if moments[path].shape != sizes * 2:
+        raise ValueError(f"moments of {path!r} must be {sizes * 2}, got {moments[path].shape}")
+    return moments[path]
+
+
+def _group_moments(
+    group: str, apart: bool, graph: ChannelGraph, moments: Mapping[str, jax.Array], leaves: Mapping[str, jax.Array]
+) -> list[jax.Array]:
+    """Returns all moments of a group's channels, `[p, p]`; `apart` for each channel around, `[h, p, p]`."""
+    found = []
+    if group in moments:
+        products = moments[group]
+        found.append(products if apart or products.ndim == 2 else products.sum(0))
+    for path, leaf_groups in graph.channel_groups.items():
+        axes = graph.summed_axes(path)
+        summed = [leaf_groups[axis] for axis in axes]
+        if path not in moments or group not in summed:
+            continue
+        entering, number, count = _checked(path, graph, moments, leaves[path].shape), summed.index(group), len(axes)
+        left, right = string.ascii_lowercase[:count], string.ascii_uppercase[:count]
+        if apart:
+            # The moments inside of each channel around; along any other axis, of all its channels.
+            around = left[summed.index(graph.within[group])]
+            same = "".join(right[i] if i == number else left[i] for i in range(count))
+            found.append(jnp.einsum(f"{left}{same}->{around}{left[number]}{right[number]}", entering))
+        elif count == 1:
+            found.append(entering)
+        else:
+            # What each channel adds to the outputs, in which no other axis has an order.
+            kernel = jnp.moveaxis(leaves[path].astype(jnp.float32), axes, range(count))
+            kernel = kernel.reshape(*kernel.shape[:count], -1)
+            added = jnp.einsum(
+                f"{left}{right},{left}z,{right}z->{left[number]}{right[number]}", entering, kernel, kernel
+            )
+            found.append(added)
+    return found
+
+
+def _leaf_moments(leaf: AlignedLeaf, graph: ChannelGraph, moments: Mapping[str, jax.Array]) -> jax.Array:
+    """Returns the moments of the inputs that one matrix of the adapter reads, `[*inputs, *inputs]`."""
+    axes = graph.summed_axes(leaf.source)
+    read = [leaf.axes[i].source for i in leaf.reading]
+    left, right = string.ascii_lowercase[: len(axes)], string.ascii_uppercase[: len(axes)]
+    same = "".join(right[i] if axis in read else left[i] for i, axis in enumerate(axes))
+    found = [text[axes.index(axis)] for text in (left, right) for axis in read]
+    return jnp.einsum(f"{left}{same}->{''.join(found)}", _checked(leaf.source, graph, moments, leaf.shapes[1]))
+
+
+def _magnitudes(plan: AlignmentPlan, name: str, source: Mapping[str, jax.Array]) -> jax.Array:
+    """Returns the sum of squares of each channel's parameters, `[p]` or `[h, p]`, to choose among what is as good."""
+    total = jnp.zeros(())
+    for leaf in plan.leaves:
+        for axis in leaf.axes:
+            if axis.pair == name:
+                kept = [axis.source] if axis.around is None else [leaf.axes[axis.around].source, axis.source]
+                rest = tuple(i for i in range(len(leaf.shapes[1])) if i not in kept)
+                squares = jnp.square(source[leaf.source].astype(jnp.float32)).sum(rest)
+                total += squares if kept == sorted(kept) else squares.T
+    return total
+
+
+def _choose(moments: jax.Array, sizes: jax.Array, count: int) -> jax.Array:
+    """Returns so many channels, the best first, from which all are best had by a linear map."""
+    size = moments.shape[0]
+    mean = jnp.trace(moments) / size
+    start = moments + _EPSILON * mean * jnp.eye(size)
+
+    def add(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        left, taken, chosen = state
+        own = jnp.diagonal(left)
+        # What of all channels is explained by this one, of what those before leave.
+        explained = jnp.where(own > _EPSILON * mean, jnp.sum(jnp.square(left), axis=0) / jnp.maximum(own, 1e-30), 0)
+        explained = jnp.where(taken, -1.0, explained)
+        # Rounding would choose among what is as good by its place; parameters choose by what it is.
+        best = jnp.argmax(
+            jnp.where(explained >= jnp.max(explained) - _TIE * size * mean, jnp.where(taken, -1, sizes), -1)
+        )
+        left -= jnp.outer(left[:, best], left[best]) / jnp.maximum(left[best, best], 1e-30)
+        return left, taken.at[best].set(True), chosen.at[i].set(best)
+
+    state = start, jnp.zeros(size, bool), jnp.zeros(count, jnp.int32)
+    return lax.fori_loop(0, count, add, state)[2]
+
+
+def _reconstruction(moments: jax.Array, chosen: jax.Array) -> jax.Array:
+    """Returns `R [m, p]` of `fit`, for channels that are chosen by the rows of a matrix; rows of zeros choose none."""
+    crossed = jnp.matmul(chosen, moments, precision=_PRECISION)
+    among = jnp.matmul(crossed, chosen.T, precision=_PRECISION)
+    ridge = _RIDGE * jnp.trace(among) / jnp.sum(chosen) + 1e-30
+    return jnp.linalg.solve(among + ridge * jnp.eye(among.shape[0]), crossed)

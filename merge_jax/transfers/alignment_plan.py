@@ -1,0 +1,189 @@
+"""What an alignment ties: for routes of two models, the axes of each leaf and the pairs of channel groups."""
+
+import string
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from merge_jax.transfers.channel_axes import ChannelGraph
+from merge_jax.transfers.pairing import ResolvedRoute
+from merge_jax.transfers.views import KernelView
+
+__all__ = ["AlignedAxis", "AlignedLeaf", "AlignmentPlan", "GroupPair", "plan_alignment", "subscripts"]
+
+
+class AlignedAxis(NamedTuple):
+    """One axis of channels of a routed leaf.
+
+    Attributes:
+      target: its place in the target's leaf.
+      source: its place in the source's leaf.
+      pair: name of the pair of channel groups that it belongs to; None where its entries are bound to what is outside
+        of the models, and meet one by one.
+      around: number, in the leaf, of the axis that its channel group is within; None where there is none.
+      contracted: whether it is only summed over with what enters the layer.
+      kept: whether channels that the source has not stay as they are: not where they are summed over as well.
+      sizes: of the target's axis and of the source's.
+    """
+
+    target: int
+    source: int
+    pair: str | None
+    around: int | None
+    contracted: bool
+    kept: bool
+    sizes: tuple[int, int]
+
+
+class AlignedLeaf(NamedTuple):
+    """A routed leaf: its paths, views and shapes with rows arranged, its axes of channels, and those of the windows."""
+
+    target: str
+    source: str
+    views: tuple[KernelView, KernelView]
+    shapes: tuple[tuple[int, ...], tuple[int, ...]]
+    axes: tuple[AlignedAxis, ...]
+    windows: tuple[tuple[int, ...], tuple[int, ...]]
+
+    @property
+    def reading(self) -> tuple[int, ...]:
+        """Numbers of the axes that one matrix of the adapter reads together."""
+        return tuple(i for i, axis in enumerate(self.axes) if axis.contracted and axis.pair is not None)
+
+    @property
+    def making(self) -> tuple[int, ...]:
+        """Numbers of the axes whose channels are made by the matrices of their channel groups."""
+        return tuple(i for i, axis in enumerate(self.axes) if not axis.contracted and axis.pair is not None)
+
+    @property
+    def input_name(self) -> str:
+        """The name that the matrix of what it reads has in the adapter."""
+        return f"{self.target}:{','.join(str(self.axes[i].target) for i in self.reading)}"
+
+
+class GroupPair(NamedTuple):
+    """A channel group of the target and one of the source.
+
+    Attributes:
+      sizes: channels of the target's and of the source's.
+      source: the source's channel group.
+      around: name of the pair that it is within; None where it is within none.
+    """
+
+    sizes: tuple[int, int]
+    source: str
+    around: str | None
+
+
+class AlignmentPlan(NamedTuple):
+    """The routes of two models: the leaves, and the pairs of channel groups by name."""
+
+    leaves: tuple[AlignedLeaf, ...]
+    pairs: Mapping[str, GroupPair]
+
+    def made(self) -> set[str]:
+        """Returns the pairs whose channels a routed leaf makes; what reads the others reads channels of its own."""
+        return {str(leaf.axes[i].pair) for leaf in self.leaves for i in leaf.making}
+
+    def outermost_first(self) -> list[str]:
+        """Returns the names of the pairs, each after the one that it is within."""
+        return sorted(self.pairs, key=lambda name: self.pairs[name].around is not None)
+
+
+def plan_alignment(
+    routes: tuple[ResolvedRoute, ...], source_graph: ChannelGraph, target_graph: ChannelGraph
+) -> AlignmentPlan:
+    """Returns the leaves and pairs of channel groups of these routes.
+
+    Raises:
+      ValueError: leaves whose axes cannot be paired, or graphs of other models.
+    """
+    pairs: dict[str, GroupPair] = {}
+    return AlignmentPlan(tuple(_leaf(route, source_graph, target_graph, pairs) for route in routes), pairs)
+
+
+def _leaf(
+    route: ResolvedRoute, source_graph: ChannelGraph, target_graph: ChannelGraph, pairs: dict[str, GroupPair]
+) -> AlignedLeaf:
+    """Returns the leaf of a route, and enters its pairs of channel groups."""
+    if len(route.target) != 1 or len(route.source) != 1:
+        raise ValueError(
+            f"the route to {' + '.join(route.target)!r} joins several leaves, but channels are aligned leaf by leaf"
+        )
+    (target,), (source,) = route.target, route.source
+    views = route.target_view, route.source_view
+    assert isinstance(views[0], KernelView)  # The view attention is refused.
+    assert isinstance(views[1], KernelView)
+    shapes = views[0].arranged_shapes[0], views[1].arranged_shapes[0]
+    specs = views[0].specs[0], views[1].specs[0]
+    channels = [sorted((*spec.rows, *spec.inputs)) for spec in specs]
+    if len(channels[0]) != len(channels[1]):
+        raise ValueError(
+            f"{target!r} of shape {shapes[0]} has {len(channels[0])} axes of channels, "
+            f"{source!r} of shape {shapes[1]} has {len(channels[1])}: they cannot be paired"
+        )
+    leaf_groups = target_graph.leaf_groups(target), source_graph.leaf_groups(source)
+    for named_axes, shape, path in zip(leaf_groups, shapes, (target, source), strict=True):
+        if len(named_axes) != len(shape):
+            raise ValueError(
+                f"the channel graph is of another model: {path!r} has {len(named_axes)} axes there, here {len(shape)}"
+            )
+    arranged = () if views[1].arrangement is None else views[1].arrangement.axes
+    places = list(zip(*channels, strict=True))
+    group_pairs = [(leaf_groups[0][t], leaf_groups[1][s]) for t, s in places]
+    axes = []
+    for (t, s), (target_group, source_group) in zip(places, group_pairs, strict=True):
+        contracted = t in target_graph.inputs[target]
+        if contracted != (s in source_graph.inputs[source]):
+            reads, makes = ("target", "source") if contracted else ("source", "target")
+            raise ValueError(
+                f"{target!r} and {source!r} are of other layouts: axis {t if contracted else s} is an input of the "
+                f"{reads}'s layer, and axis {s if contracted else t} none of the {makes}'s"
+            )
+        sizes, around, pair = (shapes[0][t], shapes[1][s]), None, None
+        if s in arranged:
+            pass  # The route says which rows belong together.
+        elif target_group in target_graph.hidden and source_group in source_graph.hidden:
+            outer = target_graph.within.get(target_group), source_graph.within.get(source_group)
+            around = group_pairs.index(outer) if outer in group_pairs else None
+            found = GroupPair(sizes, source_group, None if around is None else _name(*group_pairs[around], pairs))
+            pair = _name(target_group, source_group, pairs)
+            if pairs.setdefault(pair, found) != found:
+                raise ValueError(f"{target!r} and {source!r} are of other layouts: their heads are along other axes")
+        elif sizes[0] != sizes[1]:  # Nothing but their number says which entry is which.
+            why = _bound("target", target_group, target_graph) or _bound("source", source_group, source_graph)
+            raise ValueError(
+                f"{target!r} has {sizes[0]} entries along axis {t}, {source!r} has {sizes[1]} along axis {s}; {why}: "
+                "nothing says which to choose. Leave out the route, or give it rows=mj.Rows.by_name(source_names, "
+                "target_names)"
+            )
+        axes.append(AlignedAxis(t, s, pair, around, contracted, t not in target_graph.both[target], sizes))
+    return AlignedLeaf(target, source, (views[0], views[1]), shapes, tuple(axes), (specs[0].window, specs[1].window))
+
+
+def _name(target_group: str, source_group: str, pairs: Mapping[str, GroupPair]) -> str:
+    """Returns the name of a pair: the target's channel group, unless that is paired with another of the source."""
+    if target_group not in pairs or pairs[target_group].source == source_group:
+        return target_group
+    return f"{target_group} from {source_group}"
+
+
+def _bound(role: str, group: str, graph: ChannelGraph) -> str:
+    """Returns why a channel group is bound to what is outside of the model; empty for hidden channels."""
+    if group in graph.hidden:
+        return ""
+    if group in graph.consumed:
+        return f"those of the {role} come from outside of it, as tokens and pixels do"
+    return (
+        f"nothing in the {role} that can be followed reads those, as it is with labels and tokens, and where channels "
+        "are split, merged or looped over"
+    )
+
+
+def subscripts(leaf: AlignedLeaf, numbers: tuple[int, ...]) -> tuple[list[str], str, str]:
+    """Returns subscripts of the matrices of some axes, and those of the axes of the target and of the source."""
+    small, large = string.ascii_lowercase, string.ascii_uppercase
+    matrices = []
+    for i in numbers:
+        around = leaf.axes[i].around
+        matrices.append(f"{'' if around is None else small[around]}{small[i]}{large[i]}")
+    return matrices, "".join(small[i] for i in numbers), "".join(large[i] for i in numbers)

@@ -1,0 +1,108 @@
+"""Channels of a model, found by following its computation: which axes are the same ones, and what enters each layer."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from merge_jax.transfers.channel_axes import ChannelGraph
+from merge_jax.transfers.channel_trace import ChannelTrace, Sum
+from merge_jax.types import Params
+
+__all__ = ["channel_graph", "input_moments"]
+
+
+def channel_graph(fn: Callable[..., Any], params: Params, *inputs: Any, strict: bool = True) -> ChannelGraph:
+    """Returns which axes of a model's leaves are the same channels: tied by residual sums, norms, biases and products.
+
+    `fn(params, *inputs)` is traced for shapes alone and nothing is computed, so that both may be arrays or
+    `jax.ShapeDtypeStruct`s. It is any JAX function of a parameter tree, such as
+    `lambda params, x: model.apply({"params": params, **state}, x, train=False)`; no library of layers is asked. What
+    ties axes: sums and products entry by entry, products of matrices, convolutions, and the lookup of embeddings.
+    Channels do not go through reshapes that split or merge them, concatenation, slices, padding, sums and sorting along
+    them, groups of a convolution, loops (`nn.scan`), nor any operation that is not known. Not seen is where channels
+    have an order of their own by a constant, as with fixed sines of positions. Our choice; Git Re-Basin
+    (arXiv:2209.04836) writes down by hand for each model what is found here.
+
+    Args:
+      fn: the model.
+      params: its parameters.
+      *inputs: what it reads.
+      strict: refuse channels that go where they cannot be followed. Without it their axes come apart there: those of
+        the leaves before it, and those of the leaves that read what comes out, are of two channel groups.
+
+    Raises:
+      ValueError: leaves that cannot be named, as `flatten`; `strict` and channels that a leaf makes, or a leaf itself,
+        in an operation that cannot be followed.
+    """
+    trace = ChannelTrace(fn, params, inputs)
+    trace.follow(params, inputs)
+    found = trace.graph()
+    if strict:
+        trace.check()
+    return found
+
+
+def input_moments(fn: Callable[..., Any], params: Params, *inputs: Any) -> dict[str, jax.Array]:
+    """Returns the second moments of what is summed over in a model: by leaf, and by channel group where no leaf is.
+
+    `{leaf path: X^T X / N}`, with `X [N, n]` the inputs of the layer whose kernel is the leaf: one row for each
+    example and place, summed over all calls of the layer. It is `[n, n]`; `[h, d, h, d]` of a leaf that is summed over
+    along two axes together, as the last kernel of an attention is. A leaf that is summed over along other axes in
+    other places, such as the one kernel of a tied autoencoder, has none: the moments are those of its channel groups.
+
+    `{channel group: (Q^T Q / N) * (K^T K / M)}`, entry by entry, for values `Q [N, d]` and `K [M, d]` that are
+    multiplied and are no leaves, such as queries and keys: the moments of the products `q_i k_i` that are summed, for
+    queries and keys that are drawn apart. It is `[d, d]`, and `[h, d, d]` of a group that is within another. Products
+    that are summed over several axes together have none.
+
+    Float32. `fn` is as in `channel_graph` without `strict`, computed once on `inputs`. It may be jitted. Moments are
+    not centred. They are what channel pruning reconstructs from (He et al., arXiv:1707.06168); to take them at all
+    layers in one pass, and those of products, is our choice.
+
+    Raises:
+      ValueError: leaves that cannot be named, as `flatten`.
+    """
+    trace = ChannelTrace(fn, params, inputs)
+    trace.follow(params, inputs)
+    graph = trace.graph()
+    found: dict[str, list[tuple[tuple[int, ...], jax.Array]]] = {}
+
+    def take(one: Sum) -> None:
+        if one.path is not None:
+            moments = _moments(one.entering[0].value, one.places[0])
+            found.setdefault(one.path, []).append((one.axes, moments))
+            return
+        group = trace.channel_group(one.entering[0].nodes[one.places[0][0]])
+        if len(one.places[0]) > 1 or group not in graph.hidden:
+            return
+        around, factors = graph.within.get(group), []
+        for value, places in zip(one.entering, one.places, strict=True):
+            outer = [axis for axis, node in enumerate(value.nodes) if around and trace.channel_group(node) == around]
+            factors.append(_moments(value.value, places, tuple(outer)))
+        found.setdefault(group, []).append(((), factors[0] * factors[1]))
+
+    trace.run(params, inputs, take)
+    sums: dict[str, list[jax.Array]] = {}
+    for name, entries in found.items():
+        alike = len({axes for axes, _ in entries}) == 1
+        for axes, moments in entries:
+            if alike:
+                sums.setdefault(name, []).append(moments)
+            elif len(axes) == 1:
+                sums.setdefault(graph.channel_groups[name][axes[0]], []).append(moments)
+    return {name: sum(entries[1:], entries[0]) for name, entries in sums.items()}
+
+
+def _moments(value: jax.Array, axes: tuple[int, ...], around: tuple[int, ...] = ()) -> jax.Array:
+    """Returns the second moments `[*around, *axes, *axes]` of a value's entries along axes, for each place around."""
+    sizes = [[value.shape[axis] for axis in some] for some in (around, axes)]
+    rest = [axis for axis in range(value.ndim) if axis not in (*around, *axes)]
+    rows = value.transpose(*rest, *around, *axes).astype(jnp.float32)
+    rows = rows.reshape(-1, *map(math.prod, sizes))
+    # The highest precision: alignment solves for what is left of them.
+    moments = jnp.einsum("nam,nak->amk", rows, rows, precision=lax.Precision.HIGHEST)
+    return moments.reshape(*sizes[0], *sizes[1], *sizes[1]) / rows.shape[0]
