@@ -3,7 +3,7 @@
 from etils import epy
 
 with epy.lazy_api_imports(globals()):
-    from merge_jax.runs.compare import Comparison, compare
+    from merge_jax.runs.comparison import Comparison, compare
     from merge_jax.runs.curves import Curve, draw, followed, judged
     from merge_jax.runs.html import html_report
     from merge_jax.runs.run import PLAN, Model, Moved, Plan, Run, mean_and_error

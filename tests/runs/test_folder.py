@@ -6,7 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from merge_jax.runs.folder import MetricsLog, RunFolder, check_space, numbered_folder, folder as runs
+from merge_jax.runs import folder as runs
+from merge_jax.runs.folder import MetricsLog, RunFolder, check_space, numbered_folder
 
 CONFIG = {"steps": 10, "methods": ("a", "b")}
 
