@@ -10,7 +10,7 @@ from merge_jax.checkpoints.orbax import Checkpoints
 from merge_jax.checkpoints.safetensors import save_safetensors
 from merge_jax.paths import near_misses
 from merge_jax.runs import PLAN, Model, Plan
-from merge_jax.runs.checkpoint_folders import located
+from merge_jax.runs.checkpoint_folders import locate_checkpoints
 from merge_jax.types import Params
 
 __all__ = ["export_part"]
@@ -26,7 +26,7 @@ def export_part(path: Path, file: Path, part: str, *, best: bool) -> None:
       ValueError: there is no such checkpoint or part, it is damaged, no step has a score, or the file is there or has
         another ending.
     """
-    folder, step = located(path)
+    folder, step = locate_checkpoints(path)
     if file.suffix != ".safetensors":
         raise ValueError(f"{file} must end in .safetensors, the format that is written")
     with Checkpoints(folder, read_only=True) as checkpoints:
@@ -57,8 +57,8 @@ def _part(state: dict[str, Any], part: str) -> Any:
     node: Any = state
     for name in part.split("/"):
         if not isinstance(node, dict) or name not in node:
-            roles = {role: of_role for role, of_role in state.items() if isinstance(of_role, dict)}
-            parts = [*roles, *(f"{role}/{name}" for role, of_role in roles.items() for name in of_role)]
+            roles = {role: content for role, content in state.items() if isinstance(content, dict)}
+            parts = [*roles, *(f"{role}/{name}" for role, content in roles.items() for name in content)]
             raise ValueError(f"what is saved has no part {part!r}; {near_misses(part, parts)}")
         node = node[name]
     return node

@@ -6,7 +6,7 @@ with epy.lazy_api_imports(globals()):
     from merge_jax.runs.comparison import Comparison, compare
     from merge_jax.runs.curves import Curve, draw, followed, judged
     from merge_jax.runs.html import html_report
-    from merge_jax.runs.run import PLAN, Model, Moved, Plan, Run, mean_and_error
+    from merge_jax.runs.run import PLAN, Model, Plan, RouteStats, Run, mean_and_error
     from merge_jax.runs.table import Rows, as_text, notes, result_tables
 
 __all__ = [
@@ -14,8 +14,8 @@ __all__ = [
     "Comparison",
     "Curve",
     "Model",
-    "Moved",
     "Plan",
+    "RouteStats",
     "Rows",
     "Run",
     "as_text",

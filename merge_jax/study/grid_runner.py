@@ -11,16 +11,18 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from merge_jax.checks import error_context
 from merge_jax.runs.folder import RunFolder, numbered_folder
 from merge_jax.study.cli import parse
 from merge_jax.study.config import RunConfig
+from merge_jax.study.contents import REMOVED_OPTIONS, run_identity, run_options
 from merge_jax.study.experiment import find_experiment, find_grid, load_experiment
-from merge_jax.study.grid import Grid, GridRun, Options, read_grid, runs_of, select
+from merge_jax.study.grid import Grid, GridRun, Options, make_runs, read_grid, select
 from merge_jax.study.methods import TransferConfig
 from merge_jax.study.report import write_report
 from merge_jax.study.runner import check_run, prepare_run
@@ -31,10 +33,10 @@ __all__ = ["run_study"]
 
 # Options that cannot touch a source that is trained before the target. The control is of what methods are handed,
 # but for another seed, which is another source.
-_OF_THE_TARGET = frozenset(
+_TARGET_OPTIONS = frozenset(
     {
         *({field.name for field in fields(TransferConfig)} - {field.name for field in fields(RunConfig)}),
-        *("methods", "routes", "cycle", "cycle_end", "update", "labels", "steps", "direction"),
+        *("methods", "routes", "cycle", "update", "labels", "steps", "direction"),
         *("temperature", "distillation_weight", "source_control"),
     }
 )
@@ -106,7 +108,7 @@ class _Ended(NamedTuple):
 def run_study(options: Options) -> None:
     """Checks, runs and reports; what is wrong with grid or options is one line on standard error and exit code 2.
 
-    A run that fails is told, and the others go on; then the exit code is 1.
+    A run that fails is named, and the others go on; then the exit code is 1.
     """
     if options.jobs > 1:
         # Several processes share an accelerator: none may take all of its memory.
@@ -116,7 +118,7 @@ def run_study(options: Options) -> None:
         shares = _shares(options.jobs)
         path = find_grid(options.grid)
         grid = read_grid(path, options.seeds)
-        runs = runs_of(grid, apart=options.apart)
+        runs = make_runs(grid, apart=options.apart)
         with numbered_folder(f"ablation-{grid.name}", options.resume, given=options.run_dir) as run_dir:
             planned = [
                 replace(one, config=replace(one.config, compilation_cache=options.compilation_cache))
@@ -184,7 +186,7 @@ def _plan(runs: Sequence[GridRun], chosen: Sequence[GridRun], run_dir: Path) -> 
 
 def _parsed(run: GridRun, arguments: Sequence[str], run_dir: Path) -> RunConfig:
     module = load_experiment(run.setting.experiment)
-    with _told_where(run):
+    with _naming(run):
         try:
             config = replace(parse(module.PRESETS, module.__name__, "", arguments), run_dir=run_dir / run.name)
         except SystemExit:  # What is wrong is printed already.
@@ -193,39 +195,35 @@ def _parsed(run: GridRun, arguments: Sequence[str], run_dir: Path) -> RunConfig:
     return config
 
 
-@contextlib.contextmanager
-def _told_where(run: GridRun) -> Iterator[None]:
-    try:
-        yield
-    except ValueError as error:
-        names = ", ".join(repr(row.name) for row in run.rows)
-        raise ValueError(f"{names} of the setting {run.setting.name!r}: {error}") from None
+def _naming(run: GridRun) -> contextlib.AbstractContextManager[None]:
+    """Puts the rows and the setting of a run before the message of a ValueError."""
+    names = ", ".join(repr(row.name) for row in run.rows)
+    return error_context(f"{names} of the setting {run.setting.name!r}")
 
 
 def _bases(runs: Sequence[GridRun], configs: Mapping[str, RunConfig]) -> dict[str, str]:
     """Returns the name of the run that trains the source, by the names of those that read it."""
-    groups: list[tuple[Any, list[GridRun]]] = []
+    sharing: list[tuple[Any, list[GridRun]]] = []  # Options may be lists, which are no keys of a dict.
     for run in runs:
         config = configs[run.name]
-        own = config.source != "pretrained" or config.source_control in ("random", "other_seed")
-        if not own and not config.vectorized:  # Seeds side by side are saved in another layout.
-            identity = {name: value for name, value in config.options().items() if name not in _OF_THE_TARGET}
-            key = (run.setting.name, identity)
-            group = next((group for other, group in groups if other == key), None)
-            if group is None:
-                groups.append((key, [run]))
+        if config.source == "pretrained" and config.source_control not in ("random", "other_seed"):
+            options = {name: value for name, value in run_options(config).items() if name not in _TARGET_OPTIONS}
+            key = (run.setting.name, options)
+            same = next((found for other, found in sharing if other == key), None)
+            if same is None:
+                sharing.append((key, [run]))
             else:
-                group.append(run)
+                same.append(run)
     return {
-        run.name: group[0].name
-        for _, group in groups
-        if len(group) > 1 and _built(group[0], configs[group[0].name]).source is not None
-        for run in group[1:]
+        run.name: first.name
+        for _, (first, *others) in sharing
+        if others and _built(first, configs[first.name]).source is not None
+        for run in others
     }
 
 
 def _built(run: GridRun, config: RunConfig) -> Scenario:
-    with _told_where(run):
+    with _naming(run):
         return load_experiment(run.setting.experiment).build(config)
 
 
@@ -234,14 +232,14 @@ def _check(planned: Sequence[_Planned], *, traced: bool) -> None:
     for one in planned:
         source = one.config.source_from
         if one.begun and (source is None or source.exists()):  # One that is not there is trained before.
-            RunFolder.check(one.folder.path, one.config.identity(), resume=True)
+            RunFolder.check(one.folder.path, run_identity(one.config), resume=True, removed=REMOVED_OPTIONS)
     left = [one for one in planned if not one.done]
     for number, one in enumerate(left, 1):
         print(f"checking {number}/{len(left)}: {one.run.name}", file=sys.stderr)
         # A source that is to be read is not there yet: one of its own has the same shapes.
         scenario = _built(one.run, one.alone)
         if traced:
-            with _told_where(one.run):
+            with _naming(one.run):
                 check_run(scenario, one.alone)
 
 
@@ -250,8 +248,8 @@ def _run_all(
 ) -> list[str]:
     """Runs what is not done yet, reports after each run, and returns the names of those that failed."""
     left = [one for one in planned if not one.done]
-    cells = sum(len(one.run.rows) for one in planned)
-    print(f"{len(planned)} runs of {cells} rows: {len(planned) - len(left)} done, {len(left)} to do")
+    rows = sum(len(one.run.rows) for one in planned)
+    print(f"{len(planned)} runs of {rows} rows: {len(planned) - len(left)} done, {len(left)} to do")
     if left:
         print(f"what a run prints is in {folder.path}/<setting>/<row>.log", flush=True)
     failed = []
