@@ -27,9 +27,8 @@ from benchmarks.report import report
 from merge_jax.study.cli import parse
 from merge_jax.study.config import RunConfig
 from merge_jax.study.grid import load_experiment
-from merge_jax.study.sources import origin_of
-from merge_jax.study.trainer import steps_per_call
-from merge_jax.study.trial import make_stages
+from merge_jax.study.sources import plan_source
+from merge_jax.study.trial import make_trials
 from merge_jax.training.sharding import DATA_AXIS, jit_layout
 
 __all__ = ["main"]
@@ -86,8 +85,8 @@ def _lowered_for(mesh: jax.sharding.Mesh, module: ModuleType, config: RunConfig)
     """Yields the name and the traced epoch of everything that an experiment trains, for the devices of a mesh."""
     config.check()
     scenario = module.build(config)
-    for name, stage in make_stages(scenario, config, origin_of(scenario, config)).items():
-        yield name, stage.lower(jit_layout(mesh), steps_per_call(stage), None)
+    for name, trial in make_trials(scenario, config, plan_source(scenario, config)).items():
+        yield name, trial.lower(jit_layout(mesh))
 
 
 def _compiled(lowered: Lowered) -> tuple[str, list[str]]:

@@ -13,9 +13,9 @@ import merge_jax as mj
 from benchmarks.torture_part import Outcome, Tools
 from experiments import cross_structure
 from merge_jax.checkpoints.manifest import Manifest
-from merge_jax.study.sources import origin_of
-from merge_jax.study.trainer import compile_epoch, steps_per_call
-from merge_jax.study.trial import make_stages
+from merge_jax.study.sources import plan_source
+from merge_jax.study.trainer import compile_epoch
+from merge_jax.study.trial import make_trials
 
 __all__ = ["blocking", "digests", "overhead"]
 
@@ -29,12 +29,12 @@ def overhead(tools: Tools, n: int, seed: int) -> Outcome:
     preset, without = cross_structure.PRESETS["default"], {"attention_dropout": 0.0, "feed_forward_dropout": 0.0}
     config = replace(preset, methods=("mergenet",), routes=cross_structure.PRESETS["smoke"].routes, **without)
     scenario = cross_structure.build(config)
-    stage = make_stages(scenario, config, origin_of(scenario, config))["mergenet"]
+    trial = make_trials(scenario, config, plan_source(scenario, config))["mergenet"]
     layout = mj.jit_layout(mj.data_mesh(1))
-    count, interval = steps_per_call(stage), stage.lengths.checkpoint_every
-    epoch = compile_epoch(stage.lower(layout, count, None)).epoch
-    state = layout.put_state(stage.initial_state(seed, stage.fresh_source(seed)))
-    arrays, indices_at = layout.put_arrays(stage.arrays(seed)), stage.indices_at(seed)
+    count, interval = trial.steps_per_call, trial.lengths.checkpoint_every
+    epoch = compile_epoch(trial.lower(layout)).epoch
+    state = layout.put_state(trial.initial_state(seed, trial.fresh_source(seed)))
+    arrays, indices_at = layout.put_arrays(trial.arrays(seed)), trial.indices_at(seed)
 
     def advance(state: mj.JointState) -> mj.JointState:
         for first in range(0, interval, count):

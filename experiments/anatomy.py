@@ -27,6 +27,7 @@ from rich.table import Table
 import merge_jax as mj
 from merge_jax.checks import check_choice
 from merge_jax.study.cli import folded
+from merge_jax.study.contents import REMOVED_OPTIONS
 from merge_jax.study.methods import TransferConfig, parse_pairs, parse_routes
 from merge_jax.training.compilation_cache import CacheChoice, use_cache
 
@@ -133,7 +134,7 @@ def _read(options: Options) -> "tuple[Scenario, TransferConfig]":
     saved = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in json.loads(path.read_text()).items()
-        if name != "contents"
+        if name != "contents" and name not in REMOVED_OPTIONS
     }
     try:
         config = replace(module.PRESETS["default"], **saved)
@@ -185,7 +186,7 @@ def _of_seed(
         **{"target/params": start, "target/model_state": target_state},
     }
     if not folder.is_dir():
-        raise ValueError(f"there is no checkpoint {folder}: the run has not ended, or its seeds ran side by side")
+        raise ValueError(f"there is no checkpoint {folder}: the run has not ended")
     with mj.Checkpoints(folder) as checkpoints:
         step = checkpoints.latest_step
         if step is None:

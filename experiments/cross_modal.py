@@ -28,6 +28,7 @@ from merge_jax.checks import check_at_least_one
 from merge_jax.study.architecture import Architecture
 from merge_jax.study.choices import ImageTextTaskName, TextTaskName
 from merge_jax.study.cli import main
+from merge_jax.study.config import make_schedule
 from merge_jax.study.methods import parse_routes
 from merge_jax.study.tasks import Spec, TaskConfig, TaskName
 
@@ -245,7 +246,7 @@ def build(config: Config) -> "Scenario":
     (*sources, target), attach = config.learners(specs)
     source = sources[0] if sources else target
     lengths = [num_examples(learner.role.splits(0).train) for learner in (source, target)]
-    schedule = config.schedule(*lengths)
+    schedule = make_schedule(config, *lengths)
     source_steps = (schedule.target if config.source == "live" else schedule.source).steps
     num_steps = schedule.target.steps
     routes = _routes(config, source, target)

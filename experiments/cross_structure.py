@@ -29,6 +29,7 @@ import merge_jax as mj
 from merge_jax.checks import check_below_one
 from merge_jax.study.choices import ImageModelName, LearningRateSchedule
 from merge_jax.study.cli import main
+from merge_jax.study.config import make_schedule
 from merge_jax.study.methods import Objective, TransferConfig, parse_routes
 
 if TYPE_CHECKING:
@@ -212,7 +213,7 @@ def build(config: Config) -> "Scenario":
         "source": make_role(config.source_model, source, data, augment=config.augment),
         "target": make_role(config.target_model, target, data, labels=config.labels, augment=config.augment),
     }
-    schedule = config.schedule(*(len(roles[role].splits(0).train["label"]) for role in ("source", "target")))
+    schedule = make_schedule(config, *(len(roles[role].splits(0).train["label"]) for role in ("source", "target")))
     source_steps = (schedule.target if config.source == "live" else schedule.source).steps
 
     def task(apply: "ModelApply", steps: int, loss: "ClassificationLoss | None" = None) -> "mj.Task":

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import merge_jax as mj
 from merge_jax.study.cli import main
+from merge_jax.study.config import make_schedule
 from merge_jax.study.methods import parse_routes
 from merge_jax.study.tasks import TASKS, ModelName, Spec, TaskConfig, TaskName
 
@@ -196,7 +197,7 @@ def build(config: Config) -> "Scenario":
     sources: dict[str, Learner] = dict(zip(config.source_task, givers, strict=True))
     source = sources[config.source_task[0]] if len(sources) == 1 else side_by_side(sources)
     lengths = [num_examples(learner.role.splits(0).train) for learner in (source, target)]
-    schedule = config.schedule(*lengths)
+    schedule = make_schedule(config, *lengths)
     source_steps = (schedule.target if config.source == "live" else schedule.source).steps
     num_steps = schedule.target.steps
     source_rate = config.learning_rate if config.source_learning_rate is None else config.source_learning_rate

@@ -22,6 +22,7 @@ import tyro
 
 import merge_jax as mj
 from merge_jax.study.cli import main
+from merge_jax.study.config import make_schedule
 from merge_jax.study.methods import Objective, parse_routes
 from merge_jax.study.tasks import ModelName, Spec, TaskConfig, TaskName
 
@@ -141,7 +142,7 @@ def build(config: Config) -> "Scenario":
     text = TextSource(config.data, config.test_data, config.text, config.label)
     (learner,), attach = config.learners([Spec(config.task, config.model, text, config.weights, config.labels)])
     examples = num_examples(learner.role.splits(0).train)
-    schedule = config.schedule(examples, examples)
+    schedule = make_schedule(config, examples, examples)
     num_steps = schedule.target.steps
     optimizer = learner.optimizer(config.learning_rate, num_steps)
     routes = _routes(config, learner.role.init)

@@ -1,7 +1,8 @@
 """Checks of options, so that a wrong one is named before anything is computed."""
 
+import contextlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from numbers import Real
 from typing import Any
 
@@ -16,7 +17,17 @@ __all__ = [
     "check_float_dtype",
     "check_learnable",
     "check_number_or_schedule",
+    "error_context",
 ]
+
+
+@contextlib.contextmanager
+def error_context(text: str) -> Iterator[None]:
+    """Puts what is being done before the message of a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{text}: {error}") from None
 
 
 def check_at_least_one(**options: Any) -> None:

@@ -7,6 +7,7 @@ from flax import linen as nn
 
 import merge_jax as mj
 from merge_jax.study.cli import main
+from merge_jax.study.config import make_schedule
 from merge_jax.study.images import load_images, make_role
 from merge_jax.study.methods import TransferConfig, parse_routes
 from merge_jax.study.optimizers import sgd
@@ -54,7 +55,7 @@ PRESETS = {
 
 def build(config: Config) -> Scenario:
     data, model = load_images("digits", None, None, 200), Linear(config.dropout, config.deep, config.axis_name)
-    schedule = config.schedule(1197, config.labels or 1197)
+    schedule = make_schedule(config, 1197, config.labels or 1197)
 
     def task(loss=None):
         return mj.Task(mj.classification_loss(model.apply, loss), sgd(0.1, config.steps, "cosine"))

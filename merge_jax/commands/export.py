@@ -10,7 +10,7 @@ from merge_jax.checkpoints.orbax import Checkpoints
 from merge_jax.checkpoints.safetensors import save_safetensors
 from merge_jax.paths import near_misses
 from merge_jax.runs import PLAN, Model, Plan
-from merge_jax.runs.checkpoint_folders import located
+from merge_jax.runs.checkpoint_folders import locate_checkpoints
 from merge_jax.types import Params
 
 __all__ = ["export_part"]
@@ -26,7 +26,7 @@ def export_part(path: Path, file: Path, part: str, *, best: bool) -> None:
       ValueError: there is no such checkpoint or part, it is damaged, no step has a score, or the file is there or has
         another ending.
     """
-    folder, step = located(path)
+    folder, step = locate_checkpoints(path)
     if file.suffix != ".safetensors":
         raise ValueError(f"{file} must end in .safetensors, the format that is written")
     with Checkpoints(folder, read_only=True) as checkpoints:

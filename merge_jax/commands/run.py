@@ -28,7 +28,7 @@ def run(words: Sequence[str]) -> None:
     if not words or words[0] in ("-h", "--help"):
         print("merge-jax run EXPERIMENT [PRESET] [OPTIONS]; --help after EXPERIMENT lists both\n")
         print("\n".join(f"  {name:16} {text}" for name, text in EXPERIMENTS.items()))
-        print("\nan experiment of your own is named by its module: merge-jax run my_package.my_experiment")
+        print("\nan experiment of your own, by its module: merge-jax run my_package.my_experiment")
         return
     from merge_jax.study.experiment import find_experiment
 

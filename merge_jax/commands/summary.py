@@ -13,7 +13,7 @@ from merge_jax.checkpoints.manifest import LeafRecord, Manifest
 from merge_jax.checkpoints.orbax import Checkpoints
 from merge_jax.checkpoints.safetensors import load_safetensors
 from merge_jax.paths import find_paths, flatten
-from merge_jax.runs.checkpoint_folders import cells_of, located
+from merge_jax.runs.checkpoint_folders import checkpoint_folders, locate_checkpoints
 
 __all__ = ["summarize_checkpoint"]
 
@@ -47,11 +47,11 @@ def summarize_checkpoint(path: Path, pattern: str | None, *, verify: bool) -> No
         _print_leaves(console, leaves, pattern)
         return
     if (path / "config.json").exists():
-        _print_cells(console, path)
+        _print_folders(console, path)
         if pattern is not None or verify:
-            raise ValueError(f"{path} is a whole run: name one of its folders, such as {cells_of(path)[0]}")
+            raise ValueError(f"{path} is a whole run: name one of its folders, such as {checkpoint_folders(path)[0]}")
         return
-    folder, step = located(path)
+    folder, step = locate_checkpoints(path)
     with Checkpoints(folder, read_only=True) as checkpoints:
         best = checkpoints.best_step
         print(f"{folder}: steps {', '.join(map(str, checkpoints.steps))}" + ("" if best is None else f"; best {best}"))
@@ -64,26 +64,26 @@ def summarize_checkpoint(path: Path, pattern: str | None, *, verify: bool) -> No
             print(f"step {manifest.step}: all {len(manifest.leaves)} leaves are as they were saved")
 
 
-def _print_cells(console: Console, run: Path) -> None:
+def _print_folders(console: Console, run: Path) -> None:
     table = Table(box=box.SIMPLE, pad_edge=False, title=f"checkpoints of {run}")
     for heading in ("folder", "steps", "best", "score", "MB"):
         table.add_column(heading, justify="left" if heading == "folder" else "right")
-    cells = cells_of(run)
-    if not cells:
+    folders = checkpoint_folders(run)
+    if not folders:
         raise ValueError(f"{run} has no checkpoints yet")
-    for cell in cells:
-        with Checkpoints(cell, read_only=True) as checkpoints:
+    for folder in folders:
+        with Checkpoints(folder, read_only=True) as checkpoints:
             best = checkpoints.best_step
             score = None if best is None else checkpoints.manifest(best).score
             table.add_row(
-                str(cell.relative_to(run)),
+                str(folder.relative_to(run)),
                 ", ".join(map(str, checkpoints.steps)),
                 "" if best is None else str(best),
                 "" if score is None else f"{score:.4g}",
-                f"{sum(file.stat().st_size for file in cell.rglob('*') if file.is_file()) / 1e6:.1f}",
+                f"{sum(file.stat().st_size for file in folder.rglob('*') if file.is_file()) / 1e6:.1f}",
             )
     console.print(table)
-    print(f"one of them: merge-jax summary {cells[-1]}")
+    print(f"one of them: merge-jax summary {folders[-1]}")
 
 
 def _print_manifest(manifest: Manifest) -> None:

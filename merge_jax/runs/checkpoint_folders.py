@@ -4,18 +4,18 @@ from pathlib import Path
 
 from merge_jax.paths import natural_order, near_misses, some_of
 
-__all__ = ["cells_of", "located"]
+__all__ = ["checkpoint_folders", "locate_checkpoints"]
 
 
-def cells_of(run: Path) -> list[Path]:
-    """Returns the folders of checkpoints of a run: one of each method and seed."""
-    folder = run / "checkpoints"
-    cells = [cell for cell in folder.iterdir() if cell.is_dir()] if folder.is_dir() else []
-    return sorted(cells, key=lambda cell: natural_order(cell.name))
+def checkpoint_folders(run: Path) -> list[Path]:
+    """Returns the checkpoint folders of a run, one for each method and seed."""
+    parent = run / "checkpoints"
+    folders = [path for path in parent.iterdir() if path.is_dir()] if parent.is_dir() else []
+    return sorted(folders, key=lambda path: natural_order(path.name))
 
 
-def located(path: Path) -> tuple[Path, int | None]:
-    """Returns the folder of checkpoints that a path names, and the step, if it names one.
+def locate_checkpoints(path: Path) -> tuple[Path, int | None]:
+    """Returns the checkpoint folder that a path names, and the step, if it names one.
 
     Raises:
       ValueError: there is no such folder, or it has no checkpoints; what is there is named.
@@ -28,6 +28,6 @@ def located(path: Path) -> tuple[Path, int | None]:
         return path.parent, int(path.name)
     if any(child.is_dir() and child.name.isdigit() for child in path.iterdir()):
         return path, None
-    cells = cells_of(path)
-    hint = f"; it is a run, name one of {some_of([str(cell) for cell in cells], 20)}" if cells else ""
+    folders = checkpoint_folders(path)
+    hint = f"; it is a run, name one of {some_of(list(map(str, folders)), 20)}" if folders else ""
     raise ValueError(f"{path} has no checkpoints{hint}")

@@ -41,8 +41,8 @@ _README = """\
 - `results.json`, `table.txt`, `curves.png`: what came out; they appear as runs end, and `report.html`, which has all of
   it on one page and needs no other file. `gates.png`, where a transfer has gates, `samples.png`, test images with what
   models made of them, and `vocabulary.json`, of text models.
-- `checkpoints/<method>-seed<n>/<step>/`: Orbax checkpoints of everything (both models, adapter, optimizers, step, key);
-  `<method>-seeds<first>-<last>` where seeds ran side by side. In `seconds.json`, how long it was trained up to a step.
+- `checkpoints/<method>-seed<n>/<step>/`: Orbax checkpoints of everything (both models, adapter, optimizers, step, key).
+  In `seconds.json`, how long it was trained up to a step.
 
 Go on after an interruption with the command above and `--resume --run-dir` this folder.
 """
@@ -61,7 +61,9 @@ class RunFolder:
         self._lock: FolderLock | None = None
 
     @classmethod
-    def open(cls, path: Path | str, config: Mapping[str, Any], *, resume: bool) -> Self:
+    def open(
+        cls, path: Path | str, config: Mapping[str, Any], *, resume: bool, removed: Mapping[str, Any] | None = None
+    ) -> Self:
         """Returns the folder, made new, or the one that is there where `resume` is set.
 
         Args:
@@ -69,6 +71,7 @@ class RunFolder:
           config: all options that say what the run is, as JSON types. Under `contents` may stand what options hold that
             are paths, by name: where a run in the folder knows that too, the paths themselves may differ.
           resume: go on with the run in the folder.
+          removed: options that a run of an earlier version may have, with the values under which it is this run.
 
         Where several processes share a run, process 0 alone writes, and what is wrong is told by it alone.
 
@@ -80,7 +83,7 @@ class RunFolder:
         path = Path(path)
         if jax.process_index() > 0:
             return cls(path)
-        cls.check(path, config, resume=resume)
+        cls.check(path, config, resume=resume, removed=removed)
         config_path = path / _CONFIG
         config = json.loads(json.dumps(config))  # As it will be read back: tuples are lists.
         try:
@@ -99,13 +102,16 @@ class RunFolder:
         return folder
 
     @staticmethod
-    def check(path: Path | str, config: Mapping[str, Any], *, resume: bool) -> None:
+    def check(
+        path: Path | str, config: Mapping[str, Any], *, resume: bool, removed: Mapping[str, Any] | None = None
+    ) -> None:
         """Raises ValueError where `open` would because of what is in the folder; writes nothing."""
         path = Path(path)
         config_path = path / _CONFIG
         try:
             if config_path.exists():
                 saved, given = json.loads(config_path.read_text()), json.loads(json.dumps(config))
+                saved = {name: value for name, value in saved.items() if (name, value) not in (removed or {}).items()}
                 changed = changes(_by_contents(saved, given), _by_contents(given, saved))
                 if changed:
                     raise ValueError(

@@ -11,7 +11,7 @@ import numpy as np
 from merge_jax.paths import near_misses, some_of
 from merge_jax.runs.folder import MetricsLog, RunFolder
 
-__all__ = ["PLAN", "Model", "Moved", "Plan", "Run", "mean_and_error", "words"]
+__all__ = ["PLAN", "Model", "Plan", "RouteStats", "Run", "mean_and_error", "words"]
 
 PLAN = "plan.json"
 """The name of the file of a run folder that has the plan."""
@@ -46,8 +46,8 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Moved:
-    """What a method's transfer moves.
+class RouteStats:
+    """The routes of a method's transfer, and the size of its adapter.
 
     Attributes:
       routes: each as `target <- source`.
@@ -87,7 +87,7 @@ class Plan:
     batch_size: int
     methods: tuple[str, ...]
     seeds: int
-    transfers: Mapping[str, Moved]
+    transfers: Mapping[str, RouteStats]
     devices: str
     control: str = ""
     expected: str = ""
@@ -108,7 +108,8 @@ class Plan:
             return Model(entry["name"], entry["parameters"], entry["metric"], examples, entry.get("code", ""))
 
         transfers = {
-            method: Moved(tuple(moved["routes"]), moved["parameters"]) for method, moved in content["transfers"].items()
+            method: RouteStats(tuple(stats["routes"]), stats["parameters"])
+            for method, stats in content["transfers"].items()
         }
         return cls(
             **{
@@ -129,12 +130,12 @@ class Plan:
         lines.append(f"target trains {self.steps} steps of {self.batch_size}")
         lines.append(f"methods: {', '.join(self.methods)}; seeds: {self.seeds}")
         by_routes: dict[tuple[str, ...], list[str]] = {}
-        for method, moved in self.transfers.items():
-            by_routes.setdefault(moved.routes, []).append(method)
+        for method, stats in self.transfers.items():
+            by_routes.setdefault(stats.routes, []).append(method)
         for routes, methods in by_routes.items():
             plural = f"{len(routes)} route{'s' if len(routes) > 1 else ''}"
             lines.append(f"{plural} (target <- source) of {', '.join(methods)}: {some_of(routes, 3)}")
-        adapters = [f"{name} {moved.parameters:,}" for name, moved in self.transfers.items() if moved.parameters]
+        adapters = [f"{name} {stats.parameters:,}" for name, stats in self.transfers.items() if stats.parameters]
         if adapters:
             lines.append(f"adapter parameters: {', '.join(adapters)}")
         if self.moments:
@@ -217,7 +218,7 @@ class Run:
 
     @property
     def trained(self) -> Path | None:
-        """The folder of checkpoints of the last method and the first seed; None where seeds ran side by side."""
+        """The checkpoint folder of the last method and the first seed; None where a run of version 0.1 has none."""
         folder = self.path / "checkpoints" / f"{self.methods[-1]}-seed0"
         return folder if folder.is_dir() else None
 

@@ -13,10 +13,9 @@ __all__ = ["main"]
 def main(module: str, description: str | None, arguments: Sequence[str] | None = None) -> None:
     """Checks, runs and reports; what is wrong with grid or options is one line on standard error and exit code 2.
 
-    A run that fails is told, and the others go on; then the exit code is 1.
+    A run that fails is named, and the others go on; then the exit code is 1.
     """
-    told = folded(description or "")
-    options = tyro.cli(Options, args=arguments, prog=f"python -m {module}", description=told)
+    options = tyro.cli(Options, args=arguments, prog=f"python -m {module}", description=folded(description or ""))
     from merge_jax.study.grid_runner import run_study  # With JAX, which --help needs none of.
 
     run_study(options)

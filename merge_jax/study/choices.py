@@ -48,7 +48,7 @@ LearningRateSchedule = Literal["cosine", "steps"]
 """To 0 along a cosine, or times 0.2 after 30, 60 and 80 percent of the run, as published."""
 
 SourceControl = Literal["none", "random", "shuffled", "noise", "other_seed"]
-"""See `merge_jax.study.controls.controlled`."""
+"""See `merge_jax.study.sources.control_source`."""
 
 UpdateRule = Literal["exact", "surrogate"]
 """Those of `merge_jax.make_joint_step`."""

@@ -16,6 +16,7 @@ import tyro
 
 from merge_jax.checks import check_choice
 from merge_jax.study.config import RunConfig
+from merge_jax.study.contents import run_options
 from merge_jax.training.compilation_cache import use_cache
 
 if TYPE_CHECKING:
@@ -36,19 +37,19 @@ def parse(presets: Mapping[str, _Options], module: str, description: str, argume
       ValueError: no preset has that name.
       SystemExit: an unknown or malformed option (tyro prints it, with near misses), or `--help`.
     """
-    name, options = _preset_of(arguments)
+    name, options = _split_preset(arguments)
     check_choice("preset", name, presets)
-    preset = presets[name]
-    told = (
-        f"{description}\n\nPRESET is one of {', '.join(presets)}. Defaults shown are those of {name!r} (PRESET --help "
-        "for another)."
+    # Where the package brings its experiments, they have another parent than in the repository.
+    description = description.replace("python -m experiments.", f"python -m {module.rpartition('.')[0]}.")
+    description += (
+        f"\n\nPRESET is one of {', '.join(presets)}. Defaults shown are those of {name!r} (PRESET --help for another)."
     )
     return tyro.cli(
-        type(preset),
-        default=preset,
+        type(presets[name]),
+        default=presets[name],
         args=options,
         prog=f"python -m {module} [PRESET]",
-        description=folded(told.replace("python -m experiments.", f"python -m {module.rpartition('.')[0]}.")),
+        description=folded(description),
     )
 
 
@@ -69,13 +70,6 @@ def folded(text: str) -> str:
         else:
             lines.append(paragraph.rstrip())
     return "\n".join(lines)
-
-
-def _preset_of(arguments: Sequence[str]) -> tuple[str, list[str]]:
-    """Returns the name of the preset, and the options that follow it."""
-    if arguments and not arguments[0].startswith("-"):
-        return arguments[0], list(arguments[1:])
-    return "default", list(arguments)
 
 
 def main(
@@ -101,11 +95,8 @@ def main(
     try:
         config = parse(presets, module, description or "", arguments)
         config.check()
-        from merge_jax.training.distributed import (  # JAX is imported for options that are right.
-            await_all,
-            connect,
-            exit_on_error,
-        )
+        # JAX is imported only for options that are right.
+        from merge_jax.training.distributed import await_all, connect, exit_on_error
 
         use_cache(config.compilation_cache)
         if config.coordinator is not None:
@@ -116,22 +107,22 @@ def main(
     except (ValueError, TimeoutError) as error:
         _refuse(error)
     with exit_on_error("start all of them again, with --resume"):
-        caution = _SMOKE if _preset_of(arguments)[0] == "smoke" else ""
-        run = _prepared(build, config, _expected(presets, config, measured), caution)
+        matching = (name for name, preset in presets.items() if run_options(preset) == run_options(config))
+        caution = _SMOKE if _split_preset(arguments)[0] == "smoke" else ""
+        run = _prepare(build, config, measured.get(next(matching, ""), ""), caution)
         run()  # An error in here is no fault of the options, and keeps its traceback.
         await_all(None)  # All leave together: JAX waits a short time only for those that have more to print.
 
 
-def _expected(presets: Mapping[str, _Config], config: _Config, measured: Mapping[str, str]) -> str:
-    """Returns how long the preset took that has these options; nothing where there is none, or it was not measured."""
-    for name, preset in presets.items():
-        if preset.options() == config.options():
-            return measured.get(name, "")
-    return ""
+def _split_preset(arguments: Sequence[str]) -> tuple[str, list[str]]:
+    """Returns the name of the preset, and the options that follow it."""
+    if arguments and not arguments[0].startswith("-"):
+        return arguments[0], list(arguments[1:])
+    return "default", list(arguments)
 
 
-def _prepared(build: Callable[[_Config], Scenario], config: _Config, expected: str, caution: str) -> Callable[[], None]:
-    """Returns what trains; where one of several processes is refused, all of them are."""
+def _prepare(build: Callable[[_Config], Scenario], config: _Config, expected: str, caution: str) -> Callable[[], None]:
+    """Returns the function that trains; where one of several processes is refused, all of them are."""
     from merge_jax.study.runner import check_paths, prepare_run
     from merge_jax.training.distributed import await_all
 

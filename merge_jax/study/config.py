@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_type_hints
+
+from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 from merge_jax.checks import check_at_least_one
 from merge_jax.study.choices import SourceControl, UpdateRule
-from merge_jax.study.contents import contents_of
-from merge_jax.study.option_types import check_option_types
 from merge_jax.training.compilation_cache import CacheChoice
 
-if TYPE_CHECKING:
-    import optax
-
-__all__ = ["Lengths", "RunConfig", "Schedule"]
-
-# They say where and how far a run goes on, not what it is: a resumed run may have others.
-_NOT_OF_THE_RUN = (
-    *("run_dir", "resume", "compilation_cache"),
-    *("devices", "parallel", "shard_state", "coordinator", "num_processes", "process_id"),
-)
+__all__ = ["Lengths", "RunConfig", "Schedule", "check_types", "make_schedule"]
 
 
 class Lengths(NamedTuple):
@@ -52,8 +43,6 @@ class RunConfig:
 
     seeds: int = 5
     """Number of seeds. A seed fixes splits, source, start and batches, the same for every method."""
-    vectorized: bool = False
-    """All seeds side by side in one program; the results are those of separate runs, up to rounding."""
     source: Literal["pretrained", "live", "frozen", "trajectory"] = "pretrained"
     """Pretrained: trained first, then frozen. Live: from scratch beside the target, as in the paper. Frozen: read from
     --source-from. Trajectory: its saved steps are replayed in order, of --source-from, or trained first."""
@@ -61,8 +50,8 @@ class RunConfig:
     """Where a frozen source is read from: a .safetensors file, or the folder of a run that trained one; for a
     trajectory, the folder of such a run."""
     snapshots: int = 8
-    """About how many steps of its training a trajectory that is trained here has; one that is read has those that were
-    saved, which are all if its run was one with --source trajectory."""
+    """About how many steps of the source's training to replay with --source trajectory; one that is read from another
+    run has all that were saved there."""
     source_control: SourceControl = "none"
     """A source to compare a trained one with. Random: as it starts, never trained. Shuffled: the trained entries of
     each leaf permuted among themselves. Noise: normal numbers of each leaf's mean and deviation. Other_seed: trained on
@@ -79,8 +68,6 @@ class RunConfig:
     """Examples in a batch, over all devices."""
     cycle: int = 4
     """Steps from one transfer to the next; the steps between are self-learning."""
-    cycle_end: int | None = None
-    """Cycle at the last step, if it is to change evenly over the run."""
     update: UpdateRule = "exact"
     """What the adapter follows: the gradient of the target's loss, or the published surrogate."""
     report_every: int = 15
@@ -109,12 +96,12 @@ class RunConfig:
 
     def check(self) -> None:
         """Raises ValueError for an option of another type or out of range."""
-        check_option_types(self)
+        check_types(self)
         for name in ("seeds", "source_steps", "steps", "batch_size", "report_every", "checkpoint_every", "snapshots"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         check_at_least_one(cycle=self.cycle, num_processes=self.num_processes)
-        optional = {name: getattr(self, name) for name in ("epochs", "source_epochs", "devices", "cycle_end")}
+        optional = {name: getattr(self, name) for name in ("epochs", "source_epochs", "devices")}
         check_at_least_one(**{name: value for name, value in optional.items() if value is not None})
         if self.source == "frozen" and self.source_from is None:
             raise ValueError("a frozen source needs --source-from, a .safetensors file or the folder of a run")
@@ -123,8 +110,6 @@ class RunConfig:
                 f"--source-from is for a source that is frozen or a trajectory; this one is {self.source}, and trained "
                 "here: add --source frozen"
             )
-        if self.source == "trajectory" and self.vectorized:
-            raise ValueError("a trajectory is read seed by seed: leave out --vectorized")
         if self.source_control != "none" and self.source not in ("pretrained", "frozen"):
             raise ValueError(
                 f"source_control is for a source that is pretrained or frozen; this one is {self.source}: "
@@ -148,32 +133,6 @@ class RunConfig:
         if self.coordinator is not None and self.run_dir is None:
             raise ValueError("several processes need a run_dir that all of them see")
 
-    def schedule(self, source_examples: int, target_examples: int) -> Schedule:
-        """Returns the lengths in steps, for as many examples to train each model on.
-
-        Raises:
-          ValueError: a batch has more examples than there are.
-        """
-        for role, examples in (("target", target_examples), ("source", source_examples)):
-            learns = role == "target" or self.source != "frozen"
-            if learns and examples < self.batch_size:
-                raise ValueError(
-                    f"batch_size is {self.batch_size}, but the {role} learns from {examples} examples: a batch would"
-                    " have some of them twice"
-                )
-        if self.epochs is None:
-            source, target = (
-                Lengths(steps, self.report_every, self.checkpoint_every) for steps in (self.source_steps, self.steps)
-            )
-            return Schedule(source, target)
-
-        def lengths(epochs: int, examples: int) -> Lengths:
-            epoch = math.ceil(examples / self.batch_size)
-            return Lengths(epochs * epoch, self.report_every * epoch, self.checkpoint_every * epoch)
-
-        source_epochs = self.epochs if self.source_epochs is None else self.source_epochs
-        return Schedule(lengths(source_epochs, source_examples), lengths(self.epochs, target_examples))
-
     @property
     def axis_name(self) -> str | None:
         """The axis of the devices that models average over and losses compare examples along; None under jit."""
@@ -183,28 +142,48 @@ class RunConfig:
 
         return DATA_AXIS
 
-    def cycle_over(self, num_steps: int) -> int | optax.Schedule:
-        """Returns the cycle of a run of so many steps."""
-        if self.cycle_end is None:
-            return self.cycle
-        import optax
 
-        return optax.linear_schedule(self.cycle, self.cycle_end, num_steps)
+def make_schedule(config: RunConfig, source_examples: int, target_examples: int) -> Schedule:
+    """Returns the lengths in steps, for as many examples to train each model on.
 
-    def options(self) -> dict[str, Any]:
-        """Returns the options that say what the run is."""
-        return {name: value for name, value in asdict(self).items() if name not in _NOT_OF_THE_RUN}
+    Raises:
+      ValueError: a batch has more examples than there are.
+    """
+    for role, examples in (("target", target_examples), ("source", source_examples)):
+        learns = role == "target" or config.source != "frozen"
+        if learns and examples < config.batch_size:
+            raise ValueError(
+                f"batch_size is {config.batch_size}, but the {role} learns from {examples} examples: a batch would"
+                " have some of them twice"
+            )
+    if config.epochs is None:
+        source, target = (
+            Lengths(steps, config.report_every, config.checkpoint_every)
+            for steps in (config.source_steps, config.steps)
+        )
+        return Schedule(source, target)
 
-    def identity(self) -> dict[str, Any]:
-        """Returns what the run is; with anything other, it is another run.
+    def lengths(epochs: int, examples: int) -> Lengths:
+        epoch = math.ceil(examples / config.batch_size)
+        return Lengths(epochs * epoch, config.report_every * epoch, config.checkpoint_every * epoch)
 
-        That is its options, and under `contents` what those hold that are paths, by which a run folder knows them
-        wherever they lie; see `contents_of`.
+    source_epochs = config.epochs if config.source_epochs is None else config.source_epochs
+    return Schedule(lengths(source_epochs, source_examples), lengths(config.epochs, target_examples))
 
-        Raises:
-          ValueError: the folder of a run is named whose checkpoints are damaged.
-        """
-        options = self.options()
-        contents = contents_of(options)
-        options = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
-        return options | ({"contents": contents} if contents else {})
+
+def check_types(options: Any, prefix: str = "") -> None:
+    """Raises ValueError unless every field of a dataclass is of its declared type, and every number finite.
+
+    A command line has typed its options already; this is for options that are made in Python or read from a file.
+    """
+    for field, hint in get_type_hints(type(options)).items():
+        name, value = f"{prefix}{field}", getattr(options, field)
+        try:
+            check_type(value, hint, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
+        except TypeCheckError:
+            kind = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+            raise ValueError(f"{name} must be {kind}, got {value!r}") from None
+        if is_dataclass(value):
+            check_types(value, f"{name}.")
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name} must be a finite number, got {value}")

@@ -1,17 +1,52 @@
-"""What the files and folders that options name hold, in few letters: a run is known by that, wherever they lie."""
+"""What a run is: its options, and what the files and folders that they name hold, wherever these lie."""
 
 import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-__all__ = ["contents_of"]
+from merge_jax.study.config import RunConfig
+
+__all__ = ["REMOVED_OPTIONS", "contents_of", "run_identity", "run_options"]
+
+REMOVED_OPTIONS: Mapping[str, Any] = MappingProxyType(
+    {"vectorized": False, "cycle_end": None, "gate": "learned", "max_width": 512}
+)
+"""Options of earlier versions, by the value under which a run of theirs is a run of this version."""
+
+# They say where and how far a run goes on, not what it is: a resumed run may have others.
+_NOT_IDENTIFYING = (
+    *("run_dir", "resume", "compilation_cache"),
+    *("devices", "parallel", "shard_state", "coordinator", "num_processes", "process_id"),
+)
 
 _PLACES = ("data_dir",)  # Data sets are kept there; which examples are learned from is a fact of every checkpoint.
 _BLOCK, _BLOCKS, _FILES = 2**16, 16, 64
-_OF_THE_SOURCE = ("target/params/", "target/model_state/")  # On its own, the source is trained as a target.
+_SOURCE_LEAVES = ("target/params/", "target/model_state/")  # On its own, the source is trained as a target.
+
+
+def run_options(config: RunConfig) -> dict[str, Any]:
+    """Returns the options that say what a run is."""
+    return {name: value for name, value in asdict(config).items() if name not in _NOT_IDENTIFYING}
+
+
+def run_identity(config: RunConfig) -> dict[str, Any]:
+    """Returns what a run is; with anything other, it is another run.
+
+    That is its options, and under `contents` what those hold that are paths, by which a run folder knows them
+    wherever they lie; see `contents_of`.
+
+    Raises:
+      ValueError: the folder of a run is named whose checkpoints are damaged.
+    """
+    options = run_options(config)
+    contents = contents_of(options)
+    options = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
+    return options | ({"contents": contents} if contents else {})
 
 
 def contents_of(options: Mapping[str, Any]) -> dict[str, str]:
@@ -34,18 +69,18 @@ def _digest(name: str, path: Path, options: Mapping[str, Any]) -> str:
     if name in _PLACES:
         return "a place"
     if path.is_file():
-        parts = _of_file(path)
+        parts = _file_parts(path)
     elif (path / "checkpoints").is_dir():
-        parts = _of_run(path, options["seeds"], every_step=options["source"] == "trajectory")
+        parts = _run_parts(path, options["seeds"], every_step=options["source"] == "trajectory")
     else:
-        parts = _of_folder(path)
+        parts = _folder_parts(path)
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part)
     return f"content {digest.hexdigest()[:16]}"
 
 
-def _of_file(path: Path) -> Iterator[bytes]:
+def _file_parts(path: Path) -> Iterator[bytes]:
     size = path.stat().st_size
     yield f"{size}\n".encode()
     with path.open("rb") as file:
@@ -54,25 +89,25 @@ def _of_file(path: Path) -> Iterator[bytes]:
             yield file.read(_BLOCK)
 
 
-def _of_folder(path: Path) -> Iterator[bytes]:
+def _folder_parts(path: Path) -> Iterator[bytes]:
     files = {str(file.relative_to(path)): file for file in path.rglob("*") if file.is_file()}
     names = sorted(name for name in files if not any(part.startswith(".") for part in name.split(os.sep)))
     for name in names:
         yield f"{name} {files[name].stat().st_size}\n".encode()
     for name in names[:: -(-len(names) // _FILES) or 1]:
-        yield from _of_file(files[name])
+        yield from _file_parts(files[name])
 
 
-def _of_run(path: Path, seeds: int, *, every_step: bool) -> Iterator[bytes]:
+def _run_parts(path: Path, seeds: int, *, every_step: bool) -> Iterator[bytes]:
     from merge_jax.checkpoints.orbax import Checkpoints
 
-    for cell in (path / "checkpoints" / f"source-seed{seed}" for seed in range(seeds)):
-        if cell.is_dir():
-            with Checkpoints(cell, read_only=True) as checkpoints:
+    for folder in (path / "checkpoints" / f"source-seed{seed}" for seed in range(seeds)):
+        if folder.is_dir():
+            with Checkpoints(folder, read_only=True) as checkpoints:
                 for step in checkpoints.steps if every_step else checkpoints.steps[-1:]:
                     leaves = checkpoints.manifest(step).leaves.items()
-                    of_source = {leaf: dict(one.sha256) for leaf, one in leaves if leaf.startswith(_OF_THE_SOURCE)}
-                    yield json.dumps([cell.name, step, of_source], sort_keys=True).encode()
+                    digests = {name: dict(leaf.sha256) for name, leaf in leaves if name.startswith(_SOURCE_LEAVES)}
+                    yield json.dumps([folder.name, step, digests], sort_keys=True).encode()
     vocabulary = path / "vocabulary.json"
     if vocabulary.exists():
         yield vocabulary.read_bytes()

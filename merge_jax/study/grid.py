@@ -1,23 +1,24 @@
-"""A study as a grid: settings by rows, read from a TOML file, and the runs that its cells make."""
+"""A study as a grid: settings by rows, read from a TOML file, and the runs that they make."""
 
 import itertools
 import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import tyro
 
-from merge_jax.checks import check_choice
+from merge_jax.checks import check_choice, error_context
+from merge_jax.study.config import check_types
 from merge_jax.study.experiment import load_experiment
 from merge_jax.training.compilation_cache import CacheChoice
 
-__all__ = ["Grid", "GridRun", "Options", "Row", "Setting", "read_grid", "runs_of", "select"]
+__all__ = ["Grid", "GridRun", "Options", "Row", "Setting", "make_runs", "read_grid", "select"]
 
-_NOT_OF_A_NAME = re.compile(r"[^\w=+. -]")
+_NOT_IN_NAMES = re.compile(r"[^\w=+. -]")
 _NAME = re.compile(r"[\w=+][\w=+. -]*")
 # The study says them once for all of its runs.
 _NOT_OPTIONS = {
@@ -30,6 +31,7 @@ _NOT_OPTIONS = {
     "num_processes": "runs of a study are of one process each",
     "process_id": "runs of a study are of one process each",
 }
+_Made = TypeVar("_Made")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,12 +80,12 @@ class Setting:
 
     name: str
     experiment: str
-    preset: str
-    options: Mapping[str, Any]
-    seeds: int
-    routes: Mapping[str, Sequence[str]]
-    curve: str | None
-    size: float | None
+    preset: str = "default"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    seeds: int = 10
+    routes: Mapping[str, list[str]] = field(default_factory=dict)
+    curve: str | None = None
+    size: float | None = None
 
 
 @dataclass(frozen=True)
@@ -100,9 +102,9 @@ class Row:
 
     name: str
     method: str
-    options: Mapping[str, Any]
-    routes: str | None
-    settings: Sequence[str]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    routes: str | None = None
+    settings: list[str] = field(default_factory=lambda: ["*"])
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,16 @@ class Grid:
     settings: tuple[Setting, ...]
     rows: tuple[Row, ...]
     against: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _File:
+    """The keys at the top of a grid's file."""
+
+    settings: Mapping[str, Any]
+    rows: Mapping[str, Any]
+    seeds: int = 10
+    against: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -144,58 +156,56 @@ def read_grid(path: Path, seeds: int | None = None) -> Grid:
     """Returns the grid of a file, with another number of seeds where one is given.
 
     Raises:
-      ValueError: the file is no TOML, or a key, a name or a number in it is wrong; near misses are named.
+      ValueError: the file is no TOML, or a key, a name or a value in it is wrong; near misses are named.
     """
     try:
         content = tomllib.loads(path.read_text())
     except (OSError, UnicodeDecodeError, RecursionError, tomllib.TOMLDecodeError) as error:
         raise ValueError(f"the grid {path} cannot be read: {error}") from None
-    table = _Table("the grid", content, {"seeds": int, "against": list, "settings": dict, "rows": dict})
-    default = table.get("seeds", 10)
-    settings = tuple(_setting(name, entry, default, seeds) for name, entry in table.named("settings"))
-    rows = tuple(row for name, entry in table.named("rows") for row in _rows(name, entry))
-    if len({row.name for row in rows}) < len(rows):
-        raise ValueError(f"a row stands twice: {_twice(row.name for row in rows)!r}")
-    against = table.strings("against")
-    for name in against:
+    file = _make(_File, "the grid", content)
+    for noun, tables in (("setting", file.settings), ("row", file.rows)):
+        if not tables:
+            raise ValueError(f"the grid has no {noun}s")
+        for name in tables:
+            _check_name(noun, name)
+    settings = tuple(_setting(name, table, file.seeds, seeds) for name, table in file.settings.items())
+    rows = tuple(row for name, table in file.rows.items() for row in _rows(name, table))
+    _check_once("a row stands twice", (row.name for row in rows))
+    for name in file.against:
         check_choice("row in against", name, [row.name for row in rows])
-    if len(set(against)) < len(against):
-        raise ValueError(f"a row stands twice in against: {_twice(against)!r}")
-    return Grid(path.stem, settings, rows, against)
+    _check_once("a row stands twice in against", file.against)
+    return Grid(path.stem, settings, rows, tuple(file.against))
 
 
-def runs_of(grid: Grid, *, apart: bool = False) -> list[GridRun]:
+def make_runs(grid: Grid, *, apart: bool = False) -> list[GridRun]:
     """Returns the runs of a grid, setting by setting; rows with the same options are one run, unless `apart`.
 
     Raises:
       ValueError: an experiment, preset, method, option or list of routes that is not there; a row without a setting;
         two rows that are the same command. Near misses are named.
     """
-    runs: list[GridRun] = []
     for row in grid.rows:
-        unmatched = [glob for glob in row.settings if not any(fnmatchcase(s.name, glob) for s in grid.settings)]
-        if unmatched:
-            names = ", ".join(setting.name for setting in grid.settings)
-            raise ValueError(f"the row {row.name!r} matches no setting with {unmatched[0]!r}; there is {names}")
+        for glob in row.settings:
+            if not any(fnmatchcase(setting.name, glob) for setting in grid.settings):
+                names = ", ".join(setting.name for setting in grid.settings)
+                raise ValueError(f"the row {row.name!r} matches no setting with {glob!r}; there is {names}")
+    runs: list[GridRun] = []
     for setting in grid.settings:
-        found: dict[tuple[str, ...], list[Row]] = {}
+        by_words: dict[tuple[str, ...], dict[str, Row]] = {}
         for row in grid.rows:
             if any(fnmatchcase(setting.name, glob) for glob in row.settings):
-                found.setdefault(_words(setting, row), []).append(row)
-        for words, rows in found.items():
-            methods: dict[str, Row] = {}
-            for row in rows:
-                if row.method in methods:
+                words = _words(setting, row)
+                by_method = by_words.setdefault(words, {})
+                if row.method in by_method:
                     raise ValueError(
-                        f"the rows {methods[row.method].name!r} and {row.name!r} of the setting {setting.name!r} are "
+                        f"the rows {by_method[row.method].name!r} and {row.name!r} of the setting {setting.name!r} are "
                         f"the same command: {' '.join(words)} --methods {row.method}"
                     )
-                methods[row.method] = row
-            groups = [(row,) for row in rows] if apart else [tuple(rows)]
-            runs += [GridRun(setting, group, words) for group in groups]
-    folders = [run.name for run in runs]
-    if len(set(folders)) < len(folders):
-        raise ValueError(f"two rows have the run folder {_twice(folders)}: give them other names")
+                by_method[row.method] = row
+        for words, by_method in by_words.items():
+            rows = tuple(by_method.values())
+            runs += [GridRun(setting, (row,), words) for row in rows] if apart else [GridRun(setting, rows, words)]
+    _check_once("two rows have the same run folder, give them other names", (run.name for run in runs))
     return runs
 
 
@@ -220,144 +230,109 @@ def select(runs: Sequence[GridRun], patterns: Sequence[str]) -> list[GridRun]:
     return [run for run in runs if any(matches(run, pattern) for pattern in patterns)]
 
 
-class _Table:
-    """A table of the file, whose keys and types are checked as they are read."""
+def _make(kind: type[_Made], place: str, table: Any, **given: Any) -> _Made:
+    """Returns a dataclass of a table of the file.
 
-    def __init__(self, place: str, content: Any, types: Mapping[str, type | tuple[type, ...]]):
-        self._place, self._content, self._types = place, content, types
-        if not isinstance(content, dict):
-            raise ValueError(f"{place} must be a table, got {content!r}")
-        for key, value in content.items():
-            try:
-                check_choice("key", key, types)
-            except ValueError as error:
-                raise ValueError(f"{place}: {error}") from None
-            if not isinstance(value, types[key]) or isinstance(value, bool):
-                raise ValueError(f"{place}: {key} must be {_type_name(types[key])}, got {value!r}")
-
-    def get(self, key: str, default: Any = None) -> Any:
-        return self._content.get(key, default)
-
-    def required(self, key: str) -> Any:
-        if key not in self._content:
-            raise ValueError(f"{self._place} has no {key}")
-        return self._content[key]
-
-    def strings(self, key: str, default: Sequence[str] = ()) -> tuple[str, ...]:
-        return _strings(f"{self._place}: {key}", self.get(key, list(default)))
-
-    def named(self, key: str) -> Iterable[tuple[str, Any]]:
-        """Returns the tables of a table, one or more, whose names can be folders."""
-        entries = self.required(key)
-        if not entries:
-            raise ValueError(f"{self._place} has no {key}")
-        for name in entries:
-            _check_name(key.removesuffix("s"), name)
-        return entries.items()
+    Raises:
+      ValueError: a key that no field has, one that is missing, or a value of another type.
+    """
+    _check_table(place, table)
+    with error_context(place):
+        free = {one.name: one for one in fields(kind) if one.name not in given}  # type: ignore[arg-type]
+        for key in table:
+            check_choice("key", key, free)
+        for name, one in free.items():
+            if name not in table and one.default is MISSING and one.default_factory is MISSING:
+                raise ValueError(f"there is no {name}")
+        made = kind(**table, **given)
+        check_types(made)
+        return made
 
 
-def _setting(name: str, content: Any, default_seeds: int, seeds: int | None) -> Setting:
+def _setting(name: str, table: Any, default_seeds: int, seeds: int | None) -> Setting:
     place = f"the setting {name!r}"
-    types = {"experiment": str, "preset": str, "options": dict, "seeds": int, "routes": dict, "curve": str}
-    table = _Table(place, content, {**types, "size": (int, float)})
-    routes = {key: _strings(f"{place}: routes {key}", words) for key, words in table.get("routes", {}).items()}
+    setting = _make(Setting, place, table, name=name)
     number: int = table.get("seeds", default_seeds) if seeds is None else seeds
     if number < 1:
         raise ValueError(f"{place}: seeds must be at least 1, got {number}")
-    curve, size = table.get("curve"), table.get("size")
-    if (curve is None) != (size is None):
+    if (setting.curve is None) != (setting.size is None):
         raise ValueError(f"{place}: curve and size go together, one is missing")
-    options = _options(place, table.get("options", {}))
-    return Setting(
-        name, table.required("experiment"), table.get("preset", "default"), options, number, routes, curve, size
-    )
+    return replace(setting, seeds=number, options=_flatten_options(place, setting.options))
 
 
-def _rows(name: str, content: Any) -> list[Row]:
-    """Returns the row of a table, or all of a crossing, by the values that vary."""
+def _rows(name: str, table: Any) -> list[Row]:
+    """Returns the row of a table, or all rows of a crossing, one for each choice of the values that vary."""
     place = f"the row {name!r}"
-    types = {"method": str, "options": dict, "routes": str, "vary": dict, "settings": list}
-    table = _Table(place, content, types)
-    vary = _options(place, table.get("vary", {}))
+    _check_table(place, table)
+    shared = {key: value for key, value in table.items() if key not in ("options", "vary")}
+    options, vary = (_flatten_options(place, table.get(key, {})) for key in ("options", "vary"))
     for key, values in vary.items():
         if not isinstance(values, list) or not values:
             raise ValueError(f"{place}: vary {key} must be a list of one value or more, got {values!r}")
-    method = table.get("method", "") if "method" in vary else table.required("method")
-    options = _options(place, table.get("options", {}))
-    row = Row(name, method, options, table.get("routes"), table.strings("settings", ("*",)))
-    return [_varied(row, dict(zip(vary, values, strict=True))) for values in itertools.product(*vary.values())]
+    rows = []
+    for values in itertools.product(*vary.values()):
+        chosen = dict(zip(vary, values, strict=True))
+        full_name = " ".join([name, *(f"{key}={_shown(value)}" for key, value in chosen.items())])
+        _check_name("row", full_name)
+        own = {key: chosen.pop(key) for key in ("method", "routes") if key in chosen}
+        rows.append(_make(Row, place, {**shared, **own, "options": {**options, **chosen}}, name=full_name))
+    return rows
 
 
-def _varied(row: Row, values: Mapping[str, Any]) -> Row:
-    """Returns the row of a crossing with these values; `method` and `routes` are those of the row."""
-    of_row = {key: values[key] for key in ("method", "routes") if key in values}
-    for key, value in of_row.items():
-        if not isinstance(value, str):
-            raise ValueError(f"the row {row.name!r}: vary {key} must be a list of names, got {value!r}")
-    options = {**row.options, **{key: value for key, value in values.items() if key not in of_row}}
-    name = " ".join([row.name, *(f"{key}={_shown(value)}" for key, value in values.items())])
-    _check_name("row", name)
-    return replace(row, name=name, options=options, **of_row)
-
-
-def _options(place: str, content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flatten_options(place: str, table: Any, prefix: str = "") -> dict[str, Any]:
     """Returns options by name: `-` is `_`, and those of a table in it are `name.name`."""
+    _check_table(place, table)
     options: dict[str, Any] = {}
-    for key, value in content.items():
+    for key, value in table.items():
         name = prefix + key.replace("-", "_")
-        new = _options(place, value, f"{name}.") if isinstance(value, dict) else {name: value}
-        for one in new:
-            if one in _NOT_OPTIONS:
-                raise ValueError(f"{place}: {one} is no option of a cell: {_NOT_OPTIONS[one]}")
-            if one in options:
-                raise ValueError(f"{place}: the option {one!r} stands twice")
+        new = _flatten_options(place, value, f"{name}.") if isinstance(value, dict) else {name: value}
+        for option in new:
+            if option in _NOT_OPTIONS:
+                raise ValueError(f"{place}: {option} is no option of a row: {_NOT_OPTIONS[option]}")
+            if option in options:
+                raise ValueError(f"{place}: the option {option!r} stands twice")
         options |= new
     return options
 
 
+def _check_table(place: str, value: Any) -> None:
+    if not isinstance(value, dict):
+        raise ValueError(f"{place}: expected a table, got {value!r}")
+
+
 def _words(setting: Setting, row: Row) -> tuple[str, ...]:
-    """Returns the command line of a cell without its method: preset, options, seeds."""
-    place = f"the row {row.name!r} of the setting {setting.name!r}"
+    """Returns the command line of a row in a setting, without its method: preset, options, seeds."""
     options = {**setting.options, **row.options}
-    try:
+    with error_context(f"the row {row.name!r} of the setting {setting.name!r}"):
         module = load_experiment(setting.experiment)
         check_choice("preset", setting.preset, module.PRESETS)
-        config = module.PRESETS[setting.preset]
         if row.routes is not None:
             check_choice("list of routes", row.routes, setting.routes)
             if "routes" in row.options:
                 raise ValueError("routes are named, and stand among the options too")
-            options["routes"] = list(setting.routes[row.routes])
+            options["routes"] = setting.routes[row.routes]
         for name in options:
-            _check_option(name, config)
-    except ValueError as error:
-        raise ValueError(f"{place}: {error}") from None
-    words = [word for name in sorted(options) for word in _as_words(place, name, options[name])]
+            _check_option(name, module.PRESETS[setting.preset])
+        words = [word for name in sorted(options) for word in _as_words(name, options[name])]
     return (setting.preset, *words, "--seeds", str(setting.seeds))
 
 
 def _check_option(name: str, config: Any) -> None:
     """Raises ValueError unless a config has the option; of a part of it, as `part.option`."""
     first, _, rest = name.partition(".")
-    check_choice("option", first, [field.name for field in fields(config) if field.name not in _NOT_OPTIONS])
+    check_choice("option", first, [option.name for option in fields(config) if option.name not in _NOT_OPTIONS])
     if rest and is_dataclass(getattr(config, first)):
         _check_option(rest, getattr(config, first))
 
 
-def _as_words(place: str, name: str, value: Any) -> list[str]:
+def _as_words(name: str, value: Any) -> list[str]:
     *parts, last = name.replace("_", "-").split(".")
     if isinstance(value, bool):
         return ["--" + ".".join([*parts, last if value else f"no-{last}"])]
     values = value if isinstance(value, list) else [value]
     if not all(isinstance(one, str | int | float) and not isinstance(one, bool) for one in values):
-        raise ValueError(f"{place}: {name} must be a string, a number, a truth value or a list of such, got {value!r}")
+        raise ValueError(f"{name} must be a string, a number, a truth value or a list of such, got {value!r}")
     return ["--" + ".".join([*parts, last]), *map(str, values)]
-
-
-def _strings(place: str, value: Any) -> tuple[str, ...]:
-    if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
-        raise ValueError(f"{place} must be a list of strings, got {value!r}")
-    return tuple(value)
 
 
 def _check_name(noun: str, name: str) -> None:
@@ -367,20 +342,17 @@ def _check_name(noun: str, name: str) -> None:
         )
 
 
+def _check_once(problem: str, names: Iterable[str]) -> None:
+    names = list(names)
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"{problem}: {name!r}")
+
+
 def _shown(value: Any) -> str:
     """Returns a value as it stands in the name of a row."""
     if isinstance(value, list):
         return "+".join(map(_shown, value))
     if isinstance(value, bool):
         return str(value).lower()
-    return _NOT_OF_A_NAME.sub("-", str(value))
-
-
-def _type_name(types: type | tuple[type, ...]) -> str:
-    names = {str: "a string", int: "a whole number", list: "a list", dict: "a table", float: "a number"}
-    return names[types[-1] if isinstance(types, tuple) else types]
-
-
-def _twice(names: Iterable[str]) -> str:
-    names = list(names)
-    return next(name for name in names if names.count(name) > 1)
+    return _NOT_IN_NAMES.sub("-", str(value))

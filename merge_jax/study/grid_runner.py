@@ -11,16 +11,18 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from merge_jax.checks import error_context
 from merge_jax.runs.folder import RunFolder, numbered_folder
 from merge_jax.study.cli import parse
 from merge_jax.study.config import RunConfig
+from merge_jax.study.contents import REMOVED_OPTIONS, run_identity, run_options
 from merge_jax.study.experiment import find_experiment, find_grid, load_experiment
-from merge_jax.study.grid import Grid, GridRun, Options, read_grid, runs_of, select
+from merge_jax.study.grid import Grid, GridRun, Options, make_runs, read_grid, select
 from merge_jax.study.methods import TransferConfig
 from merge_jax.study.report import write_report
 from merge_jax.study.runner import check_run, prepare_run
@@ -31,10 +33,10 @@ __all__ = ["run_study"]
 
 # Options that cannot touch a source that is trained before the target. The control is of what methods are handed,
 # but for another seed, which is another source.
-_OF_THE_TARGET = frozenset(
+_TARGET_OPTIONS = frozenset(
     {
         *({field.name for field in fields(TransferConfig)} - {field.name for field in fields(RunConfig)}),
-        *("methods", "routes", "cycle", "cycle_end", "update", "labels", "steps", "direction"),
+        *("methods", "routes", "cycle", "update", "labels", "steps", "direction"),
         *("temperature", "distillation_weight", "source_control"),
     }
 )
@@ -55,7 +57,7 @@ Go on after an interruption with the command above and `--resume --run-dir` this
 
 
 @dataclass(frozen=True)
-class _Planned:
+class _Job:
     """A run of the study.
 
     Attributes:
@@ -98,7 +100,7 @@ class _Planned:
 class _Ended(NamedTuple):
     """A run that has ended, after so many seconds, with a problem or without."""
 
-    one: _Planned
+    job: _Job
     seconds: float
     problem: str | None
 
@@ -106,7 +108,7 @@ class _Ended(NamedTuple):
 def run_study(options: Options) -> None:
     """Checks, runs and reports; what is wrong with grid or options is one line on standard error and exit code 2.
 
-    A run that fails is told, and the others go on; then the exit code is 1.
+    A run that fails is named, and the others go on; then the exit code is 1.
     """
     if options.jobs > 1:
         # Several processes share an accelerator: none may take all of its memory.
@@ -116,16 +118,16 @@ def run_study(options: Options) -> None:
         shares = _shares(options.jobs)
         path = find_grid(options.grid)
         grid = read_grid(path, options.seeds)
-        runs = runs_of(grid, apart=options.apart)
+        runs = make_runs(grid, apart=options.apart)
         with numbered_folder(f"ablation-{grid.name}", options.resume, given=options.run_dir) as run_dir:
-            planned = [
-                replace(one, config=replace(one.config, compilation_cache=options.compilation_cache))
-                for one in _plan(runs, select(runs, options.only), run_dir)
+            jobs = [
+                replace(job, config=replace(job.config, compilation_cache=options.compilation_cache))
+                for job in _make_jobs(runs, select(runs, options.only), run_dir)
             ]
-            _check(planned, traced=options.traced)
+            _check(jobs, traced=options.traced)
             if options.dry_run:
-                for one in planned:
-                    print(shlex.join(one.command))
+                for job in jobs:
+                    print(shlex.join(job.command))
                 return
             folder = RunFolder.open(run_dir, {"grid": grid.name}, resume=options.resume)
     except ValueError as error:
@@ -134,14 +136,14 @@ def run_study(options: Options) -> None:
     folder.write_text("README.md", _README.format(command=folder.read_json("environment.json", [])[0]["command"]))
     folder.write_text("grid.toml", path.read_text())
     try:
-        failed = _run_all(planned, shares, grid, runs, folder)
+        failed = _run_all(jobs, shares, grid, runs, folder)
     except KeyboardInterrupt:
         print(f"\ninterrupted; the same command with --resume --run-dir {run_dir} goes on", file=sys.stderr)
         raise SystemExit(130) from None
     print(write_report(grid, runs, folder))
     print(f"run folder: {run_dir}")
     if failed:
-        print(f"error: {len(failed)} of {len(planned)} runs failed: {', '.join(failed)}", file=sys.stderr)
+        print(f"error: {len(failed)} of {len(jobs)} runs failed: {', '.join(failed)}", file=sys.stderr)
         raise SystemExit(1)
 
 
@@ -158,7 +160,7 @@ def _shares(jobs: int) -> list[set[int]]:
     return [set(cores[first:last]) for first, last in itertools.pairwise(bounds)]
 
 
-def _plan(runs: Sequence[GridRun], chosen: Sequence[GridRun], run_dir: Path) -> list[_Planned]:
+def _make_jobs(runs: Sequence[GridRun], chosen: Sequence[GridRun], run_dir: Path) -> list[_Job]:
     """Returns the chosen runs, with those that train a source that they read, in the order of the grid.
 
     Raises:
@@ -170,7 +172,7 @@ def _plan(runs: Sequence[GridRun], chosen: Sequence[GridRun], run_dir: Path) -> 
     bases = _bases([run for run in runs if run.setting.name in settings], alone)
     names = {run.name for run in chosen}
     names |= {bases[name] for name in names if name in bases}
-    planned = []
+    jobs = []
     for run in runs:
         if run.name in names:
             base, arguments = bases.get(run.name), run.arguments
@@ -178,13 +180,13 @@ def _plan(runs: Sequence[GridRun], chosen: Sequence[GridRun], run_dir: Path) -> 
                 arguments += ["--source", "frozen", "--source-from", str(run_dir / base)]
             config = _parsed(run, arguments, run_dir)
             words = (*arguments, "--run-dir", str(run_dir / run.name))
-            planned.append(_Planned(run, alone[run.name], config, words, base))
-    return planned
+            jobs.append(_Job(run, alone[run.name], config, words, base))
+    return jobs
 
 
 def _parsed(run: GridRun, arguments: Sequence[str], run_dir: Path) -> RunConfig:
     module = load_experiment(run.setting.experiment)
-    with _told_where(run):
+    with _naming(run):
         try:
             config = replace(parse(module.PRESETS, module.__name__, "", arguments), run_dir=run_dir / run.name)
         except SystemExit:  # What is wrong is printed already.
@@ -193,130 +195,126 @@ def _parsed(run: GridRun, arguments: Sequence[str], run_dir: Path) -> RunConfig:
     return config
 
 
-@contextlib.contextmanager
-def _told_where(run: GridRun) -> Iterator[None]:
-    try:
-        yield
-    except ValueError as error:
-        names = ", ".join(repr(row.name) for row in run.rows)
-        raise ValueError(f"{names} of the setting {run.setting.name!r}: {error}") from None
+def _naming(run: GridRun) -> contextlib.AbstractContextManager[None]:
+    """Puts the rows and the setting of a run before the message of a ValueError."""
+    names = ", ".join(repr(row.name) for row in run.rows)
+    return error_context(f"{names} of the setting {run.setting.name!r}")
 
 
 def _bases(runs: Sequence[GridRun], configs: Mapping[str, RunConfig]) -> dict[str, str]:
     """Returns the name of the run that trains the source, by the names of those that read it."""
-    groups: list[tuple[Any, list[GridRun]]] = []
+    sharing: list[tuple[Any, list[GridRun]]] = []  # Options may be lists, which are no keys of a dict.
     for run in runs:
         config = configs[run.name]
-        own = config.source != "pretrained" or config.source_control in ("random", "other_seed")
-        if not own and not config.vectorized:  # Seeds side by side are saved in another layout.
-            identity = {name: value for name, value in config.options().items() if name not in _OF_THE_TARGET}
-            key = (run.setting.name, identity)
-            group = next((group for other, group in groups if other == key), None)
-            if group is None:
-                groups.append((key, [run]))
+        if config.source == "pretrained" and config.source_control not in ("random", "other_seed"):
+            options = {name: value for name, value in run_options(config).items() if name not in _TARGET_OPTIONS}
+            key = (run.setting.name, options)
+            same = next((found for other, found in sharing if other == key), None)
+            if same is None:
+                sharing.append((key, [run]))
             else:
-                group.append(run)
+                same.append(run)
     return {
-        run.name: group[0].name
-        for _, group in groups
-        if len(group) > 1 and _built(group[0], configs[group[0].name]).source is not None
-        for run in group[1:]
+        run.name: first.name
+        for _, (first, *others) in sharing
+        if others and _build(first, configs[first.name]).source is not None
+        for run in others
     }
 
 
-def _built(run: GridRun, config: RunConfig) -> Scenario:
-    with _told_where(run):
+def _build(run: GridRun, config: RunConfig) -> Scenario:
+    with _naming(run):
         return load_experiment(run.setting.experiment).build(config)
 
 
-def _check(planned: Sequence[_Planned], *, traced: bool) -> None:
+def _check(jobs: Sequence[_Job], *, traced: bool) -> None:
     """Raises ValueError for a run that cannot be, or that its folder holds with other options."""
-    for one in planned:
-        source = one.config.source_from
-        if one.begun and (source is None or source.exists()):  # One that is not there is trained before.
-            RunFolder.check(one.folder.path, one.config.identity(), resume=True)
-    left = [one for one in planned if not one.done]
-    for number, one in enumerate(left, 1):
-        print(f"checking {number}/{len(left)}: {one.run.name}", file=sys.stderr)
+    for job in jobs:
+        source = job.config.source_from
+        if job.begun and (source is None or source.exists()):  # One that is not there is trained before.
+            RunFolder.check(job.folder.path, run_identity(job.config), resume=True, removed=REMOVED_OPTIONS)
+    left = [job for job in jobs if not job.done]
+    for number, job in enumerate(left, 1):
+        print(f"checking {number}/{len(left)}: {job.run.name}", file=sys.stderr)
         # A source that is to be read is not there yet: one of its own has the same shapes.
-        scenario = _built(one.run, one.alone)
+        scenario = _build(job.run, job.alone)
         if traced:
-            with _told_where(one.run):
-                check_run(scenario, one.alone)
+            with _naming(job.run):
+                check_run(scenario, job.alone)
 
 
 def _run_all(
-    planned: Sequence[_Planned], shares: Sequence[set[int]], grid: Grid, runs: Sequence[GridRun], folder: RunFolder
+    jobs: Sequence[_Job], shares: Sequence[set[int]], grid: Grid, runs: Sequence[GridRun], folder: RunFolder
 ) -> list[str]:
     """Runs what is not done yet, reports after each run, and returns the names of those that failed."""
-    left = [one for one in planned if not one.done]
-    cells = sum(len(one.run.rows) for one in planned)
-    print(f"{len(planned)} runs of {cells} rows: {len(planned) - len(left)} done, {len(left)} to do")
+    left = [job for job in jobs if not job.done]
+    rows = sum(len(job.run.rows) for job in jobs)
+    print(f"{len(jobs)} runs of {rows} rows: {len(jobs) - len(left)} done, {len(left)} to do")
     if left:
         print(f"what a run prints is in {folder.path}/<setting>/<row>.log", flush=True)
     failed = []
     ended = _one_by_one(left) if len(shares) == 1 else _side_by_side(left, shares)
     with contextlib.closing(ended):
-        for number, (one, seconds, problem) in enumerate(ended, 1):
-            rows = ", ".join(row.name for row in one.run.rows)
-            outcome = f"{seconds:.0f} s" if problem is None else f"failed, see {one.log}: {problem}"
-            print(f"{one.run.setting.name}: {rows}: {outcome}; {len(left) - number} to do", flush=True)
+        for number, (job, seconds, problem) in enumerate(ended, 1):
+            rows = ", ".join(row.name for row in job.run.rows)
+            outcome = f"{seconds:.0f} s" if problem is None else f"failed, see {job.log}: {problem}"
+            print(f"{job.run.setting.name}: {rows}: {outcome}; {len(left) - number} to do", flush=True)
             if problem is not None:
-                failed.append(one.run.name)
+                failed.append(job.run.name)
             write_report(grid, runs, folder)
     return failed
 
 
-def _one_by_one(left: Sequence[_Planned]) -> Generator[_Ended, None, None]:
+def _one_by_one(left: Sequence[_Job]) -> Generator[_Ended, None, None]:
     """Runs in this process."""
     failed: set[str] = set()
-    for one in left:
+    for job in left:
         start = time.perf_counter()
-        problem = _lacks(one, failed) or _run_here(one)
+        problem = _lacks(job, failed) or _run_here(job)
         if problem is not None:
-            failed.add(one.run.name)
-        yield _Ended(one, time.perf_counter() - start, problem)
+            failed.add(job.run.name)
+        yield _Ended(job, time.perf_counter() - start, problem)
 
 
-def _run_here(one: _Planned) -> str | None:
+def _run_here(job: _Job) -> str | None:
     """Returns what went wrong in a run, if anything."""
-    one.log.parent.mkdir(parents=True, exist_ok=True)
-    with one.log.open("a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+    job.log.parent.mkdir(parents=True, exist_ok=True)
+    with job.log.open("a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         try:
-            config = replace(one.config, resume=one.begun)
-            run = prepare_run(_built(one.run, config), config)
-            _write_command(one)
+            config = replace(job.config, resume=job.begun)
+            run = prepare_run(_build(job.run, config), config)
+            _write_command(job)
             run()
         except SystemExit as left:
             if left.code not in (1, 2):  # Of an interruption.
                 raise KeyboardInterrupt from None
-            return _last_line(one.log)
+            return _last_line(job.log)
         except Exception as error:
             traceback.print_exc()
             return str(error) or type(error).__name__
     return None
 
 
-def _write_command(one: _Planned) -> None:
+def _write_command(job: _Job) -> None:
     """Lets the folder of a run name the command of that, and not of the study."""
-    sessions = one.folder.read_json("environment.json", [])
-    readme = one.folder.path / "README.md"
-    one.folder.write_text("README.md", readme.read_text().replace(sessions[-1]["command"], shlex.join(one.command)))
-    sessions[-1]["command"] = shlex.join(one.command)
-    one.folder.write_json("environment.json", sessions)
+    sessions = job.folder.read_json("environment.json", [])
+    readme = job.folder.path / "README.md"
+    job.folder.write_text("README.md", readme.read_text().replace(sessions[-1]["command"], shlex.join(job.command)))
+    sessions[-1]["command"] = shlex.join(job.command)
+    job.folder.write_json("environment.json", sessions)
 
 
-def _side_by_side(left: Sequence[_Planned], shares: Sequence[set[int]]) -> Generator[_Ended, None, None]:
+def _side_by_side(left: Sequence[_Job], shares: Sequence[set[int]]) -> Generator[_Ended, None, None]:
     """Runs in as many processes as there are shares of the cores; those that train a source for others go first."""
-    waiting = sorted(left, key=lambda one: one.base is not None)
-    running: dict[int, tuple[_Planned, subprocess.Popen[bytes], float]] = {}
+    waiting = sorted(left, key=lambda job: job.base is not None)
+    running: dict[int, tuple[_Job, subprocess.Popen[bytes], float]] = {}
     failed: set[str] = set()
     terminated = signal.signal(signal.SIGTERM, signal.default_int_handler)  # Nothing is left running behind.
     try:
         while waiting or running:
             for slot, cores in enumerate(shares):
-                busy = {one.run.name for one, *_ in running.values()} | {one.run.name for one in waiting}
-                ready = next((one for one in waiting if one.base not in busy), None)
+                busy = {job.run.name for job, *_ in running.values()} | {job.run.name for job in waiting}
+                ready = next((job for job in waiting if job.base not in busy), None)
                 if slot in running or ready is None:
                     continue
                 waiting.remove(ready)
@@ -326,28 +324,28 @@ def _side_by_side(left: Sequence[_Planned], shares: Sequence[set[int]]) -> Gener
                 else:
                     failed.add(ready.run.name)
                     yield _Ended(ready, 0.0, problem)
-            for slot, (one, process, start) in list(running.items()):
+            for slot, (job, process, start) in list(running.items()):
                 if process.poll() is not None:
                     del running[slot]
-                    problem = None if process.returncode == 0 else _last_line(one.log)
+                    problem = None if process.returncode == 0 else _last_line(job.log)
                     if problem is not None:
-                        failed.add(one.run.name)
-                    yield _Ended(one, time.perf_counter() - start, problem)
+                        failed.add(job.run.name)
+                    yield _Ended(job, time.perf_counter() - start, problem)
             time.sleep(0.1)
     finally:
         _stop([process for _, process, _ in running.values()])
         signal.signal(signal.SIGTERM, terminated)
 
 
-def _start(one: _Planned, cores: set[int]) -> subprocess.Popen[bytes]:
+def _start(job: _Job, cores: set[int]) -> subprocess.Popen[bytes]:
     """Starts the command of a run on some of the cores, with its output in the log."""
-    one.log.parent.mkdir(parents=True, exist_ok=True)
-    cache = one.config.compilation_cache  # Of the study, so not of the run's own command.
-    command = [sys.executable, *one.command[1:]]
-    command += ["--resume"] * one.begun + ["--compilation-cache", str(cache)] * (cache != "default")
+    job.log.parent.mkdir(parents=True, exist_ok=True)
+    cache = job.config.compilation_cache  # Of the study, so not of the run's own command.
+    command = [sys.executable, *job.command[1:]]
+    command += ["--resume"] * job.begun + ["--compilation-cache", str(cache)] * (cache != "default")
     paths = [path or os.getcwd() for path in sys.path]  # What can be imported here can be there.
     everything = os.sched_getaffinity(0) if cores else set()
-    with one.log.open("ab") as log:
+    with job.log.open("ab") as log:
         try:
             if cores:
                 os.sched_setaffinity(0, cores)  # A process has those of its parent from its first instruction on.
@@ -376,8 +374,8 @@ def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
             process.wait()
 
 
-def _lacks(one: _Planned, failed: set[str]) -> str | None:
-    return f"the run that trains its source, {one.base}, failed" if one.base in failed else None
+def _lacks(job: _Job, failed: set[str]) -> str | None:
+    return f"the run that trains its source, {job.base}, failed" if job.base in failed else None
 
 
 def _last_line(log: Path) -> str:

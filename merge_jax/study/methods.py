@@ -42,16 +42,12 @@ class TransferConfig(RunConfig):
     """Fraction of the run after which share and mergenet leave the target to itself."""
     output: OutputForm = "warm"
     """How the adapter's output becomes the target's: see lpka_transfer."""
-    gate: Literal["learned", "rising", "falling"] = "learned"
-    """Gate of each route: learned from 0 on, or going evenly from 0 to 1, or from 1 to 0, while transfers last."""
     num_layers: int = 1
     """Layers of each route's LPKA."""
     num_heads: int = 8
     """Heads of each attention."""
     capped: bool = True
     """Cap the widths of the LPKA as lpka_transfer does; without, they are the published ones."""
-    max_width: int = 512
-    """That cap for the inner width of each attention, which bounds the rank of its scores; unused if not capped."""
     attention_dropout: float = 0.1
     """Dropout on the attention weights of each LPKA."""
     feed_forward_dropout: float = 0.2
@@ -71,7 +67,7 @@ class TransferConfig(RunConfig):
     def check(self) -> None:
         """Raises ValueError for an option out of range."""
         super().check()
-        check_at_least_one(num_layers=self.num_layers, num_heads=self.num_heads, max_width=self.max_width)
+        check_at_least_one(num_layers=self.num_layers, num_heads=self.num_heads)
         check_below_one(attention_dropout=self.attention_dropout, feed_forward_dropout=self.feed_forward_dropout)
         if not 0 < self.adapter_learning_rate < float("inf"):
             raise ValueError(f"adapter_learning_rate must be above 0, got {self.adapter_learning_rate}")
@@ -81,21 +77,16 @@ class TransferConfig(RunConfig):
             raise ValueError(f"agreement must be 0 or more, got {self.agreement}")
         parse_pairs(self.agree, "a pair of layers", "stage1_0=stage1_0")
 
-    def lpka(self, routes: Any, num_steps: int, *, output: OutputForm | None = None) -> mj.Transfer:
-        """Returns the transfer of these options for a run of so many steps, maybe in another output form."""
-        import optax
-
-        ends = {"rising": (0.0, 1.0), "falling": (1.0, 0.0)}.get(self.gate)
-        gate = None if ends is None else optax.linear_schedule(*ends, max(1, round(self.stop * num_steps)))
+    def lpka(self, routes: Any, *, output: OutputForm | None = None) -> mj.Transfer:
+        """Returns the transfer of these options, maybe in another output form."""
         return mj.lpka_transfer(
             routes,
             num_layers=self.num_layers,
             num_heads=self.num_heads,
             output=output or self.output,
-            gate=gate,
             attention_dropout=self.attention_dropout,
             feed_forward_dropout=self.feed_forward_dropout,
-            max_width=self.max_width if self.capped else None,
+            max_width=512 if self.capped else None,
             max_hidden=1024 if self.capped else None,
         )
 
@@ -130,12 +121,12 @@ class TransferConfig(RunConfig):
             task, teacher = objective()
             if not learning:
                 return Method(task, transfer, 1 / num_steps, teacher, alignment.fit(transfer))
-            residual = bind(lambda routes: self.lpka(routes, num_steps, output="residual"))
+            residual = bind(lambda routes: self.lpka(routes, output="residual"))
             both = mj.chain(alignment.first(transfer), residual)
             return Method(task, both, self.stop, teacher, alignment.fit(transfer, lambda all_, own: {**all_, "0": own}))
 
         methods = {}
-        for (name, transfer), (of, objective) in product(self._factories(num_steps).items(), objectives.items()):
+        for (name, transfer), (of, objective) in product(self._factories().items(), objectives.items()):
             full_name = "_".join(part for part in (name, of) if part) or "vanilla"
             methods[full_name] = partial(method, transfer, objective)
         for (name, learning), (of, objective) in product(
@@ -144,11 +135,11 @@ class TransferConfig(RunConfig):
             methods["_".join(part for part in (name, of) if part)] = partial(aligned, learning, objective)
         return methods
 
-    def _factories(self, num_steps: int) -> dict[str, Callable[[Routes], mj.Transfer] | None]:
+    def _factories(self) -> dict[str, Callable[[Routes], mj.Transfer] | None]:
         """Returns the transfers by name: factories of a transfer of routes; `""` is none."""
 
         def lpka(output: OutputForm | None = None) -> Callable[[Routes], mj.Transfer]:
-            return lambda routes: self.lpka(routes, num_steps, output=output)
+            return lambda routes: self.lpka(routes, output=output)
 
         def itself(routes: Routes) -> mj.Transfer:
             routes = [replace(route, source=route.target) for route in routes]
@@ -226,7 +217,7 @@ class TransferConfig(RunConfig):
         rate: optax.ScalarOrSchedule = self.adapter_learning_rate
         if self.adapter_schedule == "cosine":
             steps = schedule.target.steps
-            updates = max(2, mj.TransferSteps(self.cycle_over(steps), self.stop, steps).count())
+            updates = max(2, mj.TransferSteps(self.cycle, self.stop, steps).count())
             held = max(1, round(0.02 * updates))
             falling = optax.cosine_decay_schedule(rate, updates - held)
             rate = optax.join_schedules([optax.constant_schedule(rate), falling], [held])

@@ -1,12 +1,12 @@
-"""What a run is going to do, told before it starts."""
+"""What a run is going to do, as it is printed before it starts."""
 
 import jax
 
 from merge_jax.data import num_examples
-from merge_jax.runs import Model, Moved, Plan
+from merge_jax.runs import Model, Plan, RouteStats
 from merge_jax.study.config import RunConfig
 from merge_jax.study.scenario import Role, Scenario
-from merge_jax.study.sources import Origin
+from merge_jax.study.sources import SourcePlan
 from merge_jax.training.schedule import TransferSteps
 from merge_jax.training.sharding import Layout
 from merge_jax.types import Params
@@ -15,7 +15,7 @@ __all__ = ["make_plan"]
 
 
 def make_plan(
-    scenario: Scenario, config: RunConfig, origin: Origin, layout: Layout, expected: str, caution: str
+    scenario: Scenario, config: RunConfig, source_plan: SourcePlan, layout: Layout, expected: str, caution: str
 ) -> Plan:
     """Returns the plan of a run; `expected` and `caution` as the plan has them."""
     target = _shapes(scenario.target)
@@ -25,13 +25,13 @@ def make_plan(
         rows = method.transfer.describe(source, target)
         if rows:
             routes = tuple(f"{row.target} <- {row.source}" for row in rows if not row.left_out)
-            transfers[name] = Moved(routes, sum(row.parameters for row in rows))
+            transfers[name] = RouteStats(routes, sum(row.parameters for row in rows))
     devices = f"{layout.num_devices} x {jax.devices()[0].device_kind}"
     return Plan(
         experiment=scenario.name,
         source=None if scenario.source is None else _model(scenario.source, source),
         target=_model(scenario.target, target),
-        origin=_origin(scenario, config, origin),
+        origin=_describe_source(scenario, config, source_plan),
         steps=scenario.schedule.target.steps,
         batch_size=config.batch_size,
         methods=tuple(scenario.methods),
@@ -41,7 +41,7 @@ def make_plan(
         control="" if config.source_control == "none" else config.source_control,
         expected=expected,
         caution=caution,
-        moments=_moments(scenario, config),
+        moments=_count_transfers(scenario, config),
     )
 
 
@@ -57,28 +57,27 @@ def _model(role: Role, params: Params) -> Model:
     return Model(role.name, parameters, role.metric, (train, validation, test), role.code)
 
 
-def _moments(scenario: Scenario, config: RunConfig) -> str:
+def _count_transfers(scenario: Scenario, config: RunConfig) -> str:
     steps = scenario.schedule.target.steps
     counts = {
-        name: TransferSteps(config.cycle_over(steps), method.stop, steps).count()
+        name: TransferSteps(config.cycle, method.stop, steps).count()
         for name, method in scenario.methods.items()
         if method.stop
     }
-    told = [f"{name} {count}" for name, count in counts.items()]
-    every = f"{config.cycle}" if config.cycle_end is None else f"{config.cycle}, at the end every {config.cycle_end}"
-    return f"steps that transfer, of {steps}: {', '.join(told)} (every {every})" if told else ""
+    words = [f"{name} {count}" for name, count in counts.items()]
+    return f"steps that transfer, of {steps}: {', '.join(words)} (every {config.cycle})" if words else ""
 
 
-def _origin(scenario: Scenario, config: RunConfig, origin: Origin) -> str:
+def _describe_source(scenario: Scenario, config: RunConfig, source_plan: SourcePlan) -> str:
     if scenario.source is None:
         return "is the target itself"
-    if origin.live:
+    if source_plan.live:
         return "is trained beside the target"
     trained = (
-        f"is trained {origin.lengths.steps} steps"
-        if origin.lengths is not None
+        f"is trained {source_plan.lengths.steps} steps"
+        if source_plan.lengths is not None
         else f"is read from {config.source_from}"
     )
-    if origin.snapshots is None:
+    if source_plan.snapshots is None:
         return f"{trained}, and frozen"
-    return f"{trained}; {origin.snapshots} steps of its training are replayed"
+    return f"{trained}; {source_plan.snapshots} steps of its training are replayed"

@@ -1,4 +1,4 @@
-"""What a study says after its runs: tables with tests, every number as JSON, and pictures."""
+"""The report of a study: tables with tests, every number as JSON, and pictures."""
 
 import io
 import shlex
@@ -26,7 +26,7 @@ _WIDTH = 120
 
 @dataclass(frozen=True)
 class Measured:
-    """What the runs say of a row in a setting.
+    """The results of a row in a setting.
 
     Attributes:
       setting: of the grid.
@@ -62,7 +62,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class _Comparisons:
-    """The comparisons of a setting: those with each row that others are compared with, and what Holm leaves of them."""
+    """The comparisons of a setting with each baseline row, and those that are significant after Holm's adjustment."""
 
     by_pair: Mapping[tuple[str, str], Comparison]
     significant: frozenset[tuple[str, str]]
@@ -75,7 +75,7 @@ def write_report(grid: Grid, runs: Sequence[GridRun], folder: RunFolder) -> str:
     folder.write_json("results.json", [entry for one in measured for entry in _entries(one)])
     console = Console(record=True, width=_WIDTH, file=io.StringIO())
     markdown = []
-    by_setting = {s.name: ordered for s in grid.settings if (ordered := _of_setting(grid, s, measured))}
+    by_setting = {s.name: ordered for s in grid.settings if (ordered := _setting_rows(grid, s, measured))}
     for name, rows in by_setting.items():
         comparisons = _comparisons(rows, grid.against)
         for against in [other for other in grid.against if other in rows] or [None]:
@@ -104,13 +104,13 @@ def _measured(run: GridRun, folder: RunFolder) -> list[Measured]:
     command = f"python -m {find_experiment(run.setting.experiment)} {shlex.join(run.arguments)}"
     found = []
     for row in run.rows:
-        of_row = sorted((r for r in results if r["method"] == row.method), key=lambda result: result["seed"])
-        if of_row:
-            found.append(Measured(run.setting, row, command, tuple(of_row)))
+        own = sorted((r for r in results if r["method"] == row.method), key=lambda result: result["seed"])
+        if own:
+            found.append(Measured(run.setting, row, command, tuple(own)))
     return found
 
 
-def _of_setting(grid: Grid, setting: Setting, measured: Sequence[Measured]) -> dict[str, Measured]:
+def _setting_rows(grid: Grid, setting: Setting, measured: Sequence[Measured]) -> dict[str, Measured]:
     """Returns the rows of a setting by name, in the order of the grid."""
     found = {one.row.name: one for one in measured if one.setting.name == setting.name}
     return {row.name: found[row.name] for row in grid.rows if row.name in found}
@@ -161,7 +161,7 @@ def _table(
     rows: Mapping[str, Measured], comparisons: _Comparisons, against: str | None
 ) -> tuple[list[str], list[list[str]]]:
     """Returns headings and lines of the table that compares the rows of a setting with one of them."""
-    differences = [] if against is None else [f"- {against}", "p (t)", "p (Wilcoxon)"]
+    differences = [] if against is None else [f"- {against}", "p (t)"]
     headings = ["row", "n", "test", "validation", *differences, "s/run", "adapter"]
     lines = []
     for name, one in rows.items():
@@ -174,7 +174,7 @@ def _table(
         ]
         if against is not None:
             comparison = comparisons.by_pair.get((name, against))
-            line += ["", "", ""] if comparison is None else _compared(comparison)
+            line += ["", ""] if comparison is None else _compared(comparison)
             if (name, against) in comparisons.significant:
                 line[0] += f" {_MARK}"
         seconds, adapter = one.values("seconds"), one.values("adapter_parameters")
@@ -184,7 +184,7 @@ def _table(
 
 def _compared(comparison: Comparison) -> list[str]:
     error = "" if comparison.error is None else f" ± {100 * comparison.error:.1f}"
-    return [f"{100 * comparison.mean:+.1f}{error}", _p(comparison.p_t), _p(comparison.p_wilcoxon)]
+    return [f"{100 * comparison.mean:+.1f}{error}", _p(comparison.p_t)]
 
 
 def _p(value: float | None) -> str:
@@ -214,8 +214,8 @@ def _note(grid: Grid, measured: Sequence[Measured], runs: Sequence[GridRun], fol
     missing = seeds - sum(len(one.results) for one in measured)
     lines = [
         "After the last step; mean ± standard error over n seeds, differences paired by seed. p: two-sided, of the "
-        "paired t-test and of Wilcoxon's signed-rank test. Holm adjusts the p of the t-test for all comparisons of a "
-        "setting. validation: at the last step. s/run: seconds of training. adapter: its parameters.",
+        "paired t-test; Holm adjusts it for all comparisons of a setting. validation: at the last step. s/run: seconds "
+        "of training. adapter: its parameters.",
     ]
     if missing:
         lines.append(f"Not done yet: {missing} of {seeds} results.")
@@ -240,7 +240,7 @@ def _as_rich(title: str, headings: Sequence[str], lines: Sequence[Sequence[str]]
 
 
 def _as_markdown(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
-    marked = [[cell.replace(_MARK, r"\*\*") for cell in line] for line in lines]
+    marked = [[text.replace(_MARK, r"\*\*") for text in line] for line in lines]
     rule = [" --- ", *(" ---: " for _ in headings[1:])]
     return [f"| {' | '.join(headings)} |", f"|{'|'.join(rule)}|", *(f"| {' | '.join(line)} |" for line in marked)]
 

@@ -1,25 +1,29 @@
 """Where the source of each seed comes from: trained in the run, or read from a file or from another run."""
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import jax
+import jax.numpy as jnp
 
 from merge_jax.checkpoints.orbax import Checkpoints
 from merge_jax.checkpoints.safetensors import leaf_paths, load_params
+from merge_jax.checks import error_context
+from merge_jax.study.choices import SourceControl
 from merge_jax.study.config import Lengths, RunConfig
 from merge_jax.study.scenario import Role, Scenario
 from merge_jax.training.joint import TrainState
 from merge_jax.training.trajectory import load_trajectory
 
-__all__ = ["PURPOSES", "Origin", "initial_key", "origin_of", "read_trajectory"]
+__all__ = ["OTHER_SEED", "PURPOSES", "SourcePlan", "control_source", "initial_key", "plan_source", "read_trajectory"]
 
-_PARAMS, _MODEL_STATE = "target/params", "target/model_state"  # On its own, the source is trained as a target.
-
+OTHER_SEED = 1000
+"""Added to a seed for the start and the batches of the source under `other_seed`; the split stays the seed's."""
 
 Purpose = Literal["source", "target", "adapter", "steps", "control", "source_steps"]
 """What the keys of a seed are for: the starts of the three, the steps of a method, a control of the source, and the
@@ -27,9 +31,11 @@ steps of the source that is trained on its own. None shares what it draws with a
 
 PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
 
+_PARAMS, _MODEL_STATE = "target/params", "target/model_state"  # On its own, the source is trained as a target.
+
 
 @dataclass(frozen=True)
-class Origin:
+class SourcePlan:
     """Where the source of each seed comes from.
 
     Attributes:
@@ -45,7 +51,7 @@ class Origin:
     read: Callable[[int], TrainState] | None = None
 
 
-def origin_of(scenario: Scenario, config: RunConfig) -> Origin:
+def plan_source(scenario: Scenario, config: RunConfig) -> SourcePlan:
     """Returns where the source of a scenario comes from.
 
     Raises:
@@ -58,52 +64,59 @@ def origin_of(scenario: Scenario, config: RunConfig) -> Origin:
             raise ValueError(
                 f"a target that is its own source has none to control: leave out source_control {config.source_control}"
             )
-        return Origin()
-
-    def start(seed: int) -> TrainState:
-        return TrainState(*role.init(initial_key(seed, "source")), None)
-
+        return SourcePlan()
+    start = partial(_start, role)
     if config.source_control == "random":
-        return Origin(lengths=lengths._replace(steps=0), read=start)
+        return SourcePlan(lengths=lengths._replace(steps=0), read=start)
     if config.source == "live":
-        return Origin(live=True)
+        return SourcePlan(live=True)
     if config.source == "pretrained":
-        return Origin(lengths=lengths)
+        return SourcePlan(lengths=lengths)
     path = config.source_from
     if config.source == "trajectory" and path is None:
         # Saves fall on reports.
         every = lengths.report_every * max(1, round(lengths.steps / config.snapshots / lengths.report_every))
-        return Origin(lengths=lengths._replace(checkpoint_every=every), snapshots=math.ceil(lengths.steps / every))
+        return SourcePlan(lengths=lengths._replace(checkpoint_every=every), snapshots=math.ceil(lengths.steps / every))
     assert path is not None  # config.check
-    shapes = jax.eval_shape(lambda: start(0))  # What does not fit them is told before a model is made.
+    shapes = jax.eval_shape(lambda: start(0))  # What does not fit them is refused before a model is made.
     if config.source == "frozen" and not (path / "checkpoints").is_dir():
         _read_variables(role, path, shapes)
-        return Origin(read=lambda seed: _read_file(role, path, start(seed)))
-    folders = [path / "checkpoints" / f"source-seed{seed}" for seed in range(config.seeds)]
-    missing = [folder.name for folder in folders if not folder.is_dir()]
-    if missing:
-        raise ValueError(
-            f"{path} has no checkpoints of {', '.join(missing)}: it must be the folder of a run that trained a source"
-            " on its own (--source pretrained or trajectory) for as many seeds, without --vectorized"
-        )
+        return SourcePlan(read=lambda seed: _read_file(role, path, start(seed)))
+    folders = _source_folders(path, config.seeds)
     _read_last(folders[0], shapes)
     if config.source == "frozen":
-        return Origin(read=lambda seed: _read_last(folders[seed], start(seed)))
-    counts = []
-    for folder in folders:
-        with Checkpoints(folder, read_only=True) as checkpoints:
-            counts.append(len(checkpoints.steps))
-    if len(set(counts)) > 1 or counts[0] < 2:
-        raise ValueError(
-            f"a trajectory needs the same number of saved steps, 2 or more, of every seed; {path} has {counts}: train"
-            " it with --source trajectory, which keeps them"
-        )
-    return Origin(snapshots=counts[0], read=lambda seed: read_trajectory(folders[seed], start(seed)))
+        return SourcePlan(read=lambda seed: _read_last(folders[seed], start(seed)))
+    return SourcePlan(
+        snapshots=_count_snapshots(path, folders), read=lambda seed: read_trajectory(folders[seed], start(seed))
+    )
 
 
 def initial_key(seed: int, purpose: Purpose) -> jax.Array:
     """Returns the key of a seed for one purpose; what it draws is the same on every backend."""
     return jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), PURPOSES.index(purpose))
+
+
+def control_source(control: SourceControl, source: TrainState, seed: int) -> TrainState:
+    """Returns the source that methods are handed in the place of a trained one.
+
+    `shuffled`: the entries of each leaf of its parameters permuted among themselves, which keeps the numbers and no
+    structure. `noise`: each leaf drawn anew from the normal distribution of its mean and standard deviation. Statistics
+    of the model (BatchNorm) stay. Other controls are of the training, and the source is returned as it is. Our choice:
+    leaf by leaf, so that a layer's scale, which helps by itself, stays as well.
+
+    Args:
+      control: by name.
+      source: the trained one.
+      seed: what is drawn depends on it alone.
+    """
+    draws = {"shuffled": _permuted, "noise": _normal}
+    if control not in draws:
+        return source
+    key = initial_key(seed, "control")
+    leaves, structure = jax.tree.flatten(source.params)
+    keys = jax.random.split(key, len(leaves))
+    drawn = [draws[control](k, leaf) for k, leaf in zip(keys, leaves, strict=True)]
+    return source.replace(params=jax.tree.unflatten(structure, drawn))
 
 
 def read_trajectory(folder: Path, start: TrainState) -> TrainState:
@@ -112,26 +125,60 @@ def read_trajectory(folder: Path, start: TrainState) -> TrainState:
     Raises:
       ValueError: what is saved does not fit the model.
     """
-    with Checkpoints(folder, read_only=True) as checkpoints, _told_as_source(folder):
+    with Checkpoints(folder, read_only=True) as checkpoints, _reading_source(folder):
         parts = load_trajectory(checkpoints, _parts(start)).parts
     return TrainState(parts[_PARAMS], parts[_MODEL_STATE], None)
+
+
+def _start(role: Role, seed: int) -> TrainState:
+    return TrainState(*role.init(initial_key(seed, "source")), None)
+
+
+def _permuted(key: jax.Array, leaf: Any) -> jax.Array:
+    return jax.random.permutation(key, jnp.ravel(leaf)).reshape(leaf.shape)
+
+
+def _normal(key: jax.Array, leaf: Any) -> jax.Array:
+    return (jnp.mean(leaf) + jnp.std(leaf) * jax.random.normal(key, leaf.shape, leaf.dtype)).astype(leaf.dtype)
+
+
+def _source_folders(run: Path, seeds: int) -> list[Path]:
+    """Returns the checkpoint folders of the source of every seed."""
+    folders = [run / "checkpoints" / f"source-seed{seed}" for seed in range(seeds)]
+    missing = [folder.name for folder in folders if not folder.is_dir()]
+    if missing:
+        raise ValueError(
+            f"{run} has no checkpoints of {', '.join(missing)}: it must be the folder of a run that trained a source"
+            " on its own (--source pretrained or trajectory) for as many seeds"
+        )
+    return folders
+
+
+def _count_snapshots(run: Path, folders: list[Path]) -> int:
+    """Returns how many steps were saved, the same number of every seed."""
+    counts = []
+    for folder in folders:
+        with Checkpoints(folder, read_only=True) as checkpoints:
+            counts.append(len(checkpoints.steps))
+    if len(set(counts)) > 1 or counts[0] < 2:
+        raise ValueError(
+            f"a trajectory needs the same number of saved steps, 2 or more, of every seed; {run} has {counts}: train"
+            " it with --source trajectory, which keeps them"
+        )
+    return counts[0]
 
 
 def _read_last(folder: Path, start: TrainState) -> TrainState:
     with Checkpoints(folder, read_only=True) as checkpoints:
         if checkpoints.latest_step is None:
             raise ValueError(f"{folder} has no saved steps")
-        with _told_as_source(folder):
+        with _reading_source(folder):
             parts = checkpoints.restore_parts(checkpoints.latest_step, _parts(start))
     return TrainState(parts[_PARAMS], parts[_MODEL_STATE], None)
 
 
-@contextlib.contextmanager
-def _told_as_source(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"the source in {folder} cannot be that of this run: {error}") from None
+def _reading_source(folder: Path) -> AbstractContextManager[None]:
+    return error_context(f"the source in {folder} cannot be that of this run")
 
 
 def _parts(start: TrainState) -> dict[str, object]:
@@ -139,17 +186,16 @@ def _parts(start: TrainState) -> dict[str, object]:
 
 
 def _read_file(role: Role, path: Path, start: TrainState) -> TrainState:
-    read = _read_variables(role, path, start)
-    model_state = {name: jax.tree.map(jax.numpy.asarray, one) for name, one in read.items()}
+    variables = _read_variables(role, path, start)
+    model_state = {name: jax.tree.map(jnp.asarray, variable) for name, variable in variables.items()}
     return TrainState(model_state.pop("params"), model_state, None)
 
 
 def _read_variables(role: Role, path: Path, start: TrainState) -> dict[str, Any]:
-    """Returns parameters and model state by name; what the file has not of them stays as it starts."""
+    """Returns parameters and model state by name; where the file has no model state, that of the start stays."""
     try:
-        if any(
-            leaf.startswith("params/") for leaf in leaf_paths(path)
-        ):  # With its model state, as `merge-jax export` writes it.
+        if any(leaf.startswith("params/") for leaf in leaf_paths(path)):
+            # With its model state, as `merge-jax export` writes it.
             return dict(load_params(path, {"params": start.params, **start.model_state}))
         return {"params": role.load(path, start.params), **start.model_state}
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What differences between rows of a study say: paired by seed, tested, and adjusted for how many there are."""
+"""Differences between rows of a study: paired by seed, tested, and adjusted for how many there are."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from merge_jax.runs import mean_and_error
 
 __all__ = ["Comparison", "holm", "paired_difference"]
 
-_DECIMALS = 12  # Metrics are fractions in [0, 1]: what differs less is rounding, and would hide ties.
+_DECIMALS = 12  # Metrics are fractions in [0, 1]: what differs less is rounding.
 
 
 class Comparison(NamedTuple):
@@ -21,21 +21,19 @@ class Comparison(NamedTuple):
       mean: of the differences.
       error: its standard error; None for one pair.
       p_t: two-sided p of the paired t-test; None where it is undefined: one pair, or differences that are all the same.
-      p_wilcoxon: two-sided p of the signed-rank test.
     """
 
     n: int
     mean: float
     error: float | None
     p_t: float | None
-    p_wilcoxon: float | None
 
 
 def paired_difference(values: Sequence[float], others: Sequence[float]) -> Comparison:
     """Returns the comparison of `d_i = values_i - others_i`.
 
-    Both tests are two-sided. Where all differences are 0, nothing speaks for one, and both p are 1. Where all are the
-    same, but not 0, the t-test has no spread to go by, and no p (our choice; its limit is 0, after two seeds too).
+    Where all differences are 0, p is 1. Where all are the same, but not 0, the t-test has no spread to go by, and no p
+    (our choice; its limit is 0, after two seeds too).
 
     Raises:
       ValueError: no values, or not as many of either.
@@ -46,32 +44,12 @@ def paired_difference(values: Sequence[float], others: Sequence[float]) -> Compa
     n = len(differences)
     mean, error = mean_and_error(differences.tolist())
     if n == 1:
-        return Comparison(n, mean, None, None, None)
+        return Comparison(n, mean, None, None)
     if not differences.any():
-        return Comparison(n, 0.0, 0.0, 1.0, 1.0)
+        return Comparison(n, 0.0, 0.0, 1.0)
     if np.ptp(differences) == 0:
-        return Comparison(n, mean, 0.0, None, _signed_rank(differences))
-    assert error is not None  # n is above 1.
-    p_t = float(2 * stats.t.sf(abs(mean) / error, n - 1))
-    return Comparison(n, mean, error, p_t, _signed_rank(differences))
-
-
-def _signed_rank(differences: np.ndarray) -> float:
-    """Returns the two-sided p of Wilcoxon's signed-rank test, `2 P(W <= min(W+, W-))`, exact with ties too.
-
-    Differences of 0 are left out, as Wilcoxon (1945) has it, and ties share the mean of their ranks. SciPy's exact
-    distribution has no ties, which accuracies on few hundred examples have often; here the distribution of `W`, the sum
-    of ranks each taken with chance 1/2, is that of the ranks at hand.
-    """
-    differences = differences[differences != 0]
-    ranks = np.rint(2 * stats.rankdata(np.abs(differences))).astype(int)  # Twice the ranks: shared ones end in a half.
-    chances = np.zeros(ranks.sum() + 1)
-    chances[0] = 1
-    for rank in ranks:
-        chances = 0.5 * (chances + np.concatenate([np.zeros(rank), chances[:-rank]]))
-    positive = ranks[differences > 0].sum()
-    smaller = min(positive, ranks.sum() - positive)
-    return float(min(1.0, 2 * chances[: smaller + 1].sum()))
+        return Comparison(n, mean, 0.0, None)
+    return Comparison(n, mean, error, float(stats.ttest_rel(values, others).pvalue))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -1,8 +1,8 @@
-"""What a run trains, once a seed: the methods, and before them the source on its own."""
+"""The trials of a run: one trains a method, or the source on its own, once a seed."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from typing import Any
 
 import jax
@@ -13,23 +13,23 @@ from jax.stages import Lowered
 
 from merge_jax.data import ReadAhead, Splits, fingerprint, indices_of, is_streamed, num_examples
 from merge_jax.study.config import Lengths, RunConfig
-from merge_jax.study.controls import OTHER_SEED
 from merge_jax.study.scenario import Method, Role, Scenario
-from merge_jax.study.sources import Origin, initial_key
+from merge_jax.study.sources import OTHER_SEED, SourcePlan, initial_key
 from merge_jax.training.epoch import Epoch, augmented, make_epoch
 from merge_jax.training.joint import JointState, Task, TrainState, init_joint_state, make_joint_step
-from merge_jax.training.seeds import over_seeds
 from merge_jax.training.sharding import Layout
 from merge_jax.training.trajectory import last_of, replay_evenly, replayed
 from merge_jax.types import Adapter, Batch, Params
 
-__all__ = ["Stage", "make_stages"]
+__all__ = ["Trial", "make_trials"]
 
 Indices = Mapping[str, np.ndarray]
+Digest = Callable[[Callable[[int], Splits], int], str]
+"""`(splits, seed) -> fingerprint of the training split`."""
 
 
 @dataclass(frozen=True)
-class Stage:
+class Trial:
     """What is trained once a seed: a method, or the source on its own.
 
     That too is a joint run, of a target that is the scenario's source and has nothing to receive from.
@@ -43,11 +43,12 @@ class Stage:
       batch_size: examples in a batch of either.
       optimizer: the adapter's optimizer.
       epoch: many joint steps in one loop, of one seed.
-      digest: `(splits, seed) -> fingerprint of the training split`, which stages share: it reads every number.
+      digest: of the training split; all trials share it, since it reads every number.
       snapshots: steps of the source's training, where the source is a trajectory.
       keep: how many checkpoints stay; None for all.
-      other_seed: added to a seed for the start and the batches, not for the split.
-      of_source: whether it is the source on its own, which draws its start, its batches and its steps as the source.
+      seed_offset: added to a seed for the start and the batches, not for the split.
+      trains_source: whether it is the source on its own, which draws its start, its batches and its steps as the
+        source.
     """
 
     name: str
@@ -58,32 +59,35 @@ class Stage:
     batch_size: int
     optimizer: optax.GradientTransformation
     epoch: Epoch
-    digest: Callable[[Callable[[int], Splits], int], str]
+    digest: Digest
     snapshots: int | None = None
     keep: int | None = 2
-    other_seed: int = 0
-    of_source: bool = False
+    seed_offset: int = 0
+    trains_source: bool = False
 
-    def lower(self, layout: Layout, steps: int, seeds: int | None) -> Lowered:
-        """Returns the jitted epoch of up to `steps` steps, traced for the shapes of its arguments alone.
+    def folder(self, seed: int) -> str:
+        """Returns the name of the checkpoint folder of a seed."""
+        return f"{self.name}-seed{seed}"
 
-        Args:
-          layout: how it lies on devices.
-          steps: the most steps of one call.
-          seeds: how many there are side by side; None for one at a time.
+    @cached_property
+    def steps_per_call(self) -> int:
+        """How many steps one call of the compiled epoch takes: all between two reports.
+
+        On a CPU at most ten: calls cost nothing there, steps take long, and the progress bar should move. As many
+        where examples are streamed, since those of all its steps are in memory.
         """
+        most = self.lengths.report_every
+        return min(most, 10) if self.streams or jax.default_backend() == "cpu" else most
+
+    def lower(self, layout: Layout) -> Lowered:
+        """Returns the jitted epoch, traced for the shapes of its arguments alone."""
         state = jax.eval_shape(lambda: self.initial_state(0, self.fresh_source(0)))
+        steps = self.steps_per_call
         indices = self.indices_at(0)(0, steps)
         shapes = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (state, self._array_shapes(steps), indices)
         )
-        epoch = self.epoch
-        if seeds is not None:
-            step = shapes[0].step
-            shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((seeds, *leaf.shape), leaf.dtype), shapes)
-            shapes = (shapes[0].replace(step=step), *shapes[1:])
-            epoch = over_seeds(epoch)
-        return layout.lower(epoch, *shapes, jax.ShapeDtypeStruct((), np.int32))
+        return layout.lower(self.epoch, *shapes, jax.ShapeDtypeStruct((), np.int32))
 
     def fresh_source(self, seed: int) -> TrainState:
         """Returns the source of a seed as it starts; a trajectory starts as copies of that."""
@@ -96,8 +100,8 @@ class Stage:
 
     def initial_state(self, seed: int, source: TrainState) -> JointState:
         """Returns the state before the first step; for a seed, it is the same for every method."""
-        seed += self.other_seed
-        params, model_state = self.roles["target"].init(initial_key(seed, "source" if self.of_source else "target"))
+        seed += self.seed_offset
+        params, model_state = self.roles["target"].init(initial_key(seed, "source" if self.trains_source else "target"))
         adapter = None if self.method.fit is None else self._fitted(seed, source, params)
         state = init_joint_state(
             initial_key(seed, "adapter"),
@@ -111,7 +115,7 @@ class Stage:
             adapter=adapter,
             adapter_optimizer=self.optimizer,
         )
-        return state.replace(key=initial_key(seed, "source_steps" if self.of_source else "steps"))
+        return state.replace(key=initial_key(seed, "source_steps" if self.trains_source else "steps"))
 
     def _fitted(self, seed: int, source: TrainState, target_params: Params) -> Adapter:
         assert self.method.fit is not None
@@ -127,20 +131,14 @@ class Stage:
         """Whether examples are read when they are needed, and not all on the device."""
         return any(is_streamed(arrays) for arrays in self.arrays(0).values())
 
-    def facts(self, seeds: Sequence[int]) -> dict[str, str | int]:
-        """Returns what the steps of some seeds depend on beside the state: which examples come in which order."""
-        return {
-            "seeds": ",".join(map(str, seeds)),
-            "batch_size": self.batch_size,
-            **{
-                f"{role}_data": ",".join(self.digest(self.roles[role].splits, seed) for seed in seeds)
-                for role in self._learning_roles
-            },
-        }
+    def facts(self, seed: int) -> dict[str, str | int]:
+        """Returns what the steps of a seed depend on beside the state: which examples come in which order."""
+        data = {f"{role}_data": self.digest(self.roles[role].splits, seed) for role in self._learning_roles}
+        return {"seeds": str(seed), "batch_size": self.batch_size, **data}
 
-    def read_ahead(self, seed: int, steps: int) -> ReadAhead:
-        """Returns what reads the examples of so many steps at a time."""
-        return ReadAhead(self.arrays(seed), self._indices(seed), steps)
+    def read_ahead(self, seed: int) -> ReadAhead:
+        """Returns what reads the examples of one call of the epoch at a time."""
+        return ReadAhead(self.arrays(seed), self._indices(seed), self.steps_per_call)
 
     def indices_at(self, seed: int) -> Callable[[int, int], Indices]:
         """Returns `(first step, count) -> {role: [count, B]}`: the examples in each batch."""
@@ -152,8 +150,8 @@ class Stage:
             role: indices_of(
                 num_examples(self.roles[role].splits(seed).train),
                 self.batch_size,
-                seed + self.other_seed,
-                stream=int(role == "source" or self.of_source),
+                seed + self.seed_offset,
+                stream=int(role == "source" or self.trains_source),
             )
             for role in self._learning_roles
         }
@@ -205,70 +203,82 @@ class Stage:
         return model
 
 
-def make_stages(scenario: Scenario, config: RunConfig, origin: Origin) -> dict[str, Stage]:
-    """Returns the stages of a seed in order: the source's own training, where it has one, then the methods."""
+def make_trials(scenario: Scenario, config: RunConfig, source_plan: SourcePlan) -> dict[str, Trial]:
+    """Returns the trials of a seed in order: the source's own training, where it has one, then the methods."""
 
     @cache
     def digest(splits: Callable[[int], Splits], seed: int) -> str:
         return fingerprint(splits(seed).train)
 
-    def stage(
-        name: str, roles: Mapping[str, Role], source_task: Task | None, method: Method, lengths: Lengths, **options: Any
-    ) -> Stage:
-        step = make_joint_step(
-            source_task,
-            method.task,
-            method.transfer,
-            cycle=config.cycle_over(lengths.steps),
-            stop=method.stop,
-            num_steps=lengths.steps,
-            update=config.update,
-            teacher=method.teacher,
-            adapter_optimizer=scenario.adapter_optimizer,
-            axis_name=scenario.axis_name,
-        )
-        augment = {role: model.augment for role, model in roles.items() if model.augment is not None}
-        if augment:
-            step = augmented(step, augment, axis_name=scenario.axis_name)
-        return Stage(
-            name,
-            roles,
-            source_task,
-            method,
-            lengths,
-            config.batch_size,
-            scenario.adapter_optimizer,
-            make_epoch(step),
-            digest,
-            **options,
-        )
-
-    stages = {}
+    make_trial = partial(_make_trial, scenario, config, digest)
+    snapshots = source_plan.snapshots
+    trials = {}
     roles = {"target": scenario.target}
     if scenario.source is not None:
         roles["source"] = scenario.source
-        if origin.read is None and origin.lengths is not None and scenario.source_task is not None:
-            stages["source"] = stage(
+        if source_plan.read is None and source_plan.lengths is not None and scenario.source_task is not None:
+            trials["source"] = make_trial(
                 "source",
                 {"target": scenario.source},
                 None,
                 Method(scenario.source_task),
-                origin.lengths,
-                of_source=True,
-                keep=2 if origin.snapshots is None else None,
-                other_seed=OTHER_SEED if config.source_control == "other_seed" else 0,
+                source_plan.lengths,
+                trains_source=True,
+                keep=2 if snapshots is None else None,
+                seed_offset=OTHER_SEED if config.source_control == "other_seed" else 0,
             )
+    source_task = scenario.source_task if source_plan.live else None
+    lengths = scenario.schedule.target
     for name, method in scenario.methods.items():
         if method.fit is not None and config.source in ("live", "trajectory"):
             raise ValueError(
                 f"the method {name!r} is fitted to a source that has been trained, once: with --source {config.source} "
                 "there is none before the first step; take pretrained or frozen"
             )
-        if origin.snapshots is not None:
-            method = _replaying(method, origin.snapshots, scenario.schedule.target.steps)
-        live_task = scenario.source_task if origin.live else None
-        stages[name] = stage(name, roles, live_task, method, scenario.schedule.target, snapshots=origin.snapshots)
-    return stages
+        if snapshots is not None:
+            method = _replaying(method, snapshots, lengths.steps)
+        trials[name] = make_trial(name, roles, source_task, method, lengths, snapshots=snapshots)
+    return trials
+
+
+def _make_trial(
+    scenario: Scenario,
+    config: RunConfig,
+    digest: Digest,
+    name: str,
+    roles: Mapping[str, Role],
+    source_task: Task | None,
+    method: Method,
+    lengths: Lengths,
+    **options: Any,
+) -> Trial:
+    step = make_joint_step(
+        source_task,
+        method.task,
+        method.transfer,
+        cycle=config.cycle,
+        stop=method.stop,
+        num_steps=lengths.steps,
+        update=config.update,
+        teacher=method.teacher,
+        adapter_optimizer=scenario.adapter_optimizer,
+        axis_name=scenario.axis_name,
+    )
+    augment = {role: model.augment for role, model in roles.items() if model.augment is not None}
+    if augment:
+        step = augmented(step, augment, axis_name=scenario.axis_name)
+    return Trial(
+        name,
+        roles,
+        source_task,
+        method,
+        lengths,
+        config.batch_size,
+        scenario.adapter_optimizer,
+        make_epoch(step),
+        digest,
+        **options,
+    )
 
 
 def _replaying(method: Method, snapshots: int, num_steps: int) -> Method:

@@ -12,7 +12,7 @@ import merge_jax.study.texts
 from experiments import cross_task
 from merge_jax.data import WordPiece
 from merge_jax.study.cli import parse
-from merge_jax.study.sources import origin_of
+from merge_jax.study.sources import plan_source
 from tests import helpers
 from tests.smoke import run
 
@@ -154,7 +154,7 @@ def test_a_file_with_its_config_tells_the_sizes_of_a_source(tmp_path):
     scenario = build(*LITTLE, "--methods", "share", *options)
     assert scenario.source.name.startswith(f"{tmp_path.name} (")
     config = parse(cross_task.PRESETS, "", "", [*LITTLE, "--methods", "share", *map(str, options)])
-    read = mj.flatten(origin_of(scenario, config).read(0).params)
+    read = mj.flatten(plan_source(scenario, config).read(0).params)
     for path, leaf in mj.flatten(params).items():
         np.testing.assert_array_equal(read[f"encoder/{path}"], leaf)
     rows = scenario.methods["share"].transfer.describe(

@@ -18,10 +18,10 @@ from merge_jax.checkpoints.orbax import Checkpoints
 from merge_jax.runs.folder import RunFolder
 from merge_jax.study import ablation
 from merge_jax.study.cli import main, parse
-from merge_jax.study.controls import controlled
 from merge_jax.study.experiment import find_grid, load_experiment
-from merge_jax.study.grid import read_grid, runs_of, select
+from merge_jax.study.grid import make_runs, read_grid, select
 from merge_jax.study.report import write_report
+from merge_jax.study.sources import control_source
 from merge_jax.training.joint import TrainState
 from tests import ROOT, tiny
 from tests.study.test_controls import assert_equal_trees
@@ -98,14 +98,14 @@ def test_methods_are_handed_the_source_that_the_control_makes_of_the_trained_one
     folder, *_ = little
     params, _ = tiny.build(tiny.Config()).source.init(jax.random.key(0))
 
-    def saved(cell, role):
-        with Checkpoints(folder / "digits" / cell) as checkpoints:
+    def saved(path, role):
+        with Checkpoints(folder / "digits" / path) as checkpoints:
             parts = checkpoints.restore_parts(checkpoints.latest_step, {f"{role}/params": params})
         return TrainState(parts[f"{role}/params"], {}, None)
 
     trained = saved("vanilla/checkpoints/source-seed0", "target")
     handed = saved("shuffled/checkpoints/share-seed0", "source")
-    assert_equal_trees(handed.params, controlled("shuffled", trained, 0).params)
+    assert_equal_trees(handed.params, control_source("shuffled", trained, 0).params)
     assert_equal_trees(saved("seldom/checkpoints/share-seed0", "source").params, trained.params)
 
 
@@ -149,7 +149,7 @@ two_cores = pytest.mark.skipif(
 def test_a_run_in_a_process_of_its_own_gives_what_one_in_this_does(little, tmp_path, untraced):
     _, path, results = little
     found = study(path, tmp_path / "study", "--jobs", "2", "--only", "vanilla")
-    assert scores(found) == {cell: value for cell, value in scores(results).items() if cell[0] in ("vanilla", "share")}
+    assert scores(found) == {key: value for key, value in scores(results).items() if key[0] in ("vanilla", "share")}
 
 
 @two_cores
@@ -184,10 +184,10 @@ def test_of_two_jobs_those_that_train_a_source_come_first(
     path = write(tmp_path, LITTLE + rows.format("longer", 6) + rows.format("longest", 8))
     words = [str(path), "--run-dir", str(tmp_path / "study"), "--jobs", "2"]
     if failing is None:
-        ablation.main(words)
+        ablation.main("experiments.ablation", None, words)
     else:
         with pytest.raises(SystemExit) as stopped:
-            ablation.main(words)
+            ablation.main("experiments.ablation", None, words)
         assert stopped.value.code == 1
         printed = capsys.readouterr().out
         assert "vanilla.log: the last line" in printed
@@ -402,7 +402,7 @@ def test_a_crossing_is_a_row_for_each_choice_of_its_values(tmp_path):
     names = [row.name for row in grid.rows]
     assert names[:3] == ["plain", "by routes=one capped=true cycle=1", "by routes=one capped=true cycle=4"]
     assert len(names) == 9
-    runs = runs_of(grid)
+    runs = make_runs(grid)
     assert [run.name for run in runs][-2:] == ["a_1/by_routes=two_capped=false_cycle=4", "b_1/plain"]
     assert runs[1].arguments == [
         *("smoke", "--capped", "--cycle", "1", "--labels", "10", "--routes", "a=b", "--seeds", "10"),
@@ -410,11 +410,11 @@ def test_a_crossing_is_a_row_for_each_choice_of_its_values(tmp_path):
     ]
     assert runs[-2].arguments[1:8] == ["--no-capped", "--cycle", "4", "--labels", "10", "--routes", "a=b"]
     assert runs[-1].arguments == ["default", "--seeds", "3", "--methods", "vanilla"]
-    assert {run.setting.seeds for run in runs_of(read_grid(tmp_path / "little.toml", seeds=2))} == {2}
+    assert {run.setting.seeds for run in make_runs(read_grid(tmp_path / "little.toml", seeds=2))} == {2}
 
 
 def test_only_takes_runs_by_setting_row_or_both(tmp_path):
-    runs = runs_of(grid_of(tmp_path, CROSSED))
+    runs = make_runs(grid_of(tmp_path, CROSSED))
 
     def names(*patterns):
         return [run.name for run in select(runs, patterns)]
@@ -431,7 +431,7 @@ def test_only_takes_runs_by_setting_row_or_both(tmp_path):
 @pytest.mark.parametrize("path", sorted(ROOT.glob("experiments/grids/*.toml")), ids=lambda path: path.stem)
 def test_the_grids_that_come_along_are_right(path):
     assert find_grid(path.stem) == path
-    for one in runs_of(read_grid(path)):
+    for one in make_runs(read_grid(path)):
         module = load_experiment(one.setting.experiment)
         parse(module.PRESETS, "", "", one.arguments).check()
 
@@ -452,18 +452,18 @@ def test_the_grids_that_come_along_are_right(path):
         ('"tests.tiny"', '"tests.tiny"\npreset = "defalt"', "unknown preset 'defalt'; did you mean 'default'"),
         ('method = "vanilla"', 'method = "vanila"', "unknown method 'vanila'; did you mean 'vanilla'"),
         ("cycle = 2", "cycl = 2", "'seldom' of the setting 'digits': unknown option 'cycl'; did you mean 'cycle'"),
-        ("cycle = 2", "seeds = 2", "seeds is no option of a cell: seeds stand at the top of the grid, or in a setting"),
+        ("cycle = 2", "seeds = 2", "seeds is no option of a row: seeds stand at the top of the grid, or in a setting"),
         (
             "cycle = 2",
-            "cycle_end = 0",
-            "'seldom' of the setting 'digits': cycle_end must be a whole number of at least",
+            "source_epochs = 0",
+            "'seldom' of the setting 'digits': source_epochs must be a whole number of at least",
         ),
         ("cycle = 2", "cycle = [[1]]", "cycle must be a string, a number, a truth value or a list of such"),
         ("cycle = 2", 'cycle = "two"', "of the setting 'digits': its command is python -m tests.tiny default"),
         ('"bias"\n', '"bia"\n', "unknown list of routes 'bia'; did you mean 'bias'"),
         ("fc/bias=fc/bias", "fc/bias", "a route must be target=source, such as fc/kernel=fc/kernel, got 'fc/bias'"),
         ('routes = "bias"', 'route = "head"', "the row 'seldom': unknown key 'route'; did you mean 'routes'"),
-        ('routes = "bias"', "routes = 1", "the row 'seldom': routes must be a string, got 1"),
+        ('routes = "bias"', "routes = 1", "the row 'seldom': routes must be str | None, got 1"),
         ('routes = "bias"', 'settings = ["digit"]', "the row 'seldom' matches no setting with 'digit'"),
         ('routes = "bias"', "vary = { stop = 0.1 }", "the row 'seldom': vary stop must be a list of one value or more"),
         ('"vanilla", "share"]', '"vanila"]', "unknown row in against 'vanila'; did you mean 'vanilla'"),
@@ -472,13 +472,13 @@ def test_the_grids_that_come_along_are_right(path):
         ("[rows.seldom]", "[rows.'../seldom']", "row '../seldom': a name is letters, digits"),
         ("seeds = 1", "seeds = ", "(at line 2, column 9)"),
         ("seeds = 1", "seeds = 0", "seeds must be at least 1, got 0"),
-        ("seeds = 1", 'seeds = "1"', "the grid: seeds must be a whole number, got '1'"),
+        ("seeds = 1", 'seeds = "1"', "the grid: seeds must be int, got '1'"),
         (
             "options = { adapter_learning_rate = 0.02 }",
             'curve = "c"',
             "the setting 'digits': curve and size go together",
         ),
-        ('experiment = "tests.tiny"', "", "the setting 'digits' has no experiment"),
+        ('experiment = "tests.tiny"', "", "the setting 'digits': there is no experiment"),
         (
             'options = { source_control = "shuffled" }',
             "",
@@ -521,7 +521,7 @@ def test_what_does_not_fit_is_told_before_anything_trains(old, new, message, tmp
 
 def refused(capsys, *words):
     with pytest.raises(SystemExit) as stopped:
-        ablation.main(list(map(str, words)))
+        ablation.main("experiments.ablation", None, list(map(str, words)))
     assert stopped.value.code == 2
     return capsys.readouterr().err
 
@@ -571,7 +571,7 @@ TESTS = {
 def reported(tmp_path):
     """Returns the report of two settings; one row is not done yet, and of another one seed is missing."""
     grid = grid_of(tmp_path, CURVE)
-    runs = runs_of(grid)
+    runs = make_runs(grid)
     folder = RunFolder.open(tmp_path / "study", {"grid": "little"}, resume=False)
     for one in runs:
         results = [
@@ -608,13 +608,11 @@ def test_tables_compare_rows_with_each_that_is_asked_for(reported):
         *["many: test accuracy of the target, %"] * 2,
     ]
     against_vanilla, against_share = few[1].splitlines(), few[2].splitlines()
-    assert against_vanilla[2] == "| row | n | test | validation | - vanilla | p (t) | p (Wilcoxon) | s/run | adapter |"
-    # Differences 0.20, 0.21, 0.20, 0.19: mean 0.20, deviation sqrt(0.0002 / 3), t = 49; all signs alike: p = 2 / 2^4.
-    assert against_vanilla[5] == (
-        r"| share \*\* | 4 | 74.2 ± 2.5 | 84.2 ± 2.5 | +20.0 ± 0.4 | 2e-05 | 0.125 | 3.5 | 1,234 |"
-    )
+    assert against_vanilla[2] == "| row | n | test | validation | - vanilla | p (t) | s/run | adapter |"
+    # Differences 0.20, 0.21, 0.20, 0.19: mean 0.20, deviation sqrt(0.0002 / 3), t = 49.
+    assert against_vanilla[5] == (r"| share \*\* | 4 | 74.2 ± 2.5 | 84.2 ± 2.5 | +20.0 ± 0.4 | 2e-05 | 3.5 | 1,234 |")
     assert against_vanilla[6].startswith("| kd | 4 | 54.0 ± 2.3 | 64.0 ± 2.3 | -0.2 ± 2.1 |")
-    assert against_vanilla[4] == "| vanilla | 4 | 54.2 ± 2.2 | 64.2 ± 2.2 |  |  |  | 3.5 | 1,234 |"
+    assert against_vanilla[4] == "| vanilla | 4 | 54.2 ± 2.2 | 64.2 ± 2.2 |  |  | 3.5 | 1,234 |"
     assert against_share[4].startswith(r"| vanilla \*\* | 4 | 54.2 ± 2.2 | 64.2 ± 2.2 | -20.0 ± 0.4 | 2e-05 |")
     # Of three rows there are three pairs, though vanilla and share stand in both tables.
     assert "few: 3 comparisons; significant at 0.01 after Holm (**): share - vanilla, " in few[2]

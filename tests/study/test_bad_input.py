@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 import merge_jax as mj
-import merge_jax.study.runner
+import merge_jax.study.trainer
 from experiments import cross_modal, cross_structure, cross_task
 from merge_jax.checkpoints.safetensors import load_params
 from merge_jax.data import (
@@ -38,7 +38,7 @@ from merge_jax.data.images.image_files import check_image_files
 from merge_jax.data.tfds import archive_members
 from merge_jax.study.cli import parse
 from merge_jax.study.images import make_vision_encoder
-from merge_jax.study.sources import origin_of
+from merge_jax.study.sources import plan_source
 from merge_jax.training.sharding import DATA_AXIS, jit_layout
 from merge_jax.transfers.pairing import resolve
 from merge_jax.transfers.routes import Route, as_routes
@@ -104,7 +104,7 @@ def source_of(make, *words):
         words_there = [str(word).replace("TMP", str(folder)) for word in ("smoke", *words)]
         config = parse(cross_structure.PRESETS, "", "", words_there)
         config.check()
-        origin_of(cross_structure.build(config), config).read(0)
+        plan_source(cross_structure.build(config), config).read(0)
 
     return raises(read)
 
@@ -304,10 +304,6 @@ ROWS = {
         "learning_rate must be a finite number, got inf",
     ),
     "rate 0": (refused("cross_structure", "--learning-rate", "0"), "learning_rate must be above 0, got 0.0"),
-    "width 0": (
-        refused("cross_structure", "--max-width", "0"),
-        "max_width must be a whole number of at least 1, got 0",
-    ),
     "momentum 1": (refused("cross_structure", "--momentum", "1"), "momentum must lie in [0, 1), got 1.0"),
     "rate below 0": (refused("cross_task", "--learning-rate", "-0.1"), "learning_rate must be above 0, got -0.1"),
     "rate of the source": (
@@ -358,21 +354,24 @@ ROWS = {
         "patches of 5 do not fill images of 32x32",
     ),
     # Options of another type, in a config made by hand.
-    "type: words for a number": (checked(cross_structure, steps="many"), "steps must be a whole number, got 'many'"),
-    "type: a fraction of a seed": (checked(cross_structure, seeds=1.5), "seeds must be a whole number, got 1.5"),
-    "type: a flag for a number": (checked(cross_structure, cycle=True), "cycle must be a whole number, got True"),
-    "type: no rate": (checked(cross_task, learning_rate=None), "learning_rate must be a number, got None"),
+    "type: words for a number": (checked(cross_structure, steps="many"), "steps must be int, got 'many'"),
+    "type: a fraction of a seed": (checked(cross_structure, seeds=1.5), "seeds must be int, got 1.5"),
+    "type: a flag for a number": (
+        checked(cross_structure, cycle=True),
+        "cycle must be a whole number of at least 1, got True",
+    ),
+    "type: no rate": (checked(cross_task, learning_rate=None), "learning_rate must be float, got None"),
     "type: a string of routes": (
         checked(cross_structure, routes="fc/kernel=fc/kernel"),
-        "routes must be a tuple of a string, got 'fc/kernel=fc/kernel'",
+        "routes must be tuple[str, ...], got 'fc/kernel=fc/kernel'",
     ),
     "type: a choice": (
         checked(cross_structure, source="froze"),
-        "unknown source 'froze'; did you mean 'frozen'?",
+        "source must be Literal['pretrained', 'live', 'frozen', 'trajectory'], got 'froze'",
     ),
     "type: inside of another": (
         checked(cross_modal, target_model=cross_modal.Architecture(layers=0.5)),
-        "target_model.layers must be a whole number or None, got 0.5",
+        "target_model.layers must be int | None, got 0.5",
     ),
     "type: nan inside of another": (
         checked(cross_modal, source_model=cross_modal.Architecture(dropout=float("nan"))),
@@ -394,10 +393,6 @@ ROWS = {
     "another seed of what is read": (
         refused("cross_structure", "--source", "frozen", "--source-from", "TMP", "--source-control", "other_seed"),
         "source_control other_seed trains a source of another seed: leave out --source frozen",
-    ),
-    "a trajectory side by side": (
-        refused("cross_structure", "--source", "trajectory", "--vectorized"),
-        "a trajectory is read seed by seed: leave out --vectorized",
     ),
     "itself and live": (
         refused("cross_modal", "--source-task", "itself", "--source", "live"),
@@ -895,7 +890,7 @@ ROWS = {
         refused("cross_structure", "--source", "trajectory", "--source-from", "TMP", "--seeds", "2"),
         "TMP has no checkpoints of source-seed0, source-seed1: it must be the folder of a run that trained a source on"
         " its"
-        " own (--source pretrained or trajectory) for as many seeds, without --vectorized",
+        " own (--source pretrained or trajectory) for as many seeds",
     ),
     "source: checkpoints without a step": (
         source_of(
@@ -922,7 +917,7 @@ def nothing_compiles(monkeypatch):
     def compiled(*_):
         raise AssertionError("compiled")
 
-    monkeypatch.setattr(merge_jax.study.runner, "compile_epoch", compiled)
+    monkeypatch.setattr(merge_jax.study.trainer, "compile_epoch", compiled)
     monkeypatch.setattr(jax.stages.Lowered, "compile", compiled)
 
 

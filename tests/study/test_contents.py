@@ -9,7 +9,7 @@ import pytest
 
 from merge_jax.checkpoints.orbax import Checkpoints
 from merge_jax.study.config import RunConfig
-from merge_jax.study.contents import contents_of
+from merge_jax.study.contents import contents_of, run_identity
 
 
 def content(path, **options):
@@ -119,8 +119,8 @@ def test_what_is_no_path_of_anything_has_no_content_and_a_place_is_none(tmp_path
 def test_a_config_is_known_by_options_and_contents(tmp_path):
     save(tmp_path / "run", 1.0)
     config = RunConfig(seeds=1, source="frozen", source_from=tmp_path / "run", run_dir=tmp_path)
-    identity = config.identity()
+    identity = run_identity(config)
     assert identity["source_from"] == str(tmp_path / "run")
     assert identity["contents"] == {"source_from": content(tmp_path / "run")}
     assert "run_dir" not in identity
-    assert "contents" not in RunConfig().identity()
+    assert "contents" not in run_identity(RunConfig())

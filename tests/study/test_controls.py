@@ -9,10 +9,9 @@ from experiments import cross_structure, self_transfer
 from merge_jax.data import indices_of, num_examples
 from merge_jax.paths import flatten
 from merge_jax.study.cli import parse
-from merge_jax.study.controls import OTHER_SEED, controlled
 from merge_jax.study.runner import check_run
-from merge_jax.study.sources import PURPOSES, initial_key, origin_of
-from merge_jax.study.trial import make_stages
+from merge_jax.study.sources import OTHER_SEED, PURPOSES, control_source, initial_key, plan_source
+from merge_jax.study.trial import make_trials
 from merge_jax.training.joint import TrainState
 from tests import tiny
 
@@ -31,12 +30,12 @@ def trained():
     return TrainState(params, {"batch_stats": {"mean": jnp.arange(3.0)}}, None)
 
 
-def stages_of(*options):
+def trials_of(*options):
     config = parse(cross_structure.PRESETS, "", "", [*LITTLE, *options])
     config.check()
     scenario = cross_structure.build(config)
-    origin = origin_of(scenario, config)
-    return scenario, origin, make_stages(scenario, config, origin)
+    source_plan = plan_source(scenario, config)
+    return scenario, source_plan, make_trials(scenario, config, source_plan)
 
 
 def assert_equal_trees(found, expected):
@@ -48,7 +47,7 @@ def assert_equal_trees(found, expected):
 
 def test_shuffled_keeps_the_numbers_of_each_leaf_and_moves_them():
     source = trained()
-    found = controlled("shuffled", source, seed=3)
+    found = control_source("shuffled", source, seed=3)
     for path, leaf in flatten(source.params).items():
         other = flatten(found.params)[path]
         assert (other.shape, other.dtype) == (leaf.shape, leaf.dtype)
@@ -60,7 +59,7 @@ def test_shuffled_keeps_the_numbers_of_each_leaf_and_moves_them():
 
 def test_noise_keeps_mean_and_deviation_of_each_leaf_alone():
     source = trained()
-    found = controlled("noise", source, seed=3)
+    found = control_source("noise", source, seed=3)
     for path, leaf in flatten(source.params).items():
         other = flatten(found.params)[path]
         assert (other.shape, other.dtype) == (leaf.shape, leaf.dtype)
@@ -76,31 +75,31 @@ def test_noise_keeps_mean_and_deviation_of_each_leaf_alone():
 @pytest.mark.parametrize("control", ["shuffled", "noise"])
 def test_what_is_drawn_depends_on_the_seed_alone(control):
     source = trained()
-    assert_equal_trees(controlled(control, source, 1).params, controlled(control, source, 1).params)
-    other = controlled(control, source, 2).params["kernel"]
-    assert not np.array_equal(controlled(control, source, 1).params["kernel"], other)
+    assert_equal_trees(control_source(control, source, 1).params, control_source(control, source, 1).params)
+    other = control_source(control, source, 2).params["kernel"]
+    assert not np.array_equal(control_source(control, source, 1).params["kernel"], other)
 
 
 @pytest.mark.parametrize("control", ["none", "random", "other_seed"])
 def test_controls_of_the_training_leave_the_source_as_it_is(control):
     source = trained()
-    assert controlled(control, source, 1) is source
+    assert control_source(control, source, 1) is source
 
 
 def test_random_is_the_source_as_it_starts_and_trains_none():
-    scenario, origin, stages = stages_of("--source-control", "random")
-    assert list(stages) == ["share"]
+    scenario, source_plan, trials = trials_of("--source-control", "random")
+    assert list(trials) == ["share"]
     params, model_state = scenario.source.init(initial_key(1, "source"))
-    found = origin.read(1)
+    found = source_plan.read(1)
     assert_equal_trees(found.params, params)
     assert_equal_trees(found.model_state, model_state)
 
 
 def test_random_is_the_start_of_the_source_that_a_run_trains():
-    _, origin, _ = stages_of("--source-control", "random")
-    _, _, plain = stages_of()
+    _, source_plan, _ = trials_of("--source-control", "random")
+    _, _, plain = trials_of()
     start = plain["source"].initial_state(1, TrainState({}, {}, None)).target
-    assert_equal_trees(origin.read(1).params, start.params)
+    assert_equal_trees(source_plan.read(1).params, start.params)
 
 
 def test_source_and_target_share_nothing_that_is_drawn():
@@ -108,18 +107,18 @@ def test_source_and_target_share_nothing_that_is_drawn():
     config = parse(tiny.PRESETS, "", "", ["--labels", "None"])
     config.check()
     scenario = tiny.build(config)
-    stages = make_stages(scenario, config, origin_of(scenario, config))
-    fresh = stages["share"].fresh_source(0)
-    of_source = stages["source"].initial_state(0, TrainState({}, {}, None))
-    of_target = stages["share"].initial_state(0, fresh)
+    trials = make_trials(scenario, config, plan_source(scenario, config))
+    fresh = trials["share"].fresh_source(0)
+    of_source = trials["source"].initial_state(0, TrainState({}, {}, None))
+    of_target = trials["share"].initial_state(0, fresh)
     kernels = [state.target.params["fc"]["kernel"] for state in (of_source, of_target)]
     assert not np.isin(*kernels).any()
     assert not np.array_equal(*(jax.random.key_data(state.key) for state in (of_source, of_target)))
-    orders = [stages[name].indices_at(0)(0, 4)["target"] for name in ("source", "share")]
+    orders = [trials[name].indices_at(0)(0, 4)["target"] for name in ("source", "share")]
     assert not np.array_equal(*orders)
     # The source that learns beside the target begins and reads as the one that was trained before it.
     config = parse(tiny.PRESETS, "", "", ["--labels", "None", "--source", "live"])
-    live = make_stages(scenario, config, origin_of(scenario, config))["share"]
+    live = make_trials(scenario, config, plan_source(scenario, config))["share"]
     assert_equal_trees(live.fresh_source(0).params, of_source.target.params)
     np.testing.assert_array_equal(live.indices_at(0)(0, 4)["source"], orders[0])
 
@@ -131,15 +130,15 @@ def test_keys_of_a_seed_are_all_different_and_no_backend_matters():
 
 
 def test_other_seed_is_another_start_and_other_batches_of_the_same_split():
-    _, _, plain = stages_of()
-    _, _, other = stages_of("--source-control", "other_seed")
+    _, _, plain = trials_of()
+    _, _, other = trials_of("--source-control", "other_seed")
     mine, theirs = plain["source"], other["source"]
     fresh = mine.fresh_source(0)
     assert_equal_trees(
         theirs.initial_state(0, fresh).target.params, mine.initial_state(OTHER_SEED, fresh).target.params
     )
     keys = [
-        jax.random.key_data(stage.initial_state(seed, fresh).key) for stage, seed in ((theirs, 0), (mine, OTHER_SEED))
+        jax.random.key_data(trial.initial_state(seed, fresh).key) for trial, seed in ((theirs, 0), (mine, OTHER_SEED))
     ]
     np.testing.assert_array_equal(*keys)
     assert_equal_trees(theirs.arrays(0), mine.arrays(0))
@@ -166,12 +165,12 @@ def test_other_seed_is_another_start_and_other_batches_of_the_same_split():
 )
 def test_controls_need_a_source_that_is_handed_over(options, message):
     with pytest.raises(ValueError, match=message):
-        stages_of("--source-control", "shuffled", *options)
+        trials_of("--source-control", "shuffled", *options)
 
 
 def test_a_source_of_another_seed_is_trained_and_not_read(tmp_path):
     with pytest.raises(ValueError, match="other_seed trains a source of another seed: leave out --source frozen"):
-        stages_of("--source-control", "other_seed", "--source", "frozen", "--source-from", str(tmp_path))
+        trials_of("--source-control", "other_seed", "--source", "frozen", "--source-from", str(tmp_path))
 
 
 def test_a_target_that_is_its_own_source_has_none_to_control():

@@ -6,9 +6,9 @@ import re
 import pytest
 
 from merge_jax.checkpoints.orbax import Checkpoints
-from merge_jax.study import trial as stages
+from merge_jax.study import trial
 from merge_jax.training.signals import StopSignals
-from tests import test_image_sets
+from tests.data import test_image_sets
 from tests.smoke import run
 
 # Ten steps a call, so that the first call ends between two reports, and within an epoch.
@@ -45,13 +45,13 @@ def stopping_at(monkeypatch, call):
 
 
 def digests(folder):
-    """The digest of every leaf of the last step of every cell, taken of what is restored."""
+    """The digest of every leaf of the last step of every trial, taken of what is restored."""
     found = {}
-    for cell in (folder / "checkpoints").iterdir():
-        with Checkpoints(cell, read_only=True) as checkpoints:
+    for path in (folder / "checkpoints").iterdir():
+        with Checkpoints(path, read_only=True) as checkpoints:
             manifest = checkpoints.manifest(checkpoints.latest_step)
         assert manifest.step == 20
-        found[cell.name] = {path: leaf.sha256 for path, leaf in manifest.leaves.items()}
+        found[path.name] = {name: leaf.sha256 for name, leaf in manifest.leaves.items()}
     return found
 
 
@@ -117,8 +117,8 @@ TINY = [*LENGTHS, *PRETRAINED, "--methods", "vanilla", "share"]
 def test_what_is_done_is_neither_restored_nor_hashed(monkeypatch, tmp_path, capsys):
     """Of two seeds the second lacks a method: its own source is needed, and no other."""
     folder, hashed, opened = tmp_path / "run", [], []
-    fingerprint, init = stages.fingerprint, Checkpoints.__init__
-    monkeypatch.setattr(stages, "fingerprint", lambda arrays: hashed.append(None) or fingerprint(arrays))
+    fingerprint, init = trial.fingerprint, Checkpoints.__init__
+    monkeypatch.setattr(trial, "fingerprint", lambda arrays: hashed.append(None) or fingerprint(arrays))
 
     def open_(self, path, **options):
         opened.append(path.name)
@@ -176,6 +176,6 @@ def test_what_changes_the_batches_is_refused_by_name(monkeypatch, tmp_path, caps
     changed = refusal("--batch-size", "40", "--seeds", "2", "--labels", "50")
     assert "batch_size was 50, is 40\n  labels was 100, is 50\n  seeds was 1, is 2\n" in changed
     # The options are the same, but the pixels are not: a file may have changed.
-    monkeypatch.setattr(stages, "fingerprint", lambda arrays: "changed")
+    monkeypatch.setattr(trial, "fingerprint", lambda arrays: "changed")
     pattern = r"error: .* saved by another run: \w+_data was '[0-9a-f]{16}', is 'changed'\. Go on"
     assert re.search(pattern, refusal())

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from contextlib import redirect_stdout
@@ -16,9 +17,11 @@ from merge_jax.checkpoints.orbax import Checkpoints
 from merge_jax.paths import flatten
 from merge_jax.runs import mean_and_error
 from merge_jax.study.cli import main, parse
-from merge_jax.study.sources import origin_of
-from merge_jax.study.trial import make_stages
-from tests import ROOT, test_image_sets, tiny
+from merge_jax.study.contents import REMOVED_OPTIONS
+from merge_jax.study.sources import plan_source
+from merge_jax.study.trial import make_trials
+from tests import ROOT, tiny
+from tests.data import test_image_sets
 from tests.smoke import run
 
 # Ten steps in two halves, of the experiment that compiles in a second.
@@ -62,13 +65,13 @@ def assert_close(found, expected):
             assert one[name] == pytest.approx(other[name], rel=1e-3), (one["run"], one["step"], name)
 
 
-def last_state(folder, stage_name):
+def last_state(folder, name):
     """Returns all leaves of the checkpoint of step 10, by path."""
     config = parse(tiny.PRESETS, "", "", TEN_STEPS)
     scenario = tiny.build(config)
-    stage = make_stages(scenario, config, origin_of(scenario, config))[stage_name]
-    state = jax.eval_shape(lambda: stage.initial_state(0, stage.fresh_source(0)))
-    with Checkpoints(folder / "checkpoints" / f"{stage_name}-seed0", read_only=True) as checkpoints:
+    trial = make_trials(scenario, config, plan_source(scenario, config))[name]
+    state = jax.eval_shape(lambda: trial.initial_state(0, trial.fresh_source(0)))
+    with Checkpoints(folder / "checkpoints" / f"{name}-seed0", read_only=True) as checkpoints:
         step, state = checkpoints.restore_latest(state)
     assert step == 10
     return flatten(state.replace(key=jax.random.key_data(state.key)))
@@ -115,9 +118,9 @@ def test_resumed_in_a_new_process_a_run_is_the_unbroken_one_bit_for_bit(unbroken
         assert stopped.returncode == 130
         assert "the same command with --resume goes on from the last checkpoint" in stopped.stderr
         assert "Traceback" not in stopped.stderr
-    for cell in ("source-seed0", "operators-seed0"):
-        steps = [path.name for path in (folder / "checkpoints" / cell).iterdir()]
-        assert ("10" in steps) == (cell == "source-seed0")
+    for name in ("source-seed0", "operators-seed0"):
+        steps = [path.name for path in (folder / "checkpoints" / name).iterdir()]
+        assert ("10" in steps) == (name == "source-seed0")
     done = start(*TEN_STEPS, "--run-dir", folder, "--resume")
     assert done.returncode == 0, done.stderr
     assert "compiled operators, 1 of 1: " in done.stderr  # The source is done, and is not compiled again.
@@ -161,15 +164,22 @@ def test_a_live_source_trains_beside_the_target(tmp_path):
     assert {"source/loss", "source/validation_accuracy", "target/loss"} <= found[0].keys()
 
 
-def test_seeds_side_by_side_are_those_of_separate_runs(unbroken, tmp_path):
-    results, found = run("tiny", tmp_path / "run", *TEN_STEPS, "--seeds", "2", "--vectorized")
-    assert (tmp_path / "run" / "checkpoints" / "operators-seeds0-1" / "10").is_dir()
-    assert {record["run"] for record in found} == {
-        f"{name}-seed{seed}" for name in ("source", "operators") for seed in (0, 1)
-    }
-    assert_close([record for record in found if record["run"].endswith("seed0")], records(unbroken[0]))
-    assert found[0]["target/loss"] != found[1]["target/loss"]
-    assert [result["seed"] for result in results] == [0, 1]
+def test_a_run_of_another_version_goes_on_if_its_options_say_the_same(unbroken, tmp_path, capsys):
+    """Options that have gone since, at the values that this version always has."""
+    folder = tmp_path / "run"
+    shutil.copytree(unbroken[0], folder)
+    config = json.loads((folder / "config.json").read_text())
+    assert not config.keys() & REMOVED_OPTIONS.keys()
+    (folder / "config.json").write_text(json.dumps(config | dict(REMOVED_OPTIONS)))
+    shutil.rmtree(folder / "checkpoints" / "operators-seed0" / "10")
+    (folder / "results.json").unlink()
+    run("tiny", folder, *TEN_STEPS, "--resume")
+    assert "operators-seed0 goes on from step 5 of 10" in capsys.readouterr().err
+    assert records(folder) == records(unbroken[0])
+    (folder / "config.json").write_text(json.dumps(config | {"vectorized": True}))
+    with pytest.raises(SystemExit):
+        run("tiny", folder, *TEN_STEPS, "--resume")
+    assert "another config:\n  vectorized was True, is '(absent)'\n" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -337,16 +347,3 @@ def test_mean_and_standard_error():
     assert mean == pytest.approx(7 / 3)
     assert error == pytest.approx(np.std([1, 2, 4], ddof=1) / np.sqrt(3))
     assert mean_and_error([2.0]) == (2.0, None)
-
-
-def test_the_inner_width_of_the_adapter_is_an_option():
-    def attention(*options):
-        scenario = cross_structure.build(parse(cross_structure.PRESETS, "", "", ["smoke", *options]))
-        transfer = scenario.methods["mergenet"].transfer
-        params = [jax.eval_shape(role.init, jax.random.key(0))[0] for role in (scenario.source, scenario.target)]
-        adapter = jax.eval_shape(transfer.init, jax.random.key(0), *params)
-        # Of the two attentions of rows, and the two of columns.
-        return {leaf.shape[-1] for path, leaf in flatten(adapter).items() if path.endswith("query/kernel")}
-
-    assert attention("--max-width", "16") == {2 * 16}
-    assert attention() == {2 * 128}

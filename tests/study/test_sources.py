@@ -12,7 +12,7 @@ from merge_jax.checkpoints.orbax import Checkpoints
 from merge_jax.commands.export import export_part
 from merge_jax.study import runner, sources
 from merge_jax.study.cli import parse
-from merge_jax.study.sources import origin_of
+from merge_jax.study.sources import plan_source
 from tests import tiny
 from tests.smoke import run
 
@@ -78,8 +78,8 @@ def test_a_frozen_source_may_be_an_exported_model(pretrained, tmp_path):
 
 def test_a_trajectory_shows_every_saved_step_in_order(trajectory):
     folder, _, records = trajectory
-    cell = folder / "checkpoints" / "source-seed0"
-    saved = sorted(int(path.name) for path in cell.iterdir() if path.name.isdigit())
+    saved_source = folder / "checkpoints" / "source-seed0"
+    saved = sorted(int(path.name) for path in saved_source.iterdir() if path.name.isdigit())
     assert saved == [10, 20, 30]
     # Transfers go on over the whole of these six steps, reported by twos: two steps for each snapshot.
     shown = [record["adapter/snapshot"] for record in records if record["run"] == "share-seed0"]
@@ -117,9 +117,9 @@ def refused(options, folder):
     config = parse(tiny.PRESETS, "", "", [*map(str, [*LITTLE, *options]), "--run-dir", str(folder)])
     config.check()
     scenario = tiny.build(config)
-    origin = origin_of(scenario, config)
-    if origin.read is not None:
-        origin.read(0)
+    source_plan = plan_source(scenario, config)
+    if source_plan.read is not None:
+        source_plan.read(0)
 
 
 def test_sources_that_cannot_be_read_are_refused(pretrained, trajectory, tmp_path):
@@ -131,7 +131,6 @@ def test_sources_that_cannot_be_read_are_refused(pretrained, trajectory, tmp_pat
             ["--source-from", tmp_path],
             "--source-from is for a source that is frozen or a trajectory; this one is pretr",
         ),
-        ([*replayed, "--vectorized"], "a trajectory is read seed by seed: leave out --vectorized"),
         ([*replayed, "--snapshots", "0"], "snapshots must be at least 1, got 0"),
         ([*frozen, "--source-from", tmp_path / "none.safetensors"], "the source cannot be read: there is no file"),
         (
@@ -163,7 +162,7 @@ def test_another_model_is_told_before_one_is_made_or_traced(kind, pretrained, tr
         assert isinstance(key, jax.core.Tracer), "a model is made"
         return scenario.source.init(key)
 
-    monkeypatch.setattr(runner, "make_stages", lambda *arguments: pytest.fail("steps are traced"))
+    monkeypatch.setattr(runner, "make_trials", lambda *arguments: pytest.fail("steps are traced"))
     with pytest.raises(ValueError, match=r"fc/kernel is float32\[3, 4\], the|hidden/kernel is not saved"):
         runner.check_run(replace(scenario, source=replace(scenario.source, init=init)), config)
 
@@ -173,7 +172,7 @@ def test_numbers_that_are_not_finite_are_told_before_steps_are_traced(pretrained
     mj.save_safetensors(tmp_path / "source.safetensors", params)
     words = [*LITTLE, "--source", "frozen", "--source-from", str(tmp_path / "source.safetensors")]
     config = parse(tiny.PRESETS, "", "", words)
-    monkeypatch.setattr(runner, "make_stages", lambda *arguments: pytest.fail("steps are traced"))
+    monkeypatch.setattr(runner, "make_trials", lambda *arguments: pytest.fail("steps are traced"))
     with pytest.raises(ValueError, match="the source of seed 0"):
         runner.check_run(tiny.build(config), config)
 
@@ -195,7 +194,7 @@ def test_a_run_that_goes_on_looks_at_no_source_of_a_seed_that_may_be_done(
     ]
     config, read = parse(tiny.PRESETS, "", "", words), []
     monkeypatch.setattr(sources, "load_params", lambda *of: read.append(of) or mj.load_params(*of))
-    monkeypatch.setattr(runner, "make_stages", lambda *arguments: {})
+    monkeypatch.setattr(runner, "make_trials", lambda *arguments: {})
     scenario = tiny.build(config)
     load = replace(scenario.source, load=sources.load_params)
     runner.check_run(replace(scenario, source=load), config)

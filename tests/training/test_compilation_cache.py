@@ -14,6 +14,7 @@ import merge_jax.study.grid_runner
 from experiments import cross_structure
 from merge_jax.commands import doctor
 from merge_jax.study.cli import parse
+from merge_jax.study.contents import run_identity
 from merge_jax.training import compilation_cache
 
 _COMPILES = """
@@ -125,7 +126,7 @@ def test_the_cache_is_no_part_of_what_a_run_is():
     assert [config.compilation_cache for config in configs] == ["default", "none", Path("a/folder")]
     for config in configs:
         config.check()
-        assert config.identity() == configs[0].identity()
+        assert run_identity(config) == run_identity(configs[0])
     with pytest.raises(ValueError, match="unknown compilation_cache 'nonne'"):
         replace(configs[0], compilation_cache="nonne").check()
 
