@@ -21,7 +21,7 @@ from merge_jax.study.cli import parse
 from merge_jax.study.config import RunConfig
 from merge_jax.study.experiment import find_experiment, find_grid, load_experiment
 from merge_jax.study.grid import Grid, GridRun, Options, read_grid, runs_of, select
-from merge_jax.study.methods import TransferConfig
+from merge_jax.study.options import TransferOptions
 from merge_jax.study.report import write_report
 from merge_jax.study.runner import check_run, prepare_run
 from merge_jax.study.scenario import Scenario
@@ -33,8 +33,8 @@ __all__ = ["run_study"]
 # but for another seed, which is another source.
 _OF_THE_TARGET = frozenset(
     {
-        *({field.name for field in fields(TransferConfig)} - {field.name for field in fields(RunConfig)}),
-        *("methods", "routes", "cycle", "cycle_end", "update", "labels", "steps", "direction"),
+        *(field.name for field in fields(TransferOptions)),
+        *("routes", "cycle", "cycle_end", "update", "labels", "steps", "direction"),
         *("temperature", "distillation_weight", "source_control"),
     }
 )

@@ -18,12 +18,12 @@ def save_samples(scenario: Scenario, results: Sequence[Mapping[str, Any]], folde
 
     A mark says whether an answer is right. Where the source was asked the same, its answers stand first.
     """
-    samples = scenario.target.samples
+    samples = scenario.target.sample_images
     if samples is None:
         return
     answers = {result["method"]: result["answers"]["target"] for result in results if result["seed"] == 0}
     source = scenario.source
-    of_source = None if source is None else source.samples
+    of_source = None if source is None else source.sample_images
     if of_source is not None and (of_source.asked, of_source.right) == (samples.asked, samples.right):
         answers = {"source": results[0]["answers"]["source"], **answers}
 

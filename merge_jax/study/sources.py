@@ -12,7 +12,7 @@ import jax
 from merge_jax.checkpoints.orbax import Checkpoints
 from merge_jax.checkpoints.safetensors import leaf_paths, load_params
 from merge_jax.study.config import Lengths, RunConfig
-from merge_jax.study.scenario import Role, Scenario
+from merge_jax.study.scenario import Scenario, StudyModel
 from merge_jax.training.joint import TrainState
 from merge_jax.training.trajectory import load_trajectory
 
@@ -138,13 +138,13 @@ def _parts(start: TrainState) -> dict[str, object]:
     return {_PARAMS: start.params, _MODEL_STATE: start.model_state}
 
 
-def _read_file(role: Role, path: Path, start: TrainState) -> TrainState:
+def _read_file(role: StudyModel, path: Path, start: TrainState) -> TrainState:
     read = _read_variables(role, path, start)
     model_state = {name: jax.tree.map(jax.numpy.asarray, one) for name, one in read.items()}
     return TrainState(model_state.pop("params"), model_state, None)
 
 
-def _read_variables(role: Role, path: Path, start: TrainState) -> dict[str, Any]:
+def _read_variables(role: StudyModel, path: Path, start: TrainState) -> dict[str, Any]:
     """Returns parameters and model state by name; what the file has not of them stays as it starts."""
     try:
         if any(

@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 
 import merge_jax as mj
 from experiments import cross_modal, cross_structure, cross_task, self_transfer
+from merge_jax.study import parse_routes
 from merge_jax.study.cli import parse
-from merge_jax.study.methods import parse_routes
 from merge_jax.transfers.routes import Route, as_routes, resolve
 from merge_jax.transfers.rows import Rows
 
@@ -148,11 +148,10 @@ RIGHT = {
     "source_control": one_of("none", "random", "shuffled", "noise", "other_seed"),
     "update": one_of("exact", "surrogate"),
     "parallel": one_of("jit", "pmap"),
-    "output": one_of("official", "residual", "warm"),
     "gate": one_of("learned", "rising", "falling"),
     "adapter_schedule": one_of("constant", "cosine"),
     "learning_rate_schedule": one_of("cosine", "steps"),
-    "view": one_of("mixed", "plain"),
+    "compare_on": one_of("mixed", "plain"),
     "too_long": one_of("truncate", "error"),
     "dtype": one_of("float32", "bfloat16"),
     "direction": one_of("deep_to_shallow", "shallow_to_deep", "vision_to_text", "text_to_vision"),

@@ -43,15 +43,14 @@ def test_distillation_on_mixed_images_is_that_of_their_logits():
     batch = {"image": jnp.asarray(image), "label": jnp.arange(6) % 10}
     loss, _ = method.task.loss_fn(params, state, method.teacher(*source, batch), jax.random.key(0))
     between = (image + np.roll(image, 1, axis=0)) / 2
-    reader, of_source = scenario.readers
 
-    def logits(one, params, state, x, train):
-        out = one.apply({"params": params, **state}, x, train=train, mutable=["batch_stats"] if train else False)
+    def logits(model, params, state, x, train):
+        out = model.apply({"params": params, **state}, x, train=train, mutable=["batch_stats"] if train else False)
         return out[0] if train else out
 
-    labelled = mj.cross_entropy(logits(reader, params, state, batch["image"], True), batch["label"])
-    student = jax.nn.log_softmax(logits(reader, params, state, between, True) / 4)
-    teacher = jax.nn.log_softmax(logits(of_source, *source, between, False) / 4)
+    labelled = mj.cross_entropy(logits(scenario.target, params, state, batch["image"], True), batch["label"])
+    student = jax.nn.log_softmax(logits(scenario.target, params, state, between, True) / 4)
+    teacher = jax.nn.log_softmax(logits(scenario.source, *source, between, False) / 4)
     divergence = (jnp.exp(teacher) * (teacher - student)).sum(axis=-1)
     assert float(loss) == pytest.approx(float((0.1 * labelled + 0.9 * 16 * divergence).mean()), rel=1e-4)
 
