@@ -186,17 +186,14 @@ def build(config: Config) -> "study.Scenario":
         )
     )
     (*givers, target), attach = study.make_models(config, specs)
-    sources = dict(zip(config.source_task, givers, strict=True))
-    routes = {
-        name: study.routes_by_depth(source, target)
-        if config.routes == (study.BY_DEPTH,)
-        else study.parse_routes(config.routes)
-        for name, source in sources.items()
-    }
-    if len(sources) > 1:
-        return study.make_scenario("cross_task", config, study.side_by_side(sources), target, routes, attach=attach)
-    ((name, source),) = sources.items()
-    return study.make_scenario("cross_task", config, source, target, routes[name], attach=attach)
+    if config.routes == (study.BY_DEPTH,):
+        routes = [study.routes_by_depth(source, target) for source in givers]
+    else:
+        routes = [study.parse_routes(config.routes)] * len(givers)
+    if len(givers) == 1:
+        return study.make_scenario("cross_task", config, givers[0], target, routes[0], attach=attach)
+    sources, all_routes = (dict(zip(config.source_task, parts, strict=True)) for parts in (givers, routes))
+    return study.make_scenario("cross_task", config, study.side_by_side(sources), target, all_routes, attach=attach)
 
 
 if __name__ == "__main__":
