@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 import merge_jax as mj
 from experiments import cross_modal, cross_structure, cross_task, self_transfer
-from merge_jax.study import parse_routes
+from merge_jax.study import Architecture, parse_routes
 from merge_jax.study.cli import parse
 from merge_jax.transfers.routes import Route, as_routes, resolve
 from merge_jax.transfers.rows import Rows
@@ -118,7 +118,7 @@ def dropout(value):
 
 
 def architecture(value):
-    return isinstance(value, cross_modal.Architecture)
+    return isinstance(value, Architecture)
 
 
 RIGHT = {

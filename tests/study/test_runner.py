@@ -18,7 +18,8 @@ from merge_jax.runs import mean_and_error
 from merge_jax.study.cli import main, parse
 from merge_jax.study.sources import origin_of
 from merge_jax.study.trial import make_stages
-from tests import ROOT, test_image_sets, tiny
+from tests import ROOT, tiny
+from tests.data import test_image_sets
 from tests.smoke import run
 
 # Ten steps in two halves, of the experiment that compiles in a second.
@@ -174,9 +175,10 @@ def test_seeds_side_by_side_are_those_of_separate_runs(unbroken, tmp_path):
 
 @pytest.mark.slow
 def test_an_image_classifier_of_one_family_gives_to_one_of_another(tmp_path):
-    words = ("smoke", "--steps", "4", "--source-steps", "4", "--report-every", "2", "--checkpoint-every", "4")
-    results, found = run("cross_structure", tmp_path / "run", *words, "--num-heads", "1", "--methods", "kd", "mergenet")
-    assert [result["method"] for result in results] == ["kd", "mergenet"]
+    words = ["smoke", "--steps", "4", "--source-steps", "4", "--report-every", "2", "--checkpoint-every", "4"]
+    words += ["--num-heads", "1", "--methods", "kd", "mergenet_warm"]
+    results, found = run("cross_structure", tmp_path / "run", *words)
+    assert [result["method"] for result in results] == ["kd", "mergenet_warm"]
     assert found[-1]["adapter/gate/fc/kernel"] != 0
     assert all(np.isfinite(record["target/loss"]) for record in found)
 
@@ -219,9 +221,9 @@ def test_the_short_preset_trains_on_an_archive_of_cifar100(tmp_path):
     results, found = run(
         *("cross_structure", tmp_path / "run", "short", "--data-dir", tmp_path / "data"),
         *("--validation", "0", "--image-size", "8", *SMALL_NETWORKS),
-        *("--methods", "vanilla", "rkd", "dkd", "nkd", "mergenet_kd", "--dtype", "bfloat16"),
+        *("--methods", "vanilla", "rkd", "dkd", "nkd", "mergenet_warm_kd", "--dtype", "bfloat16"),
     )
-    assert [result["method"] for result in results] == ["vanilla", "rkd", "dkd", "nkd", "mergenet_kd"]
+    assert [result["method"] for result in results] == ["vanilla", "rkd", "dkd", "nkd", "mergenet_warm_kd"]
     steps = sorted({record["step"] for record in found})
     assert len(steps) == 2
     assert steps[1] == 2 * steps[0]
@@ -342,7 +344,7 @@ def test_mean_and_standard_error():
 def test_the_inner_width_of_the_adapter_is_an_option():
     def attention(*options):
         scenario = cross_structure.build(parse(cross_structure.PRESETS, "", "", ["smoke", *options]))
-        transfer = scenario.methods["mergenet"].transfer
+        transfer = scenario.methods["mergenet_warm"].transfer
         params = [jax.eval_shape(role.init, jax.random.key(0))[0] for role in (scenario.source, scenario.target)]
         adapter = jax.eval_shape(transfer.init, jax.random.key(0), *params)
         # Of the two attentions of rows, and the two of columns.
