@@ -27,9 +27,9 @@ def overhead(tools: Tools, n: int, seed: int) -> Outcome:
     # Without its dropout and with one route it compiles much faster, and its steps are shorter: that is not in favour
     # of the save.
     preset, without = cross_structure.PRESETS["default"], {"attention_dropout": 0.0, "feed_forward_dropout": 0.0}
-    config = replace(preset, methods=("mergenet",), routes=cross_structure.PRESETS["smoke"].routes, **without)
+    config = replace(preset, methods=("mergenet_warm",), routes=cross_structure.PRESETS["smoke"].routes, **without)
     scenario = cross_structure.build(config)
-    trial = make_trials(scenario, config, plan_source(scenario, config))["mergenet"]
+    trial = make_trials(scenario, config, plan_source(scenario, config))["mergenet_warm"]
     layout = mj.jit_layout(mj.data_mesh(1))
     count, interval = trial.steps_per_call, trial.lengths.checkpoint_every
     epoch = compile_epoch(trial.lower(layout)).epoch

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import tyro
@@ -25,16 +25,13 @@ from rich.console import Console
 from rich.table import Table
 
 import merge_jax as mj
+from merge_jax import study
 from merge_jax.checks import check_choice
 from merge_jax.study.cli import folded
 from merge_jax.study.contents import REMOVED_OPTIONS
-from merge_jax.study.methods import TransferConfig, parse_pairs, parse_routes
 from merge_jax.training.compilation_cache import CacheChoice, use_cache
 
 from . import cross_structure, cross_task
-
-if TYPE_CHECKING:
-    from merge_jax.study.scenario import Scenario
 
 __all__ = ["main", "measure"]
 
@@ -60,8 +57,7 @@ class Options:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Reads a run and prints the table; what is wrong is one line on standard error and exit code 2."""
-    told = folded(__doc__ or "")
-    options = tyro.cli(Options, args=arguments, prog="python -m experiments.anatomy", description=told)
+    options = tyro.cli(Options, args=arguments, prog="python -m experiments.anatomy", description=folded(__doc__ or ""))
     try:
         use_cache(options.compilation_cache)
         scenario, config = _read(options)
@@ -100,10 +96,10 @@ def measure(
     changes = {path: np.asarray(after[path] - before[path], np.float64) for path in routed}
     moved = _norm(changes.values()) / _norm(before[path] for path in routed)
     masks = {path: np.asarray(copied[path]) > 0 for path in routed}
-    of_end, of_source = (
+    found, given = (
         np.concatenate([np.asarray(tree[path], np.float64)[masks[path]] for path in routed]) for tree in (after, copy)
     )
-    kept = of_end @ of_source / max(_norm([of_end]) * _norm([of_source]), 1e-12)
+    kept = found @ given / max(_norm([found]) * _norm([given]), 1e-12)
     ranks = [_effective_rank(change.reshape(-1, change.shape[-1])) for change in changes.values() if change.ndim > 1]
     return {"moved": moved, "kept": float(kept), "rank": float(np.mean(ranks)) if ranks else float("nan")}
 
@@ -121,7 +117,7 @@ def _norm(arrays: Any) -> float:
     return float(np.sqrt(sum(np.square(np.asarray(array, np.float64)).sum() for array in arrays)))
 
 
-def _read(options: Options) -> "tuple[Scenario, TransferConfig]":
+def _read(options: Options) -> "tuple[study.Scenario, Any]":
     """Returns the scenario of a run, from the options that its folder has.
 
     Raises:
@@ -150,39 +146,40 @@ def _read(options: Options) -> "tuple[Scenario, TransferConfig]":
 
 
 def _over_seeds(
-    scenario: "Scenario", config: Any, observers: Sequence[Callable[..., Any]], run_dir: Path, method: str
+    scenario: "study.Scenario", config: Any, observers: Sequence[Callable[..., Any]], run_dir: Path, method: str
 ) -> dict[str, list[float]]:
     """Returns what was measured of a method, each a list over seeds."""
     found: dict[str, list[float]] = {}
     for seed in range(config.seeds):
         folder = run_dir / "checkpoints" / f"{method}-seed{seed}"
-        for name, value in _of_seed(scenario, config, observers, folder, seed).items():
+        for name, value in _measure_seed(scenario, config, observers, folder, seed).items():
             found.setdefault(name, []).append(value)
     return found
 
 
-def _observers(scenario: "Scenario", config: Any) -> list[Callable[..., Any]]:
+def _observers(scenario: "study.Scenario", config: Any) -> list[Callable[..., Any]]:
     """Returns what gives the features of target and source, of the layers that are to agree."""
     import jax
 
-    layers = zip(*parse_pairs(config.agree, "a pair of layers", "stage1_0=stage1_0"), strict=True)
+    models = (scenario.target, scenario.source)
     return [
-        jax.jit(mj.features_teacher(reader.apply, of_role, inputs=reader.inputs))
-        for reader, of_role in zip(scenario.readers, layers, strict=True)
+        jax.jit(mj.features_teacher(model.apply, layers, inputs=model.inputs))
+        for model, layers in zip(models, zip(*config.agreeing_layers(), strict=True), strict=True)
+        if model is not None and model.apply is not None
     ]
 
 
-def _of_seed(
-    scenario: "Scenario", config: Any, observers: Sequence[Callable[..., Any]], folder: Path, seed: int
+def _measure_seed(
+    scenario: "study.Scenario", config: Any, observers: Sequence[Callable[..., Any]], folder: Path, seed: int
 ) -> dict[str, float]:
     from merge_jax.study.sources import initial_key
 
     source, target = scenario.source, scenario.target
     assert source is not None  # Both experiments have one.
-    of_source, source_state = source.init(initial_key(seed, "source"))
+    source_params, source_state = source.init(initial_key(seed, "source"))
     start, target_state = target.init(initial_key(seed, "target"))
     shapes = {
-        **{"source/params": of_source, "source/model_state": source_state},
+        **{"source/params": source_params, "source/model_state": source_state},
         **{"target/params": start, "target/model_state": target_state},
     }
     if not folder.is_dir():
@@ -193,14 +190,14 @@ def _of_seed(
             raise ValueError(f"{folder} has no saved steps")
         saved = checkpoints.restore_parts(step, shapes)
     params = {role: saved[f"{role}/params"] for role in ("source", "target")}
-    found = measure(start, params["target"], params["source"], parse_routes(config.routes))
+    found = measure(start, params["target"], params["source"], study.parse_routes(config.routes))
     batch = dict(target.splits(seed).validation)
     features = [
         observe(params[role], saved[f"{role}/model_state"], batch)["source_features"]
         for role, observe in zip(("target", "source"), observers, strict=True)
     ]
-    for word, of_target, of_source in zip(config.agree, *features, strict=True):
-        found[f"cka {word.partition('=')[0]}"] = float(mj.cka(of_target, of_source))
+    for (layer, _), *pair in zip(config.agreeing_layers(), *features, strict=True):
+        found[f"cka {layer}"] = float(mj.cka(*pair))
     return found
 
 

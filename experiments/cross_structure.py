@@ -13,29 +13,19 @@ from its first block to its last layer, each receive from a layer of the source,
 comes through TFDS (see --data-dir), or is read from an archive that is there already.
 
 Methods: vanilla (no transfer), share (the overlapping block of the source's layer is copied every few steps), kd, rkd,
-dkd and nkd (distillation of the source's outputs), mergenet (a learned adapter makes the target's layer from both),
-agree (the target's features are drawn to the source's), aligned (channels are taken over as wholes, once), and a
-transfer with an objective, such as mergenet_kd or aligned_agree; all of them are in experiments/README.md, with what
-was measured.
+dkd and nkd (distillation of the source's outputs), mergenet (a learned adapter makes the target's layer from both, as
+published; mergenet_warm and mergenet_residual are other forms of its output), agree (the target's features are drawn to
+the source's), aligned (channels are taken over as wholes, once), and a transfer with an objective, such as
+mergenet_warm_kd or aligned_agree; all of them are in experiments/README.md, with what was measured.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
-import merge_jax as mj
+from merge_jax import study
 from merge_jax.checks import check_below_one
-from merge_jax.study.choices import ImageModelName, LearningRateSchedule
-from merge_jax.study.cli import main
-from merge_jax.study.config import make_schedule
-from merge_jax.study.methods import Objective, TransferConfig, parse_routes
-
-if TYPE_CHECKING:
-    from merge_jax.objectives.classification import ClassificationLoss
-    from merge_jax.study.scenario import Reader, Scenario
-    from merge_jax.types import ModelApply, TeacherFn
 
 ROUTES = {
     "stage1_0/expand/kernel": "stage1_0/conv1/kernel",
@@ -51,8 +41,6 @@ CIFAR_ROUTES = (
     "stage5_0/expand/kernel=stage3_0/conv1/kernel",
     "head/kernel=stage4_1/conv2/kernel",
 )
-
-
 AGREE = ("stage1_0=stage1_0", "stage2_0=stage2_0", "stage3_0=stage3_0", "features=features")
 CIFAR_AGREE = (
     *("stage2_1=stage1_1", "stage3_2=stage2_1", "stage5_2=stage3_1", "stage7_0=stage4_1"),
@@ -61,10 +49,10 @@ CIFAR_AGREE = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(TransferConfig):
+class Config(study.TransferOptions, study.RunConfig):
     """Options of the experiment."""
 
-    methods: tuple[str, ...] = ("vanilla", "share", "kd", "mergenet")
+    methods: tuple[str, ...] = ("vanilla", "share", "kd", "mergenet_warm")
     """Methods to compare: a transfer, an objective, or both as in share_agree; see experiments/README.md."""
     data: str = "digits"
     """digits, a TFDS set such as cifar100, or a folder (./name) of train/<class>/ and test/<class>/ images."""
@@ -78,9 +66,9 @@ class Config(TransferConfig):
     """Labelled images that the target learns from, or None for all; the source has all."""
     augment: bool = False
     """Crop, mirror and rotate both models' training images at random."""
-    source_model: ImageModelName = "small_resnet"
+    source_model: study.ImageModelName = "small_resnet"
     """The network that gives."""
-    target_model: ImageModelName = "small_mobilenet_v2"
+    target_model: study.ImageModelName = "small_mobilenet_v2"
     """The network that receives."""
     stages: int = 3
     """Stages of the small networks, 1 to 3: fewer compile faster, and lack the routes of the others."""
@@ -88,23 +76,22 @@ class Config(TransferConfig):
     """Type of the computation in both networks; parameters are float32."""
     agree: tuple[str, ...] = AGREE
     """Layers whose features are to agree, as target=source, in the methods with agree in their names; see
-    merge_jax.agreeing."""
+    merge_jax.feature_agreement."""
     learning_rate: float = 0.1
     """Learning rate of both models' SGD (weight decay 5e-4)."""
     momentum: float = 0.9
     """Momentum of that SGD, 0 or more and below 1."""
-    learning_rate_schedule: LearningRateSchedule = "cosine"
+    learning_rate_schedule: study.LearningRateSchedule = "cosine"
     """Course of that rate."""
     routes: tuple[str, ...] = tuple(f"{target}={source}" for target, source in ROUTES.items())
     """Layers that take part, as target=source; see merge_jax.Route for patterns."""
     temperature: float = 4.0
-    """Temperature of the distillation in kd and mergenet_kd; rkd, dkd and nkd have their papers' options."""
+    """Temperature of the distillation in kd, as in mergenet_kd; rkd, dkd and nkd have their papers' options."""
     distillation_weight: float = 0.9
-    """Weight of the distillation in kd and mergenet_kd; the labels have the rest."""
+    """Weight of the distillation in kd, as in mergenet_kd; the labels have the rest."""
 
-    def check(self) -> None:
+    def check_options(self) -> None:
         """Raises ValueError for an option out of range."""
-        super().check()
         if not 0 < self.learning_rate < float("inf"):
             raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
         check_below_one(momentum=self.momentum)
@@ -126,6 +113,7 @@ _CIFAR100 = Config(
 )
 _PAPER = replace(
     _CIFAR100,
+    methods=("vanilla", "share", "kd", "rkd", "dkd", "nkd", "mergenet", "mergenet_kd"),
     epochs=200,
     validation=0,
     checkpoint_every=5,
@@ -139,10 +127,7 @@ _PAPER = replace(
     stop=1.0,
     num_layers=2,
     capped=False,
-    output="published",
 )
-
-_BASELINES = ("vanilla", "share", "kd", "rkd", "dkd", "nkd", "mergenet", "mergenet_kd")
 
 PRESETS = {
     "default": Config(),
@@ -172,7 +157,7 @@ PRESETS = {
         _CIFAR100,
         seeds=3,
         # Without rkd: its angles, the cube of the batch by the features, take ten times the step on a CPU.
-        methods=tuple(name for name in _BASELINES if name != "rkd"),
+        methods=("vanilla", "share", "kd", "dkd", "nkd", "mergenet_warm", "mergenet_warm_kd"),
         image_size=16,
         validation=1000,
         labels=5000,
@@ -185,133 +170,37 @@ PRESETS = {
         routes=(*CIFAR_ROUTES, "fc/kernel=fc/kernel"),
         agree=CIFAR_AGREE,
     ),
-    "short": replace(_PAPER, seeds=3, epochs=30, validation=5000, checkpoint_every=1, methods=_BASELINES),
-    "paper": replace(_PAPER, seeds=3, methods=_BASELINES),
+    "short": replace(_PAPER, seeds=3, epochs=30, validation=5000, checkpoint_every=1),
+    "paper": replace(_PAPER, seeds=3),
 }
 
 
-def build(config: Config) -> "Scenario":
+def build(config: Config) -> "study.Scenario":
     """Returns the scenario: both models, their data and the methods.
 
     Raises:
       ValueError: data that cannot be had, an unknown model or method, or an option that a method refuses.
     """
-    import jax.numpy as jnp
+    data = study.load_images(config.data, config.data_dir, config.image_size, config.validation)
+    course = {"schedule": config.learning_rate_schedule, "momentum": config.momentum}
 
-    from merge_jax.study.alignment import Alignment
-    from merge_jax.study.images import load_images, make_apply, make_model, make_role
-    from merge_jax.study.optimizers import sgd
-    from merge_jax.study.scenario import Reader, Scenario, choose
-
-    data = load_images(config.data, config.data_dir, config.image_size, config.validation)
-    axis_name = config.axis_name
-    source, target = (
-        make_model(name, data.num_classes, stages=config.stages, dtype=jnp.dtype(config.dtype), axis_name=axis_name)
-        for name in (config.source_model, config.target_model)
-    )
-    roles = {
-        "source": make_role(config.source_model, source, data, augment=config.augment),
-        "target": make_role(config.target_model, target, data, labels=config.labels, augment=config.augment),
-    }
-    schedule = make_schedule(config, *(len(roles[role].splits(0).train["label"]) for role in ("source", "target")))
-    source_steps = (schedule.target if config.source == "live" else schedule.source).steps
-
-    def task(apply: "ModelApply", steps: int, loss: "ClassificationLoss | None" = None) -> "mj.Task":
-        optimizer = sgd(config.learning_rate, steps, config.learning_rate_schedule, config.momentum)
-        return mj.Task(mj.classification_loss(apply, loss), optimizer)
-
-    source_apply, target_apply = make_apply(source, data), make_apply(target, data)
-    num_steps = schedule.target.steps
-    readers = tuple(Reader(apply, ("image",), mj.classification_loss) for apply in (target_apply, source_apply))
-    objectives = _objectives(config, readers[0], readers[1], partial(task, steps=num_steps))
-    alignment = Alignment((roles["source"], readers[1]), (roles["target"], readers[0]))
-    methods = config.methods_of(lambda make: make(parse_routes(config.routes)), num_steps, objectives, alignment)
-    return Scenario(
-        name="cross_structure",
-        source=roles["source"],
-        target=roles["target"],
-        source_task=task(source_apply, source_steps),
-        methods=choose(methods, config.methods),
-        schedule=schedule,
-        adapter_optimizer=config.adapter_optimizer(schedule),
-        axis_name=axis_name,
-        readers=readers,
-    )
-
-
-def _objectives(
-    config: Config, target: "Reader", source: "Reader", task: "Callable[..., mj.Task]"
-) -> dict[str, Callable[[], Objective]]:
-    """Returns what the target may learn; the losses of distillation are the label's cross entropy and theirs."""
-
-    def kd(logits: Any, batch: "mj.Batch") -> Any:
-        return mj.distillation_loss(
-            logits,
-            batch["teacher_logits"],
-            batch["label"],
-            temperature=config.temperature,
-            weight=config.distillation_weight,
+    def classifier(name: str, labels: int | None) -> study.StudyModel:
+        network = study.make_model(
+            name, data.num_classes, stages=config.stages, dtype=config.dtype, axis_name=config.axis_name
         )
+        optimizer = partial(study.sgd, config.learning_rate, **course)
+        return study.image_classifier(name, network, data, optimizer=optimizer, labels=labels, augment=config.augment)
 
-    def kd_mixed(outputs: Any, batch: "mj.Batch") -> Any:
-        labelled = mj.cross_entropy(outputs.logits, batch["label"])
-        weight = config.distillation_weight
-        matched = mj.distillation_loss(
-            outputs.features, batch["mixed_logits"], batch["label"], temperature=config.temperature, weight=1.0
-        )
-        return (1 - weight) * labelled + weight * matched
-
-    def rkd(outputs: Any, batch: "mj.Batch") -> Any:
-        labelled = mj.cross_entropy(outputs.logits, batch["label"])
-        features = mj.whole_batch((outputs.features, batch["teacher_features"]), config.axis_name)
-        return labelled + mj.rkd_loss(*features)
-
-    def dkd(logits: Any, batch: "mj.Batch") -> Any:
-        label = batch["label"]
-        return mj.cross_entropy(logits, label) + mj.dkd_loss(logits, batch["teacher_logits"], label)
-
-    def nkd(logits: Any, batch: "mj.Batch") -> Any:
-        label = batch["label"]
-        return mj.cross_entropy(logits, label) + mj.nkd_loss(logits, batch["teacher_logits"], label)
-
-    source_apply, target_apply = source.apply, target.apply
-    mixed = partial(mj.mixed, axis_name=config.axis_name)
-    teacher = mj.logits_teacher(source_apply)
-    feature_teacher = mj.logits_teacher(mj.with_features(source_apply))
-    agreeing = partial(config.agreeing, source, target_apply)
-    return {
-        "": lambda: Objective(task(target_apply)),
-        "kd": lambda: Objective(task(target_apply, loss=kd), teacher),
-        "kd_mixed": lambda: Objective(
-            task(_and_mixed(target_apply, mixed), loss=kd_mixed), _mixed_teacher(source_apply, mixed)
-        ),
-        "rkd": lambda: Objective(task(mj.with_features(target_apply), loss=rkd), feature_teacher),
-        "dkd": lambda: Objective(task(target_apply, loss=dkd), teacher),
-        "nkd": lambda: Objective(task(target_apply, loss=nkd), teacher),
-        "agree": lambda: agreeing(task),
-        "kd_agree": lambda: agreeing(partial(task, loss=kd), teacher),
-    }
-
-
-def _and_mixed(apply_fn: "ModelApply", mixed: "Callable[[Any], Any]") -> "ModelApply":
-    """Returns the apply function with the logits of mixed images beside those of the images, as `Outputs.features`."""
-
-    def apply(variables: Any, images: Any, **options: Any) -> Any:
-        outputs = apply_fn(variables, images, **options)
-        between = apply_fn(variables, mixed(images), **options)
-        if options.get("mutable"):
-            return mj.Outputs(outputs[0], between[0]), outputs[1]
-        return mj.Outputs(outputs, between)
-
-    return apply
-
-
-def _mixed_teacher(apply_fn: "ModelApply", mixed: "Callable[[Any], Any]") -> "TeacherFn":
-    def teacher(params: "mj.Params", model_state: Any, batch: "mj.Batch") -> "mj.Batch":
-        logits = apply_fn({"params": params, **model_state}, mixed(batch["image"]), train=False)
-        return {**batch, "mixed_logits": logits}
-
-    return teacher
+    source, target = classifier(config.source_model, None), classifier(config.target_model, config.labels)
+    distilled = study.distillation_objectives(
+        source,
+        target,
+        temperature=config.temperature,
+        weight=config.distillation_weight,
+        axis_name=config.axis_name,
+    )
+    routes = study.parse_routes(config.routes)
+    return study.make_scenario("cross_structure", config, source, target, routes, objectives=distilled)
 
 
 MEASURED = {
@@ -320,4 +209,4 @@ MEASURED = {
 }
 
 if __name__ == "__main__":
-    main(PRESETS, __spec__.name, __doc__, build, measured=MEASURED)
+    study.main(PRESETS, __spec__.name, __doc__, build, measured=MEASURED)

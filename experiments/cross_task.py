@@ -19,35 +19,25 @@ mergenet with two output forms, residual and warm. What was measured stands in e
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-import merge_jax as mj
-from merge_jax.study.cli import main
-from merge_jax.study.config import make_schedule
-from merge_jax.study.methods import parse_routes
-from merge_jax.study.tasks import TASKS, ModelName, Spec, TaskConfig, TaskName
+from merge_jax import study
 
 from .cross_structure import AGREE, CIFAR_AGREE, CIFAR_ROUTES, ROUTES
 
-if TYPE_CHECKING:
-    from merge_jax.study.scenario import Learner, Scenario
-
-_BY_DEPTH = "by depth"
-
 
 @dataclass(frozen=True, kw_only=True)
-class Config(TaskConfig):
+class Config(study.TaskOptions, study.TransferOptions, study.RunConfig):
     """Options of the experiment."""
 
     methods: tuple[str, ...] = ("vanilla", "share", "mergenet_residual", "mergenet_warm")
     """Methods to compare: a transfer, an objective, or both as in share_agree; see experiments/README.md."""
-    source_task: tuple[TaskName, ...] = ("qa",)
+    source_task: tuple[study.TaskName, ...] = ("qa",)
     """What the source learns; several tasks are several sources, one model each."""
-    target_task: TaskName = "sentiment"
+    target_task: study.TaskName = "sentiment"
     """What the target learns."""
-    source_model: ModelName = "small_bert"
+    source_model: study.ModelName = "small_bert"
     """The network that gives."""
-    target_model: ModelName = "small_distilbert"
+    target_model: study.ModelName = "small_distilbert"
     """The network that receives."""
     source_learning_rate: float | None = None
     """Learning rate of the source; that of both by default."""
@@ -72,15 +62,14 @@ class Config(TaskConfig):
     """Hugging Face safetensors file or folder that a text source starts from."""
     target_weights: Path | None = None
     """The same for a text target."""
-    routes: tuple[str, ...] = (_BY_DEPTH,)
+    routes: tuple[str, ...] = (study.BY_DEPTH,)
     """Layers that take part, as target=source, such as encoder/layer_0/attention=encoder/layer_1/attention; "by depth"
     are all attention blocks of text models."""
 
-    def check(self) -> None:
+    def check_options(self) -> None:
         """Raises ValueError for an option out of range."""
-        super().check()
         if not self.source_task:
-            raise ValueError(f"source_task must name one or more of {', '.join(TASKS)}")
+            raise ValueError(f"source_task must name one or more of {', '.join(study.TASKS)}")
         if len(set(self.source_task)) < len(self.source_task):
             raise ValueError(f"a source task stands twice in {self.source_task}")
         if self.source_learning_rate is not None and not 0 < self.source_learning_rate < float("inf"):
@@ -177,61 +166,35 @@ PRESETS = {
 }
 
 
-def build(config: Config) -> "Scenario":
+def build(config: Config) -> "study.Scenario":
     """Returns the scenario: both models, their data and the methods.
 
     Raises:
       ValueError: data that cannot be had, an unknown model or method, or an option that a method refuses.
     """
-    from merge_jax.data import num_examples
-    from merge_jax.study.alignment import Alignment
-    from merge_jax.study.scenario import Scenario, choose
-    from merge_jax.study.several import side_by_side
-    from merge_jax.study.texts import TextSource
-
-    of_source = TextSource(config.source_data, config.source_test_data, config.source_text, config.source_label)
-    of_target = TextSource(config.target_data, config.target_test_data, config.target_text, config.target_label)
-    specs = [Spec(task, config.source_model, of_source, config.source_weights, None) for task in config.source_task]
-    specs.append(Spec(config.target_task, config.target_model, of_target, config.target_weights, config.labels))
-    (*givers, target), attach = config.learners(specs)
-    sources: dict[str, Learner] = dict(zip(config.source_task, givers, strict=True))
-    source = sources[config.source_task[0]] if len(sources) == 1 else side_by_side(sources)
-    lengths = [num_examples(learner.role.splits(0).train) for learner in (source, target)]
-    schedule = make_schedule(config, *lengths)
-    source_steps = (schedule.target if config.source == "live" else schedule.source).steps
-    num_steps = schedule.target.steps
-    source_rate = config.learning_rate if config.source_learning_rate is None else config.source_learning_rate
-    objectives = config.objectives_of(source, target, target.optimizer(config.learning_rate, num_steps))
-
-    def bind(make: Any) -> "mj.Transfer":
-        by_source = {name: make(_routes(config, learner, target)) for name, learner in sources.items()}
-        return by_source[config.source_task[0]] if len(by_source) == 1 else mj.several_sources(by_source)
-
-    methods = config.methods_of(bind, num_steps, objectives, Alignment.of(source, target))
-    return Scenario(
-        name="cross_task",
-        source=source.role,
-        target=target.role,
-        source_task=mj.Task(source.loss_fn, source.optimizer(source_rate, source_steps)),
-        methods=choose(methods, config.methods),
-        schedule=schedule,
-        adapter_optimizer=config.adapter_optimizer(schedule),
-        attach=attach,
-        readers=tuple(one.reader for one in (target, source) if one.reader is not None),
+    source_text = study.TextData(config.source_data, config.source_test_data, config.source_text, config.source_label)
+    target_text = study.TextData(config.target_data, config.target_test_data, config.target_text, config.target_label)
+    specs = [
+        study.TaskSpec(
+            task, config.source_model, source_text, config.source_weights, learning_rate=config.source_learning_rate
+        )
+        for task in config.source_task
+    ]
+    specs.append(
+        study.TaskSpec(
+            config.target_task, config.target_model, target_text, config.target_weights, labels=config.labels
+        )
     )
-
-
-def _routes(config: Config, source: "Learner", target: "Learner") -> list[Any]:
-    """Returns the routes from one source: all attention blocks by depth, or those that are given."""
-    if config.routes != (_BY_DEPTH,):
-        return parse_routes(config.routes)
-    import jax
-
-    shapes = (jax.eval_shape(learner.role.init, jax.random.key(0))[0] for learner in (source, target))
-    blocks = "encoder/*/attention"
-    found = mj.match(*shapes, source=blocks, target=blocks, view="attention")
-    return [mj.Route(target, source, view="attention") for target, source in found.items()]
+    (*givers, target), attach = study.make_models(config, specs)
+    if config.routes == (study.BY_DEPTH,):
+        routes = [study.routes_by_depth(source, target) for source in givers]
+    else:
+        routes = [study.parse_routes(config.routes)] * len(givers)
+    if len(givers) == 1:
+        return study.make_scenario("cross_task", config, givers[0], target, routes[0], attach=attach)
+    sources, all_routes = (dict(zip(config.source_task, parts, strict=True)) for parts in (givers, routes))
+    return study.make_scenario("cross_task", config, study.side_by_side(sources), target, all_routes, attach=attach)
 
 
 if __name__ == "__main__":
-    main(PRESETS, __spec__.name, __doc__, build, measured={"default": "163 s on two CPU cores"})
+    study.main(PRESETS, __spec__.name, __doc__, build, measured={"default": "163 s on two CPU cores"})

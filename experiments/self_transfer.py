@@ -16,33 +16,26 @@ in experiments/README.md.
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
 import tyro
 
 import merge_jax as mj
-from merge_jax.study.cli import main
-from merge_jax.study.config import make_schedule
-from merge_jax.study.methods import Objective, parse_routes
-from merge_jax.study.tasks import ModelName, Spec, TaskConfig, TaskName
+from merge_jax import study
 
-if TYPE_CHECKING:
-    from merge_jax.study.scenario import Scenario
-
-_BY_DEPTH = "by depth"
 _MOBILENET = ("stage1_0/expand/kernel=stage3_0/expand/kernel", "stage2_0/expand/kernel=head/kernel")
 _RESNET = ("stage1_0/conv2/kernel=stage3_0/conv2/kernel", "stage2_0/conv2/kernel=stage3_0/conv1/kernel")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(TaskConfig):
+class Config(study.TaskOptions, study.TransferOptions, study.RunConfig):
     """Options of the experiment."""
 
     methods: tuple[str, ...] = ("vanilla", "share", "tf_kd", "mergenet_residual", "mergenet_warm")
     """Methods to compare: a transfer, an objective, or both as in share_agree; see experiments/README.md."""
-    task: TaskName = "digits"
+    task: study.TaskName = "digits"
     """What the model learns."""
-    model: ModelName = "small_mobilenet_v2"
+    model: study.ModelName = "small_mobilenet_v2"
     """The network."""
     labels: int | None = 100
     """Training examples that it learns from, or None for all."""
@@ -81,7 +74,7 @@ _TEXT = Config(
     steps=400,
     report_every=40,
     checkpoint_every=200,
-    routes=(_BY_DEPTH,),
+    routes=(study.BY_DEPTH,),
 )
 
 PRESETS = {
@@ -129,58 +122,44 @@ PRESETS = {
 }
 
 
-def build(config: Config) -> "Scenario":
+def build(config: Config) -> "study.Scenario":
     """Returns the scenario: the model, its data and the methods.
 
     Raises:
       ValueError: data that cannot be had, an unknown model or method, or an option that a method refuses.
     """
-    from merge_jax.data import num_examples
-    from merge_jax.study.scenario import Scenario, choose
-    from merge_jax.study.texts import TextSource
-
-    text = TextSource(config.data, config.test_data, config.text, config.label)
-    (learner,), attach = config.learners([Spec(config.task, config.model, text, config.weights, config.labels)])
-    examples = num_examples(learner.role.splits(0).train)
-    schedule = make_schedule(config, examples, examples)
-    num_steps = schedule.target.steps
-    optimizer = learner.optimizer(config.learning_rate, num_steps)
-    routes = _routes(config, learner.role.init)
-    objectives = config.objectives_of(None, learner, optimizer)
-    classify = learner.classify
-    if classify is not None:
-        smoothed = classify(lambda logits, batch: mj.tf_kd_loss(logits, batch["label"]))
-        objectives["tf_kd"] = lambda: Objective(mj.Task(smoothed, optimizer))
-    methods = config.methods_of(lambda make: mj.self_transfer(make(routes)), num_steps, objectives)
-    return Scenario(
-        name="self_transfer",
-        source=None,
-        target=learner.role,
-        source_task=None,
-        methods=choose(methods, config.methods),
-        schedule=schedule,
-        adapter_optimizer=config.adapter_optimizer(schedule),
-        attach=attach,
-    )
+    text = study.TextData(config.data, config.test_data, config.text, config.label)
+    spec = study.TaskSpec(config.task, config.model, text, config.weights, labels=config.labels)
+    (model,), attach = study.make_models(config, [spec])
+    objectives = {}
+    if config.task != "qa":  # The others classify.
+        smoothed = mj.classification_loss(
+            model.apply, lambda logits, batch: mj.tf_kd_loss(logits, batch["label"]), inputs=model.inputs[0]
+        )
+        objectives["tf_kd"] = study.Objective(smoothed)
+    routes = _routes(config, model)
+    return study.make_scenario("self_transfer", config, None, model, routes, objectives=objectives, attach=attach)
 
 
-def _routes(config: Config, init: Any) -> "list[mj.Route]":
+def _routes(config: Config, model: "study.StudyModel") -> "list[mj.Route]":
     """Returns the routes from layers to layers."""
     words = config.routes
-    if words == (_BY_DEPTH,):
+    if words == (study.BY_DEPTH,):
         import jax
 
-        shapes = jax.eval_shape(init, jax.random.key(0))[0]
+        shapes = jax.eval_shape(model.init, jax.random.key(0))[0]
         if "encoder" not in shapes:
-            raise ValueError(f'routes "{_BY_DEPTH}" are for text models; name those of {config.model} as shallow=deep')
+            raise ValueError(
+                f'routes "{study.BY_DEPTH}" are for text models; name those of {config.model} as shallow=deep'
+            )
         layers = sum(name.startswith("layer_") for name in shapes["encoder"])
         upper = layers - layers // 2
         words = [f"encoder/layer_{i}/attention=encoder/layer_{upper + i}/attention" for i in range(layers // 2)]
-    routes = parse_routes(words)
+    routes = study.parse_routes(words)
     if config.direction == "shallow_to_deep":
         routes = [replace(route, target=route.source, source=route.target) for route in routes]
     return routes
 
 
 if __name__ == "__main__":
-    main(PRESETS, __spec__.name, __doc__, build, measured={"default": "56 s on two CPU cores"})
+    study.main(PRESETS, __spec__.name, __doc__, build, measured={"default": "56 s on two CPU cores"})

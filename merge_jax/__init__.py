@@ -12,13 +12,11 @@ with epy.lazy_api_imports(globals()):
     from merge_jax.checkpoints.safetensors import load_params, load_safetensors, save_safetensors
     from merge_jax.layouts import MatrixSpec, as_matrix, copy_overlap, from_matrix, matrix_spec
     from merge_jax.objectives.classification import (
-        Outputs,
+        accuracy,
         classification_loss,
         evaluate_classifier,
         logits_teacher,
-        model_loss,
         on_pixels,
-        with_features,
     )
     from merge_jax.objectives.device_axis import whole_batch
     from merge_jax.objectives.distillation import (
@@ -29,8 +27,8 @@ with epy.lazy_api_imports(globals()):
         rkd_loss,
         tf_kd_loss,
     )
-    from merge_jax.objectives.features import agreeing, cka, features_teacher, mixed
-    from merge_jax.objectives.metrics import accuracy, top_k_accuracy
+    from merge_jax.objectives.features import cka, feature_agreement, features_teacher, mixed, with_features
+    from merge_jax.objectives.model_loss import model_loss, sum_losses
     from merge_jax.objectives.retrieval import (
         contrastive_loss,
         evaluate_retrieval,
@@ -38,10 +36,16 @@ with epy.lazy_api_imports(globals()):
         retrieval_loss,
         retrieval_scores,
     )
-    from merge_jax.objectives.spans import evaluate_spans, span_loss
-    from merge_jax.objectives.squad import squad_scores
-    from merge_jax.objectives.vqa import evaluate_vqa, predict_answers, vqa_loss
-    from merge_jax.objectives.vqa_score import answer_coverage, answer_indices, answer_vocabulary, vqa_scores
+    from merge_jax.objectives.spans import evaluate_spans, span_loss, squad_scores
+    from merge_jax.objectives.vqa import (
+        answer_coverage,
+        answer_indices,
+        answer_vocabulary,
+        evaluate_vqa,
+        predict_answers,
+        vqa_loss,
+        vqa_scores,
+    )
     from merge_jax.paths import find_paths, flatten, replace, select
     from merge_jax.training.distributed import connect
     from merge_jax.training.epoch import augmented, make_epoch
@@ -103,7 +107,6 @@ __all__ = [
     "MatrixSpec",
     "NotBitExactWarning",
     "NumericFaultError",
-    "Outputs",
     "Params",
     "PublishedAdapter",
     "Route",
@@ -118,7 +121,6 @@ __all__ = [
     "accuracy",
     "adapter_adamw",
     "adapter_transfer",
-    "agreeing",
     "aligned_transfer",
     "answer_coverage",
     "answer_indices",
@@ -144,6 +146,7 @@ __all__ = [
     "evaluate_spans",
     "evaluate_vqa",
     "export_published_adapter",
+    "feature_agreement",
     "features_teacher",
     "find_paths",
     "flatten",
@@ -198,9 +201,9 @@ __all__ = [
     "stack_seeds",
     "state_shardings",
     "stepwise",
+    "sum_losses",
     "summarize",
     "tf_kd_loss",
-    "top_k_accuracy",
     "unstack_seeds",
     "vqa_loss",
     "vqa_scores",

@@ -25,7 +25,7 @@ from jax import lax
 
 import merge_jax as mj
 from merge_jax.models.image_text import Embeddings
-from merge_jax.objectives.features import Agreeing
+from merge_jax.objectives.features import disagreement
 from tests import helpers
 
 STEPS, BATCH = 5, 16
@@ -106,8 +106,7 @@ def compare_losses(folder, number):
 
         def agreement(params, batch):
             seen = mj.mixed(batch["image"], axis_name=axis_name)
-            agreeing = Agreeing(None, (features(params, seen),), 1.0, axis_name)
-            return agreeing.disagreement({"source_features": (seen**2,)})
+            return disagreement((features(params, seen),), (seen**2,), axis_name=axis_name)
 
         def relations(params, batch):
             return mj.rkd_loss(*mj.whole_batch((features(params, batch["image"]), batch["tokens"]), axis_name))

@@ -1,17 +1,13 @@
 """An experiment that compiles in a second: a linear classifier of digits gives to another, or to itself."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 from flax import linen as nn
 
 import merge_jax as mj
-from merge_jax.study.cli import main
-from merge_jax.study.config import make_schedule
-from merge_jax.study.images import load_images, make_role
-from merge_jax.study.methods import TransferConfig, parse_routes
-from merge_jax.study.optimizers import sgd
-from merge_jax.study.scenario import Method, Scenario, choose
+from merge_jax import study
 
 
 class Linear(nn.Module):
@@ -31,7 +27,7 @@ class Linear(nn.Module):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(TransferConfig):
+class Config(study.TransferOptions, study.RunConfig):
     """Options of the experiment."""
 
     methods: tuple[str, ...] = ("vanilla", "share")
@@ -53,37 +49,24 @@ PRESETS = {
 }
 
 
-def build(config: Config) -> Scenario:
-    data, model = load_images("digits", None, None, 200), Linear(config.dropout, config.deep, config.axis_name)
-    schedule = make_schedule(config, 1197, config.labels or 1197)
-
-    def task(loss=None):
-        return mj.Task(mj.classification_loss(model.apply, loss), sgd(0.1, config.steps, "cosine"))
+def build(config: Config) -> study.Scenario:
+    data, network = study.load_images("digits", None, None, 200), Linear(config.dropout, config.deep, config.axis_name)
+    classifier = partial(study.image_classifier, "linear", network, data, optimizer=partial(study.sgd, 0.1))
+    source, target = None if config.inside else classifier(), classifier(labels=config.labels)
 
     def kd(logits, batch):
         return mj.distillation_loss(logits, batch["teacher_logits"], batch["label"])
 
-    def giving(make):
-        transfer = make(parse_routes(config.routes))
-        return Method(task(), mj.self_transfer(transfer) if config.inside else transfer, config.stop)
-
-    methods = {
-        "vanilla": lambda: Method(task()),
-        "kd": lambda: Method(task(kd), teacher=mj.logits_teacher(model.apply)),
-        "share": lambda: giving(mj.share_transfer),
-        "operators": lambda: giving(mj.linear_operator_transfer),
-    }
-    return Scenario(
-        name="tiny",
-        source=None if config.inside else make_role("linear", model, data),
-        target=make_role("linear", model, data, labels=config.labels),
-        source_task=None if config.inside else task(),
-        methods=choose(methods, config.methods),
-        schedule=schedule,
-        adapter_optimizer=config.adapter_optimizer(schedule),
-        axis_name=config.axis_name,
+    return study.make_scenario(
+        "tiny",
+        config,
+        source,
+        target,
+        study.parse_routes(config.routes),
+        objectives={"kd": study.Objective(mj.classification_loss(network.apply, kd), mj.logits_teacher(network.apply))},
+        transfers={"operators": mj.linear_operator_transfer},
     )
 
 
 if __name__ == "__main__":
-    main(PRESETS, "tests.tiny", __doc__, build)
+    study.main(PRESETS, "tests.tiny", __doc__, build)

@@ -20,7 +20,7 @@ EXPERIMENTS = {
 def run(words: Sequence[str]) -> None:
     """Runs an experiment as `python -m` does, from any folder; without words, or with --help, lists those that ship.
 
-    A user's own experiment is named by its module, `package.module`; `merge_jax.study` says how to write one.
+    A user's own experiment is named by its module: `my_experiment` for my_experiment.py, or `package.module`.
 
     Raises:
       ValueError: there is no such experiment; near misses are named.
@@ -28,7 +28,7 @@ def run(words: Sequence[str]) -> None:
     if not words or words[0] in ("-h", "--help"):
         print("merge-jax run EXPERIMENT [PRESET] [OPTIONS]; --help after EXPERIMENT lists both\n")
         print("\n".join(f"  {name:16} {text}" for name, text in EXPERIMENTS.items()))
-        print("\nan experiment of your own, by its module: merge-jax run my_package.my_experiment")
+        print("\nan experiment of your own is named by its module: merge-jax run my_experiment")
         return
     from merge_jax.study.experiment import find_experiment
 

@@ -4,13 +4,11 @@ from etils import epy
 
 with epy.lazy_api_imports(globals()):
     from merge_jax.objectives.classification import (
-        Outputs,
+        accuracy,
         classification_loss,
         evaluate_classifier,
         logits_teacher,
-        model_loss,
         on_pixels,
-        with_features,
     )
     from merge_jax.objectives.device_axis import whole_batch
     from merge_jax.objectives.distillation import (
@@ -21,8 +19,8 @@ with epy.lazy_api_imports(globals()):
         rkd_loss,
         tf_kd_loss,
     )
-    from merge_jax.objectives.features import agreeing, cka, features_teacher, mixed
-    from merge_jax.objectives.metrics import accuracy, top_k_accuracy
+    from merge_jax.objectives.features import cka, feature_agreement, features_teacher, mixed, with_features
+    from merge_jax.objectives.model_loss import model_loss, sum_losses
     from merge_jax.objectives.retrieval import (
         contrastive_loss,
         evaluate_retrieval,
@@ -30,15 +28,19 @@ with epy.lazy_api_imports(globals()):
         retrieval_loss,
         retrieval_scores,
     )
-    from merge_jax.objectives.spans import evaluate_spans, span_loss
-    from merge_jax.objectives.squad import squad_scores
-    from merge_jax.objectives.vqa import evaluate_vqa, predict_answers, vqa_loss
-    from merge_jax.objectives.vqa_score import answer_coverage, answer_indices, answer_vocabulary, vqa_scores
+    from merge_jax.objectives.spans import evaluate_spans, span_loss, squad_scores
+    from merge_jax.objectives.vqa import (
+        answer_coverage,
+        answer_indices,
+        answer_vocabulary,
+        evaluate_vqa,
+        predict_answers,
+        vqa_loss,
+        vqa_scores,
+    )
 
 __all__ = [
-    "Outputs",
     "accuracy",
-    "agreeing",
     "answer_coverage",
     "answer_indices",
     "answer_vocabulary",
@@ -52,6 +54,7 @@ __all__ = [
     "evaluate_retrieval",
     "evaluate_spans",
     "evaluate_vqa",
+    "feature_agreement",
     "features_teacher",
     "logits_teacher",
     "mixed",
@@ -65,8 +68,8 @@ __all__ = [
     "rkd_loss",
     "span_loss",
     "squad_scores",
+    "sum_losses",
     "tf_kd_loss",
-    "top_k_accuracy",
     "vqa_loss",
     "vqa_scores",
     "whole_batch",

@@ -1,7 +1,6 @@
 """Agreement of two models' features on one batch: an objective that tells a transfer what to move."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -10,15 +9,17 @@ from jax import lax
 
 from merge_jax.checks import check_entries
 from merge_jax.objectives.device_axis import previous_example, whole_batch
+from merge_jax.objectives.model_loss import name_missing_collections
 from merge_jax.paths import near_misses
-from merge_jax.types import Batch, ModelApply, ModelState, Params, TeacherFn
+from merge_jax.types import Batch, LossFn, ModelApply, ModelState, Params, TeacherFn
 
-__all__ = ["Agreeing", "View", "agreeing", "cka", "features_teacher", "mixed"]
+__all__ = ["CompareOn", "cka", "disagreement", "feature_agreement", "features_teacher", "mixed", "with_features"]
 
-View = Callable[[jax.Array], jax.Array]
+CompareOn = Callable[[jax.Array], jax.Array]
 """From an input of the target, `[B, ...]`, to what both models are compared on."""
 
 _FEATURES = "source_features"
+_HINT = " (see the option `inputs`)"
 _EPSILON = 1e-12
 
 
@@ -50,46 +51,35 @@ def _kernel(features: jax.Array) -> jax.Array:
     return rows @ rows.T / rows.shape[1]
 
 
-@dataclass(frozen=True)
-class Agreeing:
-    """What a model gives with features to compare.
+def disagreement(
+    features: Sequence[jax.Array], others: Sequence[jax.Array], *, axis_name: str | None = None
+) -> jax.Array:
+    """Returns `mean over layers (1 - cka(own, other's))`; the others get no gradient.
 
-    Attributes:
-      outputs: of the model.
-      features: of the layers that are compared, `[B, ...]` each.
-      weight: of the disagreement in the loss.
-      axis_name: the axis of the devices that share the batch, if any.
+    Args:
+      features: of each layer, `[B, ...]`.
+      others: of as many layers of another model.
+      axis_name: the axis of the devices that share the batch, if any; features are compared over the whole batch.
+
+    Raises:
+      ValueError: features of another number of layers.
     """
-
-    outputs: Any
-    features: tuple[jax.Array, ...]
-    weight: float
-    axis_name: str | None = None
-
-    def disagreement(self, batch: Batch) -> jax.Array:
-        """Returns `mean over layers (1 - cka(target's, source's))`.
-
-        Raises:
-          ValueError: the batch lacks the source's features, or has those of another number of layers.
-        """
-        check_entries(batch, _FEATURES, hint=" (features_teacher adds them)")
-        given = batch[_FEATURES]
-        if len(given) != len(self.features):
-            raise ValueError(f"{len(self.features)} layers are to agree with {len(given)} of the source")
-        features, others = whole_batch((self.features, tuple(map(lax.stop_gradient, given))), self.axis_name)
-        agreements = [cka(own, other) for own, other in zip(features, others, strict=True)]
-        return 1 - sum(agreements[1:], agreements[0]) / len(agreements)
+    if len(others) != len(features):
+        raise ValueError(f"{len(features)} layers are to agree with {len(others)} of the source")
+    own, other = whole_batch((tuple(features), tuple(map(lax.stop_gradient, others))), axis_name)
+    agreements = [cka(*pair) for pair in zip(own, other, strict=True)]
+    return 1 - sum(agreements[1:], agreements[0]) / len(agreements)
 
 
 def mixed(inputs: jax.Array, *, axis_name: str | None = None) -> jax.Array:
     """Returns the mean of each example and the one before it, `[B, ...]` to `[B, ...]`, float32.
 
-    A view for `agreeing`: what lies between the examples, new at every step as batches are drawn anew, so that models
-    are compared where there is no data too. Where examples are few, that is most of what a source can tell. Whole
-    numbers that are no pixels (any type but uint8), such as tokens, cannot be averaged and stay as they are. Sources:
-    mixup (Zhang et al., arXiv:1710.09412), and distillation on it (Beyer et al., arXiv:2106.05237), with equal weights
-    and neighbours in the batch as our choice: no key is needed. Devices that share a batch along `axis_name` hand on
-    their last example.
+    For `compare_on` of `feature_agreement`: what lies between the examples, new at every step as batches are drawn
+    anew, so that models are compared where there is no data too. Where examples are few, that is most of what a source
+    can tell. Whole numbers that are no pixels (any type but uint8), such as tokens, cannot be averaged and stay as they
+    are. Sources: mixup (Zhang et al., arXiv:1710.09412), and distillation on it (Beyer et al., arXiv:2106.05237), with
+    equal weights and neighbours in the batch as our choice: no key is needed. Devices that share a batch along
+    `axis_name` hand on their last example.
     """
     if jnp.issubdtype(inputs.dtype, jnp.integer) and inputs.dtype != jnp.uint8:
         return inputs
@@ -97,95 +87,127 @@ def mixed(inputs: jax.Array, *, axis_name: str | None = None) -> jax.Array:
     return (inputs + previous_example(inputs, axis_name)) / 2
 
 
-def agreeing(
-    apply_fn: ModelApply,
-    layers: Sequence[str],
-    *,
-    weight: float = 20.0,
-    view: View | None = None,
-    axis_name: str | None = None,
-) -> ModelApply:
-    """Returns the target's apply function for a loss that also draws its features to those of the source.
+def with_features(apply_fn: ModelApply, layers: Sequence[str] = ("features",)) -> ModelApply:
+    """Returns the apply function whose outputs are a pair: the model's, and the features `[B, ...]` of those layers.
 
-    The loss functions of `merge_jax` (`model_loss` and all that are made of it) then are `L + w mean_l (1 - cka(F_l,
-    G_l))`, where `F_l` are features of the target's layer `l` and `G_l` those that `features_teacher` gives of the
-    source on the same batch, and have the metric `agreement`, the mean of the cka. Since the adapter follows the
-    gradient of the target's loss, it learns from the features as well. No label need be shared, but the source must be
-    able to read the target's inputs. Our choice of a functional objective, beyond arXiv:2404.13322.
+    `per_example` of `model_loss` then gets that pair, from one pass.
 
     Args:
       apply_fn: `model.apply` of a Linen module.
       layers: paths of submodules, such as `stage1_0` or `encoder/layer_0`, or of what the model sows, such as
-        `features`.
-      weight: of the disagreement, 0 or more; at 0 the agreement is measured only.
-      view: what of each input the features are taken on, such as `mixed`, which costs a second pass; None for the
-        inputs as they are. The teacher must have the same.
-      axis_name: that of `make_joint_step`, under `pmap` or `shard_map`; features are compared over the whole batch.
+        `features`, the input of its last layer in those of `merge_jax.models`.
 
     Raises:
-      ValueError: no layers, or a weight that is no number of 0 or more; while tracing, a layer that is not there.
+      ValueError: no layers; while tracing, a layer that is not there.
     """
     _check_layers(layers)
-    if not 0 <= weight < float("inf"):
-        raise ValueError(f"the weight of the disagreement must be 0 or more, got {weight}")
 
     def apply(variables: Any, *inputs: jax.Array, mutable: Any = False, **options: Any) -> Any:
-        asked = (mutable,) if isinstance(mutable, str) else tuple(mutable or ())
-        outputs, updates, features = _observe(apply_fn, layers, variables, *inputs, mutable=asked, **options)
-        if view is not None:
-            seen = map(view, inputs)
-            _, _, features = _observe(apply_fn, layers, variables, *seen, mutable=asked, **options)
-        observed = Agreeing(outputs, features, weight, axis_name)
-        return observed if mutable is False else (observed, updates)
+        collections = (mutable,) if isinstance(mutable, str) else tuple(mutable or ())
+        outputs, updates = apply_fn(
+            variables, *inputs, mutable=[*collections, "intermediates"], capture_intermediates=True, **options
+        )
+        updates = dict(updates)
+        found = _outputs_by_path(updates.pop("intermediates", {}))
+        for layer in layers:
+            if layer not in found:
+                hint = near_misses(layer, found)
+                raise ValueError(f"the model has no layer {layer!r} to compare features of; {hint}")
+        both = outputs, tuple(found[layer] for layer in layers)
+        return both if mutable is False else (both, updates)
 
     return apply
 
 
+def feature_agreement(
+    apply_fn: ModelApply,
+    layers: Sequence[str],
+    *,
+    inputs: Sequence[str] = ("image",),
+    weight: float = 20.0,
+    compare_on: CompareOn | None = None,
+    axis_name: str | None = None,
+) -> LossFn:
+    """Returns the term of a loss that draws the target's features to those of the source, for `sum_losses`.
+
+    `w mean_l (1 - cka(F_l, G_l))`, where `F_l` are features of the target's layer `l` and `G_l` those that
+    `features_teacher` gives of the source on the same batch; metric `agreement`, the mean of the cka. The model state
+    stays as it is. Since the adapter follows the gradient of the target's loss, it learns from the features as well. No
+    label need be shared, but the source must be able to read the target's inputs. Our choice of a functional objective,
+    beyond arXiv:2404.13322.
+
+    Args:
+      apply_fn: `model.apply` of the target, a Linen module called as `(*inputs, train=True)`.
+      layers: paths of its submodules, as `with_features` has them.
+      inputs: the entries of the batch that are its inputs, in order.
+      weight: of the disagreement, 0 or more; at 0 the agreement is measured only.
+      compare_on: what of each input the features are taken on, such as `mixed`; None for the inputs as they are. The
+        teacher must have the same.
+      axis_name: that of `make_joint_step`, under `pmap` or `shard_map`; features are compared over the whole batch.
+
+    Raises:
+      ValueError: no layers, or a weight that is no number of 0 or more; while tracing, a layer or an entry that is not
+        there, or features of another number of layers of the source.
+    """
+    if not 0 <= weight < float("inf"):
+        raise ValueError(f"the weight of the disagreement must be 0 or more, got {weight}")
+    observe = with_features(apply_fn, layers)
+
+    def loss_fn(
+        params: Params, model_state: ModelState, batch: Batch, key: jax.Array
+    ) -> tuple[jax.Array, tuple[ModelState, dict[str, jax.Array]]]:
+        check_entries(batch, *inputs, hint=_HINT)
+        check_entries(batch, _FEATURES, hint=" (features_teacher adds them)")
+        with name_missing_collections(model_state):
+            (_, features), _ = observe(
+                {"params": params, **model_state},
+                *_compared(batch, inputs, compare_on),
+                train=True,
+                mutable=list(model_state),
+                rngs={"dropout": key},
+            )
+        difference = disagreement(features, batch[_FEATURES], axis_name=axis_name)
+        return weight * difference, (model_state, {"agreement": 1 - difference})
+
+    return loss_fn
+
+
 def features_teacher(
-    apply_fn: ModelApply, layers: Sequence[str], *, inputs: Sequence[str] = ("image",), view: View | None = None
+    apply_fn: ModelApply,
+    layers: Sequence[str],
+    *,
+    inputs: Sequence[str] = ("image",),
+    compare_on: CompareOn | None = None,
 ) -> TeacherFn:
     """Returns a teacher for `make_joint_step`: it adds the source's features of those layers to the target's batch.
 
-    The source runs in evaluation mode. `inputs` are the entries of the target's batch that the source reads; it sees
-    them through `view`, as `agreeing` has it.
+    They are `batch["source_features"]`, an array `[B, ...]` of each layer. The source runs in evaluation mode. `inputs`
+    are the entries of the target's batch that the source reads; it sees them through `compare_on`, as
+    `feature_agreement` has it.
 
     Raises:
       ValueError: no layers; while tracing, a layer or an entry that is not there.
     """
-    _check_layers(layers)
+    observe = with_features(apply_fn, layers)
 
     def teacher(params: Params, model_state: ModelState, batch: Batch) -> Batch:
-        check_entries(batch, *inputs, hint=" (see the option `inputs`)")
-        read = (batch[name] if view is None else view(batch[name]) for name in inputs)
-        _, _, features = _observe(apply_fn, layers, {"params": params, **model_state}, *read, train=False)
+        check_entries(batch, *inputs, hint=_HINT)
+        with name_missing_collections(model_state, "source"):
+            read = _compared(batch, inputs, compare_on)
+            _, features = observe({"params": params, **model_state}, *read, train=False)
         return {**batch, _FEATURES: features}
 
     return teacher
 
 
+def _compared(batch: Batch, inputs: Sequence[str], compare_on: CompareOn | None) -> list[jax.Array]:
+    """Returns what a model is shown of its inputs."""
+    return [batch[name] if compare_on is None else compare_on(batch[name]) for name in inputs]
+
+
 def _check_layers(layers: Sequence[str]) -> None:
     if isinstance(layers, str) or not layers:
         raise ValueError(f"layers must be one or more paths of submodules, got {layers!r}")
-
-
-def _observe(
-    apply_fn: ModelApply,
-    layers: Sequence[str],
-    variables: Any,
-    *inputs: jax.Array,
-    mutable: Sequence[str] = (),
-    **options: Any,
-) -> tuple[Any, dict[str, Any], tuple[jax.Array, ...]]:
-    """Returns the outputs of a model, its updates, and the outputs of those of its submodules."""
-    outputs, updates = apply_fn(
-        variables, *inputs, mutable=[*mutable, "intermediates"], capture_intermediates=True, **options
-    )
-    updates = dict(updates)
-    found = _outputs_by_path(updates.pop("intermediates", {}))
-    for layer in layers:
-        if layer not in found:
-            raise ValueError(f"the model has no layer {layer!r} to compare features of; {near_misses(layer, found)}")
-    return outputs, updates, tuple(found[layer] for layer in layers)
 
 
 def _outputs_by_path(intermediates: Mapping[str, Any], prefix: str = "") -> dict[str, jax.Array]:

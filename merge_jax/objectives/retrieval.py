@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from merge_jax.checks import check_at_least_one, check_entries
-from merge_jax.objectives.classification import model_loss
 from merge_jax.objectives.device_axis import whole_batch
+from merge_jax.objectives.evaluation import padded_batches
+from merge_jax.objectives.model_loss import model_loss
 from merge_jax.types import Batch, LossFn, ModelApply, ModelState, Params
 
 __all__ = ["contrastive_loss", "evaluate_retrieval", "recall_at_k", "retrieval_loss", "retrieval_scores"]
@@ -132,13 +133,13 @@ def retrieval_loss(apply_fn: ModelApply, *, axis_name: str | None = None) -> Los
       ValueError: while tracing, for a batch that lacks an entry or embeddings that do not fit it.
     """
 
-    def of(embeddings: Any, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def per_example(embeddings: Any, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
         image, text, group = whole_batch((embeddings.image, embeddings.text, jnp.asarray(batch["group"])), axis_name)
         losses = contrastive_loss(image, text, group, embeddings.scale)
         best = jnp.argmax(image @ text.T, axis=1)
         return losses, {"accuracy": (group[best] == group).mean()}
 
-    return model_loss(apply_fn, ("image", "tokens"), of, needs=("group",))
+    return model_loss(apply_fn, ("image", "tokens"), per_example, needs=("group",))
 
 
 def evaluate_retrieval(
@@ -168,14 +169,9 @@ def evaluate_retrieval(
         jitted = jax.jit(lambda variables, batch: apply_fn(variables, batch, train=False))
 
         def embed(variables: Any, entry: Any, rows: np.ndarray) -> np.ndarray:
-            width = min(batch_size, len(rows))
-            embeddings = []
-            for first in range(0, len(rows), width):
-                chosen = rows[first : first + width]
-                # Padded once read, so that no image is read for padding.
-                batch = entry[chosen][np.minimum(np.arange(width), len(chosen) - 1)]
-                embeddings.append(np.asarray(jitted(variables, batch), np.float32)[: len(chosen)])
-            return np.concatenate(embeddings)
+            batches = padded_batches({"entry": entry}, rows, batch_size)
+            embedded = [np.asarray(jitted(variables, batch["entry"]), np.float32)[:kept] for kept, batch in batches]
+            return np.concatenate(embedded)
 
         return embed
 

@@ -1,5 +1,12 @@
-"""Loss function and evaluation of models that answer a question by a span of its passage."""
+"""Loss function, evaluation and scores of models that answer a question by a span of its passage.
 
+Exact match and F1 are those of the official script, evaluate-v2.0.py, of Rajpurkar et al., arXiv:1806.03822, which
+gives percentages.
+"""
+
+import collections
+import re
+import string
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
@@ -7,15 +14,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from merge_jax.checks import check_at_least_one, check_entries
-from merge_jax.objectives.classification import model_loss
 from merge_jax.objectives.distillation import cross_entropy
-from merge_jax.objectives.squad import squad_scores
+from merge_jax.objectives.evaluation import padded_batches
+from merge_jax.objectives.model_loss import model_loss
 from merge_jax.types import Batch, LossFn, ModelApply, ModelState, Params
 
-__all__ = ["Decode", "evaluate_spans", "span_loss"]
+__all__ = ["Decode", "evaluate_spans", "exact_match", "f1", "normalize_answer", "span_loss", "squad_scores"]
 
 Decode = Callable[[np.ndarray, Mapping[str, np.ndarray]], Sequence[str]]
 """Logits `[N, L, 2]` and the arrays they come from to N answers, empty for "no answer"."""
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def span_loss(apply_fn: ModelApply, *, inputs: str = "tokens") -> LossFn:
@@ -34,11 +44,11 @@ def span_loss(apply_fn: ModelApply, *, inputs: str = "tokens") -> LossFn:
       ValueError: while tracing, for a batch that lacks an entry or logits of another shape.
     """
 
-    def of(logits: jax.Array, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def per_example(logits: jax.Array, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
         losses, right = _losses_and_right(logits, batch)
         return losses, {"accuracy": right.mean()}
 
-    return model_loss(apply_fn, (inputs,), of, needs=("start", "end"))
+    return model_loss(apply_fn, (inputs,), per_example, needs=("start", "end"))
 
 
 def evaluate_spans(
@@ -76,21 +86,16 @@ def evaluate_spans(
     def evaluate(params: Params, model_state: ModelState, arrays: Mapping[str, np.ndarray]) -> dict[str, float]:
         check_entries(arrays, inputs, "example", "start", "end")
         size = len(arrays["start"])
-        if size == 0:
-            raise ValueError("cannot evaluate on no examples")
         example = np.asarray(arrays["example"])
-        if example.min() < 0 or example.max() >= len(answers):
+        if example.size and not 0 <= example.min() <= example.max() < len(answers):
             raise ValueError(
                 f"arrays['example'] must lie in [0, {len(answers)}), the number of answers, found"
                 f" {example.min()} to {example.max()}"
             )
-        width = min(batch_size, size)
+        used = {name: arrays[name] for name in (inputs, "start", "end")}
         losses, logits = [], []
-        for first in range(0, size, width):
-            indices = np.minimum(np.arange(first, first + width), size - 1)
-            batch = {name: arrays[name][indices] for name in (inputs, "start", "end")}
+        for kept, batch in padded_batches(used, np.arange(size), batch_size):
             batch_losses, batch_logits = losses_and_logits(params, model_state, batch)
-            kept = min(width, size - first)
             losses.append(np.asarray(batch_losses, np.float32)[:kept])
             logits.append(np.asarray(batch_logits, np.float32)[:kept])
         predictions = decode(np.concatenate(logits), arrays)
@@ -100,6 +105,61 @@ def evaluate_spans(
         return {"loss": loss, **squad_scores(predictions, [answers[int(index)] for index in example])}
 
     return evaluate
+
+
+def normalize_answer(text: str) -> str:
+    """Returns the text in lower case without ASCII punctuation, English articles and superfluous white space.
+
+    >>> normalize_answer("The  U.S. Army")
+    'us army'
+    """
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_WITHOUT_PUNCTUATION)).split())
+
+
+def exact_match(prediction: str, answers: Sequence[str]) -> float:
+    """Returns 1 if the normalised prediction is one of the normalised answers, else 0.
+
+    A question without an answer has no `answers`; the prediction that is right is then empty. Answers that are empty
+    once normalised do not count.
+
+    Raises:
+      ValueError: `answers` is a single text.
+    """
+    return float(normalize_answer(prediction) in _counted(answers))
+
+
+def f1(prediction: str, answers: Sequence[str]) -> float:
+    """Returns the largest F1 of the prediction's words against those of an answer, in [0, 1].
+
+    `2 p r / (p + r)`, with the number of words in common over that of the prediction, `p`, and over that of the
+    answer, `r`; words that stand twice count twice. Where either has no words it is 1 if both have none, else 0. For a
+    question without an answer see `exact_match`.
+
+    Raises:
+      ValueError: `answers` is a single text.
+    """
+    return max(_f1(normalize_answer(prediction).split(), answer.split()) for answer in _counted(answers))
+
+
+def squad_scores(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Returns `{"exact_match", "f1"}`, the means over all questions, fractions in [0, 1].
+
+    Args:
+      predictions: one of each question, empty for "no answer".
+      answers: of each question every text that counts as right; none for a question without an answer.
+
+    Raises:
+      ValueError: there are no questions, or not as many predictions as questions, or answers are a single text.
+    """
+    if len(predictions) != len(answers):
+        raise ValueError(f"every question needs one prediction, got {len(predictions)} for {len(answers)} questions")
+    if not predictions:
+        raise ValueError("cannot score no predictions")
+    pairs = list(zip(predictions, answers, strict=True))
+    return {
+        "exact_match": sum(exact_match(prediction, right) for prediction, right in pairs) / len(pairs),
+        "f1": sum(f1(prediction, right) for prediction, right in pairs) / len(pairs),
+    }
 
 
 def _losses_and_right(logits: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
@@ -112,3 +172,16 @@ def _losses_and_right(logits: jax.Array, batch: Batch) -> tuple[jax.Array, jax.A
         losses.append(cross_entropy(logits[..., column], batch[name]))
         right.append(jnp.argmax(logits[..., column], axis=-1) == batch[name])
     return (losses[0] + losses[1]) / 2, right[0] & right[1]
+
+
+def _counted(answers: Sequence[str]) -> list[str]:
+    if isinstance(answers, str):
+        raise ValueError(f"answers must be a sequence of texts, got the text {answers!r}")
+    return [normalized for answer in answers if (normalized := normalize_answer(answer))] or [""]
+
+
+def _f1(prediction: list[str], answer: list[str]) -> float:
+    if not prediction or not answer:
+        return float(prediction == answer)
+    common = (collections.Counter(prediction) & collections.Counter(answer)).total()
+    return 2 * common / (len(prediction) + len(answer))

@@ -1,6 +1,14 @@
-"""Loss function and evaluation of models that answer questions on images from a vocabulary of answers."""
+"""Loss function, evaluation, vocabularies and scores of models that answer questions on images.
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+Accuracy is that of the official script, vqaEval.py of GT-Vision-Lab/VQA as it stands since 2021, of Antol et al.,
+arXiv:1505.00468, which gives percentages.
+"""
+
+import collections
+import re
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -8,11 +16,70 @@ import jax.numpy as jnp
 import numpy as np
 
 from merge_jax.checks import check_at_least_one, check_entries
-from merge_jax.objectives.classification import model_loss
-from merge_jax.objectives.vqa_score import answer_accuracy, vqa_scores
+from merge_jax.objectives.evaluation import padded_batches
+from merge_jax.objectives.model_loss import model_loss
 from merge_jax.types import Batch, LossFn, ModelApply, ModelState, Params
 
-__all__ = ["evaluate_vqa", "predict_answers", "vqa_loss"]
+__all__ = [
+    "Coverage",
+    "answer_accuracy",
+    "answer_coverage",
+    "answer_indices",
+    "answer_vocabulary",
+    "evaluate_vqa",
+    "normalize_answer",
+    "predict_answers",
+    "vqa_loss",
+    "vqa_scores",
+]
+
+_MARKS = frozenset(';/[]"{}()=+\\_-><@`,?!')
+_COMMA_IN_NUMBER = re.compile(r"[0-9],[0-9]")
+_PERIOD = re.compile(r"\.(?![0-9])")
+_MAX_PERIODS = 32  # The script hands re.UNICODE, which is 32, to re.sub in the place of a count.
+_NUMBERS = {
+    "none": "0",
+    "zero": "0",
+    "one": "1",
+    "two": "2",
+    "three": "3",
+    "four": "4",
+    "five": "5",
+    "six": "6",
+    "seven": "7",
+    "eight": "8",
+    "nine": "9",
+    "ten": "10",
+}
+_ARTICLES = frozenset(("a", "an", "the"))
+
+_WORDS_BEFORE = {
+    "n't": "ai are ca could did does do had has have is might must need ought sha should was were wo would",
+    "n't've": "could had might should would",
+    "'ve": "could might must not should they we what where who would you",
+    "'d": "he how it someone something there they where who you",
+    "'d've": "he it she somebody someone something there they we who y'all you",
+    "'ll": "how it somebody someone something they what who why y'all you",
+    "'re": "there they what why you",
+    "'s": "he how somebody someone that there what when where who why",
+    "": "ma'am o'clock 'ow's'at 'twas y'all",
+}
+
+
+def _contractions() -> dict[str, str]:
+    """Returns the contractions by what lacks one of their apostrophes.
+
+    The official table has four entries more, with a capital I, that no text in lower case meets, and two that change
+    nothing. "somebody'd" stands the wrong way round in it.
+    """
+    table = {"somebody'd": "somebodyd"}
+    for ending, words in _WORDS_BEFORE.items():
+        for whole in (word + ending for word in words.split()):
+            table.update({whole[:i] + whole[i + 1 :]: whole for i, letter in enumerate(whole) if letter == "'"})
+    return table
+
+
+_CONTRACTIONS = _contractions()
 
 
 def vqa_loss(apply_fn: ModelApply) -> LossFn:
@@ -36,7 +103,7 @@ def vqa_loss(apply_fn: ModelApply) -> LossFn:
       ValueError: while tracing, for a batch that lacks an entry or logits of another shape.
     """
 
-    def of(logits: jax.Array, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def per_example(logits: jax.Array, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
         answers = jnp.asarray(batch["answers"])
         losses = _losses(logits, answers)
         counts = (answers == jnp.argmax(logits, axis=-1)[:, None]).sum(axis=-1)
@@ -44,7 +111,7 @@ def vqa_loss(apply_fn: ModelApply) -> LossFn:
         table = jnp.array([answer_accuracy(count, annotators) for count in range(annotators + 1)], jnp.float32)
         return losses, {"accuracy": table[counts].mean()}
 
-    return model_loss(apply_fn, ("image", "tokens"), of, needs=("answers",))
+    return model_loss(apply_fn, ("image", "tokens"), per_example, needs=("answers",))
 
 
 def evaluate_vqa(
@@ -89,8 +156,9 @@ def evaluate_vqa(
                 f"arrays['example'] must lie in [0, {len(answers)}), the number of answers, found"
                 f" {example.min()} to {example.max()}"
             )
+        used = {name: arrays[name] for name in ("image", "tokens", "answers")}
         losses, best = [], []
-        for kept, batch in _batches(arrays, ("image", "tokens", "answers"), batch_size):
+        for kept, batch in padded_batches(used, np.arange(len(arrays["tokens"])), batch_size):
             batch_losses, batch_best = losses_and_best(params, model_state, batch)
             losses.append(np.asarray(batch_losses, np.float32)[:kept])
             best.append(np.asarray(batch_best)[:kept])
@@ -123,18 +191,160 @@ def predict_answers(
     check_at_least_one(batch_size=batch_size)
 
     @jax.jit
-    def best_of(params: Params, model_state: ModelState, batch: Batch) -> jax.Array:
+    def largest(params: Params, model_state: ModelState, batch: Batch) -> jax.Array:
         return jnp.argmax(_logits(apply_fn, len(vocabulary), params, model_state, batch), axis=-1)
 
     def predict(params: Params, model_state: ModelState, arrays: Mapping[str, Any]) -> list[str]:
         check_entries(arrays, "image", "tokens")
+        used = {name: arrays[name] for name in ("image", "tokens")}
         predictions = []
-        for kept, batch in _batches(arrays, ("image", "tokens"), batch_size):
-            best = np.asarray(best_of(params, model_state, batch))[:kept]
+        for kept, batch in padded_batches(used, np.arange(len(arrays["tokens"])), batch_size):
+            best = np.asarray(largest(params, model_state, batch))[:kept]
             predictions.extend(vocabulary[int(place)] for place in best)
         return predictions
 
     return predict
+
+
+def normalize_answer(text: str) -> str:
+    """Returns the text as the official script compares it with others.
+
+    Each of `; / [ ] " { } ( ) = + \\ _ - > < @ ` , ? !` becomes a space; it goes without one if it stands next to a
+    space anywhere in the text, and all do if there is a comma between digits. Periods that no digit follows go, the
+    first 32 of them. Then, in lower case, the words "none" and "zero" to "ten" become digits, English articles go, and
+    contractions get an apostrophe back. Digits are ASCII's.
+
+    >>> normalize_answer("Two T-shirts, and a dog. It isnt raining!")
+    "2 t shirts and dog it isn't raining"
+    """
+    text = _plain(text)
+    all_go = _COMMA_IN_NUMBER.search(text) is not None
+    found = _MARKS.intersection(text)
+    changes = {ord(mark): "" if all_go or f"{mark} " in text or f" {mark}" in text else " " for mark in found}
+    text = _PERIOD.sub("", text.translate(changes), count=_MAX_PERIODS)
+    words = (_NUMBERS.get(word, word) for word in text.lower().split())
+    return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
+
+
+def answer_accuracy(count: int, annotators: int) -> float:
+    """Returns the accuracy in [0, 1] of an answer that `count` of n annotators gave.
+
+    `mean_a min(1, o_a / 3)`, with `o_a` the number of annotators other than a who gave it, so that an answer of 4 is
+    right and one of 1, 2 or 3 of 10 counts 0.3, 0.6 or 0.9. As the official script does, it wants three others of few
+    annotators too: nobody gets more than 1/3 of two, 2/3 of three. Of a single one, where that would be 0, it is
+    `count`, an exact match: our choice, for sets with one answer to a question.
+    """
+    if annotators == 1:
+        return float(count)
+    givers, rest = count * min(1, (count - 1) / 3), (annotators - count) * min(1, count / 3)
+    return (givers + rest) / annotators
+
+
+def vqa_scores(
+    predictions: Sequence[str], answers: Sequence[Sequence[str]], kinds: Sequence[str] | None = None
+) -> dict[str, float]:
+    """Returns `{"accuracy"}`, the mean of `answer_accuracy` over all questions, a fraction in [0, 1].
+
+    As in the official script, prediction and answers are compared once normalised where the answers to a question
+    differ, and as they are where all are the same text: there "Yes" is not "yes", and a prediction from a vocabulary
+    of normalised answers is wrong where all say "none". The only answer to a question is normalised, our choice, since
+    nobody has agreed on how it is written.
+
+    Args:
+      predictions: one of each question.
+      answers: of each question, what each annotator answered, the same answer as often as it was given.
+      kinds: the kind of each question; adds `accuracy_<kind>`, the mean over its questions, of each kind.
+
+    Raises:
+      ValueError: there are no questions, or not as many predictions or kinds as questions, or a question has no
+        answers, or its answers are a single text.
+    """
+    if len(predictions) != len(answers):
+        raise ValueError(f"every question needs one prediction, got {len(predictions)} for {len(answers)} questions")
+    if kinds is not None and len(kinds) != len(answers):
+        raise ValueError(f"every question needs one kind, got {len(kinds)} for {len(answers)} questions")
+    if not predictions:
+        raise ValueError("cannot score no predictions")
+    _check_answers(answers)
+    accuracies = [_accuracy(*pair) for pair in zip(predictions, answers, strict=True)]
+    scores = {"accuracy": statistics.fmean(accuracies)}
+    by_kind = collections.defaultdict(list)
+    if kinds is not None:
+        for kind, accuracy in zip(kinds, accuracies, strict=True):
+            by_kind[kind].append(accuracy)
+    return scores | {f"accuracy_{kind}": statistics.fmean(by_kind[kind]) for kind in sorted(by_kind)}
+
+
+def answer_vocabulary(answers: Sequence[Sequence[str]], size: int) -> tuple[str, ...]:
+    """Returns the `size` most frequent normalised answers, or all where there are fewer, the commonest first.
+
+    Every answer of every annotator counts, but those that are empty once normalised. Equally frequent ones stand in
+    alphabetical order.
+
+    Raises:
+      ValueError: a size below 1, answers that are a single text, or no answer at all.
+    """
+    check_at_least_one(size=size)
+    _check_texts(answers)
+    vocabulary = _commonest(answer for given in answers for answer in given)[:size]
+    if not vocabulary:
+        raise ValueError(f"there are no answers to {len(answers)} questions to make a vocabulary of")
+    return vocabulary
+
+
+def answer_indices(answers: Sequence[Sequence[str]], vocabulary: Sequence[str]) -> tuple[np.ndarray, float]:
+    """Returns the place in the vocabulary of every answer, `[N, A]`, int32, and the fraction of questions with one.
+
+    A is the largest number of answers to a question. It is -1 where an annotator's answer is not in the vocabulary,
+    and where there is no annotator. Answers and vocabulary are compared once normalised. `answer_coverage` tells what
+    a vocabulary lacks.
+
+    Raises:
+      ValueError: answers that are a single text, or a vocabulary that is empty or has one answer twice.
+    """
+    places = _places(vocabulary)
+    _check_texts(answers)
+    indices = np.full((len(answers), max(map(len, answers), default=0) or 1), -1, np.int32)
+    for row, given in zip(indices, answers, strict=True):
+        row[: len(given)] = [places.get(normalize_answer(answer), -1) for answer in given]
+    return indices, float((indices >= 0).any(axis=1).mean()) if len(answers) else 0.0
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What a vocabulary has of the answers to questions; `str()` of it is a sentence for a report or an error.
+
+    Attributes:
+      size: of the vocabulary.
+      questions: how many there are.
+      uncovered: how many of them have no answer in the vocabulary.
+      missing: the normalised answers to those, the commonest first.
+    """
+
+    size: int
+    questions: int
+    uncovered: int
+    missing: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """Returns the sentence, with the five commonest of the missing."""
+        subject = f"the vocabulary of {self.size} answers covers"
+        if not self.uncovered:
+            return f"{subject} an answer of each of {self.questions} questions"
+        shown = f"; the commonest missing are {', '.join(map(repr, self.missing[:5]))}" if self.missing else ""
+        return f"{subject} none of the answers of {self.uncovered} of {self.questions} questions{shown}"
+
+
+def answer_coverage(answers: Sequence[Sequence[str]], vocabulary: Sequence[str]) -> Coverage:
+    """Returns what the vocabulary has of the answers.
+
+    Raises:
+      ValueError: as `answer_indices`.
+    """
+    indices, _ = answer_indices(answers, vocabulary)
+    uncovered = np.flatnonzero((indices < 0).all(axis=1))
+    missing = _commonest(answer for question in uncovered.tolist() for answer in answers[question])
+    return Coverage(len(vocabulary), len(answers), len(uncovered), missing)
 
 
 def _logits(apply_fn: ModelApply, size: int, params: Params, model_state: ModelState, batch: Batch) -> jax.Array:
@@ -154,16 +364,43 @@ def _losses(logits: jax.Array, answers: jax.Array) -> jax.Array:
     return -jnp.where(given, log_p, 0).sum(axis=-1) / jnp.maximum(given.sum(axis=-1), 1)
 
 
-def _batches(
-    arrays: Mapping[str, Any], names: Sequence[str], batch_size: int
-) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-    """Yields batches of one size and how many of their examples count; the last one repeats its last example."""
-    size = len(arrays["tokens"])
-    if size == 0:
-        raise ValueError("cannot evaluate on no examples")
-    width = min(batch_size, size)
-    for first in range(0, size, width):
-        rows = np.arange(first, min(first + width, size))
-        # Padded once read, so that no image is read for padding.
-        padded = np.minimum(np.arange(width), len(rows) - 1)
-        yield len(rows), {name: arrays[name][rows][padded] for name in names}
+def _plain(text: str) -> str:
+    return text.replace("\n", " ").replace("\t", " ").strip()
+
+
+def _accuracy(prediction: str, answers: Sequence[str]) -> float:
+    prediction, given = _plain(prediction), [_plain(answer) for answer in answers]
+    if len(given) == 1 or len(set(given)) > 1:
+        prediction, given = normalize_answer(prediction), [normalize_answer(answer) for answer in given]
+    return answer_accuracy(given.count(prediction), len(given))
+
+
+def _commonest(answers: Iterable[str]) -> tuple[str, ...]:
+    """Returns the normalised answers that are not empty, the commonest first, then in alphabetical order."""
+    counts = collections.Counter(map(normalize_answer, answers))
+    return tuple(sorted(filter(None, counts), key=lambda answer: (-counts[answer], answer)))
+
+
+def _places(vocabulary: Sequence[str]) -> Mapping[str, int]:
+    """Returns the place of every normalised answer of the vocabulary."""
+    if isinstance(vocabulary, str) or not vocabulary:
+        raise ValueError(f"the vocabulary must be a sequence of at least one answer, got {vocabulary!r}")
+    places: dict[str, int] = {}
+    for place, answer in enumerate(vocabulary):
+        first = places.setdefault(normalize_answer(answer), place)
+        if first != place:
+            raise ValueError(f"the answers {vocabulary[first]!r} and {answer!r} of the vocabulary are the same")
+    return places
+
+
+def _check_texts(answers: Sequence[Sequence[str]]) -> None:
+    for question, given in enumerate(answers):
+        if isinstance(given, str):
+            raise ValueError(f"the answers to question {question} must be a sequence of texts, got the text {given!r}")
+
+
+def _check_answers(answers: Sequence[Sequence[str]]) -> None:
+    _check_texts(answers)
+    for question, given in enumerate(answers):
+        if not given:
+            raise ValueError(f"question {question} has no answers to score its prediction by")

@@ -1,1 +1,91 @@
-"""The engine of experiments: options, methods, trials and their runs, grids of them and reports."""
+"""The engine of experiments: options, methods, trials and their runs, grids of them and reports.
+
+A scenario of one's own needs no more than `from merge_jax import study`. Each name is imported when it is first used,
+so that `--help` of a scenario imports no JAX.
+"""
+
+from etils import epy
+
+with epy.lazy_api_imports(globals()):
+    from merge_jax.study.choices import (
+        ImageModelName,
+        ImageTaskName,
+        ImageTextTaskName,
+        LearningRateSchedule,
+        TextModelName,
+        TextTaskName,
+        VisionModelName,
+    )
+    from merge_jax.study.cli import main
+    from merge_jax.study.config import RunConfig, Schedule
+    from merge_jax.study.distillation import distillation_objectives
+    from merge_jax.study.images import (
+        ImageData,
+        image_classifier,
+        image_model,
+        load_image_task,
+        load_images,
+        make_model,
+        sgd,
+    )
+    from merge_jax.study.methods import Objective, make_methods, make_scenario, parse_routes
+    from merge_jax.study.multi_source import side_by_side
+    from merge_jax.study.options import (
+        BY_DEPTH,
+        TASKS,
+        Architecture,
+        ImageTextOptions,
+        ModelName,
+        TaskName,
+        TaskOptions,
+        TransferOptions,
+        parse_pairs,
+    )
+    from merge_jax.study.scenario import Method, SampleImages, Scenario, StudyModel, choose_methods
+    from merge_jax.study.tasks import TaskSpec, make_models, routes_by_depth
+    from merge_jax.study.texts import TextData, adamw
+
+__all__ = [
+    "BY_DEPTH",
+    "TASKS",
+    "Architecture",
+    "ImageData",
+    "ImageModelName",
+    "ImageTaskName",
+    "ImageTextOptions",
+    "ImageTextTaskName",
+    "LearningRateSchedule",
+    "Method",
+    "ModelName",
+    "Objective",
+    "RunConfig",
+    "SampleImages",
+    "Scenario",
+    "Schedule",
+    "StudyModel",
+    "TaskName",
+    "TaskOptions",
+    "TaskSpec",
+    "TextData",
+    "TextModelName",
+    "TextTaskName",
+    "TransferOptions",
+    "VisionModelName",
+    "adamw",
+    "choose_methods",
+    "distillation_objectives",
+    "image_classifier",
+    "image_model",
+    "load_image_task",
+    "load_images",
+    "main",
+    "make_methods",
+    "make_model",
+    "make_models",
+    "make_scenario",
+    "parse_pairs",
+    "parse_routes",
+    "routes_by_depth",
+    "sgd",
+    "side_by_side",
+]

@@ -1,83 +1,69 @@
-"""Aligned transfers of an experiment: by the channels of both models, fitted on the target's training inputs."""
+"""Aligned transfers of a scenario: by the channels of its models, fitted on the target's training inputs."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import optax
 
 import merge_jax as mj
+from merge_jax.checks import check_entries
 from merge_jax.data import num_examples
-from merge_jax.study.scenario import FitFn, Learner, Reader, Role
+from merge_jax.study.scenario import FitFn, StudyModel
 from merge_jax.transfers.weight_selection import evenly_chosen
 from merge_jax.types import Adapter, Batch, ModelState, Params
 
-__all__ = ["Alignment"]
+__all__ = ["Alignment", "align"]
 
 _EXAMPLES = 512  # What enters a layer at each place of so many inputs is enough for its moments.
 
 
 class Alignment(NamedTuple):
-    """Two models whose channels can be aligned, since both read the target's inputs.
+    """An aligned transfer, and what fits its adapter to what the target's training inputs are to the source."""
 
-    Attributes:
-      source: the role that gives, and how it reads.
-      target: the role that receives.
+    transfer: mj.Transfer
+    fit: FitFn
+
+
+def align(source: StudyModel, target: StudyModel, routes: Sequence[mj.Route]) -> Alignment:
+    """Returns the aligned transfer of two models that both read the target's inputs.
+
+    Raises:
+      ValueError: the target's examples lack an input of the source, or routes that cannot be aligned.
     """
+    examples = target.splits(0).train
 
-    source: tuple[Role, Reader]
-    target: tuple[Role, Reader]
+    def channel_graph(model: StudyModel) -> mj.ChannelGraph:
+        params, model_state = jax.eval_shape(model.init, jax.random.key(0))
+        return mj.channel_graph(_evaluated(model), params, model_state, *_inputs(model, examples))
 
-    @classmethod
-    def of(cls, source: Learner, target: Learner) -> "Alignment | None":
-        """Returns the alignment of two learners; None where one of them cannot be looked into."""
-        if source.reader is None or target.reader is None:
-            return None
-        return cls((source.role, source.reader), (target.role, target.reader))
+    transfer = mj.aligned_transfer(routes, channel_graph(source), channel_graph(target))
+    apply_source, fit_transfer = _evaluated(source), transfer.fit
+    assert fit_transfer is not None  # The aligned one has it.
 
-    def transfer(self, routes: Sequence[mj.Route]) -> mj.Transfer:
-        """Returns the aligned transfer of those routes."""
-        return mj.aligned_transfer(routes, self._channel_graph(*self.source), self._channel_graph(*self.target))
+    @jax.jit
+    def fit_to(source: mj.TrainState, target_params: Params, inputs: Sequence[jax.Array]) -> Adapter:
+        moments = mj.input_moments(apply_source, source.params, source.model_state, *inputs)
+        return fit_transfer(moments, source.params, target_params)
 
-    def first(self, transfer: mj.Transfer) -> mj.Transfer:
-        """Returns the transfer that writes at the first step alone."""
-        return mj.scheduled(transfer, optax.piecewise_constant_schedule(1.0, {1: 0.0}))
+    def fit(adapter: Adapter, state: mj.TrainState, target_params: Params, examples: Batch) -> Adapter:
+        return fit_to(state, target_params, _inputs(source, examples))
 
-    def fit(self, transfer: mj.Transfer, place: Callable[[Adapter, Adapter], Adapter] | None = None) -> FitFn:
-        """Returns what makes the adapter: fitted to what the target's training inputs are to the source.
-
-        Args:
-          transfer: the aligned one.
-          place: `(whole adapter, fitted part) -> whole adapter`, where it is part of another transfer.
-        """
-        source_model, transfer_fit = _reading(self.source[1]), transfer.fit
-        assert transfer_fit is not None  # The aligned one has it.
-
-        @jax.jit
-        def fit(source: mj.TrainState, target_params: Params, inputs: Sequence[jax.Array]) -> Adapter:
-            moments = mj.input_moments(source_model, source.params, source.model_state, *inputs)
-            return transfer_fit(moments, source.params, target_params)
-
-        def fitted(adapter: Adapter, source: mj.TrainState, target_params: Params, examples: Batch) -> Adapter:
-            found = fit(source, target_params, self._inputs(self.source[1], examples))
-            return found if place is None else place(adapter, found)
-
-        return fitted
-
-    def _channel_graph(self, role: Role, reader: Reader) -> mj.ChannelGraph:
-        params, model_state = jax.eval_shape(role.init, jax.random.key(0))
-        inputs = self._inputs(reader, self.target[0].splits(0).train)
-        return mj.channel_graph(_reading(reader), params, model_state, *inputs)
-
-    def _inputs(self, reader: Reader, examples: Any) -> list[np.ndarray]:
-        total = num_examples(examples)
-        rows = evenly_chosen(min(_EXAMPLES, total), total)  # Of a set that may be sorted by class.
-        return [np.asarray(examples[name][rows]) for name in reader.inputs]
+    return Alignment(transfer, fit)
 
 
-def _reading(reader: Reader) -> Callable[..., Any]:
-    def read(params: Params, model_state: ModelState, *inputs: jax.Array) -> Any:
-        return reader.apply({"params": params, **model_state}, *inputs, train=False)
+def _inputs(model: StudyModel, examples: Any) -> list[np.ndarray]:
+    check_entries(examples, *model.inputs)
+    total = num_examples(examples)
+    rows = evenly_chosen(min(_EXAMPLES, total), total)  # Of a set that may be sorted by class.
+    return [np.asarray(examples[name][rows]) for name in model.inputs]
 
-    return read
+
+def _evaluated(model: StudyModel) -> Callable[..., Any]:
+    """Returns the model in evaluation mode, as a function of parameters, state and inputs."""
+    assert model.apply is not None
+
+    def evaluated(params: Params, model_state: ModelState, *inputs: jax.Array) -> Any:
+        return model.apply({"params": params, **model_state}, *inputs, train=False)
+
+    return evaluated

@@ -7,7 +7,6 @@ __all__ = [
     "ImageTaskName",
     "ImageTextTaskName",
     "LearningRateSchedule",
-    "OutputForm",
     "SourceControl",
     "TextModelName",
     "TextTaskName",
@@ -52,6 +51,3 @@ SourceControl = Literal["none", "random", "shuffled", "noise", "other_seed"]
 
 UpdateRule = Literal["exact", "surrogate"]
 """Those of `merge_jax.make_joint_step`."""
-
-OutputForm = Literal["published", "residual", "warm"]
-"""Those of `merge_jax.lpka_transfer`."""

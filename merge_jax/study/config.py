@@ -95,8 +95,17 @@ class RunConfig:
     JAX_COMPILATION_CACHE_DIR, or one in the user's cache folder."""
 
     def check(self) -> None:
-        """Raises ValueError for an option of another type or out of range."""
+        """Raises ValueError for an option of another type or out of range.
+
+        Every class that a config is made of checks its own options in `check_options`; this calls each of them once.
+        """
         check_types(self)
+        for kind in reversed(type(self).__mro__):
+            if "check_options" in vars(kind):
+                kind.check_options(self)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def check_options(self) -> None:
+        """Raises ValueError for an option out of range."""
         for name in ("seeds", "source_steps", "steps", "batch_size", "report_every", "checkpoint_every", "snapshots"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

@@ -29,7 +29,9 @@ def _folders(package: str) -> list[str]:
 
 
 def find_experiment(name: str) -> str:
-    """Returns the module of an experiment: of one that ships by its name, of any other by its path, `package.module`.
+    """Returns the module of an experiment: of one that ships by its name, of any other by its own.
+
+    That is `package.module`, or `module` where a file of that name lies in the working folder.
 
     Raises:
       ValueError: there is no such module; near misses are named.
@@ -37,6 +39,8 @@ def find_experiment(name: str) -> str:
     names = experiment_names()
     if name in names:
         return names[name]
+    if name.isidentifier() and Path(f"{name}.py").is_file():
+        return name
     try:
         if "." in name and importlib.util.find_spec(name) is not None:
             return name

@@ -23,7 +23,7 @@ from merge_jax.study.config import RunConfig
 from merge_jax.study.contents import REMOVED_OPTIONS, run_identity, run_options
 from merge_jax.study.experiment import find_experiment, find_grid, load_experiment
 from merge_jax.study.grid import Grid, GridRun, Options, make_runs, read_grid, select
-from merge_jax.study.methods import TransferConfig
+from merge_jax.study.options import TransferOptions
 from merge_jax.study.report import write_report
 from merge_jax.study.runner import check_run, prepare_run
 from merge_jax.study.scenario import Scenario
@@ -35,8 +35,8 @@ __all__ = ["run_study"]
 # but for another seed, which is another source.
 _TARGET_OPTIONS = frozenset(
     {
-        *({field.name for field in fields(TransferConfig)} - {field.name for field in fields(RunConfig)}),
-        *("methods", "routes", "cycle", "update", "labels", "steps", "direction"),
+        *(field.name for field in fields(TransferOptions)),
+        *("routes", "cycle", "update", "labels", "steps", "direction"),
         *("temperature", "distillation_weight", "source_control"),
     }
 )

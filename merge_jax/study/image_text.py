@@ -1,4 +1,4 @@
-"""Models of images with text as the roles of a scenario: their tasks, data by name or folder, and their scores."""
+"""Models of images with text of a scenario: their tasks, data by name or folder, and their scores."""
 
 import sys
 from collections import Counter
@@ -33,51 +33,41 @@ from merge_jax.data import (
     sort_of_clevr,
     take,
 )
-from merge_jax.objectives.vqa_score import normalize_answer
+from merge_jax.objectives.vqa import normalize_answer
 from merge_jax.paths import near_misses
-from merge_jax.study.architecture import Architecture
 from merge_jax.study.choices import ImageTextTaskName
 from merge_jax.study.images import make_vision_encoder
 from merge_jax.study.model_code import model_code
-from merge_jax.study.optimizers import adamw
-from merge_jax.study.scenario import Learner, Reader, Role, Samples
-from merge_jax.study.texts import make_text_encoder, read_weights, started, told, told_tokens
+from merge_jax.study.options import Architecture
+from merge_jax.study.scenario import SampleImages, StudyModel
+from merge_jax.study.texts import (
+    adamw,
+    check_text_weights,
+    check_weights,
+    describe_tokens,
+    make_text_encoder,
+    read_weights,
+    warn_of_cuts,
+    with_weights,
+)
+from merge_jax.types import LossFn
 
 __all__ = [
-    "Reading",
-    "image_text_learner",
+    "check_image_text_weights",
+    "image_text_model",
     "load_image_text",
-    "words_with_images",
+    "texts_with_images",
 ]
 
 _ATTENTION = {"vision": "image_encoder/*/attention", "text": "text_encoder/*/attention"}
 _EVALUATED_AT_ONCE = 100
-_NUM_SAMPLES = 6
+_NUM_SHOWN = 6
 _CANDIDATES = 200
 _LARGEST_RANK = 10
 # A study makes many scenarios of one set; none of them changes its images or texts.
 _sort_of_clevr = lru_cache(maxsize=2)(sort_of_clevr)
 _scene_captions = lru_cache(maxsize=2)(scene_captions)
 _SEEN = 1000  # Images that mean and deviation of the pixels are taken of: no pass over all that are streamed.
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How images and texts are read.
-
-    Attributes:
-      max_length: tokens of a text.
-      too_long: what to do with longer ones, `truncate` or `error`.
-      validation: how many training images to hold out, with all their questions or captions, drawn for each seed.
-      num_answers: how many answers a model chooses from.
-      uncovered: what to do with training questions none of whose answers are among these, `error` or `skip`.
-    """
-
-    max_length: int
-    too_long: str
-    validation: int
-    num_answers: int
-    uncovered: str
 
 
 def load_image_text(
@@ -117,22 +107,43 @@ def load_image_text(
     return class_captions(load_tfds_images(data, data_dir, image_size=image_size))
 
 
-def words_with_images(found: VisualQuestionSet | CaptionSet) -> Sequence[str]:
+def check_image_text_weights(
+    architecture: Architecture,
+    text_weights: Path | None,
+    vision_weights: Path | None,
+    *,
+    max_length: int,
+    image_size: int | None,
+) -> None:
+    """Raises ValueError for weights of other encoders, before data is read: their header is enough."""
+    if text_weights is not None:
+        check_text_weights(text_weights, architecture.text, max_length, architecture.text_attributes)
+    if vision_weights is not None and image_size is not None:
+        encoder = make_vision_encoder(architecture.vision, image_size, architecture.vision_attributes)
+        check_weights(vision_weights, encoder, np.zeros((1, image_size, image_size, 3), np.float32))
+
+
+def texts_with_images(found: VisualQuestionSet | CaptionSet) -> Sequence[str]:
     """Returns the questions or captions there are to learn from."""
     return found.train.questions if isinstance(found, VisualQuestionSet) else found.train.captions
 
 
-def image_text_learner(
+def image_text_model(
     task: str,
     found: VisualQuestionSet | CaptionSet,
     tokens: WordPiece,
     architecture: Architecture,
-    reading: Reading,
     *,
-    images: int | None = None,
+    max_length: int,
+    too_long: str,
+    validation: int,
+    images: int | None,
+    num_answers: int,
+    uncovered: str,
+    learning_rate: float,
     text_weights: Path | None = None,
     vision_weights: Path | None = None,
-) -> Learner:
+) -> StudyModel:
     """Returns a model that learns to answer questions on images, or to find captions and images.
 
     Args:
@@ -140,8 +151,13 @@ def image_text_learner(
       found: its data.
       tokens: the vocabulary of its texts.
       architecture: the model.
-      reading: how images and texts are read.
-      images: how many training images it learns from; None for all.
+      max_length: tokens of a text.
+      too_long: what to do with longer ones, `truncate` or `error`.
+      validation: how many training images to hold out, with all their questions or captions, drawn for each seed.
+      images: how many of the others it learns from; None for all.
+      num_answers: how many answers a model chooses from.
+      uncovered: what to do with training questions none of whose answers are among these, `error` or `skip`.
+      learning_rate: of its AdamW.
       text_weights: a Hugging Face safetensors file or folder that its text encoder starts from.
       vision_weights: the same for its vision transformer; a preprocessor_config.json beside them scales the pixels.
 
@@ -152,25 +168,24 @@ def image_text_learner(
     shape = found.train.images.shape
     rate, sizes = architecture.dropout, architecture.text_attributes
     vision = make_vision_encoder(architecture.vision, shape[1], architecture.vision_attributes, dropout_rate=rate)
-    text = make_text_encoder(architecture.text, tokens, reading.max_length, sizes, dropout_rate=rate)
+    text = make_text_encoder(architecture.text, tokens, max_length, sizes, dropout_rate=rate)
     pixels = _scale_of_pixels(found, vision_weights)
-    encode = partial(_encode, found.name, tokens, reading)
+    encode = partial(_encode, found.name, tokens, max_length, too_long)
     name = f"{architecture.vision} and {architecture.text} ({found.name} {task})"
     if isinstance(found, VisualQuestionSet):
         fusion = {"num_layers": architecture.fusion_layers, "dropout_rate": rate}
-        module, parts = _answerer(
-            found, partial(mj.models.VisualAnswerer, vision, text, **fusion), pixels, reading, encode
-        )
+        make = partial(mj.models.VisualAnswerer, vision, text, **fusion)
+        module, parts = _answerer(found, make, pixels, num_answers, uncovered, encode)
     else:
         module = mj.models.DualEncoder(vision, text, architecture.embedding_size)
         parts = _finder(found, module, pixels, encode)
-    splits = _splits_by_image(found.name, *parts.arrays, reading.validation, images, parts.learned)
+    splits = _splits_by_image(found.name, *parts.arrays, validation, images, parts.learned)
     if isinstance(found, CaptionSet):
         _check_ranks(f"--validation: {found.name} has, held out of its training images,", splits(0).validation)
         _check_ranks(f"{found.name} has to test on", parts.arrays[1])
 
     def random_init(key: jax.Array) -> Any:
-        inputs = np.zeros((1, *shape[1:]), np.float32), np.ones((1, reading.max_length), np.int32)
+        inputs = np.zeros((1, *shape[1:]), np.float32), np.ones((1, max_length), np.int32)
         return mj.models.initialize(module, key, *inputs)["params"]
 
     weights = {"text_encoder": text_weights, "image_encoder": vision_weights}
@@ -180,16 +195,26 @@ def image_text_learner(
 
     def init(key: jax.Array) -> tuple[Any, dict[str, Any]]:
         params = random_init(key)
-        return {**params, **{encoder: started(one, params[encoder]) for encoder, one in given.items()}}, {}
+        return {**params, **{encoder: with_weights(one, params[encoder]) for encoder, one in given.items()}}, {}
 
     inputs = {
         f"jnp.zeros({(1, *shape[1:])})": f"images [N, {', '.join(map(str, shape[1:]))}], uint8",
-        f"jnp.zeros((1, {reading.max_length}), jnp.int32)": told_tokens(reading.max_length),
+        f"jnp.zeros((1, {max_length}), jnp.int32)": describe_tokens(max_length),
     }
-    code = model_code(module, inputs, pixels)
-    role = Role(name, init, splits, parts.evaluate, parts.metric, samples=parts.samples, code=code)
-    loss_fn = parts.reader.loss(parts.reader.apply)
-    return Learner(role, loss_fn, adamw, attention=_ATTENTION, reader=parts.reader)
+    return StudyModel(
+        name=name,
+        init=init,
+        loss=parts.loss,
+        optimizer=partial(adamw, learning_rate),
+        splits=splits,
+        evaluate=parts.evaluate,
+        metric=parts.metric,
+        apply=mj.on_pixels(module.apply, *pixels),
+        inputs=("image", "tokens"),
+        attention=_ATTENTION,
+        sample_images=parts.sample_images,
+        code=model_code(module, inputs, pixels),
+    )
 
 
 def _scale_of_pixels(found: VisualQuestionSet | CaptionSet, weights: Path | None) -> tuple[Sequence[float], ...]:
@@ -216,14 +241,16 @@ class _Parts:
 
     arrays: tuple[Arrays, Arrays]
     learned: tuple[str, ...]
-    reader: Reader
+    loss: LossFn
     evaluate: Any
     metric: str
-    samples: Samples
+    sample_images: SampleImages
 
 
-def _answerer(found: VisualQuestionSet, make: Any, pixels: Any, reading: Reading, encode: Any) -> tuple[Any, _Parts]:
-    vocabulary = mj.answer_vocabulary(found.train.answers, reading.num_answers)
+def _answerer(
+    found: VisualQuestionSet, make: Any, pixels: Any, num_answers: int, uncovered: str, encode: Any
+) -> tuple[Any, _Parts]:
+    vocabulary = mj.answer_vocabulary(found.train.answers, num_answers)
     questions = [*found.train.questions, *found.test.questions]
     answers = [*found.train.answers, *found.test.answers]
     kinds = None
@@ -241,7 +268,7 @@ def _answerer(found: VisualQuestionSet, make: Any, pixels: Any, reading: Reading
     covered = (indices[:size] >= 0).any(axis=1)
     if not covered.all():
         message = mj.answer_coverage(found.train.answers, vocabulary)
-        if reading.uncovered == "error":
+        if uncovered == "error":
             raise ValueError(f"{found.name}: {message}: take more by --num-answers, or --uncovered skip")
         print(f"{found.name}: {message}: not learned from", file=sys.stderr)
         train = take(train, np.flatnonzero(covered))
@@ -253,9 +280,9 @@ def _answerer(found: VisualQuestionSet, make: Any, pixels: Any, reading: Reading
     asked = [questions[i] for i in few["example"]]
     right = [_commonest_first(answers[i]) for i in few["example"]]
     predict = mj.predict_answers(apply, vocabulary)
-    samples = Samples(partial(_read, few), asked, right, lambda params, state: predict(params, state, few))
-    reader = Reader(apply, ("image", "tokens"), mj.vqa_loss)
-    return module, _Parts((train, test), ("image", "tokens", "answers"), reader, evaluate, "accuracy", samples)
+    sample_images = SampleImages(partial(_read, few), asked, right, lambda params, state: predict(params, state, few))
+    learned = ("image", "tokens", "answers")
+    return module, _Parts((train, test), learned, mj.vqa_loss(apply), evaluate, "accuracy", sample_images)
 
 
 def _finder(found: CaptionSet, module: Any, pixels: Any, encode: Any) -> _Parts:
@@ -265,14 +292,14 @@ def _finder(found: CaptionSet, module: Any, pixels: Any, encode: Any) -> _Parts:
     embed_texts = partial(module.apply, method="embed_texts")
     evaluate = mj.evaluate_retrieval(embed_images, embed_texts, batch_size=_EVALUATED_AT_ONCE)
     _, shown = np.unique(test["group"], return_index=True)
-    few = take(test, np.sort(shown)[:_NUM_SAMPLES])
+    few = take(test, np.sort(shown)[:_NUM_SHOWN])
     captions = found.test.captions
     captions_of: dict[int, list[str]] = {}
     for group, caption in zip(found.test.caption_group, captions, strict=True):
         captions_of.setdefault(int(group), []).append(str(caption))
     _, first = np.unique(test["caption_id"], return_index=True)
     first = first[:_CANDIDATES]  # At once on the device.
-    of_captions = test["tokens"][first]
+    candidates = test["tokens"][first]
 
     @jax.jit
     def best(params: Any, state: Any, images: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -282,12 +309,12 @@ def _finder(found: CaptionSet, module: Any, pixels: Any, encode: Any) -> _Parts:
 
     def answer(params: Any, state: Any) -> list[str]:
         ids = test["caption_id"][first]
-        return [str(captions[ids[int(i)]]) for i in best(params, state, few["image"][:], of_captions)]
+        return [str(captions[ids[int(i)]]) for i in best(params, state, few["image"][:], candidates)]
 
     fitting = [captions_of[int(group)] for group in few["group"]]
-    samples = Samples(partial(_read, few), [""] * len(fitting), fitting, answer)
-    reader = Reader(apply, ("image", "tokens"), mj.retrieval_loss)
-    return _Parts((train, test), ("image", "tokens", "group"), reader, evaluate, "mean_recall", samples)
+    sample_images = SampleImages(partial(_read, few), [""] * len(fitting), fitting, answer)
+    learned = ("image", "tokens", "group")
+    return _Parts((train, test), learned, mj.retrieval_loss(apply), evaluate, "mean_recall", sample_images)
 
 
 def _check_ranks(what: str, arrays: Arrays) -> None:
@@ -319,9 +346,9 @@ def _read(arrays: Arrays) -> np.ndarray:
 
 def _one_an_image(arrays: Arrays) -> np.ndarray:
     """Returns an example of each of a few images, each with another of its questions."""
-    images = np.unique(arrays["image_id"])[:_NUM_SAMPLES]
+    images = np.unique(arrays["image_id"])[:_NUM_SHOWN]
     rows = [np.flatnonzero(arrays["image_id"] == image) for image in images]
-    return np.array([of_one[i % len(of_one)] for i, of_one in enumerate(rows)])
+    return np.array([own[i % len(own)] for i, own in enumerate(rows)])
 
 
 def _commonest_first(answers: Sequence[str]) -> list[str]:
@@ -329,24 +356,24 @@ def _commonest_first(answers: Sequence[str]) -> list[str]:
     return [normalize_answer(answer) for answer, _ in Counter(answers).most_common()]
 
 
-def _encode(name: str, tokens: WordPiece, reading: Reading, texts: Sequence[str]) -> np.ndarray:
+def _encode(name: str, tokens: WordPiece, max_length: int, too_long: str, texts: Sequence[str]) -> np.ndarray:
     none = np.zeros(len(texts), np.int32)
     try:
-        encoded = tokens.encode_texts(texts, none, reading.max_length, too_long=reading.too_long)
+        encoded = tokens.encode_texts(texts, none, max_length, too_long=too_long)
     except ValueError as error:
         raise ValueError(f"{name}: {error} (two are special): take a larger --max-length, or cut texts") from None
-    return told(name, encoded)["tokens"]
+    return warn_of_cuts(name, encoded)["tokens"]
 
 
 def _splits_by_image(
     name: str, train: Arrays, test: Arrays, validation: int, images: int | None, learned: Sequence[str]
 ) -> Any:
     """Returns `seed -> Splits`; no image is in two of them, and what is learned from has the learned entries alone."""
-    of_images = np.unique(train["image_id"])
-    left = len(of_images) - validation
-    if not 1 <= validation < len(of_images):
+    all_images = np.unique(train["image_id"])
+    left = len(all_images) - validation
+    if not 1 <= validation < len(all_images):
         raise ValueError(
-            f"--validation must lie in [1, {len(of_images) - 1}], for {len(of_images)} training images of {name}, got"
+            f"--validation must lie in [1, {len(all_images) - 1}], for {len(all_images)} training images of {name}, got"
             f" {validation}"
         )
     if images is not None and not 1 <= images <= left:
@@ -357,13 +384,13 @@ def _splits_by_image(
 
     @lru_cache(maxsize=1)
     def splits(seed: int) -> Splits:
-        order = np.random.default_rng(seed).permutation(of_images)
+        order = np.random.default_rng(seed).permutation(all_images)
         held_out, rest = order[:validation], order[validation:][:images]
 
-        def of(part: np.ndarray) -> Arrays:
+        def examples(part: np.ndarray) -> Arrays:
             return take(train, np.flatnonzero(np.isin(train["image_id"], part)))
 
-        to_learn = {entry: array for entry, array in of(rest).items() if entry in learned}
-        return Splits(to_learn, of(held_out), test)
+        to_learn = {entry: array for entry, array in examples(rest).items() if entry in learned}
+        return Splits(to_learn, examples(held_out), test)
 
     return splits

@@ -1,4 +1,4 @@
-"""Image classifiers as the roles of a scenario: models by name, data by name, and what they are trained with."""
+"""Image classifiers as models of a scenario: by name, with data by name, and what they are trained with."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -8,7 +8,9 @@ from types import MappingProxyType
 from typing import Any, get_args
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 
 import merge_jax as mj
 from merge_jax.checks import check_at_least_one, check_choice
@@ -25,23 +27,21 @@ from merge_jax.data import (
     scene_shapes,
     split,
 )
-from merge_jax.objectives.classification import on_pixels
-from merge_jax.study.choices import ImageModelName, ImageTaskName, VisionModelName
+from merge_jax.study.choices import ImageModelName, ImageTaskName, LearningRateSchedule, VisionModelName
 from merge_jax.study.model_code import model_code
-from merge_jax.study.optimizers import adamw, sgd
-from merge_jax.study.scenario import Learner, Reader, Role
-from merge_jax.types import ModelApply
+from merge_jax.study.scenario import StudyModel
+from merge_jax.study.texts import adamw
 
 __all__ = [
     "VISION_ATTENTION",
     "ImageData",
-    "image_learner",
+    "image_classifier",
+    "image_model",
     "load_image_task",
     "load_images",
-    "make_apply",
     "make_model",
-    "make_role",
     "make_vision_encoder",
+    "sgd",
 ]
 
 VISION_ATTENTION = "encoder/*/attention"
@@ -137,9 +137,9 @@ def load_image_task(task: str, data_dir: Path | None, image_size: int | None, va
     return digits
 
 
-def _relabelled(data: ImageData, name: str, num_classes: int, of: Callable[[np.ndarray], np.ndarray]) -> ImageData:
+def _relabelled(data: ImageData, name: str, num_classes: int, relabel: Callable[[np.ndarray], np.ndarray]) -> ImageData:
     def change(arrays: Arrays) -> Arrays:
-        return {**arrays, "label": of(arrays["label"]).astype(np.int32)}
+        return {**arrays, "label": relabel(arrays["label"]).astype(np.int32)}
 
     def splits(seed: int) -> Splits:
         found = data.splits(seed)
@@ -148,13 +148,16 @@ def _relabelled(data: ImageData, name: str, num_classes: int, of: Callable[[np.n
     return replace(data, name=name, splits=lru_cache(maxsize=1)(splits), num_classes=num_classes)
 
 
-def make_model(name: str, num_classes: int, *, stages: int, **options: Any) -> mj.models.ResNet | mj.models.MobileNetV2:
+def make_model(
+    name: str, num_classes: int, *, stages: int, dtype: Any = jnp.float32, **options: Any
+) -> mj.models.ResNet | mj.models.MobileNetV2:
     """Returns the model of that name; `stages` are those of the small ones, options the models' other attributes.
 
     Raises:
       ValueError: no model has that name.
     """
     check_choice("model", name, get_args(ImageModelName))
+    options["dtype"] = jnp.dtype(dtype)
     if name == "resnet18_quarter":
         return mj.models.resnet18(num_classes, width=0.25, **options)
     if name.startswith("small_"):
@@ -164,31 +167,43 @@ def make_model(name: str, num_classes: int, *, stages: int, **options: Any) -> m
     return getattr(mj.models, name)(num_classes, **options)
 
 
-def make_apply(model: Any, data: ImageData) -> ModelApply:
-    """Returns the model's apply function for images as the data has them."""
-    return model.apply if data.pixels is None else on_pixels(model.apply, *data.pixels)
+def sgd(
+    learning_rate: float, steps: int, *, schedule: LearningRateSchedule = "cosine", momentum: float = 0.9
+) -> optax.GradientTransformation:
+    """Returns the models' published optimizer: SGD with momentum, and weight decay 5e-4 on all parameters."""
+    if schedule == "steps":
+        rate = optax.piecewise_constant_schedule(
+            learning_rate, {round(fraction * steps): 0.2 for fraction in (0.3, 0.6, 0.8)}
+        )
+    else:
+        rate = optax.cosine_decay_schedule(learning_rate, steps)
+    return optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(rate, momentum=momentum))
 
 
-def make_role(
+def image_classifier(
     name: str,
-    model: Any,
+    module: Any,
     data: ImageData,
     *,
+    optimizer: Callable[[int], optax.GradientTransformation],
     labels: int | None = None,
     augment: bool = False,
-) -> Role:
+    attention: Mapping[str, str] = MappingProxyType({}),
+) -> StudyModel:
     """Returns a model that learns to classify images.
 
     Args:
       name: of the model, for people.
-      model: the model.
+      module: the Linen module, called as `(images, train=...)`, with logits.
       data: its images.
+      optimizer: `steps -> optimizer`.
       labels: how many of them it learns from, drawn with the classes in proportion; None for all.
       augment: crop, mirror and rotate its training images at random.
+      attention: its attention blocks, see `StudyModel`.
     """
 
-    def init(key: jax.Array):
-        variables = mj.models.initialize(model, key, np.zeros((1, *data.shape), np.float32))
+    def init(key: jax.Array) -> tuple[mj.Params, dict[str, Any]]:
+        variables = mj.models.initialize(module, key, np.zeros((1, *data.shape), np.float32))
         return variables["params"], {name: state for name, state in variables.items() if name != "params"}
 
     def few_labels(seed: int) -> Splits:
@@ -198,15 +213,25 @@ def make_role(
     def change(key: jax.Array, batch: mj.Batch) -> mj.Batch:
         return {**batch, "image": crop_flip_rotate(key, batch["image"])}
 
-    evaluate = mj.evaluate_classifier(make_apply(model, data), batch_size=_EVALUATED_AT_ONCE)
+    apply = module.apply if data.pixels is None else mj.on_pixels(module.apply, *data.pixels)
     shape = ", ".join(map(str, data.shape))
-    told = f"images [N, {shape}], {'float32 in [0, 1]' if data.pixels is None else 'uint8'}"
-    code = model_code(model, {f"jnp.zeros((1, {shape}))": told}, data.pixels)
-    augmented = change if augment else None
-    return Role(name, init, lru_cache(maxsize=1)(few_labels), evaluate, augment=augmented, code=code)
+    images = f"images [N, {shape}], {'float32 in [0, 1]' if data.pixels is None else 'uint8'}"
+    return StudyModel(
+        name=name,
+        init=init,
+        loss=mj.classification_loss(apply),
+        optimizer=optimizer,
+        splits=lru_cache(maxsize=1)(few_labels),
+        evaluate=mj.evaluate_classifier(apply, batch_size=_EVALUATED_AT_ONCE),
+        apply=apply,
+        inputs=("image",),
+        attention=attention,
+        augment=change if augment else None,
+        code=model_code(module, {f"jnp.zeros((1, {shape}))": images}, data.pixels),
+    )
 
 
-def image_learner(
+def image_model(
     task: str,
     model: str,
     *,
@@ -215,9 +240,10 @@ def image_learner(
     validation: int,
     labels: int | None,
     stages: int,
+    learning_rate: float,
     attributes: Mapping[str, Any] = MappingProxyType({}),
-) -> Learner:
-    """Returns a model that learns an image task; see `load_image_task`, `make_model` and `make_role`.
+) -> StudyModel:
+    """Returns a model that learns an image task; see `load_image_task`, `make_model` and `image_classifier`.
 
     A vision transformer learns by AdamW, has `attributes` (see `make_vision_encoder`) and blocks of attention; other
     models learn by SGD.
@@ -226,20 +252,19 @@ def image_learner(
       ValueError: the model or the task is unknown, or the images cannot be had.
     """
     data = load_image_task(task, data_dir, image_size, validation)
+    name = f"{model} ({task})"
     if model in get_args(VisionModelName):
         height, width, _ = data.shape
         if height != width:
             raise ValueError(f"{model} takes square images, those of {data.name} are {height}x{width}")
         encoder = make_vision_encoder(model, height, attributes)
-        module: Any = mj.models.ImageClassifier(encoder, data.num_classes)
-        optimizer, attention = adamw, {"vision": VISION_ATTENTION}
-    else:
-        module = make_model(model, data.num_classes, stages=stages)
-        optimizer, attention = partial(sgd, schedule="cosine"), {}
-    role = make_role(f"{model} ({task})", module, data, labels=labels)
-    apply = make_apply(module, data)
-    reader = Reader(apply, ("image",), mj.classification_loss)
-    return Learner(role, reader.loss(apply), optimizer, partial(mj.classification_loss, apply), attention, reader)
+        module = mj.models.ImageClassifier(encoder, data.num_classes)
+        optimizer = partial(adamw, learning_rate)
+        return image_classifier(
+            name, module, data, optimizer=optimizer, labels=labels, attention={"vision": VISION_ATTENTION}
+        )
+    module = make_model(model, data.num_classes, stages=stages)
+    return image_classifier(name, module, data, optimizer=partial(sgd, learning_rate), labels=labels)
 
 
 def make_vision_encoder(

@@ -5,7 +5,7 @@ import jax
 from merge_jax.data import num_examples
 from merge_jax.runs import Model, Plan, RouteStats
 from merge_jax.study.config import RunConfig
-from merge_jax.study.scenario import Role, Scenario
+from merge_jax.study.scenario import Scenario, StudyModel
 from merge_jax.study.sources import SourcePlan
 from merge_jax.training.schedule import TransferSteps
 from merge_jax.training.sharding import Layout
@@ -45,12 +45,12 @@ def make_plan(
     )
 
 
-def _shapes(role: Role) -> Params:
+def _shapes(role: StudyModel) -> Params:
     params, _ = jax.eval_shape(role.init, jax.random.key(0))
     return params
 
 
-def _model(role: Role, params: Params) -> Model:
+def _model(role: StudyModel, params: Params) -> Model:
     splits = role.splits(0)
     train, validation, test = (num_examples(split) for split in (splits.train, splits.validation, splits.test))
     parameters = sum(leaf.size for leaf in jax.tree.leaves(params))

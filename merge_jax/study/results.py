@@ -83,11 +83,11 @@ def save_sample_images(scenario: Scenario, results: Sequence[Mapping[str, Any]],
 
     A mark says whether an answer is right. Where the source was asked the same, its answers stand first.
     """
-    samples = scenario.target.samples
+    samples = scenario.target.sample_images
     if samples is None:
         return
     answers = {result["method"]: result["answers"]["target"] for result in results if result["seed"] == 0}
-    source = None if scenario.source is None else scenario.source.samples
+    source = None if scenario.source is None else scenario.source.sample_images
     if source is not None and (source.asked, source.right) == (samples.asked, samples.right):
         answers = {"source": results[0]["answers"]["source"], **answers}
 

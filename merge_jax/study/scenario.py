@@ -3,8 +3,6 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
-from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -13,18 +11,17 @@ import optax
 from merge_jax.checkpoints.safetensors import load_params
 from merge_jax.checks import check_choice
 from merge_jax.data import Arrays, Splits
-from merge_jax.objectives.classification import ClassificationLoss
 from merge_jax.study.config import Schedule
 from merge_jax.training.epoch import Augment
 from merge_jax.training.joint import Task, TrainState
 from merge_jax.transfers.base import Transfer, identity_transfer
 from merge_jax.types import Adapter, Batch, LossFn, ModelApply, ModelState, Params, TeacherFn
 
-__all__ = ["FitFn", "Learner", "Method", "Reader", "Role", "Samples", "Scenario", "choose"]
+__all__ = ["FitFn", "Method", "SampleImages", "Scenario", "StudyModel", "choose_methods"]
 
 
 @dataclass(frozen=True)
-class Samples:
+class SampleImages:
     """A few test images, for a picture of what is made of them.
 
     Attributes:
@@ -40,65 +37,41 @@ class Samples:
     answer: Callable[[Params, ModelState], Sequence[str]]
 
 
-@dataclass(frozen=True)
-class Role:
+@dataclass(frozen=True, kw_only=True)
+class StudyModel:
     """One model of a scenario: how it starts, what it learns from, how it is judged.
 
     Attributes:
       name: of the model, for people.
       init: `key -> (params, model_state)`.
+      loss: what it learns.
+      optimizer: `steps -> optimizer` that it learns by.
       splits: `seed -> Splits`.
       evaluate: `(params, model_state, arrays) -> metrics`, with the one it is judged by, a fraction in [0, 1].
       metric: the name of that one.
+      apply: its apply function, for losses that look inside of it; None for several models in one.
+      inputs: the entries of a batch that are its inputs, in order.
+      attention: its attention blocks as a pattern of paths, by what they attend to: `vision`, `text`.
       augment: changes its batches at random while it trains; None for batches as they are.
       load: `(path, params) -> params` from a file of weights, where `params` is the model as it starts.
-      samples: test images that it is shown with; None for a model of other things.
-      code: lines of Python that make it, see `model_code`; empty for several models in one.
+      sample_images: test images that it is shown with; None for a model of other things.
+      code: lines of Python that make it, see `model_code`; empty where there are none.
     """
 
     name: str
     init: Callable[[jax.Array], tuple[Params, ModelState]]
+    loss: LossFn
+    optimizer: Callable[[int], optax.GradientTransformation]
     splits: Callable[[int], Splits]
     evaluate: Callable[[Params, ModelState, Arrays], dict[str, float]]
     metric: str = "accuracy"
+    apply: ModelApply | None = None
+    inputs: tuple[str, ...] = ()
+    attention: Mapping[str, str] = field(default_factory=dict)
     augment: Augment | None = None
     load: Callable[[Path, Params], Params] = load_params
-    samples: Samples | None = None
+    sample_images: SampleImages | None = None
     code: str = ""
-
-
-class Reader(NamedTuple):
-    """How a model reads its inputs, for losses that look inside of it.
-
-    Attributes:
-      apply: its apply function.
-      inputs: the entries of a batch that it reads.
-      loss: `apply function -> loss function` of what it learns.
-    """
-
-    apply: ModelApply
-    inputs: tuple[str, ...]
-    loss: Callable[[ModelApply], LossFn]
-
-
-class Learner(NamedTuple):
-    """A model of a scenario with what it learns.
-
-    Attributes:
-      role: the model and its data.
-      loss_fn: what it learns.
-      optimizer: `(learning rate, steps) -> optimizer` that is usual for it.
-      classify: `loss -> loss function` of a classifier, with another loss of its logits; None for other models.
-      attention: its attention blocks as a pattern of paths, by what they attend to: `vision`, `text`.
-      reader: how it reads its inputs; None for several models in one.
-    """
-
-    role: Role
-    loss_fn: LossFn
-    optimizer: Callable[[float, int], optax.GradientTransformation]
-    classify: Callable[[ClassificationLoss], LossFn] | None = None
-    attention: Mapping[str, str] = MappingProxyType({})
-    reader: Reader | None = None
 
 
 FitFn = Callable[[Adapter, TrainState, Params, Batch], Adapter]
@@ -138,22 +111,20 @@ class Scenario:
       adapter_optimizer: of every method's adapter.
       axis_name: the `pmap` axis that the models average over; None under jit.
       attach: writes what belongs to a run beside its checkpoints, such as a vocabulary, into its folder.
-      readers: how the target and the source read their inputs; empty where that is not known.
     """
 
     name: str
-    source: Role | None
-    target: Role
+    source: StudyModel | None
+    target: StudyModel
     source_task: Task | None
     methods: Mapping[str, Method]
     schedule: Schedule
     adapter_optimizer: optax.GradientTransformation
     axis_name: str | None = None
     attach: Callable[[Path], None] | None = None
-    readers: tuple[Reader, ...] = ()
 
 
-def choose(methods: Mapping[str, Callable[[], Method]], names: Sequence[str]) -> dict[str, Method]:
+def choose_methods(methods: Mapping[str, Callable[[], Method]], names: Sequence[str]) -> dict[str, Method]:
     """Returns the named methods in the order of their names; only these are made.
 
     Raises:

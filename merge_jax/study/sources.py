@@ -16,7 +16,7 @@ from merge_jax.checkpoints.safetensors import leaf_paths, load_params
 from merge_jax.checks import error_context
 from merge_jax.study.choices import SourceControl
 from merge_jax.study.config import Lengths, RunConfig
-from merge_jax.study.scenario import Role, Scenario
+from merge_jax.study.scenario import Scenario, StudyModel
 from merge_jax.training.joint import TrainState
 from merge_jax.training.trajectory import load_trajectory
 
@@ -130,8 +130,8 @@ def read_trajectory(folder: Path, start: TrainState) -> TrainState:
     return TrainState(parts[_PARAMS], parts[_MODEL_STATE], None)
 
 
-def _start(role: Role, seed: int) -> TrainState:
-    return TrainState(*role.init(initial_key(seed, "source")), None)
+def _start(model: StudyModel, seed: int) -> TrainState:
+    return TrainState(*model.init(initial_key(seed, "source")), None)
 
 
 def _permuted(key: jax.Array, leaf: Any) -> jax.Array:
@@ -185,13 +185,13 @@ def _parts(start: TrainState) -> dict[str, object]:
     return {_PARAMS: start.params, _MODEL_STATE: start.model_state}
 
 
-def _read_file(role: Role, path: Path, start: TrainState) -> TrainState:
+def _read_file(role: StudyModel, path: Path, start: TrainState) -> TrainState:
     variables = _read_variables(role, path, start)
     model_state = {name: jax.tree.map(jnp.asarray, variable) for name, variable in variables.items()}
     return TrainState(model_state.pop("params"), model_state, None)
 
 
-def _read_variables(role: Role, path: Path, start: TrainState) -> dict[str, Any]:
+def _read_variables(role: StudyModel, path: Path, start: TrainState) -> dict[str, Any]:
     """Returns parameters and model state by name; where the file has no model state, that of the start stays."""
     try:
         if any(leaf.startswith("params/") for leaf in leaf_paths(path)):

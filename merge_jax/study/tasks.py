@@ -1,207 +1,264 @@
-"""Tasks by name, of text and of images: the options that experiments on them have, and the models that learn them."""
+"""Models that learn tasks by name, of images, of text, or of both, and the one vocabulary of those with text."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
+from typing import Any, get_args
 
+import jax
+
+import merge_jax as mj
+from merge_jax.checkpoints.safetensors import leaf_paths
 from merge_jax.checks import check_choice
-from merge_jax.study.choices import ImageModelName, ImageTaskName, TextModelName, TextTaskName, VisionModelName
-from merge_jax.study.methods import TransferConfig
+from merge_jax.data import CaptionSet, QuestionSet, TextSet, VisualQuestionSet, WordPiece
+from merge_jax.study.choices import ImageTextTaskName, TextTaskName
+from merge_jax.study.config import RunConfig
+from merge_jax.study.image_text import (
+    check_image_text_weights,
+    image_text_model,
+    load_image_text,
+    texts_with_images,
+)
+from merge_jax.study.images import image_model
+from merge_jax.study.options import BY_DEPTH, TASKS, Architecture, ImageTextOptions, TaskOptions
+from merge_jax.study.scenario import StudyModel
+from merge_jax.study.texts import TextData, check_text_weights, learned_texts, load_text, text_model, vocabulary
 
-if TYPE_CHECKING:
-    from merge_jax.data import WordPiece
-    from merge_jax.study.scenario import Learner
-    from merge_jax.study.texts import TextSource
-
-__all__ = ["TASKS", "ModelName", "Spec", "TaskConfig", "TaskName"]
-
-TaskName = TextTaskName | ImageTaskName
-Attach = Callable[[Path], None]
-ModelName = TextModelName | ImageModelName | VisionModelName
+__all__ = ["TaskSpec", "make_models", "routes_by_depth"]
 
 _VOCABULARY = "vocabulary.json"
 _TEXT_TASKS = get_args(TextTaskName)
-TASKS: tuple[str, ...] = (*_TEXT_TASKS, *get_args(ImageTaskName))
+_IMAGE_TEXT_TASKS = get_args(ImageTextTaskName)
+
+Texts = TextSet | QuestionSet | VisualQuestionSet | CaptionSet
 
 
 @dataclass(frozen=True)
-class Spec:
+class TaskSpec:
     """A model and what it is to learn.
 
     Attributes:
       task: by name.
-      model: by name.
-      text: where the text of a text task comes from.
-      weights: a Hugging Face safetensors file or folder that a text model starts from.
+      model: by name, or of what it is made; a task of one modality has the encoder of that.
+      data: where the text of a task with text comes from, and its images.
+      weights: a Hugging Face safetensors file or folder that its text encoder starts from.
+      vision_weights: the same of the vision transformer of a model of images with text.
       labels: how many training examples it learns from; None for all.
-      validation: how many training examples to hold out, where it is not the config's number.
-      attributes: of a small transformer, such as layers and width, where they are not its usual ones.
+      validation: how many training examples to hold out; None for the number of the options.
+      learning_rate: of its optimizer; None for that of the options.
       sizes: a Hugging Face safetensors file or folder, with its config.json, whose sizes a text model has.
     """
 
     task: str
-    model: str
-    text: TextSource
-    weights: Path | None
-    labels: int | None
+    model: str | Architecture
+    data: TextData
+    weights: Path | None = None
+    vision_weights: Path | None = None
+    labels: int | None = None
     validation: int | None = None
-    attributes: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    learning_rate: float | None = None
     sizes: Path | None = None
 
+    @property
+    def encoder(self) -> tuple[str, dict[str, Any]]:
+        """The name and the attributes of the one encoder of a task of one modality."""
+        if isinstance(self.model, str):
+            return self.model, {}
+        if self.task in _TEXT_TASKS:
+            return self.model.text, self.model.text_attributes
+        return self.model.vision, self.model.vision_attributes
 
-_SpecOrMore = TypeVar("_SpecOrMore", bound=Spec)
+
+def make_models(config: RunConfig, specs: Sequence[TaskSpec]) -> tuple[list[StudyModel], Callable[[Path], None] | None]:
+    """Returns the models, the target last, and what saves the one vocabulary of those of text into a folder.
+
+    Args:
+      config: `TaskOptions` and `RunConfig` in one class, with `ImageTextOptions` where images with text are learned.
+      specs: of the models.
+
+    Raises:
+      ValueError: an unknown task or model, data that cannot be had, or a vocabulary that is not the source's.
+      TypeError: a config without these options.
+    """
+    if not isinstance(config, TaskOptions):
+        raise TypeError("the config of tasks by name has TaskOptions: class Config(TaskOptions, ..., RunConfig)")
+    source_from = config.source_from
+    specs = [_with_sizes(spec, source_from if number < len(specs) - 1 else None) for number, spec in enumerate(specs)]
+    for spec in specs:
+        _check_modality(spec)
+        _check_weights(config, spec)
+    if config.source == "frozen" and len(specs) == 2 and _is_huggingface(source_from):
+        _check_weights(config, replace(specs[0], weights=source_from))
+    texts = [_load_texts(config, spec) for spec in specs]
+    if all(one is None for one in texts):
+        return [_make_model(config, spec, None, None) for spec in specs], None
+    words = [word for one in texts if one is not None for word in _words(one)]
+    source_reads = any(one is not None for one in texts[:-1])
+    tokens = _tokens(config, words, [spec.weights for spec in specs], source_from if source_reads else None)
+    models = [_make_model(config, spec, one, tokens) for spec, one in zip(specs, texts, strict=True)]
+    return models, lambda folder: tokens.save(folder / _VOCABULARY)
 
 
-@dataclass(frozen=True, kw_only=True)
-class TaskConfig(TransferConfig):
-    """Options of experiments on tasks that are named."""
+def routes_by_depth(
+    source: StudyModel, target: StudyModel, giving: str | None = None, receiving: str | None = None
+) -> list[mj.Route]:
+    """Returns routes from all attention blocks of the source to all of the target, by depth.
 
-    labels: int | None = 200
-    """Training examples that the target learns from, or None for all; a source has all."""
-    validation: int = 300
-    """Training examples held out to validate on; digits always hold out 200."""
-    data_dir: Path | None = None
-    """Folder of TFDS; archives in its downloads/manual/ are used instead of a download."""
-    max_length: int = 40
-    """Tokens of a text, or of a question and its passage."""
-    too_long: Literal["truncate", "error"] = "truncate"
-    """What to do with longer ones: cut and count them, or refuse."""
-    vocabulary: Path | None = None
-    """BERT's vocab.txt or a tokenizer.json; by default that of the run in --source-from, or one that is learned from
-    the training texts of all models. A run keeps its own as vocabulary.json."""
-    vocabulary_size: int = 1000
-    """Tokens of a vocabulary that is learned."""
-    image_size: int | None = None
-    """Height and width to scale images to; None for as they are."""
-    stages: int = 3
-    """Stages of small image networks, 1 to 3."""
-    learning_rate: float = 1e-3
-    """Learning rate of the models: of AdamW for text, of SGD for images."""
+    Args:
+      source: the model that gives.
+      target: the model that receives.
+      giving: what the source's blocks attend to, `vision` or `text`; None for a model of one.
+      receiving: the same of the target's.
 
-    def check(self) -> None:
-        """Raises ValueError for an option out of range."""
-        super().check()
-        if not 0 < self.learning_rate < float("inf"):
-            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
-        if not 1 <= self.stages <= 3:
-            raise ValueError(f"stages must lie in [1, 3], got {self.stages}")
+    Raises:
+      ValueError: a model without such blocks.
+    """
+    patterns = {}
+    for role, model, modality in (("source", source, giving), ("target", target, receiving)):
+        attention = dict(model.attention)
+        if len(attention) == 1 and modality is None:
+            modality = next(iter(attention))
+        if modality not in attention:
+            needed = "attention" if modality is None else f"attention to {modality}"
+            has = " and ".join(attention) or "none"
+            raise ValueError(f"routes {BY_DEPTH} need a {role} with {needed}; {model.name} has {has}")
+        patterns[role] = attention[modality]
+    shapes = (jax.eval_shape(model.init, jax.random.key(0))[0] for model in (source, target))
+    found = mj.match(*shapes, **patterns, view="attention")
+    return [mj.Route(target, source, view="attention") for target, source in found.items()]
 
-    def learners(self, specs: Sequence[Spec]) -> tuple[list[Learner], Attach | None]:
-        """Returns the models that are to learn, the target last, and what saves the one vocabulary of those of text.
 
-        Raises:
-          ValueError: an unknown task or model, data that cannot be had, or a vocabulary that is not the source's.
-        """
-        specs = [self._sized(spec, gives=number < len(specs) - 1) for number, spec in enumerate(specs)]
-        for spec in specs:
-            self.check_weights(spec)
-        self._check_source(specs)
-        texts = [self.load_texts(spec) for spec in specs]
-        if all(one is None for one in texts):
-            return [self.learner(spec, None, None) for spec in specs], None
-        words = [word for one in texts if one is not None for word in self.words_of(one)]
-        source_reads = any(one is not None for one in texts[:-1])
-        tokens = self._tokens(words, [spec.weights for spec in specs], source_reads)
-        learners = [self.learner(spec, one, tokens) for spec, one in zip(specs, texts, strict=True)]
-        return learners, lambda folder: tokens.save(folder / _VOCABULARY)
+def _with_sizes(spec: TaskSpec, source_from: Path | None) -> TaskSpec:
+    """Returns the spec of a text model with the file that has its sizes, where there is one."""
+    file = source_from if spec.weights is None else spec.weights
+    if spec.task not in _TEXT_TASKS or file is None:
+        return spec
+    folder = file if file.is_dir() else file.parent
+    is_run = (folder / "checkpoints").is_dir()
+    return spec if is_run or not (folder / "config.json").exists() else replace(spec, sizes=file)
 
-    def _sized(self, spec: _SpecOrMore, *, gives: bool) -> _SpecOrMore:
-        """Returns the spec of a text model with the file that tells its sizes, where there is one."""
-        file = self.source_from if gives and spec.weights is None else spec.weights
-        if spec.task not in _TEXT_TASKS or file is None:
-            return spec
-        folder = file if file.is_dir() else file.parent
-        is_run = (folder / "checkpoints").is_dir()
-        return spec if is_run or not (folder / "config.json").exists() else replace(spec, sizes=file)
 
-    def check_weights(self, spec: Spec) -> None:
-        """Raises ValueError for weights of another encoder, before data is read: their header is enough."""
-        from merge_jax.study.texts import check_text_weights
+def _check_modality(spec: TaskSpec) -> None:
+    """Raises ValueError for weights of an encoder that the model of a task has not."""
+    if not isinstance(spec.model, Architecture) or spec.task in _IMAGE_TEXT_TASKS:
+        return
+    model = f"{spec.encoder[0]} ({spec.task})"
+    if spec.weights is not None and spec.task not in _TEXT_TASKS:
+        raise ValueError(f"the weights {spec.weights} are of a text encoder, which {model} has not")
+    if spec.vision_weights is not None:
+        raise ValueError(
+            f"the weights {spec.vision_weights} are for the vision transformer of a model of images with text, which"
+            f" {model} is not"
+        )
 
-        if spec.weights is not None and spec.task in _TEXT_TASKS:
-            check_text_weights(spec.weights, spec.model, self.max_length, spec.attributes, spec.sizes)
 
-    def _check_source(self, specs: Sequence[Spec]) -> None:
-        """Does the same for a frozen source that is read from a file of Hugging Face."""
-        from merge_jax.checkpoints.safetensors import leaf_paths
+def _check_weights(options: TaskOptions, spec: TaskSpec) -> None:
+    """Raises ValueError for weights of another encoder, before data is read: their header is enough."""
+    name, attributes = spec.encoder
+    if spec.task in _IMAGE_TEXT_TASKS and isinstance(spec.model, Architecture):
+        sizes = {"max_length": options.max_length, "image_size": options.image_size}
+        check_image_text_weights(spec.model, spec.weights, spec.vision_weights, **sizes)
+    elif spec.weights is not None and spec.task in _TEXT_TASKS:
+        check_text_weights(spec.weights, name, options.max_length, attributes, spec.sizes)
 
-        path = self.source_from
-        if self.source != "frozen" or path is None or not path.exists() or (path / "checkpoints").is_dir():
-            return
-        ours = any(leaf.startswith(("encoder/embeddings/", "params/")) for leaf in leaf_paths(path))
-        if len(specs) == 2 and not ours:
-            self.check_weights(replace(specs[0], weights=path))
 
-    def load_texts(self, spec: Spec) -> Any | None:
-        """Returns the data of a task that has text in it; None for one of images alone.
+def _is_huggingface(path: Path | None) -> bool:
+    """Returns whether a source is read from a file of Hugging Face, and not from one of ours or from a run."""
+    if path is None or not path.exists() or (path / "checkpoints").is_dir():
+        return False
+    return not any(leaf.startswith(("encoder/embeddings/", "params/")) for leaf in leaf_paths(path))
 
-        Raises:
-          ValueError: the task is unknown, or its data cannot be had.
-        """
-        from merge_jax.study.texts import load_text
 
+def _load_texts(options: TaskOptions, spec: TaskSpec) -> Texts | None:
+    """Returns the data of a task that has text in it; None for one of images alone.
+
+    Raises:
+      ValueError: the task is unknown, or its data cannot be had.
+    """
+    if spec.task in _TEXT_TASKS:
+        return load_text(spec.task, spec.data, options.data_dir)
+    if spec.task not in _IMAGE_TEXT_TASKS or not isinstance(options, ImageTextOptions):
         check_choice("task", spec.task, TASKS)
-        return load_text(spec.task, spec.text, self.data_dir) if spec.task in _TEXT_TASKS else None
+        return None
+    if options.image_size is None:
+        raise ValueError(f"{spec.task} needs --image-size, which its images are scaled to")
+    return load_image_text(
+        spec.task, spec.data.data, options.data_dir, options.image_size, options.unreadable, options.num_shapes
+    )
 
-    def words_of(self, texts: Any) -> Iterable[str]:
-        """Returns all texts there are to learn from in what `load_texts` gave."""
-        from merge_jax.study.texts import words_of
 
-        return words_of(texts)
+def _words(texts: Texts) -> Sequence[str]:
+    """Returns all texts there are to learn from."""
+    return texts_with_images(texts) if isinstance(texts, VisualQuestionSet | CaptionSet) else learned_texts(texts)
 
-    def learner(self, spec: Spec, texts: Any | None, tokens: WordPiece | None) -> Learner:
-        """Returns a model that is to learn, from texts in these tokens, or from images alone.
 
-        Raises:
-          ValueError: the model is unknown, or does not fit its data.
-        """
-        from merge_jax.study.images import image_learner
-        from merge_jax.study.texts import text_learner
+def _make_model(options: TaskOptions, spec: TaskSpec, texts: Texts | None, tokens: WordPiece | None) -> StudyModel:
+    """Returns a model that is to learn, from texts in these tokens, or from images alone.
 
-        validation = self.validation if spec.validation is None else spec.validation
-        if texts is None or tokens is None:
-            return image_learner(
-                spec.task,
-                spec.model,
-                data_dir=self.data_dir,
-                image_size=self.image_size,
-                validation=validation,
-                labels=spec.labels,
-                stages=self.stages,
-                attributes=spec.attributes,
-            )
-        return text_learner(
+    Raises:
+      ValueError: the model is unknown, or does not fit its data.
+    """
+    validation = options.validation if spec.validation is None else spec.validation
+    learning_rate = options.learning_rate if spec.learning_rate is None else spec.learning_rate
+    name, attributes = spec.encoder
+    if texts is None or tokens is None:
+        return image_model(
+            spec.task,
+            name,
+            data_dir=options.data_dir,
+            image_size=options.image_size,
+            validation=validation,
+            labels=spec.labels,
+            stages=options.stages,
+            learning_rate=learning_rate,
+            attributes=attributes,
+        )
+    if isinstance(texts, VisualQuestionSet | CaptionSet):
+        assert isinstance(options, ImageTextOptions)  # Or they had not been loaded.
+        assert isinstance(spec.model, Architecture)
+        return image_text_model(
             spec.task,
             texts,
             tokens,
             spec.model,
-            max_length=self.max_length,
-            too_long=self.too_long,
+            max_length=options.max_length,
+            too_long=options.too_long,
             validation=validation,
-            labels=spec.labels,
-            weights=spec.weights,
-            attributes=spec.attributes,
-            sizes=spec.sizes,
+            images=spec.labels,
+            num_answers=options.num_answers,
+            uncovered=options.uncovered,
+            learning_rate=learning_rate,
+            text_weights=spec.weights,
+            vision_weights=spec.vision_weights,
         )
+    return text_model(
+        spec.task,
+        texts,
+        tokens,
+        name,
+        max_length=options.max_length,
+        too_long=options.too_long,
+        validation=validation,
+        labels=spec.labels,
+        learning_rate=learning_rate,
+        weights=spec.weights,
+        attributes=attributes,
+        sizes=spec.sizes,
+    )
 
-    def _tokens(self, words: Iterable[str], weights: Sequence[Path | None], source_reads: bool) -> WordPiece:
-        """Returns the vocabulary: the one that is named, the one that the source has, or one that is learned."""
-        from merge_jax.data import WordPiece
-        from merge_jax.study.texts import vocabulary
 
-        source = self.source_from if source_reads else None
-        of_source = None if source is None else source / _VOCABULARY
-        # Weights mean nothing under other numbers of the same words, and would fit all the same.
-        if of_source is None or not of_source.exists():
-            files = [path for path in (source, *weights) if path is not None]
-            if files and self.vocabulary is None:
-                raise ValueError(f"the weights in {files[0]} need the vocabulary they were trained with: --vocabulary")
-            return vocabulary(self.vocabulary, words, self.vocabulary_size)
-        tokens = WordPiece.from_vocabulary(of_source)
-        if self.vocabulary is not None and WordPiece.from_vocabulary(self.vocabulary).words != tokens.words:
-            raise ValueError(f"the vocabulary {self.vocabulary} is not that of the source, {of_source}: leave it out")
-        return tokens
+def _tokens(
+    options: TaskOptions, words: Iterable[str], weights: Sequence[Path | None], source: Path | None
+) -> WordPiece:
+    """Returns the vocabulary: the one that is named, the one that the source has, or one that is learned."""
+    known = None if source is None else source / _VOCABULARY
+    # Weights mean nothing under other numbers of the same words, and would fit all the same.
+    if known is None or not known.exists():
+        files = [path for path in (source, *weights) if path is not None]
+        if files and options.vocabulary is None:
+            raise ValueError(f"the weights in {files[0]} need the vocabulary they were trained with: --vocabulary")
+        return vocabulary(options.vocabulary, words, options.vocabulary_size)
+    tokens = WordPiece.from_vocabulary(known)
+    if options.vocabulary is not None and WordPiece.from_vocabulary(options.vocabulary).words != tokens.words:
+        raise ValueError(f"the vocabulary {options.vocabulary} is not that of the source, {known}: leave it out")
+    return tokens

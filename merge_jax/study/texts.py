@@ -1,4 +1,4 @@
-"""Text models as the roles of a scenario: tasks by name, data by name or file, and what they are trained with."""
+"""Text models of a scenario: tasks by name, data by name or file, and what they are trained with."""
 
 import contextlib
 import sys
@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 import merge_jax as mj
 from merge_jax.checkpoints.safetensors import leaf_paths
@@ -41,22 +42,23 @@ from merge_jax.data import (
 from merge_jax.models.huggingface import Loaded, check_huggingface
 from merge_jax.study.choices import TextModelName, TextTaskName
 from merge_jax.study.model_code import model_code
-from merge_jax.study.optimizers import adamw
-from merge_jax.study.scenario import Learner, Reader, Role
+from merge_jax.study.scenario import StudyModel
 
 __all__ = [
     "TEXT_ATTENTION",
-    "TextSource",
+    "TextData",
+    "adamw",
     "check_text_weights",
     "check_weights",
+    "describe_tokens",
+    "learned_texts",
     "load_text",
     "make_text_encoder",
     "read_weights",
-    "started",
-    "text_learner",
-    "told",
+    "text_model",
     "vocabulary",
-    "words_of",
+    "warn_of_cuts",
+    "with_weights",
 ]
 
 TEXT_ATTENTION = "encoder/*/attention"
@@ -79,8 +81,8 @@ _EVALUATED_AT_ONCE = 200
 
 
 @dataclass(frozen=True)
-class TextSource:
-    """Where the text of one role comes from.
+class TextData:
+    """Where the text of one model comes from.
 
     Attributes:
       data: `synthetic`, `tfds` for the set of TFDS that the task is known by, the name of another, or the path of a
@@ -96,32 +98,32 @@ class TextSource:
     label: str = "label"
 
 
-def load_text(task: str, source: TextSource, data_dir: Path | None) -> TextSet | QuestionSet:
+def load_text(task: str, data: TextData, data_dir: Path | None) -> TextSet | QuestionSet:
     """Returns the texts of a task.
 
     Raises:
       ValueError: the task is unknown, or the data cannot be had.
     """
     check_choice("task", task, get_args(TextTaskName))
-    path = Path(source.data)
-    if source.data == "synthetic":
+    path = Path(data.data)
+    if data.data == "synthetic":
         return _SYNTHETIC[task]()
-    if source.data == "tfds":
+    if data.data == "tfds":
         return _TFDS[task](data_dir=data_dir)
     if path.suffix not in _FILES and not path.exists():
         if task == "qa":
-            return load_tfds_questions(source.data, data_dir)
-        return load_tfds_texts(source.data, data_dir, text=source.text)
+            return load_tfds_questions(data.data, data_dir)
+        return load_tfds_texts(data.data, data_dir, text=data.text)
     if task == "qa":
         questions = load_questions(path)
-        if source.test_data is not None:
-            return QuestionSet(path.stem, questions, load_questions(source.test_data))
+        if data.test_data is not None:
+            return QuestionSet(path.stem, questions, load_questions(data.test_data))
         order = np.random.default_rng(0).permutation(len(questions))
         cut = round(_TEST_SHARE * len(questions))
         return QuestionSet(path.stem, [questions[i] for i in order[cut:]], [questions[i] for i in order[:cut]])
-    columns: Any = {"text": [_column(name) for name in source.text], "label": _column(source.label)}
-    if source.test_data is not None:
-        return load_text_set(path, source.test_data, name=path.stem, **columns)
+    columns: Any = {"text": [_column(name) for name in data.text], "label": _column(data.label)}
+    if data.test_data is not None:
+        return load_text_set(path, data.test_data, name=path.stem, **columns)
     texts, classes = load_texts(path, **columns)
     _check_classes(path.stem, texts, classes)
     rows = {"row": np.arange(len(texts.texts)), "label": texts.labels}
@@ -151,7 +153,7 @@ def vocabulary(path: Path | None, words: Iterable[str], size: int) -> WordPiece:
 _learned = lru_cache(maxsize=8)(WordPiece.train)
 
 
-def words_of(texts: TextSet | QuestionSet) -> list[str]:
+def learned_texts(texts: TextSet | QuestionSet) -> list[str]:
     """Returns all texts there are to learn from."""
     if isinstance(texts, TextSet):
         return list(texts.train.texts)
@@ -164,7 +166,7 @@ def check_text_weights(
 ) -> None:
     """Raises ValueError for weights that are of another encoder, before texts are read: their header is enough.
 
-    What depends on the vocabulary is told once that is there.
+    What depends on the vocabulary is checked once that is there.
     """
     encoder = make_text_encoder(model, None, max_length, attributes, sizes)
     check_weights(path, encoder, jnp.zeros((1, 1), jnp.int32))
@@ -173,12 +175,12 @@ def check_text_weights(
 def check_weights(path: Path, encoder: nn.Module, inputs: Any) -> None:
     """Raises ValueError for weights of Hugging Face that are of another encoder, as far as their header tells."""
     shapes: Any = jax.eval_shape(encoder.init, jax.random.key(0), inputs)
-    with _told_as_weights():
+    with _weights_error():
         check_huggingface(path, shapes["params"])
 
 
 @contextlib.contextmanager
-def _told_as_weights() -> Iterator[None]:
+def _weights_error() -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -208,13 +210,13 @@ def make_text_encoder(
         sizes, or has another vocabulary.
     """
     check_choice("text model", model, get_args(TextModelName))
-    name, of_small = (model, model.startswith("small_")) if sizes is None else (str(sizes), False)
-    if attributes and not of_small:
+    name, small = (model, model.startswith("small_")) if sizes is None else (str(sizes), False)
+    if attributes and not small:
         hint = "" if sizes is not None else ", or take a small model"
         raise ValueError(f"{name} has sizes of its own: leave out {', '.join(attributes)}{hint}")
     vocab_size, separator = (2, 1) if tokens is None else (tokens.vocab_size, tokens.separator)
     if sizes is not None:
-        with _told_as_weights():
+        with _weights_error():
             encoder = mj.models.text_encoder_of(sizes, separator=separator, **options)
         if tokens is not None and encoder.vocab_size != vocab_size:
             raise ValueError(
@@ -222,7 +224,7 @@ def make_text_encoder(
                 "--vocabulary names the one that the weights were trained with"
             )
     else:
-        if of_small:
+        if small:
             # As in vision: BERT's deviation of 0.02 is for its width of 768. A small encoder that starts so learns
             # slowly, and gains from any larger numbers that are copied into it, those of an untrained source too.
             options |= {"max_length": max_length, "kernel_init": nn.initializers.xavier_uniform(), **attributes}
@@ -232,7 +234,16 @@ def make_text_encoder(
     return encoder
 
 
-def text_learner(
+def adamw(learning_rate: float, steps: int) -> optax.GradientTransformation:
+    """Returns AdamW as BERT is fine-tuned: a tenth of the run to warm up, then evenly to 0; gradients clipped at 1."""
+    warmup = max(1, round(0.1 * steps))
+    rising = optax.linear_schedule(0.0, learning_rate, warmup)
+    falling = optax.linear_schedule(learning_rate, 0.0, max(1, steps - warmup))
+    rate = optax.join_schedules([rising, falling], [warmup])
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=0.01))
+
+
+def text_model(
     task: str,
     texts: TextSet | QuestionSet,
     tokens: WordPiece,
@@ -242,11 +253,12 @@ def text_learner(
     too_long: str = "truncate",
     validation: int,
     labels: int | None = None,
+    learning_rate: float,
     weights: Path | None = None,
     attributes: Mapping[str, Any] = MappingProxyType({}),
     sizes: Path | None = None,
     dtype: Any = jnp.float32,
-) -> Learner:
+) -> StudyModel:
     """Returns a model that learns a text task.
 
     Args:
@@ -258,6 +270,7 @@ def text_learner(
       too_long: what to do with longer ones; those that are cut are counted on standard error.
       validation: how many training examples to hold out, drawn anew for each seed.
       labels: how many of the others it learns from; None for all.
+      learning_rate: of its AdamW.
       weights: a Hugging Face safetensors file or folder to start from; None for random ones.
       attributes: of a small model, see `make_text_encoder`.
       sizes: the file or folder whose sizes it has, see `make_text_encoder`.
@@ -278,25 +291,27 @@ def text_learner(
     def random_init(key: jax.Array) -> Any:
         return mj.models.initialize(module, key, np.zeros((1, max_length), np.int32))["params"]
 
-    # Read once, and now, so that what does not fit is told before anything else.
+    # Read once, and now, so that what does not fit is refused before anything else.
     given = None if weights is None else read_weights(weights, jax.eval_shape(random_init, jax.random.key(0)))
     if isinstance(texts, QuestionSet):
         train, test, evaluate = _questions(texts, tokens, max_length, too_long, module.apply)
-        loss, classify, metric = mj.span_loss, None, "f1"
+        loss, metric = mj.span_loss(module.apply), "f1"
     else:
         _check_classes(texts.name, texts.train, texts.classes)
         train, test = (
-            told(f"{texts.name}, {use}", tokens.encode_texts(part.texts, part.labels, max_length, too_long=too_long))
-            for use, part in (("to learn from", texts.train), ("to test on", texts.test))
+            warn_of_cuts(name, tokens.encode_texts(part.texts, part.labels, max_length, too_long=too_long))
+            for name, part in (
+                (f"{texts.name}, to learn from", texts.train),
+                (f"{texts.name}, to test on", texts.test),
+            )
         )
         evaluate = mj.evaluate_classifier(module.apply, inputs="tokens", batch_size=_EVALUATED_AT_ONCE)
-        loss: Any = partial(mj.classification_loss, inputs="tokens")
-        classify, metric = partial(loss, module.apply), "accuracy"
+        loss, metric = mj.classification_loss(module.apply, inputs="tokens"), "accuracy"
     _check_sizes(texts.name, num_examples(train), validation, labels)
 
     def init(key: jax.Array) -> tuple[Any, dict[str, Any]]:
         params = random_init(key)
-        return params if given is None else started(given, params), {}
+        return params if given is None else with_weights(given, params), {}
 
     def splits(seed: int) -> Splits:
         held_out, rest = split(train, validation, seed)
@@ -309,10 +324,21 @@ def text_learner(
             return mj.load_params(path, params)
         return read_weights(path, params).params
 
-    code = model_code(module, {f"jnp.zeros((1, {max_length}), jnp.int32)": told_tokens(max_length)})
-    role = Role(name, init, lru_cache(maxsize=1)(splits), evaluate, metric, load=load, code=code)
-    reader = Reader(module.apply, ("tokens",), loss)
-    return Learner(role, loss(module.apply), adamw, classify, {"text": TEXT_ATTENTION}, reader)
+    code = model_code(module, {f"jnp.zeros((1, {max_length}), jnp.int32)": describe_tokens(max_length)})
+    return StudyModel(
+        name=name,
+        init=init,
+        loss=loss,
+        optimizer=partial(adamw, learning_rate),
+        splits=lru_cache(maxsize=1)(splits),
+        evaluate=evaluate,
+        metric=metric,
+        apply=module.apply,
+        inputs=("tokens",),
+        attention={"text": TEXT_ATTENTION},
+        load=load,
+        code=code,
+    )
 
 
 def _questions(
@@ -322,12 +348,12 @@ def _questions(
     questions = [*texts.train, *texts.test]
     encoded = tokens.encode_questions(questions, max_length, too_long=too_long)
     if encoded.truncated:
-        _tell(f"{texts.name}: {encoded.truncated} of {len(questions)} passages were longer, and lost their end")
+        _warn(f"{texts.name}: {encoded.truncated} of {len(questions)} passages were longer, and lost their end")
     size = len(texts.train)
     # A question whose answer was cut off would teach that there is none where there is one.
     learned = np.flatnonzero(encoded.arrays["kept"][:size])
     if len(learned) < size:
-        _tell(f"{texts.name}: {size - len(learned)} of {size} questions lost their answer: not learned from")
+        _warn(f"{texts.name}: {size - len(learned)} of {size} questions lost their answer: not learned from")
     rows = (learned, np.arange(size, len(questions)))
     train, test = ({name: array[part] for name, array in encoded.arrays.items()} for part in rows)
     passages = [question.passage for question in questions]
@@ -344,19 +370,19 @@ def _to_learn_from(arrays: Arrays) -> Arrays:
     return {name: array for name, array in arrays.items() if name in ("tokens", "label", "start", "end")}
 
 
-def told(name: str, encoded: Encoded) -> Arrays:
+def warn_of_cuts(name: str, encoded: Encoded) -> Arrays:
     """Returns the arrays of texts, and says on standard error how many were cut."""
     if encoded.truncated:
-        _tell(f"{name}: {encoded.truncated} of {num_examples(encoded.arrays)} texts were longer, and lost their end")
+        _warn(f"{name}: {encoded.truncated} of {num_examples(encoded.arrays)} texts were longer, and lost their end")
     return encoded.arrays
 
 
-def told_tokens(max_length: int) -> str:
+def describe_tokens(max_length: int) -> str:
     """Returns what a model of texts takes, in words."""
     return f"tokens [N, {max_length}] of vocabulary.json, int32"
 
 
-def _tell(line: str) -> None:
+def _warn(line: str) -> None:
     print(line, file=sys.stderr)
 
 
@@ -380,7 +406,7 @@ def _check_sizes(name: str, size: int, validation: int, labels: int | None) -> N
         )
 
 
-def started(given: Loaded, params: Any) -> Any:
+def with_weights(given: Loaded, params: Any) -> Any:
     """Returns the weights that were read, with what they lacked as it was drawn."""
     drawn = mj.flatten(params)
     return mj.replace(given.params, {leaf: drawn[leaf] for leaf in given.kept})
@@ -393,12 +419,12 @@ def read_weights(path: Path, params: Any) -> Loaded:
       ValueError: they cannot be read, or do not fit the model or its vocabulary.
     """
     try:
-        with _told_as_weights():
+        with _weights_error():
             loaded = mj.models.from_huggingface(path, params)
     except ValueError as error:
         if "vocabulary" not in str(error):
             raise
         raise ValueError(f"{error}: --vocabulary names the one that the weights were trained with") from None
     if loaded.kept:
-        _tell(f"{path}: not in it, so as they start: {', '.join(loaded.kept)}")
+        _warn(f"{path}: not in it, so as they start: {', '.join(loaded.kept)}")
     return loaded

@@ -13,7 +13,7 @@ from jax.stages import Lowered
 
 from merge_jax.data import ReadAhead, Splits, fingerprint, indices_of, is_streamed, num_examples
 from merge_jax.study.config import Lengths, RunConfig
-from merge_jax.study.scenario import Method, Role, Scenario
+from merge_jax.study.scenario import Method, Scenario, StudyModel
 from merge_jax.study.sources import OTHER_SEED, SourcePlan, initial_key
 from merge_jax.training.epoch import Epoch, augmented, make_epoch
 from merge_jax.training.joint import JointState, Task, TrainState, init_joint_state, make_joint_step
@@ -52,7 +52,7 @@ class Trial:
     """
 
     name: str
-    roles: Mapping[str, Role]
+    roles: Mapping[str, StudyModel]
     source_task: Task | None
     method: Method
     lengths: Lengths
@@ -182,9 +182,9 @@ class Trial:
         """Returns what each model that has samples makes of them."""
         answers = {}
         for role, model in self.roles.items():
-            if model.samples is not None:
+            if model.sample_images is not None:
                 trained = self._model(state, role)
-                answers[role] = list(model.samples.answer(trained.params, trained.model_state))
+                answers[role] = list(model.sample_images.answer(trained.params, trained.model_state))
         return answers
 
     @property
@@ -246,7 +246,7 @@ def _make_trial(
     config: RunConfig,
     digest: Digest,
     name: str,
-    roles: Mapping[str, Role],
+    roles: Mapping[str, StudyModel],
     source_task: Task | None,
     method: Method,
     lengths: Lengths,

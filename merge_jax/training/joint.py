@@ -232,7 +232,7 @@ def make_joint_step(
         whichever is larger.
       axis_name: the axis of a `pmap` or `shard_map` that splits the batch: gradients, losses, metrics and model states
         are averaged over it, and every device draws its own dropout. Losses that compare examples with each other
-        need its name too (`agreeing`, `retrieval_loss`). None under `jit`, which needs no such thing.
+        need its name too (`feature_agreement`, `retrieval_loss`). None under `jit`, which needs no such thing.
 
     Raises:
       ValueError: as `TransferSteps`, or an unknown update rule; while tracing, batches without one of the roles, a

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from experiments import anatomy
-from merge_jax.study.methods import parse_routes
+from merge_jax.study import parse_routes
 
 ROUTES = parse_routes(["w=v"])
 

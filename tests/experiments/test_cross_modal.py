@@ -81,7 +81,7 @@ def write_coco(folder, images=14):
 @pytest.mark.slow
 def test_a_vision_model_gives_its_attention_to_the_words_of_a_question(tmp_path):
     results, records = run("cross_modal", tmp_path / "run", *VQA)
-    assert [result["method"] for result in results] == ["vanilla", "share", "mergenet"]
+    assert [result["method"] for result in results] == ["vanilla", "share", "mergenet_warm"]
     for result in results:
         of_target = result["test_metrics"]["target"]
         assert result["target_test"] == of_target["accuracy"]
@@ -98,7 +98,7 @@ def test_a_vision_model_gives_its_attention_to_the_words_of_a_question(tmp_path)
 
 @pytest.mark.slow
 def test_a_text_model_gives_to_the_vision_of_retrieval(tmp_path):
-    options = ["text_to_vision", *RETRIEVAL, "--methods", "mergenet", "--source-task", "sentiment"]
+    options = ["text_to_vision", *RETRIEVAL, "--methods", "mergenet_warm", "--source-task", "sentiment"]
     (result,), records = run("cross_modal", tmp_path / "run", *options)
     scores = result["test_metrics"]["target"]
     recalls = [f"{way}_recall_{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)]
@@ -127,7 +127,7 @@ def test_blocks_of_one_modality_meet_those_of_the_other(options, receiving, givi
 
 @pytest.mark.slow
 def test_a_model_gives_to_itself(tmp_path):
-    (result,), _ = run("cross_modal", tmp_path / "run", "within", *VQA, "--methods", "mergenet")
+    (result,), _ = run("cross_modal", tmp_path / "run", "within", *VQA, "--methods", "mergenet_warm")
     assert result["source_test"] is None
     assert result["adapter_parameters"] > 0
 
@@ -146,9 +146,9 @@ def test_images_of_a_split_are_in_no_other():
 
 @pytest.mark.slow
 def test_a_run_is_resumed_to_the_bit(tmp_path):
-    options = [*RETRIEVAL, "--methods", "mergenet"]
+    options = [*RETRIEVAL, "--methods", "mergenet_warm"]
     results, records = run("cross_modal", tmp_path / "run", *options)
-    for name in ("mergenet-seed0", "source-seed0"):
+    for name in ("mergenet_warm-seed0", "source-seed0"):
         shutil.rmtree(tmp_path / "run" / "checkpoints" / name / "4")
     (tmp_path / "run" / "results.json").unlink()
     again, records_again = run("cross_modal", tmp_path / "run", *options, "--resume")
@@ -288,8 +288,8 @@ def test_captions_that_are_too_long_are_counted_or_refused(capsys):
             "the first 10 needs as many of each",
         ),
         (["--num-shapes", "7"], r"num_shapes must be a whole number in \[2, 6\], got 7"),
-        (["--source-task", "sentiment"], r"vision_to_text needs a source with attention to vision; small_bert .* text"),
-        (["--target-task", "shapes"], r"vision_to_text needs a target with attention to text; tiny_vit .* vision"),
+        (["--source-task", "sentiment"], r"routes by depth need a source with attention to vision; small_bert .* text"),
+        (["--target-task", "shapes"], r"routes by depth need a target with attention to text; tiny_vit .* vision"),
         (["--routes", "text_encoder/layer_9/attention=encoder/layer_0/attention"], "text_encoder/layer_9/attention"),
         (
             ["--source-text-weights", "w.safetensors"],

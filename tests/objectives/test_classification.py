@@ -1,4 +1,3 @@
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,22 +7,9 @@ import merge_jax as mj
 from tests import helpers
 
 
-class Sowing(helpers.Tiny):
-    """The tiny model with the input of its last layer sown as features."""
-
-    @nn.compact
-    def __call__(self, x, *, train=False):
-        x = nn.relu(nn.BatchNorm(use_running_average=not train, name="norm")(nn.Dense(self.width, name="hidden")(x)))
-        x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        self.sow("intermediates", "features", x)
-        return nn.Dense(3, name="fc")(x)
-
-
-SOWING = Sowing(5)
-
-
-def of_fc(params, features):
-    return features @ params["fc"]["kernel"] + params["fc"]["bias"][None]
+def test_accuracy_is_the_fraction_of_largest_logits_that_are_the_label():
+    logits = jnp.array([[3.0, 2.0, 1.0], [0.0, 1.0, 2.0], [1.0, 3.0, 2.0], [5.0, 1.0, 0.0]])
+    assert mj.accuracy(logits, jnp.array([0, 1, 2, 2])) == 0.25
 
 
 @pytest.mark.parametrize("batch_size", [4, 7, 10, 64])
@@ -113,66 +99,4 @@ def test_pixels_are_normalised_channel_by_channel(channels):
 @pytest.mark.parametrize("std", [(0.2, 0.0), (-0.1, 0.2), (0.2, float("nan"))])
 def test_a_standard_deviation_that_is_not_above_0_is_refused(std):
     with pytest.raises(ValueError, match=rf"std must be above 0, got \[{std[0]}, {std[1]}\]"):
-        mj.on_pixels(SOWING.apply, (0.5, 0.5), std)
-
-
-def test_features_stand_beside_the_logits_in_evaluation():
-    params, model_state = helpers.variables(SOWING, 0)
-    x, variables = helpers.batch(0)["x"], {"params": params, **model_state}
-    outputs = mj.with_features(SOWING.apply)(variables, x, train=False)
-    assert isinstance(outputs, mj.Outputs)
-    assert outputs.features.shape == (16, 5)
-    np.testing.assert_array_equal(outputs.logits, SOWING.apply(variables, x))
-    np.testing.assert_allclose(outputs.logits, of_fc(params, outputs.features), atol=1e-6)
-
-
-@pytest.mark.parametrize("mutable", [["batch_stats"], "batch_stats", []])
-def test_features_stand_beside_the_logits_and_the_state_in_training(mutable):
-    params, model_state = helpers.variables(SOWING, 0)
-    x, variables = helpers.batch(0)["x"], {"params": params, **model_state}
-    # BatchNorm can train only where its statistics may change.
-    options = {"train": bool(mutable), "mutable": mutable, "rngs": {"dropout": jax.random.key(1)}}
-    outputs, state = mj.with_features(SOWING.apply)(variables, x, **options)
-    logits, expected = SOWING.apply(variables, x, **options)
-    np.testing.assert_array_equal(outputs.logits, logits)
-    np.testing.assert_allclose(logits, of_fc(params, outputs.features), atol=1e-6)
-    assert jax.tree.structure(state) == jax.tree.structure(expected)
-    jax.tree.map(np.testing.assert_array_equal, state, expected)
-
-
-def test_a_model_that_sows_no_features_says_so():
-    params, model_state = helpers.variables(helpers.TARGET, 0)
-    apply_fn = mj.with_features(helpers.TARGET.apply)
-    with pytest.raises(ValueError, match=r"the model sows no features: call self\.sow"):
-        apply_fn({"params": params, **model_state}, helpers.batch(0)["x"], train=False)
-
-
-def test_a_loss_on_features_gets_logits_and_features_and_the_accuracy_is_that_of_the_logits():
-    params, model_state = helpers.variables(SOWING, 0)
-    batch, key, seen = helpers.batch(0), jax.random.key(1), []
-
-    def loss(outputs, batch):
-        seen.append(outputs)
-        return (outputs.features**2).sum(axis=-1) + mj.cross_entropy(outputs.logits, batch["label"])
-
-    loss_fn = mj.classification_loss(mj.with_features(SOWING.apply), loss, inputs="x")
-    value, (new_state, metrics) = loss_fn(params, model_state, batch, key)
-    plain, (plain_state, plain_metrics) = mj.classification_loss(SOWING.apply, inputs="x")(
-        params, model_state, batch, key
-    )
-    (outputs,) = seen
-    np.testing.assert_allclose(outputs.logits, of_fc(params, outputs.features), atol=1e-6)
-    np.testing.assert_allclose(value, plain + (outputs.features**2).sum(axis=-1).mean(), rtol=1e-6)
-    assert metrics == plain_metrics
-    assert metrics["accuracy"] == mj.accuracy(outputs.logits, batch["label"])
-    jax.tree.map(np.testing.assert_array_equal, new_state, plain_state)
-
-
-def test_the_teacher_adds_its_features_where_it_has_them():
-    params, model_state = helpers.variables(SOWING, 0)
-    batch = helpers.batch(0)
-    annotated = mj.logits_teacher(mj.with_features(SOWING.apply), inputs="x")(params, model_state, batch)
-    outputs = mj.with_features(SOWING.apply)({"params": params, **model_state}, batch["x"], train=False)
-    np.testing.assert_array_equal(annotated.pop("teacher_features"), outputs.features)
-    np.testing.assert_array_equal(annotated.pop("teacher_logits"), outputs.logits)
-    assert annotated == batch
+        mj.on_pixels(helpers.TARGET.apply, (0.5, 0.5), std)

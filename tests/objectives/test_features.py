@@ -64,6 +64,11 @@ def models():
     return source, target, variables, batch
 
 
+def drawn(model, layers, **options):
+    """The loss of a classifier whose features are drawn to another's."""
+    return mj.sum_losses(mj.classification_loss(model.apply), mj.feature_agreement(model.apply, layers, **options))
+
+
 def split(variables):
     return variables["params"], {"batch_stats": variables["batch_stats"]}
 
@@ -73,10 +78,10 @@ def test_the_loss_is_the_tasks_and_the_disagreement():
     teacher = mj.features_teacher(source.apply, ["first", "features"])
     shown = teacher(*split(of_source), batch)
     plain = mj.classification_loss(target.apply)
-    drawn = mj.classification_loss(mj.agreeing(target.apply, ["first", "features"], weight=3.0))
+    loss_fn = drawn(target, ["first", "features"], weight=3.0)
     key = jax.random.key(0)
     loss, (state, metrics) = plain(*split(of_target), batch, key)
-    with_it, (same_state, more) = drawn(*split(of_target), shown, key)
+    with_it, (same_state, more) = loss_fn(*split(of_target), shown, key)
 
     def features(net, variables, train):
         _, updates = net.apply(
@@ -96,7 +101,7 @@ def test_the_loss_is_the_tasks_and_the_disagreement():
 
 def test_the_gradient_draws_features_and_never_the_source():
     source, target, (of_source, of_target), batch = models()
-    loss_fn = mj.classification_loss(mj.agreeing(target.apply, ["features"], weight=100.0))
+    loss_fn = drawn(target, ["features"], weight=100.0)
     teacher = mj.features_teacher(source.apply, ["features"])
 
     def loss(target_params, source_params):
@@ -121,7 +126,7 @@ def test_the_adapter_learns_from_the_features():
     teacher = mj.features_teacher(source.apply, ["features"])
 
     def gradient(weight):
-        task = mj.Task(mj.classification_loss(mj.agreeing(target.apply, ["features"], weight=weight)), optax.sgd(0.0))
+        task = mj.Task(drawn(target, ["features"], weight=weight), optax.sgd(0.0))
         state = mj.init_joint_state(
             jax.random.key(0),
             None,
@@ -144,10 +149,10 @@ def test_bad_layers_are_named():
         mj.features_teacher(source.apply, ["frist"])(*split(of_source), batch)
     for layers in ([], "first"):
         with pytest.raises(ValueError, match="one or more paths of submodules"):
-            mj.agreeing(target.apply, layers)
+            mj.feature_agreement(target.apply, layers)
     with pytest.raises(ValueError, match="must be 0 or more, got -1"):
-        mj.agreeing(target.apply, ["first"], weight=-1)
-    loss_fn = mj.classification_loss(mj.agreeing(target.apply, ["first"]))
+        mj.feature_agreement(target.apply, ["first"], weight=-1)
+    loss_fn = mj.feature_agreement(target.apply, ["first"])
     with pytest.raises(ValueError, match=r"no 'source_features'.*\(features_teacher adds them\)"):
         loss_fn(*split(of_target), batch, jax.random.key(0))
     shown = mj.features_teacher(source.apply, ["first", "features"])(*split(of_source), batch)
@@ -157,21 +162,42 @@ def test_bad_layers_are_named():
         mj.features_teacher(source.apply, ["first"], inputs=("img",))(*split(of_source), batch)
 
 
-def test_agreeing_outputs_outside_of_a_loss():
+@pytest.mark.parametrize("mutable", [False, ["batch_stats"], "batch_stats", []])
+def test_features_stand_beside_the_outputs(mutable):
     _, target, (_, of_target), batch = models()
-    observed = mj.agreeing(target.apply, ["features"])(of_target, batch["image"])
-    np.testing.assert_array_equal(observed.outputs, target.apply(of_target, batch["image"]))
-    assert [leaf.shape for leaf in observed.features] == [(16, 5)]
+    # BatchNorm can train only where its statistics may change.
+    options = {"train": bool(mutable), "mutable": mutable}
+    found = mj.with_features(target.apply, ["first", "features"])(of_target, batch["image"], **options)
+    expected = target.apply(of_target, batch["image"], **options)
+    if mutable is not False:
+        (found, state), (expected, wanted) = found, expected
+        jax.tree.map(np.testing.assert_array_equal, state, wanted)
+    logits, (first, features) = found
+    np.testing.assert_array_equal(logits, expected)
+    assert first.shape == features.shape == (16, 5)
+    last = of_target["params"]["last"]
+    np.testing.assert_allclose(logits, features @ last["kernel"] + last["bias"][None], atol=1e-6)
 
 
-def test_a_view_is_what_both_are_compared_on():
+def test_a_sum_has_the_state_of_its_first_and_the_metrics_of_all():
+    def constant(value, **metrics):
+        return lambda params, model_state, batch, key: (value * params, ({"seen": value}, metrics))
+
+    loss_fn = mj.sum_losses(constant(1.0, accuracy=0.5), constant(2.0, accuracy=0.1, more=2), constant(3.0, last=3))
+    loss, (state, metrics) = loss_fn(10.0, {}, {}, None)
+    assert loss == 60
+    assert state == {"seen": 1.0}
+    assert metrics == {"accuracy": 0.5, "more": 2, "last": 3}
+
+
+def test_both_are_compared_on_the_same():
     source, target, (of_source, of_target), batch = models()
     key = jax.random.key(0)
 
-    def outcome(view, image):
-        loss_fn = mj.classification_loss(mj.agreeing(target.apply, ["features"], view=view))
-        shown = mj.features_teacher(source.apply, ["features"], view=view)(*split(of_source), {**batch, "image": image})
-        return loss_fn(*split(of_target), shown, key)
+    def outcome(compare_on, image):
+        loss_fn = drawn(target, ["features"], compare_on=compare_on)
+        teacher = mj.features_teacher(source.apply, ["features"], compare_on=compare_on)
+        return loss_fn(*split(of_target), teacher(*split(of_source), {**batch, "image": image}), key)
 
     image = batch["image"]
     _, (state, seen) = outcome(mj.mixed, image)

@@ -11,7 +11,6 @@ import pytest
 import merge_jax as mj
 from merge_jax.study import choices
 from merge_jax.training import joint
-from merge_jax.transfers import adapter
 
 _HEAVY = ("jax", "jaxlib", "flax", "optax", "orbax", "sklearn", "tensorflow_datasets", "matplotlib")
 _AS_MAIN = """
@@ -106,4 +105,3 @@ def test_no_module_hides_a_public_name(package):
 
 def test_options_choose_from_what_the_library_has():
     assert get_args(choices.UpdateRule) == get_args(joint.UpdateRule)
-    assert get_args(choices.OutputForm) == get_args(adapter.OutputForm)

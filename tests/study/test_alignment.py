@@ -16,7 +16,7 @@ CONFIG = replace(
     labels=50,
     target_model="small_resnet_half",
     routes=("**=**",),
-    methods=("aligned", "mergenet_aligned"),
+    methods=("aligned", "mergenet_residual_aligned"),
     steps=20,
 )
 
@@ -54,7 +54,7 @@ def test_a_run_starts_from_what_enters_the_source_on_the_targets_images(scenario
 
 def test_it_writes_at_the_first_step_alone(scenario, trials):
     assert trials["aligned"].method.stop * scenario.schedule.target.steps == 1
-    trial = trials["mergenet_aligned"]
+    trial = trials["mergenet_residual_aligned"]
     source = trial.fresh_source(0)
     state = trial.initial_state(0, source)
     aligned = trials["aligned"].initial_state(0, source)

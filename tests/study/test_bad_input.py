@@ -38,6 +38,7 @@ from merge_jax.data.images.image_files import check_image_files
 from merge_jax.data.tfds import archive_members
 from merge_jax.study.cli import parse
 from merge_jax.study.images import make_vision_encoder
+from merge_jax.study.options import Architecture
 from merge_jax.study.sources import plan_source
 from merge_jax.training.sharding import DATA_AXIS, jit_layout
 from merge_jax.transfers.pairing import resolve
@@ -370,11 +371,11 @@ ROWS = {
         "source must be Literal['pretrained', 'live', 'frozen', 'trajectory'], got 'froze'",
     ),
     "type: inside of another": (
-        checked(cross_modal, target_model=cross_modal.Architecture(layers=0.5)),
+        checked(cross_modal, target_model=Architecture(layers=0.5)),
         "target_model.layers must be int | None, got 0.5",
     ),
     "type: nan inside of another": (
-        checked(cross_modal, source_model=cross_modal.Architecture(dropout=float("nan"))),
+        checked(cross_modal, source_model=Architecture(dropout=float("nan"))),
         "source_model.dropout must be a finite number, got nan",
     ),
     # Options that exclude each other.

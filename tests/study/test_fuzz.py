@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 
 import merge_jax as mj
 from experiments import cross_modal, cross_structure, cross_task, self_transfer
+from merge_jax.study import parse_routes
 from merge_jax.study.cli import parse
-from merge_jax.study.methods import parse_routes
 from merge_jax.transfers.pairing import resolve
 from merge_jax.transfers.routes import Route, as_routes
 from merge_jax.transfers.rows import Rows

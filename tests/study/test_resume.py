@@ -26,9 +26,9 @@ OF_SOURCES = {
 }
 # A source that is trained first has three calls of its own; the fourth is the method's first.
 CASES = {
-    "pretrained": ((1, 3), "cross_structure", "mergenet", *PRETRAINED),
+    "pretrained": ((1, 3), "cross_structure", "mergenet_warm", *PRETRAINED),
     "trajectory": ((4,), "cross_task", "mergenet_warm", *PRETRAINED, "--source", "trajectory", "--snapshots", "2"),
-    "live": ((1,), "cross_modal", "mergenet", "--source", "live"),
+    "live": ((1,), "cross_modal", "mergenet_warm", "--source", "live"),
     "itself": ((1,), "self_transfer", "mergenet_warm"),
 }
 
@@ -106,7 +106,7 @@ def test_so_does_one_whose_images_are_changed_at_random(monkeypatch, tmp_path, c
         *("--data", "cifar100", "--data-dir", str(data_dir), "--augment", "--source", "live", "--validation", "0"),
         *("--source-model", "small_resnet", "--target-model", "small_mobilenet_v2", "--stages", "1", "--seeds", "1"),
         *("--routes", "fc/kernel=fc/kernel", "--batch-size", "4", "--labels", "None"),
-        *("--methods", "mergenet", *LENGTHS, *LPKA),
+        *("--methods", "mergenet_warm", *LENGTHS, *LPKA),
     ]
     check(monkeypatch, tmp_path, capsys, "cross_structure", words, (1,))
 

@@ -5,10 +5,14 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import merge_jax as mj
+import merge_jax.study.methods
 from experiments import cross_structure, cross_task, self_transfer
+from merge_jax import study
+from merge_jax.study.alignment import align
 
 SMOKE = cross_structure.PRESETS["smoke"]
 
@@ -43,17 +47,50 @@ def test_distillation_on_mixed_images_is_that_of_their_logits():
     batch = {"image": jnp.asarray(image), "label": jnp.arange(6) % 10}
     loss, _ = method.task.loss_fn(params, state, method.teacher(*source, batch), jax.random.key(0))
     between = (image + np.roll(image, 1, axis=0)) / 2
-    reader, of_source = scenario.readers
 
-    def logits(one, params, state, x, train):
-        out = one.apply({"params": params, **state}, x, train=train, mutable=["batch_stats"] if train else False)
+    def logits(model, params, state, x, train):
+        out = model.apply({"params": params, **state}, x, train=train, mutable=["batch_stats"] if train else False)
         return out[0] if train else out
 
-    labelled = mj.cross_entropy(logits(reader, params, state, batch["image"], True), batch["label"])
-    student = jax.nn.log_softmax(logits(reader, params, state, between, True) / 4)
-    teacher = jax.nn.log_softmax(logits(of_source, *source, between, False) / 4)
+    labelled = mj.cross_entropy(logits(scenario.target, params, state, batch["image"], True), batch["label"])
+    student = jax.nn.log_softmax(logits(scenario.target, params, state, between, True) / 4)
+    teacher = jax.nn.log_softmax(logits(scenario.source, *source, between, False) / 4)
     divergence = (jnp.exp(teacher) * (teacher - student)).sum(axis=-1)
     assert float(loss) == pytest.approx(float((0.1 * labelled + 0.9 * 16 * divergence).mean()), rel=1e-4)
+
+
+@pytest.mark.parametrize(("name", "compare_on", "loss", "gradient"), [
+    ("agree", "mixed", 4.849117, 62.116734),
+    ("kd_agree", "mixed", 2.852863, 61.469643),
+    ("agree", "plain", 4.677752, 28.452749),
+    ("kd_mixed", "mixed", 0.381842, 0.630935),
+    ("rkd", "mixed", 7.358802, 11.448484),
+])  # fmt: skip
+def test_objectives_have_the_values_of_when_they_were_one_pass(name, compare_on, loss, gradient):
+    """As commit 50d0ef8 had them, where one wrapped pass gave all that was compared."""
+    scenario = cross_structure.build(replace(SMOKE, methods=(name,), compare_on=compare_on))
+    method = scenario.methods[name]
+    source, (params, state) = (
+        model.init(jax.random.key(i)) for i, model in enumerate((scenario.source, scenario.target))
+    )
+    images = np.random.default_rng(0).uniform(size=(6, 8, 8, 1)).astype(np.float32)
+    batch = method.teacher(*source, {"image": jnp.asarray(images), "label": jnp.arange(6) % 10})
+    graded = jax.jit(jax.value_and_grad(method.task.loss_fn, has_aux=True))
+    (value, (new_state, metrics)), slope = graded(params, state, batch, jax.random.key(2))
+    assert float(value) == pytest.approx(loss, rel=1e-4)
+    assert float(optax.tree.norm(slope)) == pytest.approx(gradient, rel=1e-3)
+    assert float(optax.tree.norm(new_state)) == pytest.approx(11.846394, rel=1e-4)
+    assert float(metrics["accuracy"]) == pytest.approx(1 / 6)
+
+
+def test_aligned_methods_share_one_alignment(monkeypatch):
+    made = []
+    monkeypatch.setattr(study.methods, "align", lambda *models: made.append(align(*models)) or made[-1])
+    config = replace(SMOKE, target_model="small_resnet_half", routes=("**=**",))
+    names = ("aligned", "aligned_agree", "mergenet_residual_aligned")
+    found = cross_structure.build(replace(config, methods=names)).methods
+    assert len(made) == 1
+    assert {id(found[name].fit) for name in names[:2]} == {id(made[0].fit)}
 
 
 @pytest.mark.slow

@@ -8,30 +8,28 @@ import numpy as np
 import optax
 
 from merge_jax.data import Arrays, Splits, num_examples, take
-from merge_jax.study.scenario import Learner, Role
+from merge_jax.study.scenario import StudyModel
 from merge_jax.types import Batch, ModelState, Params
 
 __all__ = ["side_by_side"]
 
 
-def side_by_side(learners: Mapping[str, Learner]) -> Learner:
+def side_by_side(models: Mapping[str, StudyModel]) -> StudyModel:
     """Returns the models as one whose parameters are `{name: parameters}`, as `several_sources` takes them.
 
     Its loss is the sum of their losses, so that each gets its own gradient; each has its own optimizer, which clips by
     the norm of that gradient alone; its metric is the mean of theirs. An epoch is as long as the longest: examples of
     the others come again.
     """
-    roles = {name: learner.role for name, learner in learners.items()}
 
     def init(key: jax.Array) -> tuple[Params, ModelState]:
-        keys = jax.random.split(key, len(roles))
-        models = {name: role.init(k) for (name, role), k in zip(roles.items(), keys, strict=True)}
-        return {name: params for name, (params, _) in models.items()}, {
-            name: state for name, (_, state) in models.items()
-        }
+        keys = jax.random.split(key, len(models))
+        started = {name: model.init(k) for (name, model), k in zip(models.items(), keys, strict=True)}
+        params = {name: params for name, (params, _) in started.items()}
+        return params, {name: state for name, (_, state) in started.items()}
 
     def splits(seed: int) -> Splits:
-        found = {name: role.splits(seed) for name, role in roles.items()}
+        found = {name: model.splits(seed) for name, model in models.items()}
         return Splits(
             _joined({name: one.train for name, one in found.items()}),
             _joined({name: one.validation for name, one in found.items()}),
@@ -40,33 +38,38 @@ def side_by_side(learners: Mapping[str, Learner]) -> Learner:
 
     def evaluate(params: Params, model_state: ModelState, arrays: Arrays) -> dict[str, float]:
         metrics: dict[str, float] = {}
-        for name, role in roles.items():
+        for name, model in models.items():
             own = _part(arrays, name)
             new = own.pop("new")  # Those that came again would count twice.
-            of_one = role.evaluate(params[name], model_state[name], take(own, np.flatnonzero(new)))
-            metrics |= {f"{name}_{metric}": value for metric, value in of_one.items()}
-        judged = [metrics[f"{name}_{role.metric}"] for name, role in roles.items()]
+            own_metrics = model.evaluate(params[name], model_state[name], take(own, np.flatnonzero(new)))
+            metrics |= {f"{name}_{metric}": value for metric, value in own_metrics.items()}
+        judged = [metrics[f"{name}_{model.metric}"] for name, model in models.items()]
         return {**metrics, "mean_score": float(np.mean(judged))}
 
-    def loss_fn(params: Params, model_state: ModelState, batch: Batch, key: jax.Array) -> Any:
+    def loss(params: Params, model_state: ModelState, batch: Batch, key: jax.Array) -> Any:
         total: Any = 0.0
         states: dict[str, ModelState] = {}
         metrics: dict[str, Any] = {}
-        for (name, learner), k in zip(learners.items(), jax.random.split(key, len(learners)), strict=True):
-            loss, (states[name], of_one) = learner.loss_fn(params[name], model_state[name], _part(batch, name), k)
-            total += loss
-            metrics |= {f"{name}_{metric}": value for metric, value in {"loss": loss, **of_one}.items()}
+        for (name, model), k in zip(models.items(), jax.random.split(key, len(models)), strict=True):
+            own_loss, (states[name], own) = model.loss(params[name], model_state[name], _part(batch, name), k)
+            total += own_loss
+            metrics |= {f"{name}_{metric}": value for metric, value in {"loss": own_loss, **own}.items()}
         return total, (states, metrics)
 
-    name = " and ".join(role.name for role in roles.values())
-
-    def optimizer(learning_rate: float, steps: int) -> optax.GradientTransformation:
+    def optimizer(steps: int) -> optax.GradientTransformation:
         return optax.partition(
-            {name: learner.optimizer(learning_rate, steps) for name, learner in learners.items()},
-            {name: name for name in learners},
+            {name: model.optimizer(steps) for name, model in models.items()}, {name: name for name in models}
         )
 
-    return Learner(Role(name, init, splits, evaluate, "mean_score"), loss_fn, optimizer)
+    return StudyModel(
+        name=" and ".join(model.name for model in models.values()),
+        init=init,
+        loss=loss,
+        optimizer=optimizer,
+        splits=splits,
+        evaluate=evaluate,
+        metric="mean_score",
+    )
 
 
 def _joined(arrays: Mapping[str, Arrays]) -> Arrays:

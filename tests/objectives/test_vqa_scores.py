@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import merge_jax as mj
-from merge_jax.objectives.vqa_score import (
+from merge_jax.objectives.vqa import (
     answer_accuracy,
     answer_coverage,
     answer_indices,

@@ -1,0 +1,87 @@
+"""Loss functions of Linen models, and their sums."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+from flax.errors import ScopeCollectionNotFound
+
+from merge_jax.checks import check_entries
+from merge_jax.types import Batch, LossFn, ModelApply, ModelState, Params
+
+__all__ = ["model_loss", "name_missing_collections", "sum_losses"]
+
+
+@contextlib.contextmanager
+def name_missing_collections(model_state: ModelState, role: str = "target") -> Iterator[None]:
+    """Says what a state lacks that a Linen model reads, where Flax says where it reads it."""
+    try:
+        yield
+    except ScopeCollectionNotFound as error:
+        given = ", ".join(map(repr, sorted(model_state))) or "nothing"
+        raise ValueError(
+            f"the model reads a collection that is not in its state, which has {given}: give all that model.init made "
+            f'beside "params", such as {role}_state={{"batch_stats": ...}} of init_joint_state ({error})'
+        ) from None
+
+
+def model_loss(
+    apply_fn: ModelApply,
+    inputs: Sequence[str],
+    per_example: Callable[[Any, Batch], tuple[jax.Array, dict[str, jax.Array]]],
+    *,
+    needs: Sequence[str] = (),
+    hint: str = "",
+) -> LossFn:
+    """Returns the loss function of a Linen model: the mean over the batch of the losses of its outputs.
+
+    Args:
+      apply_fn: `model.apply` of a Linen module called as `(*inputs, train=True)`; its collections (BatchNorm
+        statistics) update, and dropout draws from the step's key.
+      inputs: the entries of the batch that are the model's inputs, in order.
+      per_example: `(outputs, batch) -> (losses [B], metrics)`.
+      needs: the other entries that `per_example` reads.
+      hint: the end of the message on an input that is missing.
+
+    Raises:
+      ValueError: while tracing, for a batch that lacks an entry, or a model state that lacks a collection.
+    """
+
+    def loss_fn(
+        params: Params, model_state: ModelState, batch: Batch, key: jax.Array
+    ) -> tuple[jax.Array, tuple[ModelState, dict[str, jax.Array]]]:
+        check_entries(batch, *inputs, hint=hint)
+        check_entries(batch, *needs)
+        with name_missing_collections(model_state):
+            outputs, new_state = apply_fn(
+                {"params": params, **model_state},
+                *(batch[name] for name in inputs),
+                train=True,
+                mutable=list(model_state),
+                rngs={"dropout": key},
+            )
+        losses, metrics = per_example(outputs, batch)
+        return losses.mean(), (new_state, metrics)
+
+    return loss_fn
+
+
+def sum_losses(task_loss: LossFn, *terms: LossFn) -> LossFn:
+    """Returns the loss function `L + sum_i L_i` of a task and of what is added to it, with the metrics of all.
+
+    Each term sees the same parameters, model state, batch and key, so dropout draws the same masks in all of them. The
+    model state that comes out is the task's alone; of metrics of one name, the first counts. Where a term runs the
+    model on the task's inputs, as `feature_agreement` may, XLA can share the forward pass, but not the backward.
+    """
+
+    def loss_fn(
+        params: Params, model_state: ModelState, batch: Batch, key: jax.Array
+    ) -> tuple[jax.Array, tuple[ModelState, dict[str, jax.Array]]]:
+        total, (new_state, metrics) = task_loss(params, model_state, batch, key)
+        for term in terms:
+            loss, (_, more) = term(params, model_state, batch, key)
+            total, metrics = total + loss, {**more, **metrics}
+        return total, (new_state, metrics)
+
+    return loss_fn

@@ -1,0 +1,89 @@
+"""Distillation of a classifier's outputs, as objectives of a scenario."""
+
+from functools import partial
+
+import jax
+
+import merge_jax as mj
+from merge_jax.study.methods import Objective
+from merge_jax.study.scenario import StudyModel
+from merge_jax.types import Batch, ModelState, Params
+
+__all__ = ["distillation_objectives"]
+
+
+def distillation_objectives(
+    source: StudyModel,
+    target: StudyModel,
+    *,
+    temperature: float = 4.0,
+    weight: float = 0.9,
+    axis_name: str | None = None,
+) -> dict[str, Objective]:
+    """Returns `kd`, `kd_mixed`, `rkd`, `dkd` and `nkd` for two classifiers of one input with the same classes.
+
+    Each is the label's cross entropy and its own loss; see `distillation_loss` and its relatives. `kd_mixed` compares
+    logits on means of neighbouring examples (`mixed`), and learns labels of the examples as they are. Options of `rkd`,
+    `dkd` and `nkd` are those of their papers.
+
+    Args:
+      source: the teacher.
+      target: the student.
+      temperature: of `kd` and `kd_mixed`.
+      weight: of the distillation in these two; the labels have the rest.
+      axis_name: the axis of the devices that share a batch, if any.
+    """
+    teach, learn = source.apply, target.apply
+    (teacher_input,), (student_input,) = source.inputs, target.inputs
+    assert teach is not None
+    assert learn is not None
+    classification_loss = partial(mj.classification_loss, learn, inputs=student_input)
+    show_logits = mj.logits_teacher(teach, inputs=teacher_input)
+
+    def kd(logits: jax.Array, batch: Batch) -> jax.Array:
+        label = batch["label"]
+        return mj.distillation_loss(logits, batch["teacher_logits"], label, temperature=temperature, weight=weight)
+
+    def dkd(logits: jax.Array, batch: Batch) -> jax.Array:
+        label = batch["label"]
+        return mj.cross_entropy(logits, label) + mj.dkd_loss(logits, batch["teacher_logits"], label)
+
+    def nkd(logits: jax.Array, batch: Batch) -> jax.Array:
+        label = batch["label"]
+        return mj.cross_entropy(logits, label) + mj.nkd_loss(logits, batch["teacher_logits"], label)
+
+    def rkd(outputs: tuple[jax.Array, tuple[jax.Array]], batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+        logits, (features,) = outputs
+        features, teacher_features = mj.whole_batch((features, *batch["source_features"]), axis_name)
+        losses = mj.cross_entropy(logits, batch["label"]) + mj.rkd_loss(features, teacher_features)
+        return losses, {"accuracy": mj.accuracy(logits, batch["label"])}
+
+    rkd_loss = mj.model_loss(mj.with_features(learn), (student_input,), rkd, needs=("label", "source_features"))
+
+    def labels_alone(logits: jax.Array, batch: Batch) -> jax.Array:
+        return (1 - weight) * mj.cross_entropy(logits, batch["label"])
+
+    def matched(logits: jax.Array, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+        label = batch["label"]
+        losses = mj.distillation_loss(logits, batch["mixed_logits"], label, temperature=temperature, weight=1.0)
+        return weight * losses, {}
+
+    matched_loss = mj.model_loss(learn, (student_input,), matched, needs=("label", "mixed_logits"))
+
+    def mixed(batch: Batch, entry: str) -> Batch:
+        return {**batch, entry: mj.mixed(batch[entry], axis_name=axis_name)}
+
+    def mixed_loss(params: Params, model_state: ModelState, batch: Batch, key: jax.Array):
+        return matched_loss(params, model_state, mixed(batch, student_input), key)
+
+    def show_mixed_logits(params: Params, model_state: ModelState, batch: Batch) -> Batch:
+        shown = show_logits(params, model_state, mixed(batch, teacher_input))
+        return {**batch, "mixed_logits": shown["teacher_logits"]}
+
+    return {
+        "kd": Objective(classification_loss(kd), show_logits),
+        "kd_mixed": Objective(mj.sum_losses(classification_loss(labels_alone), mixed_loss), show_mixed_logits),
+        "rkd": Objective(rkd_loss, mj.features_teacher(teach, ("features",), inputs=source.inputs)),
+        "dkd": Objective(classification_loss(dkd), show_logits),
+        "nkd": Objective(classification_loss(nkd), show_logits),
+    }

@@ -1,0 +1,182 @@
+"""Options of scenarios, side by side: a scenario's `Config` names those it has, and `RunConfig`.
+
+None of this imports JAX, so that `--help` and wrong options are quick.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from merge_jax.checks import check_at_least_one, check_below_one
+from merge_jax.study.choices import ImageModelName, ImageTaskName, TextModelName, TextTaskName, VisionModelName
+
+__all__ = [
+    "BY_DEPTH",
+    "TASKS",
+    "Architecture",
+    "ImageTextOptions",
+    "ModelName",
+    "TaskName",
+    "TaskOptions",
+    "TransferOptions",
+    "parse_pairs",
+]
+
+TaskName = TextTaskName | ImageTaskName
+ModelName = TextModelName | ImageModelName | VisionModelName
+TASKS: tuple[str, ...] = (*get_args(TextTaskName), *get_args(ImageTaskName))
+BY_DEPTH = "by depth"
+"""What stands in the place of routes that are to be found: blocks of attention that meet by depth."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransferOptions:
+    """Options of the transfer, and of what the target learns from the source beside it."""
+
+    methods: tuple[str, ...] = ("vanilla", "share", "mergenet_warm")
+    """Methods to compare: a transfer, an objective, or both as in share_agree; see experiments/README.md."""
+    stop: float = 0.1
+    """Fraction of the run after which share and mergenet leave the target to itself."""
+    num_layers: int = 1
+    """Layers of each route's LPKA."""
+    num_heads: int = 8
+    """Heads of each attention."""
+    capped: bool = True
+    """Cap the widths of the LPKA as lpka_transfer does; without, they are the published ones."""
+    attention_dropout: float = 0.1
+    """Dropout on the attention weights of each LPKA."""
+    feed_forward_dropout: float = 0.2
+    """Dropout on the feed-forward block of each LPKA."""
+    adapter_learning_rate: float = 1e-2
+    """Learning rate of the adapter's AdamW."""
+    adapter_schedule: Literal["constant", "cosine"] = "constant"
+    """Course of that rate; cosine falls to 0 after the first 2 percent of the run, as published."""
+    agree: tuple[str, ...] = ()
+    """Layers whose features are to agree, as target=source, in the methods with agree in their names; see
+    merge_jax.feature_agreement."""
+    agreement: float = 20.0
+    """Weight of their disagreement in the target's loss."""
+    compare_on: Literal["mixed", "plain"] = "mixed"
+    """What they are compared on: images between those of the batch (text as it is), or the batch itself."""
+
+    def check_options(self) -> None:
+        """Raises ValueError for an option out of range."""
+        check_at_least_one(num_layers=self.num_layers, num_heads=self.num_heads)
+        check_below_one(attention_dropout=self.attention_dropout, feed_forward_dropout=self.feed_forward_dropout)
+        if not 0 < self.adapter_learning_rate < float("inf"):
+            raise ValueError(f"adapter_learning_rate must be above 0, got {self.adapter_learning_rate}")
+        if not 0 <= self.stop <= 1:
+            raise ValueError(f"stop must be a fraction in [0, 1], got {self.stop}")
+        if not 0 <= self.agreement < float("inf"):
+            raise ValueError(f"agreement must be 0 or more, got {self.agreement}")
+        self.agreeing_layers()
+
+    def agreeing_layers(self) -> list[tuple[str, str]]:
+        """Returns the pairs of layers, of target and source, whose features are to agree.
+
+        Raises:
+          ValueError: a word that is no such pair.
+        """
+        return parse_pairs(self.agree, "a pair of layers", "stage1_0=stage1_0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskOptions:
+    """Options of models that learn a task by its name."""
+
+    labels: int | None = 200
+    """Training examples that the target learns from, or None for all; a source has all."""
+    validation: int = 300
+    """Training examples held out to validate on; digits always hold out 200."""
+    data_dir: Path | None = None
+    """Folder of TFDS; archives in its downloads/manual/ are used instead of a download."""
+    max_length: int = 40
+    """Tokens of a text, or of a question and its passage."""
+    too_long: Literal["truncate", "error"] = "truncate"
+    """What to do with longer ones: cut and count them, or refuse."""
+    vocabulary: Path | None = None
+    """BERT's vocab.txt or a tokenizer.json; by default that of the run in --source-from, or one that is learned from
+    the training texts of all models. A run keeps its own as vocabulary.json."""
+    vocabulary_size: int = 1000
+    """Tokens of a vocabulary that is learned."""
+    image_size: int | None = None
+    """Height and width to scale images to; None for as they are."""
+    stages: int = 3
+    """Stages of small image networks, 1 to 3."""
+    learning_rate: float = 1e-3
+    """Learning rate of the models: of AdamW for text, of SGD for images."""
+
+    def check_options(self) -> None:
+        """Raises ValueError for an option out of range."""
+        if not 0 < self.learning_rate < float("inf"):
+            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
+        if not 1 <= self.stages <= 3:
+            raise ValueError(f"stages must lie in [1, 3], got {self.stages}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageTextOptions:
+    """Options of models that learn a task of images with text."""
+
+    num_shapes: int = 2
+    """Shapes on each image of synthetic questions, 2 to 6; with 6, as published, small models learn for long."""
+    num_answers: int = 3129
+    """How many of the commonest training answers a model chooses from."""
+    uncovered: Literal["error", "skip"] = "error"
+    """What to do with training questions none of whose answers are among these."""
+    unreadable: Literal["error", "skip"] = "error"
+    """What to do with images that are missing or cannot be read: refuse, or leave out, name and count them."""
+
+    def check_options(self) -> None:
+        """Raises ValueError for an option out of range."""
+        check_at_least_one(num_answers=self.num_answers)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A model's encoders and what joins them."""
+
+    vision: VisionModelName = "tiny_vit"
+    """The encoder of images."""
+    text: TextModelName = "small_distilbert"
+    """The encoder of text."""
+    layers: int | None = None
+    """Layers of a small encoder; its own number by default."""
+    width: int | None = None
+    """Width of a small encoder; its own by default."""
+    patch_size: int | None = None
+    """Height and width of a small vision encoder's patches; a quarter of the image by default."""
+    fusion_layers: int = 2
+    """Layers in which the words look at the image, for vqa."""
+    dropout: float = 0.0
+    """Dropout of both encoders and of those layers."""
+    embedding_size: int = 32
+    """Size of the vectors that images and captions become, for retrieval."""
+
+    @property
+    def vision_attributes(self) -> dict[str, Any]:
+        """Attributes of the vision encoder that are not its usual ones."""
+        patch_size = {} if self.patch_size is None else {"patch_size": self.patch_size}
+        return {**self.text_attributes, **patch_size}
+
+    @property
+    def text_attributes(self) -> dict[str, Any]:
+        """Attributes of the text encoder that are not its usual ones."""
+        sizes = {"num_layers": self.layers, "width": self.width}
+        return {name: size for name, size in sizes.items() if size is not None}
+
+
+def parse_pairs(words: Iterable[str], noun: str, example: str) -> list[tuple[str, str]]:
+    """Returns the two sides of each word.
+
+    Raises:
+      ValueError: a word that is no `target=source`.
+    """
+    pairs = []
+    for word in words:
+        target, equals, source = word.partition("=")
+        if not (target and equals and source):
+            raise ValueError(f"{noun} must be target=source, such as {example}, got {word!r}")
+        pairs.append((target, source))
+    return pairs
