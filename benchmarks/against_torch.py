@@ -84,7 +84,7 @@ class Problem:
     variables: tuple[Any, Any]
     route: tuple[str, str]
     """The paths of the target's kernel and of the source's."""
-    adapter: mj.Adapter
+    adapter: mj.types.Adapter
     images: np.ndarray
     labels: np.ndarray
 
@@ -206,7 +206,7 @@ def make_torch_modules(problem: Problem) -> tuple[Any, Any, Any]:
         for module, name in zip(modules[::-1], problem.torch_route, strict=True)
     )
     adapter = torch_pair.Adapter(target_shape, source_shape)
-    arrays = mj.export_published_adapter(problem.adapter[problem.route[0]])
+    arrays = mj.transfers.export_published_adapter(problem.adapter[problem.route[0]])
     adapter.load_state_dict({name: torch.from_numpy(array.copy()) for name, array in arrays.items()})
     return *modules, adapter
 

@@ -83,9 +83,9 @@ def main() -> None:
 
     @jax.jit
     def gradient(
-        adapter: mj.Adapter, source: mj.Params, target: mj.Params, key: jax.Array
-    ) -> tuple[mj.Adapter, mj.Params]:
-        def loss(adapter: mj.Adapter) -> tuple[jax.Array, mj.Params]:
+        adapter: mj.types.Adapter, source: mj.Params, target: mj.Params, key: jax.Array
+    ) -> tuple[mj.types.Adapter, mj.Params]:
+        def loss(adapter: mj.types.Adapter) -> tuple[jax.Array, mj.Params]:
             merged = transfer.apply(adapter, source, target, key=key)
             return jnp.sum(jnp.square(merged["w"]["weight"])), merged
 

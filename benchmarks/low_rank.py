@@ -40,8 +40,8 @@ class Config:
 
 def round_trip(matrix: jax.Array, rank: int) -> jax.Array:
     """Encodes, changes the code, decodes."""
-    basis = mj.row_basis(matrix, rank)
-    return mj.decode(matrix, 0.1 * mj.encode(matrix, basis), basis)
+    basis = mj.transfers.row_basis(matrix, rank)
+    return mj.transfers.decode(matrix, 0.1 * mj.transfers.encode(matrix, basis), basis)
 
 
 def main() -> None:
@@ -70,7 +70,7 @@ def main() -> None:
         error = ""
         if name != "full SVD":
             rank = int(name.split()[1])
-            basis = mj.row_basis(matrix, rank)
+            basis = mj.transfers.row_basis(matrix, rank)
             error = f"{np.linalg.norm(matrix - basis @ (basis.T @ matrix)) / np.linalg.norm(values[rank:]):.4f}"
         rows.append((name, f"{1000 * statistics.median(times):.2f}", f"{ratio:.3f}", error))
         figures[name] = {"milliseconds": 1000 * statistics.median(times), "ratio": ratio, "error": error}

@@ -50,7 +50,7 @@ def compile_once(config: Config, routes: int, repetition: int) -> tuple[float, f
     adapter = jax.eval_shape(transfer.init, jax.random.key(0), params, params)
 
     def pull_back(
-        adapter: mj.Adapter, source: mj.Params, target: mj.Params, cotangent: mj.Params, key: jax.Array
+        adapter: mj.types.Adapter, source: mj.Params, target: mj.Params, cotangent: mj.Params, key: jax.Array
     ) -> Any:
         # The repetition stands in the program, so that nothing compiled before can serve.
         merged, pullback = jax.vjp(

@@ -26,7 +26,7 @@ import merge_jax as mj
 from benchmarks.report import parse_config, report
 from merge_jax.checks import check_at_least_one
 from merge_jax.models import TextClassifier, TextEncoder, bert_base, distilbert_base
-from merge_jax.objectives.model_loss import model_loss
+from merge_jax.objectives.losses import model_loss
 from merge_jax.types import Batch, LossFn, ModelApply
 
 __all__ = ["LanguageModel", "Pair", "compile_step", "make_pair", "next_token_loss"]

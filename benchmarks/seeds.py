@@ -119,8 +119,8 @@ def main() -> None:
     for seeds in config.seeds:
         stack = lambda tree: jax.tree.map(lambda leaf: np.stack([leaf] * seeds), tree)  # noqa: B023, E731
         data = stack(arrays), stack(indices)
-        together = mj.stack_seeds(states[:seeds])
-        side_by_side, seconds_together = program(mj.over_seeds(epoch), together, *data)
+        together = mj.training.stack_seeds(states[:seeds])
+        side_by_side, seconds_together = program(mj.training.over_seeds(epoch), together, *data)
         one = jax.tree.map(jnp.copy, states[0])
         separate, vectorized = [], []
         for repetition in tqdm(range(config.repetitions + 1), desc=f"{seeds} seeds", leave=False):

@@ -1,7 +1,8 @@
 """The published joint step in PyTorch, written for `benchmarks.against_torch`: what ours is timed against.
 
 Modules have the parameters of ours one to one, by the same names: `stage1_0/conv1/kernel` is `stage1_0.conv1.weight`.
-The adapter's names are the published ones, their misspelling included, which `mj.export_published_adapter` writes.
+The adapter's names are the published ones, their misspelling included, which
+`mj.transfers.export_published_adapter` writes.
 """
 
 from collections import OrderedDict
@@ -130,7 +131,7 @@ def load_model(module: nn.Module, params: Any, batch_stats: Any) -> None:
     for path, leaf in leaves.items():
         *parents, last = path.split("/")
         name = ".".join([*parents, torch_names.get(last, last)])
-        matrix = np.array(mj.as_matrix(leaf, mj.matrix_spec(path, leaf.shape)))
+        matrix = np.array(mj.layouts.as_matrix(leaf, mj.layouts.matrix_spec(path, leaf.shape)))
         loaded[name] = torch.from_numpy(matrix).reshape(state[name].shape)
     module.load_state_dict(loaded)
 

@@ -168,9 +168,9 @@ class _Counter(struct.PyTreeNode):
 
 def _peer(number: int, folder: str, address: str, process_id: int) -> None:
     """Trains and saves every second step with another process; process 1 sends itself a signal in its fourth step."""
-    mj.connect(address, 2, process_id, timeout=60)
+    mj.training.connect(address, 2, process_id, timeout=60)
     mesh = mj.data_mesh()
-    split = NamedSharding(mesh, PartitionSpec(mj.DATA_AXIS))
+    split = NamedSharding(mesh, PartitionSpec(mj.training.DATA_AXIS))
     total = jax.make_array_from_callback((8,), split, lambda index: np.zeros(8, np.float32)[index])
     state = _Counter(jax.device_put(jnp.int32(0), NamedSharding(mesh, PartitionSpec())), total)
 

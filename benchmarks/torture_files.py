@@ -150,7 +150,7 @@ def _problem(folder: Path, kind: Damage) -> str:
         with warnings.catch_warnings(record=True) as caught, mj.Checkpoints(folder, keep=None) as checkpoints:
             warnings.simplefilter("always")
             step, state = checkpoints.restore_latest(_LIKE) or (0, None)
-            messages = [str(one.message) for one in caught if one.category is mj.DamagedCheckpointWarning]
+            messages = [str(one.message) for one in caught if one.category is mj.checkpoints.DamagedCheckpointWarning]
             if step != kind.restored or digest(state) != digest(_state(kind.restored)):
                 return f"step {step} was restored"
             named = all(re.search(kind.reason or "", message) for message in messages)

@@ -196,6 +196,6 @@ def _survivor_of_two(folder: Path, number: int) -> tuple[str, int, float]:
 
 def _holds_second_step(folder: Path) -> bool:
     with warnings.catch_warnings(), mj.Checkpoints(folder, read_only=True) as checkpoints:
-        warnings.simplefilter("ignore", mj.NotBitExactWarning)  # One process reads what two have saved.
+        warnings.simplefilter("ignore", mj.checkpoints.NotBitExactWarning)  # One process reads what two have saved.
         parts = checkpoints.restore_parts(2, {"total": jax.ShapeDtypeStruct((8,), jnp.float32)})
     return bool(np.array_equal(parts["total"], np.full(8, 2.0)))

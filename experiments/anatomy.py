@@ -197,7 +197,7 @@ def _measure_seed(
         for role, observe in zip(("target", "source"), observers, strict=True)
     ]
     for (layer, _), *pair in zip(config.agreeing_layers(), *features, strict=True):
-        found[f"cka {layer}"] = float(mj.cka(*pair))
+        found[f"cka {layer}"] = float(mj.objectives.cka(*pair))
     return found
 
 

@@ -134,7 +134,7 @@ def build(config: Config) -> "study.Scenario":
     objectives = {}
     if config.task != "qa":  # The others classify.
         smoothed = mj.classification_loss(
-            model.apply, lambda logits, batch: mj.tf_kd_loss(logits, batch["label"]), inputs=model.inputs[0]
+            model.apply, lambda logits, batch: mj.objectives.tf_kd_loss(logits, batch["label"]), inputs=model.inputs[0]
         )
         objectives["tf_kd"] = study.Objective(smoothed)
     routes = _routes(config, model)

@@ -58,8 +58,10 @@ def initial_state():
 
 def train(folder, mode, number):
     """Trains on so many devices, reads what is saved there already, and saves what came out."""
-    axis_name = mj.DATA_AXIS if mode == "pmap" else None
-    layout = mj.pmap_layout(number) if axis_name else mj.jit_layout(mj.data_mesh(number), sharded=mode == "sharded")
+    axis_name = mj.training.DATA_AXIS if mode == "pmap" else None
+    layout = (
+        mj.training.pmap_layout(number) if axis_name else mj.jit_layout(mj.data_mesh(number), sharded=mode == "sharded")
+    )
     step = mj.make_joint_step(*make_tasks(axis_name), TRANSFER, cycle=2, axis_name=axis_name)
     state = layout.put_state(initial_state())
     examples = helpers.batch(0, size=STEPS * BATCH)
@@ -105,14 +107,18 @@ def compare_losses(folder, number):
             return jnp.tanh(x @ params["hidden"]["kernel"])
 
         def agreement(params, batch):
-            seen = mj.mixed(batch["image"], axis_name=axis_name)
+            seen = mj.objectives.mixed(batch["image"], axis_name=axis_name)
             return disagreement((features(params, seen),), (seen**2,), axis_name=axis_name)
 
         def relations(params, batch):
-            return mj.rkd_loss(*mj.whole_batch((features(params, batch["image"]), batch["tokens"]), axis_name))
+            return mj.objectives.rkd_loss(
+                *mj.objectives.whole_batch((features(params, batch["image"]), batch["tokens"]), axis_name)
+            )
 
         def retrieval(params, batch):
-            return mj.retrieval_loss(embeddings, axis_name=axis_name)(params, {}, batch, jax.random.key(0))[0]
+            return mj.objectives.retrieval_loss(embeddings, axis_name=axis_name)(params, {}, batch, jax.random.key(0))[
+                0
+            ]
 
         return {"agreement": agreement, "relations": relations, "retrieval": retrieval}
 
@@ -122,10 +128,10 @@ def compare_losses(folder, number):
         value, gradient = jax.value_and_grad(loss)(params, batch)
         found[name] = {"one": [float(value), np.asarray(gradient["hidden"]["kernel"]).tolist()]}
     parts = jax.tree.map(lambda leaf: leaf.reshape(number, -1, *leaf.shape[1:]), batch)
-    for name, loss in losses_of(mj.DATA_AXIS).items():
+    for name, loss in losses_of(mj.training.DATA_AXIS).items():
         averaged = jax.pmap(
-            lambda params, batch, loss=loss: lax.pmean(jax.value_and_grad(loss)(params, batch), mj.DATA_AXIS),
-            mj.DATA_AXIS,
+            lambda params, batch, loss=loss: lax.pmean(jax.value_and_grad(loss)(params, batch), mj.training.DATA_AXIS),
+            mj.training.DATA_AXIS,
             in_axes=(None, 0),
             out_axes=None,
         )
@@ -136,7 +142,7 @@ def compare_losses(folder, number):
 
 def main():
     if others:
-        mj.connect(others[0], int(others[1]), int(others[2]), timeout=60)
+        mj.training.connect(others[0], int(others[1]), int(others[2]), timeout=60)
     assert len(jax.devices()) == int(devices)
     for mode in modes.split(","):
         if mode == "losses":

@@ -22,7 +22,7 @@ mode, folder, address, process_id = sys.argv[1:]
 
 
 def main():
-    mj.connect(address, 2, int(process_id), timeout=60)
+    mj.training.connect(address, 2, int(process_id), timeout=60)
     mesh = mj.data_mesh()
     split = NamedSharding(mesh, PartitionSpec("data"))
     total = jax.make_array_from_callback((8,), split, lambda index: np.zeros(8, np.float32)[index])
@@ -72,7 +72,7 @@ class _Waiting:
 
 if __name__ == "__main__":
     if mode == "refused":
-        mj.connect(address, 2, int(process_id), timeout=60)
+        mj.training.connect(address, 2, int(process_id), timeout=60)
         problem = ValueError("the folder is full") if process_id == "0" else None
         try:
             await_all(problem)

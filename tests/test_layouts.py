@@ -55,22 +55,22 @@ def numbered(shape):
 @pytest.mark.parametrize(("path", "shape", "matrix_shape"), LEAVES)
 def test_any_leaf_is_a_matrix_and_back_exactly(path, shape, matrix_shape):
     leaf = numbered(shape)
-    spec = mj.matrix_spec(path, shape)
-    matrix = mj.as_matrix(leaf, spec)
+    spec = mj.layouts.matrix_spec(path, shape)
+    matrix = mj.layouts.as_matrix(leaf, spec)
     assert matrix.shape == matrix_shape == spec.matrix_shape(shape)
-    np.testing.assert_array_equal(mj.from_matrix(matrix, spec, shape), leaf)
+    np.testing.assert_array_equal(mj.layouts.from_matrix(matrix, spec, shape), leaf)
 
 
 def test_convolution_has_the_order_of_torch():
     leaf = np.asarray(numbered((3, 2, 4, 6)))
     as_torch = leaf.transpose(3, 2, 0, 1)  # [out, in, kh, kw]
-    matrix = mj.as_matrix(jnp.asarray(leaf), mj.matrix_spec("conv/kernel", leaf.shape))
+    matrix = mj.layouts.as_matrix(jnp.asarray(leaf), mj.layouts.matrix_spec("conv/kernel", leaf.shape))
     np.testing.assert_array_equal(matrix, as_torch.reshape(6, -1))
 
 
 def test_row_of_a_dense_kernel_is_what_makes_one_output():
     kernel, x = numbered((3, 5)), jnp.array([1.0, -2.0, 0.5])
-    matrix = mj.as_matrix(kernel, mj.matrix_spec("fc/kernel", kernel.shape))
+    matrix = mj.layouts.as_matrix(kernel, mj.layouts.matrix_spec("fc/kernel", kernel.shape))
     np.testing.assert_allclose(matrix @ x, x @ kernel)
 
 
@@ -97,7 +97,7 @@ def test_rows_are_the_outputs_of_the_real_layers(module, x, next_key):
 
     params = Model().init(next_key(), x)["params"]
     ((path, kernel),) = mj.flatten(params).items()
-    matrix = mj.as_matrix(kernel, mj.matrix_spec(path, kernel.shape))
+    matrix = mj.layouts.as_matrix(kernel, mj.layouts.matrix_spec(path, kernel.shape))
     output = Model().apply({"params": params}, x)[0].reshape(-1)
     if x.ndim == 4 and kernel.shape[-2] == 1:  # Depthwise: each row sees one channel.
         expected = (matrix * x[0].reshape(-1, x.shape[-1]).T).sum(axis=1)
@@ -113,7 +113,7 @@ def test_attention_and_embedding_of_flax_have_their_matrices(next_key):
     attention = nn.MultiHeadDotProductAttention(num_heads=3).init(next_key(), x)["params"]
     embedding = nn.Embed(11, 4).init(next_key(), jnp.zeros(1, jnp.int32))["params"]
     leaves = mj.flatten({"attention": attention, "embed": embedding})
-    shapes = {path: mj.matrix_spec(path, leaf.shape).matrix_shape(leaf.shape) for path, leaf in leaves.items()}
+    shapes = {path: mj.layouts.matrix_spec(path, leaf.shape).matrix_shape(leaf.shape) for path, leaf in leaves.items()}
     assert shapes == {
         **{f"attention/{name}/kernel": (6, 6) for name in ("query", "key", "value", "out")},
         **{f"attention/{name}/bias": (1, 6) for name in ("query", "key", "value", "out")},
@@ -143,7 +143,7 @@ def test_attention_and_embedding_of_flax_have_their_matrices(next_key):
 )
 def test_a_rank_alone_is_no_layout(path, shape, likely):
     with pytest.raises(ValueError, match=r"^give its route a target_spec or source_spec") as error:
-        mj.matrix_spec(path, shape)
+        mj.layouts.matrix_spec(path, shape)
     assert likely in str(error.value)
     assert repr(path) in str(error.value)
 
@@ -182,18 +182,18 @@ def test_layers_in_one_leaf_are_refused_and_right_when_taken_apart():
 @pytest.mark.parametrize("shape", [(), (0, 3)])
 def test_leaves_that_are_no_matrix_are_refused(shape):
     with pytest.raises(ValueError, match="is no matrix"):
-        mj.matrix_spec("x", shape)
+        mj.layouts.matrix_spec("x", shape)
 
 
 @pytest.mark.parametrize("spec", [mj.MatrixSpec((0,), (0,)), mj.MatrixSpec((0,), ()), mj.MatrixSpec((0,), (1, 2))])
 def test_a_spec_must_name_each_axis_once(spec):
     with pytest.raises(ValueError, match=r"must name each axis of the shape \(2, 3\) once"):
-        mj.as_matrix(numbered((2, 3)), spec)
+        mj.layouts.as_matrix(numbered((2, 3)), spec)
 
 
 def overlap(target, target_path, source, source_path):
-    specs = mj.matrix_spec(target_path, target.shape), mj.matrix_spec(source_path, source.shape)
-    return mj.copy_overlap(target, source, *specs)
+    specs = mj.layouts.matrix_spec(target_path, target.shape), mj.layouts.matrix_spec(source_path, source.shape)
+    return mj.layouts.copy_overlap(target, source, *specs)
 
 
 def test_overlap_of_equal_shapes_is_the_source():

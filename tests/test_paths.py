@@ -81,7 +81,7 @@ PATHS = ["a/w", "blocks/0/w", "blocks/1/w", "blocks/10/w", "blocks/2/b", "x/atte
     ],
 )  # fmt: skip
 def test_patterns_find_their_paths_in_natural_order(pattern, expected):
-    assert mj.find_paths(PATHS, pattern) == expected
+    assert mj.paths.find_paths(PATHS, pattern) == expected
 
 
 LETTERS = ["a", "b", "w", "!", "^", "-", "]", "[", "a/b", "ab", "[]", "[!]"]
@@ -98,15 +98,15 @@ def test_brackets_mean_what_they_mean_in_a_shell(glob):
     found = [name for name in LETTERS if paths._glob_expression(glob).fullmatch(name)]
     assert found == expected
     if glob not in LETTERS and expected:
-        assert mj.find_paths(LETTERS, glob) == sorted(expected, key=paths.natural_order)
+        assert mj.paths.find_paths(LETTERS, glob) == sorted(expected, key=paths.natural_order)
 
 
 def test_a_path_with_signs_of_a_glob_is_found_as_it_stands():
-    assert mj.find_paths(["a[0]/w", "a0/w"], "a[0]/w") == ["a[0]/w"]
+    assert mj.paths.find_paths(["a[0]/w", "a0/w"], "a[0]/w") == ["a[0]/w"]
 
 
 def test_patterns_that_find_nothing_name_near_misses():
     with pytest.raises(ValueError, match=r"the source pattern 'block/\*/w' matches no leaf; did you mean 'blocks/"):
-        mj.find_paths(PATHS, "block/*/w", role="source")
+        mj.paths.find_paths(PATHS, "block/*/w", role="source")
     with pytest.raises(ValueError, match="the tree pattern 'block' matches no leaf"):
-        mj.find_paths(PATHS, re.compile("block"))
+        mj.paths.find_paths(PATHS, re.compile("block"))

@@ -48,7 +48,7 @@ def readable(leaves):
 
     def has_layout(path):
         try:
-            mj.matrix_spec(path, leaves[path].shape)
+            mj.layouts.matrix_spec(path, leaves[path].shape)
         except ValueError:
             return False
         return True
@@ -87,20 +87,20 @@ def test_flatten_and_replace_are_inverse_and_touch_nothing_else(tree, data):
 def test_every_path_finds_itself_and_its_own_glob(tree, data):
     paths = list(mj.flatten(tree))
     path = data.draw(st.sampled_from(paths))
-    assert mj.find_paths(paths, path) == [path]
-    assert path in mj.find_paths(paths, "/".join("*" for _ in path.split("/")))
-    assert path in mj.find_paths(paths, "**/" + path.split("/")[-1])
-    assert sorted(mj.find_paths(paths, "**")) == sorted(paths)
-    assert mj.find_paths(paths, "**") == sorted(paths, key=natural_order)
+    assert mj.paths.find_paths(paths, path) == [path]
+    assert path in mj.paths.find_paths(paths, "/".join("*" for _ in path.split("/")))
+    assert path in mj.paths.find_paths(paths, "**/" + path.split("/")[-1])
+    assert sorted(mj.paths.find_paths(paths, "**")) == sorted(paths)
+    assert mj.paths.find_paths(paths, "**") == sorted(paths, key=natural_order)
 
 
 @given(SHAPES, st.data())
 def test_any_spec_makes_a_matrix_and_exactly_back(shape, data):
     spec = data.draw(specs(shape))
     leaf = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
-    matrix = mj.as_matrix(leaf, spec)
+    matrix = mj.layouts.as_matrix(leaf, spec)
     assert matrix.shape == spec.matrix_shape(shape)
-    np.testing.assert_array_equal(mj.from_matrix(matrix, spec, shape), leaf)
+    np.testing.assert_array_equal(mj.layouts.from_matrix(matrix, spec, shape), leaf)
 
 
 @given(st.integers(1, 40), st.integers(1, 40))
@@ -142,7 +142,7 @@ def test_sharing_is_the_overlap_entry_by_entry_and_spares_the_rest(source, targe
             assert merged[path] is leaf
             continue
         other = sources[routes[path]]
-        of_both = mj.matrix_spec(path, leaf.shape), mj.matrix_spec(routes[path], other.shape)
+        of_both = mj.layouts.matrix_spec(path, leaf.shape), mj.layouts.matrix_spec(routes[path], other.shape)
         np.testing.assert_array_equal(merged[path], numpy_overlap(leaf, other, *of_both))
         assert merged[path].dtype == leaf.dtype
 
@@ -180,7 +180,7 @@ def test_any_adapter_keeps_the_targets_structure(source, target, options, data):
     routes = data.draw(pairs(targets, sources, most=3))
     transfer = mj.lpka_transfer(routes, num_layers=1, **options)
     too_small = options["rank"] is not None and any(
-        min(mj.matrix_spec(path, targets[path].shape).matrix_shape(targets[path].shape)) < options["rank"]
+        min(mj.layouts.matrix_spec(path, targets[path].shape).matrix_shape(targets[path].shape)) < options["rank"]
         for path in (route.target for route in routes)
     )
     if options["rank"] is not None and (options["view"] != "matrix" or too_small):
@@ -207,4 +207,4 @@ def test_a_basis_is_orthonormal_and_decoding_keeps_what_it_does_not_see(m, n, ra
     assert error <= 1.05 * np.sqrt((best**2).sum()) + 1e-5
 
 
-BASIS = jax.jit(mj.row_basis, static_argnums=1)
+BASIS = jax.jit(mj.transfers.row_basis, static_argnums=1)

@@ -91,13 +91,13 @@ def test_equinox_modules():
     whole = mj.share_transfer({"layers/0/weight": "w/kernel"}).apply({}, SOURCE, model)
     assert whole.activation is model.activation
     conv = eqx.nn.Conv2d(2, 6, 3, key=jax.random.key(0))
-    assert mj.matrix_spec("weight", conv.weight.shape).matrix_shape(conv.weight.shape) == (6, 18)
+    assert mj.layouts.matrix_spec("weight", conv.weight.shape).matrix_shape(conv.weight.shape) == (6, 18)
 
 
 def test_haiku_parameters():
     net = hk.without_apply_rng(hk.transform(lambda x: hk.nets.MLP([6, 3])(x)))
     target = net.init(jax.random.key(0), X)
-    (path,) = mj.find_paths(mj.flatten(target), "**/linear_0/w")
+    (path,) = mj.paths.find_paths(mj.flatten(target), "**/linear_0/w")
     merged = merged_by(lpka(path), target)
     np.testing.assert_array_equal(merged["mlp/~/linear_0"]["w"][:, :5], SOURCE["w"]["kernel"][:4])
     assert net.apply(merged, X).shape == (2, 3)

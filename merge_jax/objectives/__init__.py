@@ -20,7 +20,7 @@ with epy.lazy_api_imports(globals()):
         tf_kd_loss,
     )
     from merge_jax.objectives.features import cka, feature_agreement, features_teacher, mixed, with_features
-    from merge_jax.objectives.model_loss import model_loss, sum_losses
+    from merge_jax.objectives.losses import model_loss, sum_losses
     from merge_jax.objectives.retrieval import (
         contrastive_loss,
         evaluate_retrieval,

@@ -10,7 +10,7 @@ import numpy as np
 from merge_jax.checks import check_entries
 from merge_jax.objectives.distillation import cross_entropy
 from merge_jax.objectives.evaluation import padded_batches
-from merge_jax.objectives.model_loss import model_loss, name_missing_collections
+from merge_jax.objectives.losses import model_loss, name_missing_collections
 from merge_jax.types import Batch, LossFn, ModelApply, ModelState, Params, TeacherFn
 
 __all__ = [

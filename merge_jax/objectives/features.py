@@ -9,7 +9,7 @@ from jax import lax
 
 from merge_jax.checks import check_entries
 from merge_jax.objectives.device_axis import previous_example, whole_batch
-from merge_jax.objectives.model_loss import name_missing_collections
+from merge_jax.objectives.losses import name_missing_collections
 from merge_jax.paths import near_misses
 from merge_jax.types import Batch, LossFn, ModelApply, ModelState, Params, TeacherFn
 

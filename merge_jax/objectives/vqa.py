@@ -17,7 +17,7 @@ import numpy as np
 
 from merge_jax.checks import check_at_least_one, check_entries
 from merge_jax.objectives.evaluation import padded_batches
-from merge_jax.objectives.model_loss import model_loss
+from merge_jax.objectives.losses import model_loss
 from merge_jax.types import Batch, LossFn, ModelApply, ModelState, Params
 
 __all__ = [

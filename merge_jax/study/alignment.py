@@ -33,7 +33,7 @@ def align(source: StudyModel, target: StudyModel, routes: Sequence[mj.Route]) ->
     """
     examples = target.splits(0).train
 
-    def channel_graph(model: StudyModel) -> mj.ChannelGraph:
+    def channel_graph(model: StudyModel) -> mj.transfers.ChannelGraph:
         params, model_state = jax.eval_shape(model.init, jax.random.key(0))
         return mj.channel_graph(_evaluated(model), params, model_state, *_inputs(model, examples))
 

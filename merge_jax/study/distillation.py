@@ -46,19 +46,21 @@ def distillation_objectives(
 
     def dkd(logits: jax.Array, batch: Batch) -> jax.Array:
         label = batch["label"]
-        return mj.cross_entropy(logits, label) + mj.dkd_loss(logits, batch["teacher_logits"], label)
+        return mj.cross_entropy(logits, label) + mj.objectives.dkd_loss(logits, batch["teacher_logits"], label)
 
     def nkd(logits: jax.Array, batch: Batch) -> jax.Array:
         label = batch["label"]
-        return mj.cross_entropy(logits, label) + mj.nkd_loss(logits, batch["teacher_logits"], label)
+        return mj.cross_entropy(logits, label) + mj.objectives.nkd_loss(logits, batch["teacher_logits"], label)
 
     def rkd(outputs: tuple[jax.Array, tuple[jax.Array]], batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
         logits, (features,) = outputs
-        features, teacher_features = mj.whole_batch((features, *batch["source_features"]), axis_name)
-        losses = mj.cross_entropy(logits, batch["label"]) + mj.rkd_loss(features, teacher_features)
+        features, teacher_features = mj.objectives.whole_batch((features, *batch["source_features"]), axis_name)
+        losses = mj.cross_entropy(logits, batch["label"]) + mj.objectives.rkd_loss(features, teacher_features)
         return losses, {"accuracy": mj.accuracy(logits, batch["label"])}
 
-    rkd_loss = mj.model_loss(mj.with_features(learn), (student_input,), rkd, needs=("label", "source_features"))
+    rkd_loss = mj.model_loss(
+        mj.objectives.with_features(learn), (student_input,), rkd, needs=("label", "source_features")
+    )
 
     def labels_alone(logits: jax.Array, batch: Batch) -> jax.Array:
         return (1 - weight) * mj.cross_entropy(logits, batch["label"])
@@ -71,7 +73,7 @@ def distillation_objectives(
     matched_loss = mj.model_loss(learn, (student_input,), matched, needs=("label", "mixed_logits"))
 
     def mixed(batch: Batch, entry: str) -> Batch:
-        return {**batch, entry: mj.mixed(batch[entry], axis_name=axis_name)}
+        return {**batch, entry: mj.objectives.mixed(batch[entry], axis_name=axis_name)}
 
     def mixed_loss(params: Params, model_state: ModelState, batch: Batch, key: jax.Array):
         return matched_loss(params, model_state, mixed(batch, student_input), key)

@@ -250,13 +250,13 @@ class _Parts:
 def _answerer(
     found: VisualQuestionSet, make: Any, pixels: Any, num_answers: int, uncovered: str, encode: Any
 ) -> tuple[Any, _Parts]:
-    vocabulary = mj.answer_vocabulary(found.train.answers, num_answers)
+    vocabulary = mj.objectives.answer_vocabulary(found.train.answers, num_answers)
     questions = [*found.train.questions, *found.test.questions]
     answers = [*found.train.answers, *found.test.answers]
     kinds = None
     if found.train.kinds is not None and found.test.kinds is not None:
         kinds = [*found.train.kinds, *found.test.kinds]
-    indices, _ = mj.answer_indices(answers, vocabulary)
+    indices, _ = mj.objectives.answer_indices(answers, vocabulary)
     arrays: Arrays = {
         "tokens": encode(questions),
         "answers": indices,
@@ -267,22 +267,22 @@ def _answerer(
     test = {**take(arrays, np.arange(size, len(questions))), **_images(found.test.images, found.test.image)}
     covered = (indices[:size] >= 0).any(axis=1)
     if not covered.all():
-        message = mj.answer_coverage(found.train.answers, vocabulary)
+        message = mj.objectives.answer_coverage(found.train.answers, vocabulary)
         if uncovered == "error":
             raise ValueError(f"{found.name}: {message}: take more by --num-answers, or --uncovered skip")
         print(f"{found.name}: {message}: not learned from", file=sys.stderr)
         train = take(train, np.flatnonzero(covered))
     module = make(len(vocabulary))
     apply = mj.on_pixels(module.apply, *pixels)
-    evaluate = mj.evaluate_vqa(apply, vocabulary, answers, kinds, batch_size=_EVALUATED_AT_ONCE)
+    evaluate = mj.objectives.evaluate_vqa(apply, vocabulary, answers, kinds, batch_size=_EVALUATED_AT_ONCE)
     shown = _one_an_image(test)
     few = take(test, shown)
     asked = [questions[i] for i in few["example"]]
     right = [_commonest_first(answers[i]) for i in few["example"]]
-    predict = mj.predict_answers(apply, vocabulary)
+    predict = mj.objectives.predict_answers(apply, vocabulary)
     sample_images = SampleImages(partial(_read, few), asked, right, lambda params, state: predict(params, state, few))
     learned = ("image", "tokens", "answers")
-    return module, _Parts((train, test), learned, mj.vqa_loss(apply), evaluate, "accuracy", sample_images)
+    return module, _Parts((train, test), learned, mj.objectives.vqa_loss(apply), evaluate, "accuracy", sample_images)
 
 
 def _finder(found: CaptionSet, module: Any, pixels: Any, encode: Any) -> _Parts:
@@ -290,7 +290,7 @@ def _finder(found: CaptionSet, module: Any, pixels: Any, encode: Any) -> _Parts:
     apply = mj.on_pixels(module.apply, *pixels)
     embed_images = partial(apply, method="embed_images")
     embed_texts = partial(module.apply, method="embed_texts")
-    evaluate = mj.evaluate_retrieval(embed_images, embed_texts, batch_size=_EVALUATED_AT_ONCE)
+    evaluate = mj.objectives.evaluate_retrieval(embed_images, embed_texts, batch_size=_EVALUATED_AT_ONCE)
     _, shown = np.unique(test["group"], return_index=True)
     few = take(test, np.sort(shown)[:_NUM_SHOWN])
     captions = found.test.captions
@@ -314,7 +314,7 @@ def _finder(found: CaptionSet, module: Any, pixels: Any, encode: Any) -> _Parts:
     fitting = [captions_of[int(group)] for group in few["group"]]
     sample_images = SampleImages(partial(_read, few), [""] * len(fitting), fitting, answer)
     learned = ("image", "tokens", "group")
-    return _Parts((train, test), learned, mj.retrieval_loss(apply), evaluate, "mean_recall", sample_images)
+    return _Parts((train, test), learned, mj.objectives.retrieval_loss(apply), evaluate, "mean_recall", sample_images)
 
 
 def _check_ranks(what: str, arrays: Arrays) -> None:

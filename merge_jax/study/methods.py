@@ -214,7 +214,7 @@ def _with_agreement(
     if not options.agree:
         raise ValueError("a method with agree needs layers: --agree target=source, such as stage1_0=stage1_0")
     target_layers, source_layers = zip(*options.agreeing_layers(), strict=True)
-    compare_on = partial(mj.mixed, axis_name=axis_name) if options.compare_on == "mixed" else None
+    compare_on = partial(mj.objectives.mixed, axis_name=axis_name) if options.compare_on == "mixed" else None
     agreement = mj.feature_agreement(
         target.apply,
         target_layers,

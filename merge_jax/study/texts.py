@@ -295,7 +295,7 @@ def text_model(
     given = None if weights is None else read_weights(weights, jax.eval_shape(random_init, jax.random.key(0)))
     if isinstance(texts, QuestionSet):
         train, test, evaluate = _questions(texts, tokens, max_length, too_long, module.apply)
-        loss, metric = mj.span_loss(module.apply), "f1"
+        loss, metric = mj.objectives.span_loss(module.apply), "f1"
     else:
         _check_classes(texts.name, texts.train, texts.classes)
         train, test = (
@@ -362,7 +362,7 @@ def _questions(
     def decode(logits: np.ndarray, arrays: Arrays) -> Sequence[str]:
         return decode_spans(logits, arrays, passages)
 
-    return train, test, mj.evaluate_spans(apply, decode, answers, batch_size=_EVALUATED_AT_ONCE)
+    return train, test, mj.objectives.evaluate_spans(apply, decode, answers, batch_size=_EVALUATED_AT_ONCE)
 
 
 def _to_learn_from(arrays: Arrays) -> Arrays:

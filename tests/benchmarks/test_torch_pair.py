@@ -78,12 +78,12 @@ def test_adapters_are_equal():
 
     expected, gradients = output_and_gradients(adapter)
     module = torch_pair.Adapter(target.shape, source.shape, num_layers=1)
-    arrays = mj.export_published_adapter(adapter["w/weight"])
+    arrays = mj.transfers.export_published_adapter(adapter["w/weight"])
     module.load_state_dict({name: torch.from_numpy(array.copy()) for name, array in arrays.items()})
     output = module.eval()(torch.from_numpy(target), torch.from_numpy(source))
     np.testing.assert_allclose(output.detach().numpy(), expected, atol=1e-4)
     output.backward(torch.from_numpy(cotangent))
-    arrays = mj.export_published_adapter(gradients["w/weight"])
+    arrays = mj.transfers.export_published_adapter(gradients["w/weight"])
     for name, parameter in module.named_parameters():
         np.testing.assert_allclose(parameter.grad.numpy(), arrays[name], atol=1e-4, err_msg=name)
 

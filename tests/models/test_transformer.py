@@ -176,7 +176,7 @@ def test_gradients_reach_every_leaf(model):
 @pytest.mark.parametrize("name", ["bert", "distilbert"])
 def test_the_logits_are_the_last_layer_of_the_sown_features(name):
     model, params = MODELS[name], initialised(MODELS[name])
-    logits, (features,) = jax.jit(mj.with_features(model.apply))({"params": params}, TOKENS)
+    logits, (features,) = jax.jit(mj.objectives.with_features(model.apply))({"params": params}, TOKENS)
     assert features.shape == (2, 8)
     last = params["classifier"]
     np.testing.assert_allclose(logits, features @ last["kernel"] + last["bias"][None], atol=1e-5)

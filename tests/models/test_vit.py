@@ -129,7 +129,7 @@ def test_in_bfloat16_parameters_and_logits_stay_float32():
     shapes = jax.eval_shape(narrow.init, jax.random.key(0), IMAGES)["params"]
     assert {leaf.dtype.name for leaf in jax.tree.leaves(shapes)} == {"float32"}
     assert outputs(narrow.encoder, params["encoder"], IMAGES).dtype == jnp.bfloat16
-    logits, (features,) = jax.jit(mj.with_features(narrow.apply))({"params": params}, IMAGES)
+    logits, (features,) = jax.jit(mj.objectives.with_features(narrow.apply))({"params": params}, IMAGES)
     expected = outputs(MODEL, params, IMAGES)
     assert (logits.dtype, features.dtype) == (jnp.float32, jnp.float32)
     np.testing.assert_allclose(logits, expected, atol=0.2)
@@ -146,7 +146,7 @@ def test_gradients_reach_every_leaf():
 
 def test_the_logits_are_the_last_layer_of_the_sown_features():
     params = initialised(MODEL)
-    logits, (features,) = jax.jit(mj.with_features(MODEL.apply))({"params": params}, IMAGES)
+    logits, (features,) = jax.jit(mj.objectives.with_features(MODEL.apply))({"params": params}, IMAGES)
     assert features.shape == (2, 8)
     np.testing.assert_allclose(logits, dense(in_float64(params["classifier"]), in_float64(features)), atol=1e-5)
 

@@ -159,7 +159,7 @@ def test_a_teacher_that_knows_nothing_is_label_smoothing():
     """A uniform teacher: `(1 - w) CE + w (mean of -log p) - w log C`, with the divergence's constant."""
     log_p = np.log(softmax(STUDENT))
     expected = -0.7 * log_p[np.arange(6), LABELS] - 0.3 * (log_p.mean(axis=1) + np.log(4))
-    loss = mj.tf_kd_loss(jnp.array(STUDENT), LABELS, correct=1 / 4, weight=0.3)
+    loss = mj.objectives.tf_kd_loss(jnp.array(STUDENT), LABELS, correct=1 / 4, weight=0.3)
     np.testing.assert_allclose(loss, expected, rtol=1e-5, atol=1e-6)
 
 

@@ -36,25 +36,25 @@ def draw(*shape, seed=0):
 
 def test_cka_against_covariances():
     x, y = draw(12, 3, 4), draw(12, 5, seed=1)
-    assert mj.cka(x, y) == pytest.approx(naive_cka(x, y), rel=1e-4)
+    assert mj.objectives.cka(x, y) == pytest.approx(naive_cka(x, y), rel=1e-4)
 
 
 def test_cka_knows_no_rotation_scale_or_shift():
     x = draw(10, 6)
     rotation, _ = np.linalg.qr(draw(6, 6, seed=1))
-    assert mj.cka(x, 1e4 * x @ rotation + 3) == pytest.approx(1, abs=1e-4)
-    assert mj.cka(1e8 * x, 1e8 * x) == pytest.approx(1, abs=1e-4)
+    assert mj.objectives.cka(x, 1e4 * x @ rotation + 3) == pytest.approx(1, abs=1e-4)
+    assert mj.objectives.cka(1e8 * x, 1e8 * x) == pytest.approx(1, abs=1e-4)
 
 
 def test_cka_of_constant_features_is_0_and_has_a_gradient():
     x, constant = draw(6, 4), np.ones((6, 4), np.float32)
-    assert mj.cka(x, constant) == pytest.approx(0, abs=1e-4)
-    assert np.isfinite(jax.grad(mj.cka)(constant, x)).all()
+    assert mj.objectives.cka(x, constant) == pytest.approx(0, abs=1e-4)
+    assert np.isfinite(jax.grad(mj.objectives.cka)(constant, x)).all()
 
 
 def test_cka_of_different_examples_is_refused():
     with pytest.raises(ValueError, match="are compared, got 4 and 5"):
-        mj.cka(draw(4, 2), draw(5, 2))
+        mj.objectives.cka(draw(4, 2), draw(5, 2))
 
 
 def models():
@@ -167,7 +167,7 @@ def test_features_stand_beside_the_outputs(mutable):
     _, target, (_, of_target), batch = models()
     # BatchNorm can train only where its statistics may change.
     options = {"train": bool(mutable), "mutable": mutable}
-    found = mj.with_features(target.apply, ["first", "features"])(of_target, batch["image"], **options)
+    found = mj.objectives.with_features(target.apply, ["first", "features"])(of_target, batch["image"], **options)
     expected = target.apply(of_target, batch["image"], **options)
     if mutable is not False:
         (found, state), (expected, wanted) = found, expected
@@ -200,7 +200,7 @@ def test_both_are_compared_on_the_same():
         return loss_fn(*split(of_target), teacher(*split(of_source), {**batch, "image": image}), key)
 
     image = batch["image"]
-    _, (state, seen) = outcome(mj.mixed, image)
+    _, (state, seen) = outcome(mj.objectives.mixed, image)
     _, (plain_state, plain) = outcome(None, image)
     _, (_, by_hand) = outcome(None, (image + np.roll(image, 1, axis=0)) / 2)
     assert seen["agreement"] == by_hand["agreement"] != plain["agreement"]
@@ -211,6 +211,6 @@ def test_both_are_compared_on_the_same():
 
 def test_pixels_are_mixed_and_tokens_are_not():
     pixels = np.array([[0, 255], [255, 255]], np.uint8)
-    np.testing.assert_array_equal(mj.mixed(pixels), [[127.5, 255], [127.5, 255]])
+    np.testing.assert_array_equal(mj.objectives.mixed(pixels), [[127.5, 255], [127.5, 255]])
     tokens = np.array([[3, 4], [5, 6]], np.int32)
-    np.testing.assert_array_equal(mj.mixed(tokens), tokens)
+    np.testing.assert_array_equal(mj.objectives.mixed(tokens), tokens)

@@ -120,7 +120,9 @@ def unit(x):
 )
 def test_recall_by_hand(k, expected):
     similarity = np.array([[9, 1, 2, 3], [5, 3, 4, 1], [9, 8, 7, 1]])
-    assert mj.recall_at_k(similarity, np.array([0, 1, 2]), np.array([0, 1, 1, 2]), k) == pytest.approx(expected)
+    assert mj.objectives.recall_at_k(similarity, np.array([0, 1, 2]), np.array([0, 1, 1, 2]), k) == pytest.approx(
+        expected
+    )
 
 
 @given(st.integers(0, 10_000), st.integers(1, 6))
@@ -131,7 +133,9 @@ def test_recall_equals_an_independent_computation(seed, levels):
     # Every group has a candidate, some have several; few levels make ties.
     candidate_group = random.permutation([0, 1, 2, *random.integers(0, 4, candidates)])
     similarity = random.integers(0, levels, (queries, len(candidate_group))).astype(np.float32)
-    recalls = [mj.recall_at_k(similarity, groups, candidate_group, k) for k in range(1, len(candidate_group) + 1)]
+    recalls = [
+        mj.objectives.recall_at_k(similarity, groups, candidate_group, k) for k in range(1, len(candidate_group) + 1)
+    ]
     expected = [recall_by_hand(similarity, groups, candidate_group, k + 1) for k in range(len(candidate_group))]
     assert recalls == pytest.approx(expected)
     assert recalls == sorted(recalls)
@@ -142,7 +146,7 @@ def test_recall_equals_an_independent_computation(seed, levels):
 def test_what_is_all_the_same_finds_nothing(value):
     groups = np.arange(4)
     similarity = np.full((4, 4), value)
-    assert [mj.recall_at_k(similarity, groups, groups, k) for k in (1, 3, 4)] == [0, 0, 1]
+    assert [mj.objectives.recall_at_k(similarity, groups, groups, k) for k in (1, 3, 4)] == [0, 0, 1]
 
 
 def test_scores_equal_an_independent_computation_however_they_are_divided(monkeypatch):
@@ -157,30 +161,30 @@ def test_scores_equal_an_independent_computation_however_they_are_divided(monkey
     } | {f"text_to_image_recall_{k}": recall_by_hand(similarity.T, text_group, image_group, k) for k in (1, 5, 10)}
     assert len(set(expected.values())) > 3
     expected["mean_recall"] = sum(expected.values()) / 6
-    scores = mj.retrieval_scores(images, texts, image_group, text_group)
+    scores = mj.objectives.retrieval_scores(images, texts, image_group, text_group)
     assert list(scores) == list(expected)
     assert scores == pytest.approx(expected)
     for at_a_time in (1, 70, 100):
         monkeypatch.setattr(retrieval, "_SIMILARITIES_AT_A_TIME", at_a_time)
-        assert mj.retrieval_scores(images, texts, image_group, text_group) == scores
+        assert mj.objectives.retrieval_scores(images, texts, image_group, text_group) == scores
 
 
 def test_both_directions_agree_where_images_and_texts_change_places():
     random = np.random.default_rng(1)
     images, texts = unit(random.normal(size=(2, 8, 3)))
     groups = np.arange(8)
-    one = mj.retrieval_scores(images, texts, groups, groups, ks=(1, 3))
-    other = mj.retrieval_scores(texts, images, groups, groups, ks=(1, 3))
+    one = mj.objectives.retrieval_scores(images, texts, groups, groups, ks=(1, 3))
+    other = mj.objectives.retrieval_scores(texts, images, groups, groups, ks=(1, 3))
     assert one["mean_recall"] == pytest.approx(other["mean_recall"])
     assert one["image_to_text_recall_3"] == other["text_to_image_recall_3"]
-    assert set(mj.retrieval_scores(images, images, groups, groups, ks=[1]).values()) == {1.0}
+    assert set(mj.objectives.retrieval_scores(images, images, groups, groups, ks=[1]).values()) == {1.0}
 
 
 def test_one_vector_for_everything_finds_nothing_whatever_its_rounding():
     """In float32 the product of equal vectors depends on their place in a matrix of this size."""
     vector = unit(np.random.default_rng(2).normal(size=64)).astype(np.float32)
     images, texts = np.repeat(vector[None], 33, axis=0), np.repeat(vector[None], 101, axis=0)
-    scores = mj.retrieval_scores(images, texts, np.arange(33), np.arange(101) % 33)
+    scores = mj.objectives.retrieval_scores(images, texts, np.arange(33), np.arange(101) % 33)
     assert set(scores.values()) == {0.0}
 
 
@@ -197,7 +201,7 @@ def test_similarities_are_never_all_there(monkeypatch):
     monkeypatch.setattr(retrieval, "_SIMILARITIES_AT_A_TIME", 100_000)
     images = np.random.default_rng(3).normal(size=(2000, 2)).astype(np.float32)
     texts = np.random.default_rng(4).normal(size=(3000, 2)).astype(np.float32)
-    mj.retrieval_scores(images, texts, np.arange(2000) % 50, np.arange(3000) % 50)
+    mj.objectives.retrieval_scores(images, texts, np.arange(2000) % 50, np.arange(3000) % 50)
     assert max(sizes) <= 100_000
     assert sum(sizes) == 2 * 2000 * 3000
 
@@ -207,10 +211,10 @@ def test_the_loss_equals_its_equation(seed, groups, scale):
     random = np.random.default_rng(seed)
     image, text = unit(random.normal(size=(2, 7, 3))).astype(np.float32)
     group = random.integers(0, groups, 7)
-    losses = mj.contrastive_loss(image, text, group, scale)
+    losses = mj.objectives.contrastive_loss(image, text, group, scale)
     assert losses.shape == (7,)
     np.testing.assert_allclose(losses, loss_by_hand(image, text, group, scale), rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(losses, mj.contrastive_loss(text, image, group, scale), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(losses, mj.objectives.contrastive_loss(text, image, group, scale), rtol=1e-5, atol=1e-5)
 
 
 def test_the_loss_of_different_groups_is_that_of_clip():
@@ -219,30 +223,32 @@ def test_the_loss_of_different_groups_is_that_of_clip():
     logits, labels = 2.5 * image @ text.T, np.arange(6)
     clip = (mj.cross_entropy(logits, labels).mean() + mj.cross_entropy(logits.T, labels).mean()) / 2
     for group in (labels, 7 - 3 * labels):
-        np.testing.assert_allclose(mj.contrastive_loss(image, text, group, 2.5).mean(), clip, rtol=1e-5)
+        np.testing.assert_allclose(mj.objectives.contrastive_loss(image, text, group, 2.5).mean(), clip, rtol=1e-5)
 
 
 def test_the_loss_of_a_batch_of_one_group_is_least_where_all_is_alike():
     group = np.zeros(4, np.int32)
     image = jnp.asarray(np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32))
     same = jnp.ones((4, 3))
-    np.testing.assert_allclose(mj.contrastive_loss(same, same, group, 3.0), np.full(4, np.log(4)), rtol=1e-6)
-    assert mj.contrastive_loss(image, image, group, 3.0).mean() > np.log(4)
+    np.testing.assert_allclose(mj.objectives.contrastive_loss(same, same, group, 3.0), np.full(4, np.log(4)), rtol=1e-6)
+    assert mj.objectives.contrastive_loss(image, image, group, 3.0).mean() > np.log(4)
 
 
 def test_partners_of_a_group_may_change_places():
     image, text = np.random.default_rng(6).normal(size=(2, 5, 3)).astype(np.float32)
     group, order = np.array([0, 1, 0, 1, 2]), np.array([2, 3, 0, 1, 4])
-    loss = mj.contrastive_loss(image, text, group, 2.0).mean()
-    np.testing.assert_allclose(mj.contrastive_loss(image, text[order], group, 2.0).mean(), loss, rtol=1e-6)
-    different = mj.contrastive_loss(image, text[order], np.arange(5), 2.0).mean()
-    assert abs(different - mj.contrastive_loss(image, text, np.arange(5), 2.0).mean()) > 0.1
+    loss = mj.objectives.contrastive_loss(image, text, group, 2.0).mean()
+    np.testing.assert_allclose(mj.objectives.contrastive_loss(image, text[order], group, 2.0).mean(), loss, rtol=1e-6)
+    different = mj.objectives.contrastive_loss(image, text[order], np.arange(5), 2.0).mean()
+    assert abs(different - mj.objectives.contrastive_loss(image, text, np.arange(5), 2.0).mean()) > 0.1
 
 
 def test_a_pair_twice_costs_no_less_than_two_in_equal_parts():
     image, group = np.repeat(np.eye(2, dtype=np.float32), 2, axis=0), np.array([0, 0, 1, 1])
-    np.testing.assert_allclose(mj.contrastive_loss(image, image, group, 100.0), np.full(4, np.log(2)), rtol=1e-6)
-    crossed = mj.contrastive_loss(image, image[::-1], group, 100.0)
+    np.testing.assert_allclose(
+        mj.objectives.contrastive_loss(image, image, group, 100.0), np.full(4, np.log(2)), rtol=1e-6
+    )
+    crossed = mj.objectives.contrastive_loss(image, image[::-1], group, 100.0)
     np.testing.assert_allclose(crossed, np.full(4, 100 + np.log(2)), rtol=1e-6)
 
 
@@ -252,7 +258,7 @@ def test_gradients_are_finite_and_those_of_differences():
     group = jnp.array([0, 1, 1, 2, 0])
 
     def loss(image, text, scale):
-        return mj.contrastive_loss(image, text, group, scale).mean()
+        return mj.objectives.contrastive_loss(image, text, group, scale).mean()
 
     gradients = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(image, text, jnp.float32(100.0))
     assert all(np.isfinite(gradient).all() for gradient in gradients)
@@ -269,7 +275,9 @@ def test_the_loss_function_gives_loss_and_accuracy():
     image[0], text[4], image[1], text[2] = 50 * np.eye(3)[[0, 0, 1, 1]]
     outputs = Pair(image, text, jnp.float32(0.1))
     batch = {"image": 0, "tokens": 0, "group": group}
-    loss, (_, metrics) = jax.jit(mj.retrieval_loss(lambda *_, **__: (outputs, {})))({}, {}, batch, jax.random.key(0))
+    loss, (_, metrics) = jax.jit(mj.objectives.retrieval_loss(lambda *_, **__: (outputs, {})))(
+        {}, {}, batch, jax.random.key(0)
+    )
     np.testing.assert_allclose(loss, loss_by_hand(image, text, group, 0.1).mean(), rtol=1e-5)
     right = [group[np.argmax(row)] == group[i] for i, row in enumerate(image @ text.T)]
     assert right[:2] == [True, True]
@@ -281,7 +289,7 @@ def test_the_loss_function_gives_loss_and_accuracy():
 def test_the_loss_trains_statistics_and_scale_and_draws_dropout_from_its_key():
     model = Model(dropout=0.5)
     params, model_state = variables(model)
-    grad = jax.jit(jax.value_and_grad(mj.retrieval_loss(model.apply), has_aux=True))
+    grad = jax.jit(jax.value_and_grad(mj.objectives.retrieval_loss(model.apply), has_aux=True))
     (first, (new_state, _)), gradient = grad(params, model_state, pairs(), jax.random.key(0))
     (second, _), _ = grad(params, model_state, pairs(), jax.random.key(1))
     assert first != second
@@ -304,7 +312,9 @@ def test_evaluation_embeds_every_image_and_text_once_and_compiles_once(batch_siz
 
         return embed
 
-    evaluate = mj.evaluate_retrieval(traced(EMBED_IMAGES), traced(EMBED_TEXTS), ks=(1, 3), batch_size=batch_size)
+    evaluate = mj.objectives.evaluate_retrieval(
+        traced(EMBED_IMAGES), traced(EMBED_TEXTS), ks=(1, 3), batch_size=batch_size
+    )
     scores = evaluate(params, model_state, data)
     images = {key: row for row, key in enumerate(data["image_id"].tolist())}
     texts = {key: row for row, key in enumerate(data["caption_id"].tolist())}
@@ -327,12 +337,16 @@ def test_evaluation_does_not_depend_on_batches_or_the_order_of_pairs():
     params, model_state = variables(Model())
     data = pairs()
     scores = [
-        mj.evaluate_retrieval(EMBED_IMAGES, EMBED_TEXTS, ks=(1, 2), batch_size=size)(params, model_state, data)
+        mj.objectives.evaluate_retrieval(EMBED_IMAGES, EMBED_TEXTS, ks=(1, 2), batch_size=size)(
+            params, model_state, data
+        )
         for size in (1, 4, 5, 7, 14)
     ]
     assert all(one == scores[0] for one in scores)
     turned = {name: array[::-1] for name, array in data.items()}
-    assert mj.evaluate_retrieval(EMBED_IMAGES, EMBED_TEXTS, ks=(1, 2))(params, model_state, turned) == scores[0]
+    assert (
+        mj.objectives.evaluate_retrieval(EMBED_IMAGES, EMBED_TEXTS, ks=(1, 2))(params, model_state, turned) == scores[0]
+    )
 
 
 def test_streamed_images_are_read_once_and_no_more_than_a_batch_at_a_time():
@@ -340,7 +354,7 @@ def test_streamed_images_are_read_once_and_no_more_than_a_batch_at_a_time():
     data = pairs()
     _, first, inverse = np.unique(data["image_id"], return_index=True, return_inverse=True)
     table = Reads(data["image"][first])
-    evaluate = mj.evaluate_retrieval(EMBED_IMAGES, EMBED_TEXTS, ks=(1,), batch_size=3)
+    evaluate = mj.objectives.evaluate_retrieval(EMBED_IMAGES, EMBED_TEXTS, ks=(1,), batch_size=3)
     scores = evaluate(params, model_state, data | {"image": Streamed(table, inverse)})
     assert scores == evaluate(params, model_state, data)
     assert table.read == [[0, 1, 2], [3, 4, 5], [6]]
@@ -349,42 +363,42 @@ def test_streamed_images_are_read_once_and_no_more_than_a_batch_at_a_time():
 def test_bad_scores_are_refused():
     square, groups = np.zeros((2, 2)), np.arange(2)
     with pytest.raises(ValueError, match=r"^recall at 3 needs at least 3 candidates, got 2$"):
-        mj.recall_at_k(square, groups, groups, 3)
+        mj.objectives.recall_at_k(square, groups, groups, 3)
     with pytest.raises(ValueError, match=r"^k must be a whole number of at least 1, got 0$"):
-        mj.recall_at_k(square, groups, groups, 0)
+        mj.objectives.recall_at_k(square, groups, groups, 0)
     shapes = r"^similarity must be \[N, K\], query_group \[N\] and candidate_group \[K\], got shapes "
     with pytest.raises(ValueError, match=shapes + r"\(2, 2\), \(2,\) and \(3,\)$"):
-        mj.recall_at_k(square, groups, np.arange(3), 1)
+        mj.objectives.recall_at_k(square, groups, np.arange(3), 1)
     with pytest.raises(ValueError, match=shapes + r"\(2,\), \(2,\) and \(\)$"):
-        mj.recall_at_k(np.zeros(2), groups, np.array(0), 1)
+        mj.objectives.recall_at_k(np.zeros(2), groups, np.array(0), 1)
     alone = "^every {} needs at least one {} of its group; {} of {} have none, the first is {} {} of group {}$"
     with pytest.raises(ValueError, match=alone.format("query", "candidate", 1, 2, "query", 1, 1)):
-        mj.recall_at_k(square, groups, np.zeros(2), 1)
+        mj.objectives.recall_at_k(square, groups, np.zeros(2), 1)
     with pytest.raises(ValueError, match=r"^there is no query to find anything by$"):
-        mj.recall_at_k(np.zeros((0, 2)), np.zeros(0), groups, 1)
+        mj.objectives.recall_at_k(np.zeros((0, 2)), np.zeros(0), groups, 1)
     with pytest.raises(ValueError, match=r"^recall at 5 needs at least 5 images, got 2$"):
-        mj.retrieval_scores(square, square, groups, groups)
+        mj.objectives.retrieval_scores(square, square, groups, groups)
     with pytest.raises(ValueError, match=r"^recall at 3 needs at least 3 texts, got 2$"):
-        mj.retrieval_scores(np.zeros((3, 2)), square, np.arange(3), groups, ks=(1, 3))
+        mj.objectives.retrieval_scores(np.zeros((3, 2)), square, np.arange(3), groups, ks=(1, 3))
     with pytest.raises(ValueError, match=alone.format("image", "text", 2, 3, "image", 1, 7)):
-        mj.retrieval_scores(np.zeros((3, 2)), square, np.array([0, 7, 8]), groups, ks=(1,))
+        mj.objectives.retrieval_scores(np.zeros((3, 2)), square, np.array([0, 7, 8]), groups, ks=(1,))
     with pytest.raises(ValueError, match=alone.format("text", "image", 1, 2, "text", 0, 0)):
-        mj.retrieval_scores(square, square, np.ones(2, int), groups, ks=(1,))
+        mj.objectives.retrieval_scores(square, square, np.ones(2, int), groups, ks=(1,))
     with pytest.raises(
         ValueError, match=r"^embeddings must be \[M, D\] and \[K, D\] .*, got shapes \(\(2, 2\), \(2, 3\)"
     ):
-        mj.retrieval_scores(square, np.zeros((2, 3)), groups, groups)
+        mj.objectives.retrieval_scores(square, np.zeros((2, 3)), groups, groups)
     with pytest.raises(ValueError, match=r"^every embedding needs one group, got shapes \(\(2, 2\), .*, \(3,\)\)$"):
-        mj.retrieval_scores(square, square, groups, np.arange(3))
+        mj.objectives.retrieval_scores(square, square, groups, np.arange(3))
     with pytest.raises(ValueError, match=r"^ks must name at least one k, got none$"):
-        mj.retrieval_scores(square, square, groups, groups, ks=())
+        mj.objectives.retrieval_scores(square, square, groups, groups, ks=())
 
 
 def test_bad_batches_and_arrays_are_named():
     params, model_state = variables(Model())
     data = pairs()
-    loss_fn = mj.retrieval_loss(Model().apply)
-    evaluate = mj.evaluate_retrieval(EMBED_IMAGES, EMBED_TEXTS, ks=(1,))
+    loss_fn = mj.objectives.retrieval_loss(Model().apply)
+    evaluate = mj.objectives.evaluate_retrieval(EMBED_IMAGES, EMBED_TEXTS, ks=(1,))
     for entry in ("image", "tokens", "group", "image_id", "caption_id"):
         lacking = {name: array for name, array in data.items() if name != entry}
         with pytest.raises(ValueError, match=f"^the batch has no '{entry}'; "):
@@ -404,8 +418,8 @@ def test_bad_batches_and_arrays_are_named():
     with pytest.raises(ValueError, match=message):
         evaluate(params, model_state, data | {"group": other})
     # What cannot be scored is refused before all is embedded.
-    refuses = mj.evaluate_retrieval(None, None, ks=(1, 8))
+    refuses = mj.objectives.evaluate_retrieval(None, None, ks=(1, 8))
     with pytest.raises(ValueError, match=r"^recall at 8 needs at least 8 images, got 7$"):
         refuses(params, model_state, data)
     with pytest.raises(ValueError, match=r"^batch_size must be a whole number of at least 1, got 0$"):
-        mj.evaluate_retrieval(None, None, batch_size=0)
+        mj.objectives.evaluate_retrieval(None, None, batch_size=0)

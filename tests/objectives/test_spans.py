@@ -68,7 +68,7 @@ def test_the_loss_equals_its_equation():
             logits[index, (right_place + shift) % LENGTH, column] = 20
     losses, right = span_by_hand(logits, batch["start"], batch["end"])
     assert right[:3].tolist() == [True, False, False]
-    loss, (_, metrics) = mj.span_loss(constant(logits))({}, {}, batch, jax.random.key(0))
+    loss, (_, metrics) = mj.objectives.span_loss(constant(logits))({}, {}, batch, jax.random.key(0))
     np.testing.assert_allclose(loss, losses.mean(), rtol=1e-5)
     assert set(metrics) == {"accuracy"}
     np.testing.assert_allclose(metrics["accuracy"], right.mean())
@@ -77,7 +77,7 @@ def test_the_loss_equals_its_equation():
 def test_the_loss_trains_statistics_and_draws_dropout_from_its_key():
     model = Model(dropout=0.5)
     params, model_state = variables(model)
-    loss_fn = mj.span_loss(model.apply)
+    loss_fn = mj.objectives.span_loss(model.apply)
     first, (new_state, _) = loss_fn(params, model_state, arrays(), jax.random.key(0))
     second, _ = loss_fn(params, model_state, arrays(), jax.random.key(1))
     assert first != second
@@ -99,7 +99,7 @@ def test_evaluation_counts_every_example_once_and_compiles_once(batch_size):
         assert given is data
         return ["one", "", "a three", "", "five"]
 
-    metrics = mj.evaluate_spans(apply_fn, decode, ANSWERS, batch_size=batch_size)(params, model_state, data)
+    metrics = mj.objectives.evaluate_spans(apply_fn, decode, ANSWERS, batch_size=batch_size)(params, model_state, data)
     assert traces == [(min(batch_size, 5), LENGTH)]
     logits = Model().apply({"params": params, **model_state}, data["tokens"])
     [on_host] = seen
@@ -116,7 +116,9 @@ def test_evaluation_counts_every_example_once_and_compiles_once(batch_size):
 
 def test_answers_are_those_of_the_question_with_the_number_in_the_arrays():
     data = arrays(3) | {"example": np.array([3, 2, 2], np.int32)}
-    evaluate = mj.evaluate_spans(constant(np.zeros((3, LENGTH, 2))), lambda *_: ["four", "three", "two"], ANSWERS)
+    evaluate = mj.objectives.evaluate_spans(
+        constant(np.zeros((3, LENGTH, 2))), lambda *_: ["four", "three", "two"], ANSWERS
+    )
     metrics = evaluate({}, {}, data)
     assert metrics["exact_match"] == pytest.approx(2 / 3)
     assert metrics["f1"] == pytest.approx((1 + 1 + 2 / 3) / 3)
@@ -126,8 +128,8 @@ def test_answers_are_those_of_the_question_with_the_number_in_the_arrays():
 def test_bad_input_is_named():
     params, model_state = variables(Model())
     data = arrays()
-    evaluate = mj.evaluate_spans(Model().apply, lambda logits, arrays: [""], ANSWERS)
-    loss_fn = mj.span_loss(Model().apply, inputs="token")
+    evaluate = mj.objectives.evaluate_spans(Model().apply, lambda logits, arrays: [""], ANSWERS)
+    loss_fn = mj.objectives.span_loss(Model().apply, inputs="token")
     with pytest.raises(ValueError, match=r"^the batch has no 'token'; did you mean 'tokens'"):
         loss_fn(params, model_state, data, jax.random.key(0))
     for entry in ("start", "end", "example"):
@@ -136,7 +138,7 @@ def test_bad_input_is_named():
     with pytest.raises(
         ValueError, match=r"^logits must be \[B, L, 2\] and 'start' \[B\], got shapes \(5, 2\) and \(5,\)"
     ):
-        mj.span_loss(constant(np.zeros((5, 2))))(params, model_state, data, jax.random.key(0))
+        mj.objectives.span_loss(constant(np.zeros((5, 2))))(params, model_state, data, jax.random.key(0))
     with pytest.raises(ValueError, match=r"^cannot evaluate on no examples$"):
         evaluate(params, model_state, {name: array[:0] for name, array in data.items()})
     with pytest.raises(ValueError, match=r"^decode must give an answer to each of 5 examples, got 1$"):
@@ -144,7 +146,7 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match=r"^arrays\['example'\] must lie in \[0, 5\), .* found 0 to 5$"):
         evaluate(params, model_state, data | {"example": np.array([0, 5, 0, 0, 0])})
     with pytest.raises(ValueError, match=r"^batch_size must be a whole number of at least 1, got 0$"):
-        mj.evaluate_spans(Model().apply, lambda logits, arrays: [], ANSWERS, batch_size=0)
+        mj.objectives.evaluate_spans(Model().apply, lambda logits, arrays: [], ANSWERS, batch_size=0)
 
 
 WORDS = st.lists(st.sampled_from(["a", "an", "the", "The", "cat", "Cat,", "sat", "sat", "the-cat", "é", "--", "\t"]))
@@ -235,7 +237,7 @@ def test_an_exact_match_is_a_whole_overlap_and_more_answers_hurt_no_prediction(p
 
 
 def test_scores_of_a_set_are_means_and_fractions():
-    scores = mj.squad_scores(["Denver", "", "x", "the cat"], [["Denver Broncos"], [], [], ["dog", "cat"]])
+    scores = mj.objectives.squad_scores(["Denver", "", "x", "the cat"], [["Denver Broncos"], [], [], ["dog", "cat"]])
     assert scores == {"exact_match": pytest.approx(2 / 4), "f1": pytest.approx((2 / 3 + 1 + 0 + 1) / 4)}
 
 

@@ -49,7 +49,7 @@ def arrays(size=5):
     return {
         "image": random.integers(0, 256, (size, 2, 2, 1), np.uint8),
         "tokens": random.integers(0, WORDS, (size, LENGTH)).astype(np.int32),
-        "answers": mj.answer_indices([ANSWERS[i] for i in example], VOCABULARY)[0],
+        "answers": mj.objectives.answer_indices([ANSWERS[i] for i in example], VOCABULARY)[0],
         "example": example,
     }
 
@@ -76,7 +76,7 @@ def test_the_loss_equals_its_equation():
     batch = arrays()
     assert (batch["answers"] < 0).all(axis=1).tolist() == [False, False, False, True, False]
     logits = np.random.default_rng(1).normal(size=(5, len(VOCABULARY))).astype(np.float32) * 3
-    loss, (_, metrics) = mj.vqa_loss(constant(logits))({}, {}, batch, jax.random.key(0))
+    loss, (_, metrics) = mj.objectives.vqa_loss(constant(logits))({}, {}, batch, jax.random.key(0))
     np.testing.assert_allclose(loss, loss_by_hand(logits, batch["answers"]).mean(), rtol=1e-5)
     assert set(metrics) == {"accuracy"}
 
@@ -85,7 +85,7 @@ def test_the_loss_of_one_answer_is_cross_entropy_and_its_accuracy_an_exact_match
     logits = np.random.default_rng(1).normal(size=(6, 4)).astype(np.float32)
     answers = np.array([0, 1, 2, 3, 0, 0], np.int32)
     batch = {"image": 0, "tokens": 0, "answers": answers[:, None]}
-    loss, (_, metrics) = mj.vqa_loss(constant(logits))({}, {}, batch, jax.random.key(0))
+    loss, (_, metrics) = mj.objectives.vqa_loss(constant(logits))({}, {}, batch, jax.random.key(0))
     np.testing.assert_allclose(loss, mj.cross_entropy(logits, answers).mean(), rtol=1e-6)
     np.testing.assert_allclose(metrics["accuracy"], mj.accuracy(logits, answers))
 
@@ -95,7 +95,7 @@ def test_the_loss_is_least_at_the_fractions_of_annotators():
     batch = {"image": 0, "tokens": 0, "answers": answers}
 
     def loss_of(logits):
-        return mj.vqa_loss(constant(logits))({}, {}, batch, jax.random.key(0))[0]
+        return mj.objectives.vqa_loss(constant(logits))({}, {}, batch, jax.random.key(0))[0]
 
     at_fractions = jnp.log(jnp.array([[2 / 3, 1 / 3, 1e-9, 1e-9]]))
     np.testing.assert_allclose(jax.grad(loss_of)(at_fractions), np.zeros((1, 4)), atol=1e-6)
@@ -105,7 +105,7 @@ def test_an_example_without_answers_has_neither_loss_nor_gradient():
     batch = {"image": 0, "tokens": 0, "answers": np.full((2, 3), -1, np.int32)}
 
     def loss_of(logits):
-        return mj.vqa_loss(constant(logits))({}, {}, batch, jax.random.key(0))[0]
+        return mj.objectives.vqa_loss(constant(logits))({}, {}, batch, jax.random.key(0))[0]
 
     loss, gradient = jax.value_and_grad(loss_of)(jnp.array([[1.0, 2, 3, 4], [1e4, 0, 0, -1e4]]))
     assert loss == 0
@@ -117,22 +117,22 @@ def test_the_accuracy_is_that_of_the_texts():
     random = np.random.default_rng(3)
     answers = [[*random.choice(["yes", "no", "red", "blue"], 9, p=[0.6, 0.2, 0.1, 0.1]), "2"] for _ in range(40)]
     places = random.integers(0, 4, 40)
-    batch = {"image": 0, "tokens": 0, "answers": mj.answer_indices(answers, VOCABULARY)[0]}
-    _, (_, metrics) = jax.jit(mj.vqa_loss(constant(one_hot(places))))({}, {}, batch, jax.random.key(0))
-    scores = mj.vqa_scores([VOCABULARY[place] for place in places], answers)
+    batch = {"image": 0, "tokens": 0, "answers": mj.objectives.answer_indices(answers, VOCABULARY)[0]}
+    _, (_, metrics) = jax.jit(mj.objectives.vqa_loss(constant(one_hot(places))))({}, {}, batch, jax.random.key(0))
+    scores = mj.objectives.vqa_scores([VOCABULARY[place] for place in places], answers)
     assert 0.2 < scores["accuracy"] < 0.8
     np.testing.assert_allclose(metrics["accuracy"], scores["accuracy"], rtol=1e-6)
 
 
 def test_an_answer_beyond_the_logits_is_not_passed_over():
     batch = {"image": 0, "tokens": 0, "answers": np.array([[4]], np.int32)}
-    assert np.isnan(mj.vqa_loss(constant(np.zeros((1, 4), np.float32)))({}, {}, batch, jax.random.key(0))[0])
+    assert np.isnan(mj.objectives.vqa_loss(constant(np.zeros((1, 4), np.float32)))({}, {}, batch, jax.random.key(0))[0])
 
 
 def test_the_loss_trains_statistics_and_draws_dropout_from_its_key():
     model = Model(dropout=0.5)
     params, model_state = variables(model)
-    loss_fn = jax.jit(mj.vqa_loss(model.apply))
+    loss_fn = jax.jit(mj.objectives.vqa_loss(model.apply))
     first, (new_state, _) = loss_fn(params, model_state, arrays(), jax.random.key(0))
     second, _ = loss_fn(params, model_state, arrays(), jax.random.key(1))
     assert first != second
@@ -149,20 +149,25 @@ def test_evaluation_counts_every_example_once_and_compiles_once(batch_size):
         traces.append((images.shape[0], tokens.shape))
         return Model().apply(variables, images, tokens, train=train)
 
-    metrics = mj.evaluate_vqa(apply_fn, VOCABULARY, ANSWERS, KINDS, batch_size=batch_size)(params, model_state, data)
+    metrics = mj.objectives.evaluate_vqa(apply_fn, VOCABULARY, ANSWERS, KINDS, batch_size=batch_size)(
+        params, model_state, data
+    )
     width = min(batch_size, 5)
     assert traces == [(width, (width, LENGTH))]
     logits = Model().apply({"params": params, **model_state}, data["image"], data["tokens"])
     predictions = [VOCABULARY[place] for place in np.argmax(logits, axis=-1)]
     assert len(set(predictions)) > 1
     losses = loss_by_hand(logits, data["answers"])
-    assert metrics == {"loss": pytest.approx(losses.mean(), rel=1e-5), **mj.vqa_scores(predictions, ANSWERS, KINDS)}
-    predict = mj.predict_answers(Model().apply, VOCABULARY, batch_size=batch_size)
+    assert metrics == {
+        "loss": pytest.approx(losses.mean(), rel=1e-5),
+        **mj.objectives.vqa_scores(predictions, ANSWERS, KINDS),
+    }
+    predict = mj.objectives.predict_answers(Model().apply, VOCABULARY, batch_size=batch_size)
     assert predict(params, model_state, {name: data[name] for name in ("image", "tokens")}) == predictions
 
 
 def test_scores_are_those_of_the_texts_by_kind():
-    evaluate = mj.evaluate_vqa(constant(one_hot([0, 2, 3, 1, 1])), VOCABULARY, ANSWERS, KINDS)
+    evaluate = mj.objectives.evaluate_vqa(constant(one_hot([0, 2, 3, 1, 1])), VOCABULARY, ANSWERS, KINDS)
     metrics = evaluate({}, {}, arrays())
     # Yes of nine, red alone, 2 of three in four, not blue, no of two.
     number = (3 * 2 / 3 + 1) / 4
@@ -173,13 +178,13 @@ def test_scores_are_those_of_the_texts_by_kind():
         "accuracy_other": 1 / 2,
         "accuracy_yes/no": pytest.approx(1.6 / 2),
     }
-    without = mj.evaluate_vqa(constant(one_hot([0, 2, 3, 1, 1])), VOCABULARY, ANSWERS)({}, {}, arrays())
+    without = mj.objectives.evaluate_vqa(constant(one_hot([0, 2, 3, 1, 1])), VOCABULARY, ANSWERS)({}, {}, arrays())
     assert set(without) == {"loss", "accuracy"}
 
 
 def test_answers_are_those_of_the_question_with_the_number_in_the_arrays():
     data = arrays(3) | {"example": np.array([4, 1, 1], np.int32)}
-    evaluate = mj.evaluate_vqa(constant(one_hot([1, 2, 0])), VOCABULARY, ANSWERS, KINDS)
+    evaluate = mj.objectives.evaluate_vqa(constant(one_hot([1, 2, 0])), VOCABULARY, ANSWERS, KINDS)
     metrics = evaluate({}, {}, data)
     assert metrics["accuracy"] == pytest.approx((0.6 + 1 + 0) / 3)
     assert metrics["accuracy_other"] == 1 / 2
@@ -191,7 +196,7 @@ def test_streamed_images_are_read_once_and_no_more_than_a_batch_at_a_time():
     data = arrays()
     table = Reads(data["image"][::-1].copy())
     streamed = data | {"image": Streamed(table, np.arange(5)[::-1])}
-    evaluate = mj.evaluate_vqa(Model().apply, VOCABULARY, ANSWERS, batch_size=2)
+    evaluate = mj.objectives.evaluate_vqa(Model().apply, VOCABULARY, ANSWERS, batch_size=2)
     assert evaluate(params, model_state, streamed) == evaluate(params, model_state, data)
     assert table.read == [4, 3, 2, 1, 0]
 
@@ -199,9 +204,9 @@ def test_streamed_images_are_read_once_and_no_more_than_a_batch_at_a_time():
 def test_bad_input_is_named():
     params, model_state = variables(Model())
     data = arrays()
-    evaluate = mj.evaluate_vqa(Model().apply, VOCABULARY, ANSWERS)
-    loss_fn = mj.vqa_loss(Model().apply)
-    predict = mj.predict_answers(Model().apply, VOCABULARY)
+    evaluate = mj.objectives.evaluate_vqa(Model().apply, VOCABULARY, ANSWERS)
+    loss_fn = mj.objectives.vqa_loss(Model().apply)
+    predict = mj.objectives.predict_answers(Model().apply, VOCABULARY)
     for entry in ("image", "tokens", "answers", "example"):
         lacking = {name: array for name, array in data.items() if name != entry}
         with pytest.raises(ValueError, match=f"^the batch has no '{entry}'; "):
@@ -214,22 +219,22 @@ def test_bad_input_is_named():
                 predict(params, model_state, lacking)
     shapes = r"^logits must be \[B, C\] and 'answers' \[B, A\], got shapes "
     with pytest.raises(ValueError, match=shapes + r"\(5, 3, 4\) and \(5, 10\)$"):
-        mj.vqa_loss(constant(np.zeros((5, 3, 4))))({}, {}, data, jax.random.key(0))
+        mj.objectives.vqa_loss(constant(np.zeros((5, 3, 4))))({}, {}, data, jax.random.key(0))
     with pytest.raises(ValueError, match=shapes + r"\(5, 4\) and \(5,\)$"):
         loss_fn(params, model_state, data | {"answers": data["answers"][:, 0]}, jax.random.key(0))
     with pytest.raises(ValueError, match=r"^logits must be \[B, 2\], one of each answer, got shape \(5, 4\)"):
-        mj.evaluate_vqa(Model().apply, ["yes", "no"], ANSWERS)(params, model_state, data)
+        mj.objectives.evaluate_vqa(Model().apply, ["yes", "no"], ANSWERS)(params, model_state, data)
     with pytest.raises(ValueError, match=r"^logits must be \[B, 2\], one of each answer, got shape \(5, 4\)"):
-        mj.predict_answers(Model().apply, ["yes", "no"])(params, model_state, data)
+        mj.objectives.predict_answers(Model().apply, ["yes", "no"])(params, model_state, data)
     with pytest.raises(ValueError, match=r"^cannot evaluate on no examples$"):
         evaluate(params, model_state, {name: array[:0] for name, array in data.items()})
     with pytest.raises(ValueError, match=r"^arrays\['example'\] must lie in \[0, 5\), .* found 0 to 5$"):
         evaluate(params, model_state, data | {"example": np.array([0, 5, 0, 0, 0])})
     with pytest.raises(ValueError, match=r"^every question needs one kind, got 1 for 5 questions$"):
-        mj.evaluate_vqa(Model().apply, VOCABULARY, ANSWERS, ["other"])
+        mj.objectives.evaluate_vqa(Model().apply, VOCABULARY, ANSWERS, ["other"])
     for make in (
-        lambda **o: mj.evaluate_vqa(None, VOCABULARY, ANSWERS, **o),
-        lambda **o: mj.predict_answers(None, (), **o),
+        lambda **o: mj.objectives.evaluate_vqa(None, VOCABULARY, ANSWERS, **o),
+        lambda **o: mj.objectives.predict_answers(None, (), **o),
     ):
         with pytest.raises(ValueError, match=r"^batch_size must be a whole number of at least 1, got 0$"):
             make(batch_size=0)

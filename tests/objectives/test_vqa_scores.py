@@ -232,7 +232,7 @@ def test_more_annotators_never_hurt_their_answer(annotators, data):
 
 def test_scores_of_a_set_are_means_over_all_and_of_each_kind():
     answers = [["red"], ["2"], ["yes"] * 10, ["yes"] * 9 + ["no"]]
-    scores = mj.vqa_scores(["Red", "3", "yes", "no"], answers, kinds=["other", "number", "yes/no", "yes/no"])
+    scores = mj.objectives.vqa_scores(["Red", "3", "yes", "no"], answers, kinds=["other", "number", "yes/no", "yes/no"])
     assert scores == {
         "accuracy": pytest.approx((1 + 0 + 1 + 0.3) / 4),
         "accuracy_number": 0,
@@ -243,14 +243,14 @@ def test_scores_of_a_set_are_means_over_all_and_of_each_kind():
 
 def test_a_vocabulary_is_of_the_commonest_answers():
     answers = [["Yes", "yes.", "no"], ["a cat", "cat"], ["dog", "the"], ["Yes"], [], ["no"]]
-    assert mj.answer_vocabulary(answers, 10) == ("yes", "cat", "no", "dog")
-    assert mj.answer_vocabulary(answers, 2) == ("yes", "cat")
-    assert mj.answer_vocabulary(answers[::-1], 2) == ("yes", "cat")
+    assert mj.objectives.answer_vocabulary(answers, 10) == ("yes", "cat", "no", "dog")
+    assert mj.objectives.answer_vocabulary(answers, 2) == ("yes", "cat")
+    assert mj.objectives.answer_vocabulary(answers[::-1], 2) == ("yes", "cat")
 
 
 def test_indices_are_places_in_the_vocabulary():
     answers = [["Yes", "yes", "no"], ["the dog"], ["dog", "no!"], [], ["the"]]
-    indices, covered = mj.answer_indices(answers, ("no", "Yes"))
+    indices, covered = mj.objectives.answer_indices(answers, ("no", "Yes"))
     assert indices.dtype == np.int32
     np.testing.assert_array_equal(indices, [[1, 1, 0], [-1, -1, -1], [-1, 0, -1], [-1, -1, -1], [-1, -1, -1]])
     assert covered == 2 / 5
@@ -279,18 +279,18 @@ def test_vocabulary_and_indices_go_together(answers, size):
 
 def test_what_a_vocabulary_lacks_is_said_in_a_sentence():
     answers = [["yes", "red"], ["red"], ["blue", "The red", "blue"], ["blue", "green"], ["no"], ["the"]]
-    coverage = mj.answer_coverage(answers, ("yes", "no"))
+    coverage = mj.objectives.answer_coverage(answers, ("yes", "no"))
     assert (coverage.size, coverage.questions, coverage.uncovered) == (2, 6, 4)
     assert coverage.missing == ("blue", "red", "green")
     assert str(coverage) == (
         "the vocabulary of 2 answers covers none of the answers of 4 of 6 questions;"
         " the commonest missing are 'blue', 'red', 'green'"
     )
-    many = mj.answer_coverage([[letter] for letter in "bcdefgh"], ("x",))
+    many = mj.objectives.answer_coverage([[letter] for letter in "bcdefgh"], ("x",))
     assert str(many).endswith("the commonest missing are 'b', 'c', 'd', 'e', 'f'")
-    none = mj.answer_coverage(answers[5:], ("x",))
+    none = mj.objectives.answer_coverage(answers[5:], ("x",))
     assert str(none) == "the vocabulary of 1 answers covers none of the answers of 1 of 1 questions"
-    full = mj.answer_coverage(answers[:5], ("yes", "no", "red", "green"))
+    full = mj.objectives.answer_coverage(answers[:5], ("yes", "no", "red", "green"))
     assert str(full) == "the vocabulary of 4 answers covers an answer of each of 5 questions"
 
 

@@ -27,26 +27,26 @@ def free_port():
 )
 def test_a_wrong_address_or_number_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
-        mj.connect(*arguments)
+        mj.training.connect(*arguments)
 
 
 def test_a_coordinator_that_is_not_there_is_named_in_time():
     address = f"localhost:{free_port()}"
     with pytest.raises(TimeoutError, match=rf"process 1 of 2 found no coordinator at {address} within 0.3 s"):
-        mj.connect(address, 2, 1, timeout=0.3)
+        mj.training.connect(address, 2, 1, timeout=0.3)
 
 
 def test_processes_that_do_not_come_are_named():
     address = f"localhost:{free_port()}"
     with pytest.raises(TimeoutError, match=rf"processes 1, 2 of 3 did not come to {address} within 0.3 s"):
-        mj.connect(address, 3, 0, timeout=0.3)
+        mj.training.connect(address, 3, 0, timeout=0.3)
 
 
 def test_a_port_that_is_taken_is_refused():
     with socket.create_server(("", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ValueError, match=rf"process 0 cannot listen on port {port}: .*in use"):
-            mj.connect(f"localhost:{port}", 2, 0, timeout=0.3)
+            mj.training.connect(f"localhost:{port}", 2, 0, timeout=0.3)
 
 
 def test_processes_meet_whoever_comes_first_and_strangers_are_passed_over():

@@ -50,7 +50,7 @@ def run_together():
     epoch = mj.make_epoch(helpers.joint_step(TRANSFER, cycle=2, adapter_optimizer=OPTIMIZER))
     states = [state_of(seed) for seed in range(SEEDS)]
     arrays, indices = stack_arrays([data_of(seed) for seed in range(SEEDS)])
-    return epoch, mj.over_seeds(epoch), mj.stack_seeds(states), arrays, indices
+    return epoch, mj.training.over_seeds(epoch), mj.training.stack_seeds(states), arrays, indices
 
 
 def test_seeds_side_by_side_come_to_what_each_would_alone():
@@ -66,7 +66,7 @@ def test_seeds_side_by_side_come_to_what_each_would_alone():
     assert all(value.shape == (SEEDS,) for value in sums.values())
     assert sums["adapter/transferred"].tolist() == [2] * SEEDS
     alone = jax.jit(epoch)
-    for seed, own in enumerate(mj.unstack_seeds(state)):
+    for seed, own in enumerate(mj.training.unstack_seeds(state)):
         expected, expected_sums = alone(state_of(seed), *data_of(seed), STEPS)
         chex.assert_trees_all_close(comparable(own), comparable(expected), atol=1e-5)
         chex.assert_trees_all_close(jax.tree.map(lambda value: value[seed], sums), expected_sums, atol=1e-5)  # noqa: B023
@@ -81,12 +81,12 @@ def test_side_by_side_too_only_steps_that_transfer_pay_for_it():
 
 def test_what_is_stacked_comes_back():
     states = [state_of(seed).replace(step=jnp.int32(3)) for seed in range(SEEDS)]
-    together = mj.stack_seeds(states)
+    together = mj.training.stack_seeds(states)
     assert together.step.shape == ()
     assert together.key.shape == (SEEDS,)
     shapes = {leaf.shape[0] for leaf in jax.tree.leaves(together.replace(step=()))}
     assert shapes == {SEEDS}
-    back = mj.unstack_seeds(together)
+    back = mj.training.unstack_seeds(together)
     assert len(back) == SEEDS
     for own, expected in zip(back, states, strict=True):
         chex.assert_trees_all_equal(comparable(own), comparable(expected))
@@ -95,9 +95,9 @@ def test_what_is_stacked_comes_back():
 def test_each_state_can_be_donated_on_its_own():
     advance = jax.jit(lambda state: state.replace(step=state.step + 1), donate_argnums=0)
     states = [state_of(seed) for seed in range(2)]
-    together = advance(mj.stack_seeds(states))
+    together = advance(mj.training.stack_seeds(states))
     assert [int(state.step) for state in states] == [0, 0]
-    alone = [advance(state) for state in mj.unstack_seeds(together)]
+    alone = [advance(state) for state in mj.training.unstack_seeds(together)]
     assert [int(state.step) for state in alone] == [2, 2]
     assert int(together.step) == 1
 
@@ -105,9 +105,9 @@ def test_each_state_can_be_donated_on_its_own():
 def test_states_at_different_steps_are_refused():
     first, second = state_of(0), state_of(1).replace(step=jnp.int32(2))
     with pytest.raises(ValueError, match=r"seeds must stand at the same step, got \[0, 2\]"):
-        mj.stack_seeds([first, second])
+        mj.training.stack_seeds([first, second])
     with pytest.raises(ValueError, match=r"seeds must stand at the same step, got \[\]"):
-        mj.stack_seeds([])
+        mj.training.stack_seeds([])
 
 
 def test_arrays_are_stacked_leaf_by_leaf_on_the_host():

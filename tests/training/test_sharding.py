@@ -39,7 +39,7 @@ def outcomes(tmp_path_factory):
     out = tmp_path_factory.mktemp("devices")
     finish(start(out, 8, "jit1,jit8,sharded8,pmap8,losses"))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", mj.NotBitExactWarning)  # Of more devices, as it is meant to.
+        warnings.simplefilter("ignore", mj.checkpoints.NotBitExactWarning)  # Of more devices, as it is meant to.
         devices.train(out, "again", 1)  # One device of its own, which reads what all others saved.
     return {path.stem: json.loads(path.read_text()) for path in out.glob("*.json")}
 
@@ -53,7 +53,7 @@ def outcomes_of_two(outcomes, tmp_path_factory):
     for process in pair:
         finish(process)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", mj.NotBitExactWarning)
+        warnings.simplefilter("ignore", mj.checkpoints.NotBitExactWarning)
         devices.train(out, "again", 1)
     return outcomes | {path.stem: json.loads(path.read_text()) for path in out.glob("*.json")}
 
@@ -114,7 +114,7 @@ def test_a_batch_that_does_not_divide_is_refused(tmp_path):
 def test_devices_that_are_not_there_are_refused(number):
     available = len(jax.devices())
     number = number if number < 1 else available + 1
-    for layout in (mj.data_mesh, mj.pmap_layout):
+    for layout in (mj.data_mesh, mj.training.pmap_layout):
         with pytest.raises(ValueError, match=rf"number of devices must lie in \[1, {available}\], got {number}"):
             layout(number)
 
@@ -122,14 +122,14 @@ def test_devices_that_are_not_there_are_refused(number):
 def test_only_large_leaves_with_an_axis_that_divides_are_split():
     one = mj.data_mesh(1)
     tree = {"small": np.zeros(8), "large": np.zeros((3, 4096)), "scalar": np.zeros(())}
-    specs = jax.tree.map(lambda s: s.spec, mj.state_shardings(tree, one, sharded=True))
+    specs = jax.tree.map(lambda s: s.spec, mj.training.state_shardings(tree, one, sharded=True))
     assert specs["small"] == specs["scalar"] == jax.sharding.PartitionSpec()
     assert specs["large"] == jax.sharding.PartitionSpec(None, "data")
-    copied = mj.state_shardings(tree, one, sharded=False)
+    copied = mj.training.state_shardings(tree, one, sharded=False)
     assert all(s.spec == jax.sharding.PartitionSpec() for s in jax.tree.leaves(copied))
 
 
-@pytest.mark.parametrize("layout", [mj.jit_layout(mj.data_mesh(1)), mj.pmap_layout(1)])
+@pytest.mark.parametrize("layout", [mj.jit_layout(mj.data_mesh(1)), mj.training.pmap_layout(1)])
 def test_a_layout_of_one_device_trains_as_jit_does(layout):
     transfer = mj.share_transfer(helpers.ROUTES)
     epoch = mj.make_epoch(helpers.joint_step(transfer, cycle=1))
@@ -158,8 +158,8 @@ def test_whole_numbers_of_a_model_state_are_not_averaged():
         target_params={"w": jnp.ones(2)},
         target_state={"seen": jnp.zeros((), jnp.int32)},
     )
-    step = mj.make_joint_step(None, task, same, axis_name=mj.DATA_AXIS)
+    step = mj.make_joint_step(None, task, same, axis_name=mj.training.DATA_AXIS)
     with pytest.raises(ValueError, match="the model state has numbers in seen that are no floats, and devices of one"):
-        jax.pmap(step, mj.DATA_AXIS, in_axes=(None, 0))(state, {"target": jnp.zeros((1, 4))})
+        jax.pmap(step, mj.training.DATA_AXIS, in_axes=(None, 0))(state, {"target": jnp.zeros((1, 4))})
     after, _ = jax.jit(mj.make_joint_step(None, task, same))(state, {"target": jnp.zeros(4)})
     assert after.target.model_state["seen"] == 4

@@ -56,7 +56,7 @@ def test_the_step_of_joint_training_reaches_every_schedule():
         source = {"only": state.source.params} if nested else state.source.params
         adapter = transfer.init(jax.random.key(0), source, state.target.params)
         state = state.replace(source=state.source.replace(params=source))
-        state = state.replace(adapter=mj.AdapterState(adapter, mj.adapter_adamw().init(adapter)))
+        state = state.replace(adapter=mj.training.AdapterState(adapter, mj.adapter_adamw().init(adapter)))
         step = jax.jit(helpers.joint_step(transfer, frozen=True, cycle=1))
         changes = []
         for i in range(2):

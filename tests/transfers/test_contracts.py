@@ -153,7 +153,7 @@ TABLE = {
     ),
     "self": lambda: Row(mj.self_transfer(generator({"dense/0/kernel": "dense/1/kernel"})), OF_ONE),
     "replayed": lambda: Row(
-        mj.replayed(generator(ONE), mj.replay_evenly(2, 3)),
+        mj.replayed(generator(ONE), mj.training.replay_evenly(2, 3)),
         OF_ONE,
         source=jax.tree.map(lambda *leaves: jnp.stack(leaves), SOURCE, source_tree(50)),
     ),

@@ -114,7 +114,7 @@ def test_the_cost_of_a_layer_is_its_formula_and_what_xla_counts(m, n, p, q, opti
 
     Of matrices with as many rows as columns, so that no queries are padded.
     """
-    layer = mj.LPKA(mj.LPKAOptions(num_layers=1, num_heads=8, spectral=False, **options))
+    layer = mj.LPKA(mj.transfers.LPKAOptions(num_layers=1, num_heads=8, spectral=False, **options))
     target, source = jnp.ones((m, n)), jnp.ones((p, q))
     variables = jax.eval_shape(layer.init, jax.random.key(0), target, source)
     sizes = {"rows_rows": (m, p, n, q), "rows_cols": (m, q, n, p), "cols_rows": (n, p, m, q), "cols_cols": (n, q, m, p)}

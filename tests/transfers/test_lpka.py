@@ -258,7 +258,7 @@ def test_initial_values_of_padded_matrices_are_zero_outside_of_the_true_ones():
     true, padded = (Sizes(6, 8, 5, 130), Sizes(4, 3, 9, 7)), Sizes(6, 8, 9, 150)
     options = LPKAOptions(num_heads=2)
     place = {"routes": Place(padded, true, True)}
-    ((_, drawn),) = mj.lpka_network(options).init(jax.random.key(0), place).items()
+    ((_, drawn),) = mj.transfers.lpka_network(options).init(jax.random.key(0), place).items()
     for i, sizes in enumerate(true):
         ones = jax.tree.map(jnp.ones_like, lpka.init(jax.random.key(0), sizes, options))
         inside = embedded(ones, sizes, padded, options)

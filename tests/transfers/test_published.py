@@ -51,7 +51,7 @@ def test_there_are_files_of_both_kinds():
 @pytest.mark.parametrize("path", ADAPTER_FILES, ids=lambda path: path.stem)
 def test_adapter_output_and_gradients(path):
     golden = load(path)
-    official = mj.load_published_adapter(golden, prefix="state/")
+    official = mj.transfers.load_published_adapter(golden, prefix="state/")
     assert (official.num_layers, official.num_heads) == (golden["layers"], golden["heads"])
     # Dense kernels are [in, out] and matrices [out, in], so each leaf is its matrix transposed.
     source, target = {"w": {"kernel": golden["source"].T}}, {"w": {"kernel": golden["target"].T}}
@@ -68,7 +68,7 @@ def test_adapter_output_and_gradients(path):
         return output, pullback(golden["cotangent"])[0]
 
     output, gradients = output_and_gradients({"w/kernel": official.params})
-    expected = mj.load_published_adapter(golden, prefix="grad/", num_heads=official.num_heads).params
+    expected = mj.transfers.load_published_adapter(golden, prefix="grad/", num_heads=official.num_heads).params
     largest = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(expected))
 
     output_gap = float(np.abs(output - golden["output"]).max())
@@ -82,8 +82,8 @@ def test_adapter_output_and_gradients(path):
 def test_an_exported_adapter_is_the_published_state(path):
     """Every array of the state dict, the converged vectors of the spectral norms up to their common sign included."""
     golden = load(path)
-    official = mj.load_published_adapter(golden, prefix="state/", num_heads=int(golden["heads"]))
-    arrays = mj.export_published_adapter(official.params, num_heads=official.num_heads, prefix="state/")
+    official = mj.transfers.load_published_adapter(golden, prefix="state/", num_heads=int(golden["heads"]))
+    arrays = mj.transfers.export_published_adapter(official.params, num_heads=official.num_heads, prefix="state/")
     expected = {name: array for name, array in golden.items() if name.startswith("state/")}
     expected = {name: array for name, array in expected.items() if not name.endswith("effective_weight")}
     assert arrays.keys() == expected.keys()
@@ -98,8 +98,8 @@ def test_an_exported_adapter_is_the_published_state(path):
 def test_an_exported_adapter_is_read_back_from_a_file(tmp_path):
     trees = {"w": jnp.ones((4, 3))}, {"w": jnp.ones((5, 3))}
     adapter = mj.published_transfer({"w": "w"}).init(jax.random.key(0), *trees)["w"]
-    np.savez(tmp_path / "adapter.npz", **mj.export_published_adapter(adapter, prefix="layer."))
-    back = mj.load_published_adapter(load(tmp_path / "adapter.npz"))
+    np.savez(tmp_path / "adapter.npz", **mj.transfers.export_published_adapter(adapter, prefix="layer."))
+    back = mj.transfers.load_published_adapter(load(tmp_path / "adapter.npz"))
     assert (back.num_layers, back.num_heads) == (2, 8)
     assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), back.params, adapter))
 
@@ -108,10 +108,10 @@ def test_only_a_published_form_is_exported():
     trees = {"w": jnp.ones((4, 3))}, {"w": jnp.ones((5, 3))}
     gated = mj.lpka_transfer({"w": "w"}, num_layers=1).init(jax.random.key(0), *trees)["w"]
     with pytest.raises(ValueError, match=r"are target_rows, target_cols, .*; got \['gate', 'proposal'\]"):
-        mj.export_published_adapter(gated)
+        mj.transfers.export_published_adapter(gated)
     fewer = mj.lpka_transfer({"w": "w"}, num_layers=1, output="published", attentions=("rows_rows",))
     with pytest.raises(ValueError, match=r"are target_rows, .*; got \['feed_forward', 'source_rows', 'target_rows'\]"):
-        mj.export_published_adapter(fewer.init(jax.random.key(0), *trees)["w"])
+        mj.transfers.export_published_adapter(fewer.init(jax.random.key(0), *trees)["w"])
 
 
 # The two classifiers of the trajectory, `fc(relu(BatchNorm(hidden(x))))`, by their torch names.
@@ -164,7 +164,7 @@ def is_iteration(name):
 @pytest.mark.parametrize("path", TRAJECTORY_FILES, ids=lambda path: path.stem)
 def test_joint_trajectory(path):
     golden = load(path)
-    official = mj.load_published_adapter(golden, prefix="init/adapter/")
+    official = mj.transfers.load_published_adapter(golden, prefix="init/adapter/")
     transfer = mj.lpka_transfer(
         {"hidden/kernel": "fc/kernel"},
         num_layers=official.num_layers,
@@ -216,7 +216,7 @@ def test_joint_trajectory(path):
             note("losses", abs(float(metrics[f"{role}/loss"]) - float(golden[f"{role}_loss"][i])))
         # By the published names, since a bias of keys is a part of an array of ours.
         prefix = f"step{i + 1}/adapter/"
-        ours = mj.export_published_adapter(
+        ours = mj.transfers.export_published_adapter(
             state.adapter.params["hidden/kernel"], num_heads=official.num_heads, prefix=prefix
         )
         ours = {name: array for name, array in ours.items() if not is_iteration(name)}

@@ -1,0 +1,87 @@
+"""Names of version 0.1 that moved into a package or have another name; they go with version 0.3."""
+
+import importlib
+import warnings
+from typing import Any
+
+__all__ = ["NEW_NAMES", "find_old_name"]
+
+NEW_NAMES = {
+    "Adapter": "merge_jax.types.Adapter",
+    "AdapterState": "merge_jax.training.AdapterState",
+    "AlignedTransfer": "merge_jax.Transfer",
+    "ChannelGraph": "merge_jax.transfers.ChannelGraph",
+    "DATA_AXIS": "merge_jax.training.DATA_AXIS",
+    "DamagedCheckpointWarning": "merge_jax.checkpoints.DamagedCheckpointWarning",
+    "LPKAOptions": "merge_jax.transfers.LPKAOptions",
+    "Layout": "merge_jax.training.Layout",
+    "LowRankConv": "merge_jax.transfers.LowRankConv",
+    "LowRankDense": "merge_jax.transfers.LowRankDense",
+    "NotBitExactWarning": "merge_jax.checkpoints.NotBitExactWarning",
+    "OfficialAdapter": "merge_jax.transfers.PublishedAdapter",
+    "PublishedAdapter": "merge_jax.transfers.PublishedAdapter",
+    "RouteSummary": "merge_jax.transfers.RouteSummary",
+    "Trajectory": "merge_jax.training.Trajectory",
+    "Wiring": "merge_jax.transfers.ChannelGraph",
+    "answer_coverage": "merge_jax.objectives.answer_coverage",
+    "answer_indices": "merge_jax.objectives.answer_indices",
+    "answer_vocabulary": "merge_jax.objectives.answer_vocabulary",
+    "as_matrix": "merge_jax.layouts.as_matrix",
+    "cka": "merge_jax.objectives.cka",
+    "connect": "merge_jax.training.connect",
+    "contrastive_loss": "merge_jax.objectives.contrastive_loss",
+    "copy_overlap": "merge_jax.layouts.copy_overlap",
+    "decode": "merge_jax.transfers.decode",
+    "dkd_loss": "merge_jax.objectives.dkd_loss",
+    "encode": "merge_jax.transfers.encode",
+    "evaluate_retrieval": "merge_jax.objectives.evaluate_retrieval",
+    "evaluate_spans": "merge_jax.objectives.evaluate_spans",
+    "evaluate_vqa": "merge_jax.objectives.evaluate_vqa",
+    "export_official_adapter": "merge_jax.transfers.export_published_adapter",
+    "export_published_adapter": "merge_jax.transfers.export_published_adapter",
+    "find_paths": "merge_jax.paths.find_paths",
+    "from_matrix": "merge_jax.layouts.from_matrix",
+    "last_of": "merge_jax.training.last_of",
+    "load_official_adapter": "merge_jax.transfers.load_published_adapter",
+    "load_published_adapter": "merge_jax.transfers.load_published_adapter",
+    "lpka_network": "merge_jax.transfers.lpka_network",
+    "matrix_spec": "merge_jax.layouts.matrix_spec",
+    "mixed": "merge_jax.objectives.mixed",
+    "nkd_loss": "merge_jax.objectives.nkd_loss",
+    "over_seeds": "merge_jax.training.over_seeds",
+    "pmap_layout": "merge_jax.training.pmap_layout",
+    "predict_answers": "merge_jax.objectives.predict_answers",
+    "recall_at_k": "merge_jax.objectives.recall_at_k",
+    "replay_evenly": "merge_jax.training.replay_evenly",
+    "retrieval_loss": "merge_jax.objectives.retrieval_loss",
+    "retrieval_scores": "merge_jax.objectives.retrieval_scores",
+    "rkd_loss": "merge_jax.objectives.rkd_loss",
+    "row_basis": "merge_jax.transfers.row_basis",
+    "span_loss": "merge_jax.objectives.span_loss",
+    "squad_scores": "merge_jax.objectives.squad_scores",
+    "stack_seeds": "merge_jax.training.stack_seeds",
+    "state_shardings": "merge_jax.training.state_shardings",
+    "tf_kd_loss": "merge_jax.objectives.tf_kd_loss",
+    "unstack_seeds": "merge_jax.training.unstack_seeds",
+    "vqa_loss": "merge_jax.objectives.vqa_loss",
+    "vqa_scores": "merge_jax.objectives.vqa_scores",
+    "whole_batch": "merge_jax.objectives.whole_batch",
+    "wiring": "merge_jax.channel_graph",
+    "with_features": "merge_jax.objectives.with_features",
+}
+
+
+def find_old_name(name: str) -> Any:
+    """Returns what `merge_jax.<name>` was in version 0.1, with a warning that says what it is called now.
+
+    Raises:
+      AttributeError: there was no such name.
+    """
+    if name not in NEW_NAMES:
+        raise AttributeError(f"module 'merge_jax' has no attribute {name!r}")
+    new = NEW_NAMES[name]
+    warnings.warn(
+        f"merge_jax.{name} is now {new}; the old name goes with version 0.3", DeprecationWarning, stacklevel=3
+    )
+    module, _, attribute = new.rpartition(".")
+    return getattr(importlib.import_module(module), attribute)
