@@ -1,16 +1,17 @@
 """Names of version 0.1 that moved into a package or have another name; they go with version 0.3."""
 
 import importlib
+import inspect
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["NEW_NAMES", "find_old_name"]
+__all__ = ["NEW_NAMES", "find_old_name", "new_choice", "warn_renamed"]
 
 NEW_NAMES = {
     "Adapter": "merge_jax.types.Adapter",
     "AdapterState": "merge_jax.training.AdapterState",
     "AlignedTransfer": "merge_jax.Transfer",
-    "ChannelGraph": "merge_jax.transfers.ChannelGraph",
     "DATA_AXIS": "merge_jax.training.DATA_AXIS",
     "DamagedCheckpointWarning": "merge_jax.checkpoints.DamagedCheckpointWarning",
     "LPKAOptions": "merge_jax.transfers.LPKAOptions",
@@ -19,7 +20,6 @@ NEW_NAMES = {
     "LowRankDense": "merge_jax.transfers.LowRankDense",
     "NotBitExactWarning": "merge_jax.checkpoints.NotBitExactWarning",
     "OfficialAdapter": "merge_jax.transfers.PublishedAdapter",
-    "PublishedAdapter": "merge_jax.transfers.PublishedAdapter",
     "RouteSummary": "merge_jax.transfers.RouteSummary",
     "Trajectory": "merge_jax.training.Trajectory",
     "Wiring": "merge_jax.transfers.ChannelGraph",
@@ -38,12 +38,10 @@ NEW_NAMES = {
     "evaluate_spans": "merge_jax.objectives.evaluate_spans",
     "evaluate_vqa": "merge_jax.objectives.evaluate_vqa",
     "export_official_adapter": "merge_jax.transfers.export_published_adapter",
-    "export_published_adapter": "merge_jax.transfers.export_published_adapter",
     "find_paths": "merge_jax.paths.find_paths",
     "from_matrix": "merge_jax.layouts.from_matrix",
     "last_of": "merge_jax.training.last_of",
     "load_official_adapter": "merge_jax.transfers.load_published_adapter",
-    "load_published_adapter": "merge_jax.transfers.load_published_adapter",
     "lpka_network": "merge_jax.transfers.lpka_network",
     "matrix_spec": "merge_jax.layouts.matrix_spec",
     "mixed": "merge_jax.objectives.mixed",
@@ -79,9 +77,22 @@ def find_old_name(name: str) -> Any:
     """
     if name not in NEW_NAMES:
         raise AttributeError(f"module 'merge_jax' has no attribute {name!r}")
-    new = NEW_NAMES[name]
-    warnings.warn(
-        f"merge_jax.{name} is now {new}; the old name goes with version 0.3", DeprecationWarning, stacklevel=3
-    )
-    module, _, attribute = new.rpartition(".")
+    warn_renamed(f"merge_jax.{name}", NEW_NAMES[name])
+    module, _, attribute = NEW_NAMES[name].rpartition(".")
     return getattr(importlib.import_module(module), attribute)
+
+
+def new_choice(option: str, value: str, new_values: Mapping[str, str]) -> str:
+    """Returns what a value of an option is called now, with a warning where that is another word."""
+    if value not in new_values:
+        return value
+    warn_renamed(f"{option}={value!r}", f"{option}={new_values[value]!r}")
+    return new_values[value]
+
+
+def warn_renamed(old: str, new: str) -> None:
+    """Warns, at the line of the caller outside of this library, where an old name is used."""
+    frame, level = inspect.currentframe(), 1
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "merge_jax":
+        frame, level = frame.f_back, level + 1
+    warnings.warn(f"{old} is now {new}; the old name goes with version 0.3", DeprecationWarning, level)

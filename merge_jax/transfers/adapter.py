@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, TypedDict, get_args
+from typing import Any, Literal, NamedTuple, TypedDict, cast, get_args
 
 import flax.linen as nn
 import jax
@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 from merge_jax.checks import check_choice, check_flag, check_number_or_schedule
+from merge_jax.deprecated import new_choice
 from merge_jax.transfers.base import Step, Transfer, schedule_value
 from merge_jax.transfers.batching import (
     PaddedBatch,
@@ -119,6 +120,7 @@ def adapter_transfer(
     check_view(view)
     if rank is not None:
         check_rank(rank)
+    output = cast(OutputForm, new_choice("output", output, {"official": "published"}))
     check_choice("output form", output, get_args(OutputForm))
     if gate is not None and output == "published":
         raise ValueError("the output form 'published' has no gate; use 'residual' or 'warm'")

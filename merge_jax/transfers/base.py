@@ -1,13 +1,15 @@
 """What a transfer is: pure functions that map a source and a target parameter tree to a new target tree."""
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import jax
 import optax
 
+from merge_jax.deprecated import warn_renamed
 from merge_jax.types import Adapter, Metrics, Params
 
 __all__ = [
@@ -157,6 +159,12 @@ class Transfer:
                     f"the transfer's {name} must take the step of training, as in "
                     f"def {name}(adapter, source_params, target_params, *, {arguments})"
                 )
+
+    def at(self, step: Step, /) -> "Transfer":
+        """Returns the transfer as it is at a step; of version 0.1, `apply(..., step=step)` does it now."""
+        warn_renamed("transfer.at(step).apply(...)", "transfer.apply(..., step=step)")
+        apply, monitor = (functools.partial(function, step=step) for function in (self.apply, self.monitor))
+        return replace(self, apply=apply, monitor=monitor)
 
 
 def _takes_step(function: Any) -> bool:

@@ -6,7 +6,7 @@ from graphlib import TopologicalSorter
 from tests import ROOT
 
 FLOORS = (
-    {"types", "paths"},
+    {"types", "paths", "deprecated"},
     {"checks", "layouts"},
     {"checkpoints"},
     {"transfers", "objectives", "models", "data", "runs"},
