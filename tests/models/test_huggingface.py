@@ -164,8 +164,8 @@ def test_older_names_names_without_prefix_and_other_tensors_are_known(architectu
     renamed = {old(name).removeprefix(f"{architecture}."): tensor for name, tensor in tensors.items()}
     renamed |= {"embeddings.position_ids": np.arange(POSITIONS)[None], "cls.predictions.bias": np.zeros(VOCAB)}
     path = write(renamed)
-    for of in (path, path.parent):
-        found = models.from_huggingface(of, params)
+    for place in (path, path.parent):
+        found = models.from_huggingface(place, params)
         assert found.kept == ()
         jax.tree.map(np.testing.assert_array_equal, found.params, expected.params)
 
@@ -312,12 +312,12 @@ def test_what_no_tensor_tells_is_compared_with_the_configuration(architecture, c
     else:
         path, params = write(tensors_of(architecture, None)), params_of(model_of(architecture, None))
     path.with_name("config.json").write_text(json.dumps(config))
-    for of in (path, path.parent):
+    for place in (path, path.parent):
         if message is None:
-            models.from_huggingface(of, params)
+            models.from_huggingface(place, params)
         else:
             with pytest.raises(ValueError, match=message):
-                models.from_huggingface(of, params)
+                models.from_huggingface(place, params)
 
 
 def test_params_of_other_models_are_refused(write):
