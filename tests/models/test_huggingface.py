@@ -9,6 +9,7 @@ from safetensors.numpy import load_file, save_file
 
 import merge_jax as mj
 from merge_jax import models
+from merge_jax.models import huggingface
 from tests.models.common import attend_one, gelu, norm
 
 VOCAB, WIDTH, HIDDEN, HEADS, LAYERS, POSITIONS, CLASSES = 20, 8, 12, 2, 2, 10, 3
@@ -258,7 +259,7 @@ def test_a_file_that_does_not_fit_is_refused(architecture, options, message, wri
 def test_another_model_is_told_before_numbers_are_read(architecture, options, message, write, monkeypatch):
     path = write(tensors_of("bert", None))
     path.with_name("config.json").write_text('{"num_attention_heads": 2}')
-    monkeypatch.setattr(models.huggingface, "load_safetensors", lambda path: pytest.fail("numbers are read"))
+    monkeypatch.setattr(huggingface, "load_safetensors", lambda path: pytest.fail("numbers are read"))
     with pytest.raises(ValueError, match=message):
         models.from_huggingface(path, params_of(model_of(architecture, None, **options)))
 
