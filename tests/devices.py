@@ -71,8 +71,8 @@ def train(folder, mode, number):
         mj.make_epoch(step), state, arrays, {"source": indices[0], "target": indices[0]}, np.int32(1)
     ).compile()
     losses = []
-    for of_step in indices:
-        placed = layout.put_indices({"source": of_step, "target": of_step})
+    for rows in indices:
+        placed = layout.put_indices({"source": rows, "target": rows})
         state, metrics = epoch(state, arrays, placed, np.int32(1))
         losses.append([float(metrics[name]) for name in ("source/loss", "target/loss", "adapter/gradient_norm")])
 

@@ -1,5 +1,7 @@
 """A pair of tiny models with dropout and BatchNorm, of different shapes, and what trains them."""
 
+import socket
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -73,3 +75,10 @@ def initial_state(transfer, *, frozen=False, **options):
 def joint_step(transfer, *, frozen=False, **options):
     # Jitted, since each operation by itself would be a program to compile.
     return jax.jit(mj.make_joint_step(None if frozen else task(SOURCE), task(TARGET), transfer, **options))
+
+
+def free_port():
+    """Returns a port of this machine that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]

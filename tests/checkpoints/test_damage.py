@@ -75,9 +75,9 @@ def test_after_damage_the_newest_whole_step_is_restored_and_what_is_damaged_is_n
     spoil, reason, restored = DAMAGE[damage]
     spoil(folder / "3")
     named = rf"damaged checkpoint in {re.escape(str(folder))}: step \d+: .*{reason}.*; going back to step {restored}$"
-    told = contextlib.nullcontext() if reason is None else pytest.warns(DamagedCheckpointWarning, match=named)
+    warning = contextlib.nullcontext() if reason is None else pytest.warns(DamagedCheckpointWarning, match=named)
     with Checkpoints(folder, keep=None) as checkpoints:
-        with told:
+        with warning:
             step, state = checkpoints.restore_latest(state_of(0))
         assert step == restored
         assert_is(state, restored)

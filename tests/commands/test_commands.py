@@ -360,11 +360,11 @@ def test_an_exported_part_is_as_it_is_saved(runs, tmp_path, capsys):
 
 def test_an_exported_source_is_told_as_one(runs, tmp_path, capsys):
     cells = runs / "one" / "checkpoints"
-    of_source = said(capsys, "export", cells / "source-seed0", tmp_path / "s.safetensors")
-    of_pair = said(capsys, "export", cells / "share-seed0", tmp_path / "t.safetensors", "--part", "source")
-    assert of_source.startswith("source of step 4, 5,114 numbers: ")
-    assert "# small_resnet, in Python:\n" in of_source
-    assert "# small_resnet, in Python:\n" in of_pair
+    alone = said(capsys, "export", cells / "source-seed0", tmp_path / "s.safetensors")
+    in_pair = said(capsys, "export", cells / "share-seed0", tmp_path / "t.safetensors", "--part", "source")
+    assert alone.startswith("source of step 4, 5,114 numbers: ")
+    assert "# small_resnet, in Python:\n" in alone
+    assert "# small_resnet, in Python:\n" in in_pair
     assert_equal_leaves(
         mj.load_safetensors(tmp_path / "s.safetensors"), mj.load_safetensors(tmp_path / "t.safetensors")
     )
@@ -427,7 +427,7 @@ def test_the_doctor_knows_plugins_that_do_not_fit(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("backend", "version", "flags", "told"),
+    ("backend", "version", "flags", "warned"),
     [
         ("gpu", "0.11.2", "", True),
         ("gpu", "0.11.2", "--xla_gpu_enable_triton_gemm=false", False),
@@ -435,11 +435,11 @@ def test_the_doctor_knows_plugins_that_do_not_fit(monkeypatch):
         ("cpu", "0.11.2", "", False),
     ],
 )
-def test_the_doctor_knows_which_jax_aborts_on_a_gpu(backend, version, flags, told, monkeypatch):
+def test_the_doctor_knows_which_jax_aborts_on_a_gpu(backend, version, flags, warned, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     monkeypatch.setattr(jax, "__version__", version)
     monkeypatch.setenv("XLA_FLAGS", flags)
-    assert any("openxla/xla#47381" in finding.text for finding in doctor._devices()) is told
+    assert any("openxla/xla#47381" in finding.text for finding in doctor._devices()) is warned
 
 
 def test_a_missing_package_is_to_be_installed(monkeypatch):

@@ -6,31 +6,6 @@ import pytest
 from merge_jax.data import batches_of, class_balanced, indices_of, load_digits
 
 
-def test_every_example_comes_once_an_epoch_in_a_new_order():
-    arrays = {"image": np.arange(10), "label": np.arange(10) * 2}
-    batch_at = batches_of(arrays, 4, seed=0)
-    batches = [batch_at(step) for step in range(5)]
-    seen = np.concatenate([batch["image"] for batch in batches])
-    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
-    assert list(seen[:10]) != list(seen[10:])
-    for batch in batches:
-        np.testing.assert_array_equal(batch["label"], 2 * batch["image"])
-
-
-def test_a_batch_depends_on_seed_and_step_alone():
-    arrays = {"label": np.arange(100)}
-    first, again, other = (batches_of(arrays, 7, seed) for seed in (0, 0, 1))
-    first(0)
-    np.testing.assert_array_equal(first(40)["label"], again(40)["label"])
-    assert list(first(40)["label"]) != list(other(40)["label"])
-
-
-def test_a_batch_larger_than_the_set_spans_epochs():
-    batch = batches_of({"label": np.arange(3)}, 8, seed=0)(1)["label"]
-    assert len(batch) == 8
-    assert set(batch) == {0, 1, 2}
-
-
 def test_the_batch_of_a_step_holds_the_examples_that_the_indices_name():
     arrays = {"image": np.random.default_rng(0).normal(size=(23, 2)), "label": np.arange(23)}
     batch_at, rows = batches_of(arrays, 5, seed=3), indices_of(23, 5, seed=3)(0, 20)

@@ -9,6 +9,7 @@ from safetensors.numpy import load_file, save_file
 
 import merge_jax as mj
 from merge_jax import models
+from merge_jax.models import huggingface
 from tests.models.common import attend_one, gelu, norm
 
 VOCAB, WIDTH, HIDDEN, HEADS, LAYERS, POSITIONS, CLASSES = 20, 8, 12, 2, 2, 10, 3
@@ -164,8 +165,8 @@ def test_older_names_names_without_prefix_and_other_tensors_are_known(architectu
     renamed = {old(name).removeprefix(f"{architecture}."): tensor for name, tensor in tensors.items()}
     renamed |= {"embeddings.position_ids": np.arange(POSITIONS)[None], "cls.predictions.bias": np.zeros(VOCAB)}
     path = write(renamed)
-    for of in (path, path.parent):
-        found = models.from_huggingface(of, params)
+    for place in (path, path.parent):
+        found = models.from_huggingface(place, params)
         assert found.kept == ()
         jax.tree.map(np.testing.assert_array_equal, found.params, expected.params)
 
@@ -258,7 +259,7 @@ def test_a_file_that_does_not_fit_is_refused(architecture, options, message, wri
 def test_another_model_is_told_before_numbers_are_read(architecture, options, message, write, monkeypatch):
     path = write(tensors_of("bert", None))
     path.with_name("config.json").write_text('{"num_attention_heads": 2}')
-    monkeypatch.setattr(models.huggingface, "load_safetensors", lambda path: pytest.fail("numbers are read"))
+    monkeypatch.setattr(huggingface, "load_safetensors", lambda path: pytest.fail("numbers are read"))
     with pytest.raises(ValueError, match=message):
         models.from_huggingface(path, params_of(model_of(architecture, None, **options)))
 
@@ -312,12 +313,12 @@ def test_what_no_tensor_tells_is_compared_with_the_configuration(architecture, c
     else:
         path, params = write(tensors_of(architecture, None)), params_of(model_of(architecture, None))
     path.with_name("config.json").write_text(json.dumps(config))
-    for of in (path, path.parent):
+    for place in (path, path.parent):
         if message is None:
-            models.from_huggingface(of, params)
+            models.from_huggingface(place, params)
         else:
             with pytest.raises(ValueError, match=message):
-                models.from_huggingface(of, params)
+                models.from_huggingface(place, params)
 
 
 def test_params_of_other_models_are_refused(write):

@@ -165,10 +165,10 @@ def test_bfloat16_computes_every_layer_but_the_last_and_comes_near_float32(make)
     variables = initialised(model, x)
     expected, _ = outputs_of_layers(model, variables, x)
     logits, layers = outputs_of_layers(model.clone(dtype=jnp.bfloat16), variables, x)
-    of_layers = {path: leaf for path, leaf in mj.flatten(layers).items() if "__call__" in path}
-    last = [of_layers.pop(path) for path in ("__call__/0", "fc/__call__/0")]
+    outputs_by_path = {path: leaf for path, leaf in mj.flatten(layers).items() if "__call__" in path}
+    last = [outputs_by_path.pop(path) for path in ("__call__/0", "fc/__call__/0")]
     assert dtypes(last) == {"float32"}
-    assert dtypes(of_layers) == {"bfloat16"}
+    assert dtypes(outputs_by_path) == {"bfloat16"}
     # From image to image, the logits differ by a third of their size or more.
     assert 0 < np.linalg.norm(logits - expected) / np.linalg.norm(expected) < 0.03
 
@@ -254,11 +254,11 @@ def test_the_stem_is_the_convolution_that_its_name_says(stem):
     model, x = mj.models.small_mobilenet_v2(10, num_stages=0, stem=stem), images(8, 3)
     variables = initialised(model, x)
     _, layers = outputs_of_layers(model, variables, x)
-    of_stem = variables["params"]["stem"]
+    stem_params = variables["params"]["stem"]
     if stem == "padded_1x1":
-        expected = convolution(x, of_stem["kernel"][None, None], 1) + of_stem["bias"][None, None, None]
+        expected = convolution(x, stem_params["kernel"][None, None], 1) + stem_params["bias"][None, None, None]
     else:
-        expected = convolution(x, of_stem["kernel"], 2)
+        expected = convolution(x, stem_params["kernel"], 2)
     np.testing.assert_allclose(layers["stem"]["__call__"][0], expected, atol=1e-5)
 
 

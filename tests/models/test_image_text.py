@@ -289,14 +289,14 @@ def test_a_dual_encoder_learns_which_text_belongs_to_which_image():
 def test_attention_moves_between_the_encoders_of_one_model():
     model = models.VisualAnswerer(models.small_vit(6, 3), models.small_distilbert(20, separator=SEP), 5)
     shapes = jax.eval_shape(model.init, jax.random.key(0), IMAGES, TOKENS)["params"]
-    of_images, of_texts = "image_encoder/*/attention", "text_encoder/*/attention"
-    routes = mj.match(shapes, shapes, source=of_images, target=of_texts, view="attention")
+    image_blocks, text_blocks = "image_encoder/*/attention", "text_encoder/*/attention"
+    routes = mj.match(shapes, shapes, source=image_blocks, target=text_blocks, view="attention")
     assert routes == {f"text_encoder/layer_{i}/attention": f"image_encoder/layer_{2 * i + 1}/attention" for i in (0, 1)}
-    back = mj.match(shapes, shapes, source=of_texts, target=of_images, view="attention")
+    back = mj.match(shapes, shapes, source=text_blocks, target=image_blocks, view="attention")
     assert back == {f"image_encoder/layer_{i}/attention": f"text_encoder/layer_{i // 2}/attention" for i in range(4)}
 
     params = initialised(ANSWERER)
-    routes = mj.match(params, params, source=of_images, target=of_texts, view="attention")
+    routes = mj.match(params, params, source=image_blocks, target=text_blocks, view="attention")
     # The attentions of the fusion are such blocks too.
     routes["fusion_0/cross_attention"] = "image_encoder/layer_0/attention"
     transfer = mj.lpka_transfer(routes, view="attention", num_layers=1, num_heads=2)

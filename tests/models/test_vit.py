@@ -170,10 +170,10 @@ def test_an_image_classifier_learns_where_a_patch_is():
 
 @pytest.mark.slow
 def test_attention_moves_between_images_and_texts():
-    of_images = models.ImageClassifier(models.small_vit(SIZE, PATCH), 3)
-    of_texts = models.TextClassifier(models.small_distilbert(20, separator=3), 2, "relu")
-    source = jax.jit(of_images.init)(jax.random.key(0), IMAGES)["params"]
-    target = jax.jit(of_texts.init)(jax.random.key(1), TOKENS)["params"]
+    image_model = models.ImageClassifier(models.small_vit(SIZE, PATCH), 3)
+    text_model = models.TextClassifier(models.small_distilbert(20, separator=3), 2, "relu")
+    source = jax.jit(image_model.init)(jax.random.key(0), IMAGES)["params"]
+    target = jax.jit(text_model.init)(jax.random.key(1), TOKENS)["params"]
     blocks = "encoder/*/attention"
     routes = mj.match(source, target, source=blocks, target=blocks, view="attention")
     assert routes == {f"encoder/layer_{i}/attention": f"encoder/layer_{2 * i + 1}/attention" for i in range(2)}

@@ -50,17 +50,17 @@ def test_help_needs_no_jax(words):
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["--cycle", "0"], "cycle must be a whole number of at least 1"),
         (["smokee"], "unknown preset 'smokee'"),
         (["--no-such-option", "1"], "no-such-option"),
     ],
 )
-def test_wrong_options_are_told_without_jax(words, told):
+def test_wrong_options_are_told_without_jax(words, message):
     code, text, packages = imported_by("experiments.cross_structure", *words)
     assert code == 2
-    assert told in text
+    assert message in text
     assert not packages & set(_HEAVY)
 
 

@@ -61,18 +61,18 @@ def test_a_second_process_reads_what_a_first_has_compiled(tmp_path):
 
 
 def test_what_is_named_comes_before_the_environment_and_that_before_the_default(tmp_path):
-    home, of_environment, named = (tmp_path / name for name in ("home", "environment", "named"))
-    environment = {**_KEEP_ALL, "JAX_COMPILATION_CACHE_DIR": str(of_environment)}
+    home, given, named = (tmp_path / name for name in ("home", "environment", "named"))
+    environment = {**_KEEP_ALL, "JAX_COMPILATION_CACHE_DIR": str(given)}
     found = compiled("default", home, **environment)
-    assert (found.folder, found.bound) == (str(of_environment), -1)
-    assert programs(of_environment)
+    assert (found.folder, found.bound) == (str(given), -1)
+    assert programs(given)
     found = compiled(named, home, **environment)
     assert (found.folder, found.bound) == (str(named), compilation_cache.MAX_BYTES)
     assert programs(named)
-    before = len(programs(of_environment))
+    before = len(programs(given))
     found = compiled("none", home, **environment)
     assert (found.folder, found.reads) == (None, 0)
-    assert len(programs(of_environment)) == before
+    assert len(programs(given)) == before
     assert not home.exists()
 
 
@@ -132,9 +132,9 @@ def test_the_cache_is_no_part_of_what_a_run_is():
 
 
 @pytest.mark.parametrize(
-    ("choice", "told"), [("default", []), ("none", ["--compilation-cache", "none"])], ids=["default", "none"]
+    ("choice", "options"), [("default", []), ("none", ["--compilation-cache", "none"])], ids=["default", "none"]
 )
-def test_the_processes_of_a_study_have_its_cache(choice, told, tmp_path, monkeypatch):
+def test_the_processes_of_a_study_have_its_cache(choice, options, tmp_path, monkeypatch):
     commands = []
     monkeypatch.setattr(
         merge_jax.study.grid_runner.subprocess, "Popen", lambda command, **options: commands.append(command)
@@ -142,7 +142,7 @@ def test_the_processes_of_a_study_have_its_cache(choice, told, tmp_path, monkeyp
     config = SimpleNamespace(compilation_cache=choice)
     one = SimpleNamespace(config=config, log=tmp_path / "log", command=["python", "-m", "m", "smoke"], begun=False)
     merge_jax.study.grid_runner._start(one, set())
-    assert commands[0][1:] == ["-m", "m", "smoke", *told]
+    assert commands[0][1:] == ["-m", "m", "smoke", *options]
 
 
 def test_the_doctor_tries_the_cache(monkeypatch, tmp_path):
@@ -163,7 +163,7 @@ _REFUSED = (
 
 
 @pytest.mark.parametrize(
-    ("kept", "read", "said", "kind", "told"),
+    ("kept", "read", "said", "kind", "message"),
     [
         (True, 1, "", "good", "compilation cache: read:"),
         (True, 0, _REFUSED, "note", "not read, because XLA says 'Target machine feature +prefer-no-gather is not supp"),
@@ -174,10 +174,10 @@ _REFUSED = (
         (False, 0, "", "note", "not read, because nothing was written"),
     ],
 )
-def test_the_doctor_says_why_a_cache_is_not_read(kept, read, said, kind, told):
+def test_the_doctor_says_why_a_cache_is_not_read(kept, read, said, kind, message):
     finding = doctor._judged(kept, read, said)
     assert finding.kind == kind
-    assert told in finding.text
+    assert message in finding.text
 
 
 def test_the_doctor_says_where_the_cache_could_not_be_tried(monkeypatch):

@@ -6,12 +6,7 @@ import pytest
 
 import merge_jax as mj
 from merge_jax.training.distributed import _await_coordinator, _await_others
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
+from tests import helpers
 
 
 @pytest.mark.parametrize(
@@ -31,13 +26,13 @@ def test_a_wrong_address_or_number_is_refused(arguments, message):
 
 
 def test_a_coordinator_that_is_not_there_is_named_in_time():
-    address = f"localhost:{free_port()}"
+    address = f"localhost:{helpers.free_port()}"
     with pytest.raises(TimeoutError, match=rf"process 1 of 2 found no coordinator at {address} within 0.3 s"):
         mj.training.connect(address, 2, 1, timeout=0.3)
 
 
 def test_processes_that_do_not_come_are_named():
-    address = f"localhost:{free_port()}"
+    address = f"localhost:{helpers.free_port()}"
     with pytest.raises(TimeoutError, match=rf"processes 1, 2 of 3 did not come to {address} within 0.3 s"):
         mj.training.connect(address, 3, 0, timeout=0.3)
 
@@ -50,7 +45,7 @@ def test_a_port_that_is_taken_is_refused():
 
 
 def test_processes_meet_whoever_comes_first_and_strangers_are_passed_over():
-    port, came = free_port(), []
+    port, came = helpers.free_port(), []
     deadline = time.monotonic() + 20
 
     def join(process_id):

@@ -27,9 +27,9 @@ def one_by_one(step, state, steps=STEPS):
     """Returns the states after each number of steps, from 0 on, and the metrics of each step."""
     step, states, metrics = jax.jit(step), [state], []
     for i in range(steps):
-        state, of_step = step(state, helpers.batches(i))
+        state, step_metrics = step(state, helpers.batches(i))
         states.append(state)
-        metrics.append(jax.device_get(of_step))
+        metrics.append(jax.device_get(step_metrics))
     return states, metrics
 
 
@@ -130,16 +130,16 @@ def test_the_teacher_sees_the_batch_that_the_target_learns_from():
 
     annotated = teacher(after.source.params, after.source.model_state, moved["target"])
     key = jax.random.split(jax.random.fold_in(state.key, 0), 3)[1]
-    of_target, _ = target.loss_fn(state.target.params, state.target.model_state, annotated, key)
-    np.testing.assert_allclose(metrics["target/loss"], of_target, rtol=1e-5)
+    expected_loss, _ = target.loss_fn(state.target.params, state.target.model_state, annotated, key)
+    np.testing.assert_allclose(metrics["target/loss"], expected_loss, rtol=1e-5)
 
 
 def test_no_two_changes_and_nothing_in_the_step_itself_draw_from_one_key():
     state = helpers.initial_state(SHARE)
     augment, keys = {"source": with_key, "target": with_key}, [state.key]
     for i in range(20):
-        of_step = jax.random.fold_in(state.key, i)
-        keys += [of_step, *jax.random.split(of_step, 3)]
+        step_key = jax.random.fold_in(state.key, i)
+        keys += [step_key, *jax.random.split(step_key, 3)]
     drawn = [jax.random.key_data(key) for key in keys]
     for i in range(20):
         batches = changed(augment, state.replace(step=jnp.int32(i)), helpers.batches(i))

@@ -281,9 +281,11 @@ def test_what_cannot_learn_is_refused_by_its_leaf_before_a_step(leaf):
     message = (
         r"the {} leaf 'fc/x' must be an array of floats, since it is to learn, got .*\]: keep it apart.* nnx\.split\("
     )
-    for role, source, of_source, of_target in (("target", None, {}, params), ("source", task, params, plain)):
+    for role, source, source_params, target_params in (("target", None, {}, params), ("source", task, params, plain)):
         with pytest.raises(ValueError, match=message.format(role)):
-            mj.init_joint_state(jax.random.key(0), source, task, same, source_params=of_source, target_params=of_target)
+            mj.init_joint_state(
+                jax.random.key(0), source, task, same, source_params=source_params, target_params=target_params
+            )
     # A source that is frozen may hold what it likes.
     mj.init_joint_state(jax.random.key(0), None, task, same, source_params=params, target_params=plain)
 

@@ -49,14 +49,6 @@ def test_the_first_report_of_a_run_that_goes_on_is_the_mean_of_its_own_steps():
     assert int(state.step) == 6
 
 
-@pytest.mark.parametrize("steps_per_call", [2, 3, 4, 100])
-def test_reports_and_state_are_the_same_for_any_number_of_steps_a_call(steps_per_call):
-    expected, expected_reports = run(num_steps=11, report_every=4)
-    state, reports = run(num_steps=11, report_every=4, steps_per_call=steps_per_call)
-    assert reports == expected_reports
-    assert jax.tree.map(float, state) == jax.tree.map(float, expected)
-
-
 @pytest.mark.parametrize(
     ("steps_per_call", "first", "expected"),
     [

@@ -33,13 +33,13 @@ def test_one_backward_pass_moves_target_and_adapter():
         merged = OPERATORS.apply(both[0], state.source.params, both[1], key=transfer_key)
         return task.loss_fn(merged, state.target.model_state, batches["target"], target_key)[0]
 
-    value, (of_adapter, of_target) = loss((state.adapter.params, state.target.params))
-    stepped = jax.tree.map(lambda p, g: p - 0.5 * g, state.adapter.params, of_adapter)
+    value, (adapter_grads, target_grads) = loss((state.adapter.params, state.target.params))
+    stepped = jax.tree.map(lambda p, g: p - 0.5 * g, state.adapter.params, adapter_grads)
     chex.assert_trees_all_close(after.adapter.params, stepped, atol=1e-5)
-    updates, _ = task.optimizer.update(of_target, state.target.opt_state, state.target.params)
+    updates, _ = task.optimizer.update(target_grads, state.target.opt_state, state.target.params)
     chex.assert_trees_all_close(after.target.params, optax.apply_updates(state.target.params, updates), atol=1e-5)
     np.testing.assert_allclose(metrics["target/loss"], value, rtol=1e-5)
-    assert np.abs(of_target["hidden"]["kernel"]).max() > 0
+    assert np.abs(target_grads["hidden"]["kernel"]).max() > 0
 
 
 def test_the_source_learns_as_in_the_joint_step_and_metrics_have_the_same_names():

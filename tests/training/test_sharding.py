@@ -1,7 +1,6 @@
 """Several devices and several processes, each set in a process of its own (tests/devices.py)."""
 
 import json
-import socket
 import subprocess
 import sys
 import warnings
@@ -27,12 +26,6 @@ def finish(process):
     assert process.returncode == 0, output[-3000:]
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
-
-
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
     """What every mode came to; each one also restores the checkpoints of those before it."""
@@ -47,7 +40,7 @@ def outcomes(tmp_path_factory):
 @pytest.fixture(scope="module")
 def outcomes_of_two(outcomes, tmp_path_factory):
     """The same of two processes, which also read what one process of eight devices saved."""
-    out, address = tmp_path_factory.mktemp("processes"), f"localhost:{free_port()}"
+    out, address = tmp_path_factory.mktemp("processes"), f"localhost:{helpers.free_port()}"
     finish(start(out, 8, "jit8"))
     pair = [start(out, 2, "jit2", address, 2, process_id) for process_id in (0, 1)]
     for process in pair:

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -15,7 +14,7 @@ import pytest
 from merge_jax.checkpoints.orbax import Checkpoints, NotBitExactWarning
 from merge_jax.training.loop import run_loop, stepwise
 from merge_jax.training.signals import StopSignals
-from tests import ROOT
+from tests import ROOT, helpers
 from tests.training.test_loop import Counter, batches_at, start, step_fn
 
 
@@ -116,15 +115,9 @@ def test_without_a_signal_the_last_step_is_the_last(tmp_path):
         assert checkpoints.steps == (10, 20)
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
-
-
 def pair(mode, folder):
     """What two processes that run tests/peers.py together ended with and printed, and how long it took."""
-    address = f"localhost:{free_port()}"
+    address = f"localhost:{helpers.free_port()}"
     begun = time.monotonic()
     both = [
         subprocess.Popen(
@@ -160,8 +153,8 @@ def test_where_one_of_two_dies_the_other_ends_in_seconds_and_says_why(tmp_path, 
     assert "error: process 0 of 2 cannot go on, or another one has gone" in outputs[0], outputs[0]
     assert "start both again" in outputs[0]
     assert seconds < 100  # By default it would be 300.
-    told = pytest.warns(NotBitExactWarning, match=r"devices was 2, is 1; processes was 2, is 1$")
-    with Checkpoints(tmp_path, read_only=True) as checkpoints, told:
+    warning = pytest.warns(NotBitExactWarning, match=r"devices was 2, is 1; processes was 2, is 1$")
+    with Checkpoints(tmp_path, read_only=True) as checkpoints, warning:
         step, state = checkpoints.restore_latest(Counter(jax.numpy.int32(0), jax.numpy.zeros(8)))
     assert step == 2
     np.testing.assert_array_equal(state.total, np.full(8, 2.0))
