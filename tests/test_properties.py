@@ -153,11 +153,11 @@ def test_every_view_gives_its_leaves_back(source, target, view, data):
     routes = data.draw(pairs(targets, sources, most=1))
     (route,) = resolve(as_routes(routes), source, target, view=view)
     leaves = [jnp.asarray(targets[path]) for path in route.target]
-    blocks = route.target_view.to_blocks(leaves)
-    matrix = route.target_view.to_matrix(blocks)
+    kernel = route.target_view.to_kernel(leaves)
+    matrix = route.target_view.to_matrix(kernel)
     assert matrix.shape == route.target_view.matrix_shape
-    np.testing.assert_array_equal(route.target_view.from_matrix(matrix), blocks)
-    for leaf, back in zip(leaves, route.target_view.to_leaves(blocks), strict=True):
+    np.testing.assert_array_equal(route.target_view.from_matrix(matrix), kernel)
+    for leaf, back in zip(leaves, route.target_view.to_leaves(kernel), strict=True):
         np.testing.assert_array_equal(back, leaf)
 
 

@@ -325,4 +325,4 @@ def test_transfers_can_be_copied_and_sent_to_another_process():
                 copied.apply(adapter, source, target, step=3), transfer.apply(adapter, source, target, step=3)
             )
             assert copied.describe(source, target) == transfer.describe(source, target)
-            assert copied.monitor(adapter, source, target) == transfer.monitor(adapter, source, target)
+            assert copied.monitor(adapter, source, target, step=3) == transfer.monitor(adapter, source, target, step=3)

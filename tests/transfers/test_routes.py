@@ -110,8 +110,8 @@ def test_attention_of_torch_has_its_heads_named():
     paths = tuple(f"{name}/weight" for name in names)
     route = mj.Route("a", paths, view="attention", source_heads=2)
     (resolved,) = resolve(as_routes([route]), source, {"a": attention(4, 2, 4)})
-    blocks = resolved.source_view.to_blocks([source[name]["weight"] for name in names])
-    np.testing.assert_array_equal(blocks[1, 0], source["q"]["weight"][4:])
+    kernel = resolved.source_view.to_kernel([source[name]["weight"] for name in names])
+    np.testing.assert_array_equal(kernel[1, 0], source["q"]["weight"][4:])
     merged = mj.share_transfer([route]).apply({}, source, {"a": attention(4, 2, 4)})
     np.testing.assert_array_equal(merged["a"]["query"]["kernel"].reshape(4, 8).T, source["q"]["weight"])
 
@@ -128,11 +128,11 @@ def test_taps_of_a_window_are_tokens():
     kernel = jnp.arange(2 * 3 * 4 * 5.0).reshape(2, 3, 4, 5)
     (route,) = resolve(as_routes({"conv": "conv"}), {"conv": kernel}, {"conv": kernel}, view="convolution")
     view = route.target_view
-    matrix = view.to_matrix(view.to_blocks([kernel]))
+    matrix = view.to_matrix(view.to_kernel([kernel]))
     assert matrix.shape == view.matrix_shape == (5 * 6, 4)
-    kinds = view.kinds.of_rows()
+    types = view.token_types.by_row()
     for row, (output, tap) in enumerate((o, t) for o in range(5) for t in range(6)):
-        assert kinds[row] == tap
+        assert types[row] == tap
         np.testing.assert_array_equal(matrix[row], kernel[tap // 3, tap % 3, :, output])
     np.testing.assert_array_equal(view.to_leaves(view.from_matrix(matrix))[0], kernel)
 
