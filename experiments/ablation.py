@@ -7,7 +7,7 @@
     python -m experiments.ablation digits --resume   # go on with the last one
     python -m experiments.ablation --help
 
-Grids stand in experiments/grids/. Each row in a setting is a command of an experiment; --dry-run prints them.
+Grids stand in experiments/grids/. Each row in each setting is a command of an experiment; --dry-run prints them.
 Everything is checked before anything trains. A setting's source is trained once, by its first run, and read by the
 others where their options cannot touch it; results are the same to the digit.
 """

@@ -185,15 +185,17 @@ def build(config: Config) -> "study.Scenario":
             config.target_task, config.target_model, target_text, config.target_weights, labels=config.labels
         )
     )
-    (*givers, target), attach = study.make_models(config, specs)
+    (*sources, target), attach = study.make_models(config, specs)
     if config.routes == (study.BY_DEPTH,):
-        routes = [study.routes_by_depth(source, target) for source in givers]
+        routes = [study.routes_by_depth(source, target) for source in sources]
     else:
-        routes = [study.parse_routes(config.routes)] * len(givers)
-    if len(givers) == 1:
-        return study.make_scenario("cross_task", config, givers[0], target, routes[0], attach=attach)
-    sources, all_routes = (dict(zip(config.source_task, parts, strict=True)) for parts in (givers, routes))
-    return study.make_scenario("cross_task", config, study.side_by_side(sources), target, all_routes, attach=attach)
+        routes = [study.parse_routes(config.routes)] * len(sources)
+    if len(sources) == 1:
+        return study.make_scenario("cross_task", config, sources[0], target, routes[0], attach=attach)
+    names = [str(task) for task in config.source_task]
+    source = study.side_by_side(dict(zip(names, sources, strict=True)))
+    by_name = dict(zip(names, routes, strict=True))
+    return study.make_scenario("cross_task", config, source, target, by_name, attach=attach)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ from typing import Literal
 
 import tyro
 
-import merge_jax as mj
 from merge_jax import study
 
 _MOBILENET = ("stage1_0/expand/kernel=stage3_0/expand/kernel", "stage2_0/expand/kernel=head/kernel")
@@ -131,34 +130,12 @@ def build(config: Config) -> "study.Scenario":
     text = study.TextData(config.data, config.test_data, config.text, config.label)
     spec = study.TaskSpec(config.task, config.model, text, config.weights, labels=config.labels)
     (model,), attach = study.make_models(config, [spec])
-    objectives = {}
-    if config.task != "qa":  # The others classify.
-        smoothed = mj.classification_loss(
-            model.apply, lambda logits, batch: mj.objectives.tf_kd_loss(logits, batch["label"]), inputs=model.inputs[0]
-        )
-        objectives["tf_kd"] = study.Objective(smoothed)
-    routes = _routes(config, model)
-    return study.make_scenario("self_transfer", config, None, model, routes, objectives=objectives, attach=attach)
-
-
-def _routes(config: Config, model: "study.StudyModel") -> "list[mj.Route]":
-    """Returns the routes from layers to layers."""
-    words = config.routes
-    if words == (study.BY_DEPTH,):
-        import jax
-
-        shapes = jax.eval_shape(model.init, jax.random.key(0))[0]
-        if "encoder" not in shapes:
-            raise ValueError(
-                f'routes "{study.BY_DEPTH}" are for text models; name those of {config.model} as shallow=deep'
-            )
-        layers = sum(name.startswith("layer_") for name in shapes["encoder"])
-        upper = layers - layers // 2
-        words = [f"encoder/layer_{i}/attention=encoder/layer_{upper + i}/attention" for i in range(layers // 2)]
-    routes = study.parse_routes(words)
+    objectives = {} if config.task == "qa" else {"tf_kd": study.tf_kd_objective(model)}  # The others classify.
+    by_depth = config.routes == (study.BY_DEPTH,)
+    routes = study.routes_to_lower_half(model) if by_depth else study.parse_routes(config.routes)
     if config.direction == "shallow_to_deep":
         routes = [replace(route, target=route.source, source=route.target) for route in routes]
-    return routes
+    return study.make_scenario("self_transfer", config, None, model, routes, objectives=objectives, attach=attach)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import jax
 from flax.errors import ScopeCollectionNotFound
 
 from merge_jax.checks import check_entries
-from merge_jax.types import Batch, LossFn, ModelApply, ModelState, Params
+from merge_jax.types import Batch, LossFn, Metrics, ModelApply, ModelState, Params
 
 __all__ = ["model_loss", "name_missing_collections", "sum_losses"]
 
@@ -77,7 +77,7 @@ def sum_losses(task_loss: LossFn, *terms: LossFn) -> LossFn:
 
     def loss_fn(
         params: Params, model_state: ModelState, batch: Batch, key: jax.Array
-    ) -> tuple[jax.Array, tuple[ModelState, dict[str, jax.Array]]]:
+    ) -> tuple[jax.Array, tuple[ModelState, Metrics]]:
         total, (new_state, metrics) = task_loss(params, model_state, batch, key)
         for term in terms:
             loss, (_, more) = term(params, model_state, batch, key)

@@ -18,7 +18,7 @@ with epy.lazy_api_imports(globals()):
     )
     from merge_jax.study.cli import main
     from merge_jax.study.config import RunConfig, Schedule
-    from merge_jax.study.distillation import distillation_objectives
+    from merge_jax.study.distillation import distillation_objectives, tf_kd_objective
     from merge_jax.study.images import (
         ImageData,
         image_classifier,
@@ -42,7 +42,7 @@ with epy.lazy_api_imports(globals()):
         parse_pairs,
     )
     from merge_jax.study.scenario import Method, SampleImages, Scenario, StudyModel, choose_methods
-    from merge_jax.study.tasks import TaskSpec, make_models, routes_by_depth
+    from merge_jax.study.tasks import TaskSpec, make_models, routes_by_depth, routes_to_lower_half
     from merge_jax.study.texts import TextData, adamw
 
 __all__ = [
@@ -86,6 +86,8 @@ __all__ = [
     "parse_pairs",
     "parse_routes",
     "routes_by_depth",
+    "routes_to_lower_half",
     "sgd",
     "side_by_side",
+    "tf_kd_objective",
 ]

@@ -61,9 +61,10 @@ def _inputs(model: StudyModel, examples: Any) -> list[np.ndarray]:
 
 def _evaluated(model: StudyModel) -> Callable[..., Any]:
     """Returns the model in evaluation mode, as a function of parameters, state and inputs."""
-    assert model.apply is not None
+    apply = model.apply
+    assert apply is not None
 
     def evaluated(params: Params, model_state: ModelState, *inputs: jax.Array) -> Any:
-        return model.apply({"params": params, **model_state}, *inputs, train=False)
+        return apply({"params": params, **model_state}, *inputs, train=False)
 
     return evaluated

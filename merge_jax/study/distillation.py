@@ -1,4 +1,4 @@
-"""Distillation of a classifier's outputs, as objectives of a scenario."""
+"""Distillation, as objectives of a scenario: of another classifier's outputs, or without a teacher."""
 
 from functools import partial
 
@@ -9,7 +9,7 @@ from merge_jax.study.methods import Objective
 from merge_jax.study.scenario import StudyModel
 from merge_jax.types import Batch, ModelState, Params
 
-__all__ = ["distillation_objectives"]
+__all__ = ["distillation_objectives", "tf_kd_objective"]
 
 
 def distillation_objectives(
@@ -89,3 +89,14 @@ def distillation_objectives(
         "dkd": Objective(classification_loss(dkd), show_logits),
         "nkd": Objective(classification_loss(nkd), show_logits),
     }
+
+
+def tf_kd_objective(model: StudyModel) -> Objective:
+    """Returns the distillation of a classifier of one input without a teacher; see `tf_kd_loss`."""
+    assert model.apply is not None
+    (entry,) = model.inputs
+
+    def tf_kd(logits: jax.Array, batch: Batch) -> jax.Array:
+        return mj.objectives.tf_kd_loss(logits, batch["label"])
+
+    return Objective(mj.classification_loss(model.apply, tf_kd, inputs=entry))

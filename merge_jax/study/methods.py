@@ -143,20 +143,19 @@ def make_methods(
         "aligned": aligned,
         "mergenet_residual_aligned": then_residual,
     }
-    learned: dict[str, Callable[[], Objective]] = {}
-    for name, objective in {"": Objective(target.loss), **objectives}.items():
-        learned[name] = partial(lambda objective: objective, objective)
-        learned["_".join(filter(None, (name, "agree")))] = partial(
-            _with_agreement, options, axis_name, source, target, objective
-        )
+    learned = {"": Objective(target.loss), **objectives}
 
-    def method(make: Callable[[], _Moves], learn: Callable[[], Objective]) -> Method:
-        (loss, teacher), (transfer, stop, fit) = learn(), make()
-        return Method(mj.Task(loss, optimizer), transfer, stop, teacher, fit)
+    def method(make: Callable[[], _Moves], objective: Objective, agree: str) -> Method:
+        if agree:
+            objective = _with_agreement(options, axis_name, source, target, objective)
+        transfer, stop, fit = make()
+        return Method(mj.Task(objective.loss, optimizer), transfer, stop, objective.teacher, fit)
 
     return {
-        "_".join(filter(None, names)) or "vanilla": partial(method, moves[names[0]], learned[names[1]])
-        for names in product(moves, learned)
+        "_".join(filter(None, (name, objective, agree))) or "vanilla": partial(
+            method, moves[name], learned[objective], agree
+        )
+        for name, objective, agree in product(moves, learned, ("", "agree"))
     }
 
 

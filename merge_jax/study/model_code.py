@@ -6,6 +6,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 
 __all__ = ["model_code"]
 
@@ -48,7 +49,7 @@ def _expression(value: Any) -> str:
         return _call(value, value._asdict())
     if isinstance(value, tuple):
         return f"({', '.join(map(_expression, value))}{',' if len(value) == 1 else ''})"
-    if isinstance(value, type) or hasattr(value, "dtype"):
+    if isinstance(value, type | np.dtype) or hasattr(value, "dtype"):
         return f"jnp.{jnp.dtype(value).name}"
     return repr(value)
 

@@ -24,7 +24,7 @@ from merge_jax.study.options import BY_DEPTH, TASKS, Architecture, ImageTextOpti
 from merge_jax.study.scenario import StudyModel
 from merge_jax.study.texts import TextData, check_text_weights, learned_texts, load_text, text_model, vocabulary
 
-__all__ = ["TaskSpec", "make_models", "routes_by_depth"]
+__all__ = ["TaskSpec", "make_models", "routes_by_depth", "routes_to_lower_half"]
 
 _VOCABULARY = "vocabulary.json"
 _TEXT_TASKS = get_args(TextTaskName)
@@ -126,6 +126,21 @@ def routes_by_depth(
     shapes = (jax.eval_shape(model.init, jax.random.key(0))[0] for model in (source, target))
     found = mj.match(*shapes, **patterns, view="attention")
     return [mj.Route(target, source, view="attention") for target, source in found.items()]
+
+
+def routes_to_lower_half(model: StudyModel) -> list[mj.Route]:
+    """Returns routes inside a text model, from the attention blocks of its upper half to those of its lower.
+
+    Raises:
+      ValueError: a model without an encoder of text.
+    """
+    shapes = jax.eval_shape(model.init, jax.random.key(0))[0]
+    if "encoder" not in shapes:
+        raise ValueError(f'routes "{BY_DEPTH}" are for text models; name those of {model.name} as shallow=deep')
+    layers = sum(name.startswith("layer_") for name in shapes["encoder"])
+    blocks = [f"encoder/layer_{i}/attention" for i in range(layers)]
+    pairs = zip(blocks[: layers // 2], blocks[layers - layers // 2 :], strict=True)
+    return [mj.Route(lower, upper, view="attention") for lower, upper in pairs]
 
 
 def _with_sizes(spec: TaskSpec, source_from: Path | None) -> TaskSpec:
