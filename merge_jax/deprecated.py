@@ -65,7 +65,6 @@ NEW_NAMES = {
     "vqa_scores": "merge_jax.objectives.vqa_scores",
     "whole_batch": "merge_jax.objectives.whole_batch",
     "wiring": "merge_jax.channel_graph",
-    "with_features": "merge_jax.objectives.with_features",
 }
 
 
