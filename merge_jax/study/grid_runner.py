@@ -20,7 +20,7 @@ from merge_jax.checks import error_context
 from merge_jax.runs.folder import RunFolder, numbered_folder
 from merge_jax.study.cli import parse
 from merge_jax.study.config import RunConfig
-from merge_jax.study.contents import REMOVED_OPTIONS, run_identity, run_options
+from merge_jax.study.contents import current_options, run_identity, run_options
 from merge_jax.study.experiment import find_experiment, find_grid, load_experiment
 from merge_jax.study.grid import Grid, GridRun, Options, make_runs, read_grid, select
 from merge_jax.study.methods import TransferConfig
@@ -232,7 +232,7 @@ def _check(jobs: Sequence[_Job], *, traced: bool) -> None:
     for job in jobs:
         source = job.config.source_from
         if job.begun and (source is None or source.exists()):  # One that is not there is trained before.
-            RunFolder.check(job.folder.path, run_identity(job.config), resume=True, removed=REMOVED_OPTIONS)
+            RunFolder.check(job.folder.path, run_identity(job.config), resume=True, translate=current_options)
     left = [job for job in jobs if not job.done]
     for number, job in enumerate(left, 1):
         print(f"checking {number}/{len(left)}: {job.run.name}", file=sys.stderr)
