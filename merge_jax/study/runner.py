@@ -176,7 +176,7 @@ def _compile(checked: Checked, config: RunConfig, folder: RunFolder, results: Se
     if "source" in trials:
         source = trials["source"]
         last = str(source.lengths.steps)
-        if all((folder.checkpoints / source.folder(seed) / last).is_dir() for seed in seeds):
+        if all((folder.checkpoints / source.run_name(seed) / last).is_dir() for seed in seeds):
             names.remove("source")
     if len(names) < len(trials):
         ended = [name for name in trials if name not in names]
@@ -225,4 +225,4 @@ def _source(trainer: Trainer, checked: Checked, seed: int, folder: RunFolder) ->
     trained = trainer.train(trial, seed, trial.fresh_source(seed)).state.target
     if source_plan.snapshots is None:
         return trained
-    return read_trajectory(folder.checkpoints / trial.folder(seed), trained)
+    return read_trajectory(folder.checkpoints / trial.run_name(seed), trained)
