@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from merge_jax.checks import error_context
 from merge_jax.runs.folder import RunFolder, numbered_folder
@@ -203,20 +203,15 @@ def _naming(run: GridRun) -> contextlib.AbstractContextManager[None]:
 
 def _bases(runs: Sequence[GridRun], configs: Mapping[str, RunConfig]) -> dict[str, str]:
     """Returns the name of the run that trains the source, by the names of those that read it."""
-    sharing: list[tuple[Any, list[GridRun]]] = []  # Options may be lists, which are no keys of a dict.
+    sharing: dict[str, list[GridRun]] = {}
     for run in runs:
         config = configs[run.name]
         if config.source == "pretrained" and config.source_control not in ("random", "other_seed"):
             options = {name: value for name, value in run_options(config).items() if name not in _TARGET_OPTIONS}
-            key = (run.setting.name, options)
-            same = next((found for other, found in sharing if other == key), None)
-            if same is None:
-                sharing.append((key, [run]))
-            else:
-                same.append(run)
+            sharing.setdefault(repr((run.setting.name, options)), []).append(run)
     return {
         run.name: first.name
-        for _, (first, *others) in sharing
+        for first, *others in sharing.values()
         if others and _build(first, configs[first.name]).source is not None
         for run in others
     }
