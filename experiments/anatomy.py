@@ -28,7 +28,7 @@ import merge_jax as mj
 from merge_jax import study
 from merge_jax.checks import check_choice
 from merge_jax.study.cli import folded
-from merge_jax.study.contents import REMOVED_OPTIONS
+from merge_jax.study.contents import current_options
 from merge_jax.training.compilation_cache import CacheChoice, use_cache
 
 from . import cross_structure, cross_task
@@ -129,8 +129,8 @@ def _read(options: Options) -> "tuple[study.Scenario, Any]":
     module = _EXPERIMENTS[options.experiment]
     saved = {
         name: tuple(value) if isinstance(value, list) else value
-        for name, value in json.loads(path.read_text()).items()
-        if name != "contents" and name not in REMOVED_OPTIONS
+        for name, value in current_options(json.loads(path.read_text())).items()
+        if name != "contents"
     }
     try:
         config = replace(module.PRESETS["default"], **saved)

@@ -11,7 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -26,6 +26,8 @@ __all__ = ["MetricsLog", "RunFolder", "check_space", "describe_environment", "nu
 _RUNS = Path("runs")
 _CONFIG = "config.json"
 _CONTENTS = "contents"
+
+Translate = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
 _PACKAGES = ("merge_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -61,9 +63,7 @@ class RunFolder:
         self._lock: FolderLock | None = None
 
     @classmethod
-    def open(
-        cls, path: Path | str, config: Mapping[str, Any], *, resume: bool, removed: Mapping[str, Any] | None = None
-    ) -> Self:
+    def open(cls, path: Path | str, config: Mapping[str, Any], *, resume: bool, translate: Translate = dict) -> Self:
         """Returns the folder, made new, or the one that is there where `resume` is set.
 
         Args:
@@ -71,7 +71,7 @@ class RunFolder:
           config: all options that say what the run is, as JSON types. Under `contents` may stand what options hold that
             are paths, by name: where a run in the folder knows that too, the paths themselves may differ.
           resume: go on with the run in the folder.
-          removed: options that a run of an earlier version may have, with the values under which it is this run.
+          translate: makes the saved config of an earlier version one of this version.
 
         Where several processes share a run, process 0 alone writes, and what is wrong is told by it alone.
 
@@ -83,7 +83,7 @@ class RunFolder:
         path = Path(path)
         if jax.process_index() > 0:
             return cls(path)
-        cls.check(path, config, resume=resume, removed=removed)
+        cls.check(path, config, resume=resume, translate=translate)
         config_path = path / _CONFIG
         config = json.loads(json.dumps(config))  # As it will be read back: tuples are lists.
         try:
@@ -102,16 +102,13 @@ class RunFolder:
         return folder
 
     @staticmethod
-    def check(
-        path: Path | str, config: Mapping[str, Any], *, resume: bool, removed: Mapping[str, Any] | None = None
-    ) -> None:
+    def check(path: Path | str, config: Mapping[str, Any], *, resume: bool, translate: Translate = dict) -> None:
         """Raises ValueError where `open` would because of what is in the folder; writes nothing."""
         path = Path(path)
         config_path = path / _CONFIG
         try:
             if config_path.exists():
-                saved, given = json.loads(config_path.read_text()), json.loads(json.dumps(config))
-                saved = {name: value for name, value in saved.items() if (name, value) not in (removed or {}).items()}
+                saved, given = translate(json.loads(config_path.read_text())), json.loads(json.dumps(config))
                 changed = changes(_by_contents(saved, given), _by_contents(given, saved))
                 if changed:
                     raise ValueError(

@@ -190,7 +190,7 @@ def check_types(options: Any, prefix: str = "") -> None:
         try:
             check_type(value, hint, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
         except TypeCheckError:
-            kind = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+            kind = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "").replace("pathlib.", "")
             raise ValueError(f"{name} must be {kind}, got {value!r}") from None
         if is_dataclass(value):
             check_types(value, f"{name}.")

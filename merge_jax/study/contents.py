@@ -6,17 +6,14 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from merge_jax.study.config import RunConfig
 
-__all__ = ["REMOVED_OPTIONS", "contents_of", "run_identity", "run_options"]
+__all__ = ["contents_of", "current_options", "run_identity", "run_options"]
 
-REMOVED_OPTIONS: Mapping[str, Any] = MappingProxyType(
-    {"vectorized": False, "cycle_end": None, "gate": "learned", "max_width": 512}
-)
-"""Options of earlier versions, by the value under which a run of theirs is a run of this version."""
+# Options of version 0.1 that are gone, by the value that stands for what this version does.
+_REMOVED = {"vectorized": False, "cycle_end": None, "gate": "learned", "max_width": 512}
 
 # They say where and how far a run goes on, not what it is: a resumed run may have others.
 _NOT_IDENTIFYING = (
@@ -47,6 +44,11 @@ def run_identity(config: RunConfig) -> dict[str, Any]:
     contents = contents_of(options)
     options = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
     return options | ({"contents": contents} if contents else {})
+
+
+def current_options(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the saved options of a run as this version has them; what it cannot do stays, and shows as a change."""
+    return {name: value for name, value in saved.items() if (name, value) not in _REMOVED.items()}
 
 
 def contents_of(options: Mapping[str, Any]) -> dict[str, str]:

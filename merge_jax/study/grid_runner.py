@@ -14,13 +14,13 @@ import traceback
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from merge_jax.checks import error_context
 from merge_jax.runs.folder import RunFolder, numbered_folder
 from merge_jax.study.cli import parse
 from merge_jax.study.config import RunConfig
-from merge_jax.study.contents import REMOVED_OPTIONS, run_identity, run_options
+from merge_jax.study.contents import current_options, run_identity, run_options
 from merge_jax.study.experiment import find_experiment, find_grid, load_experiment
 from merge_jax.study.grid import Grid, GridRun, Options, make_runs, read_grid, select
 from merge_jax.study.options import TransferOptions
@@ -203,20 +203,15 @@ def _naming(run: GridRun) -> contextlib.AbstractContextManager[None]:
 
 def _bases(runs: Sequence[GridRun], configs: Mapping[str, RunConfig]) -> dict[str, str]:
     """Returns the name of the run that trains the source, by the names of those that read it."""
-    sharing: list[tuple[Any, list[GridRun]]] = []  # Options may be lists, which are no keys of a dict.
+    sharing: dict[str, list[GridRun]] = {}
     for run in runs:
         config = configs[run.name]
         if config.source == "pretrained" and config.source_control not in ("random", "other_seed"):
             options = {name: value for name, value in run_options(config).items() if name not in _TARGET_OPTIONS}
-            key = (run.setting.name, options)
-            same = next((found for other, found in sharing if other == key), None)
-            if same is None:
-                sharing.append((key, [run]))
-            else:
-                same.append(run)
+            sharing.setdefault(repr((run.setting.name, options)), []).append(run)
     return {
         run.name: first.name
-        for _, (first, *others) in sharing
+        for first, *others in sharing.values()
         if others and _build(first, configs[first.name]).source is not None
         for run in others
     }
@@ -232,7 +227,7 @@ def _check(jobs: Sequence[_Job], *, traced: bool) -> None:
     for job in jobs:
         source = job.config.source_from
         if job.begun and (source is None or source.exists()):  # One that is not there is trained before.
-            RunFolder.check(job.folder.path, run_identity(job.config), resume=True, removed=REMOVED_OPTIONS)
+            RunFolder.check(job.folder.path, run_identity(job.config), resume=True, translate=current_options)
     left = [job for job in jobs if not job.done]
     for number, job in enumerate(left, 1):
         print(f"checking {number}/{len(left)}: {job.run.name}", file=sys.stderr)

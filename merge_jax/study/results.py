@@ -24,7 +24,7 @@ def trial_result(
     state, seconds = outcome
     metrics = {role: trial.test(state, seed, role) for role in ("target", "source")}
     metric = {role: model.metric for role, model in trial.roles.items()}
-    own = [record for record in records if record["run"] == trial.folder(seed)]
+    own = [record for record in records if record["run"] == trial.run_name(seed)]
     name = f"target/validation_{metric['target']}"
     validation = [record[name] for record in own if name in record]
     rows = trial.method.transfer.describe(state.source.params, state.target.params)

@@ -15,7 +15,7 @@ from merge_jax.checkpoints.safetensors import leaf_paths
 from merge_jax.runs import PLAN, Plan, Run
 from merge_jax.runs.folder import MetricsLog, RunFolder, check_space, numbered_folder
 from merge_jax.study.config import RunConfig
-from merge_jax.study.contents import REMOVED_OPTIONS, run_identity
+from merge_jax.study.contents import current_options, run_identity
 from merge_jax.study.plan import make_plan
 from merge_jax.study.results import save_sample_images, show_results, trial_result
 from merge_jax.study.scenario import Scenario
@@ -66,7 +66,7 @@ def prepare_run(scenario: Scenario, config: RunConfig, expected: str = "", cauti
     identity = run_identity(config)
     with numbered_folder(scenario.name, config.resume, given=config.run_dir) as run_dir:
         check_space(run_dir, _checkpoint_bytes(checked, config))
-        folder = RunFolder.open(run_dir, identity, resume=config.resume, removed=REMOVED_OPTIONS)
+        folder = RunFolder.open(run_dir, identity, resume=config.resume, translate=current_options)
     if scenario.attach is not None and jax.process_index() == 0:
         scenario.attach(folder.path)
     signals = StopSignals()
@@ -106,7 +106,7 @@ def check_paths(config: RunConfig) -> None:
             except OSError as error:
                 raise ValueError(f"the source cannot be read: {error}") from None
     if config.run_dir is not None and jax.process_index() == 0:
-        RunFolder.check(config.run_dir, run_identity(config), resume=config.resume, removed=REMOVED_OPTIONS)
+        RunFolder.check(config.run_dir, run_identity(config), resume=config.resume, translate=current_options)
 
 
 def check_run(scenario: Scenario, config: RunConfig) -> Checked:
@@ -176,7 +176,7 @@ def _compile(checked: Checked, config: RunConfig, folder: RunFolder, results: Se
     if "source" in trials:
         source = trials["source"]
         last = str(source.lengths.steps)
-        if all((folder.checkpoints / source.folder(seed) / last).is_dir() for seed in seeds):
+        if all((folder.checkpoints / source.run_name(seed) / last).is_dir() for seed in seeds):
             names.remove("source")
     if len(names) < len(trials):
         ended = [name for name in trials if name not in names]
@@ -225,4 +225,4 @@ def _source(trainer: Trainer, checked: Checked, seed: int, folder: RunFolder) ->
     trained = trainer.train(trial, seed, trial.fresh_source(seed)).state.target
     if source_plan.snapshots is None:
         return trained
-    return read_trajectory(folder.checkpoints / trial.folder(seed), trained)
+    return read_trajectory(folder.checkpoints / trial.run_name(seed), trained)

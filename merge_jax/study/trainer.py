@@ -121,7 +121,7 @@ class Trainer:
         Raises:
           RunStoppedError: a signal asked for it.
         """
-        name, num_steps = trial.folder(seed), trial.lengths.steps
+        name, num_steps = trial.run_name(seed), trial.lengths.steps
         self._bar.set_postfix_str(name)
         state = self._layout.put_state(trial.initial_state(seed, source))
         with (

@@ -65,8 +65,8 @@ class Trial:
     seed_offset: int = 0
     trains_source: bool = False
 
-    def folder(self, seed: int) -> str:
-        """Returns the name of the checkpoint folder of a seed."""
+    def run_name(self, seed: int) -> str:
+        """Returns the name that a seed has in the metrics, and that its checkpoint folder has."""
         return f"{self.name}-seed{seed}"
 
     @cached_property
