@@ -15,6 +15,8 @@ __all__ = ["contents_of", "current_options", "run_identity", "run_options"]
 # Options of version 0.1 that are gone, by the value that stands for what this version does.
 _REMOVED = {"vectorized": False, "cycle_end": None, "gate": "learned", "max_width": 512}
 
+_RENAMED = {"view": "compare_on"}
+
 # They say where and how far a run goes on, not what it is: a resumed run may have others.
 _NOT_IDENTIFYING = (
     *("run_dir", "resume", "compilation_cache"),
@@ -47,8 +49,16 @@ def run_identity(config: RunConfig) -> dict[str, Any]:
 
 
 def current_options(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the saved options of a run as this version has them; what it cannot do stays, and shows as a change."""
-    return {name: value for name, value in saved.items() if (name, value) not in _REMOVED.items()}
+    """Returns the saved options of a run as this version has them; what it cannot do stays, and shows as a change.
+
+    A run of version 0.1 with a method of MergeNet is one of them: the same names mean other forms now.
+    """
+    options = {
+        _RENAMED.get(name, name): value for name, value in saved.items() if (name, value) not in _REMOVED.items()
+    }
+    if not any(method.startswith("mergenet") for method in saved.get("methods", ())):
+        options.pop("output", None)
+    return options
 
 
 def contents_of(options: Mapping[str, Any]) -> dict[str, str]:

@@ -17,6 +17,7 @@ from merge_jax.checkpoints.orbax import Checkpoints
 from merge_jax.paths import flatten
 from merge_jax.runs import mean_and_error
 from merge_jax.study.cli import main, parse
+from merge_jax.study.contents import current_options
 from merge_jax.study.sources import plan_source
 from merge_jax.study.trial import make_trials
 from tests import ROOT, tiny
@@ -164,13 +165,14 @@ def test_a_live_source_trains_beside_the_target(tmp_path):
 
 
 def test_a_run_of_another_version_goes_on_if_its_options_say_the_same(unbroken, tmp_path, capsys):
-    """Options that have gone since, at the values that this version always has."""
+    """Options that have gone since, at the values that this version always has, and one of another name."""
     folder = tmp_path / "run"
     shutil.copytree(unbroken[0], folder)
     config = json.loads((folder / "config.json").read_text())
-    removed = {"vectorized": False, "cycle_end": None, "gate": "learned", "max_width": 512}
+    removed = {"vectorized": False, "cycle_end": None, "gate": "learned", "max_width": 512, "output": "warm"}
     assert not config.keys() & removed.keys()
-    (folder / "config.json").write_text(json.dumps(config | removed))
+    before = {name: value for name, value in config.items() if name != "compare_on"} | {"view": config["compare_on"]}
+    (folder / "config.json").write_text(json.dumps(before | removed))
     shutil.rmtree(folder / "checkpoints" / "operators-seed0" / "10")
     (folder / "results.json").unlink()
     run("tiny", folder, *TEN_STEPS, "--resume")
@@ -180,6 +182,11 @@ def test_a_run_of_another_version_goes_on_if_its_options_say_the_same(unbroken, 
     with pytest.raises(SystemExit):
         run("tiny", folder, *TEN_STEPS, "--resume")
     assert "another config:\n  vectorized was True, is '(absent)'\n" in capsys.readouterr().err
+
+
+def test_a_run_with_mergenet_of_another_version_is_another_run():
+    saved = {"methods": ["vanilla", "mergenet"], "output": "warm", "view": "mixed", "steps": 3}
+    assert current_options(saved) == {"methods": saved["methods"], "output": "warm", "compare_on": "mixed", "steps": 3}
 
 
 @pytest.mark.slow
