@@ -60,7 +60,7 @@ def test_it_writes_at_the_first_step_alone(scenario, stages):
     aligned = stages["aligned"].initial_state(0, source)
     jax.tree.map(np.testing.assert_array_equal, state.adapter.params["0"], aligned.adapter.params)
     transfer, old = stage.method.transfer, state.target.params
-    first, later = (transfer.at(step).apply(state.adapter.params, source.params, old) for step in (0, 1))
+    first, later = (transfer.apply(state.adapter.params, source.params, old, step=step) for step in (0, 1))
     wanted = stages["aligned"].method.transfer.apply(aligned.adapter.params, source.params, old)
     for path, leaf in mj.flatten(first).items():
         np.testing.assert_allclose(leaf, mj.flatten(wanted)[path], rtol=1e-5, atol=1e-6)
