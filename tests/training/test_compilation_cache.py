@@ -13,7 +13,7 @@ import pytest
 import merge_jax.study.grid_runner
 from experiments import cross_structure
 from merge_jax.commands import doctor
-from merge_jax.study.cli import parse
+from merge_jax.study.cli import main, parse
 from merge_jax.study.contents import run_identity
 from merge_jax.training import compilation_cache
 
@@ -111,9 +111,7 @@ def test_a_wrong_folder_is_one_line_of_an_experiment(tmp_path, capsys):
     file = tmp_path / "file"
     file.write_text("mine")
     with pytest.raises(SystemExit) as end:
-        cross_structure.main(
-            cross_structure.PRESETS, "m", "", cross_structure.build, ["smoke", "--compilation-cache", str(file)]
-        )
+        main(cross_structure.PRESETS, "m", "", cross_structure.build, ["smoke", "--compilation-cache", str(file)])
     assert end.value.code == 2
     assert capsys.readouterr().err.startswith(f"error: the compilation cache {file} cannot be written")
 
