@@ -93,7 +93,13 @@ def shapes() -> tuple[Any, Any]:
 
 def compile_step(path: Path) -> Any:
     """Returns the compiled step, and writes it to a file for other processes of this machine."""
-    compiled = jax.jit(joint_step).lower(shapes()[0], batches_at(0)).compile()
+    # What is read from a compilation cache cannot be written again: another process finds none of its functions.
+    cached = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        compiled = jax.jit(joint_step).lower(shapes()[0], batches_at(0)).compile()
+    finally:
+        jax.config.update("jax_enable_compilation_cache", cached)
     path.write_bytes(serialize_executable.serialize(compiled)[0])
     return compiled
 

@@ -52,7 +52,9 @@ def kills(tools: Tools, n: int, seed: int) -> Outcome:
             if kill < count:
                 for _ in range(random.integers(3)):
                     word, *values = children.until("finished")[-1]
-                    finished = values[0] if word == "finished" else finished
+                    if word == "ended":
+                        raise RuntimeError(f"a child has ended by itself: {children.noise}")
+                    finished = values[0]
                 time.sleep(random.uniform(0, 0.2))
             if word != "ended":
                 with contextlib.suppress(ProcessLookupError):

@@ -91,7 +91,8 @@ def on_include_read(app: Sphinx, path: Path, docname: str, content: list[str]) -
 def _public_names() -> dict[str, str]:
     """Returns the full name of each public name that no plain word can be meant by."""
     names = {}
-    for module in ("merge_jax.data", "merge_jax.models", "merge_jax.runs", "merge_jax"):
+    packages = ("study", "training", "transfers", "objectives", "checkpoints", "data", "models", "runs")
+    for module in (*(f"merge_jax.{package}" for package in packages), "merge_jax"):
         for name in importlib.import_module(module).__all__:
             if "_" in name or name[0].isupper():
                 names[name] = f"{module}.{name}"
@@ -128,9 +129,10 @@ def on_docstring_of_data(app: Sphinx, what: str, name: str, obj: Any, options: A
 
 def _text_of_assignment(package: str, name: str) -> list[str]:
     """Returns the text below the assignment of a name, in the module of the package that makes it."""
-    for path in sorted(ROOT.joinpath(*package.split(".")).glob("[!_]*.py")):
+    for path in sorted(ROOT.joinpath(*package.split(".")).rglob("[!_]*.py")):
         if f"\n{name} = " in path.read_text():
-            return ModuleAnalyzer.for_module(f"{package}.{path.stem}").find_attr_docs().get(("", name), [])
+            module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+            return ModuleAnalyzer.for_module(module).find_attr_docs().get(("", name), [])
     return []
 
 

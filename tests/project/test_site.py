@@ -1,5 +1,6 @@
 """The site: builds without a warning, has every public name once, loads nothing from another host; project files."""
 
+import inspect
 import os
 import subprocess
 import sys
@@ -14,8 +15,7 @@ import pytest
 import yaml
 
 import merge_jax as mj
-import merge_jax.data
-import merge_jax.runs
+from merge_jax import study
 from tests import ROOT
 
 pytestmark = pytest.mark.docs
@@ -86,12 +86,17 @@ def pages(site):
     return {path.relative_to(site): read(path) for path in site.rglob("*.html")}
 
 
-@pytest.mark.parametrize("module", [mj, mj.models, merge_jax.data, merge_jax.runs], ids=lambda module: module.__name__)
-def test_every_public_name_is_on_one_page_of_the_reference(module, pages):
-    for name in module.__all__:
-        full = "module-merge_jax.models" if (module, name) == (mj, "models") else f"{module.__name__}.{name}"
-        found = [path for path, page in pages.items() if full in page.anchors and path.parts[0] == "reference"]
-        assert len(found) == 1, f"{full}: {[str(path) for path in found]}"
+PACKAGES = [mj, mj.checkpoints, mj.data, mj.models, mj.objectives, mj.runs, mj.training, mj.transfers, study]
+
+
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.__name__)
+def test_every_public_name_is_on_one_page_of_the_reference(package, pages):
+    for name in package.__all__:
+        if not inspect.ismodule(getattr(package, name)):
+            # What the root has too stands there.
+            full = f"{'merge_jax' if name in mj.__all__ else package.__name__}.{name}"
+            found = [path for path, page in pages.items() if full in page.anchors and path.parts[0] == "reference"]
+            assert len(found) == 1, f"{full}: {[str(path) for path in found]}"
 
 
 def test_links_to_files_of_the_repository_lead_to_their_pages(pages):
