@@ -94,7 +94,7 @@ def shapes() -> tuple[Any, Any]:
 def compile_step(path: Path) -> Any:
     """Returns the compiled step, and writes it to a file for other processes of this machine."""
     # What is read from a compilation cache cannot be written again: another process finds none of its functions.
-    cached = jax.config.jax_enable_compilation_cache
+    cached = jax.config.jax_enable_compilation_cache  # pyright: ignore[reportAttributeAccessIssue]
     jax.config.update("jax_enable_compilation_cache", False)
     try:
         compiled = jax.jit(joint_step).lower(shapes()[0], batches_at(0)).compile()

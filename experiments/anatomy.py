@@ -27,7 +27,7 @@ from rich.table import Table
 import merge_jax as mj
 from merge_jax import study
 from merge_jax.checks import check_choice
-from merge_jax.study.cli import folded
+from merge_jax.study.cli import as_found, folded
 from merge_jax.study.contents import current_options
 from merge_jax.training.compilation_cache import CacheChoice, use_cache
 
@@ -35,6 +35,7 @@ from . import cross_structure, cross_task
 
 __all__ = ["main", "measure"]
 
+_MODULE = __spec__.name if __spec__ else __name__
 _EXPERIMENTS: dict[str, Any] = {"cross_structure": cross_structure, "cross_task": cross_task}
 
 
@@ -57,7 +58,8 @@ class Options:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Reads a run and prints the table; what is wrong is one line on standard error and exit code 2."""
-    options = tyro.cli(Options, args=arguments, prog="python -m experiments.anatomy", description=folded(__doc__ or ""))
+    description = folded(as_found(__doc__ or "", _MODULE))
+    options = tyro.cli(Options, args=arguments, prog=f"python -m {_MODULE}", description=description)
     try:
         use_cache(options.compilation_cache)
         scenario, config = _read(options)

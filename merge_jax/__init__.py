@@ -11,7 +11,7 @@ from etils import epy
 from merge_jax.deprecated import find_old_name
 
 with epy.lazy_api_imports(globals()):
-    from merge_jax import checkpoints, data, layouts, models, objectives, paths, runs, training, transfers
+    from merge_jax import checkpoints, data, layouts, models, objectives, paths, runs, study, training, transfers
     from merge_jax.checkpoints import CheckpointError, Checkpoints, load_params, load_safetensors, save_safetensors
     from merge_jax.layouts import MatrixSpec
     from merge_jax.objectives import (
@@ -147,6 +147,7 @@ __all__ = [
     "several_sources",
     "share_transfer",
     "stepwise",
+    "study",
     "sum_losses",
     "summarize",
     "training",

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import tyro
 
-from merge_jax.study.cli import folded
+from merge_jax.study.cli import as_found, folded
 from merge_jax.study.grid import Options
 
 __all__ = ["main"]
@@ -15,7 +15,8 @@ def main(module: str, description: str | None, arguments: Sequence[str] | None =
 
     A run that fails is named, and the others go on; then the exit code is 1.
     """
-    options = tyro.cli(Options, args=arguments, prog=f"python -m {module}", description=folded(description or ""))
+    description = folded(as_found(description or "", module))
+    options = tyro.cli(Options, args=arguments, prog=f"python -m {module}", description=description)
     from merge_jax.study.grid_runner import run_study  # With JAX, which --help needs none of.
 
     run_study(options)

@@ -22,7 +22,7 @@ from merge_jax.training.compilation_cache import use_cache
 if TYPE_CHECKING:
     from merge_jax.study.scenario import Scenario
 
-__all__ = ["folded", "main", "parse"]
+__all__ = ["as_found", "folded", "main", "parse"]
 
 _SMOKE = "a smoke test: it shows that all works; its figures mean nothing"
 
@@ -39,9 +39,7 @@ def parse(presets: Mapping[str, _Options], module: str, description: str, argume
     """
     name, options = _split_preset(arguments)
     check_choice("preset", name, presets)
-    # Where the package brings its experiments, they have another parent than in the repository.
-    description = description.replace("python -m experiments.", f"python -m {module.rpartition('.')[0]}.")
-    description += (
+    description = as_found(description, module) + (
         f"\n\nPRESET is one of {', '.join(presets)}. Defaults shown are those of {name!r} (PRESET --help for another)."
     )
     return tyro.cli(
@@ -51,6 +49,12 @@ def parse(presets: Mapping[str, _Options], module: str, description: str, argume
         prog=f"python -m {module} [PRESET]",
         description=folded(description),
     )
+
+
+def as_found(description: str, module: str) -> str:
+    """Returns a description with its commands as the module is found: what a package brings has another parent."""
+    package = module.rpartition(".")[0]
+    return description.replace("python -m experiments.", f"python -m {package}.") if package else description
 
 
 def folded(text: str) -> str:

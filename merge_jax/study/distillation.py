@@ -32,11 +32,14 @@ def distillation_objectives(
       temperature: of `kd` and `kd_mixed`.
       weight: of the distillation in these two; the labels have the rest.
       axis_name: the axis of the devices that share a batch, if any.
+
+    Raises:
+      ValueError: a model without `apply`, or of several inputs.
     """
     teach, learn = source.apply, target.apply
+    if teach is None or learn is None or not len(source.inputs) == len(target.inputs) == 1:
+        raise ValueError(f"distillation needs two models of one input with `apply`: {source.name} and {target.name}")
     (teacher_input,), (student_input,) = source.inputs, target.inputs
-    assert teach is not None
-    assert learn is not None
     classification_loss = partial(mj.classification_loss, learn, inputs=student_input)
     show_logits = mj.logits_teacher(teach, inputs=teacher_input)
 
@@ -93,7 +96,8 @@ def distillation_objectives(
 
 def tf_kd_objective(model: StudyModel) -> Objective:
     """Returns the distillation of a classifier of one input without a teacher; see `tf_kd_loss`."""
-    assert model.apply is not None
+    if model.apply is None:
+        raise ValueError(f"tf_kd needs a model with `apply`, which {model.name} has not")
     (entry,) = model.inputs
 
     def tf_kd(logits: jax.Array, batch: Batch) -> jax.Array:

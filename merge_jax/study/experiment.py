@@ -46,6 +46,8 @@ def find_experiment(name: str) -> str:
             return name
     except ImportError:  # Of a package that is not there, or a relative name.
         pass
+    if name.endswith(".py"):
+        raise ValueError(f"an experiment is named by its module: {name.removesuffix('.py')!r}, not {name!r}")
     check_choice("experiment", name, names)
     raise AssertionError(name)  # What is no choice has raised.
 

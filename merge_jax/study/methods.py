@@ -121,8 +121,8 @@ def make_methods(
 
     @cache  # Its models are traced, and its fit compiled, once for all methods.
     def alignment() -> Alignment:
-        if source is None or source.apply is None or isinstance(routes, Mapping):
-            raise ValueError("a method with aligned needs one source that is a model of its own")
+        if source is None or source.apply is None or target.apply is None or isinstance(routes, Mapping):
+            raise ValueError("a method with aligned needs one source and a target that are models of their own")
         return align(source, target, routes)
 
     def aligned() -> _Moves:
@@ -137,12 +137,14 @@ def make_methods(
     def by_routes(make: TransferFactory) -> Callable[[], _Moves]:
         return lambda: _Moves(bind(make), options.stop)
 
-    moves: dict[str, Callable[[], _Moves]] = {
+    shipped: dict[str, Callable[[], _Moves]] = {
         "": lambda: _Moves(mj.identity_transfer(), 0.0),
-        **{name: by_routes(make) for name, make in {**_transfers(options), **transfers}.items()},
+        **{name: by_routes(make) for name, make in _transfers(options).items()},
         "aligned": aligned,
         "mergenet_residual_aligned": then_residual,
     }
+    _check_own_names(shipped, transfers, objectives)
+    moves = shipped | {name: by_routes(make) for name, make in transfers.items()}
     learned = {"": Objective(target.loss), **objectives}
 
     def method(make: Callable[[], _Moves], objective: Objective, agree: str) -> Method:
@@ -157,6 +159,21 @@ def make_methods(
         )
         for name, objective, agree in product(moves, learned, ("", "agree"))
     }
+
+
+def _check_own_names(
+    shipped: Iterable[str], transfers: Mapping[str, TransferFactory], objectives: Mapping[str, Objective]
+) -> None:
+    """Raises ValueError for a transfer or an objective of one's own that another method's name would mean too."""
+    taken = {"", "vanilla", "agree", *shipped}
+    for kind, names in (("transfer", transfers), ("objective", objectives)):
+        for name in names:
+            if name in taken or any(name.startswith(f"{other}_") for other in taken if other):
+                raise ValueError(f"the {kind} {name!r} has the name of a method that is there already: take another")
+        taken |= names.keys()
+    for name, objective in objectives.items():
+        if not isinstance(objective, Objective):
+            raise ValueError(f"the objective {name!r} must be an Objective(loss, teacher), got {objective!r}")
 
 
 def _transfers(options: TransferOptions) -> dict[str, TransferFactory]:

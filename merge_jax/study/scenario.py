@@ -73,6 +73,13 @@ class StudyModel:
     sample_images: SampleImages | None = None
     code: str = ""
 
+    def __post_init__(self) -> None:  # noqa: D105
+        if self.apply is not None and not self.inputs:
+            raise ValueError(
+                f"the model {self.name!r} has an apply function and no inputs: name the entries of a batch that it "
+                "reads, such as inputs=('image',)"
+            )
+
 
 FitFn = Callable[[Adapter, TrainState, Params, Batch], Adapter]
 """`(adapter as the transfer makes it, source, target's parameters, target's examples) -> adapter to start from`."""

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -154,9 +155,9 @@ class Transfer:
     def __post_init__(self) -> None:  # noqa: D105
         for name, function, arguments in (("apply", self.apply, "key=None, step=None"),
                                           ("monitor", self.monitor, "step=None")):  # fmt: skip
-            if not _takes_step(function):
+            if not _takes(function, *re.findall(r"(\w+)=", arguments)):
                 raise ValueError(
-                    f"the transfer's {name} must take the step of training, as in "
+                    f"the transfer's {name} must take the step of training, and the keywords in "
                     f"def {name}(adapter, source_params, target_params, *, {arguments})"
                 )
 
@@ -167,12 +168,13 @@ class Transfer:
         return replace(self, apply=apply, monitor=monitor)
 
 
-def _takes_step(function: Any) -> bool:
+def _takes(function: Any, *keywords: str) -> bool:
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # Nothing tells what a function outside of Python takes.
         return callable(function)
-    return any(one.name == "step" or one.kind is one.VAR_KEYWORD for one in parameters)
+    named = {one.name for one in parameters if one.kind in (one.KEYWORD_ONLY, one.POSITIONAL_OR_KEYWORD)}
+    return named.issuperset(keywords) or any(one.kind is one.VAR_KEYWORD for one in parameters)
 
 
 def check_transfer(name: str, value: Any) -> None:

@@ -306,7 +306,7 @@ def test_a_transfer_of_ones_own_needs_two_functions_that_take_the_step():
     merged = both.apply(both.init(jax.random.key(0), tree, tree), tree, tree, step=jnp.array(4))
     np.testing.assert_array_equal(merged["w"], 1 + 4 + 0.5 * 4)
     with pytest.raises(
-        ValueError, match=r"apply must take the step of training, as in def apply\(.*key=None, step=None"
+        ValueError, match=r"apply must take the step of training, and the keywords in def apply\(.*key=None, step=None"
     ):
         mj.Transfer(init, lambda adapter, source_params, target_params, *, key=None: target_params)
     with pytest.raises(ValueError, match="monitor must take the step"):
