@@ -122,7 +122,9 @@ def make_methods(
     @cache  # Its models are traced, and its fit compiled, once for all methods.
     def alignment() -> Alignment:
         if source is None or source.apply is None or target.apply is None or isinstance(routes, Mapping):
-            raise ValueError("a method with aligned needs one source that is a model of its own, and a target with `apply`")
+            raise ValueError(
+                "a method with aligned needs one source that is a model of its own, and a target with `apply`"
+            )
         return align(source, target, routes)
 
     def aligned() -> _Moves:
