@@ -8,7 +8,7 @@ from typing import Any
 
 from etils import epy
 
-from merge_jax.deprecated import find_old_name
+from merge_jax.deprecated import NEW_NAMES, find_old_name
 
 with epy.lazy_api_imports(globals()):
     from merge_jax import checkpoints, data, layouts, models, objectives, paths, runs, study, training, transfers
@@ -160,7 +160,4 @@ _find_name = __getattr__  # type: ignore[name-defined]  # noqa: F821  # That of 
 
 
 def __getattr__(name: str) -> Any:
-    try:
-        return _find_name(name)
-    except AttributeError:
-        return find_old_name(name)
+    return find_old_name(name) if name in NEW_NAMES else _find_name(name)

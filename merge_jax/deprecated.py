@@ -69,13 +69,7 @@ NEW_NAMES = {
 
 
 def find_old_name(name: str) -> Any:
-    """Returns what `merge_jax.<name>` was in version 0.1, with a warning that says what it is called now.
-
-    Raises:
-      AttributeError: there was no such name.
-    """
-    if name not in NEW_NAMES:
-        raise AttributeError(f"module 'merge_jax' has no attribute {name!r}")
+    """Returns what `merge_jax.<name>`, one of `NEW_NAMES`, was in version 0.1, and warns that it has a new name."""
     warn_renamed(f"merge_jax.{name}", NEW_NAMES[name])
     module, _, attribute = NEW_NAMES[name].rpartition(".")
     return getattr(importlib.import_module(module), attribute)

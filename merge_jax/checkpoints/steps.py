@@ -6,7 +6,7 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -86,7 +86,7 @@ class OrbaxSteps:
 
     def best(self) -> int | None:
         """Returns the step of the highest score, the newest of several; None where no step has a score."""
-        return max(self.scores, key=lambda step: (self.scores[step], step), default=None)
+        return _best_of(self.scores, self.scores)
 
     def manifest(self, step: int) -> Manifest:
         """Returns what stands beside a step; raises DamagedStepError where it is not what was written."""
@@ -200,11 +200,14 @@ class _NewestAndBest:
         steps = [checkpoint.step for checkpoint in checkpoints]
         if self._keep is None:
             return [True] * len(steps)
-        staying, scores = set(sorted(steps)[-self._keep :]), self._scores()
-        scored = [step for step in steps if step in scores]
-        if scored:
-            staying.add(max(scored, key=lambda step: (scores[step], step)))
+        scores = self._scores()
+        best = _best_of(scores, (step for step in steps if step in scores))
+        staying = {*sorted(steps)[-self._keep :], best}
         return [step in staying for step in steps]
+
+
+def _best_of(scores: Mapping[int, float], steps: Iterable[int]) -> int | None:
+    return max(steps, key=lambda step: (scores[step], step), default=None)
 
 
 def _retry_listing(list_steps: Callable[[], _Found]) -> _Found:
