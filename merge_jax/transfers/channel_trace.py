@@ -6,18 +6,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend import core
 
-from merge_jax.paths import flatten
 from merge_jax.transfers.channel_axes import AxisNodes
+from merge_jax.transfers.program import CALLS, Constant, Equation, Program
 from merge_jax.types import Params
 
 __all__ = ["FOLLOWED", "ChannelTrace", "Sum"]
 
-_CALLS = {
-    *("pjit", "jit", "closed_call", "core_call", "remat", "remat2", "checkpoint"),
-    *("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"),
-}
 _REDUCTIONS = {
     *("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or", "reduce_xor"),
     *("argmax", "argmin"),
@@ -54,7 +49,7 @@ _ALONG: Mapping[str, _Axes] = {
 }
 
 FOLLOWED = frozenset(
-    {*_CALLS, *_REDUCTIONS, *_BY_ENTRY, *_FORMS, *_ALONG, "optimization_barrier", "cond", "platform_index", "iota"}
+    {*CALLS, *_REDUCTIONS, *_BY_ENTRY, *_FORMS, *_ALONG, "optimization_barrier", "cond", "platform_index", "iota"}
 )
 """Names of the primitives that are followed (`cond` where it asks for the platform alone)."""
 
@@ -91,7 +86,9 @@ class ChannelTrace(AxisNodes):
 
     def __init__(self, fn: Callable[..., Any], params: Params, inputs: Sequence[Any]):  # noqa: D107
         super().__init__(params)
-        self._jaxpr = jax.make_jaxpr(fn)(params, *inputs)
+        self.program = Program(fn, params, inputs)
+        self.nodes: dict[int, tuple[int, ...]] = {}
+        """The nodes of the axes of each value of the program, once it was followed."""
 
     def follow(self, params: Params, inputs: Sequence[Any]) -> None:
         """Follows the function for shapes alone."""
@@ -99,51 +96,32 @@ class ChannelTrace(AxisNodes):
 
     def run(self, params: Params, inputs: Sequence[Any], on_sum: OnSum) -> list[Any]:
         """Evaluates the function, and hands over each sum over axes that are of a leaf, or of two values."""
-        leaves = [Value(leaf, self._leaves[path], True) for path, leaf in flatten(params).items()]
-        rest = [Value(leaf, self._fresh(jnp.ndim(leaf))) for leaf in jax.tree.leaves(tuple(inputs))]
-        self._inputs.update(node for one in rest for node in one.nodes)
-        outputs = self._evaluate(self._jaxpr.jaxpr, self._jaxpr.consts, [*leaves, *rest], on_sum)
-        return [output.value for output in outputs]
-
-    def _evaluate(self, jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Value], on_sum: OnSum) -> list[Value]:
-        known: dict[Any, Value] = {}
-
-        def read(var: Any) -> Value:
-            if isinstance(var, core.Literal):
-                return Value(var.val, self._fresh(np.ndim(var.val)), True)
-            return known[var]
-
-        constants = [Value(const, self._fresh(np.ndim(const)), True) for const in consts]
-        known |= dict(zip([*jaxpr.constvars, *jaxpr.invars], [*constants, *inputs], strict=True))
+        program, leaves = self.program, jax.tree.leaves(params)
+        known = {
+            number: Value(leaf, self._leaves[path], True)
+            for (path, number), leaf in zip(program.leaves.items(), leaves, strict=True)
+        }
+        known |= {
+            number: Value(leaf, self._fresh(jnp.ndim(leaf)))
+            for number, leaf in zip(program.inputs, jax.tree.leaves(tuple(inputs)), strict=True)
+        }
+        self._inputs.update(node for number in program.inputs for node in known[number].nodes)
         self._carried += [one.nodes for one in known.values()]
-        platform_values: set[Any] = set()
-        for eqn in jaxpr.eqns:
-            values = [read(var) for var in eqn.invars]
-            name = eqn.primitive.name
-            if name == "platform_index" or (platform_values.intersection(_vars(eqn)) and name != "cond"):
-                # Only asked by a cond, all of whose branches compute the same; the last is for any platform.
-                platform_values |= set(eqn.outvars)
-                outputs = [Value(None, ())] * len(eqn.outvars)
-            elif name in _CALLS:
-                outputs = self._call(_inner(eqn.params), values, on_sum)
-            elif name == "cond" and eqn.invars[0] in platform_values:
-                outputs = self._call(eqn.params["branches"][-1], values[1:], on_sum)
-            else:
-                params = eqn.primitive.get_bind_params(eqn.params)
-                bound = eqn.primitive.bind(*(one.value for one in values), **params)
-                results = bound if eqn.primitive.multiple_results else [bound]
-                outputs = self._follow(eqn, values, results, on_sum)
-            known |= dict(zip(eqn.outvars, outputs, strict=True))
-            self._carried += [one.nodes for one in outputs]
-        return [read(var) for var in jaxpr.outvars]
 
-    def _call(self, closed: Any, values: Sequence[Value], on_sum: OnSum) -> list[Value]:
-        jaxpr, consts = (closed.jaxpr, closed.consts) if hasattr(closed, "consts") else (closed, ())
-        return self._evaluate(jaxpr, consts, values, on_sum)
+        def read(one: int | Constant) -> Value:
+            return Value(one.value, self._fresh(np.ndim(one.value)), True) if isinstance(one, Constant) else known[one]
 
-    def _follow(self, eqn: Any, values: Sequence[Value], results: Sequence[Any], on_sum: OnSum) -> list[Value]:
+        for equation in program.equations:
+            values = [read(one) for one in equation.inputs]
+            made = self._follow(equation, values, equation.run([one.value for one in values]), on_sum)
+            known |= dict(zip(equation.outputs, made, strict=True))
+            self._carried += [one.nodes for one in made]
+        self.nodes = {number: one.nodes for number, one in known.items()}
+        return [read(one).value for one in program.outputs]
+
+    def _follow(self, eqn: Equation, values: Sequence[Value], results: Sequence[Any], on_sum: OnSum) -> list[Value]:
         """Returns the results with the nodes of their axes."""
-        if eqn.primitive.name == "optimization_barrier":
+        if eqn.name == "optimization_barrier":
             return [one._replace(value=result) for one, result in zip(values, results, strict=True)]
         from_leaves = all(one.from_leaves for one in values)
         nodes = (
@@ -153,15 +131,15 @@ class ChannelTrace(AxisNodes):
             nodes = [self._fresh(jnp.ndim(result)) for result in results]
             if results:  # A leaf that goes in whole might make channels there.
                 for one in values:
-                    self._lose(eqn.primitive.name, one.nodes)
+                    self._lose(eqn.name, one.nodes)
                     self._touch(one.nodes)
         return [Value(result, own, from_leaves) for result, own in zip(results, nodes, strict=True)]
 
     def _nodes(
-        self, eqn: Any, values: Sequence[Value], new_shapes: Sequence[tuple[int, ...]], on_sum: OnSum
+        self, eqn: Equation, values: Sequence[Value], new_shapes: Sequence[tuple[int, ...]], on_sum: OnSum
     ) -> list[tuple[int, ...]] | None:
         """Returns the nodes of each result's axes; None for an operation that cannot be followed."""
-        name, params = eqn.primitive.name, eqn.params
+        name, params = eqn.name, eqn.params
         shapes = [jnp.shape(one.value) for one in values]
         nodes, shape, new_shape = values[0].nodes, shapes[0], new_shapes[0]
         if name == "dot_general":
@@ -369,11 +347,3 @@ def _ends(shape: Sequence[int]) -> list[tuple[int, int]]:
 
 def _broadcasts(shape: Sequence[int], result: Sequence[int]) -> bool:
     return not shape or (len(shape) == len(result) and all(a in (1, b) for a, b in zip(shape, result, strict=True)))
-
-
-def _inner(params: Mapping[str, Any]) -> Any:
-    return next(params[name] for name in ("jaxpr", "call_jaxpr", "fun_jaxpr") if name in params)
-
-
-def _vars(eqn: Any) -> list[Any]:
-    return [var for var in eqn.invars if not isinstance(var, core.Literal)]

@@ -1,0 +1,372 @@
+"""Refit: after an aligned write, every layer of the target is solved to compute what the source's does."""
+
+import dataclasses
+import functools
+import math
+import string
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from merge_jax.checks import check_at_least_one
+from merge_jax.paths import flatten, replace
+from merge_jax.transfers.aligned import aligned_transfer
+from merge_jax.transfers.alignment_plan import plan_alignment
+from merge_jax.transfers.channel_trace import ChannelTrace
+from merge_jax.transfers.channels import input_moments
+from merge_jax.transfers.layer_sites import is_state
+from merge_jax.transfers.layerwise import kernel_routes
+from merge_jax.transfers.pairing import resolve
+from merge_jax.transfers.program import Program
+from merge_jax.transfers.refit_plan import FollowedModel, RefitPlan, Site, plan_refit
+from merge_jax.transfers.refit_solve import (
+    add_moments,
+    batch_moments,
+    channel_rows,
+    end_rows,
+    entering,
+    matrix,
+    no_moments,
+    slope,
+    solve,
+    without,
+    write,
+)
+from merge_jax.transfers.routes import Route, Routes
+from merge_jax.types import Adapter, Params
+
+__all__ = ["FewRowsWarning", "Refit", "refit"]
+
+_ALIGNED_ON = 512  # What enters a layer at each place of so many inputs is enough for its moments.
+_PARAMS = "params"
+
+ModelFn = Callable[..., Any]
+"""`(variables, *inputs) -> outputs`, in evaluation mode."""
+
+
+class FewRowsWarning(UserWarning):
+    """A layer has more unknowns than rows to solve them from, so that the ridge was raised."""
+
+
+class Refit(NamedTuple):
+    """What a refit made.
+
+    Attributes:
+      variables: of the target, parameters and state.
+      solved: `{leaf: R^2}`, the share of the source's variance, at the channels that were chosen, that the target has
+        after the layer was solved, on the inputs of the fit.
+      kept: `{leaf: why}` of the routed parameters that were aligned and not solved.
+    """
+
+    variables: Params
+    solved: dict[str, jax.Array]
+    kept: dict[str, str]
+
+
+def refit(
+    routes: Routes,
+    source: ModelFn,
+    target: ModelFn,
+    source_variables: Params,
+    target_variables: Params,
+    *inputs: jax.Array,
+    ridge: float = 1e-2,
+    batch_size: int = 256,
+    max_rows: int = 40_000,
+    key: jax.Array | None = None,
+    adapter: Adapter | None = None,
+    axis_name: str | None = None,
+) -> Refit:
+    """Returns a target of the source's family that computes what the source does, in closed form and without labels.
+
+    First `aligned_transfer` writes: channels are chosen, alike in all leaves, statistics of norms too. Then the layers
+    are walked in the order of the computation. With `X [n, d]` what enters a layer **in the target as written so far**,
+    one row for each input and place, and `T [n, m]` what the source has at the chosen channels just before what is not
+    linear, minus what the target has there without the layer,
+
+        W = (X'X/n + r I)^-1 (X'T/n + r W0),    r = ridge tr(X'X/n) / d max(1, d/n),    b = mean T - mean X W,
+
+    centred, with `W0` the aligned kernel. So each layer makes up for what those before it got wrong. The intercept goes
+    to the bias or the norm on the way. Running statistics become those of the same inputs, and the gain makes up for
+    them. Kernels that end in one sum, such as the last of a residual block and its shortcut, are solved jointly. What
+    has its own numbers for each channel, the gain and bias of a LayerNorm or a depthwise kernel, is solved channel by
+    channel. The last layer, where it is routed and labels are shared, is solved to the source's logits.
+
+    Sources: least squares after matching (PLeaS, arXiv:2407.02447), from what enters in the merged model so far
+    (RegMean++, arXiv:2508.03121). To walk any two computations by their channel graphs is our choice.
+
+    It may be jitted, and differentiated with respect to both variables. Moments are gathered over batches: memory for a
+    layer is that of `X'X`, beside what all inputs are at one depth of both models.
+
+    Args:
+      routes: as `aligned_transfer`, of parameters; `["**=**"]` pairs all leaves of one path. Leave out last layers of
+        other labels.
+      source: `(variables, *inputs) -> outputs`, such as `source_model.apply`, in evaluation mode.
+      target: the same of the target.
+      source_variables: `{"params": ..., "batch_stats": ...}`, as Flax has them; a tree of parameters alone will do.
+      target_variables: of the target; where nothing is routed they stay.
+      *inputs: such as the target will see, `[N, ...]`, without labels.
+      ridge: without unit; from 1e-3 to 1e-1 it changed nothing on digits.
+      batch_size: inputs in a batch.
+      max_rows: at most about so many rows of a layer are taken, drawn at random over inputs and places.
+      key: for that; `jax.random.key(0)` by default.
+      adapter: which channels, as an `aligned_transfer` over both variables made it, for controls; None for the fit.
+      axis_name: the axis of `pmap` or `shard_map` whose devices share the inputs.
+
+    Raises:
+      ValueError: no inputs, or of unequal numbers; as `channel_graph` and `aligned_transfer`; nothing to solve.
+
+    Warns:
+      FewRowsWarning: a layer with more unknowns than rows, whose ridge is raised by as much.
+    """
+    count = _count(inputs)
+    check_at_least_one(batch_size=batch_size, max_rows=max_rows)
+    if not 0 < ridge < float("inf"):
+        raise ValueError(f"ridge must be above 0, got {ridge}")
+    size = min(batch_size, count)
+    batch = [jax.ShapeDtypeStruct((size, *jnp.shape(one)[1:]), jnp.result_type(one)) for one in inputs]
+    models = [_followed(role, fn, variables, batch) for role, fn, variables in
+              (("source", source, source_variables), ("target", target, target_variables))]  # fmt: skip
+    named_routes = _with_state(routes, source_variables, target_variables)
+    key = jax.random.key(0) if key is None else key
+    transfer = aligned_transfer(named_routes, models[0].graph, models[1].graph)
+    if adapter is None:
+        some = jax.random.permutation(key, count)[: min(_ALIGNED_ON, count)]
+        moments = input_moments(source, source_variables, *(jnp.asarray(one)[some] for one in inputs))
+        if axis_name is not None:
+            moments = lax.pmean(moments, axis_name)
+        assert transfer.fit is not None  # The aligned one has it.
+        adapter = transfer.fit(moments, source_variables, target_variables)
+    written = transfer.apply(adapter, source_variables, target_variables)
+    alignment = plan_alignment(
+        resolve(named_routes, source_variables, target_variables), *(one.graph for one in models)
+    )
+    plan = plan_refit(alignment, *models)
+    if not plan.sites:
+        reasons = "; ".join(f"{path}: {why}" for path, why in plan.kept.items())
+        raise ValueError(f"nothing of the target can be solved for. {reasons}")
+    programs = (model.trace.program for model in models)
+    walk = _Walk(*programs, plan, adapter, ridge, max_rows, axis_name, math.ceil(count / size), count)
+    leaves, solved = walk.run(
+        dict(zip(walk.source.leaves.values(), flatten(source_variables).values(), strict=True)),
+        dict(zip(walk.target.leaves.values(), flatten(written).values(), strict=True)),
+        *_in_batches(inputs, size),
+        key,
+    )
+    made = {path: leaves[number] for path, number in walk.target.leaves.items()}
+    return Refit(replace(target_variables, made), solved, dict(plan.kept))
+
+
+def _count(inputs: tuple[jax.Array, ...]) -> int:
+    counts = {jnp.shape(one)[0] if jnp.ndim(one) else 0 for one in inputs}
+    if len(counts) != 1 or not min(counts):
+        raise ValueError(f"the refit needs inputs, as many of each, got {[jnp.shape(one) for one in inputs]}")
+    return counts.pop()
+
+
+def _followed(role: str, fn: ModelFn, variables: Params, batch: list[Any]) -> FollowedModel:
+    trace = ChannelTrace(fn, variables, batch)
+    trace.follow(variables, batch)
+    graph = trace.graph()
+    try:
+        trace.check()
+    except ValueError as error:
+        raise ValueError(f"the {role}: {error}") from None
+    return FollowedModel(trace, graph)
+
+
+def _with_state(routes: Routes, source: Params, target: Params) -> tuple[Route, ...]:
+    """Returns the routes in whole variables: those of parameters, and those of the state of the modules they are in."""
+    named, paths = kernel_routes(routes), {"source": list(flatten(source)), "target": list(flatten(target))}
+    state = {role: [path for path in own if is_state(path, own)] for role, own in paths.items()}
+    if _PARAMS not in source or _PARAMS not in target:
+        return named
+    found: dict[str, str] = {}
+    for one in resolve(named, source[_PARAMS], target[_PARAMS]):
+        modules = [path.rpartition("/")[0] for path in (one.target[0], one.source[0])]
+        for path in state["target"]:
+            collection, _, rest = path.partition("/")
+            module, _, leaf = rest.rpartition("/")
+            other = f"{collection}/{modules[1]}/{leaf}"
+            if module == modules[0] and other in state["source"]:
+                found[path] = other
+    params = [_below_params(route) for route in named]
+    return (*params, *(Route(path, other) for path, other in found.items()))
+
+
+def _below_params(route: Route) -> Route:
+    def below(leaves: Any) -> Any:
+        if isinstance(leaves, tuple):
+            return tuple(map(below, leaves))
+        if not isinstance(leaves, str):
+            raise ValueError(f"the refit takes paths and globs, not the regular expression {leaves.pattern!r}")
+        return f"{_PARAMS}/{leaves}"
+
+    return dataclasses.replace(route, target=below(route.target), source=below(route.source))
+
+
+def _in_batches(inputs: tuple[jax.Array, ...], size: int) -> tuple[list[jax.Array], jax.Array]:
+    """Returns the inputs as `[batches, B, ...]` and weights `[batches, B]`; what fills the last batch has weight 0."""
+    count = jnp.shape(inputs[0])[0]
+    batches = math.ceil(count / size)
+    places = jnp.arange(batches * size)
+    weights = (places < count).astype(jnp.float32).reshape(batches, size)
+    return [jnp.asarray(one)[places % count].reshape(batches, size, *jnp.shape(one)[1:]) for one in inputs], weights
+
+
+class _Walk(NamedTuple):
+    """Both computations, site after site: what all batches are at one depth is kept, and nothing else."""
+
+    source: Program
+    target: Program
+    plan: RefitPlan
+    adapter: Adapter
+    ridge: float
+    max_rows: int
+    axis_name: str | None
+    batches: int
+    count: int
+
+    def run(
+        self,
+        source_leaves: dict[int, jax.Array],
+        leaves: dict[int, jax.Array],
+        inputs: list[jax.Array],
+        weights: jax.Array,
+        key: jax.Array,
+    ) -> tuple[dict[int, jax.Array], dict[str, jax.Array]]:
+        """Returns the target's leaves and how well each site was solved."""
+        source_values = dict(zip(self.source.inputs, inputs, strict=True))
+        values = dict(zip(self.target.inputs, inputs, strict=True))
+        source_kept, kept, solved = self._source_kept(), self._target_kept(), {}
+        for number, site in enumerate(self.plan.sites):
+            self._check_rows(site, weights)
+            unknowns = [(one, slope(self.target, site, one, leaves)) for one in site.unknowns]
+            priors = [matrix(self.target, one, leaves) * (scale if site.dense else 1) for one, scale in unknowns]
+            gather = functools.partial(
+                self._gather, site, source_leaves, dict(leaves), source_kept[number], kept[number]
+            )
+            keys = jax.random.split(jax.random.fold_in(key, number), len(weights))
+            moments, (source_values, values) = lax.scan(
+                gather, no_moments(site), (source_values, values, weights, keys)
+            )
+            solution = solve(site, moments, jnp.concatenate(priors), self._valid(site), self.ridge)
+            leaves = write(self.target, site, leaves, solution, moments)
+            solved |= {one.layer.leaf: solution.r2 for one in site.unknowns}
+        return leaves, solved
+
+    def _gather(
+        self,
+        site: Site,
+        source_leaves: dict[int, jax.Array],
+        leaves: dict[int, jax.Array],
+        source_kept: frozenset[int],
+        kept: frozenset[int],
+        moments: Any,
+        batch: Any,
+    ) -> tuple[Any, Any]:
+        """Adds one batch to the moments of a site, and returns what is kept of it for the next."""
+        source_values, values, weights, key = batch
+        found = self.source.evaluate({**source_leaves, **source_values}, {site.source_end, *source_kept})
+        entered = {one for unknown in site.unknowns for one in unknown.layer.meets.reads if one in self.target.data}
+        needed = entered if site.dense else set[int]()
+        known = self.target.evaluate({**leaves, **values}, {*needed, *kept})
+        limit = math.ceil(self.max_rows / self.batches)
+        rows = jnp.arange(site.rows) if site.rows <= limit else jax.random.randint(key, (limit,), 0, site.rows)
+        chosen = None if site.rows <= limit else rows
+        x = entering(self.target, site, known, leaves, chosen)
+        wanted = channel_rows(self._in_target(site, found[site.source_end]), site.channel_axes, chosen)
+        rest = end_rows(self.target, site, without(self.target, site, known), chosen)
+        of_rows = weights[rows // (site.rows // len(weights))]
+        total = (lambda one: one) if self.axis_name is None else functools.partial(lax.psum, axis_name=self.axis_name)
+        moments = add_moments(moments, batch_moments(x, wanted - rest, wanted, of_rows, total))
+        return moments, ({one: found[one] for one in source_kept}, {one: known[one] for one in kept})
+
+    def _in_target(self, site: Site, value: jax.Array) -> jax.Array:
+        """Returns a value of the source at the channels that the target has."""
+        letters, large = string.ascii_lowercase[: value.ndim], list(string.ascii_lowercase[: value.ndim])
+        matrices, names = [], []
+        for axis, place in zip(site.pairs, site.channel_axes, strict=True):
+            if axis.name is not None:
+                large[place] = letters[place].upper()
+                around = "" if axis.around is None else letters[site.channel_axes[axis.around]]
+                matrices.append(self.adapter["outputs"][axis.name])
+                names.append(f"{around}{letters[place]}{large[place]}")
+        equation = f"{','.join([*names, ''.join(large)])}->{letters}"
+        return jnp.einsum(equation, *matrices, value.astype(jnp.float32), precision=lax.Precision.HIGHEST)
+
+    def _valid(self, site: Site) -> jax.Array:
+        """Returns which channels of a site have one of the source, bool `[m]`."""
+        valid = jnp.ones((), bool)
+        for number, (axis, size) in enumerate(zip(site.pairs, site.channels, strict=True)):
+            chosen = jnp.ones(size, bool)
+            if axis.name is not None:
+                chosen = jnp.any(self.adapter["outputs"][axis.name] != 0, -1)
+            if axis.around is None:
+                valid = valid[..., None] & chosen
+            else:  # The axis around comes before.
+                assert axis.around == number - 1
+                valid = valid[..., None] & chosen.reshape(*(1,) * (valid.ndim - 1), *chosen.shape)
+        return valid.reshape(-1)
+
+    def _check_rows(self, site: Site, weights: jax.Array) -> None:
+        rows = min(self.max_rows, site.rows // weights.shape[1] * self.count)
+        if rows < site.num_unknowns:
+            warnings.warn(
+                f"{site.name} has {site.num_unknowns} unknowns and {rows} rows to solve them from: the ridge is raised "
+                f"{site.num_unknowns / rows:.3g} times; give more inputs",
+                FewRowsWarning,
+                stacklevel=2,
+            )
+
+    def _target_kept(self) -> list[frozenset[int]]:
+        """Returns for each site what of the target is to be kept for those after it."""
+        program, sites = self.target, self.plan.sites
+        written = {path: number for number, site in enumerate(sites) for path in site.leaves}
+
+        def level(value: int) -> int:
+            return max((written[path] for path in program.leaves_of[value] if path in written), default=-1)
+
+        levels = {value: level(value) for equation in program.equations for value in equation.outputs}
+        found = []
+        for number in range(len(sites)):
+            needed = _ancestors(program, [site.end for site in sites[number:]])
+            found.append(
+                frozenset(
+                    value
+                    for equation in program.equations
+                    if needed.intersection(equation.outputs) and levels[equation.outputs[0]] >= number
+                    for value in equation.reads
+                    if value in program.data and levels.get(value, -1) < number
+                )
+            )
+        return found
+
+    def _source_kept(self) -> list[frozenset[int]]:
+        """Returns the same of the source: what was computed by the end of a site and is read after it."""
+        program, ends = self.source, [site.source_end for site in self.plan.sites]
+        found, reached = [], -1
+        for number, end in enumerate(ends):
+            reached, later = max(reached, program.makers[end]), ends[number + 1 :]
+            needed = _ancestors(program, later)
+            kept = {
+                value
+                for place, equation in enumerate(program.equations)
+                if place > reached and needed.intersection(equation.outputs)
+                for value in equation.reads
+            } | set(later)
+            found.append(frozenset(value for value in kept & program.data if program.makers.get(value, -1) <= reached))
+        return found
+
+
+def _ancestors(program: Program, values: Iterable[int]) -> set[int]:
+    """Returns the values and all that they are computed from."""
+    needed = set(values)
+    for equation in reversed(program.equations):
+        if needed.intersection(equation.outputs):
+            needed.update(equation.reads)
+    return needed

@@ -1,0 +1,192 @@
+"""Where the layers of a model end: for each kernel, the value that is linear in it just before what is not."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from merge_jax.transfers.program import Equation, Program
+
+__all__ = ["Layer", "Norm", "Unsolvable", "find_layer", "is_state"]
+
+_ALIASES = {"convert_element_type", "copy", "copy_p", "stop_gradient", "optimization_barrier"}
+_MOVES = {"broadcast_in_dim", "reshape", "squeeze", "expand_dims", "slice", "transpose", "neg"}
+_ALONG = {"add", "add_any", "sub", "mul", "div", "neg", "reshape", "squeeze", "expand_dims", "transpose"} | _ALIASES
+
+
+class Unsolvable(Exception):  # noqa: N818  # It is a reason, and ends up in a report.
+    """Why a leaf cannot be solved for."""
+
+
+class Norm(NamedTuple):
+    """Leaves that normalise what a layer makes: running statistics and the gain; `normed` is the value they are of."""
+
+    mean: str
+    var: str
+    gain: str
+    normed: int
+
+
+class Layer(NamedTuple):
+    """A leaf that a model is linear in, from where it meets the data to the end of that.
+
+    Attributes:
+      leaf: its path.
+      dense: whether it sums over channels of what enters; otherwise each channel has its own numbers, as the gain of a
+        norm and a depthwise kernel have.
+      starts: the values where it meets the data: one product of a dense one.
+      meets: the equation that makes the first of them.
+      end: the last value that is linear in it.
+      values: all that are on the way, the starts and the end too.
+      bias: the leaf that is added last on the way; None for none.
+      norm: what normalises it on the way by running statistics.
+      scaled: whether the way is the same for all data, so that its slope is a number for each channel.
+    """
+
+    leaf: str
+    dense: bool
+    starts: tuple[int, ...]
+    meets: Equation
+    end: int
+    values: frozenset[int]
+    bias: str | None
+    norm: Norm | None
+    scaled: bool
+
+
+def is_state(path: str, paths: Sequence[str]) -> bool:
+    """Returns whether a leaf is no parameter: where the tree has `params`, all that lies beside it."""
+    return any(one.startswith("params/") for one in paths) and not path.startswith("params/")
+
+
+def find_layer(program: Program, leaf: str) -> Layer:
+    """Returns the layer of a leaf of parameters.
+
+    Raises:
+      Unsolvable: the model is not linear in it, or not in one place.
+    """
+    linear = _linear_in(program, leaf)
+    meets = sorted({place for value in linear for place in program.users[value] if place >= 0})
+    meets = [place for place in meets if _makes_data(program, program.equations[place])]
+    if not meets:
+        raise Unsolvable("nothing that is computed from the inputs meets it")
+    equations = [program.equations[place] for place in meets]
+    dense = [one for one in equations if _is_dense(one)]
+    if dense and (len(equations) > 1 or linear[dense[0].inputs[_side(dense[0], linear)]] != "whole"):
+        raise Unsolvable("it is used in several places, or reshaped before it is used")
+    if not dense and not all(_by_channel(one, linear) for one in equations):
+        raise Unsolvable(f"it meets the data in the operation {equations[0].name!r}, which is not linear in it")
+    ways = [_way(program, one.outputs[0], through_data=not dense) for one in equations]
+    if len({end for _, end in ways}) > 1:
+        raise Unsolvable("it reaches more than one end")
+    starts, (last, end) = tuple(one.outputs[0] for one in equations), ways[-1]
+    scaled = all(_other(program, one, value) is None for one, value in last if one.name in ("mul", "div"))
+    values = frozenset({end, *(value for way, _ in ways for _, value in way)})
+    bias, norm = _bias(program, last), _norm(program, last)
+    return Layer(leaf, bool(dense), starts, equations[0], end, values, bias, norm, scaled)
+
+
+def _linear_in(program: Program, leaf: str) -> dict[int, str]:
+    """Returns the values made of leaves alone that are linear in one: `whole` where they are that leaf as it is."""
+    found = {program.leaves[leaf]: "whole"}
+    for equation in program.equations:
+        if any(value in program.data for value in equation.outputs):
+            continue
+        read = [value for value in equation.reads if value in found]
+        alias = equation.name in _ALIASES and len(equation.outputs) == 1
+        moved = equation.name in _MOVES
+        scaled = len(read) == 1 and (equation.name == "mul" or (equation.name == "div" and equation.inputs[0] in found))
+        if read and (alias or moved or scaled):
+            found[equation.outputs[0]] = found[read[0]] if alias else "made"
+    return found
+
+
+def _makes_data(program: Program, equation: Equation) -> bool:
+    return any(value in program.data for value in equation.outputs)
+
+
+def _is_dense(equation: Equation) -> bool:
+    return equation.name == "dot_general" or (
+        equation.name == "conv_general_dilated" and equation.params["feature_group_count"] == 1
+    )
+
+
+def _side(equation: Equation, linear: dict[int, str]) -> int:
+    return next(i for i, one in enumerate(equation.inputs) if one in linear)
+
+
+def _by_channel(equation: Equation, linear: dict[int, str]) -> bool:
+    read = [i for i, one in enumerate(equation.inputs) if one in linear]
+    if len(read) != 1:
+        return False
+    depthwise = equation.name == "conv_general_dilated" and equation.params["feature_group_count"] > 1
+    return equation.name == "mul" or (equation.name == "div" and read == [0]) or (depthwise and read == [1])
+
+
+def _way(program: Program, start: int, *, through_data: bool) -> tuple[list[tuple[Equation, int]], int]:
+    """Returns the equations from a value on that are linear in it, each with what it gets of it, and the last value."""
+    way: list[tuple[Equation, int]] = []
+    value = start
+    while True:
+        users = program.users[value]
+        equation = program.equations[users[0]] if len(users) == 1 and users[0] >= 0 else None
+        if equation is None or equation.name not in _ALONG or len(equation.outputs) != 1:
+            return way, value
+        if equation.name == "div" and equation.inputs[0] != value:
+            return way, value
+        if equation.name in ("mul", "div") and not through_data and _other(program, equation, value) is not None:
+            return way, value
+        way.append((equation, value))
+        value = equation.outputs[0]
+
+
+def _other(program: Program, equation: Equation, value: int) -> int | None:
+    """Returns the other operand of an equation where it depends on the inputs."""
+    others = [one for one in equation.reads if one != value and one in program.data]
+    return others[0] if others else None
+
+
+def _leaf_beside(program: Program, equation: Equation, value: int) -> dict[str, str]:
+    """Returns the leaves of the other operand: `{path: "whole", "made" where it is linear in it, or "else"}`.
+
+    None of them is used anywhere else.
+    """
+    others = [one for one in equation.reads if one != value and one not in program.data]
+    found = {}
+    for other in others:
+        for path in program.leaves_of[other]:
+            linear = _linear_in(program, path)
+            uses = {place for one in linear for place in program.users[one] if place >= 0}
+            uses = {place for place in uses if _makes_data(program, program.equations[place])}
+            if len(uses) == 1 or other not in linear:
+                found[path] = linear.get(other, "else")
+    return found
+
+
+def _bias(program: Program, way: Sequence[tuple[Equation, int]]) -> str | None:
+    paths = list(program.leaves)
+    for equation, value in reversed(way):
+        if equation.name in ("add", "add_any"):
+            beside = _leaf_beside(program, equation, value)
+            if len(beside) == 1:
+                (path, kind), *_ = beside.items()
+                size = math.prod(program.shapes[program.leaves[path]].shape)
+                if kind != "else" and size > 1 and not is_state(path, paths):
+                    return path
+    return None
+
+
+def _norm(program: Program, way: Sequence[tuple[Equation, int]]) -> Norm | None:
+    paths, mean, var, gain, normed = list(program.leaves), None, None, None, None
+    for equation, value in way:
+        if equation.name not in ("sub", "mul"):
+            continue
+        for path, kind in _leaf_beside(program, equation, value).items():
+            if equation.name == "sub" and is_state(path, paths) and equation.inputs[0] == value:
+                mean, normed = path, value
+            elif equation.name == "mul" and is_state(path, paths):
+                var = path
+            elif equation.name == "mul" and kind != "else":
+                gain = path
+    if mean is None or var is None or gain is None or normed is None:
+        return None
+    return Norm(mean, var, gain, normed)

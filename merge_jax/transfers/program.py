@@ -1,0 +1,167 @@
+"""A function as one list of JAX's operations: calls are inlined, and any value can be computed from others."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import jax
+from jax.extend import core
+
+from merge_jax.paths import flatten
+from merge_jax.types import Params
+
+__all__ = ["CALLS", "Constant", "Equation", "Program"]
+
+CALLS = frozenset(
+    {
+        *("pjit", "jit", "closed_call", "core_call", "remat", "remat2", "checkpoint"),
+        *("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"),
+    }
+)
+"""Names of the primitives that call another function, and are inlined."""
+
+
+class Constant(NamedTuple):
+    """An operand that is a number or an array of the program itself."""
+
+    value: Any
+
+
+class Equation(NamedTuple):
+    """One operation: its primitive and parameters, what it reads, and the numbers of the values that it makes."""
+
+    primitive: Any
+    params: Mapping[str, Any]
+    inputs: tuple[int | Constant, ...]
+    outputs: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """The name of the primitive."""
+        return self.primitive.name
+
+    @property
+    def reads(self) -> tuple[int, ...]:
+        """The numbers of the values that it reads."""
+        return tuple(one for one in self.inputs if not isinstance(one, Constant))
+
+    def run(self, values: Sequence[Any]) -> list[Any]:
+        """Returns what it makes of the values of its operands."""
+        made = self.primitive.bind(*values, **self.primitive.get_bind_params(dict(self.params)))
+        return list(made) if self.primitive.multiple_results else [made]
+
+
+class Program:
+    """A traced function of a tree and of inputs; its values are numbered, those of the leaves first.
+
+    Where the function asks for the platform, the branch for any platform stands for all.
+
+    Attributes:
+      leaves: `{leaf path: number}`.
+      inputs: numbers of the leaves of the inputs.
+      outputs: what it returns.
+      equations: in order.
+      shapes: `{number: shape and dtype}` of all values.
+    """
+
+    def __init__(self, fn: Callable[..., Any], params: Params, inputs: Sequence[Any]):  # noqa: D107
+        closed = jax.make_jaxpr(fn)(params, *inputs)
+        self.shapes: dict[int, Any] = {}
+        self.equations: list[Equation] = []
+        numbers = [self._number(var.aval) for var in closed.jaxpr.invars]
+        paths = list(flatten(params))
+        self.leaves = dict(zip(paths, numbers, strict=False))
+        self.inputs = tuple(numbers[len(paths) :])
+        self.outputs = tuple(self._inline(closed, numbers))
+
+    def evaluate(self, known: Mapping[int, Any], wanted: Iterable[int]) -> dict[int, Any]:
+        """Returns the known values along with those that are wanted, and all that these were computed by."""
+        values = dict(known)
+        needed, equations = set(wanted) - values.keys(), []
+        for equation in reversed(self.equations):
+            if needed.intersection(equation.outputs):
+                equations.append(equation)
+                needed.difference_update(equation.outputs)
+                needed.update(set(equation.reads) - values.keys())
+        if needed:
+            raise AssertionError(f"values {sorted(needed)} are neither known nor computed")
+        for equation in reversed(equations):
+            operands = [one.value if isinstance(one, Constant) else values[one] for one in equation.inputs]
+            values |= dict(zip(equation.outputs, equation.run(operands), strict=True))
+        return values
+
+    @cached_property
+    def makers(self) -> dict[int, int]:
+        """`{value: the place of the equation that makes it}`."""
+        return {value: place for place, equation in enumerate(self.equations) for value in equation.outputs}
+
+    @cached_property
+    def users(self) -> dict[int, list[int]]:
+        """`{value: the places of the equations that read it, once for each time}`; -1 stands for the outputs."""
+        found: dict[int, list[int]] = {value: [] for value in self.shapes}
+        for place, equation in enumerate(self.equations):
+            for value in equation.reads:
+                found[value].append(place)
+        for one in self.outputs:
+            if not isinstance(one, Constant):
+                found[one].append(-1)
+        return found
+
+    @cached_property
+    def leaves_of(self) -> dict[int, frozenset[str]]:
+        """`{value: the leaves that it is computed from}`."""
+        found = {number: frozenset({path}) for path, number in self.leaves.items()}
+        found |= {number: frozenset() for number in self.inputs}
+        for equation in self.equations:
+            union = frozenset().union(*(found[value] for value in equation.reads))
+            found |= dict.fromkeys(equation.outputs, union)
+        return found
+
+    @cached_property
+    def data(self) -> frozenset[int]:
+        """The values that depend on the inputs."""
+        found = set(self.inputs)
+        for equation in self.equations:
+            if found.intersection(equation.reads):
+                found.update(equation.outputs)
+        return frozenset(found)
+
+    def _number(self, aval: Any) -> int:
+        number = len(self.shapes)
+        self.shapes[number] = jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+        return number
+
+    def _inline(self, closed: Any, operands: Sequence[int | Constant]) -> list[int | Constant]:
+        """Adds the equations of a function that is called with these operands, and returns what it returns."""
+        jaxpr, consts = (closed.jaxpr, closed.consts) if hasattr(closed, "consts") else (closed, ())
+        known: dict[Any, int | Constant] = dict(zip(jaxpr.constvars, map(Constant, consts), strict=True))
+        known |= dict(zip(jaxpr.invars, operands, strict=True))
+        platform_values: set[Any] = set()
+
+        def read(var: Any) -> int | Constant:
+            return Constant(var.val) if isinstance(var, core.Literal) else known[var]
+
+        for eqn in jaxpr.eqns:
+            name, asks = eqn.primitive.name, platform_values.intersection(_vars(eqn))
+            if name == "platform_index" or (asks and name != "cond"):
+                # Only asked by a cond, all of whose branches compute the same; the last is for any platform.
+                platform_values |= set(eqn.outvars)
+                continue
+            if name in CALLS:
+                outputs = self._inline(_inner(eqn.params), [read(var) for var in eqn.invars])
+            elif name == "cond" and asks and eqn.invars[0] in platform_values:
+                outputs = self._inline(eqn.params["branches"][-1], [read(var) for var in eqn.invars[1:]])
+            else:
+                outputs = [self._number(var.aval) for var in eqn.outvars]
+                inputs = tuple(read(var) for var in eqn.invars)
+                self.equations.append(Equation(eqn.primitive, eqn.params, inputs, tuple(outputs)))
+            known |= dict(zip(eqn.outvars, outputs, strict=True))
+        return [read(var) for var in jaxpr.outvars]
+
+
+def _inner(params: Mapping[str, Any]) -> Any:
+    return next(params[name] for name in ("jaxpr", "call_jaxpr", "fun_jaxpr") if name in params)
+
+
+def _vars(eqn: Any) -> list[Any]:
+    return [var for var in eqn.invars if not isinstance(var, core.Literal)]

@@ -1,0 +1,259 @@
+"""What a refit solves, and in which order: sites of a target, each with the end of the source that it is solved to."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from merge_jax.transfers.alignment_plan import AlignedLeaf, AlignmentPlan
+from merge_jax.transfers.channel_axes import ChannelGraph
+from merge_jax.transfers.channel_trace import ChannelTrace
+from merge_jax.transfers.layer_sites import Layer, Unsolvable, find_layer, is_state
+
+__all__ = ["ChannelAxis", "FollowedModel", "RefitPlan", "Site", "Unknown", "plan_refit"]
+
+
+class FollowedModel(NamedTuple):
+    """A model whose computation was followed: the trace, and its channel graph."""
+
+    trace: ChannelTrace
+    graph: ChannelGraph
+
+    def places(self, value: int, groups: Sequence[str]) -> tuple[int, ...]:
+        """Returns the axes of a value that are of these channel groups, one each.
+
+        Raises:
+          Unsolvable: a group that no axis has, or several.
+        """
+        found = [self.trace.channel_group(node) for node in self.trace.nodes[value]]
+        if any(found.count(group) != 1 for group in groups):
+            raise Unsolvable("its channels cannot be told from other axes where it ends")
+        return tuple(found.index(group) for group in groups)
+
+
+class ChannelAxis(NamedTuple):
+    """An axis of channels at the end of a site.
+
+    Attributes:
+      name: of its matrix in the alignment; None where entries meet one by one.
+      around: number, at the site, of the axis that its channels are within; None where there is none.
+    """
+
+    name: str | None
+    around: int | None
+
+
+class Unknown(NamedTuple):
+    """A leaf that is solved for.
+
+    Attributes:
+      layer: of the target.
+      axes: of the leaf, those of its inputs first, those of its channels last, as the channels stand at the end.
+      inputs: how many numbers each channel has.
+      start_axes: of the start, in the order of the channels at the end; empty where the way depends on the data.
+      normed_axes: of the value that a norm on the way normalises.
+    """
+
+    layer: Layer
+    axes: tuple[int, ...]
+    inputs: int
+    start_axes: tuple[int, ...]
+    normed_axes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Site:
+    """Leaves that are solved for together, since they end in one sum.
+
+    Attributes:
+      unknowns: the leaves.
+      end: the value of the target that they end in.
+      source_end: the value of the source that this is solved to.
+      channel_axes: of both values.
+      channels: sizes of these axes, of the target's value.
+      pairs: what each of them is in the alignment.
+      rows: how many places a batch has, all examples together.
+    """
+
+    unknowns: tuple[Unknown, ...]
+    end: int
+    source_end: int
+    channel_axes: tuple[int, ...]
+    channels: tuple[int, ...]
+    pairs: tuple[ChannelAxis, ...]
+    rows: int
+
+    @property
+    def dense(self) -> bool:
+        """Whether the leaves sum over channels."""
+        return self.unknowns[0].layer.dense
+
+    @property
+    def num_unknowns(self) -> int:
+        """How many numbers each channel has."""
+        return sum(one.inputs for one in self.unknowns)
+
+    @property
+    def leaves(self) -> frozenset[str]:
+        """The leaves that it writes: those that are solved for, biases, norms."""
+        layers = [one.layer for one in self.unknowns]
+        found = {one.leaf for one in layers} | {one.bias for one in layers if one.bias is not None}
+        return frozenset(found.union(*((one.norm.mean, one.norm.var, one.norm.gain) for one in layers if one.norm)))
+
+    @property
+    def name(self) -> str:
+        """The leaves that are solved for."""
+        return " + ".join(one.layer.leaf for one in self.unknowns)
+
+
+class RefitPlan(NamedTuple):
+    """The sites in the order of the target's computation, and why the other routed parameters keep what they are."""
+
+    sites: tuple[Site, ...]
+    kept: Mapping[str, str]
+
+
+def plan_refit(alignment: AlignmentPlan, source: FollowedModel, target: FollowedModel) -> RefitPlan:
+    """Returns what of the aligned leaves can be solved for."""
+    kept: dict[str, str] = {}
+    found: dict[int, list[tuple[AlignedLeaf, Layer, Layer]]] = {}
+    paths = list(target.trace.program.leaves)
+    for leaf in alignment.leaves:
+        if is_state(leaf.target, paths):
+            continue
+        try:
+            layers = [find_layer(model.trace.program, path)
+                      for model, path in ((target, leaf.target), (source, leaf.source))]  # fmt: skip
+            if layers[0].dense != layers[1].dense:
+                raise Unsolvable("it is another kind of layer in the source")
+        except Unsolvable as reason:
+            kept[leaf.target] = str(reason)
+        else:
+            found.setdefault(layers[0].end, []).append((leaf, *layers))
+    sites = []
+    for end in sorted(found, key=lambda value: target.trace.program.makers[value]):
+        site = _site(found[end], source, target, kept)
+        if site is not None:
+            sites.append(site)
+    written = frozenset().union(*(site.leaves for site in sites))
+    return RefitPlan(tuple(sites), {path: why for path, why in kept.items() if path not in written})
+
+
+def _site(
+    members: Sequence[tuple[AlignedLeaf, Layer, Layer]],
+    source: FollowedModel,
+    target: FollowedModel,
+    kept: dict[str, str],
+) -> Site | None:
+    """Returns the site of leaves that have one end; those that have no part in it are kept."""
+    if any(layer.dense for _, layer, _ in members):
+        members, others = [one for one in members if one[1].dense], [one for one in members if not one[1].dense]
+    else:  # The first that meets the data: what comes after it scales the same channels.
+        members, others = members[:1], members[1:]
+    kept |= {leaf.target: "it scales what is solved for" for leaf, *_ in others}
+    sites: list[Site] = []
+    for leaf, layer, source_layer in members:
+        try:
+            site = _one_site(leaf, layer, source_layer, source, target)
+            if sites and (site.source_end, site.channel_axes) != (sites[0].source_end, sites[0].channel_axes):
+                raise Unsolvable("it ends in another sum in the source than the others")
+        except Unsolvable as reason:
+            kept[leaf.target] = str(reason)
+        else:
+            sites.append(site)
+    if not sites:
+        return None
+    first = sites[0]
+    unknowns = tuple(unknown for site in sites for unknown in site.unknowns)
+    return Site(
+        unknowns, first.end, first.source_end, first.channel_axes, first.channels, first.pairs, first.rows
+    )  # fmt: skip
+
+
+def _one_site(
+    leaf: AlignedLeaf, layer: Layer, source_layer: Layer, source: FollowedModel, target: FollowedModel
+) -> Site:
+    """Returns the site of one leaf.
+
+    Raises:
+      Unsolvable: what it makes in the target cannot be compared with what it makes in the source.
+    """
+    outer = {one.around for one in leaf.axes if one.around is not None}
+    axes = [one for i, one in enumerate(leaf.axes) if not one.contracted and (max(one.sizes) > 1 or i in outer)]
+    if any(view.arrangement is not None for view in leaf.views) or any(
+        one.pair is None and one.sizes[0] != one.sizes[1] for one in axes
+    ):
+        raise Unsolvable("its rows are arranged by the route")
+    groups = [target.graph.channel_groups[leaf.target][one.target] for one in axes]
+    source_groups = [source.graph.channel_groups[leaf.source][one.source] for one in axes]
+    places = target.places(layer.end, groups)
+    if not axes or places != source.places(source_layer.end, source_groups):
+        raise Unsolvable("its channels lie along other axes in the source")
+    order = sorted(range(len(axes)), key=lambda i: places[i])
+    axes, groups = [axes[i] for i in order], [groups[i] for i in order]
+    program = target.trace.program
+    shape, source_shape = program.shapes[layer.end].shape, source.trace.program.shapes[source_layer.end].shape
+    rows, source_rows = (
+        tuple(size for axis, size in enumerate(one) if axis not in places) for one in (shape, source_shape)
+    )
+    if rows != source_rows:
+        raise Unsolvable(f"there it ends in {source_shape}, here in {shape}: other places")
+    leaf_shape, channels = leaf.shapes[0], [one.target for one in axes]
+    inputs = _dense_inputs(target, layer, math.prod(rows), groups) if layer.dense else ()
+    rest = [axis for axis in range(len(leaf_shape)) if axis not in (*inputs, *channels)]
+    if layer.dense and any(leaf_shape[axis] > 1 for axis in rest):
+        raise Unsolvable("an axis of it is neither an input nor a channel")
+    inputs = (*rest, *inputs)
+    unknown = Unknown(
+        layer,
+        (*inputs, *channels),
+        math.prod(leaf_shape[axis] for axis in inputs),
+        target.places(layer.starts[0], groups) if layer.scaled else (),
+        target.places(layer.norm.normed, groups) if layer.scaled and layer.norm else (),
+    )
+    sizes = tuple(shape[axis] for axis in sorted(places))
+    pairs = tuple(
+        ChannelAxis(one.pair, None if one.around is None else axes.index(leaf.axes[one.around])) for one in axes
+    )
+    return Site((unknown,), layer.end, source_layer.end, tuple(sorted(places)), sizes, pairs, math.prod(rows))
+
+
+def _dense_inputs(target: FollowedModel, layer: Layer, rows: int, channels: Sequence[str]) -> tuple[int, ...]:
+    """Returns the axes of a leaf that is summed over along them, in the order in which `entering` has them.
+
+    Raises:
+      Unsolvable: other examples or places than where it ends, or their order is not known.
+    """
+    program, equation = target.trace.program, layer.meets
+    x = program.shapes[next(one for one in equation.reads if one in program.data)].shape
+    if equation.name == "dot_general":
+        (left, right), (batch, _) = equation.params["dimension_numbers"]
+        if batch:
+            raise Unsolvable("it is a kernel for each entry of a batch axis")
+        leaf_first = equation.inputs[0] not in program.data
+        inputs, summed = (left, right) if leaf_first else (right, left)
+        count = math.prod(size for axis, size in enumerate(x) if axis not in summed)
+    else:
+        numbers = equation.params["dimension_numbers"]
+        dilated = any(one != 1 for one in equation.params["lhs_dilation"] or ())
+        if dilated or equation.params["batch_group_count"] != 1:
+            raise Unsolvable("it is a transposed convolution")
+        made = program.shapes[layer.starts[0]].shape
+        inputs = (*numbers.rhs_spec[2:], numbers.rhs_spec[1])
+        count = math.prod(made) // made[numbers.out_spec[1]]
+    if count != rows:
+        raise Unsolvable("it ends at other places than where it meets the data")
+    _check_order(target, layer, channels)
+    return tuple(inputs)
+
+
+def _check_order(target: FollowedModel, layer: Layer, channels: Sequence[str]) -> None:
+    """Raises Unsolvable where a transposition changes the order of the rows."""
+    program = target.trace.program
+    for value in layer.values:
+        equation = program.equations[program.makers[value]]
+        if equation.name == "transpose" and value not in layer.starts:
+            groups = [target.trace.channel_group(node) for node in target.trace.nodes[equation.reads[0]]]
+            rows = [axis for axis in equation.params["permutation"] if groups[axis] not in channels]
+            if rows != sorted(rows):
+                raise Unsolvable("its rows change places before it ends")

@@ -1,0 +1,317 @@
+"""One site of a refit: what enters it, the moments of that, the ridge regression, and the leaves that compute it."""
+
+import itertools
+import math
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from merge_jax.transfers.program import Program
+from merge_jax.transfers.refit_plan import Site, Unknown
+
+__all__ = ["Moments", "add_moments", "batch_moments", "entering", "no_moments", "solve", "write"]
+
+_PRECISION = lax.Precision.HIGHEST
+_TINY = 1e-30
+
+Values = Mapping[int, jax.Array]
+
+
+class Moments(NamedTuple):
+    """Weighted moments of rows: inputs `x`, what the ridge is to add `t`, and the source's channels `y`.
+
+    `x` is `[r, d]` at a site that sums over channels, and `[r, m, d]` where each of the `m` channels has its own; `t`
+    and `y` are `[r, m]`. Second moments are sums of products of what is centred.
+    """
+
+    count: jax.Array
+    means: tuple[jax.Array, jax.Array, jax.Array]
+    xx: jax.Array
+    xt: jax.Array
+    tt: jax.Array
+    yy: jax.Array
+
+
+def no_moments(site: Site) -> Moments:
+    """Returns the moments of no rows."""
+    d, m = site.num_unknowns, math.prod(site.channels)
+    x, xx, xt = ((d,), (d, d), (d, m)) if site.dense else ((m, d), (m, d, d), (m, d))
+    zeros = [jnp.zeros(shape) for shape in (x, (m,), (m,), xx, xt, (m,), (m,))]
+    return Moments(jnp.zeros(()), (zeros[0], zeros[1], zeros[2]), *zeros[3:])
+
+
+def batch_moments(
+    x: jax.Array, t: jax.Array, y: jax.Array, weights: jax.Array, total: Callable[[jax.Array], jax.Array]
+) -> Moments:
+    """Returns the moments of rows with weights `[r]`; `total` sums over the devices that share them."""
+    count = total(weights.sum())
+
+    def mean(rows: jax.Array) -> jax.Array:
+        return total(jnp.tensordot(weights, rows, 1, precision=_PRECISION)) / jnp.maximum(count, _TINY)
+
+    means = mean(x), mean(t), mean(y)
+    x, t, y = (
+        jnp.sqrt(weights).reshape(-1, *(1,) * (rows.ndim - 1)) * (rows - centre)
+        for rows, centre in zip((x, t, y), means, strict=True)
+    )
+    products = "rd,re->de", "rd,rm->dm"
+    if x.ndim == 3:
+        products = "rmd,rme->mde", "rmd,rm->md"
+    xx, xt = (jnp.einsum(one, x, other, precision=_PRECISION) for one, other in zip(products, (x, t), strict=True))
+    return Moments(count, means, total(xx), total(xt), total(jnp.square(t).sum(0)), total(jnp.square(y).sum(0)))
+
+
+def add_moments(one: Moments, other: Moments) -> Moments:
+    """Returns the moments of the rows of both (Chan et al., 1979: exact, without large sums that cancel)."""
+    count = one.count + other.count
+    share = other.count / jnp.maximum(count, _TINY)
+    x, t, y = (b - a for a, b in zip(one.means, other.means, strict=True))
+    means = tuple(a + share * step for a, step in zip(one.means, (x, t, y), strict=True))
+    outer = "d,e->de", "d,m->dm"
+    if x.ndim == 2:
+        outer = "md,me->mde", "md,m->md"
+    xx, xt = (jnp.einsum(form, x, step, precision=_PRECISION) for form, step in zip(outer, (x, t), strict=True))
+    both = one.count * share
+    return Moments(
+        count,
+        (means[0], means[1], means[2]),
+        one.xx + other.xx + both * xx,
+        one.xt + other.xt + both * xt,
+        one.tt + other.tt + both * t * t,
+        one.yy + other.yy + both * y * y,
+    )
+
+
+def entering(program: Program, site: Site, values: Values, leaves: Values, rows: jax.Array | None) -> jax.Array:
+    """Returns what the unknowns of a site are multiplied with, float32, as `Moments` has it; of these rows alone."""
+    if site.dense:
+        return jnp.concatenate([_entering_dense(program, one, values, rows) for one in site.unknowns], axis=1)
+    (unknown,) = site.unknowns
+    number = program.leaves[unknown.layer.leaf]
+    shape = program.shapes[number].shape
+    sizes, order = [shape[axis] for axis in unknown.axes], [unknown.axes.index(axis) for axis in range(len(shape))]
+    zero = end_rows(program, site, {**values, **leaves, number: jnp.zeros(shape)}, rows)
+    found = []
+    for tap in range(unknown.inputs):
+        ones = jnp.zeros((unknown.inputs, math.prod(sizes) // unknown.inputs)).at[tap].set(1.0)
+        leaf = ones.reshape(sizes).transpose(order)
+        found.append(end_rows(program, site, {**values, **leaves, number: leaf}, rows) - zero)
+    return jnp.stack(found, axis=-1)
+
+
+def _entering_dense(program: Program, unknown: Unknown, values: Values, rows: jax.Array | None) -> jax.Array:
+    equation = unknown.layer.meets
+    number = next(one for one in equation.reads if one in program.data)
+    x = values[number].astype(jnp.float32)
+    if equation.name == "dot_general":
+        (left, right), _ = equation.params["dimension_numbers"]
+        summed = left if equation.inputs[0] == number else right
+        free = [axis for axis in range(x.ndim) if axis not in summed]
+        flat = x.transpose(*free, *summed).reshape(-1, unknown.inputs)
+        return flat if rows is None else flat[rows]
+    params, numbers = equation.params, equation.params["dimension_numbers"]
+    x = x.transpose(numbers.lhs_spec[0], *numbers.lhs_spec[2:], numbers.lhs_spec[1])
+    x = lax.pad(x, jnp.float32(0), [(0, 0, 0), *((*one, 0) for one in params["padding"]), (0, 0, 0)])
+    made = program.shapes[unknown.layer.starts[0]].shape
+    sizes = [made[axis] for axis in numbers.out_spec[2:]]
+    kernel = program.shapes[program.leaves[unknown.layer.leaf]].shape
+    taps = []
+    for tap in itertools.product(*(range(kernel[axis]) for axis in numbers.rhs_spec[2:])):
+        steps = zip(tap, params["rhs_dilation"], params["window_strides"], sizes, strict=True)
+        window = [slice(i * dilation, i * dilation + (size - 1) * stride + 1, stride)
+                  for i, dilation, stride, size in steps]  # fmt: skip
+        flat = x[(slice(None), *window)].reshape(-1, x.shape[-1])
+        taps.append(flat if rows is None else flat[rows])
+    return jnp.concatenate(taps, axis=1)
+
+
+def end_rows(program: Program, site: Site, values: Values, rows: jax.Array | None = None) -> jax.Array:
+    """Returns the end of a site as rows of channels `[r, m]`, float32, computed from these values."""
+    return channel_rows(program.evaluate(values, [site.end])[site.end], site.channel_axes, rows)
+
+
+def channel_rows(value: jax.Array, axes: tuple[int, ...], rows: jax.Array | None = None) -> jax.Array:
+    """Returns a value as rows `[r, m]` of its channels, float32."""
+    last = range(value.ndim - len(axes), value.ndim)
+    size = math.prod(value.shape[axis] for axis in axes)
+    flat = jnp.moveaxis(value, axes, tuple(last)).reshape(-1, size).astype(jnp.float32)
+    return flat if rows is None else flat[rows]
+
+
+def without(program: Program, site: Site, values: Values) -> dict[int, jax.Array]:
+    """Returns the values with all products of a site's unknowns set to 0, for the end without them."""
+    starts = [start for one in site.unknowns for start in one.layer.starts]
+    return {**values, **{one: jnp.zeros(program.shapes[one].shape, program.shapes[one].dtype) for one in starts}}
+
+
+class Solution(NamedTuple):
+    """What a ridge regression finds: the unknowns `[d, m]`, what is added, `[m]`, and the share of `y` explained."""
+
+    effective: jax.Array
+    intercept: jax.Array
+    r2: jax.Array
+
+
+def solve(site: Site, moments: Moments, prior: jax.Array, valid: jax.Array, ridge: float) -> Solution:
+    """Returns `(X'X/n + r I)^-1 (X'T/n + r W0)` of centred rows, `r = ridge tr(X'X/n) / d max(1, d / n)`.
+
+    Args:
+      site: which.
+      moments: of its rows.
+      prior: `W0 [d, m]`, what the unknowns are now.
+      valid: which channels have one of the source, bool `[m]`; the others stay.
+      ridge: without unit.
+    """
+    d, count = site.num_unknowns, jnp.maximum(moments.count, 1.0)
+    x, t, _ = moments.means
+    xx, xt, tt = (sums / count for sums in (moments.xx, moments.xt, moments.tt))
+    centred = any(one.layer.bias is not None for one in site.unknowns)
+    if site.dense:
+        if not centred:
+            xx, xt = xx + jnp.outer(x, x), xt + jnp.outer(x, t)
+        size = ridge * jnp.maximum(1.0, d / count) * jnp.trace(xx) / d + _TINY
+        found = jnp.asarray(jax.scipy.linalg.solve(xx + size * jnp.eye(d), xt + size * prior, assume_a="pos"))
+        added = jnp.matmul(x, found, precision=_PRECISION)
+        left = tt - 2 * jnp.sum(found * xt, 0) + jnp.sum(found * jnp.matmul(xx, found, precision=_PRECISION), 0)
+    else:
+        if not centred:
+            xx, xt = xx + x[:, :, None] * x[:, None], xt + x * t[:, None]
+        size = ridge * jnp.maximum(1.0, d / count) * jnp.trace(xx, axis1=1, axis2=2) / d + _TINY
+        wanted = xt + size[:, None] * prior.T
+        solved = jnp.linalg.solve(xx + size[:, None, None] * jnp.eye(d), wanted[..., None])[..., 0]
+        found, added = solved.T, jnp.sum(x * solved, 1)
+        left = tt - 2 * jnp.sum(solved * xt, 1) + jnp.einsum("md,mde,me->m", solved, xx, solved)
+    left = left if centred else left + jnp.square(t)
+    found = jnp.where(valid, found, prior)
+    intercept = jnp.where(valid, t - added, 0.0) if centred else jnp.zeros_like(t)
+    spread = jnp.sum(jnp.where(valid, moments.yy / count, 0))
+    return Solution(found, intercept, 1 - jnp.sum(jnp.where(valid, left, 0)) / jnp.maximum(spread, _TINY))
+
+
+def matrix(program: Program, unknown: Unknown, leaves: Values) -> jax.Array:
+    """Returns a leaf as the matrix `[d, m]` of its inputs and channels."""
+    leaf = leaves[program.leaves[unknown.layer.leaf]]
+    return leaf.transpose(unknown.axes).reshape(unknown.inputs, -1).astype(jnp.float32)
+
+
+def slope(program: Program, site: Site, unknown: Unknown, leaves: Values) -> jax.Array:
+    """Returns what the end gets of each channel's product, `[m]`; 1 where it is not the same for all data.
+
+    There the inputs of the site have it in them.
+    """
+    if not unknown.layer.scaled:
+        return jnp.ones(math.prod(site.channels))
+    one = _along(program, site, unknown, leaves, jnp.ones(math.prod(site.channels)), site.end)
+    return one - _along(program, site, unknown, leaves, None, site.end)
+
+
+def _along(
+    program: Program, site: Site, unknown: Unknown | None, leaves: Values, vector: jax.Array | None, wanted: int
+) -> jax.Array:
+    """Returns a value on the way from a site's starts, as channels `[m]`, where all else that comes in is 0.
+
+    The starts are 0 but for the first of an unknown, which is a vector `[m]` everywhere.
+    """
+    values: set[int] = set().union(*(one.layer.values for one in site.unknowns))
+    known = without(program, site, leaves)
+    for value in values:
+        for other in program.equations[program.makers[value]].reads:
+            if other in program.data and other not in values and other not in known:
+                known[other] = jnp.zeros(program.shapes[other].shape, program.shapes[other].dtype)
+    axes = site.channel_axes
+    if unknown is not None:
+        start, axes = unknown.layer.starts[0], axes if wanted == site.end else unknown.normed_axes
+        if vector is not None:
+            shape = program.shapes[start].shape
+            sizes = [1] * len(shape)
+            for axis, size in zip(unknown.start_axes, site.channels, strict=True):
+                sizes[axis] = size
+            order = sorted(range(len(unknown.start_axes)), key=lambda i: unknown.start_axes[i])
+            spread = vector.reshape(site.channels).transpose(order).reshape(sizes)
+            known[start] = jnp.broadcast_to(spread, shape).astype(program.shapes[start].dtype)
+    return channel_rows(program.evaluate(known, [wanted])[wanted], axes)[0]
+
+
+def write(program: Program, site: Site, leaves: Values, solution: Solution, moments: Moments) -> dict[int, jax.Array]:
+    """Returns all leaves, those of a site made so that its end is as it was without the unknowns, plus the solution.
+
+    Where running statistics normalise the way, a kernel's columns keep their norms, the statistics are those of the
+    rows, and the gain makes up for both.
+    """
+    new = dict(leaves)
+    before = _along(program, site, None, leaves, None, site.end)
+    firsts = [sum(one.inputs for one in site.unknowns[:i]) for i in range(len(site.unknowns))]
+    for unknown, first in zip(site.unknowns, firsts, strict=True):
+        part = slice(first, first + unknown.inputs)
+        layer, wanted, scale = unknown.layer, solution.effective[part], slope(program, site, unknown, leaves)
+        if not site.dense and layer.scaled:  # The inputs have the slope in them.
+            wanted = wanted * scale
+        if layer.norm is None or not layer.scaled:
+            kernel = wanted / jnp.where(scale == 0, 1.0, scale)
+            _put(new, program, unknown, kernel)
+            continue
+        old = jnp.sqrt(jnp.sum(jnp.square(matrix(program, unknown, leaves)), 0))
+        size = jnp.sqrt(jnp.sum(jnp.square(wanted), 0))
+        factor = jnp.where((size > 0) & (old > 0), old / jnp.maximum(size, _TINY), 1.0)
+        kernel = wanted * factor
+        _put(new, program, unknown, kernel)
+        _put_norm(new, program, site, unknown, _products(site, moments, part, kernel, scale), 1 / factor)
+    biased = next((one for one in site.unknowns if one.layer.bias is not None), None)
+    if biased is not None:
+        number = program.leaves[str(biased.layer.bias)]
+        more = before + solution.intercept - _along(program, site, None, new, None, site.end)
+        shape = program.shapes[number]
+        new[number] = (new[number].astype(jnp.float32) + more.reshape(shape.shape)).astype(shape.dtype)
+    return new
+
+
+def _put(leaves: dict[int, jax.Array], program: Program, unknown: Unknown, kernel: jax.Array) -> None:
+    number = program.leaves[unknown.layer.leaf]
+    shape = program.shapes[number]
+    order = [unknown.axes.index(axis) for axis in range(len(shape.shape))]
+    sizes = [shape.shape[axis] for axis in unknown.axes]
+    leaves[number] = kernel.reshape(sizes).transpose(order).astype(shape.dtype)
+
+
+def _products(
+    site: Site, moments: Moments, part: slice, kernel: jax.Array, scale: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Returns mean and variance `[m]` of the products of what enters with a kernel `[d, m]`."""
+    x, count = moments.means[0], jnp.maximum(moments.count, 1.0)
+    if site.dense:
+        among = moments.xx[part, part] / count
+        spread = jnp.sum(kernel * jnp.matmul(among, kernel, precision=_PRECISION), 0)
+        return jnp.matmul(x[part], kernel, precision=_PRECISION), spread
+    kernel = kernel.T / jnp.where(scale == 0, 1.0, scale)[:, None]
+    return jnp.sum(x * kernel, 1), jnp.einsum("md,mde,me->m", kernel, moments.xx / count, kernel)
+
+
+def _put_norm(
+    leaves: dict[int, jax.Array],
+    program: Program,
+    site: Site,
+    unknown: Unknown,
+    products: tuple[jax.Array, jax.Array],
+    slopes: jax.Array,
+) -> None:
+    """Puts in the statistics of a layer's products, and the gain by which the end has these slopes of them."""
+    norm = unknown.layer.norm
+    assert norm is not None
+    mean, var = products
+    at_mean = _along(program, site, unknown, leaves, mean, norm.normed)
+    before = _along(program, site, unknown, leaves, jnp.ones_like(mean), norm.normed)
+    before -= _along(program, site, unknown, leaves, None, norm.normed)
+    gained = jnp.ones_like(mean)
+    for path, value in ((norm.mean, at_mean), (norm.var, var * jnp.square(before)), (norm.gain, gained)):
+        _put_vector(leaves, program, path, value)
+    found = slope(program, site, unknown, leaves)
+    _put_vector(leaves, program, norm.gain, jnp.where(found == 0, 0.0, slopes / jnp.where(found == 0, 1.0, found)))
+
+
+def _put_vector(leaves: dict[int, jax.Array], program: Program, path: str, vector: jax.Array) -> None:
+    number = program.leaves[path]
+    shape = program.shapes[number]
+    leaves[number] = vector.reshape(shape.shape).astype(shape.dtype)

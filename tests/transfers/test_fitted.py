@@ -1,0 +1,224 @@
+"""Refit: what it solves for, that it gives back what can be given back, and what it refuses."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import merge_jax as mj
+from merge_jax.models.mobilenet import InvertedResidualStage
+from merge_jax.transfers.fitted import FewRowsWarning
+from tests.helpers import jitted_init
+
+RNG = np.random.default_rng(0)
+IMAGES = jnp.asarray(RNG.normal(size=(40, 8, 8, 1)), jnp.float32)
+TOKENS = jnp.asarray(RNG.integers(1, 20, (40, 6)), jnp.int32)
+EVERYTHING = {"**": "**"}
+
+
+def mobile(width):
+    stages = (InvertedResidualStage(2, width, 1, 1), InvertedResidualStage(2, width, 1, 1))
+    return mj.models.MobileNetV2(stages, 10, stem_width=width, head_width=4 * width)
+
+
+def text(width, heads=4):
+    encoder = mj.models.TextEncoder(20, width, 2, heads, 2 * width, 8, num_segments=0, separator=19)
+    return mj.models.TextClassifier(encoder, 3)
+
+
+def vit(width):
+    return mj.models.ViT(
+        num_classes=3, patch_size=4, width=width, num_layers=1, num_heads=4, hidden=2 * width, image_shape=(8, 8)
+    )
+
+
+PAIRS = {
+    "resnet": (mj.models.small_resnet(10, num_stages=2), mj.models.small_resnet(10, num_stages=2, width=0.5), IMAGES),
+    "mobilenet": (mobile(8), mobile(4), IMAGES),
+    "text": (text(16), text(8), TOKENS),
+}
+
+
+@functools.cache
+def variables_of(name, role):
+    """Variables with noise on them, and running statistics that are those of the inputs."""
+    source, target, inputs = PAIRS[name]
+    model, seed = (source, 0) if role == "source" else (target, 1)
+    variables = {k: v for k, v in jitted_init(model, seed, inputs).items() if k != "intermediates"}
+    rng = np.random.default_rng(seed)
+    noise = lambda leaf: leaf + jnp.asarray(0.1 * rng.normal(size=leaf.shape), jnp.float32)  # noqa: E731
+    variables["params"] = jax.tree.map(noise, variables["params"])
+    if "batch_stats" in variables:
+        for _ in range(60):
+            _, state = model.apply(variables, inputs, train=True, mutable=["batch_stats"])
+            variables |= state
+    return variables
+
+
+@functools.cache
+def refitted(name):
+    source, target, inputs = PAIRS[name]
+    run = jax.jit(lambda *variables: mj.refit(EVERYTHING, source.apply, target.apply, *variables, inputs, **EXACT)[:2])
+    return run(variables_of(name, "source"), variables_of(name, "target"))
+
+
+EXACT = {"ridge": 1e-5, "max_rows": 10**6}
+
+
+def difference(apply, variables, name):
+    source, _, inputs = PAIRS[name]
+    wanted = source.apply(variables_of(name, "source"), inputs)
+    return float(jnp.mean(jnp.square(apply(variables, inputs) - wanted)) / jnp.var(wanted))
+
+
+@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.filterwarnings("ignore::merge_jax.transfers.fitted.FewRowsWarning")
+def test_a_target_of_the_source_s_size_computes_what_it_does(name):
+    source, _, inputs = PAIRS[name]
+    variables = variables_of(name, "source")
+    start = jax.tree.map(lambda leaf: 0.5 * leaf + 0.1, variables)
+    made, solved, _ = mj.refit(EVERYTHING, source.apply, source.apply, variables, start, inputs, **EXACT)
+    np.testing.assert_allclose(source.apply(made, inputs), source.apply(variables, inputs), atol=2e-3)
+    assert min(map(float, solved.values())) > 0.999
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_it_comes_nearer_to_the_source_than_alignment(name):
+    source, target, inputs = PAIRS[name]
+    variables, solved = refitted(name)
+    aligned = mj.refit(
+        EVERYTHING,
+        source.apply,
+        target.apply,
+        variables_of(name, "source"),
+        variables_of(name, "target"),
+        inputs,
+        ridge=1e6,
+    )
+    assert difference(target.apply, variables, name) < 0.7 * difference(target.apply, aligned.variables, name)
+    assert all(0 <= float(one) <= 1.0001 for one in solved.values())
+
+
+@pytest.mark.parametrize("name", ["resnet", "mobilenet"])
+def test_running_statistics_are_those_of_the_inputs(name):
+    _, target, inputs = PAIRS[name]
+    variables, _ = refitted(name)
+    trained, _ = target.apply(variables, inputs, train=True, mutable=["batch_stats"])
+    np.testing.assert_allclose(target.apply(variables, inputs), trained, atol=5e-3)
+
+
+def test_what_is_solved_and_what_is_kept():
+    source, target, inputs = PAIRS["text"]
+    made = mj.refit(
+        EVERYTHING, source.apply, target.apply, variables_of("text", "source"), variables_of("text", "target"), inputs
+    )
+    layer = "params/encoder/layer_0"
+    for leaf in ("attention/query/kernel", "attention/out/kernel", "up/kernel", "down/kernel", "norm1/scale"):
+        assert f"{layer}/{leaf}" in made.solved
+    assert "params/encoder/embeddings/norm/scale" in made.solved
+    assert set(made.kept) == {f"params/encoder/embeddings/{name}/embedding" for name in ("word", "position")}
+
+
+def test_depthwise_kernels_are_solved_channel_by_channel():
+    _, solved = refitted("mobilenet")
+    assert "params/stage1_0/depthwise/kernel" in solved
+
+
+def test_a_residual_sum_is_solved_jointly():
+    _, solved = refitted("resnet")
+    assert float(solved["params/stage2_0/conv2/kernel"]) == float(solved["params/stage2_0/shortcut/kernel"])
+    assert float(solved["params/stage1_0/conv2/kernel"]) != float(solved["params/stage2_0/conv2/kernel"])
+
+
+def mlp(params, x):
+    hidden = jax.nn.relu(x @ params["first"]["kernel"] + params["first"]["bias"])
+    return hidden @ params["last"]["kernel"]
+
+
+def perceptron(seed, hidden):
+    rng = np.random.default_rng(seed)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+    return {"first": {"kernel": draw(5, hidden), "bias": draw(hidden)}, "last": {"kernel": draw(hidden, 3)}}
+
+
+X = jnp.asarray(RNG.normal(size=(200, 5)), jnp.float32)
+
+
+def refit_mlp(source, target, x=X, **options):
+    return mj.refit(EVERYTHING, mlp, mlp, source, target, x, **{**EXACT, **options})
+
+
+def test_channels_that_stand_twice_are_no_loss():
+    half, target = perceptron(0, 4), perceptron(1, 4)
+    source = jax.tree.map(lambda leaf: leaf, half)
+    source["first"] = {name: jnp.concatenate([leaf, 2 * leaf], -1) for name, leaf in half["first"].items()}
+    source["last"]["kernel"] = jnp.concatenate([half["last"]["kernel"], 0.5 * half["last"]["kernel"]])
+    made = refit_mlp(source, target)
+    np.testing.assert_allclose(mlp(made.variables, X), mlp(source, X), rtol=1e-3, atol=1e-3)
+
+
+def test_a_wider_target_keeps_its_other_channels_and_loses_nothing():
+    source, target = perceptron(0, 4), perceptron(1, 6)
+    made = refit_mlp(source, target).variables
+    np.testing.assert_allclose(mlp(made, X), mlp(source, X), rtol=1e-3, atol=1e-3)
+    np.testing.assert_array_equal(made["first"]["kernel"][:, 4:], target["first"]["kernel"][:, 4:])
+
+
+def test_batches_change_nothing_but_rounding():
+    source, target = perceptron(0, 8), perceptron(1, 4)
+    whole, parts = (refit_mlp(source, target, batch_size=size).variables for size in (200, 27))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), whole, parts)
+
+
+def test_devices_share_the_inputs():
+    source, target = perceptron(0, 8), perceptron(1, 4)
+    # The choice of channels is from each device's own inputs otherwise: here all have the same.
+    parts = jnp.concatenate([X, 2 * X]).reshape(2, 200, 5)
+    run = functools.partial(refit_mlp, source, target, axis_name="devices")
+    made = jax.vmap(lambda x: run(x).variables, axis_name="devices")(parts)
+    whole = refit_mlp(source, target, parts.reshape(-1, 5)).variables
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a[0], b, rtol=1e-3, atol=1e-4), made, whole)
+
+
+def test_rows_are_drawn_where_there_are_many():
+    source, target = perceptron(0, 8), perceptron(1, 4)
+    some, other = (refit_mlp(source, target, max_rows=50, key=jax.random.key(k)).variables for k in (1, 2))
+    assert not np.allclose(some["first"]["kernel"], other["first"]["kernel"])
+
+
+def test_it_can_be_differentiated():
+    source, target = perceptron(0, 8), perceptron(1, 4)
+
+    def loss(source):
+        return jnp.sum(jnp.square(mlp(refit_mlp(source, target).variables, X)))
+
+    slope = jax.grad(loss)(source)
+    step = jax.tree.map(lambda leaf: leaf * 0, source)
+    step["last"]["kernel"] = jnp.ones_like(source["last"]["kernel"])
+    moved = [loss(jax.tree.map(lambda a, b: a + e * b, source, step)) for e in (-1e-2, 1e-2)]  # noqa: B023
+    np.testing.assert_allclose(jnp.sum(slope["last"]["kernel"]), (moved[1] - moved[0]) / 2e-2, rtol=2e-2)
+
+
+def test_few_rows_are_warned_of():
+    with pytest.warns(FewRowsWarning, match="first/kernel has 5 unknowns and 3 rows"):
+        made = refit_mlp(perceptron(0, 8), perceptron(1, 4), X[:3])
+    assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(made.variables))
+
+
+def test_bad_inputs_are_refused():
+    source, target = perceptron(0, 8), perceptron(1, 4)
+    with pytest.raises(ValueError, match="the refit needs inputs"):
+        refit_mlp(source, target, X[:0])
+    with pytest.raises(ValueError, match="ridge must be above 0, got 0"):
+        refit_mlp(source, target, ridge=0)
+    with pytest.raises(ValueError, match="batch_size must be at least 1"):
+        refit_mlp(source, target, batch_size=0)
+
+
+def test_an_operation_that_cannot_be_followed_is_named():
+    source, target = perceptron(0, 8), perceptron(1, 4)
+    cut = lambda params, x: jnp.cumsum(mlp(params, x) @ params["last"]["kernel"].T, -1) @ params["last"]["kernel"]  # noqa: E731
+    with pytest.raises(ValueError, match="the target: the operation 'cumsum' cannot be followed"):
+        mj.refit(EVERYTHING, mlp, cut, source, target, X)
