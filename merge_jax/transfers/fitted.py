@@ -132,33 +132,43 @@ def refit(
     models = [_followed(role, fn, variables, batch) for role, fn, variables in
               (("source", source, source_variables), ("target", target, target_variables))]  # fmt: skip
     named_routes = _with_state(routes, source_variables, target_variables)
-    key = jax.random.key(0) if key is None else key
-    transfer = aligned_transfer(named_routes, models[0].graph, models[1].graph)
-    if adapter is None:
-        some = jax.random.permutation(key, count)[: min(_ALIGNED_ON, count)]
-        moments = input_moments(source, source_variables, *(jnp.asarray(one)[some] for one in inputs))
-        if axis_name is not None:
-            moments = lax.pmean(moments, axis_name)
-        assert transfer.fit is not None  # The aligned one has it.
-        adapter = transfer.fit(moments, source_variables, target_variables)
-    written = transfer.apply(adapter, source_variables, target_variables)
-    alignment = plan_alignment(
-        resolve(named_routes, source_variables, target_variables), *(one.graph for one in models)
-    )
-    plan = plan_refit(alignment, *models)
+    resolved = resolve(named_routes, source_variables, target_variables)
+    plan = plan_refit(plan_alignment(resolved, models[0].graph, models[1].graph), *models)
     if not plan.sites:
         reasons = "; ".join(f"{path}: {why}" for path, why in plan.kept.items())
         raise ValueError(f"nothing of the target can be solved for. {reasons}")
-    programs = (model.trace.program for model in models)
-    walk = _Walk(*programs, plan, adapter, ridge, max_rows, axis_name, math.ceil(count / size), count)
-    leaves, solved = walk.run(
-        dict(zip(walk.source.leaves.values(), flatten(source_variables).values(), strict=True)),
-        dict(zip(walk.target.leaves.values(), flatten(written).values(), strict=True)),
-        *_in_batches(inputs, size),
-        key,
+    transfer = aligned_transfer(named_routes, models[0].graph, models[1].graph)
+    walk = _Walk(
+        *(one.trace.program for one in models), plan, ridge, max_rows, axis_name, math.ceil(count / size), count
     )
-    made = {path: leaves[number] for path, number in walk.target.leaves.items()}
-    return Refit(replace(target_variables, made), solved, dict(plan.kept))
+    walk.check_rows(size)
+
+    def fit(inputs: list[jax.Array], key: jax.Array) -> Adapter:
+        some = jax.random.permutation(key, count)[: min(_ALIGNED_ON, count)]
+        moments = input_moments(source, source_variables, *(one[some] for one in inputs))
+        if axis_name is not None:
+            moments = lax.pmean(moments, axis_name)
+        assert transfer.fit is not None  # The aligned one has it.
+        return transfer.fit(moments, source_variables, target_variables)
+
+    @jax.jit
+    def run(
+        source_variables: Params, target_variables: Params, inputs: list[jax.Array], key: jax.Array, adapter: Any
+    ) -> tuple[Params, dict[str, jax.Array]]:
+        adapter = fit(inputs, key) if adapter is None else adapter
+        written = transfer.apply(adapter, source_variables, target_variables)
+        leaves, solved = walk.run(
+            adapter,
+            dict(zip(walk.source.leaves.values(), flatten(source_variables).values(), strict=True)),
+            dict(zip(walk.target.leaves.values(), flatten(written).values(), strict=True)),
+            *_in_batches(inputs, size),
+            key,
+        )
+        return replace(written, {path: leaves[number] for path, number in walk.target.leaves.items()}), solved
+
+    key = jax.random.key(0) if key is None else key
+    variables, solved = run(source_variables, target_variables, [jnp.asarray(one) for one in inputs], key, adapter)
+    return Refit(variables, solved, dict(plan.kept))
 
 
 def _count(inputs: tuple[jax.Array, ...]) -> int:
@@ -224,7 +234,6 @@ class _Walk(NamedTuple):
     source: Program
     target: Program
     plan: RefitPlan
-    adapter: Adapter
     ridge: float
     max_rows: int
     axis_name: str | None
@@ -233,6 +242,7 @@ class _Walk(NamedTuple):
 
     def run(
         self,
+        adapter: Adapter,
         source_leaves: dict[int, jax.Array],
         leaves: dict[int, jax.Array],
         inputs: list[jax.Array],
@@ -244,17 +254,16 @@ class _Walk(NamedTuple):
         values = dict(zip(self.target.inputs, inputs, strict=True))
         source_kept, kept, solved = self._source_kept(), self._target_kept(), {}
         for number, site in enumerate(self.plan.sites):
-            self._check_rows(site, weights)
             unknowns = [(one, slope(self.target, site, one, leaves)) for one in site.unknowns]
-            priors = [matrix(self.target, one, leaves) * (scale if site.dense else 1) for one, scale in unknowns]
+            priors = [matrix(self.target, one, leaves) * (scale[None] if site.dense else 1) for one, scale in unknowns]
             gather = functools.partial(
-                self._gather, site, source_leaves, dict(leaves), source_kept[number], kept[number]
+                self._gather, site, adapter, source_leaves, dict(leaves), source_kept[number], kept[number]
             )
             keys = jax.random.split(jax.random.fold_in(key, number), len(weights))
             moments, (source_values, values) = lax.scan(
                 gather, no_moments(site), (source_values, values, weights, keys)
             )
-            solution = solve(site, moments, jnp.concatenate(priors), self._valid(site), self.ridge)
+            solution = solve(site, moments, jnp.concatenate(priors), self._valid(site, adapter), self.ridge)
             leaves = write(self.target, site, leaves, solution, moments)
             solved |= {one.layer.leaf: solution.r2 for one in site.unknowns}
         return leaves, solved
@@ -262,6 +271,7 @@ class _Walk(NamedTuple):
     def _gather(
         self,
         site: Site,
+        adapter: Adapter,
         source_leaves: dict[int, jax.Array],
         leaves: dict[int, jax.Array],
         source_kept: frozenset[int],
@@ -279,14 +289,14 @@ class _Walk(NamedTuple):
         rows = jnp.arange(site.rows) if site.rows <= limit else jax.random.randint(key, (limit,), 0, site.rows)
         chosen = None if site.rows <= limit else rows
         x = entering(self.target, site, known, leaves, chosen)
-        wanted = channel_rows(self._in_target(site, found[site.source_end]), site.channel_axes, chosen)
+        wanted = channel_rows(self._in_target(site, adapter, found[site.source_end]), site.channel_axes, chosen)
         rest = end_rows(self.target, site, without(self.target, site, known), chosen)
         of_rows = weights[rows // (site.rows // len(weights))]
         total = (lambda one: one) if self.axis_name is None else functools.partial(lax.psum, axis_name=self.axis_name)
         moments = add_moments(moments, batch_moments(x, wanted - rest, wanted, of_rows, total))
         return moments, ({one: found[one] for one in source_kept}, {one: known[one] for one in kept})
 
-    def _in_target(self, site: Site, value: jax.Array) -> jax.Array:
+    def _in_target(self, site: Site, adapter: Adapter, value: jax.Array) -> jax.Array:
         """Returns a value of the source at the channels that the target has."""
         letters, large = string.ascii_lowercase[: value.ndim], list(string.ascii_lowercase[: value.ndim])
         matrices, names = [], []
@@ -294,34 +304,34 @@ class _Walk(NamedTuple):
             if axis.name is not None:
                 large[place] = letters[place].upper()
                 around = "" if axis.around is None else letters[site.channel_axes[axis.around]]
-                matrices.append(self.adapter["outputs"][axis.name])
+                matrices.append(adapter["outputs"][axis.name])
                 names.append(f"{around}{letters[place]}{large[place]}")
         equation = f"{','.join([*names, ''.join(large)])}->{letters}"
         return jnp.einsum(equation, *matrices, value.astype(jnp.float32), precision=lax.Precision.HIGHEST)
 
-    def _valid(self, site: Site) -> jax.Array:
+    def _valid(self, site: Site, adapter: Adapter) -> jax.Array:
         """Returns which channels of a site have one of the source, bool `[m]`."""
         valid = jnp.ones((), bool)
         for number, (axis, size) in enumerate(zip(site.pairs, site.channels, strict=True)):
             chosen = jnp.ones(size, bool)
             if axis.name is not None:
-                chosen = jnp.any(self.adapter["outputs"][axis.name] != 0, -1)
-            if axis.around is None:
-                valid = valid[..., None] & chosen
-            else:  # The axis around comes before.
-                assert axis.around == number - 1
-                valid = valid[..., None] & chosen.reshape(*(1,) * (valid.ndim - 1), *chosen.shape)
+                chosen = jnp.any(adapter["outputs"][axis.name] != 0, -1)
+            assert axis.around in (None, number - 1)  # The axis around comes before.
+            valid = valid[..., None]
+            valid = valid & chosen.reshape((1,) * (valid.ndim - chosen.ndim) + chosen.shape)
         return valid.reshape(-1)
 
-    def _check_rows(self, site: Site, weights: jax.Array) -> None:
-        rows = min(self.max_rows, site.rows // weights.shape[1] * self.count)
-        if rows < site.num_unknowns:
-            warnings.warn(
-                f"{site.name} has {site.num_unknowns} unknowns and {rows} rows to solve them from: the ridge is raised "
-                f"{site.num_unknowns / rows:.3g} times; give more inputs",
-                FewRowsWarning,
-                stacklevel=2,
-            )
+    def check_rows(self, size: int) -> None:
+        """Warns of sites with fewer rows than unknowns; a batch has so many inputs."""
+        for site in self.plan.sites:
+            rows = min(self.max_rows, site.rows // size * self.count)
+            if rows < site.num_unknowns:
+                warnings.warn(
+                    f"{site.name} has {site.num_unknowns} unknowns and {rows} rows to solve them from: the ridge is "
+                    f"raised {site.num_unknowns / rows:.3g} times; give more inputs",
+                    FewRowsWarning,
+                    stacklevel=3,
+                )
 
     def _target_kept(self) -> list[frozenset[int]]:
         """Returns for each site what of the target is to be kept for those after it."""

@@ -54,7 +54,7 @@ def batch_moments(
 
     means = mean(x), mean(t), mean(y)
     x, t, y = (
-        jnp.sqrt(weights).reshape(-1, *(1,) * (rows.ndim - 1)) * (rows - centre)
+        jnp.sqrt(weights).reshape(-1, *(1,) * (rows.ndim - 1)) * (rows - centre[None])
         for rows, centre in zip((x, t, y), means, strict=True)
     )
     products = "rd,re->de", "rd,rm->dm"
@@ -181,11 +181,11 @@ def solve(site: Site, moments: Moments, prior: jax.Array, valid: jax.Array, ridg
             xx, xt = xx + x[:, :, None] * x[:, None], xt + x * t[:, None]
         size = ridge * jnp.maximum(1.0, d / count) * jnp.trace(xx, axis1=1, axis2=2) / d + _TINY
         wanted = xt + size[:, None] * prior.T
-        solved = jnp.linalg.solve(xx + size[:, None, None] * jnp.eye(d), wanted[..., None])[..., 0]
+        solved = jnp.linalg.solve(xx + size[:, None, None] * jnp.eye(d)[None], wanted[..., None])[..., 0]
         found, added = solved.T, jnp.sum(x * solved, 1)
         left = tt - 2 * jnp.sum(solved * xt, 1) + jnp.einsum("md,mde,me->m", solved, xx, solved)
     left = left if centred else left + jnp.square(t)
-    found = jnp.where(valid, found, prior)
+    found = jnp.where(valid[None], found, prior)
     intercept = jnp.where(valid, t - added, 0.0) if centred else jnp.zeros_like(t)
     spread = jnp.sum(jnp.where(valid, moments.yy / count, 0))
     return Solution(found, intercept, 1 - jnp.sum(jnp.where(valid, left, 0)) / jnp.maximum(spread, _TINY))
@@ -248,15 +248,15 @@ def write(program: Program, site: Site, leaves: Values, solution: Solution, mome
         part = slice(first, first + unknown.inputs)
         layer, wanted, scale = unknown.layer, solution.effective[part], slope(program, site, unknown, leaves)
         if not site.dense and layer.scaled:  # The inputs have the slope in them.
-            wanted = wanted * scale
+            wanted = wanted * scale[None]
         if layer.norm is None or not layer.scaled:
-            kernel = wanted / jnp.where(scale == 0, 1.0, scale)
+            kernel = wanted / jnp.where(scale == 0, 1.0, scale)[None]
             _put(new, program, unknown, kernel)
             continue
         old = jnp.sqrt(jnp.sum(jnp.square(matrix(program, unknown, leaves)), 0))
         size = jnp.sqrt(jnp.sum(jnp.square(wanted), 0))
         factor = jnp.where((size > 0) & (old > 0), old / jnp.maximum(size, _TINY), 1.0)
-        kernel = wanted * factor
+        kernel = wanted * factor[None]
         _put(new, program, unknown, kernel)
         _put_norm(new, program, site, unknown, _products(site, moments, part, kernel, scale), 1 / factor)
     biased = next((one for one in site.unknowns if one.layer.bias is not None), None)

@@ -19,7 +19,7 @@ EVERYTHING = {"**": "**"}
 
 
 def mobile(width):
-    stages = (InvertedResidualStage(2, width, 1, 1), InvertedResidualStage(2, width, 1, 1))
+    stages = (InvertedResidualStage(2, width, 1, 1),)
     return mj.models.MobileNetV2(stages, 10, stem_width=width, head_width=4 * width)
 
 
@@ -57,24 +57,25 @@ def variables_of(name, role):
     return variables
 
 
-@functools.cache
-def refitted(name):
+def refit_pair(name, **options):
     source, target, inputs = PAIRS[name]
-    run = jax.jit(lambda *variables: mj.refit(EVERYTHING, source.apply, target.apply, *variables, inputs, **EXACT)[:2])
-    return run(variables_of(name, "source"), variables_of(name, "target"))
+    variables = variables_of(name, "source"), variables_of(name, "target")
+    return mj.refit(EVERYTHING, source.apply, target.apply, *variables, inputs, **{**EXACT, **options})
 
 
+refitted = functools.cache(refit_pair)
 EXACT = {"ridge": 1e-5, "max_rows": 10**6}
+SLOW = [name if name == "mobilenet" else pytest.param(name, marks=pytest.mark.slow) for name in PAIRS]
+pytestmark = pytest.mark.filterwarnings("ignore::merge_jax.transfers.fitted.FewRowsWarning")
 
 
-def difference(apply, variables, name):
-    source, _, inputs = PAIRS[name]
+def difference(variables, name):
+    source, target, inputs = PAIRS[name]
     wanted = source.apply(variables_of(name, "source"), inputs)
-    return float(jnp.mean(jnp.square(apply(variables, inputs) - wanted)) / jnp.var(wanted))
+    return float(jnp.mean(jnp.square(target.apply(variables, inputs) - wanted)) / jnp.var(wanted))
 
 
-@pytest.mark.parametrize("name", PAIRS)
-@pytest.mark.filterwarnings("ignore::merge_jax.transfers.fitted.FewRowsWarning")
+@pytest.mark.parametrize("name", SLOW)
 def test_a_target_of_the_source_s_size_computes_what_it_does(name):
     source, _, inputs = PAIRS[name]
     variables = variables_of(name, "source")
@@ -84,36 +85,25 @@ def test_a_target_of_the_source_s_size_computes_what_it_does(name):
     assert min(map(float, solved.values())) > 0.999
 
 
-@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("name", SLOW)
 def test_it_comes_nearer_to_the_source_than_alignment(name):
-    source, target, inputs = PAIRS[name]
-    variables, solved = refitted(name)
-    aligned = mj.refit(
-        EVERYTHING,
-        source.apply,
-        target.apply,
-        variables_of(name, "source"),
-        variables_of(name, "target"),
-        inputs,
-        ridge=1e6,
-    )
-    assert difference(target.apply, variables, name) < 0.7 * difference(target.apply, aligned.variables, name)
-    assert all(0 <= float(one) <= 1.0001 for one in solved.values())
+    made = refitted(name)
+    # A large ridge leaves the aligned kernels, and sets biases and statistics.
+    assert difference(made.variables, name) < 0.7 * difference(refit_pair(name, ridge=1e6).variables, name)
+    assert all(0 <= float(one) <= 1.0001 for one in made.solved.values())
 
 
-@pytest.mark.parametrize("name", ["resnet", "mobilenet"])
+@pytest.mark.parametrize("name", SLOW[:2])
 def test_running_statistics_are_those_of_the_inputs(name):
     _, target, inputs = PAIRS[name]
-    variables, _ = refitted(name)
+    variables = refitted(name).variables
     trained, _ = target.apply(variables, inputs, train=True, mutable=["batch_stats"])
     np.testing.assert_allclose(target.apply(variables, inputs), trained, atol=5e-3)
 
 
+@pytest.mark.slow
 def test_what_is_solved_and_what_is_kept():
-    source, target, inputs = PAIRS["text"]
-    made = mj.refit(
-        EVERYTHING, source.apply, target.apply, variables_of("text", "source"), variables_of("text", "target"), inputs
-    )
+    made = refitted("text")
     layer = "params/encoder/layer_0"
     for leaf in ("attention/query/kernel", "attention/out/kernel", "up/kernel", "down/kernel", "norm1/scale"):
         assert f"{layer}/{leaf}" in made.solved
@@ -122,18 +112,19 @@ def test_what_is_solved_and_what_is_kept():
 
 
 def test_depthwise_kernels_are_solved_channel_by_channel():
-    _, solved = refitted("mobilenet")
+    solved = refitted("mobilenet").solved
     assert "params/stage1_0/depthwise/kernel" in solved
 
 
+@pytest.mark.slow
 def test_a_residual_sum_is_solved_jointly():
-    _, solved = refitted("resnet")
+    solved = refitted("resnet").solved
     assert float(solved["params/stage2_0/conv2/kernel"]) == float(solved["params/stage2_0/shortcut/kernel"])
     assert float(solved["params/stage1_0/conv2/kernel"]) != float(solved["params/stage2_0/conv2/kernel"])
 
 
 def mlp(params, x):
-    hidden = jax.nn.relu(x @ params["first"]["kernel"] + params["first"]["bias"])
+    hidden = jax.nn.relu(x @ params["first"]["kernel"] + params["first"]["bias"][None])
     return hidden @ params["last"]["kernel"]
 
 
@@ -163,7 +154,7 @@ def test_a_wider_target_keeps_its_other_channels_and_loses_nothing():
     source, target = perceptron(0, 4), perceptron(1, 6)
     made = refit_mlp(source, target).variables
     np.testing.assert_allclose(mlp(made, X), mlp(source, X), rtol=1e-3, atol=1e-3)
-    np.testing.assert_array_equal(made["first"]["kernel"][:, 4:], target["first"]["kernel"][:, 4:])
+    np.testing.assert_allclose(made["first"]["kernel"][:, 4:], target["first"]["kernel"][:, 4:], atol=1e-6)
 
 
 def test_batches_change_nothing_but_rounding():
@@ -185,7 +176,7 @@ def test_devices_share_the_inputs():
 def test_rows_are_drawn_where_there_are_many():
     source, target = perceptron(0, 8), perceptron(1, 4)
     some, other = (refit_mlp(source, target, max_rows=50, key=jax.random.key(k)).variables for k in (1, 2))
-    assert not np.allclose(some["first"]["kernel"], other["first"]["kernel"])
+    assert not np.allclose(some["last"]["kernel"], other["last"]["kernel"], rtol=1e-3)
 
 
 def test_it_can_be_differentiated():
@@ -202,8 +193,12 @@ def test_it_can_be_differentiated():
 
 
 def test_few_rows_are_warned_of():
-    with pytest.warns(FewRowsWarning, match="first/kernel has 5 unknowns and 3 rows"):
+    with pytest.warns(FewRowsWarning) as warned:
         made = refit_mlp(perceptron(0, 8), perceptron(1, 4), X[:3])
+    assert [str(one.message).split(":")[0] for one in warned] == [
+        "first/kernel has 5 unknowns and 3 rows to solve them from",
+        "last/kernel has 4 unknowns and 3 rows to solve them from",
+    ]
     assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(made.variables))
 
 
@@ -213,7 +208,7 @@ def test_bad_inputs_are_refused():
         refit_mlp(source, target, X[:0])
     with pytest.raises(ValueError, match="ridge must be above 0, got 0"):
         refit_mlp(source, target, ridge=0)
-    with pytest.raises(ValueError, match="batch_size must be at least 1"):
+    with pytest.raises(ValueError, match="batch_size must be a whole number of at least 1"):
         refit_mlp(source, target, batch_size=0)
 
 
