@@ -20,6 +20,8 @@ with epy.lazy_api_imports(globals()):
         TextEncoder,
         bert_base,
         distilbert_base,
+        minilm,
+        minilm_half,
         small_bert,
         small_distilbert,
     )
@@ -42,6 +44,8 @@ __all__ = [
     "distilbert_base",
     "from_huggingface",
     "initialize",
+    "minilm",
+    "minilm_half",
     "mobilenet_v2",
     "mobilenet_v2_half",
     "resnet18",

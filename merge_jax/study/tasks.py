@@ -11,7 +11,8 @@ import merge_jax as mj
 from merge_jax.checkpoints.safetensors import leaf_paths
 from merge_jax.checks import check_choice
 from merge_jax.data import CaptionSet, QuestionSet, TextSet, VisualQuestionSet, WordPiece
-from merge_jax.study.choices import ImageTextTaskName, TextTaskName
+from merge_jax.data.text.tokens import MODEL_VOCABULARIES
+from merge_jax.study.choices import ImageTextTaskName, PoolerName, TextTaskName
 from merge_jax.study.config import RunConfig
 from merge_jax.study.image_text import (
     check_image_text_weights,
@@ -47,6 +48,8 @@ class TaskSpec:
       validation: how many training examples to hold out; None for the number of the options.
       learning_rate: of its optimizer; None for that of the options.
       sizes: a Hugging Face safetensors file or folder, with its config.json, whose sizes a text model has.
+      pooler: of a classifier of text, see `merge_jax.models.TextClassifier`; None for that of its architecture.
+      fit_head: whether the last layer of a source that is read from a file is fitted to its training examples.
     """
 
     task: str
@@ -58,6 +61,8 @@ class TaskSpec:
     validation: int | None = None
     learning_rate: float | None = None
     sizes: Path | None = None
+    pooler: PoolerName | None = None
+    fit_head: bool = False
 
     @property
     def encoder(self) -> tuple[str, dict[str, Any]]:
@@ -154,7 +159,9 @@ def _with_sizes(spec: TaskSpec, source_from: Path | None) -> TaskSpec:
 
 
 def _check_modality(spec: TaskSpec) -> None:
-    """Raises ValueError for weights of an encoder that the model of a task has not."""
+    """Raises ValueError for weights of an encoder that the model of a task has not, or a head that it has not."""
+    if spec.fit_head and (spec.task not in _TEXT_TASKS or spec.task == "qa"):
+        raise ValueError(f"a last layer is fitted to the labels of texts: {spec.task} has none to fit it to")
     if not isinstance(spec.model, Architecture) or spec.task in _IMAGE_TEXT_TASKS:
         return
     model = f"{spec.encoder[0]} ({spec.task})"
@@ -259,6 +266,8 @@ def _make_model(options: TaskOptions, spec: TaskSpec, texts: Texts | None, token
         weights=spec.weights,
         attributes=attributes,
         sizes=spec.sizes,
+        pooler=spec.pooler,
+        fit_head=spec.fit_head,
     )
 
 
@@ -266,14 +275,23 @@ def _tokens(
     options: TaskOptions, words: Iterable[str], weights: Sequence[Path | None], source: Path | None
 ) -> WordPiece:
     """Returns the vocabulary: the one that is named, the one that the source has, or one that is learned."""
-    known = None if source is None else source / _VOCABULARY
+    files = [path for path in (source, *weights) if path is not None]
+    known = next(filter(None, map(_vocabulary_in, files)), None)
     # Weights mean nothing under other numbers of the same words, and would fit all the same.
-    if known is None or not known.exists():
-        files = [path for path in (source, *weights) if path is not None]
+    if known is None:
         if files and options.vocabulary is None:
-            raise ValueError(f"the weights in {files[0]} need the vocabulary they were trained with: --vocabulary")
+            raise ValueError(
+                f"the weights in {files[0]} need the vocabulary they were trained with: --vocabulary, or name a folder"
+                f" that has {' or '.join(MODEL_VOCABULARIES)} beside them"
+            )
         return vocabulary(options.vocabulary, words, options.vocabulary_size)
     tokens = WordPiece.from_vocabulary(known)
     if options.vocabulary is not None and WordPiece.from_vocabulary(options.vocabulary).words != tokens.words:
         raise ValueError(f"the vocabulary {options.vocabulary} is not that of the source, {known}: leave it out")
     return tokens
+
+
+def _vocabulary_in(folder: Path) -> Path | None:
+    """Returns the vocabulary that the folder of a run or of a model has; None of a file, which may lie anywhere."""
+    files = (folder / name for name in (_VOCABULARY, *MODEL_VOCABULARIES))
+    return next((file for file in files if file.is_file()), None)
