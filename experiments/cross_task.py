@@ -70,8 +70,8 @@ class Config(study.TaskOptions, study.TransferOptions, study.RunConfig):
     """What is before a classifier of text: tanh or relu, a layer on the first token; mean of all tokens, as in sentence
     transformers. By default tanh for BERT, relu for DistilBERT."""
     fit_source_head: bool = False
-    """Fit the last layer of a source that is read from a file to its labelled examples (logistic regression on its
-    features), for weights that were trained without labels."""
+    """Fit the last layer of a source that is read from a file of Hugging Face, where that has none of as many classes,
+    to its labelled examples: logistic regression on its features."""
     routes: tuple[str, ...] = (study.BY_DEPTH,)
     """Layers that take part, as target=source, such as encoder/layer_0/attention=encoder/layer_1/attention; "by depth"
     are all attention blocks of text models."""

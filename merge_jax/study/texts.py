@@ -312,12 +312,13 @@ def text_model(
         return read_weights(path, params).params
 
     def load_and_fit(path: Path, variables: dict[str, Any], seed: int | None) -> dict[str, Any]:
-        params = read_weights(path, variables["params"], fitted="classifier/").params
-        if seed is None:
-            return {**variables, "params": params}
-        features = features_of(module.apply, params, splits(seed).train["tokens"])
-        head = mj.fit_head(features, splits(seed).train["label"], num_classes=module.num_classes)
-        return {**variables, "params": {**params, "classifier": head._asdict()}}
+        params, kept = read_weights(path, variables["params"], fitted="classifier/")
+        if kept and seed is not None:
+            learned = splits(seed).train
+            features = features_of(module.apply, params, learned["tokens"])
+            head = mj.fit_head(features, learned["label"], num_classes=module.num_classes)
+            params = {**params, "classifier": head._asdict()}
+        return {**variables, "params": params}
 
     code = model_code(module, {f"jnp.zeros((1, {max_length}), jnp.int32)": describe_tokens(max_length)})
     return StudyModel(
