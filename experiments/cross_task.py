@@ -9,6 +9,8 @@
     python -m experiments.cross_task paper       # BERT on SQuAD gives to DistilBERT on IMDb, for a GPU
     python -m experiments.cross_task pretrained --source-from MINILM --target-data TEXTS.tsv
                                                  # a pretrained MiniLM gives to half of one, on your own texts
+    python -m experiments.cross_task pretrained_distilbert --source-from MINILM --target-data TEXTS.tsv
+                                                 # the same to a small DistilBERT
     python -m experiments.cross_task --help
 
 The models share no label, so nothing can be distilled; their parameters can be moved all the same. (A pretrained MiniLM
@@ -134,6 +136,7 @@ _PRETRAINED = Config(
     labels=500,
     max_length=64,
 )
+_MINUTES = {"seeds": 2, "steps": 150, "batch_size": 32, "report_every": 30, "checkpoint_every": 150}
 
 PRESETS = {
     "default": _TEXT,
@@ -183,7 +186,16 @@ PRESETS = {
         routes=CIFAR_ROUTES,
         agree=CIFAR_AGREE,
     ),
-    "pretrained": replace(_PRETRAINED, seeds=2, steps=150, batch_size=32, report_every=30, checkpoint_every=150),
+    "pretrained": replace(_PRETRAINED, **_MINUTES),
+    # Another family: nothing to align, and features that can agree all the same.
+    "pretrained_distilbert": replace(
+        _PRETRAINED,
+        **_MINUTES,
+        target_model="small_distilbert",
+        methods=("vanilla", "share", "kd", "agree"),
+        routes=(study.BY_DEPTH,),
+        agree=("encoder/layer_0=encoder/layer_2", "encoder/layer_1=encoder/layer_5", "features=features"),
+    ),
     "pretrained_full": replace(
         _PRETRAINED, seeds=6, steps=1000, batch_size=32, report_every=50, checkpoint_every=500, max_length=128
     ),
