@@ -28,6 +28,7 @@ with epy.lazy_api_imports(globals()):
         load_images,
         make_model,
         sgd,
+        vision_classifier,
     )
     from merge_jax.study.methods import Objective, make_methods, make_scenario, parse_routes
     from merge_jax.study.multi_source import side_by_side
@@ -92,4 +93,5 @@ __all__ = [
     "sgd",
     "side_by_side",
     "tf_kd_objective",
+    "vision_classifier",
 ]

@@ -24,8 +24,11 @@ ImageModelName = Literal[
     "small_mobilenet_v2",
     "mobilenet_v2",
     "mobilenet_v2_half",
+    "efficientnet_lite0",
+    "efficientnet_lite0_half",
 ]
-"""`resnet18_quarter` and `small_resnet_half` have that part of the channels; the others are `merge_jax.models`."""
+"""`resnet18_quarter` and the networks with `half` in their names have that part of the channels; the others are
+`merge_jax.models`."""
 
 VisionModelName = Literal["small_vit", "tiny_vit", "vit_base"]
 """The vision transformers of `merge_jax.models`."""

@@ -8,7 +8,7 @@ from typing import Any, get_args
 import jax
 
 import merge_jax as mj
-from merge_jax.checkpoints.safetensors import leaf_paths
+from merge_jax.checkpoints.torch_files import weight_paths
 from merge_jax.checks import check_choice
 from merge_jax.data import CaptionSet, QuestionSet, TextSet, VisualQuestionSet, WordPiece
 from merge_jax.data.text.tokens import MODEL_VOCABULARIES
@@ -188,7 +188,7 @@ def _is_huggingface(path: Path | None) -> bool:
     """Returns whether a source is read from a file of Hugging Face, and not from one of ours or from a run."""
     if path is None or not path.exists() or (path / "checkpoints").is_dir():
         return False
-    return not any(leaf.startswith(("encoder/embeddings/", "params/")) for leaf in leaf_paths(path))
+    return not any(leaf.startswith(("encoder/embeddings/", "params/")) for leaf in weight_paths(path))
 
 
 def _load_texts(options: TaskOptions, spec: TaskSpec) -> Texts | None:
