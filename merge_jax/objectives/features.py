@@ -1,7 +1,7 @@
 """Agreement of two models' features on one batch: an objective that tells a transfer what to move."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +13,30 @@ from merge_jax.objectives.losses import name_missing_collections
 from merge_jax.paths import near_misses
 from merge_jax.types import Batch, LossFn, ModelApply, ModelState, Params, TeacherFn
 
-__all__ = ["CompareOn", "cka", "disagreement", "feature_agreement", "features_teacher", "mixed", "with_features"]
+__all__ = [
+    "CompareOn",
+    "FeatureObjective",
+    "cka",
+    "disagreement",
+    "feature_agreement",
+    "features_teacher",
+    "mixed",
+    "with_features",
+]
 
 CompareOn = Callable[[jax.Array], jax.Array]
 """From an input of the target, `[B, ...]`, to what both models are compared on."""
+
+
+class FeatureObjective(Protocol):
+    """How far the features of a model are from another's; `disagreement` is one, `redundancy_suppression` another."""
+
+    def __call__(
+        self, features: Sequence[jax.Array], others: Sequence[jax.Array], /, *, axis_name: str | None = None
+    ) -> jax.Array:
+        """Returns a scalar, the smaller the better, of features `[B, ...]` of as many layers of both."""
+        ...
+
 
 _FEATURES = "source_features"
 _HINT = " (see the option `inputs`)"
@@ -125,6 +145,7 @@ def feature_agreement(
     *,
     inputs: Sequence[str] = ("image",),
     weight: float = 20.0,
+    objective: FeatureObjective = disagreement,
     compare_on: CompareOn | None = None,
     axis_name: str | None = None,
 ) -> LossFn:
@@ -141,6 +162,8 @@ def feature_agreement(
       layers: paths of its submodules, as `with_features` has them.
       inputs: the entries of the batch that are its inputs, in order.
       weight: of the disagreement, 0 or more; at 0 the agreement is measured only.
+      objective: what the features are compared by, in the place of `1 - cka`, such as
+        `merge_jax.objectives.redundancy_suppression`; the metric is 1 minus its value.
       compare_on: what of each input the features are taken on, such as `mixed`; None for the inputs as they are. The
         teacher must have the same.
       axis_name: that of `make_joint_step`, under `pmap` or `shard_map`; features are compared over the whole batch.
@@ -166,7 +189,7 @@ def feature_agreement(
                 mutable=list(model_state),
                 rngs={"dropout": key},
             )
-        difference = disagreement(features, batch[_FEATURES], axis_name=axis_name)
+        difference = objective(features, batch[_FEATURES], axis_name=axis_name)
         return weight * difference, (model_state, {"agreement": 1 - difference})
 
     return loss_fn

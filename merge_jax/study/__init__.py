@@ -12,6 +12,7 @@ with epy.lazy_api_imports(globals()):
         ImageTaskName,
         ImageTextTaskName,
         LearningRateSchedule,
+        PoolerName,
         TextModelName,
         TextTaskName,
         VisionModelName,
@@ -27,6 +28,7 @@ with epy.lazy_api_imports(globals()):
         load_images,
         make_model,
         sgd,
+        vision_classifier,
     )
     from merge_jax.study.methods import Objective, make_methods, make_scenario, parse_routes
     from merge_jax.study.multi_source import side_by_side
@@ -58,6 +60,7 @@ __all__ = [
     "Method",
     "ModelName",
     "Objective",
+    "PoolerName",
     "RunConfig",
     "SampleImages",
     "Scenario",
@@ -90,4 +93,5 @@ __all__ = [
     "sgd",
     "side_by_side",
     "tf_kd_objective",
+    "vision_classifier",
 ]

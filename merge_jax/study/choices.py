@@ -7,6 +7,7 @@ __all__ = [
     "ImageTaskName",
     "ImageTextTaskName",
     "LearningRateSchedule",
+    "PoolerName",
     "SourceControl",
     "TextModelName",
     "TextTaskName",
@@ -23,14 +24,20 @@ ImageModelName = Literal[
     "small_mobilenet_v2",
     "mobilenet_v2",
     "mobilenet_v2_half",
+    "efficientnet_lite0",
+    "efficientnet_lite0_half",
 ]
-"""`resnet18_quarter` and `small_resnet_half` have that part of the channels; the others are `merge_jax.models`."""
+"""`resnet18_quarter` and the networks with `half` in their names have that part of the channels; the others are
+`merge_jax.models`."""
 
 VisionModelName = Literal["small_vit", "tiny_vit", "vit_base"]
 """The vision transformers of `merge_jax.models`."""
 
-TextModelName = Literal["small_bert", "small_distilbert", "bert_base", "distilbert_base"]
+TextModelName = Literal["small_bert", "small_distilbert", "minilm", "minilm_half", "bert_base", "distilbert_base"]
 """The encoders of `merge_jax.models`, each with the head of its task."""
+
+PoolerName = Literal["tanh", "relu", "mean"]
+"""What is before a classifier of text, those of `merge_jax.models.TextClassifier`."""
 
 ImageTaskName = Literal["digits", "parity", "parity_and_size", "shapes", "cifar100", "cifar100_coarse"]
 """What is learned of images: `parity` (odd or even) and `parity_and_size` (whether at least 5, too) are of the digits

@@ -47,8 +47,8 @@ class RunConfig:
     """Pretrained: trained first, then frozen. Live: from scratch beside the target, as in the paper. Frozen: read from
     --source-from. Trajectory: its saved steps are replayed in order, of --source-from, or trained first."""
     source_from: Path | None = None
-    """Where a frozen source is read from: a .safetensors file, or the folder of a run that trained one; for a
-    trajectory, the folder of such a run."""
+    """Where a frozen source is read from: a .safetensors file, the folder of a run that trained one, a .pth file of
+    PyTorch, or package:NAME, the weights in an installed package; for a trajectory, the folder of a run."""
     snapshots: int = 8
     """About how many steps of the source's training to replay with --source trajectory; one that is read from another
     run has all that were saved there."""

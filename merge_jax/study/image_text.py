@@ -40,16 +40,8 @@ from merge_jax.study.images import make_vision_encoder
 from merge_jax.study.model_code import model_code
 from merge_jax.study.options import Architecture
 from merge_jax.study.scenario import SampleImages, StudyModel
-from merge_jax.study.texts import (
-    adamw,
-    check_text_weights,
-    check_weights,
-    describe_tokens,
-    make_text_encoder,
-    read_weights,
-    warn_of_cuts,
-    with_weights,
-)
+from merge_jax.study.text_weights import check_weights, read_weights, with_weights
+from merge_jax.study.texts import adamw, check_text_weights, describe_tokens, make_text_encoder, warn_of_cuts
 from merge_jax.types import LossFn
 
 __all__ = [

@@ -29,6 +29,7 @@ from merge_jax.data import (
 )
 from merge_jax.study.choices import ImageModelName, ImageTaskName, LearningRateSchedule, VisionModelName
 from merge_jax.study.model_code import model_code
+from merge_jax.study.pretrained import with_fitted_head
 from merge_jax.study.scenario import StudyModel
 from merge_jax.study.texts import adamw
 
@@ -42,6 +43,7 @@ __all__ = [
     "make_model",
     "make_vision_encoder",
     "sgd",
+    "vision_classifier",
 ]
 
 VISION_ATTENTION = "encoder/*/attention"
@@ -150,7 +152,7 @@ def _relabelled(data: ImageData, name: str, num_classes: int, relabel: Callable[
 
 def make_model(
     name: str, num_classes: int, *, stages: int, dtype: Any = jnp.float32, **options: Any
-) -> mj.models.ResNet | mj.models.MobileNetV2:
+) -> mj.models.ResNet | mj.models.MobileNetV2 | mj.models.EfficientNetLite:
     """Returns the model of that name; `stages` are those of the small ones, options the models' other attributes.
 
     Raises:
@@ -158,6 +160,10 @@ def make_model(
     """
     check_choice("model", name, get_args(ImageModelName))
     options["dtype"] = jnp.dtype(dtype)
+    if name.startswith("efficientnet_lite0"):
+        # The original's momentum of 0.99 is for longer runs than these.
+        width = 0.5 if name.endswith("_half") else 1.0
+        return mj.models.efficientnet_lite(num_classes, width, momentum=0.9, **options)
     if name == "resnet18_quarter":
         return mj.models.resnet18(num_classes, width=0.25, **options)
     if name.startswith("small_"):
@@ -213,7 +219,13 @@ def image_classifier(
     def change(key: jax.Array, batch: mj.Batch) -> mj.Batch:
         return {**batch, "image": crop_flip_rotate(key, batch["image"])}
 
-    apply = module.apply if data.pixels is None else mj.on_pixels(module.apply, *data.pixels)
+    # Pretrained weights want the scale of their own images, and a target that takes them over wants it too.
+    pixels = None if data.pixels is None else getattr(module, "pixels", data.pixels)
+    apply = module.apply if pixels is None else mj.on_pixels(module.apply, *pixels)
+    splits = lru_cache(maxsize=1)(few_labels)
+    pretrained = None
+    if isinstance(module, mj.models.EfficientNetLite):
+        pretrained = with_fitted_head(apply, lambda seed: splits(seed).train, data.num_classes)
     shape = ", ".join(map(str, data.shape))
     images = f"images [N, {shape}], {'float32 in [0, 1]' if data.pixels is None else 'uint8'}"
     return StudyModel(
@@ -221,13 +233,45 @@ def image_classifier(
         init=init,
         loss=mj.classification_loss(apply),
         optimizer=optimizer,
-        splits=lru_cache(maxsize=1)(few_labels),
+        splits=splits,
         evaluate=mj.evaluate_classifier(apply, batch_size=_EVALUATED_AT_ONCE),
         apply=apply,
         inputs=("image",),
         attention=attention,
         augment=change if augment else None,
-        code=model_code(module, {f"jnp.zeros((1, {shape}))": images}, data.pixels),
+        load_pretrained=pretrained,
+        code=model_code(module, {f"jnp.zeros((1, {shape}))": images}, pixels),
+    )
+
+
+def vision_classifier(
+    name: str,
+    model: str,
+    data: ImageData,
+    learning_rate: float,
+    *,
+    labels: int | None = None,
+    augment: bool = False,
+    dtype: Any = jnp.float32,
+    attributes: Mapping[str, Any] = MappingProxyType({}),
+) -> StudyModel:
+    """Returns a vision transformer that learns to classify images by AdamW; see `make_vision_encoder`.
+
+    Raises:
+      ValueError: as `make_vision_encoder`, or images that are not square.
+    """
+    height, width, _ = data.shape
+    if height != width:
+        raise ValueError(f"{model} takes square images, those of {data.name} are {height}x{width}")
+    encoder = make_vision_encoder(model, height, attributes, dtype=jnp.dtype(dtype))
+    return image_classifier(
+        name,
+        mj.models.ImageClassifier(encoder, data.num_classes),
+        data,
+        optimizer=partial(adamw, learning_rate),
+        labels=labels,
+        augment=augment,
+        attention={"vision": VISION_ATTENTION},
     )
 
 
@@ -254,15 +298,7 @@ def image_model(
     data = load_image_task(task, data_dir, image_size, validation)
     name = f"{model} ({task})"
     if model in get_args(VisionModelName):
-        height, width, _ = data.shape
-        if height != width:
-            raise ValueError(f"{model} takes square images, those of {data.name} are {height}x{width}")
-        encoder = make_vision_encoder(model, height, attributes)
-        module = mj.models.ImageClassifier(encoder, data.num_classes)
-        optimizer = partial(adamw, learning_rate)
-        return image_classifier(
-            name, module, data, optimizer=optimizer, labels=labels, attention={"vision": VISION_ATTENTION}
-        )
+        return vision_classifier(name, model, data, learning_rate, labels=labels, attributes=attributes)
     module = make_model(model, data.num_classes, stages=stages)
     return image_classifier(name, module, data, optimizer=partial(sgd, learning_rate), labels=labels)
 

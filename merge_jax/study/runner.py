@@ -11,7 +11,7 @@ from rich.console import Console
 from tqdm.auto import tqdm
 
 from merge_jax.checkpoints.orbax import CheckpointError
-from merge_jax.checkpoints.safetensors import leaf_paths
+from merge_jax.checkpoints.torch_files import find_weights, weight_paths
 from merge_jax.runs import PLAN, Plan, Run
 from merge_jax.runs.folder import MetricsLog, RunFolder, check_space, numbered_folder
 from merge_jax.study.config import RunConfig
@@ -96,13 +96,13 @@ def prepare_run(scenario: Scenario, config: RunConfig, expected: str = "", cauti
 
 def check_paths(config: RunConfig) -> None:
     """Raises ValueError for a run folder or a source that cannot be used, before models and data are made."""
-    path = config.source_from
-    if path is not None:
+    if config.source_from is not None:
+        path = find_weights(config.source_from)
         if not path.exists():
             raise ValueError(f"the source cannot be read: there is no file or folder {path}")
         if config.source == "frozen" and not (path / "checkpoints").is_dir():
             try:
-                leaf_paths(path)
+                weight_paths(path)
             except OSError as error:
                 raise ValueError(f"the source cannot be read: {error}") from None
     if config.run_dir is not None and jax.process_index() == 0:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -54,6 +55,10 @@ class StudyModel:
       attention: its attention blocks as a pattern of paths, by what they attend to: `vision`, `text`.
       augment: changes its batches at random while it trains; None for batches as they are.
       load: `(path, params) -> params` from a file of weights, where `params` is the model as it starts.
+      load_pretrained: `(path, variables, seed) -> variables` from a file of another library, where variables are
+        `{"params": ..., **model_state}` as the model starts, and what the file lacks, such as a last layer for the
+        labels at hand, is fitted to the seed's training examples; for no seed it is checked to fit, and variables may
+        be shapes. None for `load`, which knows parameters alone.
       sample_images: test images that it is shown with; None for a model of other things.
       code: lines of Python that make it, see `model_code`; empty where there are none.
     """
@@ -70,6 +75,7 @@ class StudyModel:
     attention: Mapping[str, str] = field(default_factory=dict)
     augment: Augment | None = None
     load: Callable[[Path, Params], Params] = load_params
+    load_pretrained: Callable[[Path, dict[str, Any], int | None], dict[str, Any]] | None = None
     sample_images: SampleImages | None = None
     code: str = ""
 

@@ -12,8 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from merge_jax.checkpoints.orbax import Checkpoints
-from merge_jax.checkpoints.safetensors import leaf_paths, load_params
+from merge_jax.checkpoints.safetensors import load_params
+from merge_jax.checkpoints.torch_files import find_weights, weight_paths
 from merge_jax.checks import error_context
+from merge_jax.paths import flatten
 from merge_jax.study.choices import SourceControl
 from merge_jax.study.config import Lengths, RunConfig
 from merge_jax.study.scenario import Scenario, StudyModel
@@ -78,10 +80,11 @@ def plan_source(scenario: Scenario, config: RunConfig) -> SourcePlan:
         every = lengths.report_every * max(1, round(lengths.steps / config.snapshots / lengths.report_every))
         return SourcePlan(lengths=lengths._replace(checkpoint_every=every), snapshots=math.ceil(lengths.steps / every))
     assert path is not None  # config.check
+    path = find_weights(path)
     shapes = jax.eval_shape(lambda: start(0))  # What does not fit them is refused before a model is made.
     if config.source == "frozen" and not (path / "checkpoints").is_dir():
-        _read_variables(role, path, shapes)
-        return SourcePlan(read=lambda seed: _read_file(role, path, start(seed)))
+        _read_variables(role, path, shapes, None)
+        return SourcePlan(read=lambda seed: _read_file(role, path, start(seed), seed))
     folders = _source_folders(path, config.seeds)
     _read_last(folders[0], shapes)
     if config.source == "frozen":
@@ -185,19 +188,23 @@ def _parts(start: TrainState) -> dict[str, object]:
     return {_PARAMS: start.params, _MODEL_STATE: start.model_state}
 
 
-def _read_file(role: StudyModel, path: Path, start: TrainState) -> TrainState:
-    variables = _read_variables(role, path, start)
+def _read_file(role: StudyModel, path: Path, start: TrainState, seed: int) -> TrainState:
+    variables = _read_variables(role, path, start, seed)
     model_state = {name: jax.tree.map(jnp.asarray, variable) for name, variable in variables.items()}
     return TrainState(model_state.pop("params"), model_state, None)
 
 
-def _read_variables(role: StudyModel, path: Path, start: TrainState) -> dict[str, Any]:
+def _read_variables(role: StudyModel, path: Path, start: TrainState, seed: int | None) -> dict[str, Any]:
     """Returns parameters and model state by name; where the file has no model state, that of the start stays."""
+    variables = {"params": start.params, **start.model_state}
     try:
-        if any(leaf.startswith("params/") for leaf in leaf_paths(path)):
+        leaves = weight_paths(path)
+        if any(leaf.startswith("params/") for leaf in leaves):
             # With its model state, as `merge-jax export` writes it.
-            return dict(load_params(path, {"params": start.params, **start.model_state}))
-        return {"params": role.load(path, start.params), **start.model_state}
+            return dict(load_params(path, variables))
+        if role.load_pretrained is not None and not set(leaves) & set(flatten(start.params)):
+            return role.load_pretrained(path, variables, seed)
+        return {**variables, "params": role.load(path, start.params)}
     except OSError as error:
         raise ValueError(f"the source cannot be read: {error}") from None
     except ValueError as error:

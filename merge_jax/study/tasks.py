@@ -8,10 +8,11 @@ from typing import Any, get_args
 import jax
 
 import merge_jax as mj
-from merge_jax.checkpoints.safetensors import leaf_paths
+from merge_jax.checkpoints.torch_files import find_weights, weight_paths
 from merge_jax.checks import check_choice
 from merge_jax.data import CaptionSet, QuestionSet, TextSet, VisualQuestionSet, WordPiece
-from merge_jax.study.choices import ImageTextTaskName, TextTaskName
+from merge_jax.data.text.tokens import MODEL_VOCABULARIES
+from merge_jax.study.choices import ImageTextTaskName, PoolerName, TextTaskName
 from merge_jax.study.config import RunConfig
 from merge_jax.study.image_text import (
     check_image_text_weights,
@@ -47,6 +48,8 @@ class TaskSpec:
       validation: how many training examples to hold out; None for the number of the options.
       learning_rate: of its optimizer; None for that of the options.
       sizes: a Hugging Face safetensors file or folder, with its config.json, whose sizes a text model has.
+      pooler: of a classifier of text, see `merge_jax.models.TextClassifier`; None for that of its architecture.
+      fit_head: whether the last layer of a source that is read from a file is fitted to its training examples.
     """
 
     task: str
@@ -58,6 +61,8 @@ class TaskSpec:
     validation: int | None = None
     learning_rate: float | None = None
     sizes: Path | None = None
+    pooler: PoolerName | None = None
+    fit_head: bool = False
 
     @property
     def encoder(self) -> tuple[str, dict[str, Any]]:
@@ -82,7 +87,8 @@ def make_models(config: RunConfig, specs: Sequence[TaskSpec]) -> tuple[list[Stud
     """
     if not isinstance(config, TaskOptions):
         raise TypeError("the config of tasks by name has TaskOptions: class Config(TaskOptions, ..., RunConfig)")
-    source_from = config.source_from
+    source_from = _with_its_files(config.source_from)
+    specs = [replace(spec, weights=_with_its_files(spec.weights)) for spec in specs]
     specs = [_with_sizes(spec, source_from if number < len(specs) - 1 else None) for number, spec in enumerate(specs)]
     for spec in specs:
         _check_modality(spec)
@@ -143,6 +149,12 @@ def routes_to_lower_half(model: StudyModel) -> list[mj.Route]:
     return [mj.Route(lower, upper, view="attention") for lower, upper in pairs]
 
 
+def _with_its_files(path: Path | None) -> Path | None:
+    """Returns the folder of the weights that a package brings, where its vocabulary is too; any other path as it is."""
+    found = None if path is None else find_weights(path)
+    return found if found is None or found == path else found.parent
+
+
 def _with_sizes(spec: TaskSpec, source_from: Path | None) -> TaskSpec:
     """Returns the spec of a text model with the file that has its sizes, where there is one."""
     file = source_from if spec.weights is None else spec.weights
@@ -154,7 +166,9 @@ def _with_sizes(spec: TaskSpec, source_from: Path | None) -> TaskSpec:
 
 
 def _check_modality(spec: TaskSpec) -> None:
-    """Raises ValueError for weights of an encoder that the model of a task has not."""
+    """Raises ValueError for weights of an encoder that the model of a task has not, or a head that it has not."""
+    if spec.fit_head and (spec.task not in _TEXT_TASKS or spec.task == "qa"):
+        raise ValueError(f"a last layer is fitted to the labels of texts: {spec.task} has none to fit it to")
     if not isinstance(spec.model, Architecture) or spec.task in _IMAGE_TEXT_TASKS:
         return
     model = f"{spec.encoder[0]} ({spec.task})"
@@ -181,7 +195,7 @@ def _is_huggingface(path: Path | None) -> bool:
     """Returns whether a source is read from a file of Hugging Face, and not from one of ours or from a run."""
     if path is None or not path.exists() or (path / "checkpoints").is_dir():
         return False
-    return not any(leaf.startswith(("encoder/embeddings/", "params/")) for leaf in leaf_paths(path))
+    return not any(leaf.startswith(("encoder/embeddings/", "params/")) for leaf in weight_paths(path))
 
 
 def _load_texts(options: TaskOptions, spec: TaskSpec) -> Texts | None:
@@ -259,6 +273,8 @@ def _make_model(options: TaskOptions, spec: TaskSpec, texts: Texts | None, token
         weights=spec.weights,
         attributes=attributes,
         sizes=spec.sizes,
+        pooler=spec.pooler,
+        fit_head=spec.fit_head,
     )
 
 
@@ -266,14 +282,23 @@ def _tokens(
     options: TaskOptions, words: Iterable[str], weights: Sequence[Path | None], source: Path | None
 ) -> WordPiece:
     """Returns the vocabulary: the one that is named, the one that the source has, or one that is learned."""
-    known = None if source is None else source / _VOCABULARY
+    files = [path for path in (source, *weights) if path is not None]
+    known = next(filter(None, map(_vocabulary_in, files)), None)
     # Weights mean nothing under other numbers of the same words, and would fit all the same.
-    if known is None or not known.exists():
-        files = [path for path in (source, *weights) if path is not None]
+    if known is None:
         if files and options.vocabulary is None:
-            raise ValueError(f"the weights in {files[0]} need the vocabulary they were trained with: --vocabulary")
+            raise ValueError(
+                f"the weights in {files[0]} need the vocabulary they were trained with: --vocabulary, or name a folder"
+                f" that has {' or '.join(MODEL_VOCABULARIES)} beside them"
+            )
         return vocabulary(options.vocabulary, words, options.vocabulary_size)
     tokens = WordPiece.from_vocabulary(known)
     if options.vocabulary is not None and WordPiece.from_vocabulary(options.vocabulary).words != tokens.words:
         raise ValueError(f"the vocabulary {options.vocabulary} is not that of the source, {known}: leave it out")
     return tokens
+
+
+def _vocabulary_in(folder: Path) -> Path | None:
+    """Returns the vocabulary that the folder of a run or of a model has; None of a file, which may lie anywhere."""
+    files = (folder / name for name in (_VOCABULARY, *MODEL_VOCABULARIES))
+    return next((file for file in files if file.is_file()), None)

@@ -1,8 +1,7 @@
 """Text models of a scenario: tasks by name, data by name or file, and what they are trained with."""
 
-import contextlib
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from pathlib import Path
@@ -39,26 +38,23 @@ from merge_jax.data import (
     synthetic_reviews,
     synthetic_topics,
 )
-from merge_jax.models.huggingface import Loaded, check_huggingface
-from merge_jax.study.choices import TextModelName, TextTaskName
+from merge_jax.study.choices import PoolerName, TextModelName, TextTaskName
 from merge_jax.study.model_code import model_code
 from merge_jax.study.scenario import StudyModel
+from merge_jax.study.text_weights import check_weights, features_of, read_weights, weights_error, with_weights
 
 __all__ = [
     "TEXT_ATTENTION",
     "TextData",
     "adamw",
     "check_text_weights",
-    "check_weights",
     "describe_tokens",
     "learned_texts",
     "load_text",
     "make_text_encoder",
-    "read_weights",
     "text_model",
     "vocabulary",
     "warn_of_cuts",
-    "with_weights",
 ]
 
 TEXT_ATTENTION = "encoder/*/attention"
@@ -172,21 +168,6 @@ def check_text_weights(
     check_weights(path, encoder, jnp.zeros((1, 1), jnp.int32))
 
 
-def check_weights(path: Path, encoder: nn.Module, inputs: Any) -> None:
-    """Raises ValueError for weights of Hugging Face that are of another encoder, as far as their header tells."""
-    shapes: Any = jax.eval_shape(encoder.init, jax.random.key(0), inputs)
-    with _weights_error():
-        check_huggingface(path, shapes["params"])
-
-
-@contextlib.contextmanager
-def _weights_error() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise ValueError(f"the weights cannot be read: {error}") from None
-
-
 def make_text_encoder(
     model: str,
     tokens: WordPiece | None,
@@ -216,7 +197,7 @@ def make_text_encoder(
         raise ValueError(f"{name} has sizes of its own: leave out {', '.join(attributes)}{hint}")
     vocab_size, separator = (2, 1) if tokens is None else (tokens.vocab_size, tokens.separator)
     if sizes is not None:
-        with _weights_error():
+        with weights_error():
             encoder = mj.models.text_encoder_of(sizes, separator=separator, **options)
         if tokens is not None and encoder.vocab_size != vocab_size:
             raise ValueError(
@@ -257,6 +238,8 @@ def text_model(
     weights: Path | None = None,
     attributes: Mapping[str, Any] = MappingProxyType({}),
     sizes: Path | None = None,
+    pooler: PoolerName | None = None,
+    fit_head: bool = False,
     dtype: Any = jnp.float32,
 ) -> StudyModel:
     """Returns a model that learns a text task.
@@ -274,6 +257,9 @@ def text_model(
       weights: a Hugging Face safetensors file or folder to start from; None for random ones.
       attributes: of a small model, see `make_text_encoder`.
       sizes: the file or folder whose sizes it has, see `make_text_encoder`.
+      pooler: of a classifier; None for that of its architecture.
+      fit_head: whether the last layer of a classifier that is read from a file, as a source is, is fitted to its
+        training examples: logistic regression on its features.
       dtype: of the computation.
 
     Raises:
@@ -286,7 +272,8 @@ def text_model(
     if isinstance(texts, QuestionSet):
         module = mj.models.SpanExtractor(encoder)
     else:
-        module = mj.models.TextClassifier(encoder, len(texts.classes), "tanh" if encoder.num_segments else "relu")
+        own = "tanh" if encoder.num_segments else "relu"
+        module = mj.models.TextClassifier(encoder, len(texts.classes), own if pooler is None else pooler)
 
     def random_init(key: jax.Array) -> Any:
         return mj.models.initialize(module, key, np.zeros((1, max_length), np.int32))["params"]
@@ -324,6 +311,15 @@ def text_model(
             return mj.load_params(path, params)
         return read_weights(path, params).params
 
+    def load_and_fit(path: Path, variables: dict[str, Any], seed: int | None) -> dict[str, Any]:
+        params, kept = read_weights(path, variables["params"], fitted="classifier/")
+        if kept and seed is not None:
+            learned = splits(seed).train
+            features = features_of(module.apply, params, learned["tokens"])
+            head = mj.fit_head(features, learned["label"], num_classes=module.num_classes)
+            params = {**params, "classifier": head._asdict()}
+        return {**variables, "params": params}
+
     code = model_code(module, {f"jnp.zeros((1, {max_length}), jnp.int32)": describe_tokens(max_length)})
     return StudyModel(
         name=name,
@@ -337,6 +333,7 @@ def text_model(
         inputs=("tokens",),
         attention={"text": TEXT_ATTENTION},
         load=load,
+        load_pretrained=load_and_fit if fit_head else None,
         code=code,
     )
 
@@ -404,27 +401,3 @@ def _check_sizes(name: str, size: int, validation: int, labels: int | None) -> N
             f"labels, how many examples are learned from, must lie in [1, {size - validation}], what {name} has beside"
             f" {validation} to validate, got {labels}; None is all"
         )
-
-
-def with_weights(given: Loaded, params: Any) -> Any:
-    """Returns the weights that were read, with what they lacked as it was drawn."""
-    drawn = mj.flatten(params)
-    return mj.replace(given.params, {leaf: drawn[leaf] for leaf in given.kept})
-
-
-def read_weights(path: Path, params: Any) -> Loaded:
-    """Returns weights of Hugging Face for a model, and says on standard error what they lack.
-
-    Raises:
-      ValueError: they cannot be read, or do not fit the model or its vocabulary.
-    """
-    try:
-        with _weights_error():
-            loaded = mj.models.from_huggingface(path, params)
-    except ValueError as error:
-        if "vocabulary" not in str(error):
-            raise
-        raise ValueError(f"{error}: --vocabulary names the one that the weights were trained with") from None
-    if loaded.kept:
-        _warn(f"{path}: not in it, so as they start: {', '.join(loaded.kept)}")
-    return loaded

@@ -336,6 +336,15 @@ def test_a_saved_vocabulary_is_read_again(tmp_path):
         vocabulary.save(tmp_path / "vocab.txt")
 
 
+def test_a_folder_of_a_model_has_its_vocabulary(tmp_path):
+    write(tmp_path / "vocab.txt", WORDS)
+    assert WordPiece.from_vocabulary(tmp_path).words == ID
+    # What is there too, since it also says how a text is split.
+    vocabulary = WordPiece.train(TEXTS, 64)
+    vocabulary.save(tmp_path / "tokenizer.json")
+    assert WordPiece.from_vocabulary(tmp_path).words == vocabulary.words
+
+
 def test_a_vocabulary_too_small_for_the_letters_or_without_any_is_refused():
     with pytest.raises(ValueError, match=r"vocab_size must be at least 9, for 5 special .* and 4 letters, .* got 8"):
         WordPiece.train(["ab bba"], 8)
@@ -361,8 +370,10 @@ def test_a_wrong_vocabulary_is_named(words, message, tmp_path):
 
 
 def test_files_that_are_no_vocabulary_are_named(tmp_path):
-    with pytest.raises(ValueError, match=f"the vocabulary {tmp_path} is missing or not a file"):
+    with pytest.raises(ValueError, match=f"the folder {tmp_path} has neither tokenizer.json nor vocab.txt"):
         WordPiece.from_vocabulary(tmp_path)
+    with pytest.raises(ValueError, match=r"the vocabulary .*none.txt is missing or not a file"):
+        WordPiece.from_vocabulary(tmp_path / "none.txt")
     path = tmp_path / "vocab.txt"
     path.write_bytes("[PAD]\nä".encode("latin-1"))
     with pytest.raises(ValueError, match=f"the vocabulary {path} is not UTF-8"):

@@ -163,6 +163,62 @@ def test_a_file_with_its_config_tells_the_sizes_of_a_source(tmp_path):
     assert {row.source.split("/attention")[0] for row in rows} == {"encoder/layer_0", "encoder/layer_2"}
 
 
+def pretrained_options(folder, texts):
+    """Writes an encoder without a classifier and its vocabulary, and returns options that take it as the source."""
+    tokens = WordPiece.train(texts.read_text().split("\n"), 60)
+    params = write_encoder(folder, tokens, width=12, num_layers=6, num_heads=6)
+    tokens.save(folder / "tokenizer.json")
+    data = ["--target-data", texts, "--target-text", "sentence", "--target-label", "grade", "--max-length", "8"]
+    return params, ["pretrained", "--source-from", folder, *data, *LITTLE[:-4], "--labels", "20"]
+
+
+def test_the_head_of_a_pretrained_encoder_is_fitted_to_the_labels_of_the_target(tmp_path, capsys):
+    params, options = pretrained_options(tmp_path, write_texts(tmp_path / "data"))
+    options += ["--methods", "kd"]
+    scenario, config = build(*options), parse(cross_task.PRESETS, "", "", [*map(str, options)])
+    config.check()
+    source = scenario.source
+    assert capsys.readouterr().err == ""  # The vocabulary is the folder's, and no layer is as it starts.
+    read = plan_source(scenario, config).read(1).params
+    for path, leaf in mj.flatten(params).items():
+        np.testing.assert_array_equal(mj.flatten(read)[f"encoder/{path}"], leaf)
+    splits, learned = source.splits(1), scenario.target.splits(1)
+    for part in ("train", "validation", "test"):  # It sees no label that the target does not.
+        np.testing.assert_array_equal(getattr(splits, part)["tokens"], getattr(learned, part)["tokens"])
+    assert len(splits.train["tokens"]) == 20
+    assert source.evaluate(read, {}, splits.train)["accuracy"] == 1.0
+    # Features of the mean: a text's words decide, and these two differ by one.
+    assert source.evaluate(read, {}, splits.test)["accuracy"] > 0.9
+
+
+def test_layers_of_a_pretrained_encoder_go_to_those_of_half_of_it(tmp_path):
+    _, options = pretrained_options(tmp_path, write_texts(tmp_path / "data"))
+    scenario = build(*options, "--methods", "share")
+    source, target = (jax.eval_shape(role.init, jax.random.key(0))[0] for role in (scenario.source, scenario.target))
+    rows = scenario.methods["share"].transfer.describe(source, target)
+    found = {row.target: row.source for row in rows}
+    assert found.keys() == mj.flatten(target).keys()  # Every leaf of the target gets something.
+    for path, of in found.items():
+        layer = {f"encoder/layer_{i}/": f"encoder/layer_{2 * i + 1}/" for i in range(3)}
+        prefix = next((one for one in layer if path.startswith(one)), "")
+        assert of == layer.get(prefix, "") + path.removeprefix(prefix)
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["--source-task", "qa", "topic", "--source-data", "target"], "source_data target is for one source"),
+    (["--fit-source-head"], "fit_source_head is for a source that is read, --source frozen; this one is pretrained"),
+])  # fmt: skip
+def test_options_of_a_read_source_are_for_one(words, message):
+    with pytest.raises(ValueError, match=message):
+        parse(cross_task.PRESETS, "", "", words).check()
+
+
+def test_a_head_is_fitted_to_labels_of_texts_alone(tmp_path):
+    options = ["--source", "frozen", "--source-from", tmp_path, "--fit-source-head"]
+    with pytest.raises(ValueError, match="a last layer is fitted to the labels of texts: qa has none to fit it to"):
+        build(*LITTLE, *options)
+
+
 @pytest.mark.parametrize(("options", "message"), [
     (["--max-length", "65", "--vocabulary", "own/vocabulary.json"], "max_length must be at most 64, the positions of"),
     (["--vocabulary", "other/vocabulary.json"], r"has a vocabulary of \d+ tokens, the texts are in one of \d+: --"),

@@ -34,6 +34,7 @@ MODELS = {
     "bert, spans": models.SpanExtractor(tiny()),
     "distilbert": models.TextClassifier(tiny(num_segments=0), 3, "relu"),
     "distilbert, spans": models.SpanExtractor(tiny(num_segments=0)),
+    "mean": models.TextClassifier(tiny(), 3, "mean"),
 }
 all_models = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 # One of each encoder and of each head.
@@ -173,7 +174,7 @@ def test_gradients_reach_every_leaf(model):
     assert_reaches_every_leaf(loss, initialised(model), most=1e-6)
 
 
-@pytest.mark.parametrize("name", ["bert", "distilbert"])
+@pytest.mark.parametrize("name", ["bert", "distilbert", "mean"])
 def test_the_logits_are_the_last_layer_of_the_sown_features(name):
     model, params = MODELS[name], initialised(MODELS[name])
     logits, (features,) = jax.jit(mj.objectives.with_features(model.apply))({"params": params}, TOKENS)
@@ -181,6 +182,27 @@ def test_the_logits_are_the_last_layer_of_the_sown_features(name):
     last = params["classifier"]
     np.testing.assert_allclose(logits, features @ last["kernel"] + last["bias"][None], atol=1e-5)
     assert (features.min() >= 0) == name.startswith("distil")
+
+
+def test_the_mean_of_a_text_is_of_its_tokens_alone():
+    model = MODELS["mean"]
+    params = initialised(model)
+    assert params.keys() == {"encoder", "classifier"}
+    tokens = np.concatenate([TOKENS, np.zeros_like(TOKENS[:1])])
+    _, (features,) = jax.jit(mj.objectives.with_features(model.apply))({"params": params}, tokens)
+    x = np.asarray(outputs(model.encoder, params["encoder"], tokens), np.float64)
+    expected = [x[0, :8].mean(axis=0), x[1, :6].mean(axis=0), np.zeros(8)]  # The last has none.
+    np.testing.assert_allclose(features, expected, atol=1e-5)
+
+
+def test_half_a_minilm_has_heads_of_the_same_width():
+    whole, half = models.minilm(), models.minilm_half()
+    for name in ("num_layers", "width", "num_heads", "hidden"):
+        assert getattr(half, name) * 2 == getattr(whole, name), name
+    assert whole.width // whole.num_heads == half.width // half.num_heads == 32
+    assert (whole.vocab_size, whole.max_length) == (half.vocab_size, half.max_length) == (30522, 512)
+    params = jax.eval_shape(whole.init, jax.random.key(0), TOKENS)["params"]
+    assert count(params) == 22_713_216 - 384 * 385  # As published, which counts the pooler.
 
 
 @pytest.mark.slow

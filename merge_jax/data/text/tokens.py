@@ -16,7 +16,10 @@ from merge_jax.data.text.text_set import Question
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
 
-__all__ = ["Encoded", "EncodedQuestions", "WordPiece", "decode_spans"]
+__all__ = ["MODEL_VOCABULARIES", "Encoded", "EncodedQuestions", "WordPiece", "decode_spans"]
+
+MODEL_VOCABULARIES = ("tokenizer.json", "vocab.txt")
+"""Files of a model's folder that have its vocabulary, the better one first: it says itself how to split a text."""
 
 _NEEDED = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 _SPECIAL = (*_NEEDED, "[MASK]")
@@ -89,8 +92,9 @@ class WordPiece:
     def from_vocabulary(cls, path: Path | str, lowercase: bool = True) -> "WordPiece":
         """Returns the tokens of a BERT `vocab.txt`, one a line, or of a `tokenizer.json` (by suffix).
 
-        `lowercase` also strips accents, as uncased BERT does; it goes for a `vocab.txt` only, since a `tokenizer.json`
-        says itself what to do.
+        Of a model's folder, as Hugging Face saves it, the `tokenizer.json` is read, or the `vocab.txt` where there is
+        none. `lowercase` also strips accents, as uncased BERT does; it goes for a `vocab.txt` only, since a
+        `tokenizer.json` says itself what to do.
 
         Raises:
           ValueError: the file is missing, cannot be read or is no WordPiece; a token is there twice or empty; special
@@ -98,6 +102,11 @@ class WordPiece:
         """
         library = _library()
         path = Path(path)
+        if path.is_dir():
+            found = [path / name for name in MODEL_VOCABULARIES if (path / name).is_file()]
+            if not found:
+                raise ValueError(f"the folder {path} has neither {' nor '.join(MODEL_VOCABULARIES)}")
+            path = found[0]
         if not path.is_file():
             raise ValueError(f"the vocabulary {path} is missing or not a file")
         if path.suffix != ".json":

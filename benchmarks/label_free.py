@@ -1,0 +1,156 @@
+"""What may learn before step 0, without labels: the target's own weights, or an adapter that is then written once.
+
+    python -m benchmarks.label_free
+
+The small ResNet of `experiments.cross_structure`, trained as there, and the small MobileNetV2 that has 100 digits. Each
+method takes as many steps of `mj.prepare` on the images of those digits and means of two of them (`mixed`): the
+target's own weights on `1 - cka`, or on RSD (arXiv:2507.21844) as `mj.objectives.redundancy_suppression` has it; linear
+operators and LPKA (`mergenet_residual`) on `1 - cka`. Judged by a probe: logistic regression on the features before the
+last layer, fitted on the 100 labels. Each method has the learning rate whose probe is best on the validation images in
+the mean over seeds; the table is of the test images.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import numpy as np
+from scipy import stats
+from tqdm.auto import tqdm
+
+import merge_jax as mj
+from benchmarks.report import parse_config, report
+from experiments import cross_structure
+from merge_jax import study
+from merge_jax.study.sources import initial_key, plan_source
+from merge_jax.study.trial import Trial, make_trials
+
+_OWN, _RSD = "own weights", "own weights, RSD"
+_ADAPTERS = {"linear operators": "linear_operators", "LPKA residual": "mergenet_residual"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Options of the benchmark."""
+
+    seeds: int = 6
+    """Seeds, each with a split, a source and a target of its own."""
+    steps: int = 100
+    """Steps before step 0."""
+    batch_size: int = 50
+    """Images in a step."""
+    labels: int = 100
+    """Images that the target has, and labels that the probe has."""
+    rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2)
+    """Learning rates to choose from."""
+
+    def check(self) -> None:
+        """Raises ValueError for an option out of range."""
+        if min(self.seeds, self.steps, self.batch_size) < 1 or self.labels < 10 or not self.rates:
+            raise ValueError("seeds, steps and batch_size must be at least 1, labels 10, and there must be a rate")
+
+
+def probe(model: study.StudyModel, variables: dict[str, Any], splits: Any, labelled: Any) -> dict[str, float]:
+    """Returns the accuracy in percent, on validation and test images, of logistic regression on features."""
+    assert model.apply is not None
+    observe = jax.jit(mj.objectives.with_features(model.apply))
+
+    def features(arrays: Any) -> jax.Array:
+        return observe(variables, arrays["image"])[1][0]
+
+    head = mj.fit_head(features(labelled), labelled["label"], num_classes=10)
+    judged = {"validation": splits.validation, "test": splits.test}
+    return {name: 100 * float(mj.accuracy(head(features(arrays)), arrays["label"])) for name, arrays in judged.items()}
+
+
+def trained_source(trial: Trial, seed: int) -> dict[str, Any]:
+    """Returns the variables of the source of a seed, trained on its own as a run does."""
+    steps = trial.lengths.steps
+    state = trial.initial_state(seed, trial.fresh_source(seed))
+    state, _ = jax.jit(trial.epoch)(state, trial.arrays(seed), trial.indices_at(seed)(0, steps), steps)
+    return {"params": state.target.params, **state.target.model_state}
+
+
+def main() -> None:
+    """Runs the benchmark."""
+    config = parse_config({"default": Config()}, "benchmarks.label_free", __doc__, Config.check)
+    options = replace(cross_structure.Config(), methods=tuple(_ADAPTERS.values()), labels=config.labels)
+    scenario = cross_structure.build(options)
+    source_trial = make_trials(scenario, options, plan_source(scenario, options))["source"]
+    source, target = scenario.source, scenario.target
+    assert source is not None
+    layers = options.agreeing_layers()
+
+    def method(**more: Any) -> Callable[..., dict[str, Any]]:
+        def run(key: jax.Array, variables: Any, of_source: Any, images: Any, rate: float) -> dict[str, Any]:
+            return mj.prepare(
+                key,
+                layers,
+                source.apply,
+                target.apply,
+                of_source,
+                variables,
+                images,
+                steps=config.steps,
+                batch_size=config.batch_size,
+                learning_rate=rate,
+                compare_on=mj.objectives.mixed,
+                **more,
+            )
+
+        return run
+
+    methods = {
+        _OWN: method(),
+        _RSD: method(objective=mj.objectives.redundancy_suppression),
+        **{name: method(transfer=scenario.methods[one].transfer) for name, one in _ADAPTERS.items()},
+    }
+    before, given = [], []
+    found: dict[str, dict[float, list[dict[str, float]]]] = {
+        name: {rate: [] for rate in config.rates} for name in methods
+    }
+    for seed in tqdm(range(config.seeds), unit="seed"):
+        splits = target.splits(seed)
+        labelled = splits.train
+        of_source = trained_source(source_trial, seed)
+        params, state = target.init(initial_key(seed, "target"))
+        start = {"params": params, **state}
+        before.append(probe(target, start, splits, labelled)["test"])
+        given.append(probe(source, of_source, splits, labelled)["test"])
+        for name, run in methods.items():
+            for rate in config.rates:
+                variables = run(initial_key(seed, "adapter"), start, of_source, labelled["image"], rate)
+                found[name][rate].append(probe(target, variables, splits, labelled))
+    chosen = {
+        name: max(rates, key=lambda rate: np.mean([one["validation"] for one in rates[rate]]))
+        for name, rates in found.items()
+    }
+    after = {name: np.array([one["test"] for one in found[name][rate]]) for name, rate in chosen.items()}
+    rows = [("none", "", _mean(before), "", "")]
+    for name, values in after.items():
+        against = "" if name == _OWN else _paired(values - after[_OWN])
+        rows.append((name, f"{chosen[name]:g}", _mean(values), _mean(values - before), against))
+    rows.append(("the source's own features", "", _mean(given), "", ""))
+    figures = {"before": before, "source": given, "chosen": chosen, "found": found}
+    notes = (
+        f"probe on {config.labels} labels, test accuracy in percent, mean ± s.e. over {config.seeds} seeds; "
+        f"{config.steps} steps of {config.batch_size}; rates chosen on validation from "
+        f"{', '.join(f'{rate:g}' for rate in config.rates)}; p of a paired t test, not adjusted"
+    )
+    columns = ("what learns before step 0", "rate", "probe", "- none", "- own weights")
+    report("label free", config, columns, rows, figures, notes)
+
+
+def _mean(values: Any) -> str:
+    error = f" ± {np.std(values, ddof=1) / np.sqrt(len(values)):.1f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.1f}{error}"
+
+
+def _paired(differences: np.ndarray) -> str:
+    p = f", p {stats.ttest_1samp(differences, 0).pvalue:.2g}" if len(differences) > 1 else ""
+    return f"{_mean(differences)}{p}"
+
+
+if __name__ == "__main__":
+    main()

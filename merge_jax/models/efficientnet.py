@@ -1,0 +1,143 @@
+"""EfficientNet-lite (Tan and Le, arXiv:1905.11946): EfficientNet without squeeze-and-excitation, with `relu6`."""
+
+import math
+from typing import Any, ClassVar, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from merge_jax.models.layers import Layers
+
+__all__ = ["EfficientNetLite", "EfficientNetStage", "efficientnet_lite"]
+
+
+class EfficientNetStage(NamedTuple):
+    """A stage of inverted residuals: expansion, output channels, number of blocks, first stride, depthwise window."""
+
+    expansion: int
+    width: int
+    blocks: int
+    stride: int
+    window: int
+
+
+class _InvertedResidual(nn.Module):
+    """Expand (1x1) unless by 1, filter (depthwise), project (1x1), `[B, H, W, C] -> [B, H/s, W/s, width]`."""
+
+    expansion: int
+    width: int
+    stride: int
+    window: int
+    layers: Layers
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x
+        if self.expansion > 1:
+            y = self.layers.pointwise_conv(self.expansion * x.shape[-1], "expand")(y)
+            y = nn.relu6(self.layers.batch_norm("expand_norm")(y))
+        y = self.layers.depthwise_conv(self.stride, "depthwise", use_bias=False, size=self.window)(y)
+        y = nn.relu6(self.layers.batch_norm("depthwise_norm")(y))
+        y = self.layers.pointwise_conv(self.width, "project")(y)
+        y = self.layers.batch_norm("project_norm")(y)
+        return x + y if self.stride == 1 and x.shape[-1] == self.width else y
+
+
+class EfficientNetLite(nn.Module):
+    """EfficientNet-lite, images `[B, H, W, C]` to logits `[B, num_classes]`, float32.
+
+    Leaves: `stem/kernel`, `stage<i>_<j>/{expand,depthwise,project}/kernel` with `i` from 1 and `j` from 0 (`stage1_0`
+    does not expand), `head/kernel` (a 1x1 convolution), `fc/kernel`. The input of `fc` is sown as
+    `intermediates/features`. Padding is TensorFlow's SAME and the epsilon of BatchNorm 1e-3, as in the original. Its
+    dropout and stochastic depth are left out (our choice: no other network here has them).
+
+    The strides are 32 together: images of 32 pixels become one place, of 64 pixels four, of 224 pixels 49. Small images
+    are best scaled up; `stem_stride=1` instead keeps their pixels, which pretrained filters were not made for.
+
+    Attributes:
+      stages: expansion, width, number of blocks, first stride and window of each stage.
+      num_classes: size of the output.
+      stem_width: channels after the stem.
+      head_width: channels before the pooling.
+      stem_stride: of the first convolution; the original's is 2.
+      momentum: of the running statistics of BatchNorm; the original's 0.99 wants some hundred steps.
+      dtype: of the computation up to the features, e.g. bfloat16; parameters and logits are float32.
+      axis_name: the `pmap` axis over which BatchNorm takes the batch's statistics, if any.
+      pixels: mean and deviation of each channel, of pixels in [0, 1], by which the pretrained networks' images were
+        scaled: `(x - 127) / 128` of uint8; for `merge_jax.on_pixels`.
+    """
+
+    stages: tuple[EfficientNetStage, ...]
+    num_classes: int
+    stem_width: int = 32
+    head_width: int = 1280
+    stem_stride: int = 2
+    momentum: float = 0.99
+    dtype: Any = jnp.float32
+    axis_name: str | None = None
+    pixels: ClassVar[tuple[tuple[float, ...], tuple[float, ...]]] = ((127 / 255,) * 3, (128 / 255,) * 3)
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        """Maps images `[B, H, W, C]` to logits `[B, num_classes]`; `train` takes the batch's statistics."""
+        layers = Layers(self.dtype, self.axis_name, train, self.momentum, epsilon=1e-3, padding="same")
+        x = layers.conv3x3(self.stem_width, self.stem_stride, "stem")(x)
+        x = nn.relu6(layers.batch_norm("stem_norm")(x))
+        for i, stage in enumerate(self.stages, start=1):
+            for j in range(stage.blocks):
+                stride = stage.stride if j == 0 else 1
+                block = _InvertedResidual(
+                    stage.expansion, stage.width, stride, stage.window, layers, name=f"stage{i}_{j}"
+                )
+                x = block(x)
+        x = layers.pointwise_conv(self.head_width, "head")(x)
+        x = nn.relu6(layers.batch_norm("head_norm")(x))
+        features = x.mean(axis=(1, 2), dtype=jnp.float32)
+        self.sow("intermediates", "features", features)
+        return nn.Dense(self.num_classes, name="fc")(features)
+
+
+def efficientnet_lite(
+    num_classes: int = 1000, width: float = 1.0, depth: float = 1.0, **options: Any
+) -> EfficientNetLite:
+    """Returns an EfficientNet-lite; lite0 by default, 4,652,008 parameters at 1000 classes and 3 channels.
+
+    lite1 to lite4 have width and depth (1, 1.1), (1.1, 1.2), (1.2, 1.4) and (1.4, 1.8). The half-width sibling of
+    lite0, `width=0.5`, has its leaves by path. As in the original, stem, head and the number of blocks of the first and
+    the last stage are not scaled, and widths are rounded to multiples of 8.
+
+    Args:
+      num_classes: size of the output.
+      width: multiplies the channels of the stages.
+      depth: multiplies the number of blocks of the inner stages.
+      **options: the other attributes of `EfficientNetLite`, such as `dtype`.
+
+    Raises:
+      ValueError: a multiplier that is not above 0.
+    """
+    if not (0 < width < math.inf and 0 < depth < math.inf):
+        raise ValueError(f"width and depth must be above 0, got {width} and {depth}")
+    stages = [
+        EfficientNetStage(1, 16, 1, 1, 3),
+        EfficientNetStage(6, 24, 2, 2, 3),
+        EfficientNetStage(6, 40, 2, 2, 5),
+        EfficientNetStage(6, 80, 3, 2, 3),
+        EfficientNetStage(6, 112, 3, 1, 5),
+        EfficientNetStage(6, 192, 4, 2, 5),
+        EfficientNetStage(6, 320, 1, 1, 3),
+    ]
+    scaled = [
+        stage._replace(
+            width=_rounded(width * stage.width),
+            blocks=stage.blocks if stage in (stages[0], stages[-1]) else math.ceil(depth * stage.blocks),
+        )
+        for stage in stages
+    ]
+    return EfficientNetLite(tuple(scaled), num_classes, **options)
+
+
+def _rounded(width: float) -> int:
+    """Returns the multiple of 8 that is nearest, but not below nine tenths."""
+    rounded = max(8, int(width + 4) // 8 * 8)
+    return rounded + 8 if rounded < 0.9 * width else rounded

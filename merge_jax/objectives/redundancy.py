@@ -1,0 +1,77 @@
+"""Redundancy suppression: two models' features agree channel by channel, and no channel says what another does."""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from merge_jax.objectives.device_axis import whole_batch
+
+__all__ = ["redundancy_suppression"]
+
+_EPSILON = 1e-5
+
+
+def redundancy_suppression(
+    features: Sequence[jax.Array], others: Sequence[jax.Array], *, kappa: float = 0.01, axis_name: str | None = None
+) -> jax.Array:
+    """Returns RSD, `mean over layers |(C - I) o M|^2 / d`; the others get no gradient.
+
+    `C [d, d]` holds the correlations over the batch of each channel of the model with each of the other, and `M` is 1
+    on the diagonal (invariance) and `sqrt(kappa)` beside it (decorrelation). An objective of `feature_agreement` and
+    `prepare`, as `disagreement` is; 0 is the best of both. Source: Zhang et al., arXiv:2507.21844, and their code, for
+    the loss and `kappa`. Ours are three things, so that the loss is a function of features alone: channels of maps are
+    means over places; layers are divided by their width, to count alike; and where widths differ, the wider one is read
+    through fixed random orthonormal directions, in the place of their network of two layers that is learned beside.
+
+    Args:
+      features: of each layer, `[B, ..., d]`.
+      others: of as many layers of another model, `[B, ..., d']`.
+      kappa: the weight of decorrelation, 0 or more.
+      axis_name: as in `disagreement`.
+
+    Raises:
+      ValueError: features of another number of layers, or of examples; a kappa that is no number of 0 or more.
+    """
+    if not 0 <= kappa < float("inf"):
+        raise ValueError(f"kappa must be 0 or more, got {kappa}")
+    if len(others) != len(features):
+        raise ValueError(f"{len(features)} layers are to agree with {len(others)} of the source")
+    own, other = whole_batch((tuple(features), tuple(map(lax.stop_gradient, others))), axis_name)
+    losses = [_layer(*pair, kappa) for pair in zip(own, other, strict=True)]
+    return sum(losses[1:], losses[0]) / len(losses)
+
+
+def _layer(features: jax.Array, others: jax.Array, kappa: float) -> jax.Array:
+    if len(features) != len(others):
+        raise ValueError(f"features of the same examples are compared, got {len(features)} and {len(others)}")
+    width = min(features.shape[-1], others.shape[-1])
+    own, other = (_standardised(_projected(_channels(each), width)) for each in (features, others))
+    correlations = jnp.matmul(other.T, own) / len(own)
+    same = jnp.eye(width)
+    return jnp.sum(jnp.square(correlations - same) * (same + kappa * (1 - same))) / width
+
+
+def _channels(features: jax.Array) -> jax.Array:
+    features = features.astype(jnp.float32)
+    return features.reshape(len(features), -1, features.shape[-1]).mean(axis=1)
+
+
+def _projected(features: jax.Array, width: int) -> jax.Array:
+    size = features.shape[1]
+    return features if size == width else features @ _directions(size, width)
+
+
+@functools.lru_cache(maxsize=64)
+def _directions(size: int, width: int) -> np.ndarray:
+    """Returns orthonormal columns `[size, width]`, the same at every step and in every run."""
+    return np.linalg.qr(np.random.default_rng(0).normal(size=(size, width)))[0].astype(np.float32)
+
+
+def _standardised(features: jax.Array) -> jax.Array:
+    features -= features.mean(axis=0, keepdims=True)
+    # Under the root too, since a constant channel has a gradient.
+    return features / jnp.sqrt(jnp.mean(jnp.square(features), axis=0, keepdims=True) + _EPSILON**2)

@@ -1,0 +1,82 @@
+"""Image networks with weights of another library: what they lack for the labels at hand is fitted to examples."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import merge_jax as mj
+from merge_jax.data import Arrays
+from merge_jax.types import ModelApply
+
+__all__ = ["fit_last_layer", "sown_features", "with_fitted_head"]
+
+_AT_ONCE = 100
+_LAST = ("params/fc/kernel", "params/fc/bias")
+_INVERSE_PENALTY = 1e-2
+"""Of the logistic regression on features of unit variance; our choice."""
+
+
+def sown_features(apply: ModelApply, variables: Any, images: np.ndarray) -> np.ndarray:
+    """Returns what a model sows as `intermediates/features`, float32 `[N, d]`, of images `[N, H, W, C]`."""
+
+    @jax.jit
+    def features(variables: Any, images: jax.Array) -> jax.Array:
+        _, updates = apply(variables, images, train=False, mutable=["intermediates"])
+        return updates["intermediates"]["features"][0]
+
+    parts = [features(variables, images[i : i + _AT_ONCE]) for i in range(0, len(images), _AT_ONCE)]
+    return np.concatenate([np.asarray(part) for part in parts])
+
+
+def fit_last_layer(features: np.ndarray, labels: np.ndarray, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns kernel `[d, C]` and bias `[C]` of the logistic regression of labels `[N]` on features `[N, d]`.
+
+    Raises:
+      ValueError: a class without an example.
+    """
+    # Half a second, which only a run with such a source waits for.
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import StandardScaler
+
+    if missing := sorted(set(range(num_classes)) - set(labels.tolist())):
+        raise ValueError(
+            f"a last layer is fitted to examples of all {num_classes} classes, {len(missing)} have none, such as class "
+            f"{missing[0]}: give more --labels"
+        )
+    scaler = StandardScaler().fit(features)
+    regression = LogisticRegression(C=_INVERSE_PENALTY, max_iter=200).fit(scaler.transform(features), labels)
+    kernel, bias = regression.coef_.T / scaler.scale_[:, None], regression.intercept_
+    if num_classes == 2:  # Of which it knows the odds alone.
+        kernel, bias = np.concatenate([-kernel, kernel], axis=1) / 2, np.concatenate([-bias, bias]) / 2
+    return kernel.astype(np.float32), (bias - scaler.mean_ @ kernel).astype(np.float32)
+
+
+def with_fitted_head(
+    apply: ModelApply, examples: Callable[[int], Arrays], num_classes: int
+) -> Callable[[Path, dict[str, Any], int | None], dict[str, Any]]:
+    """Returns `StudyModel.load_pretrained` of a network that `merge_jax.models.from_pytorch` reads.
+
+    Where the file has as many classes as the model, its last layer is taken; otherwise one is fitted to the features of
+    the seed's training examples. These are all that the source sees of the labels.
+
+    Args:
+      apply: the model's apply function, of images as the examples have them.
+      examples: `seed -> labelled examples`.
+      num_classes: of the model.
+    """
+    heads: dict[tuple[Path, int], tuple[np.ndarray, np.ndarray]] = {}
+
+    def load(path: Path, variables: dict[str, Any], seed: int | None) -> dict[str, Any]:
+        loaded = mj.models.from_pytorch(path, variables)
+        if not loaded.kept or seed is None:
+            return loaded.variables
+        if (path, seed) not in heads:  # A run asks once to check, and once to train.
+            train = examples(seed)
+            features = sown_features(apply, loaded.variables, np.asarray(train["image"]))
+            heads[path, seed] = fit_last_layer(features, np.asarray(train["label"]), num_classes)
+        return mj.replace(loaded.variables, dict(zip(_LAST, heads[path, seed], strict=True)))
+
+    return load

@@ -1,0 +1,73 @@
+"""Weights that a text model starts from, and what a pretrained encoder makes of texts."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+import merge_jax as mj
+from merge_jax.models.huggingface import Loaded, check_huggingface
+from merge_jax.objectives.evaluation import padded_batches
+
+__all__ = ["check_weights", "features_of", "read_weights", "weights_error", "with_weights"]
+
+_AT_ONCE = 200
+
+
+def check_weights(path: Path, encoder: nn.Module, inputs: Any) -> None:
+    """Raises ValueError for weights of Hugging Face that are of another encoder, as far as their header tells."""
+    shapes: Any = jax.eval_shape(encoder.init, jax.random.key(0), inputs)
+    with weights_error():
+        check_huggingface(path, shapes["params"])
+
+
+@contextlib.contextmanager
+def weights_error() -> Iterator[None]:
+    """Raises ValueError for weights that cannot be read."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"the weights cannot be read: {error}") from None
+
+
+def with_weights(given: Loaded, params: Any) -> Any:
+    """Returns the weights that were read, with what they lacked as it was drawn."""
+    drawn = mj.flatten(params)
+    return mj.replace(given.params, {leaf: drawn[leaf] for leaf in given.kept})
+
+
+def read_weights(path: Path, params: Any, fitted: str | None = None) -> Loaded:
+    """Returns weights of Hugging Face for a model, and says on standard error what they lack.
+
+    Args:
+      path: of the weights.
+      params: of the model.
+      fitted: what leaves begin with that are said nothing of, since they are fitted next.
+
+    Raises:
+      ValueError: they cannot be read, or do not fit the model or its vocabulary.
+    """
+    try:
+        with weights_error():
+            loaded = mj.models.from_huggingface(path, params)
+    except ValueError as error:
+        if "vocabulary" not in str(error):
+            raise
+        raise ValueError(f"{error}: --vocabulary names the one that the weights were trained with") from None
+    if kept := [leaf for leaf in loaded.kept if fitted is None or not leaf.startswith(fitted)]:
+        print(f"{path}: not in it, so as they start: {', '.join(kept)}", file=sys.stderr)
+    return loaded
+
+
+def features_of(apply: Any, params: Any, tokens: np.ndarray) -> np.ndarray:
+    """Returns what enters the last layer of a classifier, `[N, d]`, of texts in evaluation mode."""
+    observe = mj.objectives.with_features(apply)
+    observed = jax.jit(lambda params, tokens: observe({"params": params}, tokens, train=False)[1][0])
+    rows = np.arange(len(tokens))
+    batches = padded_batches({"tokens": tokens}, rows, _AT_ONCE)
+    return np.concatenate([np.asarray(observed(params, **batch))[:count] for count, batch in batches])

@@ -1,0 +1,212 @@
+"""A linear head in closed form or by L-BFGS: what a model's features say, with no step of the model."""
+
+import functools
+import warnings
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+from jax.core import Tracer
+
+from merge_jax.checks import check_at_least_one
+from merge_jax.objectives.distillation import cross_entropy
+from merge_jax.paths import some_of
+
+__all__ = ["Head", "fit_head"]
+
+_HIGHEST = lax.Precision.HIGHEST  # As on a CPU: a GPU's own products are of 10 bits.
+
+
+class Head(NamedTuple):
+    """A linear layer: features `[N, d]` to logits `[N, C]`, as the leaves of a Dense layer.
+
+    Attributes:
+      kernel: `[d, C]`, float32.
+      bias: `[C]`, float32.
+    """
+
+    kernel: jax.Array
+    bias: jax.Array
+
+    def __call__(self, features: jax.Array) -> jax.Array:
+        """Returns logits `[..., C]` of features `[..., d]`."""
+        logits = jnp.matmul(features, self.kernel, precision=_HIGHEST)
+        return logits + self.bias.reshape((1,) * (logits.ndim - 1) + (-1,))
+
+
+def fit_head(
+    features: Any,
+    targets: Any,
+    *,
+    num_classes: int | None = None,
+    penalty: float = 1.0,
+    weights: Any = None,
+    tolerance: float = 1e-5,
+    max_steps: int = 1000,
+) -> Head:
+    """Returns the linear head that fits labels (logistic regression) or logits (ridge regression) on features.
+
+    With `z_i` the features, each centred and divided by its standard deviation over the examples, and `W`, `b` of them:
+
+    - labels `[N]`, whole numbers: `min sum_i w_i CE(z_i W + b, y_i) + penalty / 2 |W|^2`, by L-BFGS from 0, until no
+      entry of the gradient, divided by `sum_i w_i`, is above the tolerance;
+    - logits `[N, C]`, floats: `min sum_i w_i |z_i W + b - y_i|^2 + penalty |W|^2`, in closed form.
+
+    The penalty of 1 is scikit-learn's default of either (`C=1`, `alpha=1`), behind a `StandardScaler`; the bias has
+    none. Standardisation is folded into kernel and bias, so that the head takes features as they are. It says what
+    features are worth (a probe), and is a start for a last layer: write `kernel` and `bias` over its leaves with
+    `replace`.
+
+    Args:
+      features: `[N, d]`; the mean over places of a feature map, for one.
+      targets: labels `[N]` in `[0, C)`, or logits `[N, C]`, such as another model's.
+      num_classes: `C`; by default the largest label and one, or as many as there are logits.
+      penalty: above 0.
+      weights: of the examples, `[N]`, 0 or more; 1 each by default.
+      tolerance: of labels.
+      max_steps: of labels, the most steps of L-BFGS.
+
+    Raises:
+      ValueError: shapes or types that do not fit, numbers that are not finite, fewer examples than classes, labels out
+        of range. Under `jit`, what only values tell is not checked, and `num_classes` must be given for labels.
+
+    Warns:
+      UserWarning: classes without an example, which the head never names; or no convergence.
+    """
+    check_at_least_one(max_steps=max_steps)
+    for name, value in (("penalty", penalty), ("tolerance", tolerance)):
+        if not isinstance(value, Tracer) and not 0 < value < float("inf"):
+            raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
+    if np.ndim(features) != 2 or 0 in np.shape(features):
+        raise ValueError(f"features must be [N, d], a vector of each example, got {list(np.shape(features))}")
+    size = np.shape(features)[0]
+    features, targets = jnp.asarray(features, jnp.float32), jnp.asarray(targets)
+    weights = jnp.ones(size) if weights is None else jnp.asarray(weights, jnp.float32)
+    if weights.shape != (size,):
+        raise ValueError(f"weights must be [{size}], one of each example, got {list(weights.shape)}")
+    _check_values("features", features)
+    _check_values("weights", weights, smallest=0)
+    if not isinstance(weights, Tracer) and not weights.any():
+        raise ValueError("weights are all 0: no example counts")
+    classes = _check_targets(targets, size, num_classes)
+    if targets.ndim == 2:
+        return _ridge(features, targets.astype(jnp.float32), weights, penalty)
+    head, slope = _logistic(features, targets, weights, penalty, tolerance, classes, max_steps)
+    if not isinstance(slope, Tracer) and not slope <= 10 * tolerance:  # Rounding may keep it a little above.
+        warnings.warn(
+            f"logistic regression has not converged in {max_steps} steps: the largest entry of its gradient is "
+            f"{float(slope):.2g}, the tolerance {tolerance:.2g}; give more max_steps, or raise the penalty",
+            stacklevel=2,
+        )
+    return head
+
+
+def _check_values(name: str, array: jax.Array, smallest: float = -float("inf")) -> None:
+    if not isinstance(array, Tracer) and not bool(jnp.all(jnp.isfinite(array) & (array >= smallest))):
+        least = "" if smallest < 0 else f", each {smallest} or more"
+        wrong = np.unique(np.argwhere(~np.asarray(jnp.isfinite(array) & (array >= smallest)))[:, 0])
+        raise ValueError(f"{name} must be finite numbers{least}: those of {len(wrong)} examples are not ({wrong[0]})")
+
+
+def _check_targets(targets: jax.Array, size: int, num_classes: int | None) -> int:
+    """Returns the number of classes."""
+    labelled = jnp.issubdtype(targets.dtype, jnp.integer) and targets.ndim == 1
+    if not labelled and not (jnp.issubdtype(targets.dtype, jnp.floating) and targets.ndim == 2):
+        raise ValueError(
+            "targets must be labels [N], whole numbers, or logits [N, C], floats (of one-hot labels, take argmax), got "
+            f"{targets.dtype} {list(targets.shape)}"
+        )
+    if len(targets) != size:
+        raise ValueError(f"there are {size} features and {len(targets)} targets")
+    if num_classes is not None:
+        check_at_least_one(num_classes=num_classes)
+    if not labelled:
+        _check_values("logits", targets)
+        if num_classes not in (None, targets.shape[1]):
+            raise ValueError(f"num_classes is {num_classes}, and there are {targets.shape[1]} logits")
+        return targets.shape[1]
+    if isinstance(targets, Tracer):
+        if num_classes is None:
+            raise ValueError("num_classes must be given under jit, where labels have no values")
+        return num_classes
+    labels = np.asarray(targets)
+    classes = num_classes or int(labels.max()) + 1
+    outside = labels[(labels < 0) | (labels >= classes)]
+    if outside.size:
+        raise ValueError(f"labels must lie in [0, {classes}), got {outside[0]} ({outside.size} are outside)")
+    if size < classes:
+        raise ValueError(f"{size} examples cannot tell {classes} classes apart: give one of each at least")
+    absent = sorted(set(range(classes)) - set(labels.tolist()))
+    if absent:
+        warnings.warn(
+            f"no example has label {some_of(list(map(str, absent)), 5)}: the head will not name it", stacklevel=3
+        )
+    return classes
+
+
+def _standardised(features: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns standardised features, and what they were multiplied by and then had added, `[d]` both."""
+    share = weights / jnp.sum(weights)
+    mean = jnp.matmul(share, features, precision=_HIGHEST)
+    variance = jnp.matmul(share, jnp.square(features - mean[None]), precision=_HIGHEST)
+    # What is the same of all examples, to rounding, tells nothing, and is not blown up.
+    varies = variance > 1e-12 * jnp.square(mean)
+    scale = jnp.where(varies, lax.rsqrt(jnp.where(varies, variance, 1)), 0)
+    return (features - mean[None]) * scale[None], scale, -mean * scale
+
+
+def _folded(kernel: jax.Array, bias: jax.Array, scale: jax.Array, shift: jax.Array) -> Head:
+    return Head(kernel * scale[:, None], bias + jnp.matmul(shift, kernel, precision=_HIGHEST))
+
+
+@jax.jit
+def _ridge(features: jax.Array, logits: jax.Array, weights: jax.Array, penalty: Any) -> Head:
+    features, scale, shift = _standardised(features, weights)
+    mean = jnp.matmul(weights / jnp.sum(weights), logits, precision=_HIGHEST)
+    weighted = features.T * weights[None]
+    products = jnp.matmul(weighted, features, precision=_HIGHEST) + penalty * jnp.eye(features.shape[1])
+    crossed = jnp.matmul(weighted, logits - mean[None], precision=_HIGHEST)
+    return _folded(jax.scipy.linalg.solve(products, crossed, assume_a="pos"), mean, scale, shift)
+
+
+@functools.partial(jax.jit, static_argnames=("classes", "max_steps"))
+def _logistic(
+    features: jax.Array,
+    labels: jax.Array,
+    weights: jax.Array,
+    penalty: Any,
+    tolerance: Any,
+    classes: int,
+    max_steps: int,
+) -> tuple[Head, jax.Array]:
+    """Returns the head and the largest entry of its gradient."""
+    features, scale, shift = _standardised(features, weights)
+    total = jnp.sum(weights)
+
+    def loss(head: Head) -> jax.Array:
+        return (
+            jnp.sum(weights * cross_entropy(head(features), labels)) + penalty / 2 * jnp.sum(jnp.square(head.kernel))
+        ) / total
+
+    optimizer = optax.lbfgs()
+    value_and_grad = optax.value_and_grad_from_state(loss)
+
+    def slope(state: Any) -> jax.Array:
+        return optax.tree.norm(optax.tree.get(state, "grad"), ord=jnp.inf)
+
+    def goes_on(carry: tuple[Head, Any]) -> jax.Array:
+        count = optax.tree.get(carry[1], "count")
+        return (count == 0) | ((count < max_steps) & (slope(carry[1]) > tolerance))
+
+    def advance(carry: tuple[Head, Any]) -> tuple[Head, Any]:
+        head, state = carry
+        value, grad = value_and_grad(head, state=state)
+        updates, state = optimizer.update(grad, state, head, value=value, grad=grad, value_fn=loss)
+        return optax.apply_updates(head, updates), state
+
+    head = Head(jnp.zeros((features.shape[1], classes)), jnp.zeros(classes))
+    head, state = lax.while_loop(goes_on, advance, (head, optimizer.init(head)))
+    return _folded(*head, scale, shift), slope(state)

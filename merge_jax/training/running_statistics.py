@@ -1,0 +1,155 @@
+"""Statistics of BatchNorm, taken anew of given inputs."""
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from merge_jax.checks import check_at_least_one
+from merge_jax.objectives.losses import name_missing_collections
+from merge_jax.paths import flatten, replace
+from merge_jax.types import ModelApply
+
+__all__ = ["bind_axis", "check_inputs", "check_variables", "evenly_split", "reset_statistics"]
+
+_COLLECTION = "batch_stats"
+
+
+def reset_statistics(
+    apply: ModelApply, variables: Mapping[str, Any], *inputs: Any, batch_size: int = 512, axis_name: str | None = None
+) -> dict[str, Any]:
+    """Returns the variables with the running statistics of BatchNorm replaced by those of exactly these inputs.
+
+    Over batches `b` of `n_b` of the `N` inputs, `mean = sum_b n_b mean_b / N` and `var = sum_b n_b (var_b + (mean_b -
+    mean)^2) / N`: mean and variance of the whole, not an exponential average, whatever the momentum is. Up to
+    `batch_size` inputs are one batch, and evaluation mode then computes what training mode computes on it. Of more, the
+    layers behind the first BatchNorm see batches that are normalised by their own statistics, so theirs depend a little
+    on the batch size; batches are of equal size, to one. Dropout is off, as in evaluation mode. All else stays: other
+    collections, statistics that training mode leaves alone (as of layers that are frozen), and a model without
+    statistics as a whole. For what has been written into a model, as by a transfer, averaging or pruning; re-estimated
+    statistics as in SWA (Izmailov et al., arXiv:1803.05407).
+
+    Args:
+      apply: `model.apply` of a Linen module called as `(*inputs, train=True)`.
+      variables: `{"params": ..., "batch_stats": ..., ...}`; statistics under other names than `mean` and `var` are
+        averaged.
+      inputs: the model's inputs `[N, ...]`, in order; unlabelled. They may stay on the host.
+      batch_size: the most examples in one pass.
+      axis_name: the axis that the model's BatchNorm averages over under `pmap`, if any; here each batch is whole.
+
+    Raises:
+      ValueError: no inputs or examples, inputs of different numbers of them, no `params`, or a model that reads a
+        collection that is not there.
+    """
+    size = check_inputs(inputs, batch_size=batch_size)
+    check_variables("variables", variables)
+    statistics = variables.get(_COLLECTION, {})
+    state = {name: value for name, value in variables.items() if name != "params"}
+    with name_missing_collections(state):
+        if not jax.tree.leaves(statistics):
+            jax.eval_shape(lambda *rows: _in_training(apply, variables, rows, axis_name), *(one[:1] for one in inputs))
+            return dict(variables)
+        parts = evenly_split(size, batch_size)
+        found = [_moments(apply, axis_name, dict(variables), tuple(one[part] for one in inputs)) for part in parts]
+    weights = np.array([part.stop - part.start for part in parts], np.float32) / size
+    return {**variables, _COLLECTION: _pooled(statistics, found, weights)}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _moments(apply: ModelApply, axis_name: str | None, variables: dict[str, Any], inputs: tuple[Any, ...]) -> Any:
+    """Returns the statistics of one batch, where training mode gives their running average."""
+
+    leaves = _floats(variables[_COLLECTION])  # Whole numbers, such as a counter, are no averages.
+
+    def averaged(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        statistics = replace(variables[_COLLECTION], leaves)
+        return _floats(_in_training(apply, {**variables, _COLLECTION: statistics}, inputs, axis_name))
+
+    # new = momentum old + (1 - momentum) batch: the derivative is the momentum, and from 0 the rest is the batch's.
+    _, momentum = jax.jvp(averaged, (leaves,), (jax.tree.map(jnp.ones_like, leaves),))
+    moves = jax.tree.map(lambda m: m < 1, momentum)
+    new = averaged(jax.tree.map(lambda moved, leaf: jnp.where(moved, 0, leaf), moves, leaves))
+    return jax.tree.map(
+        lambda moved, m, one: jnp.where(moved, one / jnp.where(moved, 1 - m, 1), one), moves, momentum, new
+    )
+
+
+def _floats(statistics: Any) -> dict[str, jax.Array]:
+    return {path: leaf for path, leaf in flatten(statistics).items() if jnp.issubdtype(leaf.dtype, jnp.inexact)}
+
+
+def _in_training(apply: ModelApply, variables: Mapping[str, Any], inputs: Any, axis_name: str | None) -> Any:
+    """Returns the statistics after a pass in training mode without dropout."""
+
+    def without_dropout(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        if isinstance(context.module, nn.Dropout) and context.method_name == "__call__":
+            return args[0] if args else kwargs["inputs"]
+        return call(*args, **kwargs)
+
+    def run() -> Any:
+        with nn.intercept_methods(without_dropout):
+            mutable = [name for name in variables if name != "params"]
+            _, updates = apply(variables, *inputs, train=True, mutable=mutable, rngs={"dropout": jax.random.key(0)})
+        return updates.get(_COLLECTION, {})
+
+    return bind_axis(run, axis_name)
+
+
+def _pooled(statistics: Any, found: list[dict[str, jax.Array]], weights: np.ndarray) -> Any:
+    """Returns the statistics with mean and variance of all batches as one; of anything else its mean."""
+    batches = jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
+
+    def mean(leaves: jax.Array) -> jax.Array:
+        return jnp.tensordot(weights, leaves, 1, precision=lax.Precision.HIGHEST)
+
+    pooled = {path: mean(leaves) for path, leaves in batches.items()}
+    for path, leaves in batches.items():
+        means = batches.get(f"{path.removesuffix('var')}mean")
+        if path.rpartition("/")[2] == "var" and means is not None and means.shape == leaves.shape:
+            pooled[path] += mean(jnp.square(means - mean(means)[None]))
+    return replace(statistics, pooled)
+
+
+def bind_axis(run: Callable[[], Any], axis_name: str | None) -> Any:
+    """Returns what a function gives where the axis is one device's, whose averages are those of the batch it has."""
+    if axis_name is None:
+        return run()
+    return jax.vmap(run, in_axes=(), out_axes=None, axis_size=1, axis_name=axis_name)()
+
+
+def evenly_split(size: int, most: int) -> list[slice]:
+    """Returns slices of so many examples at most, as few as that takes, whose sizes differ by one at most."""
+    count = math.ceil(size / most)
+    bounds = [size * i // count for i in range(count + 1)]
+    return [slice(*pair) for pair in itertools.pairwise(bounds)]
+
+
+def check_variables(name: str, variables: Any) -> None:
+    """Raises ValueError unless these are all variables of a model, by collection."""
+    if not isinstance(variables, Mapping) or "params" not in variables:
+        found = sorted(map(str, variables)) if isinstance(variables, Mapping) else type(variables).__name__
+        raise ValueError(f'{name} must be {{"params": ..., **model_state}}, as model.init gives them, got {found}')
+
+
+def check_inputs(inputs: Any, **sizes: int) -> int:
+    """Returns how many examples there are.
+
+    Raises:
+      ValueError: there are none, or different numbers of them; or an option that is no whole number of at least 1.
+    """
+    check_at_least_one(**sizes)
+    counts = [len(one) if np.ndim(one) else None for one in inputs]
+    if not counts or None in counts or len(set(counts)) > 1 or counts[0] == 0:
+        raise ValueError(f"inputs must be one or more arrays [N, ...] of as many examples, got {_shapes(inputs)}")
+    return counts[0]
+
+
+def _shapes(inputs: Any) -> str:
+    return ", ".join(str(list(np.shape(one))) for one in inputs) or "none"

@@ -1,0 +1,117 @@
+"""Sources with weights of another library: with their statistics, and a last layer fitted to the labels at hand."""
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+import merge_jax as mj
+from experiments import cross_structure
+from merge_jax.data import Splits
+from merge_jax.study import images, sources
+from merge_jax.study.pretrained import fit_last_layer, sown_features
+from tests.models.test_efficientnet import as_file, random_variables, tiny
+
+RANDOM = np.random.default_rng(0)
+LABELS = np.arange(60, dtype=np.int32) % 3
+IMAGES = (40 * RANDOM.random((60, 16, 16, 3)) + 70 * LABELS[:, None, None, None]).astype(np.uint8)
+TRAIN = {"image": IMAGES, "label": LABELS}
+DATA = images.ImageData("colours", lambda seed: Splits(TRAIN, TRAIN, TRAIN), (16, 16, 3), 3, ((0.2,) * 3, (0.1,) * 3))
+
+
+def classifier(num_classes=3):
+    data = replace(DATA, num_classes=num_classes)
+    return images.image_classifier("tiny", tiny(num_classes=num_classes), data, optimizer=lambda steps: None)
+
+
+def started(model):
+    params, state = model.init(jax.random.key(0))
+    return sources.TrainState(params, state, None)
+
+
+def test_a_last_layer_is_fitted_to_the_seeds_examples(tmp_path):
+    file = as_file(tmp_path, mj.models.to_pytorch(random_variables(tiny(num_classes=7))))
+    model = classifier()
+    source = sources._read_file(model, file, started(model), seed=0)
+    expected = random_variables(tiny(num_classes=7))
+    np.testing.assert_array_equal(source.params["stem"]["kernel"], expected["params"]["stem"]["kernel"])
+    statistics = source.model_state["batch_stats"], expected["batch_stats"]
+    jax.tree.map(np.testing.assert_array_equal, *statistics)
+    assert model.evaluate(source.params, source.model_state, TRAIN)["accuracy"] == 1
+
+
+def test_a_last_layer_of_as_many_classes_is_taken(tmp_path):
+    file = as_file(tmp_path, mj.models.to_pytorch(random_variables(tiny())))
+    model = classifier()
+    source = sources._read_file(model, file, started(model), seed=0)
+    np.testing.assert_array_equal(source.params["fc"]["kernel"], random_variables(tiny())["params"]["fc"]["kernel"])
+
+
+def test_pixels_are_scaled_as_those_of_the_pretrained_network():
+    model, variables = classifier(), random_variables(tiny())
+    expected = tiny().apply(variables, (IMAGES[:2].astype(np.float32) - 127) / 128)
+    np.testing.assert_allclose(model.apply(variables, IMAGES[:2], train=False), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_file_of_ones_own_is_read_as_ever(tmp_path):
+    model, variables = classifier(), random_variables(tiny())
+    for tree in (variables, variables["params"]):
+        mj.save_safetensors(tmp_path / "own.safetensors", tree, overwrite=True)
+        source = sources._read_file(model, tmp_path / "own.safetensors", started(model), seed=0)
+        jax.tree.map(np.testing.assert_array_equal, source.params, variables["params"])
+
+
+def test_shapes_tell_before_training_that_a_file_is_of_another_network(tmp_path):
+    file = as_file(tmp_path, mj.models.to_pytorch(random_variables(tiny(0.5))))
+    model = classifier()
+    start = jax.eval_shape(lambda: started(model))
+    with pytest.raises(ValueError, match=r"the model needs \[.*; the source is to be tiny"):
+        sources._read_variables(model, file, start, None)
+
+
+def test_a_fitted_last_layer_is_a_logistic_regression():
+    features = np.random.default_rng(1).normal(size=(200, 5)).astype(np.float32) * [1, 10, 0.1, 1, 1] + 3
+    for num_classes in (2, 4):
+        labels = (features @ np.random.default_rng(2).normal(size=(5, num_classes))).argmax(axis=1)
+        labels[:num_classes] = range(num_classes)
+        kernel, bias = fit_last_layer(features, labels, num_classes)
+        assert (kernel.shape, bias.shape) == ((5, num_classes), (num_classes,))
+        assert ((features @ kernel + bias).argmax(axis=1) == labels).mean() > 0.8
+    with pytest.raises(ValueError, match="examples of all 5 classes, 1 have none, such as class 4"):
+        fit_last_layer(features, np.arange(200) % 4, 5)
+
+
+def test_features_are_those_that_the_last_layer_reads():
+    model, variables = classifier(), random_variables(tiny())
+    found = sown_features(model.apply, variables, IMAGES[:3])
+    fc = variables["params"]["fc"]
+    logits = model.apply(variables, IMAGES[:3], train=False)
+    np.testing.assert_allclose(found @ fc["kernel"] + fc["bias"], logits, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("preset", [name for name in cross_structure.PRESETS if name.startswith("pretrained")])
+def test_layers_that_presets_name_are_those_of_their_models(preset):
+    config = cross_structure.PRESETS[preset]
+    config.check()
+    shapes, features = {}, {}
+    for name in (config.source_model, config.target_model):
+        if name == "small_vit":
+            model = mj.models.ImageClassifier(images.make_vision_encoder(name, config.image_size), 100)
+        else:
+            model = images.make_model(name, 100, stages=3)
+        x = jax.ShapeDtypeStruct((1, config.image_size, config.image_size, 3), np.float32)
+        variables = jax.eval_shape(model.init, jax.random.key(0), x)
+        shapes[name] = variables["params"]
+        _, found = jax.eval_shape(
+            lambda v, x, model=model: model.apply(v, x, capture_intermediates=True, mutable=["intermediates"]),
+            variables,
+            x,
+        )
+        features[name] = found["intermediates"]
+    target, source = features[config.target_model], features[config.source_model]
+    for ours, theirs in config.agreeing_layers():
+        assert {ours in target, theirs in source} == {True}
+    routes = [route.split("=") for route in config.routes]
+    transfer = mj.share_transfer([mj.Route(target, source) for target, source in routes])
+    assert transfer.describe(shapes[config.source_model], shapes[config.target_model])

@@ -1,0 +1,104 @@
+"""Linear heads on features: against scikit-learn, which solves the same problems."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+import merge_jax as mj
+
+FEATURES, LABELS = (array[:300] for array in load_digits(return_X_y=True))  # Some pixels are 0 in all of them.
+NEW = load_digits().data[300:600]
+
+
+@pytest.fixture(scope="module")
+def head():
+    return mj.fit_head(FEATURES, LABELS)
+
+
+def test_logistic_regression_as_scikit_learn_has_it(head):
+    theirs = make_pipeline(StandardScaler(), LogisticRegression(tol=1e-8, max_iter=1000)).fit(FEATURES, LABELS)
+    np.testing.assert_allclose(jax.nn.softmax(head(NEW)), theirs.predict_proba(NEW), atol=5e-3)
+    assert head.kernel.shape == (64, 10)
+    assert head.bias.shape == (10,)
+
+
+def test_the_gradient_is_within_the_tolerance(head):
+    spread = FEATURES.std(0)
+
+    def loss(kernel, bias):
+        errors = mj.cross_entropy(FEATURES @ kernel + bias[None], LABELS)
+        return (jnp.sum(errors) + jnp.sum(jnp.square(kernel * spread[:, None])) / 2) / len(LABELS)
+
+    of_kernel, of_bias = jax.grad(loss, argnums=(0, 1))(*head)
+    # Of a standardised feature, the gradient is divided by what it was.
+    slopes = np.divide(of_kernel, spread[:, None], where=spread[:, None] > 0, out=np.zeros((64, 10)))
+    assert np.abs(slopes).max() < 2e-5
+    assert np.abs(of_bias).max() < 2e-5
+
+
+@pytest.mark.parametrize("penalty", [1.0, 30.0])
+def test_ridge_regression_as_scikit_learn_has_it(penalty):
+    random = np.random.default_rng(0)
+    logits, weights = random.normal(size=(300, 3)) + FEATURES[:, 20:23] + 5, random.uniform(size=300)
+    head = mj.fit_head(FEATURES, logits, penalty=penalty)
+    theirs = make_pipeline(StandardScaler(), Ridge(penalty)).fit(FEATURES, logits)
+    np.testing.assert_allclose(head(NEW), theirs.predict(NEW), atol=1e-2)
+    weighted = mj.fit_head(FEATURES, logits, penalty=penalty, weights=weights)
+    fit = {"standardscaler__sample_weight": weights, "ridge__sample_weight": weights}
+    theirs = make_pipeline(StandardScaler(), Ridge(penalty)).fit(FEATURES, logits, **fit)
+    np.testing.assert_allclose(weighted(NEW), theirs.predict(NEW), atol=1e-2)
+
+
+def test_a_weight_of_two_is_an_example_twice():
+    features, labels = FEATURES[:40], LABELS[:40]
+    weights = 1 + np.arange(40) % 2
+    twice = np.repeat(np.arange(40), weights)
+    weighted = mj.fit_head(features, labels, weights=weights)
+    np.testing.assert_allclose(weighted(NEW), mj.fit_head(features[twice], labels[twice])(NEW), atol=0.05)
+
+
+def test_under_jit_and_vmap():
+    fit = jax.jit(lambda x, y: mj.fit_head(x, y, num_classes=10))
+    both = jax.vmap(fit)(jnp.stack([FEATURES[:150], FEATURES[150:]]), LABELS.reshape(2, 150))
+    expected = mj.fit_head(FEATURES[150:], LABELS[150:])
+    np.testing.assert_allclose(FEATURES @ both.kernel[1] + both.bias[1], expected(FEATURES), atol=0.05)
+
+
+def test_a_class_without_an_example_is_told():
+    labels = np.where(LABELS == 3, 4, LABELS)
+    with pytest.warns(UserWarning, match="no example has label 3: the head will not name it"):
+        head = mj.fit_head(FEATURES, labels)
+    assert not (np.argmax(head(FEATURES), 1) == 3).any()
+
+
+def test_no_convergence_is_told():
+    with pytest.warns(UserWarning, match="has not converged in 2 steps"):
+        mj.fit_head(FEATURES, LABELS, max_steps=2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"features": FEATURES.reshape(300, 8, 8)}, r"features must be \[N, d\].*got \[300, 8, 8\]"),
+        ({"features": FEATURES[:299]}, "there are 299 features and 300 targets"),
+        ({"features": np.where(FEATURES == 5, np.nan, FEATURES)}, "features must be finite numbers: those of"),
+        ({"targets": LABELS + 0.0}, r"labels \[N\], whole numbers, or logits .* got float32 \[300\]"),
+        ({"targets": np.eye(10, dtype=int)[LABELS]}, "of one-hot labels, take argmax"),
+        ({"num_classes": 9}, r"labels must lie in \[0, 9\), got 9"),
+        ({"targets": LABELS - 1}, r"labels must lie in \[0, 9\), got -1"),
+        ({"num_classes": 400}, "300 examples cannot tell 400 classes apart"),
+        ({"targets": FEATURES, "num_classes": 3}, "num_classes is 3, and there are 64 logits"),
+        ({"penalty": 0.0}, "penalty must be a finite number above 0, got 0.0"),
+        ({"weights": np.ones(3)}, r"weights must be \[300\]"),
+        ({"weights": -np.ones(300)}, "each 0 or more"),
+        ({"weights": np.zeros(300)}, "weights are all 0"),
+    ],
+)
+def test_what_does_not_fit_is_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        mj.fit_head(**{"features": FEATURES, "targets": LABELS, **change})
