@@ -172,7 +172,7 @@ def _ridge(features: jax.Array, logits: jax.Array, weights: jax.Array, penalty: 
     return _folded(jax.scipy.linalg.solve(products, crossed, assume_a="pos"), mean, scale, shift)
 
 
-@functools.partial(jax.jit, static_argnames=("classes", "max_steps"))
+@functools.partial(jax.jit, static_argnames="classes")
 def _logistic(
     features: jax.Array,
     labels: jax.Array,
@@ -180,7 +180,7 @@ def _logistic(
     penalty: Any,
     tolerance: Any,
     classes: int,
-    max_steps: int,
+    max_steps: Any,
 ) -> tuple[Head, jax.Array]:
     """Returns the head and the largest entry of its gradient."""
     features, scale, shift = _standardised(features, weights)
