@@ -205,7 +205,7 @@ def _logistic(
         head, state = carry
         value, grad = value_and_grad(head, state=state)
         updates, state = optimizer.update(grad, state, head, value=value, grad=grad, value_fn=loss)
-        return optax.apply_updates(head, updates), state
+        return jax.tree.map(jnp.add, head, updates), state
 
     head = Head(jnp.zeros((features.shape[1], classes)), jnp.zeros(classes))
     head, state = lax.while_loop(goes_on, advance, (head, optimizer.init(head)))
