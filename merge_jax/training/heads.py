@@ -172,7 +172,7 @@ def _ridge(features: jax.Array, logits: jax.Array, weights: jax.Array, penalty: 
     return _folded(jax.scipy.linalg.solve(products, crossed, assume_a="pos"), mean, scale, shift)
 
 
-@functools.partial(jax.jit, static_argnames=("classes", "max_steps"))
+@functools.partial(jax.jit, static_argnames="classes")
 def _logistic(
     features: jax.Array,
     labels: jax.Array,
@@ -180,7 +180,7 @@ def _logistic(
     penalty: Any,
     tolerance: Any,
     classes: int,
-    max_steps: int,
+    max_steps: Any,
 ) -> tuple[Head, jax.Array]:
     """Returns the head and the largest entry of its gradient."""
     features, scale, shift = _standardised(features, weights)
@@ -205,7 +205,7 @@ def _logistic(
         head, state = carry
         value, grad = value_and_grad(head, state=state)
         updates, state = optimizer.update(grad, state, head, value=value, grad=grad, value_fn=loss)
-        return optax.apply_updates(head, updates), state
+        return jax.tree.map(jnp.add, head, updates), state
 
     head = Head(jnp.zeros((features.shape[1], classes)), jnp.zeros(classes))
     head, state = lax.while_loop(goes_on, advance, (head, optimizer.init(head)))

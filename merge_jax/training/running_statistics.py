@@ -145,10 +145,10 @@ def check_inputs(inputs: Any, **sizes: int) -> int:
       ValueError: there are none, or different numbers of them; or an option that is no whole number of at least 1.
     """
     check_at_least_one(**sizes)
-    counts = [len(one) if np.ndim(one) else None for one in inputs]
-    if not counts or None in counts or len(set(counts)) > 1 or counts[0] == 0:
+    counts = {len(one) if np.ndim(one) else 0 for one in inputs}
+    if len(counts) != 1 or 0 in counts:
         raise ValueError(f"inputs must be one or more arrays [N, ...] of as many examples, got {_shapes(inputs)}")
-    return counts[0]
+    return counts.pop()
 
 
 def _shapes(inputs: Any) -> str:
