@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import tyro
 
 from merge_jax.checks import check_choice, error_context
+from merge_jax.study.choices import OPPONENTS
 from merge_jax.study.config import check_types
 from merge_jax.study.experiment import load_experiment
 from merge_jax.training.compilation_cache import CacheChoice
@@ -109,7 +110,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Grid:
-    """A study: settings, rows, and the rows that others are compared with, paired by seed."""
+    """A study: settings, rows, and the rows or opponents that others are compared with, paired by seed."""
 
     name: str
     settings: tuple[Setting, ...]
@@ -171,8 +172,11 @@ def read_grid(path: Path, seeds: int | None = None) -> Grid:
     settings = tuple(_setting(name, table, file.seeds, seeds) for name, table in file.settings.items())
     rows = tuple(row for name, table in file.rows.items() for row in _rows(name, table))
     _check_once("a row stands twice", (row.name for row in rows))
+    for row in rows:
+        if row.name in OPPONENTS:
+            raise ValueError(f"the row {row.name!r} has the name of an opponent, which every table has: take another")
     for name in file.against:
-        check_choice("row in against", name, [row.name for row in rows])
+        check_choice("row in against", name, [*(row.name for row in rows), *OPPONENTS])
     _check_once("a row stands twice in against", file.against)
     return Grid(path.stem, settings, rows, tuple(file.against))
 

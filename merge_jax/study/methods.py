@@ -15,7 +15,7 @@ from merge_jax.data import num_examples
 from merge_jax.study.alignment import Alignment, align
 from merge_jax.study.config import RunConfig, make_schedule
 from merge_jax.study.options import TransferOptions, parse_pairs
-from merge_jax.study.scenario import FitFn, Method, Scenario, StudyModel, choose_methods
+from merge_jax.study.scenario import FitFn, Method, Scenario, StartFn, StudyModel, choose_methods
 from merge_jax.transfers.adapter import OutputForm
 from merge_jax.types import Batch, LossFn, ModelState, Params, TeacherFn
 
@@ -38,14 +38,17 @@ class Objective(NamedTuple):
 
 
 class _Moves(NamedTuple):
-    """A transfer, the fraction of the run that it lasts, and what fits the adapter it starts from."""
+    """A transfer, the fraction of the run that it lasts, and what makes the adapter and the target it starts from."""
 
     transfer: mj.Transfer
     stop: float
     fit: FitFn | None = None
+    start: StartFn | None = None
 
 
 TransferFactory = Callable[[Sequence[mj.Route]], mj.Transfer]
+StartFactory = Callable[[StudyModel, StudyModel, Sequence[mj.Route]], StartFn]
+"""`(source, target, routes) -> start`."""
 
 
 def make_scenario(
@@ -57,6 +60,7 @@ def make_scenario(
     *,
     objectives: Mapping[str, Objective] = MappingProxyType({}),
     transfers: Mapping[str, TransferFactory] = MappingProxyType({}),
+    starts: Mapping[str, StartFactory] = MappingProxyType({}),
     attach: Callable[[Path], None] | None = None,
 ) -> Scenario:
     """Returns the scenario of a source that gives to a target, with the methods that the config names.
@@ -69,6 +73,7 @@ def make_scenario(
       routes: from the source to the target.
       objectives: what the target may learn beside its own loss, by the name that a method has for it.
       transfers: those of one's own, by the same; each makes a transfer of routes.
+      starts: what targets may start from, by the same; each makes a `StartFn` of the source, the target and the routes.
       attach: writes what belongs to a run into its folder.
 
     Raises:
@@ -81,7 +86,15 @@ def make_scenario(
     source_steps = (schedule.target if config.source == "live" else schedule.source).steps
     num_steps = schedule.target.steps
     methods = make_methods(
-        config, source, target, routes, num_steps, config.axis_name, objectives=objectives, transfers=transfers
+        config,
+        source,
+        target,
+        routes,
+        num_steps,
+        config.axis_name,
+        objectives=objectives,
+        transfers=transfers,
+        starts=starts,
     )
     return Scenario(
         name=name,
@@ -106,11 +119,12 @@ def make_methods(
     *,
     objectives: Mapping[str, Objective] = MappingProxyType({}),
     transfers: Mapping[str, TransferFactory] = MappingProxyType({}),
+    starts: Mapping[str, StartFactory] = MappingProxyType({}),
 ) -> dict[str, Callable[[], Method]]:
-    """Returns what makes each method: every transfer with every objective, alone and with agreement.
+    """Returns what makes each method: every transfer or start with every objective, alone and with agreement.
 
-    A method is named after its transfer and its objective (`share_kd_agree`), and after one of the two where the other
-    is none (`share`, `kd`, `agree`); `vanilla` has neither. Arguments are those of `make_scenario`.
+    A method is named after its transfer or start and its objective (`share_kd_agree`), and after one of the two where
+    the other is none (`share`, `kd`, `agree`); `vanilla` has neither. Arguments are those of `make_scenario`.
     """
     optimizer = target.optimizer(num_steps)
 
@@ -136,6 +150,11 @@ def make_methods(
         both = mj.chain(once, bind(partial(_lpka, options, "residual")))
         return _Moves(both, options.stop, lambda adapter, *models: {**adapter, "0": fit(adapter["0"], *models)})
 
+    def started(name: str, make: StartFactory) -> _Moves:
+        if source is None or isinstance(routes, Mapping):
+            raise ValueError(f"a method with {name} needs one source that is a model of its own")
+        return _Moves(mj.identity_transfer(), 0.0, start=make(source, target, routes))
+
     def by_routes(make: TransferFactory) -> Callable[[], _Moves]:
         return lambda: _Moves(bind(make), options.stop)
 
@@ -145,15 +164,16 @@ def make_methods(
         "aligned": aligned,
         "mergenet_residual_aligned": then_residual,
     }
-    _check_own_names(shipped, transfers, objectives)
+    _check_own_names(shipped, transfers, starts, objectives)
     moves = shipped | {name: by_routes(make) for name, make in transfers.items()}
+    moves |= {name: partial(started, name, make) for name, make in starts.items()}
     learned = {"": Objective(target.loss), **objectives}
 
     def method(make: Callable[[], _Moves], objective: Objective, agree: str) -> Method:
         if agree:
             objective = _with_agreement(options, axis_name, source, target, objective)
-        transfer, stop, fit = make()
-        return Method(mj.Task(objective.loss, optimizer), transfer, stop, objective.teacher, fit)
+        transfer, stop, fit, start = make()
+        return Method(mj.Task(objective.loss, optimizer), transfer, stop, objective.teacher, fit, start)
 
     return {
         "_".join(filter(None, (name, objective, agree))) or "vanilla": partial(
@@ -164,11 +184,14 @@ def make_methods(
 
 
 def _check_own_names(
-    shipped: Iterable[str], transfers: Mapping[str, TransferFactory], objectives: Mapping[str, Objective]
+    shipped: Iterable[str],
+    transfers: Mapping[str, TransferFactory],
+    starts: Mapping[str, StartFactory],
+    objectives: Mapping[str, Objective],
 ) -> None:
-    """Raises ValueError for a transfer or an objective of one's own that another method's name would mean too."""
+    """Raises ValueError for a name of one's own that another method's name would mean too."""
     taken = {"", "vanilla", "agree", *shipped}
-    for kind, names in (("transfer", transfers), ("objective", objectives)):
+    for kind, names in (("transfer", transfers), ("start", starts), ("objective", objectives)):
         for name in names:
             if name in taken or any(name.startswith(f"{other}_") for other in taken if other):
                 raise ValueError(f"the {kind} {name!r} has the name of a method that is there already: take another")

@@ -17,7 +17,7 @@ from merge_jax.training.joint import Task, TrainState
 from merge_jax.transfers.base import Transfer, identity_transfer
 from merge_jax.types import Adapter, Batch, LossFn, ModelApply, ModelState, Params, TeacherFn
 
-__all__ = ["FitFn", "Method", "SampleImages", "Scenario", "StudyModel", "choose_methods"]
+__all__ = ["FitFn", "Method", "SampleImages", "Scenario", "StartFn", "StudyModel", "choose_methods"]
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,13 @@ class StudyModel:
 FitFn = Callable[[Adapter, TrainState, Params, Batch], Adapter]
 """`(adapter as the transfer makes it, source, target's parameters, target's examples) -> adapter to start from`."""
 
+StartFn = Callable[[jax.Array, TrainState, TrainState, Batch], TrainState]
+"""`(key, source, target as it is initialised, target's examples) -> target to start from`.
+
+Neither has an `opt_state`. What comes back has the structure, shapes and dtypes of the target that was given; the key
+is consumed.
+"""
+
 
 @dataclass(frozen=True)
 class Method:
@@ -95,6 +102,8 @@ class Method:
       stop: the fraction of the run after which it moves no more; 0 for no transfer.
       teacher: adds the source's outputs to the target's batches, for a loss that distils them.
       fit: makes the adapter that the run starts from; None for the one that the transfer makes.
+      start: makes the target that the run starts from, before `fit` and before the first step, once: not where a run
+        goes on; None for the target as it is initialised.
     """
 
     task: Task
@@ -102,6 +111,7 @@ class Method:
     stop: float = 0.0
     teacher: TeacherFn | None = None
     fit: FitFn | None = None
+    start: StartFn | None = None
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,16 @@ import optax
 from jax.stages import Lowered
 
 from merge_jax.data import ReadAhead, Splits, fingerprint, indices_of, is_streamed, num_examples
+from merge_jax.paths import flatten, some_of
 from merge_jax.study.config import Lengths, RunConfig
-from merge_jax.study.scenario import Method, Scenario, StudyModel
+from merge_jax.study.measures import Measure, make_measure
+from merge_jax.study.scenario import FitFn, Method, Scenario, StartFn, StudyModel
 from merge_jax.study.sources import OTHER_SEED, SourcePlan, initial_key
 from merge_jax.training.epoch import Epoch, augmented, make_epoch
 from merge_jax.training.joint import JointState, Task, TrainState, init_joint_state, make_joint_step
 from merge_jax.training.sharding import Layout
 from merge_jax.training.trajectory import last_of, replay_evenly, replayed
+from merge_jax.transfers.base import writes
 from merge_jax.types import Adapter, Batch, Params
 
 __all__ = ["Trial", "make_trials"]
@@ -44,6 +47,7 @@ class Trial:
       optimizer: the adapter's optimizer.
       epoch: many joint steps in one loop, of one seed.
       digest: of the training split; all trials share it, since it reads every number.
+      measure: of the target as it stands; all trials share it, since it is compiled once. None for the source's own.
       snapshots: steps of the source's training, where the source is a trajectory.
       keep: how many checkpoints stay; None for all.
       seed_offset: added to a seed for the start and the batches, not for the split.
@@ -60,6 +64,7 @@ class Trial:
     optimizer: optax.GradientTransformation
     epoch: Epoch
     digest: Digest
+    measure: Measure | None = None
     snapshots: int | None = None
     keep: int | None = 2
     seed_offset: int = 0
@@ -81,7 +86,7 @@ class Trial:
 
     def lower(self, layout: Layout) -> Lowered:
         """Returns the jitted epoch, traced for the shapes of its arguments alone."""
-        state = jax.eval_shape(lambda: self.initial_state(0, self.fresh_source(0)))
+        state = jax.eval_shape(lambda: self._state(0, self.fresh_source(0), replace(self.method, start=None)))
         steps = self.steps_per_call
         indices = self.indices_at(0)(0, steps)
         shapes = jax.tree.map(
@@ -99,28 +104,91 @@ class Trial:
         return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (self.snapshots, *leaf.shape)), source)
 
     def initial_state(self, seed: int, source: TrainState) -> JointState:
-        """Returns the state before the first step; for a seed, it is the same for every method."""
+        """Returns the state before the first step: for a seed the same for every method, but for what a method starts.
+
+        Raises:
+          ValueError: what the method starts from is no such target.
+        """
+        return self._state(seed, source, self.method)
+
+    @property
+    def prepares(self) -> bool:
+        """Whether anything is fitted or started before the first step: without, the blank state is the initial one."""
+        return self.method.fit is not None or self.method.start is not None
+
+    def blank_state(self, seed: int, source: TrainState) -> JointState:
+        """Returns a state as the initial one, neither started nor fitted: what a saved one is read into."""
+        return self._state(seed, source, replace(self.method, fit=None, start=None))
+
+    def _state(self, seed: int, source: TrainState, method: Method) -> JointState:
         seed += self.seed_offset
-        params, model_state = self.roles["target"].init(initial_key(seed, "source" if self.trains_source else "target"))
-        adapter = None if self.method.fit is None else self._fitted(seed, source, params)
+        target = TrainState(
+            *self.roles["target"].init(initial_key(seed, "source" if self.trains_source else "target")), None
+        )
+        if method.start is not None:
+            target = self._started(
+                method.start, initial_key(seed, "start"), source, target, self.arrays(seed)["target"]
+            )
+        adapter = None if method.fit is None else self._fitted(method.fit, seed, source, target.params)
         state = init_joint_state(
             initial_key(seed, "adapter"),
             self.source_task,
-            self.method.task,
-            self.method.transfer,
+            method.task,
+            method.transfer,
             source_params=source.params,
             source_state=source.model_state,
-            target_params=params,
-            target_state=model_state,
+            target_params=target.params,
+            target_state=target.model_state,
             adapter=adapter,
             adapter_optimizer=self.optimizer,
         )
         return state.replace(key=initial_key(seed, "source_steps" if self.trains_source else "steps"))
 
-    def _fitted(self, seed: int, source: TrainState, target_params: Params) -> Adapter:
-        assert self.method.fit is not None
+    def measure_start(self, state: JointState, seed: int) -> dict[str, float | None]:
+        """Returns what the target is worth right after the write, of the state before the first step.
+
+        That is after `start` and `fit`, with the first write of the transfer, where there is one, and no step.
+        """
+        if self.measure is None:
+            return {}
+        target = state.target
+        if self.method.stop > 0 and writes(self.method.transfer):
+            target = target.replace(params=self._write(state.adapter.params, state.source.params, target.params))
+        return {f"target_start_{name}": value for name, value in self.measure(target, seed).items()}
+
+    @cached_property
+    def _write(self) -> Callable[[Adapter, Params, Params], Params]:
+        return jax.jit(partial(self.method.transfer.apply, step=0))
+
+    def measure_end(self, state: JointState, seed: int) -> dict[str, float | None]:
+        """Returns the probe of the target after its last step."""
+        return {} if self.measure is None else {"target_probe": self.measure(state.target, seed)["probe"]}
+
+    def _started(
+        self, start: StartFn, key: jax.Array, source: TrainState, target: TrainState, examples: Batch
+    ) -> TrainState:
+        started = start(key, source, target, examples)
+        if not isinstance(started, TrainState):
+            raise ValueError(f"the start of {self.name!r} must give a TrainState, got {type(started).__name__}")
+        parts = "params", "model_state"
+        wanted, found = (flatten({part: getattr(state, part) for part in parts}) for state in (target, started))
+        if wanted.keys() != found.keys():
+            lacks, more = (
+                some_of(sorted(one), 3) or "nothing" for one in (wanted.keys() - found, found.keys() - wanted)
+            )
+            raise ValueError(f"the start of {self.name!r} gives another target: it lacks {lacks}, and has {more} more")
+        for path, leaf in wanted.items():
+            shape, dtype = np.shape(found[path]), jnp.result_type(found[path])
+            if (shape, dtype) != (leaf.shape, leaf.dtype):
+                raise ValueError(
+                    f"the start of {self.name!r} gives another target: {path!r} must be {leaf.shape} of {leaf.dtype}, "
+                    f"got {shape} of {dtype}"
+                )
+        return started.replace(opt_state=None)
+
+    def _fitted(self, fit: FitFn, seed: int, source: TrainState, target_params: Params) -> Adapter:
         adapter = self.method.transfer.init(initial_key(seed, "adapter"), source.params, target_params)
-        return self.method.fit(adapter, source, target_params, self.arrays(seed)["target"])
+        return fit(adapter, source, target_params, self.arrays(seed)["target"])
 
     def arrays(self, seed: int) -> dict[str, Batch]:
         """Returns all examples to train on, of the roles that learn."""
@@ -229,15 +297,16 @@ def make_trials(scenario: Scenario, config: RunConfig, source_plan: SourcePlan) 
             )
     source_task = scenario.source_task if source_plan.live else None
     lengths = scenario.schedule.target
+    measure = make_measure(scenario.target)
     for name, method in scenario.methods.items():
-        if method.fit is not None and config.source in ("live", "trajectory"):
+        if (method.fit or method.start) is not None and config.source in ("live", "trajectory"):
             raise ValueError(
                 f"the method {name!r} is fitted to a source that has been trained, once: with --source {config.source} "
                 "there is none before the first step; take pretrained or frozen"
             )
         if snapshots is not None:
             method = _replaying(method, snapshots, lengths.steps)
-        trials[name] = make_trial(name, roles, source_task, method, lengths, snapshots=snapshots)
+        trials[name] = make_trial(name, roles, source_task, method, lengths, measure=measure, snapshots=snapshots)
     return trials
 
 
