@@ -106,6 +106,7 @@ def make_scenario(
         adapter_optimizer=adapter_optimizer(config, config.cycle, num_steps),
         axis_name=config.axis_name,
         attach=attach,
+        head_first=config.head_first,
     )
 
 
@@ -127,6 +128,8 @@ def make_methods(
     the other is none (`share`, `kd`, `agree`); `vanilla` has neither. Arguments are those of `make_scenario`.
     """
     optimizer = target.optimizer(num_steps)
+    if options.target_rate != 1:  # What the rate multiplies is the update, of SGD and of AdamW.
+        optimizer = optax.chain(optimizer, optax.scale(options.target_rate))
 
     def bind(make: TransferFactory) -> mj.Transfer:
         if isinstance(routes, Mapping):

@@ -15,7 +15,7 @@ from merge_jax.objectives.evaluation import padded_batches
 from merge_jax.study.scenario import StudyModel
 from merge_jax.types import ModelState, Params
 
-__all__ = ["Observe", "Observed", "Sample", "inputs_lr", "observer", "probe", "sampled"]
+__all__ = ["Observe", "Observed", "Sample", "inputs_lr", "observer", "probe", "regression", "sampled"]
 
 _AT_ONCE = 200
 _MOST = 10_000  # Examples that a regression is fitted to: more cost minutes.
@@ -111,6 +111,27 @@ def probe(features: np.ndarray, labels: np.ndarray, test_features: np.ndarray, t
     scaler = StandardScaler().fit(features)
     model = _fitted(scaler.transform(features), labels)
     return float(model.score(scaler.transform(test_features), test_labels))
+
+
+def regression(features: np.ndarray, labels: np.ndarray, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the regression of `probe` as a layer of the features as they are: kernel `[d, C]` and bias `[C]`.
+
+    Raises:
+      ValueError: labels without an example of each class, or features that are not finite.
+    """
+    missing = np.setdiff1d(np.arange(num_classes), labels)
+    if len(missing) or not np.isfinite(features).all():
+        lack = f"no example of the classes {missing.tolist()}" if len(missing) else "features that are not finite"
+        raise ValueError(f"a last layer cannot be fitted: there are {lack}")
+    from sklearn.preprocessing import StandardScaler
+
+    scaler = StandardScaler().fit(features)
+    model = _fitted(scaler.transform(features), labels)
+    weights, bias = model.coef_, model.intercept_
+    if num_classes == 2:  # One row, of the second class against the first.
+        weights, bias = np.concatenate([-weights, weights]) / 2, np.concatenate([-bias, bias]) / 2
+    kernel = weights.T / scaler.scale_[:, None]
+    return kernel.astype(np.float32), (bias - scaler.mean_ @ kernel).astype(np.float32)
 
 
 def _fitted(features: Any, labels: np.ndarray) -> Any:

@@ -1,6 +1,7 @@
 """The report of a study: tables with tests, every number as JSON, and pictures."""
 
 import io
+import math
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -119,9 +120,23 @@ def _measured(run: GridRun, folder: RunFolder) -> list[Measured]:
 
 
 def _setting_rows(grid: Grid, setting: Setting, measured: Sequence[Measured]) -> dict[str, Measured]:
-    """Returns the rows of a setting by name, in the order of the grid."""
+    """Returns the rows of a setting by the names they are shown by, in the order of the grid.
+
+    Of those that a row chooses among, that is the one with the best mean validation over seeds, the first of equals.
+    """
     found = {one.row.name: one for one in measured if one.setting.name == setting.name}
-    return {row.name: found[row.name] for row in grid.rows if row.name in found}
+    rows: dict[str, Measured] = {}
+    for row in grid.rows:
+        if row.name in found:
+            one, best = found[row.name], rows.get(row.shown)
+            if best is None or _validation(one) > _validation(best):
+                rows[row.shown] = one
+    return rows
+
+
+def _validation(one: Measured) -> float:
+    values = one.values("target_validation")
+    return float(np.mean(values)) if values else -math.inf
 
 
 def _opponents(rows: Mapping[str, Measured], runs: Sequence[GridRun], folder: RunFolder) -> dict[str, Measured]:
@@ -230,11 +245,13 @@ def _number(values: Sequence[float]) -> str:
 
 def _comparison_note(grid: Grid, setting: str, rows: Mapping[str, Measured], comparisons: _Comparisons) -> str:
     missing = [name for name in grid.against if name not in rows]
+    chosen = [f"{one.row.name}" for one in rows.values() if one.row.choice_of is not None]
     note = f"{setting}: {comparisons.tested} comparisons; "
     if not comparisons.tested:
         note = f"{setting}: nothing to test; "
     left = [f"{name} - {other}" for name, other in comparisons.by_pair if (name, other) in comparisons.significant]
     note += f"significant at {_LEVEL} after Holm ({_MARK}): {', '.join(left) or 'none'}."
+    note += f" Chosen on validation, over all seeds: {'; '.join(chosen)}." if chosen else ""
     return note + (f" Without {', '.join(missing)}: not run." if missing else "")
 
 
@@ -333,15 +350,15 @@ def _save_sizes(grid: Grid, by_setting: Mapping[str, Mapping[str, Measured]], fo
         figure.subplots(1, len(curves), squeeze=False).flat, curves.items(), strict=True
     ):
         settings = sorted(settings, key=lambda setting: setting.size or 0.0)
-        for number, row in enumerate(grid.rows):
-            points = [(s.size, by_setting[s.name][row.name]) for s in settings if row.name in by_setting[s.name]]
+        for number, row in enumerate(dict.fromkeys(name for setting in settings for name in by_setting[setting.name])):
+            points = [(s.size, by_setting[s.name][row]) for s in settings if row in by_setting[s.name]]
             if points:
                 means, errors = zip(*(mean_and_error(one.values("target_test", 100)) for _, one in points), strict=True)
                 panel.errorbar(
                     [size for size, _ in points],
                     means,
                     yerr=[error or 0.0 for error in errors],
-                    label=row.name,
+                    label=row,
                     marker="os^Dv"[number // 10 % 5],
                     capsize=2,
                 )

@@ -128,6 +128,7 @@ class Scenario:
       adapter_optimizer: of every method's adapter.
       axis_name: the `pmap` axis that the models average over; None under jit.
       attach: writes what belongs to a run beside its checkpoints, such as a vocabulary, into its folder.
+      head_first: whether the target's last layer is fitted before the first step.
     """
 
     name: str
@@ -139,6 +140,7 @@ class Scenario:
     adapter_optimizer: optax.GradientTransformation
     axis_name: str | None = None
     attach: Callable[[Path], None] | None = None
+    head_first: bool = False
 
 
 def choose_methods(methods: Mapping[str, Callable[[], Method]], names: Sequence[str]) -> dict[str, Method]:

@@ -13,7 +13,9 @@ from jax.stages import Lowered
 
 from merge_jax.data import ReadAhead, Splits, fingerprint, indices_of, is_streamed, num_examples
 from merge_jax.paths import flatten, some_of
+from merge_jax.paths import replace as set_leaves
 from merge_jax.study.config import Lengths, RunConfig
+from merge_jax.study.heads import FitHead, keeping, make_fit_head
 from merge_jax.study.measures import Measure, make_measure
 from merge_jax.study.scenario import FitFn, Method, Scenario, StartFn, StudyModel
 from merge_jax.study.sources import OTHER_SEED, SourcePlan, initial_key
@@ -47,6 +49,7 @@ class Trial:
       optimizer: the adapter's optimizer.
       epoch: many joint steps in one loop, of one seed.
       digest: of the training split; all trials share it, since it reads every number.
+      fit_head: fits the target's last layer before the first step, where the run asks for that.
       measure: of the target as it stands; all trials share it, since it is compiled once. None for the source's own.
       snapshots: steps of the source's training, where the source is a trajectory.
       keep: how many checkpoints stay; None for all.
@@ -64,6 +67,7 @@ class Trial:
     optimizer: optax.GradientTransformation
     epoch: Epoch
     digest: Digest
+    fit_head: FitHead | None = None
     measure: Measure | None = None
     snapshots: int | None = None
     keep: int | None = 2
@@ -109,12 +113,18 @@ class Trial:
         Raises:
           ValueError: what the method starts from is no such target.
         """
-        return self._state(seed, source, self.method)
+        state = self._state(seed, source, self.method)
+        if self.fit_head is None:
+            return state
+        params = set_leaves(state.target.params, self.fit_head(self._written(state), seed))
+        target = TrainState(params, state.target.model_state, None)
+        begun = replace(self.method, fit=lambda *_: state.adapter.params, start=lambda *_: target)
+        return self._state(seed, source, begun)
 
     @property
     def prepares(self) -> bool:
         """Whether anything is fitted or started before the first step: without, the blank state is the initial one."""
-        return self.method.fit is not None or self.method.start is not None
+        return not all(one is None for one in (self.method.fit, self.method.start, self.fit_head))
 
     def blank_state(self, seed: int, source: TrainState) -> JointState:
         """Returns a state as the initial one, neither started nor fitted: what a saved one is read into."""
@@ -151,10 +161,14 @@ class Trial:
         """
         if self.measure is None:
             return {}
+        return {f"target_start_{name}": value for name, value in self.measure(self._written(state), seed).items()}
+
+    def _written(self, state: JointState) -> TrainState:
+        """Returns the target after the first write."""
         target = state.target
         if self.method.stop > 0 and writes(self.method.transfer):
             target = target.replace(params=self._write(state.adapter.params, state.source.params, target.params))
-        return {f"target_start_{name}": value for name, value in self.measure(target, seed).items()}
+        return target
 
     @cached_property
     def _write(self) -> Callable[[Adapter, Params, Params], Params]:
@@ -297,7 +311,9 @@ def make_trials(scenario: Scenario, config: RunConfig, source_plan: SourcePlan) 
             )
     source_task = scenario.source_task if source_plan.live else None
     lengths = scenario.schedule.target
-    measure = make_measure(scenario.target)
+    measure, fit_head, head = make_measure(scenario.target), None, ()
+    if scenario.head_first:
+        head, fit_head = make_fit_head(scenario.target)
     for name, method in scenario.methods.items():
         if (method.fit or method.start) is not None and config.source in ("live", "trajectory"):
             raise ValueError(
@@ -306,7 +322,11 @@ def make_trials(scenario: Scenario, config: RunConfig, source_plan: SourcePlan) 
             )
         if snapshots is not None:
             method = _replaying(method, snapshots, lengths.steps)
-        trials[name] = make_trial(name, roles, source_task, method, lengths, measure=measure, snapshots=snapshots)
+        if head and writes(method.transfer):
+            method = replace(method, transfer=keeping(method.transfer, head))
+        trials[name] = make_trial(
+            name, roles, source_task, method, lengths, fit_head=fit_head, measure=measure, snapshots=snapshots
+        )
     return trials
 
 
