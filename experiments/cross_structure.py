@@ -184,14 +184,23 @@ def build(config: Config) -> "study.Scenario":
     data = study.load_images(config.data, config.data_dir, config.image_size, config.validation)
     course = {"schedule": config.learning_rate_schedule, "momentum": config.momentum}
 
-    def classifier(name: str, labels: int | None) -> study.StudyModel:
+    def classifier(name: str, labels: int | None, unlabelled: int = 0) -> study.StudyModel:
         network = study.make_model(
             name, data.num_classes, stages=config.stages, dtype=config.dtype, axis_name=config.axis_name
         )
         optimizer = partial(study.sgd, config.learning_rate, **course)
-        return study.image_classifier(name, network, data, optimizer=optimizer, labels=labels, augment=config.augment)
+        return study.image_classifier(
+            name,
+            network,
+            data,
+            optimizer=optimizer,
+            labels=labels,
+            unlabelled=unlabelled,
+            augment=config.augment,
+        )
 
-    source, target = classifier(config.source_model, None), classifier(config.target_model, config.labels)
+    source = classifier(config.source_model, None)
+    target = classifier(config.target_model, config.labels, config.unlabelled)
     distilled = study.distillation_objectives(
         source,
         target,

@@ -182,7 +182,12 @@ def build(config: Config) -> "study.Scenario":
     ]
     specs.append(
         study.TaskSpec(
-            config.target_task, config.target_model, target_text, config.target_weights, labels=config.labels
+            config.target_task,
+            config.target_model,
+            target_text,
+            config.target_weights,
+            labels=config.labels,
+            unlabelled=config.unlabelled,
         )
     )
     (*sources, target), attach = study.make_models(config, specs)

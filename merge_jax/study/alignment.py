@@ -8,7 +8,7 @@ import numpy as np
 
 import merge_jax as mj
 from merge_jax.checks import check_entries
-from merge_jax.data import num_examples
+from merge_jax.study.pools import inputs_of
 from merge_jax.study.scenario import FitFn, StudyModel
 from merge_jax.transfers.weight_selection import evenly_chosen
 from merge_jax.types import Adapter, Batch, ModelState, Params
@@ -54,9 +54,10 @@ def align(source: StudyModel, target: StudyModel, routes: Sequence[mj.Route]) ->
 
 def _inputs(model: StudyModel, examples: Any) -> list[np.ndarray]:
     check_entries(examples, *model.inputs)
-    total = num_examples(examples)
+    inputs = inputs_of(examples, model.inputs)
+    total = len(inputs[0])
     rows = evenly_chosen(min(_EXAMPLES, total), total)  # Of a set that may be sorted by class.
-    return [np.asarray(examples[name][rows]) for name in model.inputs]
+    return [np.asarray(entry[rows]) for entry in inputs]
 
 
 def _evaluated(model: StudyModel) -> Callable[..., Any]:

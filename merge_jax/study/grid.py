@@ -279,7 +279,7 @@ def _rows(name: str, table: Any) -> list[Row]:
     """
     place = f"the row {name!r}"
     _check_table(place, table)
-    shared = {key: value for key, value in table.items() if key not in ("options", "vary", "choose", "choice_of")}
+    shared = {key: value for key, value in table.items() if key not in ("options", "vary", "choose")}
     options, vary, choose = (_flatten_options(place, table.get(key, {})) for key in ("options", "vary", "choose"))
     for kind, lists in (("vary", vary), ("choose", choose)):
         for key, values in lists.items():

@@ -29,6 +29,7 @@ from merge_jax.data import (
 )
 from merge_jax.study.choices import ImageModelName, ImageTaskName, LearningRateSchedule, VisionModelName
 from merge_jax.study.model_code import model_code
+from merge_jax.study.pools import check_pool, draw_pool
 from merge_jax.study.scenario import StudyModel
 from merge_jax.study.texts import adamw
 
@@ -187,6 +188,7 @@ def image_classifier(
     *,
     optimizer: Callable[[int], optax.GradientTransformation],
     labels: int | None = None,
+    unlabelled: int = 0,
     augment: bool = False,
     attention: Mapping[str, str] = MappingProxyType({}),
 ) -> StudyModel:
@@ -198,6 +200,7 @@ def image_classifier(
       data: its images.
       optimizer: `steps -> optimizer`.
       labels: how many of them it learns from, drawn with the classes in proportion; None for all.
+      unlabelled: how many others it has without their labels, see `StudyModel.pool`.
       augment: crop, mirror and rotate its training images at random.
       attention: its attention blocks, see `StudyModel`.
     """
@@ -213,6 +216,12 @@ def image_classifier(
     def change(key: jax.Array, batch: mj.Batch) -> mj.Batch:
         return {**batch, "image": crop_flip_rotate(key, batch["image"])}
 
+    def pool(seed: int) -> Arrays:
+        assert labels is not None  # check_pool
+        return draw_pool(data.splits(seed).train, labels, unlabelled, seed, ("image",))
+
+    if unlabelled:
+        check_pool(data.splits(0).train, labels, unlabelled)
     apply = module.apply if data.pixels is None else mj.on_pixels(module.apply, *data.pixels)
     shape = ", ".join(map(str, data.shape))
     images = f"images [N, {shape}], {'float32 in [0, 1]' if data.pixels is None else 'uint8'}"
@@ -228,6 +237,7 @@ def image_classifier(
         attention=attention,
         augment=change if augment else None,
         code=model_code(module, {f"jnp.zeros((1, {shape}))": images}, data.pixels),
+        pool=lru_cache(maxsize=1)(pool) if unlabelled else None,
     )
 
 
@@ -239,6 +249,7 @@ def image_model(
     image_size: int | None,
     validation: int,
     labels: int | None,
+    unlabelled: int = 0,
     stages: int,
     learning_rate: float,
     attributes: Mapping[str, Any] = MappingProxyType({}),
@@ -261,10 +272,18 @@ def image_model(
         module = mj.models.ImageClassifier(encoder, data.num_classes)
         optimizer = partial(adamw, learning_rate)
         return image_classifier(
-            name, module, data, optimizer=optimizer, labels=labels, attention={"vision": VISION_ATTENTION}
+            name,
+            module,
+            data,
+            optimizer=optimizer,
+            labels=labels,
+            unlabelled=unlabelled,
+            attention={"vision": VISION_ATTENTION},
         )
     module = make_model(model, data.num_classes, stages=stages)
-    return image_classifier(name, module, data, optimizer=partial(sgd, learning_rate), labels=labels)
+    return image_classifier(
+        name, module, data, optimizer=partial(sgd, learning_rate), labels=labels, unlabelled=unlabelled
+    )
 
 
 def make_vision_encoder(

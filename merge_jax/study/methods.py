@@ -15,6 +15,7 @@ from merge_jax.data import num_examples
 from merge_jax.study.alignment import Alignment, align
 from merge_jax.study.config import RunConfig, make_schedule
 from merge_jax.study.options import TransferOptions, parse_pairs
+from merge_jax.study.pools import pool_inputs
 from merge_jax.study.scenario import FitFn, Method, Scenario, StartFn, StudyModel, choose_methods
 from merge_jax.transfers.adapter import OutputForm
 from merge_jax.types import Batch, LossFn, ModelState, Params, TeacherFn
@@ -31,10 +32,12 @@ class Objective(NamedTuple):
     Attributes:
       loss: of the target.
       teacher: adds the source's outputs to the target's batches; None where the loss needs none.
+      pooled: whether they read the target's pool, see `Method`.
     """
 
     loss: LossFn
     teacher: TeacherFn | None = None
+    pooled: bool = False
 
 
 class _Moves(NamedTuple):
@@ -82,6 +85,8 @@ def make_scenario(
     """
     if not isinstance(config, TransferOptions):
         raise TypeError("the config of a scenario has TransferOptions: class Config(TransferOptions, RunConfig)")
+    if config.unlabelled and target.pool is None:
+        raise ValueError(f"unlabelled is {config.unlabelled}, but {target.name} has no pool of unlabelled inputs")
     schedule = make_schedule(config, *(num_examples(model.splits(0).train) for model in (source or target, target)))
     source_steps = (schedule.target if config.source == "live" else schedule.source).steps
     num_steps = schedule.target.steps
@@ -176,7 +181,9 @@ def make_methods(
         if agree:
             objective = _with_agreement(options, axis_name, source, target, objective)
         transfer, stop, fit, start = make()
-        return Method(mj.Task(objective.loss, optimizer), transfer, stop, objective.teacher, fit, start)
+        return Method(
+            mj.Task(objective.loss, optimizer), transfer, stop, objective.teacher, fit, start, objective.pooled
+        )
 
     return {
         "_".join(filter(None, (name, objective, agree))) or "vanilla": partial(
@@ -262,18 +269,19 @@ def _with_agreement(
     agreement = mj.feature_agreement(
         target.apply,
         target_layers,
-        inputs=target.inputs,
+        inputs=pool_inputs(target),
         weight=options.agreement,
         compare_on=compare_on,
         axis_name=axis_name,
     )
-    show_features = mj.features_teacher(source.apply, source_layers, inputs=source.inputs, compare_on=compare_on)
+    source_inputs = pool_inputs(replace(source, pool=target.pool))
+    show_features = mj.features_teacher(source.apply, source_layers, inputs=source_inputs, compare_on=compare_on)
 
     def teacher(params: Params, model_state: ModelState, batch: Batch) -> Batch:
         batch = show_features(params, model_state, batch)
         return batch if objective.teacher is None else objective.teacher(params, model_state, batch)
 
-    return Objective(mj.sum_losses(objective.loss, agreement), teacher)
+    return Objective(mj.sum_losses(objective.loss, agreement), teacher, pooled=target.pool is not None)
 
 
 def adapter_optimizer(options: TransferOptions, cycle: int, num_steps: int) -> optax.GradientTransformation:

@@ -57,6 +57,9 @@ class TransferOptions:
     merge_jax.feature_agreement."""
     agreement: float = 20.0
     """Weight of their disagreement in the target's loss."""
+    unlabelled: int = 0
+    """Training inputs without labels that methods have beside the labelled ones: aligned is fitted on all of them, agree,
+    kd and kd_mixed compare on them in the place of those with labels."""
     head_first: bool = False
     """Fit the target's last layer to its labelled examples before the first step, after what the method writes, in
     every method alike: a logistic regression on its features. Transfers then leave that layer to the target."""
@@ -74,6 +77,8 @@ class TransferOptions:
             raise ValueError(f"adapter_learning_rate must be above 0, got {self.adapter_learning_rate}")
         if not 0 <= self.stop <= 1:
             raise ValueError(f"stop must be a fraction in [0, 1], got {self.stop}")
+        if self.unlabelled < 0:
+            raise ValueError(f"unlabelled must be 0 or more, got {self.unlabelled}")
         if not 0 < self.target_rate < float("inf"):
             raise ValueError(f"target_rate must be above 0, got {self.target_rate}")
         if not 0 <= self.agreement < float("inf"):

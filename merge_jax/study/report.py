@@ -245,7 +245,7 @@ def _number(values: Sequence[float]) -> str:
 
 def _comparison_note(grid: Grid, setting: str, rows: Mapping[str, Measured], comparisons: _Comparisons) -> str:
     missing = [name for name in grid.against if name not in rows]
-    chosen = [f"{one.row.name}" for one in rows.values() if one.row.choice_of is not None]
+    chosen = [one.row.name for one in rows.values() if one.row.choice_of is not None]
     note = f"{setting}: {comparisons.tested} comparisons; "
     if not comparisons.tested:
         note = f"{setting}: nothing to test; "

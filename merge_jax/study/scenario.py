@@ -17,7 +17,11 @@ from merge_jax.training.joint import Task, TrainState
 from merge_jax.transfers.base import Transfer, identity_transfer
 from merge_jax.types import Adapter, Batch, LossFn, ModelApply, ModelState, Params, TeacherFn
 
-__all__ = ["FitFn", "Method", "SampleImages", "Scenario", "StartFn", "StudyModel", "choose_methods"]
+__all__ = ["POOL", "FitFn", "Method", "SampleImages", "Scenario", "StartFn", "StudyModel", "choose_methods"]
+
+
+POOL = "pool/"
+"""What the names of inputs from the pool begin with, in a batch and in the examples that `fit` and `start` get."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,7 @@ class StudyModel:
       load: `(path, params) -> params` from a file of weights, where `params` is the model as it starts.
       sample_images: test images that it is shown with; None for a model of other things.
       code: lines of Python that make it, see `model_code`; empty where there are none.
+      pool: `seed -> inputs` without labels, those of the labelled examples first; None for these alone.
     """
 
     name: str
@@ -72,6 +77,7 @@ class StudyModel:
     load: Callable[[Path, Params], Params] = load_params
     sample_images: SampleImages | None = None
     code: str = ""
+    pool: Callable[[int], Arrays] | None = None
 
     def __post_init__(self) -> None:  # noqa: D105
         if self.apply is not None and not self.inputs:
@@ -82,12 +88,15 @@ class StudyModel:
 
 
 FitFn = Callable[[Adapter, TrainState, Params, Batch], Adapter]
-"""`(adapter as the transfer makes it, source, target's parameters, target's examples) -> adapter to start from`."""
+"""`(adapter as the transfer makes it, source, target's parameters, target's examples) -> adapter to start from`.
+
+The examples are the labelled ones and, where there is a pool, its inputs under names such as `pool/image`.
+"""
 
 StartFn = Callable[[jax.Array, TrainState, TrainState, Batch], TrainState]
 """`(key, source, target as it is initialised, target's examples) -> target to start from`.
 
-Neither has an `opt_state`. What comes back has the structure, shapes and dtypes of the target that was given; the key
+Examples are those of `FitFn`. Neither model has an `opt_state`. What comes back has the structure, shapes and dtypes of the target that was given; the key
 is consumed.
 """
 
@@ -104,6 +113,7 @@ class Method:
       fit: makes the adapter that the run starts from; None for the one that the transfer makes.
       start: makes the target that the run starts from, before `fit` and before the first step, once: not where a run
         goes on; None for the target as it is initialised.
+      pooled: whether its loss compares on the target's pool, so that each batch has as many inputs of that.
     """
 
     task: Task
@@ -112,6 +122,7 @@ class Method:
     teacher: TeacherFn | None = None
     fit: FitFn | None = None
     start: StartFn | None = None
+    pooled: bool = False
 
 
 @dataclass(frozen=True)

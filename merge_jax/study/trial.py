@@ -11,24 +11,25 @@ import numpy as np
 import optax
 from jax.stages import Lowered
 
-from merge_jax.data import ReadAhead, Splits, fingerprint, indices_of, is_streamed, num_examples
+from merge_jax.data import Arrays, ReadAhead, Splits, fingerprint, indices_of, is_streamed, num_examples
 from merge_jax.paths import flatten, some_of
 from merge_jax.paths import replace as set_leaves
 from merge_jax.study.config import Lengths, RunConfig
 from merge_jax.study.heads import FitHead, keeping, make_fit_head
 from merge_jax.study.measures import Measure, make_measure
-from merge_jax.study.scenario import FitFn, Method, Scenario, StartFn, StudyModel
+from merge_jax.study.scenario import POOL, FitFn, Method, Scenario, StartFn, StudyModel
 from merge_jax.study.sources import OTHER_SEED, SourcePlan, initial_key
 from merge_jax.training.epoch import Epoch, augmented, make_epoch
-from merge_jax.training.joint import JointState, Task, TrainState, init_joint_state, make_joint_step
+from merge_jax.training.joint import JointState, JointStep, Task, TrainState, init_joint_state, make_joint_step
 from merge_jax.training.sharding import Layout
 from merge_jax.training.trajectory import last_of, replay_evenly, replayed
 from merge_jax.transfers.base import writes
-from merge_jax.types import Adapter, Batch, Params
+from merge_jax.types import Adapter, Batch, Metrics, Params
 
 __all__ = ["Trial", "make_trials"]
 
 Indices = Mapping[str, np.ndarray]
+_POOL_STREAM = 2
 Digest = Callable[[Callable[[int], Splits], int], str]
 """`(splits, seed) -> fingerprint of the training split`."""
 
@@ -136,9 +137,7 @@ class Trial:
             *self.roles["target"].init(initial_key(seed, "source" if self.trains_source else "target")), None
         )
         if method.start is not None:
-            target = self._started(
-                method.start, initial_key(seed, "start"), source, target, self.arrays(seed)["target"]
-            )
+            target = self._started(method.start, initial_key(seed, "start"), source, target, self._examples(seed))
         adapter = None if method.fit is None else self._fitted(method.fit, seed, source, target.params)
         state = init_joint_state(
             initial_key(seed, "adapter"),
@@ -202,11 +201,26 @@ class Trial:
 
     def _fitted(self, fit: FitFn, seed: int, source: TrainState, target_params: Params) -> Adapter:
         adapter = self.method.transfer.init(initial_key(seed, "adapter"), source.params, target_params)
-        return fit(adapter, source, target_params, self.arrays(seed)["target"])
+        return fit(adapter, source, target_params, self._examples(seed))
+
+    def _examples(self, seed: int) -> Batch:
+        """Returns the target's examples, with those of its pool."""
+        target = self.roles["target"]
+        pool = {} if target.pool is None else target.pool(seed)
+        return {**target.splits(seed).train, **{POOL + name: entry for name, entry in pool.items()}}
 
     def arrays(self, seed: int) -> dict[str, Batch]:
-        """Returns all examples to train on, of the roles that learn."""
-        return {role: dict(self.roles[role].splits(seed).train) for role in self._learning_roles}
+        """Returns all examples to train on, of the roles that learn, and the target's pool where it is read."""
+        return {role: dict(arrays) for role, (arrays, _) in self._read(seed).items()}
+
+    def _read(self, seed: int) -> dict[str, tuple[Arrays, int]]:
+        """Returns the examples by role, and the stream that their order is of."""
+        read: dict[str, tuple[Arrays, int]] = {
+            role: (self.roles[role].splits(seed).train, int(role == "source" or self.trains_source))
+            for role in self._learning_roles
+        }
+        pool = self.roles["target"].pool
+        return {**read, "pool": (pool(seed), _POOL_STREAM)} if self.method.pooled and pool is not None else read
 
     @cached_property
     def streams(self) -> bool:
@@ -216,6 +230,8 @@ class Trial:
     def facts(self, seed: int) -> dict[str, str | int]:
         """Returns what the steps of a seed depend on beside the state: which examples come in which order."""
         data = {f"{role}_data": self.digest(self.roles[role].splits, seed) for role in self._learning_roles}
+        if "pool" in (read := self._read(seed)):
+            data["pool_data"] = fingerprint(read["pool"][0])
         return {"seeds": str(seed), "batch_size": self.batch_size, **data}
 
     def read_ahead(self, seed: int) -> ReadAhead:
@@ -229,13 +245,8 @@ class Trial:
 
     def _indices(self, seed: int) -> dict[str, Callable[[int, int], np.ndarray]]:
         return {
-            role: indices_of(
-                num_examples(self.roles[role].splits(seed).train),
-                self.batch_size,
-                seed + self.seed_offset,
-                stream=int(role == "source" or self.trains_source),
-            )
-            for role in self._learning_roles
+            role: indices_of(num_examples(arrays), self.batch_size, seed + self.seed_offset, stream)
+            for role, (arrays, stream) in self._read(seed).items()
         }
 
     def _array_shapes(self, steps: int) -> Any:
@@ -353,7 +364,11 @@ def _make_trial(
         adapter_optimizer=scenario.adapter_optimizer,
         axis_name=scenario.axis_name,
     )
+    if method.pooled:
+        step = _pooled(step)
     augment = {role: model.augment for role, model in roles.items() if model.augment is not None}
+    if method.pooled and "target" in augment:
+        augment["pool"] = augment["target"]
     if augment:
         step = augmented(step, augment, axis_name=scenario.axis_name)
     return Trial(
@@ -368,6 +383,17 @@ def _make_trial(
         digest,
         **options,
     )
+
+
+def _pooled(step: JointStep) -> JointStep:
+    """Returns the step whose target's batch has inputs of the pool beside the labelled examples."""
+
+    def with_pool(state: JointState, batches: Mapping[str, Batch]) -> tuple[JointState, Metrics]:
+        others = {role: batch for role, batch in batches.items() if role != "pool"}
+        pool = {POOL + name: entry for name, entry in batches["pool"].items()}
+        return step(state, {**others, "target": {**batches["target"], **pool}})
+
+    return with_pool
 
 
 def _replaying(method: Method, snapshots: int, num_steps: int) -> Method:
