@@ -181,9 +181,8 @@ def make_methods(
         if agree:
             objective = _with_agreement(options, axis_name, source, target, objective)
         transfer, stop, fit, start = make()
-        return Method(
-            mj.Task(objective.loss, optimizer), transfer, stop, objective.teacher, fit, start, objective.pooled
-        )
+        task = mj.Task(objective.loss, optimizer)
+        return Method(task, transfer, stop, objective.teacher, fit, start, objective.pooled)
 
     return {
         "_".join(filter(None, (name, objective, agree))) or "vanilla": partial(

@@ -58,8 +58,8 @@ class TransferOptions:
     agreement: float = 20.0
     """Weight of their disagreement in the target's loss."""
     unlabelled: int = 0
-    """Training inputs without labels that methods have beside the labelled ones: aligned is fitted on all of them, agree,
-    kd and kd_mixed compare on them in the place of those with labels."""
+    """Training inputs that methods have without labels, beside the labelled ones: on all of these inputs, aligned is
+    fitted, and agree, kd and kd_mixed compare."""
     head_first: bool = False
     """Fit the target's last layer to its labelled examples before the first step, after what the method writes, in
     every method alike: a logistic regression on its features. Transfers then leave that layer to the target."""

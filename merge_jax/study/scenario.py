@@ -96,8 +96,8 @@ The examples are the labelled ones and, where there is a pool, its inputs under 
 StartFn = Callable[[jax.Array, TrainState, TrainState, Batch], TrainState]
 """`(key, source, target as it is initialised, target's examples) -> target to start from`.
 
-Examples are those of `FitFn`. Neither model has an `opt_state`. What comes back has the structure, shapes and dtypes of the target that was given; the key
-is consumed.
+Examples are those of `FitFn`. Neither model has an `opt_state`. What comes back has the structure, shapes and dtypes of
+the target that was given; the key is consumed.
 """
 
 
