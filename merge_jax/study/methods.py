@@ -153,7 +153,7 @@ def make_methods(
         return _Moves(alignment().transfer, 1 / num_steps, alignment().fit)
 
     def then_residual() -> _Moves:
-        first, fit = alignment()
+        first, fit, *_ = alignment()
         once = mj.scheduled(first, optax.piecewise_constant_schedule(1.0, {1: 0.0}))
         both = mj.chain(once, bind(partial(_lpka, options, "residual")))
         return _Moves(both, options.stop, lambda adapter, *models: {**adapter, "0": fit(adapter["0"], *models)})
@@ -170,6 +170,9 @@ def make_methods(
         "": lambda: _Moves(mj.identity_transfer(), 0.0),
         **{name: by_routes(make) for name, make in _transfers(options).items()},
         "aligned": aligned,
+        # Opponent and control of an alignment, both written once, before the first step.
+        "pruned": lambda: _Moves(mj.identity_transfer(), 0.0, start=alignment().pruned),
+        "random_channels": lambda: _Moves(mj.identity_transfer(), 0.0, start=alignment().random_channels),
         "mergenet_residual_aligned": then_residual,
     }
     _check_own_names(shipped, transfers, starts, objectives)
