@@ -84,7 +84,7 @@ def test_it_runs_once_and_what_it_is_worth_is_kept(monkeypatch, tmp_path):
     """Stopped after its first call, a run goes on without a start, and has its results all the same."""
     calls, copied = [], tiny.copied
     monkeypatch.setattr(tiny, "copied", lambda *given: calls.append(given) or copied(*given))
-    words = [*SHORT, "--methods", "copied", "vanilla", "share", "copied_kd"]
+    words = [*SHORT, "--methods", "copied", "vanilla", "copied_kd"]
     expected, _ = run("tiny", tmp_path / "unbroken", *words)
     assert len(calls) == 2
     stops = iter([False, False, True])  # The source's two calls, and the first of the method.
@@ -111,7 +111,9 @@ def test_it_runs_once_and_what_it_is_worth_is_kept(monkeypatch, tmp_path):
 
 
 def test_a_kept_layer_is_left_to_the_target():
-    source, target = ({"fc": {"kernel": np.full((3, 2), x), "bias": np.full(2, x)}} for x in (1.0, 0.0))
+    source, target = (
+        {"fc": {"kernel": np.full((3, 2), x, np.float32), "bias": np.full(2, x, np.float32)}} for x in (1.0, 0.0)
+    )
     transfer = keeping(share_transfer({"**": "**"}), ("fc/kernel",))
     written = transfer.apply(transfer.init(jax.random.key(0), source, target), source, target)
     assert written["fc"]["kernel"].max() == 0
