@@ -7,7 +7,18 @@ from typing import TYPE_CHECKING, NamedTuple
 from merge_jax.paths import near_misses
 from merge_jax.runs.curves import draw, judged, overlaid
 from merge_jax.runs.run import Run, words
-from merge_jax.runs.table import BASELINE, STARTS, Rows, as_text, difference, format_values, notes, result_tables
+from merge_jax.runs.table import (
+    BASELINE,
+    START_NOTE,
+    STARTS,
+    Rows,
+    as_text,
+    difference,
+    format_values,
+    notes,
+    opponent_note,
+    result_tables,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -123,6 +134,11 @@ def _notes(runs: Sequence[Run], names: Sequence[str], baseline: str) -> list[str
         "after the last step; mean ± standard error over seeds, differences paired by seed. best val.: best validation "
         "metric of all reports."
     ]
+    if any(result.get("target_start_test") is not None for run in runs for result in run.results):
+        lines[0] += f" {START_NOTE.format(metric='metric')}"
+    opponents = dict.fromkeys(name for run in runs for name in run.opponents_by_seed())
+    if opponents:
+        lines[0] += f" {opponent_note(opponents)}"
     first = runs[0]
     for run, name in zip(runs, names, strict=True):
         _, *rest = notes(run)

@@ -23,6 +23,7 @@ __all__ = [
     "format_values",
     "meaning",
     "notes",
+    "opponent_note",
     "result_tables",
 ]
 
@@ -167,7 +168,7 @@ def notes(run: Run) -> list[str]:
     if any(result.get("target_start_test") is not None for result in run.results):
         protocol += " " + START_NOTE.format(metric=words(plan.target.metric))
     if run.opponents:
-        protocol += f" Not trained here, with the same labelled examples: {opponent_notes(run)}."
+        protocol += f" {opponent_note(run.opponents_by_seed())}"
     lines = [protocol, *filter(None, [plan.caution]), session["command"]]
     lines.append(
         f"{plan.devices}, {session['cpu_count']} cores, jax {session['versions']['jax']}, {session['date'][:10]}"
@@ -182,9 +183,9 @@ def notes(run: Run) -> list[str]:
     return lines
 
 
-def opponent_notes(run: Run) -> str:
-    """Returns what the opponents of a run are."""
-    return "; ".join(OPPONENT_NOTES.get(name, name) for name in run.opponents_by_seed())
+def opponent_note(names: Iterable[str]) -> str:
+    """Returns in a sentence what opponents are."""
+    return f"Not trained here, with the same labelled examples: {'; '.join(OPPONENT_NOTES.get(n, n) for n in names)}."
 
 
 def as_text(tables: Sequence[Rows], lines: Sequence[str]) -> str:

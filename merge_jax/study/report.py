@@ -14,7 +14,7 @@ from rich.table import Table
 
 from merge_jax.runs import OPPONENTS, mean_and_error
 from merge_jax.runs.folder import RunFolder
-from merge_jax.runs.table import OPPONENT_NOTES, START_NOTE, STARTS
+from merge_jax.runs.table import START_NOTE, STARTS, opponent_note
 from merge_jax.study.experiment import find_experiment
 from merge_jax.study.grid import Grid, GridRun, Row, Setting
 from merge_jax.study.statistics import Comparison, holm, paired_difference
@@ -272,8 +272,7 @@ def _note(
     if starts:
         lines.append(START_NOTE.format(metric="metric"))
     if opponents:
-        known = "; ".join(OPPONENT_NOTES.get(name, name) for name in opponents)
-        lines.append(f"Not trained here, with the same labelled examples, and not counted by Holm: {known}.")
+        lines.append(f"{opponent_note(opponents)} Holm counts them only where rows are compared with them.")
     if missing:
         lines.append(f"Not done yet: {missing} of {seeds} results.")
     versions = ", ".join(f"{name} {environment['versions'][name]}" for name in ("jax", "flax", "optax"))

@@ -114,7 +114,7 @@ def test_channels_may_be_chosen_by_magnitude_or_at_random():
     rng = np.random.default_rng(0)
     source, target, x = perceptron(rng, 8), perceptron(rng, 3), jnp.asarray(rng.normal(size=(64, 5)), jnp.float32)
     scale = jnp.asarray([1, 9, 1, 1, 1, 5, 1, 1], jnp.float32)
-    source["first"]["kernel"] *= scale
+    source["first"]["kernel"] *= scale[None]
     source["last"]["kernel"] = source["last"]["kernel"].at[3].multiply(30.0)
     graphs = [mj.channel_graph(mlp, params, x) for params in (source, target)]
 
