@@ -53,8 +53,8 @@ def refused(capsys, *words):
 
 
 def results(folder, method):
-    rows = json.loads((folder / "results.json").read_text())
-    return {row["seed"]: 100 * row["target_test"] for row in rows if row["method"] == method}
+    rows = [row for name in ("results", "opponents") for row in json.loads((folder / f"{name}.json").read_text())]
+    return {row["seed"]: 100 * row["target_test"] for row in rows if method in (row.get("method"), row.get("opponent"))}
 
 
 def formatted(values, sign=""):
