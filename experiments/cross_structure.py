@@ -249,21 +249,20 @@ def build(config: Config) -> "study.Scenario":
     data = study.load_images(config.data, config.data_dir, config.image_size, config.validation)
     course = {"schedule": config.learning_rate_schedule, "momentum": config.momentum}
 
-    def classifier(name: str, labels: int | None, rate: float) -> study.StudyModel:
+    def classifier(name: str, labels: int | None, rate: float, unlabelled: int = 0) -> study.StudyModel:
+        options = {"labels": labels, "unlabelled": unlabelled, "augment": config.augment}
         if name in get_args(study.VisionModelName):
-            return study.vision_classifier(
-                name, name, data, rate, labels=labels, augment=config.augment, dtype=config.dtype
-            )
+            return study.vision_classifier(name, name, data, rate, dtype=config.dtype, **options)
         network = study.make_model(
             name, data.num_classes, stages=config.stages, dtype=config.dtype, axis_name=config.axis_name
         )
-        optimizer = partial(study.sgd, rate, **course)
-        return study.image_classifier(name, network, data, optimizer=optimizer, labels=labels, augment=config.augment)
+        return study.image_classifier(name, network, data, optimizer=partial(study.sgd, rate, **course), **options)
 
     # A source that is read has no labels of its own: where its last layer is to be fitted, it has the target's.
     source_labels = config.labels if config.source == "frozen" else None
     source = classifier(config.source_model, source_labels, config.learning_rate)
-    target = classifier(config.target_model, config.labels, config.target_learning_rate or config.learning_rate)
+    rate = config.target_learning_rate or config.learning_rate
+    target = classifier(config.target_model, config.labels, rate, config.unlabelled)
     distilled = study.distillation_objectives(
         source,
         target,

@@ -253,6 +253,7 @@ def build(config: Config) -> "study.Scenario":
             config.target_weights,
             labels=config.labels,
             pooler=config.pooler,
+            unlabelled=config.unlabelled,
         )
     )
     (*sources, target), attach = study.make_models(config, specs)

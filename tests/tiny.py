@@ -44,6 +44,12 @@ class Config(study.TransferOptions, study.RunConfig):
     """Whether the target is its own source."""
 
 
+def copied(key, source, target, examples):
+    """Starts a target of the same structure as the source is."""
+    del key, examples
+    return target.replace(params=source.params, model_state=source.model_state)
+
+
 PRESETS = {
     "default": Config(seeds=1, steps=4, source_steps=4, report_every=2, checkpoint_every=4, cycle=1, stop=1.0),
 }
@@ -65,6 +71,7 @@ def build(config: Config) -> study.Scenario:
         study.parse_routes(config.routes),
         objectives={"kd": study.Objective(mj.classification_loss(network.apply, kd), mj.logits_teacher(network.apply))},
         transfers={"operators": mj.linear_operator_transfer},
+        starts={"copied": lambda source, target, routes: copied},
     )
 
 

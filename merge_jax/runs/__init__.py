@@ -7,10 +7,11 @@ with epy.lazy_api_imports(globals()):
     from merge_jax.runs.curves import Curve, draw, followed, judged
     from merge_jax.runs.folder import MetricsLog, RunFolder, check_space, describe_environment, numbered_folder
     from merge_jax.runs.html import html_report
-    from merge_jax.runs.run import PLAN, Model, Plan, RouteStats, Run, mean_and_error
+    from merge_jax.runs.run import OPPONENTS, PLAN, Model, Plan, RouteStats, Run, mean_and_error
     from merge_jax.runs.table import Rows, as_text, notes, result_tables
 
 __all__ = [
+    "OPPONENTS",
     "PLAN",
     "Comparison",
     "Curve",

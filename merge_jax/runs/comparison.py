@@ -7,7 +7,18 @@ from typing import TYPE_CHECKING, NamedTuple
 from merge_jax.paths import near_misses
 from merge_jax.runs.curves import draw, judged, overlaid
 from merge_jax.runs.run import Run, words
-from merge_jax.runs.table import BASELINE, Rows, as_text, difference, format_values, notes, result_tables
+from merge_jax.runs.table import (
+    BASELINE,
+    START_NOTE,
+    STARTS,
+    Rows,
+    as_text,
+    difference,
+    format_values,
+    notes,
+    opponent_note,
+    result_tables,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -65,8 +76,24 @@ def _names(runs: Sequence[Run]) -> list[str]:
 def _table(runs: Sequence[Run], names: Sequence[str], baseline: str) -> Rows:
     first = runs[0]
     compared = first.by_seed(baseline, "target_test", 100)
-    headings = ("run", "method", "target", f"- {names[0]}: {baseline}", "best val.", "source", "seeds", "steps")
-    rows = []
+    # Of earlier versions, no run has them.
+    starts = {
+        heading: name
+        for heading, name in STARTS.items()
+        if any(result.get(name) is not None for run in runs for result in run.results)
+    }
+    headings = (
+        "run",
+        "method",
+        "target",
+        f"- {names[0]}: {baseline}",
+        *starts,
+        "best val.",
+        "source",
+        "seeds",
+        "steps",
+    )
+    rows: list[tuple[str, ...]] = []
     for run, name in zip(runs, names, strict=True):
         for method in run.methods:
             reached = run.by_seed(method, "target_test", 100)
@@ -77,12 +104,17 @@ def _table(runs: Sequence[Run], names: Sequence[str], baseline: str) -> Rows:
                     method,
                     format_values(reached.values()),
                     difference(reached, compared) if _same_test(run, first) and not itself else "",
+                    *(format_values(run.by_seed(method, name, 100).values()) for name in starts.values()),
                     format_values(run.by_seed(method, "target_best_validation", 100).values()),
                     format_values(run.by_seed(method, "source_test", 100).values()),
                     str(len(reached)),
                     str(run.plan.steps),
                 )
             )
+        for opponent, reached in run.opponents_by_seed(100).items():
+            cells = (opponent, format_values(reached.values()))
+            minus = difference(reached, compared) if _same_test(run, first) else ""
+            rows.append((name, *cells, minus, *("" for _ in starts), "", "", str(len(reached)), ""))
     metrics = dict.fromkeys(words(run.plan.target.metric) for run in runs)
     return Rows(f"test {' / '.join(metrics)} of the target, %", headings, rows)
 
@@ -102,6 +134,11 @@ def _notes(runs: Sequence[Run], names: Sequence[str], baseline: str) -> list[str
         "after the last step; mean ± standard error over seeds, differences paired by seed. best val.: best validation "
         "metric of all reports."
     ]
+    if any(result.get("target_start_test") is not None for run in runs for result in run.results):
+        lines[0] += f" {START_NOTE.format(metric='metric')}"
+    opponents = dict.fromkeys(name for run in runs for name in run.opponents_by_seed())
+    if opponents:
+        lines[0] += f" {opponent_note(opponents)}"
     first = runs[0]
     for run, name in zip(runs, names, strict=True):
         _, *rest = notes(run)

@@ -41,10 +41,11 @@ _README = """\
 - `tensorboard/`: the same for TensorBoard, once `pip install tensorboard` is done (`tensorboard --logdir` this folder).
 - `plan.json`: the models, routes and lengths, as they were printed before the run began.
 - `results.json`, `table.txt`, `curves.png`: what came out; they appear as runs end, and `report.html`, which has all of
-  it on one page and needs no other file. `gates.png`, where a transfer has gates, `samples.png`, test images with what
-  models made of them, and `vocabulary.json`, of text models.
+  it on one page and needs no other file. `opponents.json`, of classifiers, what stands beside the methods; `gates.png`,
+  where a transfer has gates, `samples.png`, test images with what models made of them, and `vocabulary.json`, of text
+  models.
 - `checkpoints/<method>-seed<n>/<step>/`: Orbax checkpoints of everything (both models, adapter, optimizers, step, key).
-  In `seconds.json`, how long it was trained up to a step.
+  In `seconds.json`, how long it was trained up to a step; in `start.json`, what the target was worth before the first.
 
 Go on after an interruption with the command above and `--resume --run-dir` this folder.
 """

@@ -11,10 +11,13 @@ import numpy as np
 from merge_jax.paths import near_misses, some_of
 from merge_jax.runs.folder import MetricsLog, RunFolder
 
-__all__ = ["PLAN", "Model", "Plan", "RouteStats", "Run", "mean_and_error", "words"]
+__all__ = ["OPPONENTS", "PLAN", "Model", "Plan", "RouteStats", "Run", "mean_and_error", "words"]
 
 PLAN = "plan.json"
 """The name of the file of a run folder that has the plan."""
+
+OPPONENTS = "opponents.json"
+"""The name of the file of a run folder that has the test accuracies of opponents, which no method trains."""
 
 
 @dataclass(frozen=True)
@@ -166,6 +169,8 @@ class Run:
       sessions: where and when it ran, the first time and each time that it was resumed.
       results: one entry of each method and seed that has ended.
       records: its reports.
+      opponents: one entry of each opponent and seed: what no method trains, such as a regression on the inputs; none
+        of a run of an earlier version.
     """
 
     path: Path
@@ -174,6 +179,7 @@ class Run:
     sessions: Sequence[Mapping[str, Any]]
     results: Sequence[Mapping[str, Any]]
     records: Sequence[Mapping[str, Any]]
+    opponents: Sequence[Mapping[str, Any]] = ()
 
     @classmethod
     def read(cls, path: Path | str) -> Self:
@@ -203,6 +209,7 @@ class Run:
                 folder.read_json("environment.json", []),
                 folder.read_json("results.json", []),
                 MetricsLog(folder).records(),
+                folder.read_json(OPPONENTS, []),
             )
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"the run folder {path} is damaged: {type(error).__name__}: {error}") from None
@@ -224,8 +231,15 @@ class Run:
 
     def by_seed(self, method: str, name: str, scale: float = 1.0) -> dict[int, float]:
         """Returns a number of a method, of each seed that has it."""
-        rows = sorted((r["seed"], r[name]) for r in self.results if r["method"] == method and r[name] is not None)
+        rows = sorted((r["seed"], r[name]) for r in self.results if r["method"] == method and r.get(name) is not None)
         return {seed: scale * value for seed, value in rows}
+
+    def opponents_by_seed(self, scale: float = 1.0) -> dict[str, dict[int, float]]:
+        """Returns the test accuracy of each opponent, of each seed that has it."""
+        found: dict[str, dict[int, float]] = {}
+        for entry in self.opponents:
+            found.setdefault(entry["opponent"], {})[entry["seed"]] = scale * entry["target_test"]
+        return found
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:

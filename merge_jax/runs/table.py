@@ -12,9 +12,33 @@ from rich.table import Table
 
 from merge_jax.runs.run import Run, mean_and_error, words
 
-__all__ = ["BASELINE", "Rows", "as_text", "difference", "format_values", "meaning", "notes", "result_tables"]
+__all__ = [
+    "BASELINE",
+    "OPPONENT_NOTES",
+    "STARTS",
+    "START_NOTE",
+    "Rows",
+    "as_text",
+    "difference",
+    "format_values",
+    "meaning",
+    "notes",
+    "opponent_note",
+    "result_tables",
+]
 
 BASELINE = "vanilla"
+STARTS = {"after write": "target_start_test", "probe": "target_start_probe"}
+"""Headings of what a target is worth before its first step, and their names in results."""
+START_NOTE = (
+    "after write: test {metric} of the target right after the first write, before any step; probe: test accuracy of a "
+    "logistic regression on its features then, fitted to the labelled examples."
+)
+OPPONENT_NOTES = {
+    "inputs_lr": "inputs_lr: logistic regression on the raw inputs",
+    "source_lr": "source_lr: logistic regression on the source's features of them",
+    "source": "source: the source itself",
+}
 _WIDTH = 100
 
 
@@ -44,15 +68,21 @@ class Rows(NamedTuple):
 def result_tables(run: Run) -> list[Rows]:
     """Returns the table of a run, a row a method, and, where there are other test metrics, a second one of them."""
     metric = words(run.plan.target.metric)
-    headings = ("method", "target", f"- {BASELINE}", "best val.", "source", "s/run", "compile s", "adapter")
-    rows = []
+    # Of earlier versions, no run has them.
+    starts = {
+        heading: name for heading, name in STARTS.items() if any(result.get(name) is not None for result in run.results)
+    }
+    headings = ("method", "target", f"- {BASELINE}", *starts, "best val.", "source", "s/run", "compile s", "adapter")
+    baseline = run.by_seed(BASELINE, "target_test", 100)
+    rows: list[tuple[str, ...]] = []
     for method in run.methods:
         reached = run.by_seed(method, "target_test", 100)
         rows.append(
             (
                 method,
                 format_values(reached.values()),
-                difference(reached, run.by_seed(BASELINE, "target_test", 100)) if method != BASELINE else "",
+                difference(reached, baseline) if method != BASELINE else "",
+                *(format_values(run.by_seed(method, name, 100).values()) for name in starts.values()),
                 format_values(run.by_seed(method, "target_best_validation", 100).values()),
                 format_values(run.by_seed(method, "source_test", 100).values()),
                 f"{np.mean(list(run.by_seed(method, 'seconds').values())):.1f}",
@@ -60,6 +90,9 @@ def result_tables(run: Run) -> list[Rows]:
                 f"{max(run.by_seed(method, 'adapter_parameters').values()):,.0f}",
             )
         )
+    for opponent, reached in run.opponents_by_seed(100).items():
+        cells = (opponent, format_values(reached.values()), difference(reached, baseline))
+        rows.append((*cells, *("" for _ in headings[len(cells) :])))
     tables = [Rows(f"{run.plan.experiment}: test {metric} of the target, %", headings, rows)]
     others = [name for name in _tested(run, run.methods[0]) if name not in (run.plan.target.metric, "loss")]
     if others:
@@ -132,6 +165,10 @@ def notes(run: Run) -> list[str]:
         f"best val.: best validation {words(plan.target.metric)} of all reports. s/run: seconds of training; "
         "compile s: seconds of compiling its loop, once."
     )
+    if any(result.get("target_start_test") is not None for result in run.results):
+        protocol += " " + START_NOTE.format(metric=words(plan.target.metric))
+    if run.opponents:
+        protocol += f" {opponent_note(run.opponents_by_seed())}"
     lines = [protocol, *filter(None, [plan.caution]), session["command"]]
     lines.append(
         f"{plan.devices}, {session['cpu_count']} cores, jax {session['versions']['jax']}, {session['date'][:10]}"
@@ -144,6 +181,11 @@ def notes(run: Run) -> list[str]:
             counts = ", ".join(f"{name} {count}" for name, count in result["faults"].items())
             lines.append(f"not finite, or out of bounds: {result['method']}, seed {result['seed']}: {counts}")
     return lines
+
+
+def opponent_note(names: Iterable[str]) -> str:
+    """Returns in a sentence what opponents are."""
+    return f"Not trained here, with the same labelled examples: {'; '.join(OPPONENT_NOTES.get(n, n) for n in names)}."
 
 
 def as_text(tables: Sequence[Rows], lines: Sequence[str]) -> str:

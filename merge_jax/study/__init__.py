@@ -43,7 +43,7 @@ with epy.lazy_api_imports(globals()):
         TransferOptions,
         parse_pairs,
     )
-    from merge_jax.study.scenario import Method, SampleImages, Scenario, StudyModel, choose_methods
+    from merge_jax.study.scenario import Method, SampleImages, Scenario, StartFn, StudyModel, choose_methods
     from merge_jax.study.tasks import TaskSpec, make_models, routes_by_depth, routes_to_lower_half
     from merge_jax.study.texts import TextData, adamw
 
@@ -65,6 +65,7 @@ __all__ = [
     "SampleImages",
     "Scenario",
     "Schedule",
+    "StartFn",
     "StudyModel",
     "TaskName",
     "TaskOptions",

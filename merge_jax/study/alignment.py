@@ -1,6 +1,7 @@
 """Aligned transfers of a scenario: by the channels of its models, fitted on the target's training inputs."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -8,8 +9,8 @@ import numpy as np
 
 import merge_jax as mj
 from merge_jax.checks import check_entries
-from merge_jax.data import num_examples
-from merge_jax.study.scenario import FitFn, StudyModel
+from merge_jax.study.pools import inputs_of
+from merge_jax.study.scenario import FitFn, StartFn, StudyModel
 from merge_jax.transfers.weight_selection import evenly_chosen
 from merge_jax.types import Adapter, Batch, ModelState, Params
 
@@ -19,10 +20,19 @@ _EXAMPLES = 512  # What enters a layer at each place of so many inputs is enough
 
 
 class Alignment(NamedTuple):
-    """An aligned transfer, and what fits its adapter to what the target's training inputs are to the source."""
+    """An aligned transfer, and what fits its adapter to what the target's training inputs are to the source.
+
+    Attributes:
+      transfer: of the channels.
+      fit: its closed form.
+      pruned: starts the target as the source, pruned by the magnitude of its channels.
+      random_channels: starts the target as `fit` would have it, from channels that are chosen at random.
+    """
 
     transfer: mj.Transfer
     fit: FitFn
+    pruned: StartFn
+    random_channels: StartFn
 
 
 def align(source: StudyModel, target: StudyModel, routes: Sequence[mj.Route]) -> Alignment:
@@ -37,7 +47,8 @@ def align(source: StudyModel, target: StudyModel, routes: Sequence[mj.Route]) ->
         params, model_state = jax.eval_shape(model.init, jax.random.key(0))
         return mj.channel_graph(_evaluated(model), params, model_state, *_inputs(model, examples))
 
-    transfer = mj.aligned_transfer(routes, channel_graph(source), channel_graph(target))
+    graphs = channel_graph(source), channel_graph(target)
+    transfer = mj.aligned_transfer(routes, *graphs)
     apply_source, fit_transfer = _evaluated(source), transfer.fit
     assert fit_transfer is not None  # The aligned one has it.
 
@@ -49,14 +60,31 @@ def align(source: StudyModel, target: StudyModel, routes: Sequence[mj.Route]) ->
     def fit(adapter: Adapter, state: mj.TrainState, target_params: Params, examples: Batch) -> Adapter:
         return fit_to(state, target_params, _inputs(source, examples))
 
-    return Alignment(transfer, fit)
+    @partial(jax.jit, static_argnames="choice")
+    def write(
+        source: mj.TrainState, target_params: Params, inputs: Sequence[jax.Array], key: jax.Array | None, choice: Any
+    ) -> Params:
+        chosen = mj.aligned_transfer(routes, *graphs, choice=choice, key=key)
+        moments = mj.input_moments(apply_source, source.params, source.model_state, *inputs) if inputs else {}
+        assert chosen.fit is not None
+        return chosen.apply(chosen.fit(moments, source.params, target_params), source.params, target_params)
+
+    def pruned(key: jax.Array, state: mj.TrainState, target: mj.TrainState, examples: Batch) -> mj.TrainState:
+        del key, examples  # The source alone says which channels are large.
+        return target.replace(params=write(state, target.params, (), None, "magnitude"))
+
+    def random_channels(key: jax.Array, state: mj.TrainState, target: mj.TrainState, examples: Batch) -> mj.TrainState:
+        return target.replace(params=write(state, target.params, _inputs(source, examples), key, "random"))
+
+    return Alignment(transfer, fit, pruned, random_channels)
 
 
 def _inputs(model: StudyModel, examples: Any) -> list[np.ndarray]:
     check_entries(examples, *model.inputs)
-    total = num_examples(examples)
+    inputs = inputs_of(examples, model.inputs)
+    total = len(inputs[0])
     rows = evenly_chosen(min(_EXAMPLES, total), total)  # Of a set that may be sorted by class.
-    return [np.asarray(examples[name][rows]) for name in model.inputs]
+    return [np.asarray(entry[rows]) for entry in inputs]
 
 
 def _evaluated(model: StudyModel) -> Callable[..., Any]:

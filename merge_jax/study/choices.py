@@ -3,6 +3,7 @@
 from typing import Literal
 
 __all__ = [
+    "OPPONENTS",
     "ImageModelName",
     "ImageTaskName",
     "ImageTextTaskName",
@@ -58,3 +59,6 @@ SourceControl = Literal["none", "random", "shuffled", "noise", "other_seed"]
 
 UpdateRule = Literal["exact", "surrogate"]
 """Those of `merge_jax.make_joint_step`."""
+
+OPPONENTS = ("inputs_lr", "source_lr", "source")
+"""What stands in the tables of classifiers beside the methods, and is trained by none."""

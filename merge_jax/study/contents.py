@@ -17,6 +17,9 @@ _REMOVED = {"vectorized": False, "cycle_end": None, "gate": "learned", "max_widt
 
 _RENAMED = {"view": "compare_on"}
 
+# Options of transfers that are new, by the value that stands for what was done before.
+_ADDED = {"unlabelled": 0, "head_first": False, "target_rate": 1.0}
+
 # They say where and how far a run goes on, not what it is: a resumed run may have others.
 _NOT_IDENTIFYING = (
     *("run_dir", "resume", "compilation_cache"),
@@ -56,6 +59,8 @@ def current_options(saved: Mapping[str, Any]) -> dict[str, Any]:
     options = {
         _RENAMED.get(name, name): value for name, value in saved.items() if (name, value) not in _REMOVED.items()
     }
+    if "agreement" in options:
+        options = _ADDED | options
     if not any(method.startswith("mergenet") for method in saved.get("methods", ())):
         options.pop("output", None)
     return options

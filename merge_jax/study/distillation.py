@@ -1,11 +1,14 @@
 """Distillation, as objectives of a scenario: of another classifier's outputs, or without a teacher."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import jax
 
 import merge_jax as mj
 from merge_jax.study.methods import Objective
+from merge_jax.study.pools import pool_inputs
 from merge_jax.study.scenario import StudyModel
 from merge_jax.types import Batch, ModelState, Params
 
@@ -24,7 +27,8 @@ def distillation_objectives(
 
     Each is the label's cross entropy and its own loss; see `distillation_loss` and its relatives. `kd_mixed` compares
     logits on means of neighbouring examples (`mixed`), and learns labels of the examples as they are. Options of `rkd`,
-    `dkd` and `nkd` are those of their papers.
+    `dkd` and `nkd` are those of their papers. Where the target has a pool of unlabelled inputs, `kd` and `kd_mixed`
+    compare logits on that; the others are of labelled examples.
 
     Args:
       source: the teacher.
@@ -73,21 +77,27 @@ def distillation_objectives(
         losses = mj.distillation_loss(logits, batch["mixed_logits"], label, temperature=temperature, weight=1.0)
         return weight * losses, {}
 
-    matched_loss = mj.model_loss(learn, (student_input,), matched, needs=("label", "mixed_logits"))
+    (compared,), pooled = pool_inputs(target), target.pool is not None
+    (shown_input,) = pool_inputs(replace(source, pool=target.pool))
+    matched_loss = mj.model_loss(learn, (compared,), matched, needs=("label", "mixed_logits"))
+    show_compared_logits = mj.logits_teacher(teach, inputs=shown_input)
 
-    def mixed(batch: Batch, entry: str) -> Batch:
-        return {**batch, entry: mj.objectives.mixed(batch[entry], axis_name=axis_name)}
+    def on_compared(change: Callable[[jax.Array], jax.Array]) -> Objective:
+        def changed(batch: Batch, entry: str) -> Batch:
+            return {**batch, entry: change(batch[entry])}
 
-    def mixed_loss(params: Params, model_state: ModelState, batch: Batch, key: jax.Array):
-        return matched_loss(params, model_state, mixed(batch, student_input), key)
+        def loss(params: Params, model_state: ModelState, batch: Batch, key: jax.Array):
+            return matched_loss(params, model_state, changed(batch, compared), key)
 
-    def show_mixed_logits(params: Params, model_state: ModelState, batch: Batch) -> Batch:
-        shown = show_logits(params, model_state, mixed(batch, teacher_input))
-        return {**batch, "mixed_logits": shown["teacher_logits"]}
+        def show(params: Params, model_state: ModelState, batch: Batch) -> Batch:
+            shown = show_compared_logits(params, model_state, changed(batch, shown_input))
+            return {**batch, "mixed_logits": shown["teacher_logits"]}
+
+        return Objective(mj.sum_losses(classification_loss(labels_alone), loss), show, pooled)
 
     return {
-        "kd": Objective(classification_loss(kd), show_logits),
-        "kd_mixed": Objective(mj.sum_losses(classification_loss(labels_alone), mixed_loss), show_mixed_logits),
+        "kd": on_compared(lambda inputs: inputs) if pooled else Objective(classification_loss(kd), show_logits),
+        "kd_mixed": on_compared(partial(mj.objectives.mixed, axis_name=axis_name)),
         "rkd": Objective(rkd_loss, mj.features_teacher(teach, ("features",), inputs=source.inputs)),
         "dkd": Objective(classification_loss(dkd), show_logits),
         "nkd": Objective(classification_loss(nkd), show_logits),

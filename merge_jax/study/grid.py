@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 import tyro
 
 from merge_jax.checks import check_choice, error_context
+from merge_jax.paths import some_of
+from merge_jax.study.choices import OPPONENTS
 from merge_jax.study.config import check_types
 from merge_jax.study.experiment import load_experiment
 from merge_jax.training.compilation_cache import CacheChoice
@@ -98,6 +100,7 @@ class Row:
       options: by name; they come after the setting's.
       routes: the name of a list of the setting; None for the experiment's own routes.
       settings: globs of settings that have the row.
+      choice_of: the row that this is one choice of, where a row chooses among options on validation; else None.
     """
 
     name: str
@@ -105,11 +108,17 @@ class Row:
     options: Mapping[str, Any] = field(default_factory=dict)
     routes: str | None = None
     settings: list[str] = field(default_factory=lambda: ["*"])
+    choice_of: str | None = None
+
+    @property
+    def shown(self) -> str:
+        """The name of the row in tables."""
+        return self.choice_of or self.name
 
 
 @dataclass(frozen=True)
 class Grid:
-    """A study: settings, rows, and the rows that others are compared with, paired by seed."""
+    """A study: settings, rows, and the rows or opponents that others are compared with, paired by seed."""
 
     name: str
     settings: tuple[Setting, ...]
@@ -171,8 +180,11 @@ def read_grid(path: Path, seeds: int | None = None) -> Grid:
     settings = tuple(_setting(name, table, file.seeds, seeds) for name, table in file.settings.items())
     rows = tuple(row for name, table in file.rows.items() for row in _rows(name, table))
     _check_once("a row stands twice", (row.name for row in rows))
+    for row in rows:
+        if row.name in OPPONENTS:
+            raise ValueError(f"the row {row.name!r} has the name of an opponent, which every table has: take another")
     for name in file.against:
-        check_choice("row in against", name, [row.name for row in rows])
+        check_choice("row in against", name, [*dict.fromkeys(row.shown for row in rows), *OPPONENTS])
     _check_once("a row stands twice in against", file.against)
     return Grid(path.stem, settings, rows, tuple(file.against))
 
@@ -219,8 +231,8 @@ def select(runs: Sequence[GridRun], patterns: Sequence[str]) -> list[GridRun]:
         return list(runs)
 
     def matches(run: GridRun, pattern: str) -> bool:
-        names = {run.setting.name} | {row.name for row in run.rows}
-        names |= {f"{run.setting.name}/{row.name}" for row in run.rows}
+        rows = {name for row in run.rows for name in (row.name, row.shown)}
+        names = {run.setting.name} | rows | {f"{run.setting.name}/{row}" for row in rows}
         return any(fnmatchcase(name, pattern) for name in names)
 
     for pattern in patterns:
@@ -261,21 +273,29 @@ def _setting(name: str, table: Any, default_seeds: int, seeds: int | None) -> Se
 
 
 def _rows(name: str, table: Any) -> list[Row]:
-    """Returns the row of a table, or all rows of a crossing, one for each choice of the values that vary."""
+    """Returns the row of a table, or all rows of a crossing, one for each choice of the values that vary.
+
+    Of those that a row is to choose among, each is a row too, and the report shows the best of them.
+    """
     place = f"the row {name!r}"
     _check_table(place, table)
-    shared = {key: value for key, value in table.items() if key not in ("options", "vary")}
-    options, vary = (_flatten_options(place, table.get(key, {})) for key in ("options", "vary"))
-    for key, values in vary.items():
-        if not isinstance(values, list) or not values:
-            raise ValueError(f"{place}: vary {key} must be a list of one value or more, got {values!r}")
+    shared = {key: value for key, value in table.items() if key not in ("options", "vary", "choose")}
+    options, vary, choose = (_flatten_options(place, table.get(key, {})) for key in ("options", "vary", "choose"))
+    for kind, lists in (("vary", vary), ("choose", choose)):
+        for key, values in lists.items():
+            if not isinstance(values, list) or not values:
+                raise ValueError(f"{place}: {kind} {key} must be a list of one value or more, got {values!r}")
+    if twice := vary.keys() & choose.keys():
+        raise ValueError(f"{place}: {some_of(sorted(twice), 3)} cannot both vary and be chosen")
     rows = []
-    for values in itertools.product(*vary.values()):
-        chosen = dict(zip(vary, values, strict=True))
-        full_name = " ".join([name, *(f"{key}={_shown(value)}" for key, value in chosen.items())])
+    for values in itertools.product(*vary.values(), *choose.values()):
+        chosen = dict(zip((*vary, *choose), values, strict=True))
+        names = [name, *(f"{key}={_shown(value)}" for key, value in chosen.items())]
+        full_name, group = " ".join(names), " ".join(names[: 1 + len(vary)])
         _check_name("row", full_name)
         own = {key: chosen.pop(key) for key in ("method", "routes") if key in chosen}
-        rows.append(_make(Row, place, {**shared, **own, "options": {**options, **chosen}}, name=full_name))
+        table = {**shared, **own, "options": {**options, **chosen}}
+        rows.append(_make(Row, place, table, name=full_name, choice_of=group if choose else None))
     return rows
 
 

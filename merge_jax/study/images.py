@@ -29,6 +29,7 @@ from merge_jax.data import (
 )
 from merge_jax.study.choices import ImageModelName, ImageTaskName, LearningRateSchedule, VisionModelName
 from merge_jax.study.model_code import model_code
+from merge_jax.study.pools import check_pool, draw_pool
 from merge_jax.study.pretrained import with_fitted_head
 from merge_jax.study.scenario import StudyModel
 from merge_jax.study.texts import adamw
@@ -193,6 +194,7 @@ def image_classifier(
     *,
     optimizer: Callable[[int], optax.GradientTransformation],
     labels: int | None = None,
+    unlabelled: int = 0,
     augment: bool = False,
     attention: Mapping[str, str] = MappingProxyType({}),
 ) -> StudyModel:
@@ -204,6 +206,7 @@ def image_classifier(
       data: its images.
       optimizer: `steps -> optimizer`.
       labels: how many of them it learns from, drawn with the classes in proportion; None for all.
+      unlabelled: how many others it has without their labels, see `StudyModel.pool`.
       augment: crop, mirror and rotate its training images at random.
       attention: its attention blocks, see `StudyModel`.
     """
@@ -226,6 +229,13 @@ def image_classifier(
     pretrained = None
     if isinstance(module, mj.models.EfficientNetLite):
         pretrained = with_fitted_head(apply, lambda seed: splits(seed).train, data.num_classes)
+
+    def pool(seed: int) -> Arrays:
+        assert labels is not None  # check_pool
+        return draw_pool(data.splits(seed).train, labels, unlabelled, seed, ("image",))
+
+    if unlabelled:
+        check_pool(data.splits(0).train, labels, unlabelled)
     shape = ", ".join(map(str, data.shape))
     images = f"images [N, {shape}], {'float32 in [0, 1]' if data.pixels is None else 'uint8'}"
     return StudyModel(
@@ -241,6 +251,7 @@ def image_classifier(
         augment=change if augment else None,
         load_pretrained=pretrained,
         code=model_code(module, {f"jnp.zeros((1, {shape}))": images}, pixels),
+        pool=lru_cache(maxsize=1)(pool) if unlabelled else None,
     )
 
 
@@ -251,6 +262,7 @@ def vision_classifier(
     learning_rate: float,
     *,
     labels: int | None = None,
+    unlabelled: int = 0,
     augment: bool = False,
     dtype: Any = jnp.float32,
     attributes: Mapping[str, Any] = MappingProxyType({}),
@@ -270,6 +282,7 @@ def vision_classifier(
         data,
         optimizer=partial(adamw, learning_rate),
         labels=labels,
+        unlabelled=unlabelled,
         augment=augment,
         attention={"vision": VISION_ATTENTION},
     )
@@ -283,6 +296,7 @@ def image_model(
     image_size: int | None,
     validation: int,
     labels: int | None,
+    unlabelled: int = 0,
     stages: int,
     learning_rate: float,
     attributes: Mapping[str, Any] = MappingProxyType({}),
@@ -298,9 +312,13 @@ def image_model(
     data = load_image_task(task, data_dir, image_size, validation)
     name = f"{model} ({task})"
     if model in get_args(VisionModelName):
-        return vision_classifier(name, model, data, learning_rate, labels=labels, attributes=attributes)
+        return vision_classifier(
+            name, model, data, learning_rate, labels=labels, unlabelled=unlabelled, attributes=attributes
+        )
     module = make_model(model, data.num_classes, stages=stages)
-    return image_classifier(name, module, data, optimizer=partial(sgd, learning_rate), labels=labels)
+    return image_classifier(
+        name, module, data, optimizer=partial(sgd, learning_rate), labels=labels, unlabelled=unlabelled
+    )
 
 
 def make_vision_encoder(

@@ -15,7 +15,8 @@ from merge_jax.data import num_examples
 from merge_jax.study.alignment import Alignment, align
 from merge_jax.study.config import RunConfig, make_schedule
 from merge_jax.study.options import TransferOptions, parse_pairs
-from merge_jax.study.scenario import FitFn, Method, Scenario, StudyModel, choose_methods
+from merge_jax.study.pools import pool_inputs
+from merge_jax.study.scenario import FitFn, Method, Scenario, StartFn, StudyModel, choose_methods
 from merge_jax.transfers.adapter import OutputForm
 from merge_jax.types import Batch, LossFn, ModelState, Params, TeacherFn
 
@@ -31,21 +32,26 @@ class Objective(NamedTuple):
     Attributes:
       loss: of the target.
       teacher: adds the source's outputs to the target's batches; None where the loss needs none.
+      pooled: whether they read the target's pool, see `Method`.
     """
 
     loss: LossFn
     teacher: TeacherFn | None = None
+    pooled: bool = False
 
 
 class _Moves(NamedTuple):
-    """A transfer, the fraction of the run that it lasts, and what fits the adapter it starts from."""
+    """A transfer, the fraction of the run that it lasts, and what makes the adapter and the target it starts from."""
 
     transfer: mj.Transfer
     stop: float
     fit: FitFn | None = None
+    start: StartFn | None = None
 
 
 TransferFactory = Callable[[Sequence[mj.Route]], mj.Transfer]
+StartFactory = Callable[[StudyModel, StudyModel, Sequence[mj.Route]], StartFn]
+"""`(source, target, routes) -> start`."""
 
 
 def make_scenario(
@@ -57,6 +63,7 @@ def make_scenario(
     *,
     objectives: Mapping[str, Objective] = MappingProxyType({}),
     transfers: Mapping[str, TransferFactory] = MappingProxyType({}),
+    starts: Mapping[str, StartFactory] = MappingProxyType({}),
     attach: Callable[[Path], None] | None = None,
 ) -> Scenario:
     """Returns the scenario of a source that gives to a target, with the methods that the config names.
@@ -69,6 +76,7 @@ def make_scenario(
       routes: from the source to the target.
       objectives: what the target may learn beside its own loss, by the name that a method has for it.
       transfers: those of one's own, by the same; each makes a transfer of routes.
+      starts: what targets may start from, by the same; each makes a `StartFn` of the source, the target and the routes.
       attach: writes what belongs to a run into its folder.
 
     Raises:
@@ -77,11 +85,21 @@ def make_scenario(
     """
     if not isinstance(config, TransferOptions):
         raise TypeError("the config of a scenario has TransferOptions: class Config(TransferOptions, RunConfig)")
+    if config.unlabelled and target.pool is None:
+        raise ValueError(f"unlabelled is {config.unlabelled}, but {target.name} has no pool of unlabelled inputs")
     schedule = make_schedule(config, *(num_examples(model.splits(0).train) for model in (source or target, target)))
     source_steps = (schedule.target if config.source == "live" else schedule.source).steps
     num_steps = schedule.target.steps
     methods = make_methods(
-        config, source, target, routes, num_steps, config.axis_name, objectives=objectives, transfers=transfers
+        config,
+        source,
+        target,
+        routes,
+        num_steps,
+        config.axis_name,
+        objectives=objectives,
+        transfers=transfers,
+        starts=starts,
     )
     return Scenario(
         name=name,
@@ -93,6 +111,7 @@ def make_scenario(
         adapter_optimizer=adapter_optimizer(config, config.cycle, num_steps),
         axis_name=config.axis_name,
         attach=attach,
+        head_first=config.head_first,
     )
 
 
@@ -106,13 +125,16 @@ def make_methods(
     *,
     objectives: Mapping[str, Objective] = MappingProxyType({}),
     transfers: Mapping[str, TransferFactory] = MappingProxyType({}),
+    starts: Mapping[str, StartFactory] = MappingProxyType({}),
 ) -> dict[str, Callable[[], Method]]:
-    """Returns what makes each method: every transfer with every objective, alone and with agreement.
+    """Returns what makes each method: every transfer or start with every objective, alone and with agreement.
 
-    A method is named after its transfer and its objective (`share_kd_agree`), and after one of the two where the other
-    is none (`share`, `kd`, `agree`); `vanilla` has neither. Arguments are those of `make_scenario`.
+    A method is named after its transfer or start and its objective (`share_kd_agree`), and after one of the two where
+    the other is none (`share`, `kd`, `agree`); `vanilla` has neither. Arguments are those of `make_scenario`.
     """
     optimizer = target.optimizer(num_steps)
+    if options.target_rate != 1:  # What the rate multiplies is the update, of SGD and of AdamW.
+        optimizer = optax.chain(optimizer, optax.scale(options.target_rate))
 
     def bind(make: TransferFactory) -> mj.Transfer:
         if isinstance(routes, Mapping):
@@ -131,10 +153,15 @@ def make_methods(
         return _Moves(alignment().transfer, 1 / num_steps, alignment().fit)
 
     def then_residual() -> _Moves:
-        first, fit = alignment()
+        first, fit, *_ = alignment()
         once = mj.scheduled(first, optax.piecewise_constant_schedule(1.0, {1: 0.0}))
         both = mj.chain(once, bind(partial(_lpka, options, "residual")))
         return _Moves(both, options.stop, lambda adapter, *models: {**adapter, "0": fit(adapter["0"], *models)})
+
+    def started(name: str, make: StartFactory) -> _Moves:
+        if source is None or isinstance(routes, Mapping):
+            raise ValueError(f"a method with {name} needs one source that is a model of its own")
+        return _Moves(mj.identity_transfer(), 0.0, start=make(source, target, routes))
 
     def by_routes(make: TransferFactory) -> Callable[[], _Moves]:
         return lambda: _Moves(bind(make), options.stop)
@@ -143,17 +170,22 @@ def make_methods(
         "": lambda: _Moves(mj.identity_transfer(), 0.0),
         **{name: by_routes(make) for name, make in _transfers(options).items()},
         "aligned": aligned,
+        # Opponent and control of an alignment, both written once, before the first step.
+        "pruned": lambda: _Moves(mj.identity_transfer(), 0.0, start=alignment().pruned),
+        "random_channels": lambda: _Moves(mj.identity_transfer(), 0.0, start=alignment().random_channels),
         "mergenet_residual_aligned": then_residual,
     }
-    _check_own_names(shipped, transfers, objectives)
+    _check_own_names(shipped, transfers, starts, objectives)
     moves = shipped | {name: by_routes(make) for name, make in transfers.items()}
+    moves |= {name: partial(started, name, make) for name, make in starts.items()}
     learned = {"": Objective(target.loss), **objectives}
 
     def method(make: Callable[[], _Moves], objective: Objective, agree: str) -> Method:
         if agree:
             objective = _with_agreement(options, axis_name, source, target, objective)
-        transfer, stop, fit = make()
-        return Method(mj.Task(objective.loss, optimizer), transfer, stop, objective.teacher, fit)
+        transfer, stop, fit, start = make()
+        task = mj.Task(objective.loss, optimizer)
+        return Method(task, transfer, stop, objective.teacher, fit, start, objective.pooled)
 
     return {
         "_".join(filter(None, (name, objective, agree))) or "vanilla": partial(
@@ -164,11 +196,14 @@ def make_methods(
 
 
 def _check_own_names(
-    shipped: Iterable[str], transfers: Mapping[str, TransferFactory], objectives: Mapping[str, Objective]
+    shipped: Iterable[str],
+    transfers: Mapping[str, TransferFactory],
+    starts: Mapping[str, StartFactory],
+    objectives: Mapping[str, Objective],
 ) -> None:
-    """Raises ValueError for a transfer or an objective of one's own that another method's name would mean too."""
+    """Raises ValueError for a name of one's own that another method's name would mean too."""
     taken = {"", "vanilla", "agree", *shipped}
-    for kind, names in (("transfer", transfers), ("objective", objectives)):
+    for kind, names in (("transfer", transfers), ("start", starts), ("objective", objectives)):
         for name in names:
             if name in taken or any(name.startswith(f"{other}_") for other in taken if other):
                 raise ValueError(f"the {kind} {name!r} has the name of a method that is there already: take another")
@@ -236,18 +271,19 @@ def _with_agreement(
     agreement = mj.feature_agreement(
         target.apply,
         target_layers,
-        inputs=target.inputs,
+        inputs=pool_inputs(target),
         weight=options.agreement,
         compare_on=compare_on,
         axis_name=axis_name,
     )
-    show_features = mj.features_teacher(source.apply, source_layers, inputs=source.inputs, compare_on=compare_on)
+    source_inputs = pool_inputs(replace(source, pool=target.pool))
+    show_features = mj.features_teacher(source.apply, source_layers, inputs=source_inputs, compare_on=compare_on)
 
     def teacher(params: Params, model_state: ModelState, batch: Batch) -> Batch:
         batch = show_features(params, model_state, batch)
         return batch if objective.teacher is None else objective.teacher(params, model_state, batch)
 
-    return Objective(mj.sum_losses(objective.loss, agreement), teacher)
+    return Objective(mj.sum_losses(objective.loss, agreement), teacher, pooled=target.pool is not None)
 
 
 def adapter_optimizer(options: TransferOptions, cycle: int, num_steps: int) -> optax.GradientTransformation:

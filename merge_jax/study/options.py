@@ -57,6 +57,15 @@ class TransferOptions:
     merge_jax.feature_agreement."""
     agreement: float = 20.0
     """Weight of their disagreement in the target's loss."""
+    unlabelled: int = 0
+    """Training inputs that methods have without labels, beside the labelled ones: on all of these inputs, aligned is
+    fitted, and agree, kd and kd_mixed compare."""
+    head_first: bool = False
+    """Fit the target's last layer to its labelled examples before the first step, after what the method writes, in
+    every method alike: a logistic regression on its features. Transfers then leave that layer to the target."""
+    target_rate: float = 1.0
+    """Factor on the target's learning rate, in every method alike; to choose one for each on validation, see `choose`
+    in grids."""
     compare_on: Literal["mixed", "plain"] = "mixed"
     """What they are compared on: images between those of the batch (text as it is), or the batch itself."""
 
@@ -68,6 +77,10 @@ class TransferOptions:
             raise ValueError(f"adapter_learning_rate must be above 0, got {self.adapter_learning_rate}")
         if not 0 <= self.stop <= 1:
             raise ValueError(f"stop must be a fraction in [0, 1], got {self.stop}")
+        if self.unlabelled < 0:
+            raise ValueError(f"unlabelled must be 0 or more, got {self.unlabelled}")
+        if not 0 < self.target_rate < float("inf"):
+            raise ValueError(f"target_rate must be above 0, got {self.target_rate}")
         if not 0 <= self.agreement < float("inf"):
             raise ValueError(f"agreement must be 0 or more, got {self.agreement}")
         self.agreeing_layers()

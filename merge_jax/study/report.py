@@ -1,8 +1,9 @@
 """The report of a study: tables with tests, every number as JSON, and pictures."""
 
 import io
+import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +12,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from merge_jax.runs import mean_and_error
+from merge_jax.runs import OPPONENTS, mean_and_error
 from merge_jax.runs.folder import RunFolder
+from merge_jax.runs.table import START_NOTE, STARTS, opponent_note
 from merge_jax.study.experiment import find_experiment
 from merge_jax.study.grid import Grid, GridRun, Row, Setting
 from merge_jax.study.statistics import Comparison, holm, paired_difference
@@ -33,12 +35,14 @@ class Measured:
       row: of the grid.
       command: that gives it.
       results: of each seed, as the run's `results.json` has them.
+      opponent: whether it is none that a method trains; it is compared, and not among what Holm counts.
     """
 
     setting: Setting
     row: Row
     command: str
     results: tuple[Mapping[str, Any], ...]
+    opponent: bool = False
 
     @property
     def metric(self) -> str:
@@ -75,7 +79,11 @@ def write_report(grid: Grid, runs: Sequence[GridRun], folder: RunFolder) -> str:
     folder.write_json("results.json", [entry for one in measured for entry in _entries(one)])
     console = Console(record=True, width=_WIDTH, file=io.StringIO())
     markdown = []
-    by_setting = {s.name: ordered for s in grid.settings if (ordered := _setting_rows(grid, s, measured))}
+    by_setting = {
+        s.name: ordered | _opponents(ordered, runs, folder)
+        for s in grid.settings
+        if (ordered := _setting_rows(grid, s, measured))
+    }
     for name, rows in by_setting.items():
         comparisons = _comparisons(rows, grid.against)
         for against in [other for other in grid.against if other in rows] or [None]:
@@ -86,7 +94,8 @@ def write_report(grid: Grid, runs: Sequence[GridRun], folder: RunFolder) -> str:
         note = _comparison_note(grid, name, rows, comparisons)
         console.print(note + "\n", highlight=False)
         markdown += [note, ""]
-    note = _note(grid, measured, runs, folder)
+    opponents = dict.fromkeys(name for rows in by_setting.values() for name, one in rows.items() if one.opponent)
+    note = _note(grid, measured, opponents, runs, folder)
     console.print(note, highlight=False)
     markdown.append(note.replace("\n", "\n\n"))
     text = console.export_text()
@@ -111,9 +120,40 @@ def _measured(run: GridRun, folder: RunFolder) -> list[Measured]:
 
 
 def _setting_rows(grid: Grid, setting: Setting, measured: Sequence[Measured]) -> dict[str, Measured]:
-    """Returns the rows of a setting by name, in the order of the grid."""
+    """Returns the rows of a setting by the names they are shown by, in the order of the grid.
+
+    Of those that a row chooses among, that is the one with the best mean validation over seeds, the first of equals.
+    """
     found = {one.row.name: one for one in measured if one.setting.name == setting.name}
-    return {row.name: found[row.name] for row in grid.rows if row.name in found}
+    rows: dict[str, Measured] = {}
+    for row in grid.rows:
+        if row.name in found:
+            one, best = found[row.name], rows.get(row.shown)
+            if best is None or _validation(one) > _validation(best):
+                rows[row.shown] = one
+    return rows
+
+
+def _validation(one: Measured) -> float:
+    values = one.values("target_validation")
+    return float(np.mean(values)) if values else -math.inf
+
+
+def _opponents(rows: Mapping[str, Measured], runs: Sequence[GridRun], folder: RunFolder) -> dict[str, Measured]:
+    """Returns the opponents of a setting, of the run that has the fewest options beside the setting's."""
+    first = next(iter(rows.values()))
+    own = [run for run in runs if run.setting.name == first.setting.name]
+    found: dict[str, Measured] = {}
+    for run in sorted(own, key=lambda run: len(run.rows[0].options)):
+        entries = RunFolder(folder.path / run.name).read_json(OPPONENTS, [])
+        for name in dict.fromkeys(entry["opponent"] for entry in entries):
+            results = tuple(
+                {**entry, "target_metric": first.results[0]["target_metric"]}
+                for entry in entries
+                if entry["opponent"] == name
+            )
+            found.setdefault(name, Measured(first.setting, Row(name, ""), "", results, opponent=True))
+    return found
 
 
 def _entries(one: Measured) -> list[dict[str, Any]]:
@@ -124,6 +164,9 @@ def _entries(one: Measured) -> list[dict[str, Any]]:
             "seed": result["seed"],
             "metric": result["target_metric"],
             "test": result["target_test"],
+            "start_test": result.get("target_start_test"),
+            "start_probe": result.get("target_start_probe"),
+            "probe": result.get("target_probe"),
             "validation": result["target_validation"],
             "best_validation": result["target_best_validation"],
             "source_test": result["source_test"],
@@ -151,9 +194,15 @@ def _comparisons(rows: Mapping[str, Measured], against: Sequence[str]) -> _Compa
         for name, one in rows.items():
             if name != other and (comparison := one.minus(rows[other])) is not None:
                 by_pair[name, other] = comparison
-    tested = {frozenset(pair): found.p_t for pair, found in by_pair.items() if found.p_t is not None}
+    tested = {
+        frozenset(pair): found.p_t
+        for pair, found in by_pair.items()
+        if found.p_t is not None and not rows[pair[0]].opponent
+    }
     adjusted = dict(zip(tested, holm(list(tested.values())), strict=True))
-    significant = frozenset(pair for pair in by_pair if adjusted.get(frozenset(pair), 1.0) < _LEVEL)
+    significant = frozenset(
+        pair for pair in by_pair if not rows[pair[0]].opponent and adjusted.get(frozenset(pair), 1.0) < _LEVEL
+    )
     return _Comparisons(by_pair, significant, len(tested))
 
 
@@ -162,23 +211,19 @@ def _table(
 ) -> tuple[list[str], list[list[str]]]:
     """Returns headings and lines of the table that compares the rows of a setting with one of them."""
     differences = [] if against is None else [f"- {against}", "p (t)"]
-    headings = ["row", "n", "test", "validation", *differences, "s/run", "adapter"]
+    starts = {heading: name for heading, name in STARTS.items() if any(one.values(name) for one in rows.values())}
+    headings = ["row", "n", "test", *starts, "validation", *differences, "s/run", "adapter"]
     lines = []
     for name, one in rows.items():
-        validation = one.values("target_validation", 100)
-        line = [
-            name,
-            str(len(one.results)),
-            _number(one.values("target_test", 100)),
-            _number(validation) if validation else "",
-        ]
+        columns = "target_test", *starts.values(), "target_validation"
+        line = [name, str(len(one.results)), *(_number(one.values(column, 100)) for column in columns)]
         if against is not None:
             comparison = comparisons.by_pair.get((name, against))
             line += ["", ""] if comparison is None else _compared(comparison)
             if (name, against) in comparisons.significant:
                 line[0] += f" {_MARK}"
         seconds, adapter = one.values("seconds"), one.values("adapter_parameters")
-        lines.append([*line, f"{np.mean(seconds):.1f}", f"{int(adapter[0]):,}"])
+        lines.append([*line, *([f"{np.mean(seconds):.1f}", f"{int(adapter[0]):,}"] if seconds else ["", ""])])
     return headings, lines
 
 
@@ -192,31 +237,42 @@ def _p(value: float | None) -> str:
 
 
 def _number(values: Sequence[float]) -> str:
+    if not values:
+        return ""
     mean, error = mean_and_error(values)
     return f"{mean:.1f}" + ("" if error is None else f" ± {error:.1f}")
 
 
 def _comparison_note(grid: Grid, setting: str, rows: Mapping[str, Measured], comparisons: _Comparisons) -> str:
     missing = [name for name in grid.against if name not in rows]
+    chosen = [one.row.name for one in rows.values() if one.row.choice_of is not None]
     note = f"{setting}: {comparisons.tested} comparisons; "
     if not comparisons.tested:
         note = f"{setting}: nothing to test; "
     left = [f"{name} - {other}" for name, other in comparisons.by_pair if (name, other) in comparisons.significant]
     note += f"significant at {_LEVEL} after Holm ({_MARK}): {', '.join(left) or 'none'}."
+    note += f" Chosen on validation, over all seeds: {'; '.join(chosen)}." if chosen else ""
     return note + (f" Without {', '.join(missing)}: not run." if missing else "")
 
 
-def _note(grid: Grid, measured: Sequence[Measured], runs: Sequence[GridRun], folder: RunFolder) -> str:
+def _note(
+    grid: Grid, measured: Sequence[Measured], opponents: Iterable[str], runs: Sequence[GridRun], folder: RunFolder
+) -> str:
     """Returns what the columns are, what is missing yet, and where and when it was measured."""
     environment = folder.read_json("environment.json", [])[0]
     expected = [(run.setting, row) for run in runs for row in run.rows]
     seeds = sum(setting.seeds for setting, _ in expected)
+    starts = any(one.values("target_start_test") for one in measured)
     missing = seeds - sum(len(one.results) for one in measured)
     lines = [
         "After the last step; mean ± standard error over n seeds, differences paired by seed. p: two-sided, of the "
         "paired t-test; Holm adjusts it for all comparisons of a setting. validation: at the last step. s/run: seconds "
         "of training. adapter: its parameters.",
     ]
+    if starts:
+        lines.append(START_NOTE.format(metric="metric"))
+    if opponents:
+        lines.append(f"{opponent_note(opponents)} Holm counts them only where rows are compared with them.")
     if missing:
         lines.append(f"Not done yet: {missing} of {seeds} results.")
     versions = ", ".join(f"{name} {environment['versions'][name]}" for name in ("jax", "flax", "optax"))
@@ -293,15 +349,15 @@ def _save_sizes(grid: Grid, by_setting: Mapping[str, Mapping[str, Measured]], fo
         figure.subplots(1, len(curves), squeeze=False).flat, curves.items(), strict=True
     ):
         settings = sorted(settings, key=lambda setting: setting.size or 0.0)
-        for number, row in enumerate(grid.rows):
-            points = [(s.size, by_setting[s.name][row.name]) for s in settings if row.name in by_setting[s.name]]
+        for number, row in enumerate(dict.fromkeys(name for setting in settings for name in by_setting[setting.name])):
+            points = [(s.size, by_setting[s.name][row]) for s in settings if row in by_setting[s.name]]
             if points:
                 means, errors = zip(*(mean_and_error(one.values("target_test", 100)) for _, one in points), strict=True)
                 panel.errorbar(
                     [size for size, _ in points],
                     means,
                     yerr=[error or 0.0 for error in errors],
-                    label=row.name,
+                    label=row,
                     marker="os^Dv"[number // 10 % 5],
                     capsize=2,
                 )

@@ -21,7 +21,7 @@ def trial_result(
     trial: Trial, seed: int, outcome: Outcome, records: Sequence[Mapping[str, Any]], compile_seconds: float
 ) -> dict[str, Any]:
     """Returns what the table says of a method on a seed; `records` are all reports of the run."""
-    state, seconds = outcome
+    state, seconds, start = outcome
     metrics = {role: trial.test(state, seed, role) for role in ("target", "source")}
     metric = {role: model.metric for role, model in trial.roles.items()}
     own = [record for record in records if record["run"] == trial.run_name(seed)]
@@ -33,6 +33,9 @@ def trial_result(
         "seed": seed,
         "target_metric": metric["target"],
         "target_test": metrics["target"][metric["target"]],
+        "target_start_test": start.get("target_start_test"),
+        "target_start_probe": start.get("target_start_probe"),
+        **trial.measure_end(state, seed),
         "target_validation": validation[-1] if validation else None,
         "target_best_validation": max(validation) if validation else None,
         "source_test": metrics["source"][metric["source"]] if metrics["source"] else None,

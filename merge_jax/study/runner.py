@@ -12,10 +12,11 @@ from tqdm.auto import tqdm
 
 from merge_jax.checkpoints.orbax import CheckpointError
 from merge_jax.checkpoints.torch_files import find_weights, weight_paths
-from merge_jax.runs import PLAN, Plan, Run
+from merge_jax.runs import OPPONENTS, PLAN, Plan, Run
 from merge_jax.runs.folder import MetricsLog, RunFolder, check_space, numbered_folder
 from merge_jax.study.config import RunConfig
 from merge_jax.study.contents import current_options, run_identity
+from merge_jax.study.measures import Opponents, make_opponents
 from merge_jax.study.plan import make_plan
 from merge_jax.study.results import save_sample_images, show_results, trial_result
 from merge_jax.study.scenario import Scenario
@@ -197,7 +198,7 @@ def _train(
     results: list[dict[str, Any]],
 ) -> None:
     """Trains every method on every seed that has no result yet, and adds its results to the list and the folder."""
-    trials = checked.trials
+    trials, opponents = checked.trials, make_opponents(scenario, checked.source_plan)
     done = {(result["method"], result["seed"]) for result in results}
     for seed in range(config.seeds):
         missing = [name for name in scenario.methods if (name, seed) not in done]
@@ -206,12 +207,22 @@ def _train(
         if not missing:  # So its source is not needed.
             continue
         source = control_source(config.source_control, _source(trainer, checked, seed, folder), seed)
+        _measure_opponents(opponents, source, seed, folder)
         for name in missing:
             outcome = trainer.train(trials[name], seed, source)
             result = trial_result(trials[name], seed, outcome, log.records(), trainer.compile_seconds(trials[name]))
             results.append(result)
             folder.write_json("results.json", results)
             trainer.announce(f"{name}-seed{seed}: {100 * result['target_test']:.1f} %")
+
+
+def _measure_opponents(opponents: Opponents, source: TrainState, seed: int, folder: RunFolder) -> None:
+    """Adds the opponents of a seed to those of the folder, once."""
+    found = folder.read_json(OPPONENTS, [])
+    if all(entry["seed"] != seed for entry in found):
+        entries = opponents(source, seed).items()
+        found += [{"opponent": name, "seed": seed, "target_test": accuracy} for name, accuracy in entries]
+        folder.write_json(OPPONENTS, found)
 
 
 def _source(trainer: Trainer, checked: Checked, seed: int, folder: RunFolder) -> TrainState:

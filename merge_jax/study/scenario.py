@@ -18,7 +18,11 @@ from merge_jax.training.joint import Task, TrainState
 from merge_jax.transfers.base import Transfer, identity_transfer
 from merge_jax.types import Adapter, Batch, LossFn, ModelApply, ModelState, Params, TeacherFn
 
-__all__ = ["FitFn", "Method", "SampleImages", "Scenario", "StudyModel", "choose_methods"]
+__all__ = ["POOL", "FitFn", "Method", "SampleImages", "Scenario", "StartFn", "StudyModel", "choose_methods"]
+
+
+POOL = "pool/"
+"""What the names of inputs from the pool begin with, in a batch and in the examples that `fit` and `start` get."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ class StudyModel:
         be shapes. None for `load`, which knows parameters alone.
       sample_images: test images that it is shown with; None for a model of other things.
       code: lines of Python that make it, see `model_code`; empty where there are none.
+      pool: `seed -> inputs` without labels, those of the labelled examples first; None for these alone.
     """
 
     name: str
@@ -78,6 +83,7 @@ class StudyModel:
     load_pretrained: Callable[[Path, dict[str, Any], int | None], dict[str, Any]] | None = None
     sample_images: SampleImages | None = None
     code: str = ""
+    pool: Callable[[int], Arrays] | None = None
 
     def __post_init__(self) -> None:  # noqa: D105
         if self.apply is not None and not self.inputs:
@@ -88,7 +94,17 @@ class StudyModel:
 
 
 FitFn = Callable[[Adapter, TrainState, Params, Batch], Adapter]
-"""`(adapter as the transfer makes it, source, target's parameters, target's examples) -> adapter to start from`."""
+"""`(adapter as the transfer makes it, source, target's parameters, target's examples) -> adapter to start from`.
+
+The examples are the labelled ones and, where there is a pool, its inputs under names such as `pool/image`.
+"""
+
+StartFn = Callable[[jax.Array, TrainState, TrainState, Batch], TrainState]
+"""`(key, source, target as it is initialised, target's examples) -> target to start from`.
+
+Examples are those of `FitFn`. Neither model has an `opt_state`. What comes back has the structure, shapes and dtypes of
+the target that was given; the key is consumed.
+"""
 
 
 @dataclass(frozen=True)
@@ -101,6 +117,9 @@ class Method:
       stop: the fraction of the run after which it moves no more; 0 for no transfer.
       teacher: adds the source's outputs to the target's batches, for a loss that distils them.
       fit: makes the adapter that the run starts from; None for the one that the transfer makes.
+      start: makes the target that the run starts from, before `fit` and before the first step, once: not where a run
+        goes on; None for the target as it is initialised.
+      pooled: whether its loss compares on the target's pool, so that each batch has as many inputs of that.
     """
 
     task: Task
@@ -108,6 +127,8 @@ class Method:
     stop: float = 0.0
     teacher: TeacherFn | None = None
     fit: FitFn | None = None
+    start: StartFn | None = None
+    pooled: bool = False
 
 
 @dataclass(frozen=True)
@@ -124,6 +145,7 @@ class Scenario:
       adapter_optimizer: of every method's adapter.
       axis_name: the `pmap` axis that the models average over; None under jit.
       attach: writes what belongs to a run beside its checkpoints, such as a vocabulary, into its folder.
+      head_first: whether the target's last layer is fitted before the first step.
     """
 
     name: str
@@ -135,6 +157,7 @@ class Scenario:
     adapter_optimizer: optax.GradientTransformation
     axis_name: str | None = None
     attach: Callable[[Path], None] | None = None
+    head_first: bool = False
 
 
 def choose_methods(methods: Mapping[str, Callable[[], Method]], names: Sequence[str]) -> dict[str, Method]:

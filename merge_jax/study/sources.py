@@ -27,9 +27,10 @@ __all__ = ["OTHER_SEED", "PURPOSES", "SourcePlan", "control_source", "initial_ke
 OTHER_SEED = 1000
 """Added to a seed for the start and the batches of the source under `other_seed`; the split stays the seed's."""
 
-Purpose = Literal["source", "target", "adapter", "steps", "control", "source_steps"]
-"""What the keys of a seed are for: the starts of the three, the steps of a method, a control of the source, and the
-steps of the source that is trained on its own. None shares what it draws with another."""
+Purpose = Literal["source", "target", "adapter", "steps", "control", "source_steps", "start"]
+"""What the keys of a seed are for: the starts of the three, the steps of a method, a control of the source, the steps
+of the source that is trained on its own, and what a method does before its first step. None shares what it draws with
+another."""
 
 PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
 

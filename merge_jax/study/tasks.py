@@ -45,6 +45,7 @@ class TaskSpec:
       weights: a Hugging Face safetensors file or folder that its text encoder starts from.
       vision_weights: the same of the vision transformer of a model of images with text.
       labels: how many training examples it learns from; None for all.
+      unlabelled: how many others it has without their labels.
       validation: how many training examples to hold out; None for the number of the options.
       learning_rate: of its optimizer; None for that of the options.
       sizes: a Hugging Face safetensors file or folder, with its config.json, whose sizes a text model has.
@@ -63,6 +64,7 @@ class TaskSpec:
     sizes: Path | None = None
     pooler: PoolerName | None = None
     fit_head: bool = False
+    unlabelled: int = 0
 
     @property
     def encoder(self) -> tuple[str, dict[str, Any]]:
@@ -238,6 +240,7 @@ def _make_model(options: TaskOptions, spec: TaskSpec, texts: Texts | None, token
             image_size=options.image_size,
             validation=validation,
             labels=spec.labels,
+            unlabelled=spec.unlabelled,
             stages=options.stages,
             learning_rate=learning_rate,
             attributes=attributes,

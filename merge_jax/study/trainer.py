@@ -24,6 +24,8 @@ from merge_jax.types import Metrics
 
 __all__ = ["Compiled", "Outcome", "Programs", "RunStoppedError", "Trainer", "compile_epoch"]
 
+_START = "start.json"
+
 
 class Compiled(NamedTuple):
     """A compiled epoch, and how long its compilation took, in seconds."""
@@ -42,10 +44,12 @@ class Outcome(NamedTuple):
     Attributes:
       state: at the last step.
       seconds: that it was trained, evaluation included, before interruptions too.
+      start: what the target was worth before the first step; empty where that was not measured.
     """
 
     state: JointState
     seconds: float
+    start: Mapping[str, float | None]
 
 
 def compile_epoch(lowered: Lowered) -> Compiled:
@@ -123,12 +127,12 @@ class Trainer:
         """
         name, num_steps = trial.run_name(seed), trial.lengths.steps
         self._bar.set_postfix_str(name)
-        state = self._layout.put_state(trial.initial_state(seed, source))
         with (
             Checkpoints(self._folder.checkpoints / name, keep=trial.keep, facts=trial.facts(seed)) as checkpoints,
             contextlib.ExitStack() as open_files,
         ):
-            first, state = checkpoints.restore_latest(state) or (0, state)
+            first, state = self._first_state(trial, seed, source, checkpoints)
+            start_measures = self._folder.read_json(f"checkpoints/{name}/{_START}", {})
             self.skip(first)
             if 0 < first < num_steps:
                 self.announce(f"{name} goes on from step {first} of {num_steps}")
@@ -167,7 +171,21 @@ class Trainer:
             count_seconds(last)
         if last < num_steps:
             raise RunStoppedError(f"{name} at step {last} of {num_steps}")
-        return Outcome(state, seconds[str(last)])
+        return Outcome(state, seconds[str(last)], start_measures)
+
+    def _first_state(
+        self, trial: Trial, seed: int, source: TrainState, checkpoints: Checkpoints
+    ) -> tuple[int, JointState]:
+        """Returns the step that a trial goes on from, and its state: the saved one, or that before the first step."""
+        state = trial.blank_state(seed, source)
+        restored = checkpoints.restore_latest(self._layout.put_state(state))
+        if restored is not None:
+            return restored
+        if trial.prepares:
+            state = trial.initial_state(seed, source)
+        # Kept, since a run that goes on has the state before its first step no more.
+        self._folder.write_json(f"checkpoints/{trial.run_name(seed)}/{_START}", trial.measure_start(state, seed))
+        return 0, self._layout.put_state(state)
 
     def _make_advance(self, trial: Trial, seed: int, open_files: contextlib.ExitStack) -> Advance[JointState]:
         """Returns the trial's compiled epoch with its data, as the loop wants it."""

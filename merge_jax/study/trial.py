@@ -11,19 +11,25 @@ import numpy as np
 import optax
 from jax.stages import Lowered
 
-from merge_jax.data import ReadAhead, Splits, fingerprint, indices_of, is_streamed, num_examples
+from merge_jax.data import Arrays, ReadAhead, Splits, fingerprint, indices_of, is_streamed, num_examples
+from merge_jax.paths import flatten, some_of
+from merge_jax.paths import replace as set_leaves
 from merge_jax.study.config import Lengths, RunConfig
-from merge_jax.study.scenario import Method, Scenario, StudyModel
+from merge_jax.study.heads import FitHead, keeping, make_fit_head
+from merge_jax.study.measures import Measure, make_measure
+from merge_jax.study.scenario import POOL, FitFn, Method, Scenario, StartFn, StudyModel
 from merge_jax.study.sources import OTHER_SEED, SourcePlan, initial_key
 from merge_jax.training.epoch import Epoch, augmented, make_epoch
-from merge_jax.training.joint import JointState, Task, TrainState, init_joint_state, make_joint_step
+from merge_jax.training.joint import JointState, JointStep, Task, TrainState, init_joint_state, make_joint_step
 from merge_jax.training.sharding import Layout
 from merge_jax.training.trajectory import last_of, replay_evenly, replayed
-from merge_jax.types import Adapter, Batch, Params
+from merge_jax.transfers.base import writes
+from merge_jax.types import Adapter, Batch, Metrics, Params
 
 __all__ = ["Trial", "make_trials"]
 
 Indices = Mapping[str, np.ndarray]
+_POOL_STREAM = 2
 Digest = Callable[[Callable[[int], Splits], int], str]
 """`(splits, seed) -> fingerprint of the training split`."""
 
@@ -44,6 +50,8 @@ class Trial:
       optimizer: the adapter's optimizer.
       epoch: many joint steps in one loop, of one seed.
       digest: of the training split; all trials share it, since it reads every number.
+      fit_head: fits the target's last layer before the first step, where the run asks for that.
+      measure: of the target as it stands; all trials share it, since it is compiled once. None for the source's own.
       snapshots: steps of the source's training, where the source is a trajectory.
       keep: how many checkpoints stay; None for all.
       seed_offset: added to a seed for the start and the batches, not for the split.
@@ -60,6 +68,8 @@ class Trial:
     optimizer: optax.GradientTransformation
     epoch: Epoch
     digest: Digest
+    fit_head: FitHead | None = None
+    measure: Measure | None = None
     snapshots: int | None = None
     keep: int | None = 2
     seed_offset: int = 0
@@ -81,7 +91,7 @@ class Trial:
 
     def lower(self, layout: Layout) -> Lowered:
         """Returns the jitted epoch, traced for the shapes of its arguments alone."""
-        state = jax.eval_shape(lambda: self.initial_state(0, self.fresh_source(0)))
+        state = jax.eval_shape(lambda: self._state(0, self.fresh_source(0), replace(self.method, start=None)))
         steps = self.steps_per_call
         indices = self.indices_at(0)(0, steps)
         shapes = jax.tree.map(
@@ -99,32 +109,118 @@ class Trial:
         return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (self.snapshots, *leaf.shape)), source)
 
     def initial_state(self, seed: int, source: TrainState) -> JointState:
-        """Returns the state before the first step; for a seed, it is the same for every method."""
+        """Returns the state before the first step: for a seed the same for every method, but for what a method starts.
+
+        Raises:
+          ValueError: what the method starts from is no such target.
+        """
+        state = self._state(seed, source, self.method)
+        if self.fit_head is None:
+            return state
+        params = set_leaves(state.target.params, self.fit_head(self._written(state), seed))
+        target = TrainState(params, state.target.model_state, None)
+        begun = replace(self.method, fit=lambda *_: state.adapter.params, start=lambda *_: target)
+        return self._state(seed, source, begun)
+
+    @property
+    def prepares(self) -> bool:
+        """Whether anything is fitted or started before the first step: without, the blank state is the initial one."""
+        return not all(one is None for one in (self.method.fit, self.method.start, self.fit_head))
+
+    def blank_state(self, seed: int, source: TrainState) -> JointState:
+        """Returns a state as the initial one, neither started nor fitted: what a saved one is read into."""
+        return self._state(seed, source, replace(self.method, fit=None, start=None))
+
+    def _state(self, seed: int, source: TrainState, method: Method) -> JointState:
         seed += self.seed_offset
-        params, model_state = self.roles["target"].init(initial_key(seed, "source" if self.trains_source else "target"))
-        adapter = None if self.method.fit is None else self._fitted(seed, source, params)
+        target = TrainState(
+            *self.roles["target"].init(initial_key(seed, "source" if self.trains_source else "target")), None
+        )
+        if method.start is not None:
+            target = self._started(method.start, initial_key(seed, "start"), source, target, self._examples(seed))
+        adapter = None if method.fit is None else self._fitted(method.fit, seed, source, target.params)
         state = init_joint_state(
             initial_key(seed, "adapter"),
             self.source_task,
-            self.method.task,
-            self.method.transfer,
+            method.task,
+            method.transfer,
             source_params=source.params,
             source_state=source.model_state,
-            target_params=params,
-            target_state=model_state,
+            target_params=target.params,
+            target_state=target.model_state,
             adapter=adapter,
             adapter_optimizer=self.optimizer,
         )
         return state.replace(key=initial_key(seed, "source_steps" if self.trains_source else "steps"))
 
-    def _fitted(self, seed: int, source: TrainState, target_params: Params) -> Adapter:
-        assert self.method.fit is not None
+    def measure_start(self, state: JointState, seed: int) -> dict[str, float | None]:
+        """Returns what the target is worth right after the write, of the state before the first step.
+
+        That is after `start` and `fit`, with the first write of the transfer, where there is one, and no step.
+        """
+        if self.measure is None:
+            return {}
+        return {f"target_start_{name}": value for name, value in self.measure(self._written(state), seed).items()}
+
+    def _written(self, state: JointState) -> TrainState:
+        """Returns the target after the first write."""
+        target = state.target
+        if self.method.stop > 0 and writes(self.method.transfer):
+            target = target.replace(params=self._write(state.adapter.params, state.source.params, target.params))
+        return target
+
+    @cached_property
+    def _write(self) -> Callable[[Adapter, Params, Params], Params]:
+        return jax.jit(partial(self.method.transfer.apply, step=0))
+
+    def measure_end(self, state: JointState, seed: int) -> dict[str, float | None]:
+        """Returns the probe of the target after its last step."""
+        return {} if self.measure is None else {"target_probe": self.measure(state.target, seed)["probe"]}
+
+    def _started(
+        self, start: StartFn, key: jax.Array, source: TrainState, target: TrainState, examples: Batch
+    ) -> TrainState:
+        started = start(key, source, target, examples)
+        if not isinstance(started, TrainState):
+            raise ValueError(f"the start of {self.name!r} must give a TrainState, got {type(started).__name__}")
+        parts = "params", "model_state"
+        wanted, found = (flatten({part: getattr(state, part) for part in parts}) for state in (target, started))
+        if wanted.keys() != found.keys():
+            lacks, more = (
+                some_of(sorted(one), 3) or "nothing" for one in (wanted.keys() - found, found.keys() - wanted)
+            )
+            raise ValueError(f"the start of {self.name!r} gives another target: it lacks {lacks}, and has {more} more")
+        for path, leaf in wanted.items():
+            shape, dtype = np.shape(found[path]), jnp.result_type(found[path])
+            if (shape, dtype) != (leaf.shape, leaf.dtype):
+                raise ValueError(
+                    f"the start of {self.name!r} gives another target: {path!r} must be {leaf.shape} of {leaf.dtype}, "
+                    f"got {shape} of {dtype}"
+                )
+        return started.replace(opt_state=None)
+
+    def _fitted(self, fit: FitFn, seed: int, source: TrainState, target_params: Params) -> Adapter:
         adapter = self.method.transfer.init(initial_key(seed, "adapter"), source.params, target_params)
-        return self.method.fit(adapter, source, target_params, self.arrays(seed)["target"])
+        return fit(adapter, source, target_params, self._examples(seed))
+
+    def _examples(self, seed: int) -> Batch:
+        """Returns the target's examples, with those of its pool."""
+        target = self.roles["target"]
+        pool = {} if target.pool is None else target.pool(seed)
+        return {**target.splits(seed).train, **{POOL + name: entry for name, entry in pool.items()}}
 
     def arrays(self, seed: int) -> dict[str, Batch]:
-        """Returns all examples to train on, of the roles that learn."""
-        return {role: dict(self.roles[role].splits(seed).train) for role in self._learning_roles}
+        """Returns all examples to train on, of the roles that learn, and the target's pool where it is read."""
+        return {role: dict(arrays) for role, (arrays, _) in self._read(seed).items()}
+
+    def _read(self, seed: int) -> dict[str, tuple[Arrays, int]]:
+        """Returns the examples by role, and the stream that their order is of."""
+        read: dict[str, tuple[Arrays, int]] = {
+            role: (self.roles[role].splits(seed).train, int(role == "source" or self.trains_source))
+            for role in self._learning_roles
+        }
+        pool = self.roles["target"].pool
+        return {**read, "pool": (pool(seed), _POOL_STREAM)} if self.method.pooled and pool is not None else read
 
     @cached_property
     def streams(self) -> bool:
@@ -134,6 +230,8 @@ class Trial:
     def facts(self, seed: int) -> dict[str, str | int]:
         """Returns what the steps of a seed depend on beside the state: which examples come in which order."""
         data = {f"{role}_data": self.digest(self.roles[role].splits, seed) for role in self._learning_roles}
+        if "pool" in (read := self._read(seed)):
+            data["pool_data"] = fingerprint(read["pool"][0])
         return {"seeds": str(seed), "batch_size": self.batch_size, **data}
 
     def read_ahead(self, seed: int) -> ReadAhead:
@@ -147,13 +245,8 @@ class Trial:
 
     def _indices(self, seed: int) -> dict[str, Callable[[int, int], np.ndarray]]:
         return {
-            role: indices_of(
-                num_examples(self.roles[role].splits(seed).train),
-                self.batch_size,
-                seed + self.seed_offset,
-                stream=int(role == "source" or self.trains_source),
-            )
-            for role in self._learning_roles
+            role: indices_of(num_examples(arrays), self.batch_size, seed + self.seed_offset, stream)
+            for role, (arrays, stream) in self._read(seed).items()
         }
 
     def _array_shapes(self, steps: int) -> Any:
@@ -229,15 +322,22 @@ def make_trials(scenario: Scenario, config: RunConfig, source_plan: SourcePlan) 
             )
     source_task = scenario.source_task if source_plan.live else None
     lengths = scenario.schedule.target
+    measure, fit_head, head = make_measure(scenario.target), None, ()
+    if scenario.head_first:
+        head, fit_head = make_fit_head(scenario.target)
     for name, method in scenario.methods.items():
-        if method.fit is not None and config.source in ("live", "trajectory"):
+        if (method.fit or method.start) is not None and config.source in ("live", "trajectory"):
             raise ValueError(
                 f"the method {name!r} is fitted to a source that has been trained, once: with --source {config.source} "
                 "there is none before the first step; take pretrained or frozen"
             )
         if snapshots is not None:
             method = _replaying(method, snapshots, lengths.steps)
-        trials[name] = make_trial(name, roles, source_task, method, lengths, snapshots=snapshots)
+        if head and writes(method.transfer):
+            method = replace(method, transfer=keeping(method.transfer, head))
+        trials[name] = make_trial(
+            name, roles, source_task, method, lengths, fit_head=fit_head, measure=measure, snapshots=snapshots
+        )
     return trials
 
 
@@ -264,7 +364,11 @@ def _make_trial(
         adapter_optimizer=scenario.adapter_optimizer,
         axis_name=scenario.axis_name,
     )
+    if method.pooled:
+        step = _pooled(step)
     augment = {role: model.augment for role, model in roles.items() if model.augment is not None}
+    if method.pooled and "target" in augment:
+        augment["pool"] = augment["target"]
     if augment:
         step = augmented(step, augment, axis_name=scenario.axis_name)
     return Trial(
@@ -279,6 +383,17 @@ def _make_trial(
         digest,
         **options,
     )
+
+
+def _pooled(step: JointStep) -> JointStep:
+    """Returns the step whose target's batch has inputs of the pool beside the labelled examples."""
+
+    def with_pool(state: JointState, batches: Mapping[str, Batch]) -> tuple[JointState, Metrics]:
+        others = {role: batch for role, batch in batches.items() if role != "pool"}
+        pool = {POOL + name: entry for name, entry in batches["pool"].items()}
+        return step(state, {**others, "target": {**batches["target"], **pool}})
+
+    return with_pool
 
 
 def _replaying(method: Method, snapshots: int, num_steps: int) -> Method:

@@ -5,14 +5,16 @@ import functools
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from merge_jax.checks import check_choice
 from merge_jax.layouts import overlap_blocks
 from merge_jax.paths import flatten, near_misses
-from merge_jax.transfers.alignment_fit import even_adapter, fitted_adapter
+from merge_jax.transfers.alignment_fit import ChannelChoice, even_adapter, fitted_adapter
 from merge_jax.transfers.alignment_plan import AlignedLeaf, AlignmentPlan, plan_alignment, subscripts
 from merge_jax.transfers.base import Step, Transfer
 from merge_jax.transfers.channel_axes import ChannelGraph
@@ -29,7 +31,14 @@ _PRECISION = lax.Precision.HIGHEST
 _CGROUP = Path("/sys/fs/cgroup")
 
 
-def aligned_transfer(routes: Routes, source_graph: ChannelGraph, target_graph: ChannelGraph) -> Transfer:
+def aligned_transfer(
+    routes: Routes,
+    source_graph: ChannelGraph,
+    target_graph: ChannelGraph,
+    *,
+    choice: ChannelChoice = "moments",
+    key: jax.Array | None = None,
+) -> Transfer:
     """Returns the transfer that takes channels of the source over as wholes, tied over all layers that share them.
 
     `T' = A S R^T` for a layer's kernel, each tap of a window on its own. `A [m, p]` makes the target's `m` channels of
@@ -69,6 +78,11 @@ def aligned_transfer(routes: Routes, source_graph: ChannelGraph, target_graph: C
     are chosen by the moments of the products that are summed, and those of values by theirs; the last kernel gets one
     `R` for heads and channels together. Channel groups and layers without moments stay as `init` has them.
 
+    Channels may be chosen otherwise, each group at once: `magnitude` takes those with the largest sum of squares over
+    all leaves that the channel is tied in, which is structured pruning by groups (arXiv:2301.12900; by the L1 norm of
+    one layer, arXiv:1608.08710), `random` and `even` are controls. What layers read is reconstructed all the same where
+    there are moments; `fit({}, ...)` takes what is chosen as it is, which is pruning.
+
     Sources: the choice is orthogonal matching pursuit on channels; the map is the reconstruction of channel pruning
     (He et al., arXiv:1707.06168). To do both for two given networks, tied over layers, is our choice; so is what heads
     are measured by, since it does not change where channels of a head change places.
@@ -77,16 +91,21 @@ def aligned_transfer(routes: Routes, source_graph: ChannelGraph, target_graph: C
       routes: as `share_transfer`; each of one leaf from one leaf.
       source_graph: of the source's channels; see `channel_graph`.
       target_graph: of the target's.
+      choice: what channels are chosen by in `fit`.
+      key: of the random choice, and of no other.
 
     The adapter is `{"outputs": {channel group: A}, "inputs": {leaf:axes: R}}`, float32. `describe` has its size.
 
     Raises:
-      ValueError: as `share_transfer`; for a route with the view `attention`, several leaves in one, leaves with other
-        numbers of channel axes or of other layouts, axes of unequal sizes that are not both hidden channels (labels,
-        tokens, pixels), a channel graph of another model; in `init` and `fit`, an adapter that takes more than
-        half of the memory that is free; in `fit`, moments of another size than the layer's input; in `apply`, an
-        adapter of other routes.
+      ValueError: an unknown choice, a random one without a key; as `share_transfer`; for a route with the view
+        `attention`, several leaves in one, leaves with other numbers of channel axes or of other layouts, axes of
+        unequal sizes that are not both hidden channels (labels, tokens, pixels), a channel graph of another model; in
+        `init` and `fit`, an adapter that takes more than half of the memory that is free; in `fit`, moments of another
+        size than the layer's input; in `apply`, an adapter of other routes.
     """
+    check_choice("choice of channels", choice, get_args(ChannelChoice))
+    if (choice == "random") != (key is not None):
+        raise ValueError(f"a key is for the random choice of channels, and needed there; the choice is {choice!r}")
     named_routes = kernel_routes(routes)
 
     def plan_routes(resolved: tuple[ResolvedRoute, ...]) -> AlignmentPlan:
@@ -129,7 +148,7 @@ def aligned_transfer(routes: Routes, source_graph: ChannelGraph, target_graph: C
     def fit(moments: Mapping[str, jax.Array], source_params: Params, target_params: Params) -> Adapter:
         plan = plan_routes(resolve(named_routes, source_params, target_params))
         _check_memory(plan)
-        return fitted_adapter(plan, source_graph, moments, flatten(source_params))
+        return fitted_adapter(plan, source_graph, moments, flatten(source_params), choice, key)
 
     transfer = routed_transfer(named_routes, plan_routes, move, start=start, costs=costs)
     return dataclasses.replace(transfer, fit=fit)

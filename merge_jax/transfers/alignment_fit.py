@@ -4,6 +4,7 @@ import functools
 import math
 import string
 from collections.abc import Mapping
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,9 @@ from merge_jax.transfers.channel_axes import ChannelGraph
 from merge_jax.transfers.weight_selection import choice_matrix, evenly_chosen
 from merge_jax.types import Adapter
 
-__all__ = ["even_adapter", "fitted_adapter"]
+__all__ = ["ChannelChoice", "even_adapter", "fitted_adapter"]
+
+ChannelChoice = Literal["moments", "magnitude", "random", "even"]
 
 _RIDGE = 1e-4
 _EPSILON = 1e-6
@@ -57,23 +60,41 @@ def _chosen_inputs(leaf: AlignedLeaf, outputs: Mapping[str, jax.Array]) -> jax.A
 
 
 def fitted_adapter(
-    plan: AlignmentPlan, source_graph: ChannelGraph, moments: Mapping[str, jax.Array], source: Mapping[str, jax.Array]
+    plan: AlignmentPlan,
+    source_graph: ChannelGraph,
+    moments: Mapping[str, jax.Array],
+    source: Mapping[str, jax.Array],
+    choice: ChannelChoice = "moments",
+    key: jax.Array | None = None,
 ) -> Adapter:
     """Returns the adapter that keeps most of what the source's layers compute; see `aligned_transfer`."""
     outputs, made, chosen = _even_outputs(plan), plan.made(), set()
-    for name in plan.outermost_first():
+    for number, name in enumerate(plan.outermost_first()):
         (m, p), group, around = plan.pairs[name]
-        found = _group_moments(group, around is not None, source_graph, moments, source)
-        if m >= p or not found or name not in made:
+        if m >= p or name not in made:
+            continue
+        sizes = _magnitudes(plan, name, source)
+        if choice == "moments":
+            found = _group_moments(group, around is not None, source_graph, moments, source)
+            if not found:
+                continue
+            given, choose = (sum(found[1:], found[0]), sizes), _choose
+        elif choice == "magnitude":
+            given, choose = (sizes,), _largest
+        elif choice == "random":
+            assert key is not None  # aligned_transfer
+            drawn = jax.random.uniform(jax.random.fold_in(key, number), sizes.shape)
+            given, choose = (drawn,), _largest
+        else:
+            chosen.add(name)  # As it is: evenly.
             continue
         chosen.add(name)
-        total, sizes = sum(found[1:], found[0]), _magnitudes(plan, name, source)
         if around is None:
-            outputs[name] = choice_matrix(_choose(total, sizes, m), m, p)
+            outputs[name] = choice_matrix(choose(*given, count=m), m, p)
         else:
-            total, sizes = (jnp.tensordot(outputs[around], one, 1, precision=_PRECISION) for one in (total, sizes))
-            choose = functools.partial(_choose, count=m)
-            outputs[name] = jax.nn.one_hot(jax.vmap(choose)(total, sizes), p, dtype=jnp.float32)
+            given = tuple(jnp.tensordot(outputs[around], one, 1, precision=_PRECISION) for one in given)
+            indices = jax.vmap(functools.partial(choose, count=m))(*given)
+            outputs[name] = jax.nn.one_hot(indices, p, dtype=jnp.float32)
     inputs = {}
     for leaf in plan.leaves:
         if leaf.source in moments and chosen.intersection(str(leaf.axes[i].pair) for i in leaf.reading):
@@ -147,6 +168,11 @@ def _magnitudes(plan: AlignmentPlan, name: str, source: Mapping[str, jax.Array])
                 squares = jnp.square(source[leaf.source].astype(jnp.float32)).sum(rest)
                 total += squares if kept == sorted(kept) else squares.T
     return total
+
+
+def _largest(sizes: jax.Array, count: int) -> jax.Array:
+    """Returns so many channels, the largest first."""
+    return lax.top_k(sizes, count)[1]
 
 
 def _choose(moments: jax.Array, sizes: jax.Array, count: int) -> jax.Array:

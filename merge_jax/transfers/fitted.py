@@ -1,11 +1,12 @@
 """Refit: after an aligned write, every layer of the target is solved to compute what the source's does."""
 
-import dataclasses
 import functools
 import math
 import string
 import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from dataclasses import replace as changed
 from typing import Any, NamedTuple
 
 import jax
@@ -216,7 +217,7 @@ def _below_params(route: Route) -> Route:
             raise ValueError(f"the refit takes paths and globs, not the regular expression {leaves.pattern!r}")
         return f"{_PARAMS}/{leaves}"
 
-    return dataclasses.replace(route, target=below(route.target), source=below(route.source))
+    return changed(route, target=below(route.target), source=below(route.source))
 
 
 def _in_batches(inputs: tuple[jax.Array, ...], size: int) -> tuple[list[jax.Array], jax.Array]:
@@ -228,7 +229,8 @@ def _in_batches(inputs: tuple[jax.Array, ...], size: int) -> tuple[list[jax.Arra
     return [jnp.asarray(one)[places % count].reshape(batches, size, *jnp.shape(one)[1:]) for one in inputs], weights
 
 
-class _Walk(NamedTuple):
+@dataclass(frozen=True)
+class _Walk:
     """Both computations, site after site: what all batches are at one depth is kept, and nothing else."""
 
     source: Program
@@ -238,7 +240,7 @@ class _Walk(NamedTuple):
     max_rows: int
     axis_name: str | None
     batches: int
-    count: int
+    num_inputs: int
 
     def run(
         self,
@@ -324,7 +326,7 @@ class _Walk(NamedTuple):
     def check_rows(self, size: int) -> None:
         """Warns of sites with fewer rows than unknowns; a batch has so many inputs."""
         for site in self.plan.sites:
-            rows = min(self.max_rows, site.rows // size * self.count)
+            rows = min(self.max_rows, site.rows // size * self.num_inputs)
             if rows < site.num_unknowns:
                 warnings.warn(
                     f"{site.name} has {site.num_unknowns} unknowns and {rows} rows to solve them from: the ridge is "

@@ -71,7 +71,7 @@ def find_layer(program: Program, leaf: str) -> Layer:
         raise Unsolvable("nothing that is computed from the inputs meets it")
     equations = [program.equations[place] for place in meets]
     dense = [one for one in equations if _is_dense(one)]
-    if dense and (len(equations) > 1 or linear[dense[0].inputs[_side(dense[0], linear)]] != "whole"):
+    if dense and (len(equations) > 1 or [linear[one] for one in dense[0].reads if one in linear] != ["whole"]):
         raise Unsolvable("it is used in several places, or reshaped before it is used")
     if not dense and not all(_by_channel(one, linear) for one in equations):
         raise Unsolvable(f"it meets the data in the operation {equations[0].name!r}, which is not linear in it")
@@ -108,10 +108,6 @@ def _is_dense(equation: Equation) -> bool:
     return equation.name == "dot_general" or (
         equation.name == "conv_general_dilated" and equation.params["feature_group_count"] == 1
     )
-
-
-def _side(equation: Equation, linear: dict[int, str]) -> int:
-    return next(i for i, one in enumerate(equation.inputs) if one in linear)
 
 
 def _by_channel(equation: Equation, linear: dict[int, str]) -> bool:

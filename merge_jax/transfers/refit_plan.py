@@ -122,14 +122,14 @@ def plan_refit(alignment: AlignmentPlan, source: FollowedModel, target: Followed
         if is_state(leaf.target, paths):
             continue
         try:
-            layers = [find_layer(model.trace.program, path)
-                      for model, path in ((target, leaf.target), (source, leaf.source))]  # fmt: skip
-            if layers[0].dense != layers[1].dense:
+            layer = find_layer(target.trace.program, leaf.target)
+            source_layer = find_layer(source.trace.program, leaf.source)
+            if layer.dense != source_layer.dense:
                 raise Unsolvable("it is another kind of layer in the source")
         except Unsolvable as reason:
             kept[leaf.target] = str(reason)
         else:
-            found.setdefault(layers[0].end, []).append((leaf, *layers))
+            found.setdefault(layer.end, []).append((leaf, layer, source_layer))
     sites = []
     for end in sorted(found, key=lambda value: target.trace.program.makers[value]):
         site = _site(found[end], source, target, kept)

@@ -27,7 +27,7 @@ class Moments(NamedTuple):
     and `y` are `[r, m]`. Second moments are sums of products of what is centred.
     """
 
-    count: jax.Array
+    weight: jax.Array
     means: tuple[jax.Array, jax.Array, jax.Array]
     xx: jax.Array
     xt: jax.Array
@@ -66,17 +66,17 @@ def batch_moments(
 
 def add_moments(one: Moments, other: Moments) -> Moments:
     """Returns the moments of the rows of both (Chan et al., 1979: exact, without large sums that cancel)."""
-    count = one.count + other.count
-    share = other.count / jnp.maximum(count, _TINY)
+    weight = one.weight + other.weight
+    share = other.weight / jnp.maximum(weight, _TINY)
     x, t, y = (b - a for a, b in zip(one.means, other.means, strict=True))
     means = tuple(a + share * step for a, step in zip(one.means, (x, t, y), strict=True))
     outer = "d,e->de", "d,m->dm"
     if x.ndim == 2:
         outer = "md,me->mde", "md,m->md"
     xx, xt = (jnp.einsum(form, x, step, precision=_PRECISION) for form, step in zip(outer, (x, t), strict=True))
-    both = one.count * share
+    both = one.weight * share
     return Moments(
-        count,
+        weight,
         (means[0], means[1], means[2]),
         one.xx + other.xx + both * xx,
         one.xt + other.xt + both * xt,
@@ -165,7 +165,7 @@ def solve(site: Site, moments: Moments, prior: jax.Array, valid: jax.Array, ridg
       valid: which channels have one of the source, bool `[m]`; the others stay.
       ridge: without unit.
     """
-    d, count = site.num_unknowns, jnp.maximum(moments.count, 1.0)
+    d, count = site.num_unknowns, jnp.maximum(moments.weight, 1.0)
     x, t, _ = moments.means
     xx, xt, tt = (sums / count for sums in (moments.xx, moments.xt, moments.tt))
     centred = any(one.layer.bias is not None for one in site.unknowns)
@@ -280,7 +280,7 @@ def _products(
     site: Site, moments: Moments, part: slice, kernel: jax.Array, scale: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Returns mean and variance `[m]` of the products of what enters with a kernel `[d, m]`."""
-    x, count = moments.means[0], jnp.maximum(moments.count, 1.0)
+    x, count = moments.means[0], jnp.maximum(moments.weight, 1.0)
     if site.dense:
         among = moments.xx[part, part] / count
         spread = jnp.sum(kernel * jnp.matmul(among, kernel, precision=_PRECISION), 0)

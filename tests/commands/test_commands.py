@@ -53,8 +53,8 @@ def refused(capsys, *words):
 
 
 def results(folder, method):
-    rows = json.loads((folder / "results.json").read_text())
-    return {row["seed"]: 100 * row["target_test"] for row in rows if row["method"] == method}
+    rows = [row for name in ("results", "opponents") for row in json.loads((folder / f"{name}.json").read_text())]
+    return {row["seed"]: 100 * row["target_test"] for row in rows if method in (row.get("method"), row.get("opponent"))}
 
 
 def formatted(values, sign=""):
@@ -80,7 +80,9 @@ def test_runs_are_compared_by_seed_and_told_apart(runs, tmp_path, capsys):
     printed = said(capsys, "compare", runs / "one", runs / "two", "--out", tmp_path / "out", "--baseline", "share")
     baseline = results(runs / "one", "share")
     rows = {tuple(line.split()[:2]): line for line in printed.splitlines() if line.startswith((" one", " two"))}
-    assert list(rows) == [("one", "vanilla"), ("one", "share"), ("two", "vanilla"), ("two", "share")]
+    shown = ("vanilla", "share", "inputs_lr", "source_lr", "source")
+    assert list(rows) == [(run, name) for run in ("one", "two") for name in shown]
+    assert "inputs_lr: logistic regression on the raw inputs" in " ".join(printed.split())
     for (name, method), line in rows.items():
         values = results(runs / name, method)
         assert formatted(list(values.values())) in line

@@ -109,6 +109,47 @@ def test_a_fit_loses_nothing_where_the_source_has_channels_twice():
     assert float(jnp.sqrt(jnp.mean(jnp.square(mlp(even, x) - expected)))) > 0.1 * size
 
 
+def test_channels_may_be_chosen_by_magnitude_or_at_random():
+    """By all leaves that a channel is tied in, and with what reads it reconstructed where there are moments."""
+    rng = np.random.default_rng(0)
+    source, target, x = perceptron(rng, 8), perceptron(rng, 3), jnp.asarray(rng.normal(size=(64, 5)), jnp.float32)
+    scale = jnp.asarray([1, 9, 1, 1, 1, 5, 1, 1], jnp.float32)
+    source["first"]["kernel"] *= scale[None]
+    source["last"]["kernel"] = source["last"]["kernel"].at[3].multiply(30.0)
+    graphs = [mj.channel_graph(mlp, params, x) for params in (source, target)]
+
+    def chosen(moments, **options):
+        transfer = mj.aligned_transfer(EVERYTHING, *graphs, **options)
+        written = transfer.apply(transfer.fit(moments, source, target), source, target)
+        found = [np.flatnonzero((row == np.asarray(source["first"]["kernel"]).T).all(axis=1))
+                 for row in np.asarray(written["first"]["kernel"]).T]  # fmt: skip
+        return np.concatenate(found).tolist(), written
+
+    places, pruned = chosen({}, choice="magnitude")
+    assert places == [3, 1, 5]
+    np.testing.assert_allclose(pruned["last"]["kernel"], source["last"]["kernel"][np.array(places)], rtol=1e-6)
+    moments = mj.input_moments(mlp, source, x)
+    assert chosen(moments, choice="magnitude")[0] == places
+    assert np.any(chosen(moments, choice="magnitude")[1]["last"]["kernel"] != pruned["last"]["kernel"])
+    assert chosen(moments, choice="even")[0] == [0, 2, 5]
+    drawn = {tuple(chosen(moments, choice="random", key=jax.random.key(seed))[0]) for seed in range(6)}
+    assert len(drawn) > 3
+    assert all(len(set(one)) == 3 for one in drawn)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"choice": "largest"}, "unknown choice of channels 'largest'"),
+        ({"choice": "random"}, "a key is for the random choice of channels, and needed there; the choice is 'random'"),
+        ({"key": 0}, "the choice is 'moments'"),
+    ],
+)
+def test_choices_of_channels_are_checked(options, message):
+    with pytest.raises(ValueError, match=message):
+        mj.aligned_transfer(EVERYTHING, channels_of(LARGE), channels_of(SMALL), **options)
+
+
 def test_a_fit_keeps_more_of_a_real_model_than_an_even_choice():
     (source, state), (target, small_state) = variables_of(LARGE), variables_of(SMALL)
     transfer = aligned(LARGE, SMALL)

@@ -1,0 +1,81 @@
+"""Head first: the last layer fitted to the labelled examples before the first step, and kept from transfers."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import jax
+import numpy as np
+
+import merge_jax as mj
+from merge_jax.data import take
+from merge_jax.paths import flatten
+from merge_jax.study.probes import observer, regression, sampled
+from merge_jax.study.scenario import StudyModel
+from merge_jax.training.joint import TrainState
+from merge_jax.transfers.base import Step
+from merge_jax.types import Adapter, Params
+
+__all__ = ["FitHead", "keeping", "make_fit_head"]
+
+FitHead = Callable[[TrainState, int], dict[str, np.ndarray]]
+"""`(target right after the write, seed) -> leaves of its last layer by path`."""
+
+_SOME = 16
+
+
+def make_fit_head(model: StudyModel) -> tuple[tuple[str, str], FitHead]:
+    """Returns the paths of a classifier's last layer, kernel and bias, and what fits it to the labelled examples.
+
+    That is the logistic regression on standardised features of `probe`, as a layer of the features as they are.
+
+    Raises:
+      ValueError: no classifier, one that sows no `features`, or whose logits are not a dense layer of them.
+    """
+    splits = model.splits(0)
+    observe = observer(model, splits.test)
+    if observe is None or sampled(model, splits, 0) is None:
+        raise ValueError(
+            f"head_first needs a classifier that sows 'features', the input of its last layer; {model.name} does not"
+        )
+    params, model_state = model.init(jax.random.key(0))
+    few = take(splits.test, np.arange(min(_SOME, len(splits.test["label"]))))
+    kernel, bias = _last_layer(model.name, params, *observe(params, model_state, few))
+
+    def fit_head(target: TrainState, seed: int) -> dict[str, np.ndarray]:
+        sample = sampled(model, model.splits(seed), seed)
+        assert sample is not None  # It was there for seed 0.
+        found = observe(target.params, target.model_state, sample.fitted)
+        fitted = regression(found.features, np.asarray(sample.fitted["label"]), found.logits.shape[1])
+        return dict(zip((kernel, bias), fitted, strict=True))
+
+    return (kernel, bias), fit_head
+
+
+def keeping(transfer: mj.Transfer, paths: tuple[str, ...]) -> mj.Transfer:
+    """Returns the transfer that leaves these leaves of the target as they are."""
+
+    def apply(
+        adapter: Adapter,
+        source_params: Params,
+        target_params: Params,
+        *,
+        key: jax.Array | None = None,
+        step: Step = None,
+    ) -> Params:
+        new = transfer.apply(adapter, source_params, target_params, key=key, step=step)
+        return mj.replace(new, mj.select(target_params, paths))
+
+    return replace(transfer, apply=apply)
+
+
+def _last_layer(name: str, params: Any, features: np.ndarray, logits: np.ndarray) -> tuple[str, str]:
+    """Returns the paths of the kernel and the bias that make the logits of the features."""
+    leaves = flatten(params)
+    for path, kernel in leaves.items():
+        bias = f"{path.removesuffix('kernel')}bias"
+        if path.endswith("kernel") and bias in leaves and kernel.shape == (features.shape[1], logits.shape[1]):
+            made = features @ np.asarray(kernel, np.float32) + np.asarray(leaves[bias], np.float32)
+            if np.allclose(made, logits, rtol=0.02, atol=0.02 * np.abs(logits).max()):  # In bfloat16 too.
+                return path, bias
+    raise ValueError(f"head_first: no kernel and bias of {name} make its logits of its 'features'")

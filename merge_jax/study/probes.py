@@ -1,0 +1,175 @@
+"""What a classifier is worth without training: its features, a logistic regression on them, and its last layer."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.errors import FlaxError
+
+import merge_jax as mj
+from merge_jax.data import Arrays, Splits, is_streamed, num_examples
+from merge_jax.objectives.evaluation import padded_batches
+from merge_jax.study.scenario import StudyModel
+from merge_jax.types import ModelState, Params
+
+__all__ = ["Observe", "Observed", "Sample", "inputs_lr", "observer", "probe", "regression", "sampled"]
+
+_AT_ONCE = 200
+_MOST = 10_000  # Examples that a regression is fitted to: more cost minutes.
+_STEPS = 1000
+
+
+class Observed(NamedTuple):
+    """What a model makes of N examples: its features `[N, d]`, the input of its last layer, and its logits `[N, C]`."""
+
+    features: np.ndarray
+    logits: np.ndarray
+
+    def accuracy(self, labels: np.ndarray) -> float:
+        """Returns the fraction of labels `[N]` that the largest logit names."""
+        return float(np.mean(self.logits.argmax(axis=1) == labels))
+
+
+Observe = Callable[[Params, ModelState, Arrays], Observed]
+"""`(params, model_state, arrays) -> what the model makes of all these examples`, in evaluation mode."""
+
+
+class Sample(NamedTuple):
+    """Labelled examples to fit a regression to, and those that it is read on."""
+
+    fitted: Arrays
+    test: Arrays
+
+
+def sampled(model: StudyModel, splits: Splits, seed: int) -> Sample | None:
+    """Returns what regressions are fitted to, and tested on; None for a model that is no classifier.
+
+    They are fitted to all labelled training examples, or to 10,000 of them, drawn by the seed.
+    """
+    total = num_examples(splits.train)
+    if model.metric != "accuracy" or "label" not in splits.train or not num_examples(splits.test) or total == 0:
+        return None
+    rows = np.arange(total)
+    if total > _MOST:
+        rows = np.sort(np.random.default_rng(seed).permutation(total)[:_MOST])
+    fitted = {name: entry[rows] for name, entry in splits.train.items() if name in (*model.inputs, "label")}
+    return Sample(fitted, splits.test)
+
+
+def observer(model: StudyModel, arrays: Arrays) -> Observe | None:
+    """Returns what reads a model's features of such examples, compiled once.
+
+    None for a model without `apply`, one that does not sow `features` (the input of its last layer, as the models of
+    `merge_jax.models` do), and one that cannot read these examples.
+    """
+    if model.apply is None or not set(model.inputs) <= arrays.keys():
+        return None
+    observe = mj.objectives.with_features(model.apply)
+
+    @jax.jit
+    def read(params: Params, model_state: ModelState, *inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits, (features,) = observe({"params": params, **model_state}, *inputs, train=False)
+        return features.reshape(features.shape[0], -1).astype(jnp.float32), logits
+
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    inputs = [jax.ShapeDtypeStruct((1, *arrays[name].shape[1:]), arrays[name].dtype) for name in model.inputs]
+    try:
+        _, logits = jax.eval_shape(read, *shapes, *inputs)
+    except (ValueError, TypeError, FlaxError):  # It is another model's data, or there are no features.
+        return None
+    if len(logits.shape) != 2:
+        return None
+
+    def observed(params: Params, model_state: ModelState, arrays: Arrays) -> Observed:
+        size = num_examples(arrays)
+        # One width for all sets of examples, so that one compilation serves them.
+        rows = np.resize(np.arange(size), max(size, _AT_ONCE))
+        used = {name: arrays[name] for name in model.inputs}
+        found = [
+            [np.asarray(part)[:kept] for part in read(params, model_state, *batch.values())]
+            for kept, batch in padded_batches(used, rows, _AT_ONCE)
+        ]
+        features, logits = (np.concatenate(parts)[:size] for parts in zip(*found, strict=True))
+        return Observed(features, logits)
+
+    return observed
+
+
+def probe(features: np.ndarray, labels: np.ndarray, test_features: np.ndarray, test_labels: np.ndarray) -> float | None:
+    """Returns the test accuracy of a logistic regression on standardised features `[N, d]`, a fraction.
+
+    Its penalty is `|w|^2 / 2` beside the sum of the losses (scikit-learn's C = 1), and is not tuned. None where
+    features are not finite, or all labels are one.
+    """
+    if len(np.unique(labels)) < 2 or not (np.isfinite(features).all() and np.isfinite(test_features).all()):
+        return None
+    from sklearn.preprocessing import StandardScaler  # Half a second that --help should not.
+
+    scaler = StandardScaler().fit(features)
+    model = _fitted(scaler.transform(features), labels)
+    return float(model.score(scaler.transform(test_features), test_labels))
+
+
+def regression(features: np.ndarray, labels: np.ndarray, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the regression of `probe` as a layer of the features as they are: kernel `[d, C]` and bias `[C]`.
+
+    Raises:
+      ValueError: labels without an example of each class, or features that are not finite.
+    """
+    missing = np.setdiff1d(np.arange(num_classes), labels)
+    if len(missing) or not np.isfinite(features).all():
+        lack = f"no example of the classes {missing.tolist()}" if len(missing) else "features that are not finite"
+        raise ValueError(f"a last layer cannot be fitted: there are {lack}")
+    from sklearn.preprocessing import StandardScaler
+
+    scaler = StandardScaler().fit(features)
+    model = _fitted(scaler.transform(features), labels)
+    weights, bias = model.coef_, model.intercept_
+    if num_classes == 2:  # One row, of the second class against the first.
+        weights, bias = np.concatenate([-weights, weights]) / 2, np.concatenate([-bias, bias]) / 2
+    kernel = weights.T / scaler.scale_[:, None]
+    return kernel.astype(np.float32), (bias - scaler.mean_ @ kernel).astype(np.float32)
+
+
+def _fitted(features: Any, labels: np.ndarray) -> Any:
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # It is as good as so many steps make it.
+        return LogisticRegression(max_iter=_STEPS).fit(features, labels)
+
+
+def inputs_lr(model: StudyModel, sample: Sample) -> float | None:
+    """Returns the test accuracy of a logistic regression on a model's raw inputs; the same for any model of these.
+
+    Numbers, such as pixels, are flattened and standardised. Whole numbers but uint8 are tokens: their counts, weighted
+    by TF-IDF. None where inputs are streamed, of several entries, or all labels are one.
+    """
+    if len(model.inputs) != 1 or any(is_streamed({name: sample.test[name]}) for name in model.inputs):
+        return None
+    fitted, test = (np.asarray(arrays[model.inputs[0]]) for arrays in sample)
+    labels, test_labels = (np.asarray(arrays["label"]) for arrays in sample)
+    if not np.issubdtype(fitted.dtype, np.integer) or fitted.dtype == np.uint8:
+        fitted, test = (part.reshape(len(part), -1).astype(np.float32) for part in (fitted, test))
+        return probe(fitted, labels, test, test_labels)
+    if len(np.unique(labels)) < 2:
+        return None
+    from sklearn.feature_extraction.text import TfidfTransformer
+
+    words = int(max(fitted.max(), test.max())) + 1
+    weights = TfidfTransformer().fit(_counts(fitted, words))
+    model_ = _fitted(weights.transform(_counts(fitted, words)), labels)
+    return float(model_.score(weights.transform(_counts(test, words)), test_labels))
+
+
+def _counts(tokens: np.ndarray, words: int) -> Any:
+    """Returns how often each text `[N, L]` has each token, sparse, `[N, words]`."""
+    from scipy.sparse import coo_array
+
+    tokens = tokens.reshape(len(tokens), -1)
+    rows = np.repeat(np.arange(len(tokens)), tokens.shape[1])
+    return coo_array((np.ones(tokens.size), (rows, tokens.ravel())), shape=(len(tokens), words)).tocsr()
