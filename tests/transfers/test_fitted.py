@@ -50,11 +50,7 @@ def variables_of(name, role):
     rng = np.random.default_rng(seed)
     noise = lambda leaf: leaf + jnp.asarray(0.1 * rng.normal(size=leaf.shape), jnp.float32)  # noqa: E731
     variables["params"] = jax.tree.map(noise, variables["params"])
-    if "batch_stats" in variables:
-        for _ in range(60):
-            _, state = model.apply(variables, inputs, train=True, mutable=["batch_stats"])
-            variables |= state
-    return variables
+    return mj.reset_statistics(model.apply, variables, inputs) if "batch_stats" in variables else variables
 
 
 def refit_pair(name, **options):
