@@ -64,12 +64,9 @@ def make_probe(apply: ModelApply) -> Probe:
         parts = {"labelled": labelled, "validation": splits.validation, "test": splits.test}
         images = np.concatenate([part["image"] for part in parts.values()])
         ends = np.cumsum([len(part["label"]) for part in parts.values()])[:-1]
-        features = dict(zip(parts, np.split(np.asarray(observe(variables, images)[1][0]), ends), strict=True))
+        features = dict(zip(parts, jnp.split(observe(variables, images)[1][0], ends), strict=True))
         head = mj.fit_head(features.pop("labelled"), labelled["label"], num_classes=10)
-        return {
-            name: 100 * float(mj.accuracy(head(jnp.asarray(one)), parts[name]["label"]))
-            for name, one in features.items()
-        }
+        return {name: 100 * float(mj.accuracy(head(one), parts[name]["label"])) for name, one in features.items()}
 
     return probe
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import merge_jax as mj
+from tests.objectives.test_features import models, split
 
 rsd = mj.objectives.redundancy_suppression
 
@@ -50,6 +51,18 @@ def test_constant_features_have_a_gradient_and_the_others_none():
     gradients = jax.grad(lambda x, y: rsd([x], [y]), argnums=(0, 1))(np.ones((6, 4), np.float32), draw(6, 4))
     assert np.isfinite(gradients[0]).all()
     assert not gradients[1].any()
+
+
+def test_it_is_an_objective_of_training():
+    source, target, (of_source, of_target), batch = models()
+    shown = mj.features_teacher(source.apply, ["features"])(*split(of_source), batch)
+    loss_fn = mj.feature_agreement(target.apply, ["features"], weight=2.0, objective=rsd)
+    loss, (_, metrics) = loss_fn(*split(of_target), shown, jax.random.key(0))
+    observe = mj.objectives.with_features(target.apply)
+    (_, features), _ = observe(of_target, batch["image"], train=True, mutable=["batch_stats"])
+    expected = rsd(features, shown["source_features"])
+    assert loss == pytest.approx(2 * float(expected), rel=1e-4)
+    assert metrics["agreement"] == pytest.approx(1 - float(expected), abs=1e-4)
 
 
 @pytest.mark.parametrize(
