@@ -13,9 +13,20 @@ import merge_jax as mj
 from merge_jax.data import Arrays, Splits, is_streamed, num_examples
 from merge_jax.objectives.evaluation import padded_batches
 from merge_jax.study.scenario import StudyModel
+from merge_jax.training.joint import TrainState
 from merge_jax.types import ModelState, Params
 
-__all__ = ["Observe", "Observed", "Sample", "inputs_lr", "observer", "probe", "regression", "sampled"]
+__all__ = [
+    "Observe",
+    "Observed",
+    "Sample",
+    "inputs_lr",
+    "observer",
+    "probe",
+    "regression",
+    "reset_to_inputs",
+    "sampled",
+]
 
 _AT_ONCE = 200
 _MOST = 10_000  # Examples that a regression is fitted to: more cost minutes.
@@ -98,6 +109,21 @@ def observer(model: StudyModel, arrays: Arrays) -> Observe | None:
     return observed
 
 
+def reset_to_inputs(model: StudyModel, target: TrainState, seed: int, axis_name: str | None) -> TrainState:
+    """Returns a model with the statistics of BatchNorm that its training inputs give, labelled ones and the pool.
+
+    Of more than 10,000 the first count. The model itself where it has no statistics, or is no classifier.
+    """
+    sample = sampled(model, model.splits(seed), seed)
+    if sample is None or model.apply is None or "batch_stats" not in target.model_state:
+        return target
+    arrays = sample.fitted if model.pool is None else model.pool(seed)
+    inputs = [np.asarray(arrays[name][: min(len(arrays[name]), _MOST)]) for name in model.inputs]
+    variables = {"params": target.params, **target.model_state}
+    found = mj.reset_statistics(model.apply, variables, *inputs, axis_name=axis_name)
+    return target.replace(model_state={name: found[name] for name in target.model_state})
+
+
 def probe(features: np.ndarray, labels: np.ndarray, test_features: np.ndarray, test_labels: np.ndarray) -> float | None:
     """Returns the test accuracy of a logistic regression on standardised features `[N, d]`, a fraction.
 
@@ -125,7 +151,7 @@ def regression(features: np.ndarray, labels: np.ndarray, num_classes: int) -> tu
         raise ValueError(f"a last layer cannot be fitted: there are {lack}")
     from sklearn.preprocessing import StandardScaler
 
-    scaler = StandardScaler().fit(features)
+    scaler: Any = StandardScaler().fit(features)
     model = _fitted(scaler.transform(features), labels)
     weights, bias = model.coef_, model.intercept_
     if num_classes == 2:  # One row, of the second class against the first.

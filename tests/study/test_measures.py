@@ -11,7 +11,7 @@ import merge_jax as mj
 from experiments import cross_structure
 from merge_jax import study
 from merge_jax.runs import Run, result_tables
-from merge_jax.study.measures import make_measure, make_opponents
+from merge_jax.study.measures import make_measures, make_opponents
 from merge_jax.study.pools import check_pool, draw_pool, inputs_of
 from merge_jax.study.probes import Sample, inputs_lr, observer, probe, regression, sampled
 from merge_jax.study.sources import SourcePlan
@@ -92,9 +92,13 @@ def test_a_target_is_measured_after_the_first_write_of_its_transfer(scenario, so
     expected = scenario.target.evaluate(params, state.target.model_state, splits.test)["accuracy"]
     assert found["target_start_test"] == pytest.approx(expected)
     observe = observer(scenario.target, splits.test)
-    (features, _), (test_features, _) = (
-        observe(params, state.target.model_state, part) for part in (splits.train, splits.test)
-    )
+    variables = {"params": params, **state.target.model_state}
+    statistics = {
+        "batch_stats": mj.reset_statistics(scenario.target.apply, variables, splits.train["image"])["batch_stats"]
+    }
+    (features, _), (test_features, logits) = (observe(params, statistics, part) for part in (splits.train, splits.test))
+    assert found["target_start_reset"] == np.mean(logits.argmax(axis=1) == splits.test["label"])
+    assert found["target_start_reset"] != found["target_start_test"]
     assert found["target_start_probe"] == pytest.approx(
         probe(features, splits.train["label"], test_features, splits.test["label"]), abs=0.006
     )
@@ -128,7 +132,7 @@ def test_opponents_are_the_inputs_and_the_source(scenario, source):
 def test_what_is_no_classifier_has_its_metric_alone(scenario, source):
     judged = replace(scenario.target, metric="f1", evaluate=lambda *given: {"f1": 0.25})
     target = TrainState(*judged.init(jax.random.key(0)), None)
-    assert make_measure(judged)(target, 0) == {"test": 0.25, "probe": None}
+    assert make_measures(judged).start(target, 0) == {"test": 0.25, "reset": None, "probe": None}
     assert make_opponents(replace(scenario, target=judged), SourcePlan())(source, 0) == {}
 
 
