@@ -10,7 +10,7 @@ import numpy as np
 import merge_jax as mj
 from merge_jax.data import take
 from merge_jax.paths import flatten
-from merge_jax.study.probes import observer, regression, reset_to_inputs, sampled
+from merge_jax.study.probes import observer, reset_to_inputs, sampled
 from merge_jax.study.scenario import StudyModel
 from merge_jax.training.joint import TrainState
 from merge_jax.transfers.base import Step
@@ -27,8 +27,7 @@ _SOME = 16
 def make_fit_head(model: StudyModel, axis_name: str | None = None) -> tuple[tuple[str, str], FitHead]:
     """Returns the paths of a classifier's last layer, kernel and bias, and what fits it to the labelled examples.
 
-    That is the logistic regression on standardised features of `probe`, as a layer of the features as they are, with
-    the statistics of BatchNorm that the training inputs give.
+    That is `mj.fit_head`, on features with the statistics of BatchNorm that the training inputs give.
 
     Raises:
       ValueError: no classifier, one that sows no `features`, or whose logits are not a dense layer of them.
@@ -48,8 +47,9 @@ def make_fit_head(model: StudyModel, axis_name: str | None = None) -> tuple[tupl
         assert sample is not None  # It was there for seed 0.
         target = reset_to_inputs(model, target, seed, axis_name)
         found = observe(target.params, target.model_state, sample.fitted)
-        fitted = regression(found.features, np.asarray(sample.fitted["label"]), found.logits.shape[1])
-        return dict(zip((kernel, bias), fitted, strict=True)), target.model_state
+        labels = np.asarray(sample.fitted["label"])
+        head = mj.fit_head(found.features, labels, num_classes=found.logits.shape[1])
+        return {kernel: np.asarray(head.kernel), bias: np.asarray(head.bias)}, target.model_state
 
     return (kernel, bias), fit_head
 

@@ -23,7 +23,6 @@ __all__ = [
     "inputs_lr",
     "observer",
     "probe",
-    "regression",
     "reset_to_inputs",
     "sampled",
 ]
@@ -137,27 +136,6 @@ def probe(features: np.ndarray, labels: np.ndarray, test_features: np.ndarray, t
     scaler = StandardScaler().fit(features)
     model = _fitted(scaler.transform(features), labels)
     return float(model.score(scaler.transform(test_features), test_labels))
-
-
-def regression(features: np.ndarray, labels: np.ndarray, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the regression of `probe` as a layer of the features as they are: kernel `[d, C]` and bias `[C]`.
-
-    Raises:
-      ValueError: labels without an example of each class, or features that are not finite.
-    """
-    missing = np.setdiff1d(np.arange(num_classes), labels)
-    if len(missing) or not np.isfinite(features).all():
-        lack = f"no example of the classes {missing.tolist()}" if len(missing) else "features that are not finite"
-        raise ValueError(f"a last layer cannot be fitted: there are {lack}")
-    from sklearn.preprocessing import StandardScaler
-
-    scaler: Any = StandardScaler().fit(features)
-    model = _fitted(scaler.transform(features), labels)
-    weights, bias = model.coef_, model.intercept_
-    if num_classes == 2:  # One row, of the second class against the first.
-        weights, bias = np.concatenate([-weights, weights]) / 2, np.concatenate([-bias, bias]) / 2
-    kernel = weights.T / scaler.scale_[:, None]
-    return kernel.astype(np.float32), (bias - scaler.mean_ @ kernel).astype(np.float32)
 
 
 def _fitted(features: Any, labels: np.ndarray) -> Any:
