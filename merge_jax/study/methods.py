@@ -17,6 +17,7 @@ from merge_jax.study.config import RunConfig, make_schedule
 from merge_jax.study.options import TransferOptions, parse_pairs
 from merge_jax.study.pools import pool_inputs
 from merge_jax.study.scenario import FitFn, Method, Scenario, StartFn, StudyModel, choose_methods
+from merge_jax.study.starts import aligned_reset_start, prepare_start, refit_start
 from merge_jax.transfers.adapter import OutputForm
 from merge_jax.types import Batch, LossFn, ModelState, Params, TeacherFn
 
@@ -174,6 +175,7 @@ def make_methods(
         "pruned": lambda: _Moves(mj.identity_transfer(), 0.0, start=alignment().pruned),
         "random_channels": lambda: _Moves(mj.identity_transfer(), 0.0, start=alignment().random_channels),
         "mergenet_residual_aligned": then_residual,
+        **{name: partial(started, name, make) for name, make in _starts(options).items()},
     }
     _check_own_names(shipped, transfers, starts, objectives)
     moves = shipped | {name: by_routes(make) for name, make in transfers.items()}
@@ -211,6 +213,18 @@ def _check_own_names(
     for name, objective in objectives.items():
         if not isinstance(objective, Objective):
             raise ValueError(f"the objective {name!r} must be an Objective(loss, teacher), got {objective!r}")
+
+
+def _starts(options: TransferOptions) -> dict[str, StartFactory]:
+    """Returns what targets start from by name, as functions that make it of source, target and routes."""
+    return {
+        "refit": refit_start,
+        "prepare": partial(prepare_start, options),
+        # Opponents and controls of these.
+        "aligned_reset": aligned_reset_start,
+        "refit_random_channels": partial(refit_start, choice="random"),
+        "prepare_rsd": partial(prepare_start, options, objective=mj.objectives.redundancy_suppression),
+    }
 
 
 def _transfers(options: TransferOptions) -> dict[str, TransferFactory]:

@@ -63,6 +63,10 @@ class TransferOptions:
     head_first: bool = False
     """Fit the target's last layer to its labelled examples before the first step, after what the method writes, in
     every method alike: a logistic regression on its features. Transfers then leave that layer to the target."""
+    prepare_steps: int = 100
+    """Steps of prepare, which draws the target's features to the source's before the first step."""
+    prepare_rate: float = 1e-2
+    """Learning rate of the first of them."""
     target_rate: float = 1.0
     """Factor on the target's learning rate, in every method alike; to choose one for each on validation, see `choose`
     in grids."""

@@ -4,7 +4,7 @@ import functools
 import math
 import string
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from dataclasses import replace as changed
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ from jax import lax
 from merge_jax.checks import check_at_least_one
 from merge_jax.paths import flatten, replace
 from merge_jax.transfers.aligned import aligned_transfer
+from merge_jax.transfers.alignment_fit import ChannelChoice
 from merge_jax.transfers.alignment_plan import plan_alignment
 from merge_jax.transfers.channel_trace import ChannelTrace
 from merge_jax.transfers.channels import input_moments
@@ -40,7 +41,7 @@ from merge_jax.transfers.refit_solve import (
 from merge_jax.transfers.routes import Route, Routes
 from merge_jax.types import Adapter, Params
 
-__all__ = ["FewRowsWarning", "Refit", "refit"]
+__all__ = ["FewRowsWarning", "Refit", "refit", "with_state"]
 
 _ALIGNED_ON = 512  # What enters a layer at each place of so many inputs is enough for its moments.
 _PARAMS = "params"
@@ -79,7 +80,7 @@ def refit(
     batch_size: int = 256,
     max_rows: int = 40_000,
     key: jax.Array | None = None,
-    adapter: Adapter | None = None,
+    choice: ChannelChoice = "moments",
     axis_name: str | None = None,
 ) -> Refit:
     """Returns a target of the source's family that computes what the source does, in closed form and without labels.
@@ -115,7 +116,7 @@ def refit(
       batch_size: inputs in a batch.
       max_rows: at most about so many rows of a layer are taken, drawn at random over inputs and places.
       key: for that; `jax.random.key(0)` by default.
-      adapter: which channels, as an `aligned_transfer` over both variables made it, for controls; None for the fit.
+      choice: of the channels, as `aligned_transfer` has it.
       axis_name: the axis of `pmap` or `shard_map` whose devices share the inputs.
 
     Raises:
@@ -132,16 +133,18 @@ def refit(
     batch = [jax.ShapeDtypeStruct((size, *jnp.shape(one)[1:]), jnp.result_type(one)) for one in inputs]
     models = [_followed(role, fn, variables, batch) for role, fn, variables in
               (("source", source, source_variables), ("target", target, target_variables))]  # fmt: skip
-    named_routes = _with_state(routes, source_variables, target_variables)
+    named_routes = with_state(routes, source_variables, target_variables)
     resolved = resolve(named_routes, source_variables, target_variables)
     plan = plan_refit(plan_alignment(resolved, models[0].graph, models[1].graph), *models)
     if not plan.sites:
         reasons = "; ".join(f"{path}: {why}" for path, why in plan.kept.items())
         raise ValueError(f"nothing of the target can be solved for. {reasons}")
-    transfer = aligned_transfer(named_routes, models[0].graph, models[1].graph)
-    walk = _Walk(
-        *(one.trace.program for one in models), plan, ridge, max_rows, axis_name, math.ceil(count / size), count
-    )
+    key = jax.random.key(0) if key is None else key
+    graphs = models[0].graph, models[1].graph
+    transfer = aligned_transfer(named_routes, *graphs, choice=choice, key=key if choice == "random" else None)
+    source_program, target_program = (one.trace.program for one in models)
+    batches = math.ceil(count / size)
+    walk = _Walk(source_program, target_program, plan, ridge, max_rows, axis_name, batches, count)
     walk.check_rows(size)
 
     def fit(inputs: list[jax.Array], key: jax.Array) -> Adapter:
@@ -154,9 +157,9 @@ def refit(
 
     @jax.jit
     def run(
-        source_variables: Params, target_variables: Params, inputs: list[jax.Array], key: jax.Array, adapter: Any
+        source_variables: Params, target_variables: Params, inputs: list[jax.Array], key: jax.Array
     ) -> tuple[Params, dict[str, jax.Array]]:
-        adapter = fit(inputs, key) if adapter is None else adapter
+        adapter = fit(inputs, key)
         written = transfer.apply(adapter, source_variables, target_variables)
         leaves, solved = walk.run(
             adapter,
@@ -167,8 +170,7 @@ def refit(
         )
         return replace(written, {path: leaves[number] for path, number in walk.target.leaves.items()}), solved
 
-    key = jax.random.key(0) if key is None else key
-    variables, solved = run(source_variables, target_variables, [jnp.asarray(one) for one in inputs], key, adapter)
+    variables, solved = run(source_variables, target_variables, [jnp.asarray(one) for one in inputs], key)
     return Refit(variables, solved, dict(plan.kept))
 
 
@@ -190,8 +192,11 @@ def _followed(role: str, fn: ModelFn, variables: Params, batch: list[Any]) -> Fo
     return FollowedModel(trace, graph)
 
 
-def _with_state(routes: Routes, source: Params, target: Params) -> tuple[Route, ...]:
-    """Returns the routes in whole variables: those of parameters, and those of the state of the modules they are in."""
+def with_state(routes: Routes, source: Params, target: Params) -> tuple[Route, ...]:
+    """Returns routes of parameters as those of whole variables, with the state of the modules that they are in.
+
+    So an `aligned_transfer` of variables `{"params": ..., "batch_stats": ...}` takes running statistics over too.
+    """
     named, paths = kernel_routes(routes), {"source": list(flatten(source)), "target": list(flatten(target))}
     state = {role: [path for path in own if is_state(path, own)] for role, own in paths.items()}
     if _PARAMS not in source or _PARAMS not in target:
@@ -220,7 +225,7 @@ def _below_params(route: Route) -> Route:
     return changed(route, target=below(route.target), source=below(route.source))
 
 
-def _in_batches(inputs: tuple[jax.Array, ...], size: int) -> tuple[list[jax.Array], jax.Array]:
+def _in_batches(inputs: Sequence[jax.Array], size: int) -> tuple[list[jax.Array], jax.Array]:
     """Returns the inputs as `[batches, B, ...]` and weights `[batches, B]`; what fills the last batch has weight 0."""
     count = jnp.shape(inputs[0])[0]
     batches = math.ceil(count / size)

@@ -1,0 +1,155 @@
+"""What a target may start from, made of the source and of inputs without labels: the refit, and its like."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import merge_jax as mj
+from merge_jax.checks import check_entries
+from merge_jax.study.options import TransferOptions
+from merge_jax.study.pools import inputs_of
+from merge_jax.study.scenario import StartFn, StudyModel
+from merge_jax.transfers.alignment_fit import ChannelChoice
+from merge_jax.types import Batch, ModelApply
+
+__all__ = ["aligned_reset_start", "prepare_start", "refit_start"]
+
+_MOST = 2000  # More inputs cost time and memory, and change nothing that was seen on digits.
+_MIXED_UP_TO = 1000
+_LARGEST_WEIGHT = 0.9
+
+
+def refit_start(
+    source: StudyModel, target: StudyModel, routes: Sequence[mj.Route], *, choice: ChannelChoice = "moments"
+) -> StartFn:
+    """Returns the start that refits a target of the source's family, see `merge_jax.refit`.
+
+    On at most 2,000 inputs, drawn at random. Where there are fewer than 1,000 and they are images, means of two, of
+    weight 0.5 to 0.9, make up for it: of few images, most of what the source can tell lies between them. Our choice.
+    """
+    source_apply, target_apply = _applies("refit", source, target)
+
+    @jax.jit
+    def run(source_variables: Any, target_variables: Any, inputs: list[jax.Array], key: jax.Array) -> Any:
+        made = mj.refit(
+            routes, source_apply, target_apply, source_variables, target_variables, *inputs, key=key, choice=choice
+        )
+        return made.variables
+
+    def start(key: jax.Array, state: mj.TrainState, begun: mj.TrainState, examples: Batch) -> mj.TrainState:
+        draw_key, key = jax.random.split(key)
+        inputs = _with_means(draw_key, _drawn(draw_key, target, examples))
+        return _trained(run(_variables(state), _variables(begun), inputs, key))
+
+    return start
+
+
+def aligned_reset_start(source: StudyModel, target: StudyModel, routes: Sequence[mj.Route]) -> StartFn:
+    """Returns the start that aligns a target and sets its running statistics to those of its inputs: no more.
+
+    It is the opponent of the refit right after the write, where alignment alone has statistics of another model.
+    """
+    source_apply, target_apply = _applies("aligned_reset", source, target)
+
+    @jax.jit
+    def run(source_variables: Any, target_variables: Any, inputs: list[jax.Array]) -> Any:
+        graphs = [
+            mj.channel_graph(apply, variables, *inputs)
+            for apply, variables in ((source_apply, source_variables), (target_apply, target_variables))
+        ]
+        transfer = mj.aligned_transfer(mj.transfers.with_state(routes, source_variables, target_variables), *graphs)
+        assert transfer.fit is not None  # The aligned one has it.
+        moments = mj.input_moments(source_apply, source_variables, *inputs)
+        adapter = transfer.fit(moments, source_variables, target_variables)
+        return transfer.apply(adapter, source_variables, target_variables)
+
+    def start(key: jax.Array, state: mj.TrainState, begun: mj.TrainState, examples: Batch) -> mj.TrainState:
+        inputs = _drawn(key, target, examples)
+        variables = run(_variables(state), _variables(begun), inputs)
+        return _trained(mj.reset_statistics(target_apply, variables, *inputs) if begun.model_state else variables)
+
+    return start
+
+
+def prepare_start(
+    options: TransferOptions,
+    source: StudyModel,
+    target: StudyModel,
+    routes: Sequence[mj.Route],
+    *,
+    objective: Any = mj.objectives.disagreement,
+) -> StartFn:
+    """Returns the start that draws the target's features to the source's by 100 steps, see `merge_jax.prepare`.
+
+    On all of its inputs, and on the view of them (`compare_on`) that agreement has.
+    """
+    del routes  # Features need none.
+    source_apply, target_apply = _applies("prepare", source, target)
+    if not options.agree:
+        raise ValueError("a method with prepare needs layers: --agree target=source, such as stage1_0=stage1_0")
+    compare_on = mj.objectives.mixed if options.compare_on == "mixed" else None
+
+    def start(key: jax.Array, state: mj.TrainState, begun: mj.TrainState, examples: Batch) -> mj.TrainState:
+        made = mj.prepare(
+            key,
+            options.agreeing_layers(),
+            source_apply,
+            target_apply,
+            _variables(state),
+            _variables(begun),
+            *_inputs(target, examples),
+            steps=options.prepare_steps,
+            learning_rate=options.prepare_rate,
+            objective=objective,
+            compare_on=compare_on,
+        )
+        return _trained(made)
+
+    return start
+
+
+def _applies(name: str, source: StudyModel, target: StudyModel) -> tuple[ModelApply, ModelApply]:
+    if source.apply is None or target.apply is None or source.inputs != target.inputs:
+        raise ValueError(f"a method with {name} needs a source and a target that read the same inputs, each one model")
+    return source.apply, target.apply
+
+
+def _variables(state: mj.TrainState) -> dict[str, Any]:
+    return {"params": state.params, **state.model_state}
+
+
+def _trained(variables: dict[str, Any]) -> mj.TrainState:
+    return mj.TrainState(variables["params"], {name: v for name, v in variables.items() if name != "params"}, None)
+
+
+def _inputs(model: StudyModel, examples: Batch) -> list[np.ndarray]:
+    check_entries(examples, *model.inputs)
+    return [np.asarray(entry) for entry in inputs_of(examples, model.inputs)]
+
+
+def _drawn(key: jax.Array, model: StudyModel, examples: Batch) -> list[jax.Array]:
+    inputs = _inputs(model, examples)
+    rows = np.asarray(jax.random.permutation(key, len(inputs[0])))[:_MOST]
+    return [jnp.asarray(one[rows]) for one in inputs]
+
+
+def _with_means(key: jax.Array, inputs: list[jax.Array]) -> list[jax.Array]:
+    """Returns images with weighted means of two, up to a number; tokens cannot be averaged, and stay alone."""
+    count = len(inputs[0])
+    if count >= _MIXED_UP_TO or any(
+        jnp.issubdtype(one.dtype, jnp.integer) and one.dtype != jnp.uint8 for one in inputs
+    ):
+        return inputs
+    keys = jax.random.split(key, 3)
+    rows, others = (jax.random.randint(one, (_MIXED_UP_TO - count,), 0, count) for one in keys[:2])
+    weights = jax.random.uniform(keys[2], rows.shape, minval=0.5, maxval=_LARGEST_WEIGHT)
+
+    def mix(images: jax.Array) -> jax.Array:
+        images = images.astype(jnp.float32)
+        weight = weights.reshape(-1, *(1,) * (images.ndim - 1))
+        return jnp.concatenate([images, weight * images[rows] + (1 - weight) * images[others]])
+
+    return [mix(one) for one in inputs]
