@@ -28,11 +28,12 @@ __all__ = [
 ]
 
 BASELINE = "vanilla"
-STARTS = {"after write": "target_start_test", "probe": "target_start_probe"}
+STARTS = {"after write": "target_start_test", "reset": "target_start_reset", "probe": "target_start_probe"}
 """Headings of what a target is worth before its first step, and their names in results."""
 START_NOTE = (
-    "after write: test {metric} of the target right after the first write, before any step; probe: test accuracy of a "
-    "logistic regression on its features then, fitted to the labelled examples."
+    "after write: test {metric} of the target right after the first write, before any step; reset: the same with "
+    "BatchNorm's statistics of the training inputs; probe: test accuracy of a logistic regression on its features "
+    "then, fitted to the labelled examples."
 )
 OPPONENT_NOTES = {
     "inputs_lr": "inputs_lr: logistic regression on the raw inputs",

@@ -10,24 +10,24 @@ import numpy as np
 import merge_jax as mj
 from merge_jax.data import take
 from merge_jax.paths import flatten
-from merge_jax.study.probes import observer, regression, sampled
+from merge_jax.study.probes import observer, reset_to_inputs, sampled
 from merge_jax.study.scenario import StudyModel
 from merge_jax.training.joint import TrainState
 from merge_jax.transfers.base import Step
-from merge_jax.types import Adapter, Params
+from merge_jax.types import Adapter, ModelState, Params
 
 __all__ = ["FitHead", "keeping", "make_fit_head"]
 
-FitHead = Callable[[TrainState, int], dict[str, np.ndarray]]
-"""`(target right after the write, seed) -> leaves of its last layer by path`."""
+FitHead = Callable[[TrainState, int], tuple[dict[str, np.ndarray], ModelState]]
+"""`(target right after the write, seed) -> (leaves of its last layer by path, model state)`."""
 
 _SOME = 16
 
 
-def make_fit_head(model: StudyModel) -> tuple[tuple[str, str], FitHead]:
+def make_fit_head(model: StudyModel, axis_name: str | None = None) -> tuple[tuple[str, str], FitHead]:
     """Returns the paths of a classifier's last layer, kernel and bias, and what fits it to the labelled examples.
 
-    That is the logistic regression on standardised features of `probe`, as a layer of the features as they are.
+    That is `mj.fit_head`, on features with the statistics of BatchNorm that the training inputs give.
 
     Raises:
       ValueError: no classifier, one that sows no `features`, or whose logits are not a dense layer of them.
@@ -42,12 +42,14 @@ def make_fit_head(model: StudyModel) -> tuple[tuple[str, str], FitHead]:
     few = take(splits.test, np.arange(min(_SOME, len(splits.test["label"]))))
     kernel, bias = _last_layer(model.name, params, *observe(params, model_state, few))
 
-    def fit_head(target: TrainState, seed: int) -> dict[str, np.ndarray]:
+    def fit_head(target: TrainState, seed: int) -> tuple[dict[str, np.ndarray], ModelState]:
         sample = sampled(model, model.splits(seed), seed)
         assert sample is not None  # It was there for seed 0.
+        target = reset_to_inputs(model, target, seed, axis_name)
         found = observe(target.params, target.model_state, sample.fitted)
-        fitted = regression(found.features, np.asarray(sample.fitted["label"]), found.logits.shape[1])
-        return dict(zip((kernel, bias), fitted, strict=True))
+        labels = np.asarray(sample.fitted["label"])
+        head = mj.fit_head(found.features, labels, num_classes=found.logits.shape[1])
+        return {kernel: np.asarray(head.kernel), bias: np.asarray(head.bias)}, target.model_state
 
     return (kernel, bias), fit_head
 

@@ -1,44 +1,71 @@
 """What stands beside a method's result: its target right after the write, a probe of it, and opponents without it."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from merge_jax.study.probes import Observe, Observed, Sample, inputs_lr, observer, probe, sampled
+from merge_jax.study.probes import Observe, Sample, inputs_lr, observer, probe, reset_to_inputs, sampled
 from merge_jax.study.scenario import Scenario, StudyModel
 from merge_jax.study.sources import SourcePlan
 from merge_jax.training.joint import TrainState
 
-__all__ = ["Measure", "Opponents", "make_measure", "make_opponents"]
+__all__ = ["Measures", "Opponents", "make_measures", "make_opponents"]
 
-Measure = Callable[[TrainState, int], dict[str, float | None]]
-"""`(target, seed) -> {"test", "probe"}`, both read on the test split."""
+
+class Measures(NamedTuple):
+    """What is read of a target on the test split, beside its last metrics; models are compiled once for both.
+
+    Attributes:
+      start: `(target, seed) -> {"test", "reset", "probe"}` before its first step: the metric that it is judged by, as
+        it stands; the same with the statistics of BatchNorm that the training inputs give, since a write moves
+        parameters alone, None without such statistics; and the probe of that.
+      end: `(target, seed) -> the probe`, as the target stands.
+
+    A probe is the accuracy of a logistic regression on its features, fitted to the labelled training examples (see
+    `probe`); None of what is no classifier, or sows no `features`.
+    """
+
+    start: Callable[[TrainState, int], dict[str, float | None]]
+    end: Callable[[TrainState, int], float | None]
+
 
 Opponents = Callable[[TrainState, int], dict[str, float]]
 """`(source, seed) -> test accuracy by opponent`."""
 
 
-def make_measure(model: StudyModel) -> Measure:
-    """Returns what measures a target as it stands, statistics of BatchNorm included.
-
-    `test` is the metric that it is judged by; `probe` the accuracy of a logistic regression on its features, fitted to
-    the labelled training examples (see `probe`). None is a probe of what is no classifier, or sows no `features`.
-    """
+def make_measures(model: StudyModel, axis_name: str | None = None) -> Measures:
+    """Returns what measures a target; its BatchNorm averages over the axis under `pmap`, if any."""
     observe = observer(model, model.splits(0).test)
 
-    def measure(target: TrainState, seed: int) -> dict[str, float | None]:
+    def start(target: TrainState, seed: int) -> dict[str, float | None]:
         splits = model.splits(seed)
-        state = _on_host(target)
+        state, sample = _on_host(target), sampled(model, splits, seed)
         if state is None:
-            return {"test": None, "probe": None}
-        sample = sampled(model, splits, seed)
+            return {"test": None, "reset": None, "probe": None}
         if observe is None or sample is None:
-            return {"test": model.evaluate(state.params, state.model_state, splits.test)[model.metric], "probe": None}
-        labels, (fitted, test) = _labels(sample), _observed(observe, state, sample)
-        return {"test": test.accuracy(labels[1]), "probe": probe(fitted.features, labels[0], test.features, labels[1])}
+            test = model.evaluate(state.params, state.model_state, splits.test)[model.metric]
+            return {"test": test, "reset": None, "probe": None}
+        own = reset_to_inputs(model, state, seed, axis_name)
+        probed, reset = _probed(observe, own, sample)
+        if own is state:
+            return {"test": reset, "reset": None, "probe": probed}
+        test = observe(state.params, state.model_state, sample.test).accuracy(_labels(sample)[1])
+        return {"test": test, "reset": reset, "probe": probed}
 
-    return measure
+    def end(target: TrainState, seed: int) -> float | None:
+        state, sample = _on_host(target), sampled(model, model.splits(seed), seed)
+        return None if state is None or observe is None or sample is None else _probed(observe, state, sample)[0]
+
+    return Measures(start, end)
+
+
+def _probed(observe: Observe, state: TrainState, sample: Sample) -> tuple[float | None, float]:
+    """Returns the probe of a model's features, and its own accuracy."""
+    labels = _labels(sample)
+    fitted, test = (observe(state.params, state.model_state, arrays) for arrays in sample)
+    return probe(fitted.features, labels[0], test.features, labels[1]), test.accuracy(labels[1])
 
 
 def make_opponents(scenario: Scenario, source_plan: SourcePlan) -> Opponents:
@@ -60,11 +87,10 @@ def make_opponents(scenario: Scenario, source_plan: SourcePlan) -> Opponents:
             state = jax.tree.map(lambda leaf: leaf[-1], state)
         given = None if observe is None else _on_host(state)
         if observe is not None and source is not None and given is not None:
-            labels, (fitted, test) = _labels(sample), _observed(observe, given, sample)
-            found["source_lr"] = probe(fitted.features, labels[0], test.features, labels[1])
+            found["source_lr"], accuracy = _probed(observe, given, sample)
             own = source.splits(seed).test
-            if "label" in own and np.array_equal(np.asarray(own["label"]), labels[1]):
-                found["source"] = test.accuracy(labels[1])
+            if "label" in own and np.array_equal(np.asarray(own["label"]), _labels(sample)[1]):
+                found["source"] = accuracy
         return {name: accuracy for name, accuracy in found.items() if accuracy is not None}
 
     return opponents
@@ -72,10 +98,6 @@ def make_opponents(scenario: Scenario, source_plan: SourcePlan) -> Opponents:
 
 def _labels(sample: Sample) -> tuple[np.ndarray, np.ndarray]:
     return np.asarray(sample.fitted["label"]), np.asarray(sample.test["label"])
-
-
-def _observed(observe: Observe, state: TrainState, sample: Sample) -> list[Observed]:
-    return [observe(state.params, state.model_state, arrays) for arrays in sample]
 
 
 def _on_host(state: TrainState) -> TrainState | None:

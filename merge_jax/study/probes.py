@@ -13,9 +13,19 @@ import merge_jax as mj
 from merge_jax.data import Arrays, Splits, is_streamed, num_examples
 from merge_jax.objectives.evaluation import padded_batches
 from merge_jax.study.scenario import StudyModel
+from merge_jax.training.joint import TrainState
 from merge_jax.types import ModelState, Params
 
-__all__ = ["Observe", "Observed", "Sample", "inputs_lr", "observer", "probe", "regression", "sampled"]
+__all__ = [
+    "Observe",
+    "Observed",
+    "Sample",
+    "inputs_lr",
+    "observer",
+    "probe",
+    "reset_to_inputs",
+    "sampled",
+]
 
 _AT_ONCE = 200
 _MOST = 10_000  # Examples that a regression is fitted to: more cost minutes.
@@ -98,6 +108,21 @@ def observer(model: StudyModel, arrays: Arrays) -> Observe | None:
     return observed
 
 
+def reset_to_inputs(model: StudyModel, target: TrainState, seed: int, axis_name: str | None) -> TrainState:
+    """Returns a model with the statistics of BatchNorm that its training inputs give, labelled ones and the pool.
+
+    Of more than 10,000 the first count. The model itself where it has no statistics, or is no classifier.
+    """
+    sample = sampled(model, model.splits(seed), seed)
+    if sample is None or model.apply is None or "batch_stats" not in target.model_state:
+        return target
+    arrays = sample.fitted if model.pool is None else model.pool(seed)
+    inputs = [np.asarray(arrays[name][: min(len(arrays[name]), _MOST)]) for name in model.inputs]
+    variables = {"params": target.params, **target.model_state}
+    found = mj.reset_statistics(model.apply, variables, *inputs, axis_name=axis_name)
+    return target.replace(model_state={name: found[name] for name in target.model_state})
+
+
 def probe(features: np.ndarray, labels: np.ndarray, test_features: np.ndarray, test_labels: np.ndarray) -> float | None:
     """Returns the test accuracy of a logistic regression on standardised features `[N, d]`, a fraction.
 
@@ -111,27 +136,6 @@ def probe(features: np.ndarray, labels: np.ndarray, test_features: np.ndarray, t
     scaler = StandardScaler().fit(features)
     model = _fitted(scaler.transform(features), labels)
     return float(model.score(scaler.transform(test_features), test_labels))
-
-
-def regression(features: np.ndarray, labels: np.ndarray, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the regression of `probe` as a layer of the features as they are: kernel `[d, C]` and bias `[C]`.
-
-    Raises:
-      ValueError: labels without an example of each class, or features that are not finite.
-    """
-    missing = np.setdiff1d(np.arange(num_classes), labels)
-    if len(missing) or not np.isfinite(features).all():
-        lack = f"no example of the classes {missing.tolist()}" if len(missing) else "features that are not finite"
-        raise ValueError(f"a last layer cannot be fitted: there are {lack}")
-    from sklearn.preprocessing import StandardScaler
-
-    scaler = StandardScaler().fit(features)
-    model = _fitted(scaler.transform(features), labels)
-    weights, bias = model.coef_, model.intercept_
-    if num_classes == 2:  # One row, of the second class against the first.
-        weights, bias = np.concatenate([-weights, weights]) / 2, np.concatenate([-bias, bias]) / 2
-    kernel = weights.T / scaler.scale_[:, None]
-    return kernel.astype(np.float32), (bias - scaler.mean_ @ kernel).astype(np.float32)
 
 
 def _fitted(features: Any, labels: np.ndarray) -> Any:

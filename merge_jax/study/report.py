@@ -165,6 +165,7 @@ def _entries(one: Measured) -> list[dict[str, Any]]:
             "metric": result["target_metric"],
             "test": result["target_test"],
             "start_test": result.get("target_start_test"),
+            "start_reset": result.get("target_start_reset"),
             "start_probe": result.get("target_start_probe"),
             "probe": result.get("target_probe"),
             "validation": result["target_validation"],

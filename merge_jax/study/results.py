@@ -34,6 +34,7 @@ def trial_result(
         "target_metric": metric["target"],
         "target_test": metrics["target"][metric["target"]],
         "target_start_test": start.get("target_start_test"),
+        "target_start_reset": start.get("target_start_reset"),
         "target_start_probe": start.get("target_start_probe"),
         **trial.measure_end(state, seed),
         "target_validation": validation[-1] if validation else None,

@@ -16,7 +16,7 @@ from merge_jax.paths import flatten, some_of
 from merge_jax.paths import replace as set_leaves
 from merge_jax.study.config import Lengths, RunConfig
 from merge_jax.study.heads import FitHead, keeping, make_fit_head
-from merge_jax.study.measures import Measure, make_measure
+from merge_jax.study.measures import Measures, make_measures
 from merge_jax.study.scenario import POOL, FitFn, Method, Scenario, StartFn, StudyModel
 from merge_jax.study.sources import OTHER_SEED, SourcePlan, initial_key
 from merge_jax.training.epoch import Epoch, augmented, make_epoch
@@ -51,7 +51,7 @@ class Trial:
       epoch: many joint steps in one loop, of one seed.
       digest: of the training split; all trials share it, since it reads every number.
       fit_head: fits the target's last layer before the first step, where the run asks for that.
-      measure: of the target as it stands; all trials share it, since it is compiled once. None for the source's own.
+      measures: of the target; all trials share them, since they are compiled once. None for the source's own.
       snapshots: steps of the source's training, where the source is a trajectory.
       keep: how many checkpoints stay; None for all.
       seed_offset: added to a seed for the start and the batches, not for the split.
@@ -69,7 +69,7 @@ class Trial:
     epoch: Epoch
     digest: Digest
     fit_head: FitHead | None = None
-    measure: Measure | None = None
+    measures: Measures | None = None
     snapshots: int | None = None
     keep: int | None = 2
     seed_offset: int = 0
@@ -117,8 +117,8 @@ class Trial:
         state = self._state(seed, source, self.method)
         if self.fit_head is None:
             return state
-        params = set_leaves(state.target.params, self.fit_head(self._written(state), seed))
-        target = TrainState(params, state.target.model_state, None)
+        leaves, model_state = self.fit_head(self._written(state), seed)
+        target = TrainState(set_leaves(state.target.params, leaves), model_state, None)
         begun = replace(self.method, fit=lambda *_: state.adapter.params, start=lambda *_: target)
         return self._state(seed, source, begun)
 
@@ -158,9 +158,10 @@ class Trial:
 
         That is after `start` and `fit`, with the first write of the transfer, where there is one, and no step.
         """
-        if self.measure is None:
+        if self.measures is None:
             return {}
-        return {f"target_start_{name}": value for name, value in self.measure(self._written(state), seed).items()}
+        found = self.measures.start(self._written(state), seed)
+        return {f"target_start_{name}": value for name, value in found.items()}
 
     def _written(self, state: JointState) -> TrainState:
         """Returns the target after the first write."""
@@ -175,7 +176,7 @@ class Trial:
 
     def measure_end(self, state: JointState, seed: int) -> dict[str, float | None]:
         """Returns the probe of the target after its last step."""
-        return {} if self.measure is None else {"target_probe": self.measure(state.target, seed)["probe"]}
+        return {} if self.measures is None else {"target_probe": self.measures.end(state.target, seed)}
 
     def _started(
         self, start: StartFn, key: jax.Array, source: TrainState, target: TrainState, examples: Batch
@@ -322,9 +323,9 @@ def make_trials(scenario: Scenario, config: RunConfig, source_plan: SourcePlan) 
             )
     source_task = scenario.source_task if source_plan.live else None
     lengths = scenario.schedule.target
-    measure, fit_head, head = make_measure(scenario.target), None, ()
+    measures, fit_head, head = make_measures(scenario.target, scenario.axis_name), None, ()
     if scenario.head_first:
-        head, fit_head = make_fit_head(scenario.target)
+        head, fit_head = make_fit_head(scenario.target, scenario.axis_name)
     for name, method in scenario.methods.items():
         if (method.fit or method.start) is not None and config.source in ("live", "trajectory"):
             raise ValueError(
@@ -336,7 +337,7 @@ def make_trials(scenario: Scenario, config: RunConfig, source_plan: SourcePlan) 
         if head and writes(method.transfer):
             method = replace(method, transfer=keeping(method.transfer, head))
         trials[name] = make_trial(
-            name, roles, source_task, method, lengths, fit_head=fit_head, measure=measure, snapshots=snapshots
+            name, roles, source_task, method, lengths, fit_head=fit_head, measures=measures, snapshots=snapshots
         )
     return trials
 

@@ -634,6 +634,7 @@ def test_numbers_and_pictures_are_saved(reported):
         "metric": "accuracy",
         "test": 0.6,
         "start_test": None,
+        "start_reset": None,
         "start_probe": None,
         "probe": None,
         "validation": 0.7,

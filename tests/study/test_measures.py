@@ -11,9 +11,9 @@ import merge_jax as mj
 from experiments import cross_structure
 from merge_jax import study
 from merge_jax.runs import Run, result_tables
-from merge_jax.study.measures import make_measure, make_opponents
+from merge_jax.study.measures import make_measures, make_opponents
 from merge_jax.study.pools import check_pool, draw_pool, inputs_of
-from merge_jax.study.probes import Sample, inputs_lr, observer, probe, regression, sampled
+from merge_jax.study.probes import Sample, inputs_lr, observer, probe, sampled
 from merge_jax.study.sources import SourcePlan
 from merge_jax.study.trial import make_trials
 from merge_jax.training.joint import TrainState
@@ -35,22 +35,18 @@ def clusters(seed, classes=3, size=60):
 
 
 def test_a_probe_is_the_regression_as_a_layer():
-    for classes in (2, 3):
-        (features, labels), (test_features, test_labels) = clusters(0, classes), clusters(1, classes)
-        features, test_features = 10 * features + 7, 10 * test_features + 7  # Standardised, so the same.
-        kernel, bias = regression(features, labels, classes)
-        assert (kernel.shape, bias.shape) == ((5, classes), (classes,))
-        found = np.mean((test_features @ kernel + bias).argmax(axis=1) == test_labels)
-        assert found == pytest.approx(probe(features, labels, test_features, test_labels))
-        assert found > 0.8
+    (features, labels), (test_features, test_labels) = clusters(0), clusters(1)
+    features, test_features = 10 * features + 7, 10 * test_features + 7  # Standardised, so the same.
+    head = mj.fit_head(features, labels)
+    found = np.mean(head(test_features).argmax(axis=1) == test_labels)
+    assert probe(features, labels, test_features, test_labels) == pytest.approx(found)
+    assert found > 0.8
 
 
 def test_of_one_class_or_what_is_not_finite_there_is_no_probe():
     (features, labels), (test_features, test_labels) = clusters(0), clusters(1)
     assert probe(features, 0 * labels, test_features, test_labels) is None
     assert probe(features, labels, np.full_like(test_features, np.inf), test_labels) is None
-    with pytest.raises(ValueError, match=r"a last layer cannot be fitted: there are no example of the classes \[3\]"):
-        regression(features, labels, 4)
 
 
 def test_inputs_are_pixels_or_words():
@@ -92,9 +88,13 @@ def test_a_target_is_measured_after_the_first_write_of_its_transfer(scenario, so
     expected = scenario.target.evaluate(params, state.target.model_state, splits.test)["accuracy"]
     assert found["target_start_test"] == pytest.approx(expected)
     observe = observer(scenario.target, splits.test)
-    (features, _), (test_features, _) = (
-        observe(params, state.target.model_state, part) for part in (splits.train, splits.test)
-    )
+    variables = {"params": params, **state.target.model_state}
+    statistics = {
+        "batch_stats": mj.reset_statistics(scenario.target.apply, variables, splits.train["image"])["batch_stats"]
+    }
+    (features, _), (test_features, logits) = (observe(params, statistics, part) for part in (splits.train, splits.test))
+    assert found["target_start_reset"] == np.mean(logits.argmax(axis=1) == splits.test["label"])
+    assert found["target_start_reset"] != found["target_start_test"]
     assert found["target_start_probe"] == pytest.approx(
         probe(features, splits.train["label"], test_features, splits.test["label"]), abs=0.006
     )
@@ -128,7 +128,7 @@ def test_opponents_are_the_inputs_and_the_source(scenario, source):
 def test_what_is_no_classifier_has_its_metric_alone(scenario, source):
     judged = replace(scenario.target, metric="f1", evaluate=lambda *given: {"f1": 0.25})
     target = TrainState(*judged.init(jax.random.key(0)), None)
-    assert make_measure(judged)(target, 0) == {"test": 0.25, "probe": None}
+    assert make_measures(judged).start(target, 0) == {"test": 0.25, "reset": None, "probe": None}
     assert make_opponents(replace(scenario, target=judged), SourcePlan())(source, 0) == {}
 
 
