@@ -173,7 +173,9 @@ def test_of_the_same_width_alignment_writes_the_source_itself():
 def test_with_other_labels_the_last_layer_alone_is_refused():
     with pytest.raises(ValueError, match="fc/"):
         aligned(tiny(), tiny(0.5, num_classes=5), {"**": "**"})
-    written, _, target = aligned(tiny(), tiny(0.5, num_classes=5), {pattern: pattern for pattern in ("stem*/**", "stage*/**")})
+    written, _, target = aligned(
+        tiny(), tiny(0.5, num_classes=5), {pattern: pattern for pattern in ("stem*/**", "stage*/**")}
+    )
     np.testing.assert_array_equal(written["fc"]["kernel"], target["fc"]["kernel"])
 
 
