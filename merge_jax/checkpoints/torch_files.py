@@ -46,9 +46,10 @@ def load_torch(path: str | os.PathLike[str]) -> Params:
         ) from None
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True)  # noqa: TID251  # Tensors alone.
-    except Exception as error:  # Of many kinds: of pickle, of zip files, and its own.
-        first = str(error).strip().partition("\n")[0]
-        raise ValueError(f"{file} is no file of tensors that PyTorch reads with weights_only=True: {first}") from None
+    except Exception:  # Of many kinds; its own words advise to go on without weights_only.
+        raise ValueError(
+            f"{file} is not read by torch.load(..., weights_only=True): it is broken, or holds more than tensors"
+        ) from None
     if not isinstance(tensors, Mapping) or not all(isinstance(one, torch.Tensor) for one in tensors.values()):
         found = f"entries {some_of(map(repr, tensors), 5)}" if isinstance(tensors, Mapping) else type(tensors).__name__
         raise ValueError(f"{file} must hold tensors by name, found {found}: save the state dict that is in it")

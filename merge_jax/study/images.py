@@ -222,12 +222,13 @@ def image_classifier(
     def change(key: jax.Array, batch: mj.Batch) -> mj.Batch:
         return {**batch, "image": crop_flip_rotate(key, batch["image"])}
 
-    # Pretrained weights want the scale of their own images, and a target that takes them over wants it too.
-    pixels = None if data.pixels is None else getattr(module, "pixels", data.pixels)
+    splits, pixels, pretrained = lru_cache(maxsize=1)(few_labels), data.pixels, None
+    known = isinstance(module, mj.models.EfficientNetLite)
+    if known and pixels is not None and data.shape[-1] == 3:
+        # Pretrained weights want the scale of their own images, and a target that takes them over wants it too.
+        pixels = module.pixels
     apply = module.apply if pixels is None else mj.on_pixels(module.apply, *pixels)
-    splits = lru_cache(maxsize=1)(few_labels)
-    pretrained = None
-    if isinstance(module, mj.models.EfficientNetLite):
+    if known:
         pretrained = with_fitted_head(apply, lambda seed: splits(seed).train, data.num_classes)
 
     def pool(seed: int) -> Arrays:
