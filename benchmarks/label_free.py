@@ -6,8 +6,8 @@ The small ResNet of `experiments.cross_structure`, trained as there, and the sma
 method takes as many steps of `mj.prepare` on the images of those digits and means of two of them (`mixed`): the
 target's own weights on `1 - cka`, or on RSD (arXiv:2507.21844) as `mj.objectives.redundancy_suppression` has it; linear
 operators and LPKA (`mergenet_residual`) on `1 - cka`. Judged by a probe: logistic regression on the features before the
-last layer, fitted on the 100 labels. Each method has the learning rate whose probe is best on the validation images in
-the mean over seeds; the table is of the test images.
+last layer, fitted on the 100 labels. The control is a source that is not trained. Each method has the learning rate
+whose probe is best on the validation images in the mean over seeds; the table is of the test images.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ from merge_jax.study.sources import initial_key, plan_source
 from merge_jax.study.trial import Trial, make_trials
 from merge_jax.types import ModelApply
 
-_OWN, _RSD = "own weights", "own weights, RSD"
+_OWN, _RSD, _UNTRAINED = "own weights", "own weights, RSD", "own weights, untrained source"
 _ADAPTERS = {"linear operators": "linear_operators", "LPKA residual": "mergenet_residual"}
 
 
@@ -115,6 +115,7 @@ def main() -> None:
     methods = {
         _OWN: method(),
         _RSD: method(objective=mj.objectives.redundancy_suppression),
+        _UNTRAINED: method(),
         **{name: method(transfer=scenario.methods[one].transfer) for name, one in _ADAPTERS.items()},
     }
     before, given = [], []
@@ -125,13 +126,16 @@ def main() -> None:
         splits = target.splits(seed)
         labelled = splits.train
         of_source = trained_source(source_trial, seed)
+        params, state = source.init(initial_key(seed, "source"))
+        untrained = {"params": params, **state}
         params, state = target.init(initial_key(seed, "target"))
         start = {"params": params, **state}
         before.append(probe_target(start, splits, labelled)["test"])
         given.append(probe_source(of_source, splits, labelled)["test"])
         for name, run in methods.items():
+            shown = untrained if name == _UNTRAINED else of_source
             for rate in config.rates:
-                variables = run(initial_key(seed, "adapter"), start, of_source, labelled["image"], rate)
+                variables = run(initial_key(seed, "adapter"), start, shown, labelled["image"], rate)
                 found[name][rate].append(probe_target(variables, splits, labelled))
     chosen = {
         name: max(rates, key=lambda rate: np.mean([one["validation"] for one in rates[rate]]))
