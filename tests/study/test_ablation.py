@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -656,3 +657,77 @@ def test_numbers_and_pictures_are_saved(reported):
     }
     for name in ("differences.png", "sizes.png"):
         assert (folder / name).stat().st_size > 10_000
+
+
+CHOOSING = """
+seeds = 2
+against = ["vanilla", "inputs_lr"]
+[settings.few]
+experiment = "cross_structure"
+[rows.vanilla]
+method = "vanilla"
+[rows.share]
+method = "share"
+choose = { target_rate = [0.1, 1.0] }
+"""
+
+
+def test_a_row_shows_the_choice_with_the_best_validation_beside_opponents(tmp_path):
+    """Of which no test accuracy decides, and opponents are compared with, not counted."""
+    grid = grid_of(tmp_path, CHOOSING)
+    runs = make_runs(grid)
+    assert [row.name for row in grid.rows] == ["vanilla", "share target_rate=0.1", "share target_rate=1.0"]
+    assert {row.name for run in select(runs, ["share"]) for row in run.rows} >= {row.name for row in grid.rows[1:]}
+    folder = RunFolder.open(tmp_path / "study", {"grid": "little"}, resume=False)
+    reached = {"vanilla": (0.5, 0.5), "share target_rate=0.1": (0.6, 0.9), "share target_rate=1.0": (0.8, 0.7)}
+    for one in runs:
+        results = [
+            {
+                "method": row.method,
+                "seed": seed,
+                "target_metric": "accuracy",
+                "target_test": reached[row.name][0] + 0.01 * seed * (row.method == "share"),
+                "target_validation": reached[row.name][1],
+                "target_best_validation": 0.9,
+                "target_start_test": 0.25,
+                "source_test": 0.9,
+                "test_metrics": {"target": {"accuracy": 0.5}},
+                "seconds": 2.0,
+                "compile_seconds": 1.0,
+                "adapter_parameters": 0,
+            }
+            for row in one.rows
+            for seed in range(2)
+        ]
+        path = folder.path / one.name
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "results.json").write_text(json.dumps(results))
+        opponents = [{"opponent": "inputs_lr", "seed": seed, "target_test": 0.55} for seed in range(2)]
+        (path / "opponents.json").write_text(json.dumps(opponents))
+    text = " ".join(write_report(grid, runs, folder).split())
+    table = (folder.path / "table.md").read_text().splitlines()
+    assert table[2] == "| row | n | test | after write | validation | - vanilla | p (t) | s/run | adapter |"
+    rows = [line.split(" | ")[0].removeprefix("| ") for line in table[4:7]]
+    assert rows == ["vanilla", "share", "inputs_lr"]
+    assert "| 60.5 ± 0.5 | 25.0 ± 0.0 | 90.0 ± 0.0 |" in table[5]
+    assert "Chosen on validation, over all seeds: share target_rate=0.1." in text
+    assert "inputs_lr: logistic regression on the raw inputs" in text
+    assert len(json.loads((folder.path / "results.json").read_text())) == 6
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("[0.1, 1.0]", "0.1", "the row 'share': choose target_rate must be a list of one value or more, got 0.1"),
+        (
+            "choose",
+            "vary = { target_rate = [1.0] }\nchoose",
+            "the row 'share': target_rate cannot both vary and be chosen",
+        ),
+        ("[rows.vanilla]", "[rows.source]", "the row 'source' has the name of an opponent"),
+        ('"inputs_lr"', '"input_lr"', "unknown row in against 'input_lr'; did you mean 'inputs_lr'"),
+    ],
+)
+def test_choices_and_opponents_are_checked(tmp_path, old, new, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        grid_of(tmp_path, CHOOSING.replace(old, new))
