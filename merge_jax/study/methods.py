@@ -17,7 +17,7 @@ from merge_jax.study.config import RunConfig, make_schedule
 from merge_jax.study.options import TransferOptions, parse_pairs
 from merge_jax.study.pools import pool_inputs
 from merge_jax.study.scenario import FitFn, Method, Scenario, StartFn, StudyModel, choose_methods
-from merge_jax.study.starts import aligned_reset_start, prepare_start, refit_start
+from merge_jax.study.starts import prepare_start, refit_start
 from merge_jax.transfers.adapter import OutputForm
 from merge_jax.types import Batch, LossFn, ModelState, Params, TeacherFn
 
@@ -221,7 +221,6 @@ def _starts(options: TransferOptions) -> dict[str, StartFactory]:
         "refit": refit_start,
         "prepare": partial(prepare_start, options),
         # Opponents and controls of these.
-        "aligned_reset": aligned_reset_start,
         "refit_random_channels": partial(refit_start, choice="random"),
         "prepare_rsd": partial(prepare_start, options, objective=mj.objectives.redundancy_suppression),
     }

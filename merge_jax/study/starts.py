@@ -15,7 +15,7 @@ from merge_jax.study.scenario import StartFn, StudyModel
 from merge_jax.transfers.alignment_fit import ChannelChoice
 from merge_jax.types import Batch, ModelApply
 
-__all__ = ["aligned_reset_start", "prepare_start", "refit_start"]
+__all__ = ["prepare_start", "refit_start"]
 
 _MOST = 2000  # More inputs cost time and memory, and change nothing that was seen on digits.
 _MIXED_UP_TO = 1000
@@ -43,33 +43,6 @@ def refit_start(
         draw_key, key = jax.random.split(key)
         inputs = _with_means(draw_key, _drawn(draw_key, target, examples))
         return _trained(run(_variables(state), _variables(begun), inputs, key))
-
-    return start
-
-
-def aligned_reset_start(source: StudyModel, target: StudyModel, routes: Sequence[mj.Route]) -> StartFn:
-    """Returns the start that aligns a target and sets its running statistics to those of its inputs: no more.
-
-    It is the opponent of the refit right after the write, where alignment alone has statistics of another model.
-    """
-    source_apply, target_apply = _applies("aligned_reset", source, target)
-
-    @jax.jit
-    def run(source_variables: Any, target_variables: Any, inputs: list[jax.Array]) -> Any:
-        graphs = [
-            mj.channel_graph(apply, variables, *inputs)
-            for apply, variables in ((source_apply, source_variables), (target_apply, target_variables))
-        ]
-        transfer = mj.aligned_transfer(mj.transfers.with_state(routes, source_variables, target_variables), *graphs)
-        assert transfer.fit is not None  # The aligned one has it.
-        moments = mj.input_moments(source_apply, source_variables, *inputs)
-        adapter = transfer.fit(moments, source_variables, target_variables)
-        return transfer.apply(adapter, source_variables, target_variables)
-
-    def start(key: jax.Array, state: mj.TrainState, begun: mj.TrainState, examples: Batch) -> mj.TrainState:
-        inputs = _drawn(key, target, examples)
-        variables = run(_variables(state), _variables(begun), inputs)
-        return _trained(mj.reset_statistics(target_apply, variables, *inputs) if begun.model_state else variables)
 
     return start
 

@@ -10,7 +10,7 @@ with epy.lazy_api_imports(globals()):
     from merge_jax.transfers.channels import channel_graph, input_moments
     from merge_jax.transfers.combinators import chain, scheduled, self_transfer, several_sources, without_source
     from merge_jax.transfers.describe import summarize
-    from merge_jax.transfers.fitted import FewRowsWarning, Refit, refit, with_state
+    from merge_jax.transfers.fitted import FewRowsWarning, Refit, refit
     from merge_jax.transfers.linear_operators import linear_operator_transfer
     from merge_jax.transfers.low_rank import LowRankConv, LowRankDense, decode, encode, row_basis
     from merge_jax.transfers.lpka import LPKA, LPKAOptions, lpka_network
@@ -64,6 +64,5 @@ __all__ = [
     "share_transfer",
     "summarize",
     "weight_selection_transfer",
-    "with_state",
     "without_source",
 ]

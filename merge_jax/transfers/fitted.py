@@ -41,7 +41,7 @@ from merge_jax.transfers.refit_solve import (
 from merge_jax.transfers.routes import Route, Routes
 from merge_jax.types import Adapter, Params
 
-__all__ = ["FewRowsWarning", "Refit", "refit", "with_state"]
+__all__ = ["FewRowsWarning", "Refit", "refit"]
 
 _ALIGNED_ON = 512  # What enters a layer at each place of so many inputs is enough for its moments.
 _PARAMS = "params"
@@ -133,7 +133,7 @@ def refit(
     batch = [jax.ShapeDtypeStruct((size, *jnp.shape(one)[1:]), jnp.result_type(one)) for one in inputs]
     models = [_followed(role, fn, variables, batch) for role, fn, variables in
               (("source", source, source_variables), ("target", target, target_variables))]  # fmt: skip
-    named_routes = with_state(routes, source_variables, target_variables)
+    named_routes = _with_state(routes, source_variables, target_variables)
     resolved = resolve(named_routes, source_variables, target_variables)
     plan = plan_refit(plan_alignment(resolved, models[0].graph, models[1].graph), *models)
     if not plan.sites:
@@ -192,11 +192,8 @@ def _followed(role: str, fn: ModelFn, variables: Params, batch: list[Any]) -> Fo
     return FollowedModel(trace, graph)
 
 
-def with_state(routes: Routes, source: Params, target: Params) -> tuple[Route, ...]:
-    """Returns routes of parameters as those of whole variables, with the state of the modules that they are in.
-
-    So an `aligned_transfer` of variables `{"params": ..., "batch_stats": ...}` takes running statistics over too.
-    """
+def _with_state(routes: Routes, source: Params, target: Params) -> tuple[Route, ...]:
+    """Returns routes of parameters as those of whole variables, with the state of the modules that they are in."""
     named, paths = kernel_routes(routes), {"source": list(flatten(source)), "target": list(flatten(target))}
     state = {role: [path for path in own if is_state(path, own)] for role, own in paths.items()}
     if _PARAMS not in source or _PARAMS not in target:
