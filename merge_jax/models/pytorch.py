@@ -66,7 +66,7 @@ def from_pytorch(path: str | os.PathLike[str], variables: Any) -> PretrainedVari
     taken, kept = {}, []
     for leaf, name in names.items():
         spec, shape = _layout(leaf, leaves[leaf].shape)
-        tensor = np.asarray(tensors[name])
+        tensor: Any = np.asarray(tensors[name])
         if _is_last(leaf) and tensor.shape[1:] == shape[1:] and len(tensor) != shape[0]:
             kept.append(leaf)
             continue
@@ -97,8 +97,9 @@ def to_pytorch(variables: Any) -> dict[str, np.ndarray]:
     """
     tensors, leaves = {}, flatten(variables)
     for leaf, name in _names(leaves).items():
-        spec, shape = _layout(leaf, leaves[leaf].shape)
-        tensors[name] = np.ascontiguousarray(as_matrix(np.asarray(leaves[leaf]), spec)).reshape(shape)
+        array: Any = np.asarray(leaves[leaf])
+        spec, shape = _layout(leaf, array.shape)
+        tensors[name] = np.ascontiguousarray(as_matrix(array, spec)).reshape(shape)
     return tensors
 
 
