@@ -10,7 +10,7 @@ import merge_jax as mj
 from experiments import cross_structure
 from merge_jax.data import Splits
 from merge_jax.study import images, sources
-from merge_jax.study.pretrained import fit_last_layer, sown_features
+from merge_jax.study.pretrained import sown_features
 from tests.models.test_efficientnet import as_file, random_variables, tiny
 
 RANDOM = np.random.default_rng(0)
@@ -68,18 +68,6 @@ def test_shapes_tell_before_training_that_a_file_is_of_another_network(tmp_path)
     start = jax.eval_shape(lambda: started(model))
     with pytest.raises(ValueError, match=r"the model needs \[.*; the source is to be tiny"):
         sources._read_variables(model, file, start, None)
-
-
-def test_a_fitted_last_layer_is_a_logistic_regression():
-    noise = np.random.default_rng(1).normal(size=(200, 5)).astype(np.float32)
-    for num_classes in (2, 4):
-        labels = np.arange(200) % num_classes
-        features = (noise + 4 * np.eye(5)[labels]) * [1, 10, 0.1, 1, 1] + 3  # Of unlike scales, and not centred.
-        kernel, bias = fit_last_layer(features, labels, num_classes)
-        assert (kernel.shape, bias.shape) == ((5, num_classes), (num_classes,))
-        assert ((features @ kernel + bias).argmax(axis=1) == labels).mean() > 0.95
-    with pytest.raises(ValueError, match="examples of all 5 classes, 1 have none, such as class 4"):
-        fit_last_layer(features, np.arange(200) % 4, 5)
 
 
 def test_features_are_those_that_the_last_layer_reads():
