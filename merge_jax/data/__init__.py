@@ -23,7 +23,7 @@ with epy.lazy_api_imports(globals()):
     from merge_jax.data.image_text.scene_questions import sort_of_clevr
     from merge_jax.data.image_text.vqa_files import load_vqa
     from merge_jax.data.images.augment import crop_flip_rotate
-    from merge_jax.data.images.digits import load_digits
+    from merge_jax.data.images.digits import load_digits, load_shifted_digits
     from merge_jax.data.images.folder import load_image_folder
     from merge_jax.data.images.image_files import ImageFiles
     from merge_jax.data.images.image_set import ImageSet, channel_statistics, check_images
@@ -69,6 +69,7 @@ __all__ = [
     "load_digits",
     "load_image_folder",
     "load_questions",
+    "load_shifted_digits",
     "load_text_set",
     "load_texts",
     "load_tfds_images",

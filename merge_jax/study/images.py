@@ -23,6 +23,7 @@ from merge_jax.data import (
     crop_flip_rotate,
     load_digits,
     load_image_folder,
+    load_shifted_digits,
     load_tfds_images,
     scene_shapes,
     split,
@@ -53,6 +54,8 @@ VISION_ATTENTION = "encoder/*/attention"
 _tfds_images = lru_cache(maxsize=2)(load_tfds_images)
 _scene_shapes = lru_cache(maxsize=2)(scene_shapes)
 
+_DIGITS = {"digits": (load_digits, 8), "shifted_digits": (load_shifted_digits, 10)}
+
 _EVALUATED_AT_ONCE = 200  # Divides the digits' validation and test: one compilation serves both.
 
 
@@ -78,7 +81,7 @@ class ImageData:
 def load_images(
     name: str, data_dir: Path | None, image_size: int | None, validation: int, label: str = "label"
 ) -> ImageData:
-    """Returns the images of that name: `digits`, a TFDS set such as `cifar100`, or the path of a folder.
+    """Returns the images of that name: `digits`, `shifted_digits`, a TFDS set such as `cifar100`, or a folder's.
 
     Args:
       name: what to load; what has a slash in it, or is a folder, is a path.
@@ -90,10 +93,11 @@ def load_images(
     Raises:
       ValueError: the images cannot be had, or fewer can be held out than that.
     """
-    if name == "digits":
+    if name in _DIGITS:
         if image_size is not None:
-            raise ValueError(f"digits are 8x8 images: image_size is for other data, got {image_size}")
-        return ImageData(name, lru_cache(maxsize=1)(load_digits), (8, 8, 1), 10, None)
+            raise ValueError(f"{name} have a size of their own: image_size is for other data, got {image_size}")
+        load, size = _DIGITS[name]
+        return ImageData(name, lru_cache(maxsize=1)(load), (size, size, 1), 10, None)
     if "/" in name or Path(name).is_dir():
         images = load_image_folder(name, image_size=image_size)
     else:
