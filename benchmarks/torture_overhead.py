@@ -26,7 +26,7 @@ def overhead(tools: Tools, n: int, seed: int) -> Outcome:
     """Times `save` against the steps between two saves, of mergenet in `experiments.cross_structure`."""
     # Without its dropout and with one route it compiles much faster, and its steps are shorter: that is not in favour
     # of the save.
-    preset, without = cross_structure.PRESETS["default"], {"attention_dropout": 0.0, "feed_forward_dropout": 0.0}
+    preset, without = cross_structure.PRESETS["mobilenet"], {"attention_dropout": 0.0, "feed_forward_dropout": 0.0}
     config = replace(preset, methods=("mergenet_warm",), routes=cross_structure.PRESETS["smoke"].routes, **without)
     scenario = cross_structure.build(config)
     trial = make_trials(scenario, config, plan_source(scenario, config))["mergenet_warm"]

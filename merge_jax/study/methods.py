@@ -156,7 +156,7 @@ def make_methods(
     def then_residual() -> _Moves:
         first, fit, *_ = alignment()
         once = mj.scheduled(first, optax.piecewise_constant_schedule(1.0, {1: 0.0}))
-        both = mj.chain(once, bind(partial(_lpka, options, "residual")))
+        both = mj.chain(once, bind(lambda routes: _lpka(options, "residual", _adapter_routes(options, routes))))
         return _Moves(both, options.stop, lambda adapter, *models: {**adapter, "0": fit(adapter["0"], *models)})
 
     def started(name: str, make: StartFactory) -> _Moves:
@@ -228,11 +228,13 @@ def _starts(options: TransferOptions) -> dict[str, StartFactory]:
 
 def _transfers(options: TransferOptions) -> dict[str, TransferFactory]:
     """Returns the transfers by name, as functions that make them of routes."""
-    lpka = partial(_lpka, options)
+
+    def lpka(output: OutputForm, routes: Sequence[mj.Route]) -> mj.Transfer:
+        return _lpka(options, output, _adapter_routes(options, routes))
 
     def itself(routes: Sequence[mj.Route]) -> mj.Transfer:
-        routes = [replace(route, source=route.target) for route in routes]
-        return mj.self_transfer(lpka("residual", routes))
+        routes = [replace(route, source=route.target) for route in _adapter_routes(options, routes)]
+        return mj.self_transfer(_lpka(options, "residual", routes))
 
     return {
         "share": mj.share_transfer,
@@ -247,6 +249,11 @@ def _transfers(options: TransferOptions) -> dict[str, TransferFactory]:
         "no_source": lambda routes: mj.without_source(lpka("residual", routes)),
         "itself": itself,
     }
+
+
+def _adapter_routes(options: TransferOptions, routes: Sequence[mj.Route]) -> Sequence[mj.Route]:
+    """Returns the routes that learned adapters take part in."""
+    return parse_routes(options.adapter_routes) if options.adapter_routes else routes
 
 
 def _lpka(options: TransferOptions, output: OutputForm, routes: Sequence[mj.Route]) -> mj.Transfer:

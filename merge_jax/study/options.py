@@ -38,6 +38,8 @@ class TransferOptions:
     """Methods to compare: a transfer, an objective, or both as in share_agree; see experiments/README.md."""
     stop: float = 0.1
     """Fraction of the run after which share and mergenet leave the target to itself."""
+    adapter_routes: tuple[str, ...] = ()
+    """Layers that the adapters of mergenet take part in, as target=source, where these are not all of --routes."""
     num_layers: int = 1
     """Layers of each route's LPKA."""
     num_heads: int = 8

@@ -60,8 +60,8 @@ def aligned_transfer(
     larger window has around is 0. A leaf that makes channels and is summed over along them too, such as an embedding
     that is the last layer, has `A` for both, and 0 for channels that the source has not.
 
-    Route all leaves that the models have in common, norms and biases as well, such as `{"**": "**"}`, but for last layers
-    of other labels. It is a start: let it write once (`make_joint_step(..., stop=1 / num_steps, num_steps=...)`), since
+    Route all leaves that the models have in common, norms and biases as well (`{"**": "**"}`), but for last layers of
+    other labels. It is a start: let it write once (`make_joint_step(..., stop=1 / num_steps, num_steps=...)`), since
     each transfer overwrites what the target has learned. Our choice.
 
     **The fit.** `transfer.fit(moments, source_params, target_params)` returns the adapter that keeps most of what the

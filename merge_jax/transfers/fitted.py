@@ -105,7 +105,7 @@ def refit(
     layer is that of `X'X`, beside what all inputs are at one depth of both models.
 
     Args:
-      routes: as `aligned_transfer`, of parameters; `{"**": "**"}` pairs all leaves of one path. Leave out last layers of
+      routes: as `aligned_transfer`, of parameters: `{"**": "**"}` is all leaves of one path. Leave out last layers of
         other labels.
       source: `(variables, *inputs) -> outputs`, such as `source_model.apply`, in evaluation mode.
       target: the same of the target.
