@@ -162,6 +162,7 @@ _PRETRAINED = Config(
     routes=("**=**",),
     agree=LITE_AGREE,
     methods=("vanilla", "share", "kd", "agree", "aligned", "aligned_agree"),
+    head_penalty=100.0,
     report_every=100,
     checkpoint_every=300,
 )

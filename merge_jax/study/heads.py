@@ -48,7 +48,8 @@ def make_fit_head(model: StudyModel, axis_name: str | None = None) -> tuple[tupl
         target = reset_to_inputs(model, target, seed, axis_name)
         found = observe(target.params, target.model_state, sample.fitted)
         labels = np.asarray(sample.fitted["label"])
-        head = mj.fit_head(found.features, labels, num_classes=found.logits.shape[1])
+        classes = found.logits.shape[1]
+        head = mj.fit_head(found.features, labels, num_classes=classes, penalty=model.head_penalty)
         return {kernel: np.asarray(head.kernel), bias: np.asarray(head.bias)}, target.model_state
 
     return (kernel, bias), fit_head

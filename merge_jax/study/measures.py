@@ -48,7 +48,7 @@ def make_measures(model: StudyModel, axis_name: str | None = None) -> Measures:
             test = model.evaluate(state.params, state.model_state, splits.test)[model.metric]
             return {"test": test, "reset": None, "probe": None}
         own = reset_to_inputs(model, state, seed, axis_name)
-        probed, reset = _probed(observe, own, sample)
+        probed, reset = _probed(observe, own, sample, model.head_penalty)
         if own is state:
             return {"test": reset, "reset": None, "probe": probed}
         test = observe(state.params, state.model_state, sample.test).accuracy(_labels(sample)[1])
@@ -56,16 +56,20 @@ def make_measures(model: StudyModel, axis_name: str | None = None) -> Measures:
 
     def end(target: TrainState, seed: int) -> float | None:
         state, sample = _on_host(target), sampled(model, model.splits(seed), seed)
-        return None if state is None or observe is None or sample is None else _probed(observe, state, sample)[0]
+        return (
+            None
+            if state is None or observe is None or sample is None
+            else _probed(observe, state, sample, model.head_penalty)[0]
+        )
 
     return Measures(start, end)
 
 
-def _probed(observe: Observe, state: TrainState, sample: Sample) -> tuple[float | None, float]:
+def _probed(observe: Observe, state: TrainState, sample: Sample, penalty: float) -> tuple[float | None, float]:
     """Returns the probe of a model's features, and its own accuracy."""
     labels = _labels(sample)
     fitted, test = (observe(state.params, state.model_state, arrays) for arrays in sample)
-    return probe(fitted.features, labels[0], test.features, labels[1]), test.accuracy(labels[1])
+    return probe(fitted.features, labels[0], test.features, labels[1], penalty), test.accuracy(labels[1])
 
 
 def make_opponents(scenario: Scenario, source_plan: SourcePlan) -> Opponents:
@@ -87,7 +91,7 @@ def make_opponents(scenario: Scenario, source_plan: SourcePlan) -> Opponents:
             state = jax.tree.map(lambda leaf: leaf[-1], state)
         given = None if observe is None else _on_host(state)
         if observe is not None and source is not None and given is not None:
-            found["source_lr"], accuracy = _probed(observe, given, sample)
+            found["source_lr"], accuracy = _probed(observe, given, sample, target.head_penalty)
             own = source.splits(seed).test
             if "label" in own and np.array_equal(np.asarray(own["label"]), _labels(sample)[1]):
                 found["source"] = accuracy

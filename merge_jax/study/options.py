@@ -65,6 +65,9 @@ class TransferOptions:
     head_first: bool = False
     """Fit the target's last layer to its labelled examples before the first step, after what the method writes, in
     every method alike: a logistic regression on its features. Transfers then leave that layer to the target."""
+    head_penalty: float = 1.0
+    """Penalty of logistic regressions: of last layers that are fitted first, of probes, and of the opponents. More where
+    features and classes are many and examples few."""
     prepare_steps: int = 100
     """Steps of prepare, which draws the target's features to the source's before the first step."""
     prepare_rate: float = 1e-2
@@ -85,6 +88,8 @@ class TransferOptions:
             raise ValueError(f"stop must be a fraction in [0, 1], got {self.stop}")
         if self.unlabelled < 0:
             raise ValueError(f"unlabelled must be 0 or more, got {self.unlabelled}")
+        if not 0 < self.head_penalty < float("inf"):
+            raise ValueError(f"head_penalty must be above 0, got {self.head_penalty}")
         if not 0 < self.target_rate < float("inf"):
             raise ValueError(f"target_rate must be above 0, got {self.target_rate}")
         if not 0 <= self.agreement < float("inf"):

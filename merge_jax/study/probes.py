@@ -123,28 +123,30 @@ def reset_to_inputs(model: StudyModel, target: TrainState, seed: int, axis_name:
     return target.replace(model_state={name: found[name] for name in target.model_state})
 
 
-def probe(features: np.ndarray, labels: np.ndarray, test_features: np.ndarray, test_labels: np.ndarray) -> float | None:
+def probe(
+    features: np.ndarray, labels: np.ndarray, test_features: np.ndarray, test_labels: np.ndarray, penalty: float
+) -> float | None:
     """Returns the test accuracy of a logistic regression on standardised features `[N, d]`, a fraction.
 
-    Its penalty is `|w|^2 / 2` beside the sum of the losses (scikit-learn's C = 1), and is not tuned. None where
-    features are not finite, or all labels are one.
+    Its penalty is `penalty |w|^2 / 2` beside the sum of the losses (scikit-learn's 1 / C). None where features are not
+    finite, or all labels are one.
     """
     if len(np.unique(labels)) < 2 or not (np.isfinite(features).all() and np.isfinite(test_features).all()):
         return None
     from sklearn.preprocessing import StandardScaler  # Half a second that --help should not.
 
     scaler = StandardScaler().fit(features)
-    model = _fitted(scaler.transform(features), labels)
+    model = _fitted(scaler.transform(features), labels, penalty)
     return float(model.score(scaler.transform(test_features), test_labels))
 
 
-def _fitted(features: Any, labels: np.ndarray) -> Any:
+def _fitted(features: Any, labels: np.ndarray, penalty: float) -> Any:
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # It is as good as so many steps make it.
-        return LogisticRegression(max_iter=_STEPS).fit(features, labels)
+        return LogisticRegression(C=1 / penalty, max_iter=_STEPS).fit(features, labels)
 
 
 def inputs_lr(model: StudyModel, sample: Sample) -> float | None:
@@ -159,14 +161,14 @@ def inputs_lr(model: StudyModel, sample: Sample) -> float | None:
     labels, test_labels = (np.asarray(arrays["label"]) for arrays in sample)
     if not np.issubdtype(fitted.dtype, np.integer) or fitted.dtype == np.uint8:
         fitted, test = (part.reshape(len(part), -1).astype(np.float32) for part in (fitted, test))
-        return probe(fitted, labels, test, test_labels)
+        return probe(fitted, labels, test, test_labels, model.head_penalty)
     if len(np.unique(labels)) < 2:
         return None
     from sklearn.feature_extraction.text import TfidfTransformer
 
     words = int(max(fitted.max(), test.max())) + 1
     weights = TfidfTransformer().fit(_counts(fitted, words))
-    model_ = _fitted(weights.transform(_counts(fitted, words)), labels)
+    model_ = _fitted(weights.transform(_counts(fitted, words)), labels, 1.0)
     return float(model_.score(weights.transform(_counts(test, words)), test_labels))
 
 

@@ -65,6 +65,7 @@ class StudyModel:
         be shapes. None for `load`, which knows parameters alone.
       sample_images: test images that it is shown with; None for a model of other things.
       code: lines of Python that make it, see `model_code`; empty where there are none.
+      head_penalty: of logistic regressions on its features, see `merge_jax.fit_head`.
       pool: `seed -> inputs` without labels, those of the labelled examples first; None for these alone.
     """
 
@@ -84,6 +85,7 @@ class StudyModel:
     sample_images: SampleImages | None = None
     code: str = ""
     pool: Callable[[int], Arrays] | None = None
+    head_penalty: float = 1.0
 
     def __post_init__(self) -> None:  # noqa: D105
         if self.apply is not None and not self.inputs:

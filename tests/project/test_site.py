@@ -101,8 +101,9 @@ def test_every_public_name_is_on_one_page_of_the_reference(package, pages):
 
 def test_links_to_files_of_the_repository_lead_to_their_pages(pages):
     for page, links in {
-        "efficacy.html": {"transfers.html", "efficacy_why.html", "efficacy_tables.html", "efficacy_aligned.html"},
-        "efficacy_why.html": {"efficacy.html", "efficacy_options.html", "long_runs.html"},
+        "efficacy.html": {"transfers.html", "weights.html", "efficacy_adapters.html"},
+        "efficacy_adapters.html": {"efficacy_why.html", "efficacy_tables.html", "efficacy_aligned.html"},
+        "efficacy_why.html": {"efficacy_adapters.html", "efficacy_options.html", "long_runs.html"},
         "experiments.html": {"efficacy.html", "transfers.html"},
         "index.html": {"quickstart.html", "changelog.html"},
         "quickstart.html": {"experiments.html", "benchmarks.html", "your_own_models.html", "efficacy.html"},
