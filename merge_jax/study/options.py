@@ -66,8 +66,8 @@ class TransferOptions:
     """Fit the target's last layer to its labelled examples before the first step, after what the method writes, in
     every method alike: a logistic regression on its features. Transfers then leave that layer to the target."""
     head_penalty: float = 1.0
-    """Penalty of logistic regressions: of last layers that are fitted first, of probes, and of the opponents. More where
-    features and classes are many and examples few."""
+    """Penalty of logistic regressions: last layers that are fitted first, probes, opponents. More where features and
+    classes are many and examples few."""
     prepare_steps: int = 100
     """Steps of prepare, which draws the target's features to the source's before the first step."""
     prepare_rate: float = 1e-2
