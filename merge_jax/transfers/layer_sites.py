@@ -67,6 +67,8 @@ def find_layer(program: Program, leaf: str) -> Layer:
     linear = _linear_in(program, leaf)
     meets = sorted({place for value in linear for place in program.users[value] if place >= 0})
     meets = [place for place in meets if _makes_data(program, program.equations[place])]
+    if _used_otherwise(program, leaf, linear):
+        raise Unsolvable("what it is made into before it meets the data is not linear in it")
     if not meets:
         raise Unsolvable("nothing that is computed from the inputs meets it")
     equations = [program.equations[place] for place in meets]
@@ -78,6 +80,8 @@ def find_layer(program: Program, leaf: str) -> Layer:
     ways = [_way(program, one.outputs[0], through_data=not dense) for one in equations]
     if len({end for _, end in ways}) > 1:
         raise Unsolvable("it reaches more than one end")
+    if _times_itself(ways, linear):
+        raise Unsolvable("it is multiplied with what it has made")
     starts, (last, end) = tuple(one.outputs[0] for one in equations), ways[-1]
     scaled = all(_other(program, one, value) is None for one, value in last if one.name in ("mul", "div"))
     values = frozenset({end, *(value for way, _ in ways for _, value in way)})
@@ -95,9 +99,30 @@ def _linear_in(program: Program, leaf: str) -> dict[int, str]:
         alias = equation.name in _ALIASES and len(equation.outputs) == 1
         moved = equation.name in _MOVES
         scaled = len(read) == 1 and (equation.name == "mul" or (equation.name == "div" and equation.inputs[0] in found))
+        scaled = scaled and not any(leaf in program.leaves_of[value] for value in equation.reads if value not in found)
         if read and (alias or moved or scaled):
             found[equation.outputs[0]] = found[read[0]] if alias else "made"
     return found
+
+
+def _used_otherwise(program: Program, leaf: str, linear: dict[int, str]) -> bool:
+    """Returns whether the data meets what is made of a leaf, and not linear in it."""
+    return any(
+        leaf in program.leaves_of[value] and value not in linear and value not in program.data
+        for equation in program.equations
+        if _makes_data(program, equation)
+        for value in equation.reads
+    )
+
+
+def _times_itself(ways: Sequence[tuple[list[tuple[Equation, int]], int]], linear: dict[int, str]) -> bool:
+    """Returns whether two values that are linear in a leaf are multiplied."""
+    on_the_way = {value for way, _ in ways for _, value in way}.union(linear)
+    return any(
+        equation.name in ("mul", "div") and on_the_way.intersection(equation.reads) - {value}
+        for way, _ in ways
+        for equation, value in way
+    )
 
 
 def _makes_data(program: Program, equation: Equation) -> bool:

@@ -213,3 +213,24 @@ def test_an_operation_that_cannot_be_followed_is_named():
     cut = lambda params, x: jnp.cumsum(mlp(params, x) @ params["last"]["kernel"].T, -1) @ params["last"]["kernel"]  # noqa: E731
     with pytest.raises(ValueError, match="the target: the operation 'cumsum' cannot be followed"):
         mj.refit(EVERYTHING, mlp, cut, source, target, X)
+
+
+@pytest.mark.parametrize(
+    ("use", "why"),
+    [
+        (lambda h, gain: (h * gain + 1) * gain, "it is multiplied with what it has made"),
+        (lambda h, gain: (h * gain) * (jnp.sin(h) * gain), "it is multiplied with what it has made"),
+        (lambda h, gain: h * (gain * jnp.tanh(gain)), "what it is made into before it meets the data is not linear"),
+        (lambda h, gain: h * gain + h**2 * jnp.tanh(gain), "what it is made into before it meets the data is not"),
+    ],
+)
+def test_what_a_model_is_not_linear_in_is_kept(use, why):
+    def model(params, x):
+        hidden = use(jax.nn.relu(x @ params["first"]["kernel"]), params["gain"][None])
+        return jnp.tanh(hidden) @ params["last"]["kernel"]
+
+    source = {**perceptron(0, 4), "gain": jnp.asarray([1.0, 2.0, -1.0, 0.5])}
+    source["first"] = {"kernel": source["first"]["kernel"]}
+    made = mj.refit(EVERYTHING, model, model, source, jax.tree.map(lambda leaf: 0.5 * leaf, source), X, **EXACT)
+    assert why in made.kept["gain"]
+    np.testing.assert_allclose(model(made.variables, X), model(source, X), rtol=1e-3, atol=1e-2)
