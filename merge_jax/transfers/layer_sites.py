@@ -1,7 +1,6 @@
 """Where the layers of a model end: for each kernel, the value that is linear in it just before what is not."""
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from merge_jax.transfers.program import Equation, Program
@@ -37,7 +36,7 @@ class Layer(NamedTuple):
       meets: the equation that makes the first of them.
       end: the last value that is linear in it.
       values: all that are on the way, the starts and the end too.
-      bias: the leaf that is added last on the way; None for none.
+      biases: leaves that are added on the way, the last first, and whether each is added after the norm.
       norm: what normalises it on the way by running statistics.
       scaled: whether the way is the same for all data, so that its slope is a number for each channel.
     """
@@ -48,7 +47,7 @@ class Layer(NamedTuple):
     meets: Equation
     end: int
     values: frozenset[int]
-    bias: str | None
+    biases: Mapping[str, bool]
     norm: Norm | None
     scaled: bool
 
@@ -85,8 +84,8 @@ def find_layer(program: Program, leaf: str) -> Layer:
     starts, (last, end) = tuple(one.outputs[0] for one in equations), ways[-1]
     scaled = all(_other(program, one, value) is None for one, value in last if one.name in ("mul", "div"))
     values = frozenset({end, *(value for way, _ in ways for _, value in way)})
-    bias, norm = _bias(program, last), _norm(program, last)
-    return Layer(leaf, bool(dense), starts, equations[0], end, values, bias, norm, scaled)
+    norm = _norm(program, last)
+    return Layer(leaf, bool(dense), starts, equations[0], end, values, _biases(program, last, norm), norm, scaled)
 
 
 def _linear_in(program: Program, leaf: str) -> dict[int, str]:
@@ -183,17 +182,17 @@ def _leaf_beside(program: Program, equation: Equation, value: int) -> dict[str, 
     return found
 
 
-def _bias(program: Program, way: Sequence[tuple[Equation, int]]) -> str | None:
-    paths = list(program.leaves)
-    for equation, value in reversed(way):
+def _biases(program: Program, way: Sequence[tuple[Equation, int]], norm: Norm | None) -> dict[str, bool]:
+    paths, found, normed = list(program.leaves), {}, False
+    for equation, value in way:
+        normed = normed or (norm is not None and value == norm.normed)
         if equation.name in ("add", "add_any"):
             beside = _leaf_beside(program, equation, value)
             if len(beside) == 1:
                 (path, kind), *_ = beside.items()
-                size = math.prod(program.shapes[program.leaves[path]].shape)
-                if kind != "else" and size > 1 and not is_state(path, paths):
-                    return path
-    return None
+                if kind != "else" and not is_state(path, paths):
+                    found[path] = normed
+    return dict(reversed(found.items()))
 
 
 def _norm(program: Program, way: Sequence[tuple[Equation, int]]) -> Norm | None:

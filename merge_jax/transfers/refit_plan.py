@@ -8,7 +8,7 @@ from typing import NamedTuple
 from merge_jax.transfers.alignment_plan import AlignedLeaf, AlignmentPlan
 from merge_jax.transfers.channel_axes import ChannelGraph
 from merge_jax.transfers.channel_trace import ChannelTrace
-from merge_jax.transfers.layer_sites import Layer, Unsolvable, find_layer, is_state
+from merge_jax.transfers.layer_sites import Layer, Norm, Unsolvable, find_layer, is_state
 
 __all__ = ["ChannelAxis", "FollowedModel", "RefitPlan", "Site", "Unknown", "plan_refit"]
 
@@ -52,6 +52,8 @@ class Unknown(NamedTuple):
       inputs: how many numbers each channel has.
       start_axes: of the start, in the order of the channels at the end; empty where the way depends on the data.
       normed_axes: of the value that a norm on the way normalises.
+      bias: the leaf that gets the intercept; None for none.
+      norm: what gets the statistics: one on the way, of which a bias makes up for the mean; None for none.
     """
 
     layer: Layer
@@ -59,6 +61,8 @@ class Unknown(NamedTuple):
     inputs: int
     start_axes: tuple[int, ...]
     normed_axes: tuple[int, ...]
+    bias: str | None
+    norm: Norm | None
 
 
 @dataclass(frozen=True)
@@ -96,9 +100,9 @@ class Site:
     @property
     def leaves(self) -> frozenset[str]:
         """The leaves that it writes: those that are solved for, biases, norms."""
-        layers = [one.layer for one in self.unknowns]
-        found = {one.leaf for one in layers} | {one.bias for one in layers if one.bias is not None}
-        return frozenset(found.union(*((one.norm.mean, one.norm.var, one.norm.gain) for one in layers if one.norm)))
+        found = {one.layer.leaf for one in self.unknowns} | {one.bias for one in self.unknowns if one.bias is not None}
+        norms = [one.norm for one in self.unknowns if one.norm]
+        return frozenset(found.union(*((one.mean, one.var, one.gain) for one in norms)))
 
     @property
     def name(self) -> str:
@@ -204,18 +208,32 @@ def _one_site(
     if layer.dense and any(leaf_shape[axis] > 1 for axis in rest):
         raise Unsolvable("an axis of it is neither an input nor a channel")
     inputs = (*rest, *inputs)
+    bias = _bias(target, layer, [group for axis, group in zip(channels, groups, strict=True) if leaf_shape[axis] > 1])
+    norm = layer.norm if bias is not None and layer.biases[bias] else None
     unknown = Unknown(
         layer,
         (*inputs, *channels),
         math.prod(leaf_shape[axis] for axis in inputs),
         target.places(layer.starts[0], groups) if layer.scaled else (),
-        target.places(layer.norm.normed, groups) if layer.scaled and layer.norm else (),
+        target.places(norm.normed, groups) if layer.scaled and norm else (),
+        bias,
+        norm,
     )
     sizes = tuple(shape[axis] for axis in sorted(places))
     pairs = tuple(
         ChannelAxis(one.pair, None if one.around is None else axes.index(leaf.axes[one.around])) for one in axes
     )
     return Site((unknown,), layer.end, source_layer.end, tuple(sorted(places)), sizes, pairs, math.prod(rows))
+
+
+def _bias(target: FollowedModel, layer: Layer, channels: Sequence[str]) -> str | None:
+    """Returns the leaf that has one number for each channel, in their order, and is added last."""
+    for path in layer.biases:
+        shape = target.trace.program.shapes[target.trace.program.leaves[path]].shape
+        groups = target.graph.channel_groups[path]
+        if [group for group, size in zip(groups, shape, strict=True) if size > 1] == list(channels):
+            return path
+    return None
 
 
 def _dense_inputs(target: FollowedModel, layer: Layer, rows: int, channels: Sequence[str]) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -234,3 +235,58 @@ def test_what_a_model_is_not_linear_in_is_kept(use, why):
     made = mj.refit(EVERYTHING, model, model, source, jax.tree.map(lambda leaf: 0.5 * leaf, source), X, **EXACT)
     assert why in made.kept["gain"]
     np.testing.assert_allclose(model(made.variables, X), model(source, X), rtol=1e-3, atol=1e-2)
+
+
+def deep(make):
+    """A perceptron whose second layer makes its hidden channels of a product, a bias and the channels before."""
+
+    def model(params, x):
+        hidden = jax.nn.relu(x @ params["first"]["kernel"] + params["first"]["bias"][None])
+        hidden = jnp.tanh(make(hidden @ params["middle"]["kernel"], params["middle"]["bias"]))
+        return hidden @ params["last"]["kernel"]
+
+    def draw(seed, hidden):
+        drawn = np.random.default_rng(seed).normal(size=(hidden + 1, hidden))
+        middle = jnp.asarray(drawn / hidden**0.5, jnp.float32)
+        return {**perceptron(seed, hidden), "middle": {"kernel": middle[1:], "bias": middle[0]}}
+
+    return model, draw
+
+
+@pytest.mark.parametrize("scale", [0.25, -1.0, 3.0])
+def test_the_intercept_goes_through_what_scales_the_bias(scale):
+    model, draw = deep(lambda product, bias: scale * (product + bias[None]))
+    source, target = draw(0, 8), draw(1, 4)
+    made = mj.refit(EVERYTHING, model, model, source, target, X, **EXACT).variables
+    plain, _ = deep(lambda product, bias: scale * product + bias[None])
+    scaled = [{**one, "middle": {**one["middle"], "bias": scale * one["middle"]["bias"]}} for one in (source, target)]
+    other = mj.refit(EVERYTHING, plain, plain, *scaled, X, **EXACT).variables
+    np.testing.assert_allclose(model(made, X), plain(other, X), rtol=1e-3, atol=1e-3)
+
+
+def test_a_bias_of_each_place_is_no_intercept():
+    def model(params, x):
+        hidden = x @ params["first"]["kernel"] + params["first"]["bias"][None, None] + params["place"][None]
+        return jnp.tanh(hidden) @ params["last"]["kernel"]
+
+    source, target = ({**perceptron(s, h), "place": jnp.ones((8, h)) * s} for s, h in ((0, 8), (1, 4)))
+    made = mj.refit(EVERYTHING, model, model, source, target, X.reshape(25, 8, 5), **EXACT)
+    assert set(made.solved) == {"first/kernel", "last/kernel"}
+    np.testing.assert_allclose(made.variables["place"], 0, atol=1e-6)
+
+
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_statistics_of_a_norm_without_bias_stay(use_bias):
+    class Normed(nn.Module):
+        @nn.compact
+        def __call__(self, x, *, train=False):
+            for name in ("a", "b"):
+                x = nn.Dense(6, use_bias=use_bias, name=f"dense_{name}")(x)
+                x = nn.relu(nn.BatchNorm(not train, use_bias=False, name=f"norm_{name}")(x))
+            return nn.Dense(3, name="head")(x)
+
+    model = Normed()
+    source = mj.reset_statistics(model.apply, model.init(jax.random.key(0), X), 2 * X + 1)
+    start = jax.tree.map(lambda leaf: 0.5 * leaf, source)
+    made = mj.refit(EVERYTHING, model.apply, model.apply, source, start, X, **EXACT).variables
+    np.testing.assert_allclose(model.apply(made, X), model.apply(source, X), atol=1e-3)
