@@ -8,7 +8,8 @@ from typing import NamedTuple
 from merge_jax.transfers.alignment_plan import AlignedLeaf, AlignmentPlan
 from merge_jax.transfers.channel_axes import ChannelGraph
 from merge_jax.transfers.channel_trace import ChannelTrace
-from merge_jax.transfers.layer_sites import Layer, Norm, Unsolvable, find_layer, is_state
+from merge_jax.transfers.program import Constant
+from merge_jax.transfers.layer_sites import Layer, Norm, Unsolvable, find_layer, is_state, varying_axes
 
 __all__ = ["ChannelAxis", "FollowedModel", "RefitPlan", "Site", "Unknown", "plan_refit"]
 
@@ -208,6 +209,8 @@ def _one_site(
     if layer.dense and any(leaf_shape[axis] > 1 for axis in rest):
         raise Unsolvable("an axis of it is neither an input nor a channel")
     inputs = (*rest, *inputs)
+    if layer.scaled:
+        _check_slope(target, layer, groups)
     bias = _bias(target, layer, [group for axis, group in zip(channels, groups, strict=True) if leaf_shape[axis] > 1])
     norm = layer.norm if bias is not None and layer.biases[bias] else None
     unknown = Unknown(
@@ -263,6 +266,17 @@ def _dense_inputs(target: FollowedModel, layer: Layer, rows: int, channels: Sequ
         raise Unsolvable("it ends at other places than where it meets the data")
     _check_order(target, layer, channels)
     return tuple(inputs)
+
+
+def _check_slope(target: FollowedModel, layer: Layer, channels: Sequence[str]) -> None:
+    """Raises Unsolvable where the way has another slope at other places."""
+    program = target.trace.program
+    for value in layer.values.difference(layer.starts):
+        equation = program.equations[program.makers[value]]
+        if equation.name in ("mul", "div"):
+            beside = [one for one in equation.inputs if isinstance(one, Constant) or one not in program.data]
+            if not varying_axes(program, beside[0]) <= set(target.places(value, channels)):
+                raise Unsolvable("what it makes is scaled, and not alike at all places")
 
 
 def _check_order(target: FollowedModel, layer: Layer, channels: Sequence[str]) -> None:

@@ -290,3 +290,16 @@ def test_statistics_of_a_norm_without_bias_stay(use_bias):
     start = jax.tree.map(lambda leaf: 0.5 * leaf, source)
     made = mj.refit(EVERYTHING, model.apply, model.apply, source, start, X, **EXACT).variables
     np.testing.assert_allclose(model.apply(made, X), model.apply(source, X), atol=1e-3)
+
+
+def test_what_is_scaled_by_place_is_kept():
+    def model(params, x):
+        places = jnp.arange(1.0, 9.0)[None, :, None]
+        hidden = x @ params["first"]["kernel"] * places + params["first"]["bias"][None, None]
+        return jnp.tanh(hidden) @ params["last"]["kernel"]
+
+    source = perceptron(0, 4)
+    start = jax.tree.map(lambda leaf: 0.5 * leaf, source)
+    made = mj.refit(EVERYTHING, model, model, source, start, X.reshape(25, 8, 5), **EXACT)
+    assert made.kept["first/kernel"] == "what it makes is scaled, and not alike at all places"
+    np.testing.assert_allclose(made.variables["first"]["kernel"], source["first"]["kernel"], rtol=1e-5)
