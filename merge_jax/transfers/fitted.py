@@ -295,7 +295,7 @@ class _Walk:
         x = entering(self.target, site, known, leaves, chosen)
         wanted = channel_rows(self._in_target(site, adapter, found[site.source_end]), site.channel_axes, chosen)
         rest = end_rows(self.target, site, without(self.target, site, known), chosen)
-        of_rows = weights[rows // (site.rows // len(weights))]
+        of_rows = weights[rows // site.stride % len(weights)]
         total = (lambda one: one) if self.axis_name is None else functools.partial(lax.psum, axis_name=self.axis_name)
         moments = add_moments(moments, batch_moments(x, wanted - rest, wanted, of_rows, total))
         return moments, ({one: found[one] for one in source_kept}, {one: known[one] for one in kept})

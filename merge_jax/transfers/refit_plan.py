@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from merge_jax.transfers.alignment_plan import AlignedLeaf, AlignmentPlan
@@ -19,6 +19,16 @@ class FollowedModel(NamedTuple):
 
     trace: ChannelTrace
     graph: ChannelGraph
+
+    def examples(self, value: int) -> int | None:
+        """Returns the axis of a value along which the examples lie; None where it cannot be told."""
+        examples = [self.trace.nodes[one][0] for one in self.trace.program.inputs]
+        found = [
+            axis
+            for axis, node in enumerate(self.trace.nodes[value])
+            if any(self.trace.same_axis(node, one) for one in examples)
+        ]
+        return found[0] if len(found) == 1 else None
 
     def places(self, value: int, groups: Sequence[str]) -> tuple[int, ...]:
         """Returns the axes of a value that are of these channel groups, one each.
@@ -78,6 +88,7 @@ class Site:
       channels: sizes of these axes, of the target's value.
       pairs: what each of them is in the alignment.
       rows: how many places a batch has, all examples together.
+      stride: how many rows lie from one example to the next; the examples come first where that cannot be told.
     """
 
     unknowns: tuple[Unknown, ...]
@@ -87,6 +98,7 @@ class Site:
     channels: tuple[int, ...]
     pairs: tuple[ChannelAxis, ...]
     rows: int
+    stride: int
 
     @property
     def dense(self) -> bool:
@@ -170,9 +182,7 @@ def _site(
         return None
     first = sites[0]
     unknowns = tuple(unknown for site in sites for unknown in site.unknowns)
-    return Site(
-        unknowns, first.end, first.source_end, first.channel_axes, first.channels, first.pairs, first.rows
-    )  # fmt: skip
+    return replace(first, unknowns=unknowns)
 
 
 def _one_site(
@@ -203,6 +213,12 @@ def _one_site(
     )
     if rows != source_rows:
         raise Unsolvable(f"there it ends in {source_shape}, here in {shape}: other places")
+    batch, source_batch = target.examples(layer.end), source.examples(source_layer.end)
+    if None not in (batch, source_batch) and batch != source_batch:
+        raise Unsolvable("its examples lie along another axis in the source")
+    stride = math.prod(rows) // program.shapes[program.inputs[0]].shape[0]
+    if batch is not None:
+        stride = math.prod(size for axis, size in enumerate(shape) if axis > batch and axis not in places)
     leaf_shape, channels = leaf.shapes[0], [one.target for one in axes]
     inputs = _dense_inputs(target, layer, math.prod(rows), groups) if layer.dense else ()
     rest = [axis for axis in range(len(leaf_shape)) if axis not in (*inputs, *channels)]
@@ -226,7 +242,8 @@ def _one_site(
     pairs = tuple(
         ChannelAxis(one.pair, None if one.around is None else axes.index(leaf.axes[one.around])) for one in axes
     )
-    return Site((unknown,), layer.end, source_layer.end, tuple(sorted(places)), sizes, pairs, math.prod(rows))
+    channel_axes = tuple(sorted(places))
+    return Site((unknown,), layer.end, source_layer.end, channel_axes, sizes, pairs, math.prod(rows), stride)
 
 
 def _bias(target: FollowedModel, layer: Layer, channels: Sequence[str]) -> str | None:

@@ -303,3 +303,15 @@ def test_what_is_scaled_by_place_is_kept():
     made = mj.refit(EVERYTHING, model, model, source, start, X.reshape(25, 8, 5), **EXACT)
     assert made.kept["first/kernel"] == "what it makes is scaled, and not alike at all places"
     np.testing.assert_allclose(made.variables["first"]["kernel"], source["first"]["kernel"], rtol=1e-5)
+
+
+def test_inputs_that_fill_the_last_batch_count_for_nothing_where_time_comes_first():
+    def model(params, x):
+        hidden = jax.nn.relu(x.swapaxes(0, 1) @ params["first"]["kernel"] + params["first"]["bias"][None, None])
+        return hidden @ params["last"]["kernel"]
+
+    x, pair = X.reshape(25, 8, 5), (perceptron(0, 8), perceptron(1, 4))
+    whole, parts = (
+        mj.refit(EVERYTHING, model, model, *pair, x, batch_size=size, **EXACT).variables for size in (25, 17)
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), whole, parts)
