@@ -60,7 +60,7 @@ class Refit(NamedTuple):
     Attributes:
       variables: of the target, parameters and state.
       solved: `{leaf: R^2}`, the share of the source's variance, at the channels that were chosen, that the target has
-        after the layer was solved, on the inputs of the fit.
+        after the layer was solved, on the inputs of the fit; not a number where the source has none, as of one input.
       kept: `{leaf: why}` of the routed parameters that were aligned and not solved.
     """
 

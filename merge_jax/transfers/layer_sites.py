@@ -76,6 +76,8 @@ def find_layer(program: Program, leaf: str) -> Layer:
     dense = [one for one in equations if _is_dense(one)]
     if dense and (len(equations) > 1 or [linear[one] for one in dense[0].reads if one in linear] != ["whole"]):
         raise Unsolvable("it is used in several places, or reshaped before it is used")
+    if all(one.name in ("add", "add_any", "sub") for one in equations):
+        raise Unsolvable("it is added, and not on the way of a layer that is solved for")
     if not dense and not all(_by_channel(one, linear) for one in equations):
         raise Unsolvable(f"it meets the data in the operation {equations[0].name!r}, which is not linear in it")
     ways = [_way(program, one.outputs[0], through_data=not dense) for one in equations]

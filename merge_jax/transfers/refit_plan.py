@@ -199,6 +199,8 @@ def _one_site(
         one.pair is None and one.sizes[0] != one.sizes[1] for one in axes
     ):
         raise Unsolvable("its rows are arranged by the route")
+    if not axes and layer.dense:  # One channel, as of a regression.
+        axes = [one for one in leaf.axes if not one.contracted]
     groups = [target.graph.channel_groups[leaf.target][one.target] for one in axes]
     source_groups = [source.graph.channel_groups[leaf.source][one.source] for one in axes]
     places = target.places(layer.end, groups)
@@ -252,7 +254,7 @@ def _bias(target: FollowedModel, layer: Layer, channels: Sequence[str]) -> str |
         shape = target.trace.program.shapes[target.trace.program.leaves[path]].shape
         groups = target.graph.channel_groups[path]
         if [group for group, size in zip(groups, shape, strict=True) if size > 1] == list(channels):
-            return path
+            return path  # Of one channel a leaf of one number.
     return None
 
 

@@ -188,7 +188,8 @@ def solve(site: Site, moments: Moments, prior: jax.Array, valid: jax.Array, ridg
     found = jnp.where(valid[None], found, prior)
     intercept = jnp.where(valid, t - added, 0.0) if centred else jnp.zeros_like(t)
     spread = jnp.sum(jnp.where(valid, moments.yy / count, 0))
-    return Solution(found, intercept, 1 - jnp.sum(jnp.where(valid, left, 0)) / jnp.maximum(spread, _TINY))
+    share = jnp.sum(jnp.where(valid, left, 0)) / jnp.where(spread > 0, spread, 1.0)
+    return Solution(found, intercept, jnp.where(spread > 0, 1 - share, jnp.nan))
 
 
 def matrix(program: Program, unknown: Unknown, leaves: Values) -> jax.Array:

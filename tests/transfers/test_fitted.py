@@ -315,3 +315,31 @@ def test_inputs_that_fill_the_last_batch_count_for_nothing_where_time_comes_firs
         mj.refit(EVERYTHING, model, model, *pair, x, batch_size=size, **EXACT).variables for size in (25, 17)
     )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), whole, parts)
+
+
+def test_one_output_is_solved_with_its_bias():
+    def model(params, x):
+        hidden = jax.nn.relu(x @ params["first"]["kernel"] + params["first"]["bias"][None])
+        return hidden @ params["last"]["kernel"] + params["last"]["bias"][None]
+
+    def draw(seed, hidden):
+        params = perceptron(seed, hidden)
+        return {**params, "last": {"kernel": params["last"]["kernel"][:, :1], "bias": jnp.full(1, 0.3)}}
+
+    source = draw(0, 8)
+    made = mj.refit(EVERYTHING, model, model, source, draw(1, 4), X, **EXACT)
+    assert not made.kept
+    left = model(source, X) - model(made.variables, X)
+    np.testing.assert_allclose(jnp.mean(left), 0, atol=1e-4)
+    np.testing.assert_allclose(1 - jnp.var(left) / jnp.var(model(source, X)), made.solved["last/kernel"], atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_one_input_explains_no_variance():
+    assert all(bool(jnp.isnan(one)) for one in refit_mlp(perceptron(0, 8), perceptron(1, 4), X[:1]).solved.values())
+
+
+def test_biases_that_are_kept_say_so():
+    model, draw = deep(lambda product, bias: jax.nn.relu(product) + bias[None])
+    made = mj.refit(EVERYTHING, model, model, draw(0, 8), draw(1, 4), X, **EXACT)
+    assert made.kept == {"middle/bias": "it is added, and not on the way of a layer that is solved for"}
