@@ -8,8 +8,8 @@ from typing import NamedTuple
 from merge_jax.transfers.alignment_plan import AlignedLeaf, AlignmentPlan
 from merge_jax.transfers.channel_axes import ChannelGraph
 from merge_jax.transfers.channel_trace import ChannelTrace
-from merge_jax.transfers.program import Constant
 from merge_jax.transfers.layer_sites import Layer, Norm, Unsolvable, find_layer, is_state, varying_axes
+from merge_jax.transfers.program import Constant
 
 __all__ = ["ChannelAxis", "FollowedModel", "RefitPlan", "Site", "Unknown", "plan_refit"]
 
