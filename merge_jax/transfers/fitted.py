@@ -94,7 +94,8 @@ def refit(
 
     centred, with `W0` the aligned kernel. So each layer makes up for what those before it got wrong. The intercept goes
     to the bias or the norm on the way. Running statistics become those of the same inputs, and gain and bias of the
-    norm make up for them; a norm without both keeps the aligned ones. Kernels that end in one sum, such as the last of a residual block and its shortcut, are solved jointly. What
+    norm make up for them; a norm without both keeps the aligned ones.
+    Kernels that end in one sum, such as the last of a residual block and its shortcut, are solved jointly. What
     has its own numbers for each channel, the gain and bias of a LayerNorm or a depthwise kernel, is solved channel by
     channel. The last layer, where it is routed and labels are shared, is solved to the source's logits.
 
