@@ -98,6 +98,10 @@ class AxisNodes:
         """Returns the name of a node's channel group once the graph is known; empty where no leaf has it."""
         return self._names.get(self._root(node), "")
 
+    def same_axis(self, node: int, other: int) -> bool:
+        """Returns whether the axes of two nodes are tied."""
+        return self._root(node) == self._root(other)
+
     def check(self) -> None:
         """Raises ValueError where channels that leaves make, or leaves themselves, were lost."""
         places: dict[int, tuple[str, int]] = {}

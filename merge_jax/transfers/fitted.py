@@ -60,7 +60,7 @@ class Refit(NamedTuple):
     Attributes:
       variables: of the target, parameters and state.
       solved: `{leaf: R^2}`, the share of the source's variance, at the channels that were chosen, that the target has
-        after the layer was solved, on the inputs of the fit.
+        after the layer was solved, on the inputs of the fit; not a number where the source has none, as of one input.
       kept: `{leaf: why}` of the routed parameters that were aligned and not solved.
     """
 
@@ -93,8 +93,9 @@ def refit(
         W = (X'X/n + r I)^-1 (X'T/n + r W0),    r = ridge tr(X'X/n) / d max(1, d/n),    b = mean T - mean X W,
 
     centred, with `W0` the aligned kernel. So each layer makes up for what those before it got wrong. The intercept goes
-    to the bias or the norm on the way. Running statistics become those of the same inputs, and the gain makes up for
-    them. Kernels that end in one sum, such as the last of a residual block and its shortcut, are solved jointly. What
+    to the bias or the norm on the way. Running statistics become those of the same inputs, and gain and bias of the
+    norm make up for them; a norm without both keeps the aligned ones.
+    Kernels that end in one sum, such as the last of a residual block and its shortcut, are solved jointly. What
     has its own numbers for each channel, the gain and bias of a LayerNorm or a depthwise kernel, is solved channel by
     channel. The last layer, where it is routed and labels are shared, is solved to the source's logits.
 
@@ -295,7 +296,7 @@ class _Walk:
         x = entering(self.target, site, known, leaves, chosen)
         wanted = channel_rows(self._in_target(site, adapter, found[site.source_end]), site.channel_axes, chosen)
         rest = end_rows(self.target, site, without(self.target, site, known), chosen)
-        of_rows = weights[rows // (site.rows // len(weights))]
+        of_rows = weights[rows // site.stride % len(weights)]
         total = (lambda one: one) if self.axis_name is None else functools.partial(lax.psum, axis_name=self.axis_name)
         moments = add_moments(moments, batch_moments(x, wanted - rest, wanted, of_rows, total))
         return moments, ({one: found[one] for one in source_kept}, {one: known[one] for one in kept})

@@ -1,12 +1,13 @@
 """Where the layers of a model end: for each kernel, the value that is linear in it just before what is not."""
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from merge_jax.transfers.program import Equation, Program
+import numpy as np
 
-__all__ = ["Layer", "Norm", "Unsolvable", "find_layer", "is_state"]
+from merge_jax.transfers.program import Constant, Equation, Program
+
+__all__ = ["Layer", "Norm", "Unsolvable", "find_layer", "is_state", "varying_axes"]
 
 _ALIASES = {"convert_element_type", "copy", "copy_p", "stop_gradient", "optimization_barrier"}
 _MOVES = {"broadcast_in_dim", "reshape", "squeeze", "expand_dims", "slice", "transpose", "neg"}
@@ -37,7 +38,7 @@ class Layer(NamedTuple):
       meets: the equation that makes the first of them.
       end: the last value that is linear in it.
       values: all that are on the way, the starts and the end too.
-      bias: the leaf that is added last on the way; None for none.
+      biases: leaves that are added on the way, the last first, and whether each is added after the norm.
       norm: what normalises it on the way by running statistics.
       scaled: whether the way is the same for all data, so that its slope is a number for each channel.
     """
@@ -48,7 +49,7 @@ class Layer(NamedTuple):
     meets: Equation
     end: int
     values: frozenset[int]
-    bias: str | None
+    biases: Mapping[str, bool]
     norm: Norm | None
     scaled: bool
 
@@ -67,22 +68,49 @@ def find_layer(program: Program, leaf: str) -> Layer:
     linear = _linear_in(program, leaf)
     meets = sorted({place for value in linear for place in program.users[value] if place >= 0})
     meets = [place for place in meets if _makes_data(program, program.equations[place])]
+    if _used_otherwise(program, leaf, linear):
+        raise Unsolvable("what it is made into before it meets the data is not linear in it")
     if not meets:
         raise Unsolvable("nothing that is computed from the inputs meets it")
     equations = [program.equations[place] for place in meets]
     dense = [one for one in equations if _is_dense(one)]
     if dense and (len(equations) > 1 or [linear[one] for one in dense[0].reads if one in linear] != ["whole"]):
         raise Unsolvable("it is used in several places, or reshaped before it is used")
+    if all(one.name in ("add", "add_any", "sub") for one in equations):
+        raise Unsolvable("it is added, and not on the way of a layer that is solved for")
     if not dense and not all(_by_channel(one, linear) for one in equations):
         raise Unsolvable(f"it meets the data in the operation {equations[0].name!r}, which is not linear in it")
     ways = [_way(program, one.outputs[0], through_data=not dense) for one in equations]
     if len({end for _, end in ways}) > 1:
         raise Unsolvable("it reaches more than one end")
+    if _times_itself(ways, linear):
+        raise Unsolvable("it is multiplied with what it has made")
     starts, (last, end) = tuple(one.outputs[0] for one in equations), ways[-1]
     scaled = all(_other(program, one, value) is None for one, value in last if one.name in ("mul", "div"))
     values = frozenset({end, *(value for way, _ in ways for _, value in way)})
-    bias, norm = _bias(program, last), _norm(program, last)
-    return Layer(leaf, bool(dense), starts, equations[0], end, values, bias, norm, scaled)
+    norm = _norm(program, last)
+    return Layer(leaf, bool(dense), starts, equations[0], end, values, _biases(program, last, norm), norm, scaled)
+
+
+def varying_axes(program: Program, one: int | Constant) -> set[int]:
+    """Returns the axes along which a value that does not depend on the inputs may differ."""
+    shape = np.shape(one.value) if isinstance(one, Constant) else program.shapes[one].shape
+    every = {axis for axis, size in enumerate(shape) if size > 1}
+    place = None if isinstance(one, Constant) else program.makers.get(one)
+    if place is None or not every or not program.equations[place].inputs:  # A leaf, a number, or `iota`.
+        return every
+    equation = program.equations[place]
+    inner = [varying_axes(program, other) for other in equation.inputs]
+    shapes = [np.shape(o.value) if isinstance(o, Constant) else program.shapes[o].shape for o in equation.inputs]
+    if equation.name == "broadcast_in_dim":
+        places = equation.params["broadcast_dimensions"]
+        return {places[axis] for axis in inner[0]}
+    if equation.name in ("reshape", "squeeze", "expand_dims"):
+        old = [axis for axis, size in enumerate(shapes[0]) if size > 1]
+        if [shapes[0][axis] for axis in old] == [shape[axis] for axis in sorted(every)]:
+            return {new for axis, new in zip(old, sorted(every), strict=True) if axis in inner[0]}
+        return every if inner[0] else set()
+    return set().union(*inner) if all(other in ((), shape) for other in shapes) else every
 
 
 def _linear_in(program: Program, leaf: str) -> dict[int, str]:
@@ -95,9 +123,30 @@ def _linear_in(program: Program, leaf: str) -> dict[int, str]:
         alias = equation.name in _ALIASES and len(equation.outputs) == 1
         moved = equation.name in _MOVES
         scaled = len(read) == 1 and (equation.name == "mul" or (equation.name == "div" and equation.inputs[0] in found))
+        scaled = scaled and not any(leaf in program.leaves_of[value] for value in equation.reads if value not in found)
         if read and (alias or moved or scaled):
             found[equation.outputs[0]] = found[read[0]] if alias else "made"
     return found
+
+
+def _used_otherwise(program: Program, leaf: str, linear: dict[int, str]) -> bool:
+    """Returns whether the data meets what is made of a leaf, and not linear in it."""
+    return any(
+        leaf in program.leaves_of[value] and value not in linear and value not in program.data
+        for equation in program.equations
+        if _makes_data(program, equation)
+        for value in equation.reads
+    )
+
+
+def _times_itself(ways: Sequence[tuple[list[tuple[Equation, int]], int]], linear: dict[int, str]) -> bool:
+    """Returns whether two values that are linear in a leaf are multiplied."""
+    on_the_way = {value for way, _ in ways for _, value in way}.union(linear)
+    return any(
+        equation.name in ("mul", "div") and on_the_way.intersection(equation.reads) - {value}
+        for way, _ in ways
+        for equation, value in way
+    )
 
 
 def _makes_data(program: Program, equation: Equation) -> bool:
@@ -158,17 +207,17 @@ def _leaf_beside(program: Program, equation: Equation, value: int) -> dict[str, 
     return found
 
 
-def _bias(program: Program, way: Sequence[tuple[Equation, int]]) -> str | None:
-    paths = list(program.leaves)
-    for equation, value in reversed(way):
+def _biases(program: Program, way: Sequence[tuple[Equation, int]], norm: Norm | None) -> dict[str, bool]:
+    paths, found, normed = list(program.leaves), {}, False
+    for equation, value in way:
+        normed = normed or (norm is not None and value == norm.normed)
         if equation.name in ("add", "add_any"):
             beside = _leaf_beside(program, equation, value)
             if len(beside) == 1:
                 (path, kind), *_ = beside.items()
-                size = math.prod(program.shapes[program.leaves[path]].shape)
-                if kind != "else" and size > 1 and not is_state(path, paths):
-                    return path
-    return None
+                if kind != "else" and not is_state(path, paths):
+                    found[path] = normed
+    return dict(reversed(found.items()))
 
 
 def _norm(program: Program, way: Sequence[tuple[Equation, int]]) -> Norm | None:

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from merge_jax.transfers.alignment_plan import AlignedLeaf, AlignmentPlan
 from merge_jax.transfers.channel_axes import ChannelGraph
 from merge_jax.transfers.channel_trace import ChannelTrace
-from merge_jax.transfers.layer_sites import Layer, Unsolvable, find_layer, is_state
+from merge_jax.transfers.layer_sites import Layer, Norm, Unsolvable, find_layer, is_state, varying_axes
+from merge_jax.transfers.program import Constant
 
 __all__ = ["ChannelAxis", "FollowedModel", "RefitPlan", "Site", "Unknown", "plan_refit"]
 
@@ -18,6 +19,16 @@ class FollowedModel(NamedTuple):
 
     trace: ChannelTrace
     graph: ChannelGraph
+
+    def examples(self, value: int) -> int | None:
+        """Returns the axis of a value along which the examples lie; None where it cannot be told."""
+        examples = [self.trace.nodes[one][0] for one in self.trace.program.inputs]
+        found = [
+            axis
+            for axis, node in enumerate(self.trace.nodes[value])
+            if any(self.trace.same_axis(node, one) for one in examples)
+        ]
+        return found[0] if len(found) == 1 else None
 
     def places(self, value: int, groups: Sequence[str]) -> tuple[int, ...]:
         """Returns the axes of a value that are of these channel groups, one each.
@@ -52,6 +63,8 @@ class Unknown(NamedTuple):
       inputs: how many numbers each channel has.
       start_axes: of the start, in the order of the channels at the end; empty where the way depends on the data.
       normed_axes: of the value that a norm on the way normalises.
+      bias: the leaf that gets the intercept; None for none.
+      norm: what gets the statistics: one on the way, of which a bias makes up for the mean; None for none.
     """
 
     layer: Layer
@@ -59,6 +72,8 @@ class Unknown(NamedTuple):
     inputs: int
     start_axes: tuple[int, ...]
     normed_axes: tuple[int, ...]
+    bias: str | None
+    norm: Norm | None
 
 
 @dataclass(frozen=True)
@@ -73,6 +88,7 @@ class Site:
       channels: sizes of these axes, of the target's value.
       pairs: what each of them is in the alignment.
       rows: how many places a batch has, all examples together.
+      stride: how many rows lie from one example to the next; the examples come first where that cannot be told.
     """
 
     unknowns: tuple[Unknown, ...]
@@ -82,6 +98,7 @@ class Site:
     channels: tuple[int, ...]
     pairs: tuple[ChannelAxis, ...]
     rows: int
+    stride: int
 
     @property
     def dense(self) -> bool:
@@ -96,9 +113,9 @@ class Site:
     @property
     def leaves(self) -> frozenset[str]:
         """The leaves that it writes: those that are solved for, biases, norms."""
-        layers = [one.layer for one in self.unknowns]
-        found = {one.leaf for one in layers} | {one.bias for one in layers if one.bias is not None}
-        return frozenset(found.union(*((one.norm.mean, one.norm.var, one.norm.gain) for one in layers if one.norm)))
+        found = {one.layer.leaf for one in self.unknowns} | {one.bias for one in self.unknowns if one.bias is not None}
+        norms = [one.norm for one in self.unknowns if one.norm]
+        return frozenset(found.union(*((one.mean, one.var, one.gain) for one in norms)))
 
     @property
     def name(self) -> str:
@@ -165,9 +182,7 @@ def _site(
         return None
     first = sites[0]
     unknowns = tuple(unknown for site in sites for unknown in site.unknowns)
-    return Site(
-        unknowns, first.end, first.source_end, first.channel_axes, first.channels, first.pairs, first.rows
-    )  # fmt: skip
+    return replace(first, unknowns=unknowns)
 
 
 def _one_site(
@@ -184,6 +199,8 @@ def _one_site(
         one.pair is None and one.sizes[0] != one.sizes[1] for one in axes
     ):
         raise Unsolvable("its rows are arranged by the route")
+    if not axes and layer.dense:  # One channel, as of a regression.
+        axes = [one for one in leaf.axes if not one.contracted]
     groups = [target.graph.channel_groups[leaf.target][one.target] for one in axes]
     source_groups = [source.graph.channel_groups[leaf.source][one.source] for one in axes]
     places = target.places(layer.end, groups)
@@ -198,24 +215,47 @@ def _one_site(
     )
     if rows != source_rows:
         raise Unsolvable(f"there it ends in {source_shape}, here in {shape}: other places")
+    batch, source_batch = target.examples(layer.end), source.examples(source_layer.end)
+    if None not in (batch, source_batch) and batch != source_batch:
+        raise Unsolvable("its examples lie along another axis in the source")
+    stride = math.prod(rows) // program.shapes[program.inputs[0]].shape[0]
+    if batch is not None:
+        stride = math.prod(size for axis, size in enumerate(shape) if axis > batch and axis not in places)
     leaf_shape, channels = leaf.shapes[0], [one.target for one in axes]
     inputs = _dense_inputs(target, layer, math.prod(rows), groups) if layer.dense else ()
     rest = [axis for axis in range(len(leaf_shape)) if axis not in (*inputs, *channels)]
     if layer.dense and any(leaf_shape[axis] > 1 for axis in rest):
         raise Unsolvable("an axis of it is neither an input nor a channel")
     inputs = (*rest, *inputs)
+    if layer.scaled:
+        _check_slope(target, layer, groups)
+    bias = _bias(target, layer, [group for axis, group in zip(channels, groups, strict=True) if leaf_shape[axis] > 1])
+    norm = layer.norm if bias is not None and layer.biases[bias] else None
     unknown = Unknown(
         layer,
         (*inputs, *channels),
         math.prod(leaf_shape[axis] for axis in inputs),
         target.places(layer.starts[0], groups) if layer.scaled else (),
-        target.places(layer.norm.normed, groups) if layer.scaled and layer.norm else (),
+        target.places(norm.normed, groups) if layer.scaled and norm else (),
+        bias,
+        norm,
     )
     sizes = tuple(shape[axis] for axis in sorted(places))
     pairs = tuple(
         ChannelAxis(one.pair, None if one.around is None else axes.index(leaf.axes[one.around])) for one in axes
     )
-    return Site((unknown,), layer.end, source_layer.end, tuple(sorted(places)), sizes, pairs, math.prod(rows))
+    channel_axes = tuple(sorted(places))
+    return Site((unknown,), layer.end, source_layer.end, channel_axes, sizes, pairs, math.prod(rows), stride)
+
+
+def _bias(target: FollowedModel, layer: Layer, channels: Sequence[str]) -> str | None:
+    """Returns the leaf that has one number for each channel, in their order, and is added last."""
+    for path in layer.biases:
+        shape = target.trace.program.shapes[target.trace.program.leaves[path]].shape
+        groups = target.graph.channel_groups[path]
+        if [group for group, size in zip(groups, shape, strict=True) if size > 1] == list(channels):
+            return path  # Of one channel a leaf of one number.
+    return None
 
 
 def _dense_inputs(target: FollowedModel, layer: Layer, rows: int, channels: Sequence[str]) -> tuple[int, ...]:
@@ -245,6 +285,17 @@ def _dense_inputs(target: FollowedModel, layer: Layer, rows: int, channels: Sequ
         raise Unsolvable("it ends at other places than where it meets the data")
     _check_order(target, layer, channels)
     return tuple(inputs)
+
+
+def _check_slope(target: FollowedModel, layer: Layer, channels: Sequence[str]) -> None:
+    """Raises Unsolvable where the way has another slope at other places."""
+    program = target.trace.program
+    for value in layer.values.difference(layer.starts):
+        equation = program.equations[program.makers[value]]
+        if equation.name in ("mul", "div"):
+            beside = [one for one in equation.inputs if isinstance(one, Constant) or one not in program.data]
+            if not varying_axes(program, beside[0]) <= set(target.places(value, channels)):
+                raise Unsolvable("what it makes is scaled, and not alike at all places")
 
 
 def _check_order(target: FollowedModel, layer: Layer, channels: Sequence[str]) -> None:

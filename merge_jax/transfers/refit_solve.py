@@ -168,7 +168,7 @@ def solve(site: Site, moments: Moments, prior: jax.Array, valid: jax.Array, ridg
     d, count = site.num_unknowns, jnp.maximum(moments.weight, 1.0)
     x, t, _ = moments.means
     xx, xt, tt = (sums / count for sums in (moments.xx, moments.xt, moments.tt))
-    centred = any(one.layer.bias is not None for one in site.unknowns)
+    centred = any(one.bias is not None for one in site.unknowns)
     if site.dense:
         if not centred:
             xx, xt = xx + jnp.outer(x, x), xt + jnp.outer(x, t)
@@ -188,7 +188,8 @@ def solve(site: Site, moments: Moments, prior: jax.Array, valid: jax.Array, ridg
     found = jnp.where(valid[None], found, prior)
     intercept = jnp.where(valid, t - added, 0.0) if centred else jnp.zeros_like(t)
     spread = jnp.sum(jnp.where(valid, moments.yy / count, 0))
-    return Solution(found, intercept, 1 - jnp.sum(jnp.where(valid, left, 0)) / jnp.maximum(spread, _TINY))
+    share = jnp.sum(jnp.where(valid, left, 0)) / jnp.where(spread > 0, spread, 1.0)
+    return Solution(found, intercept, jnp.where(spread > 0, 1 - share, jnp.nan))
 
 
 def matrix(program: Program, unknown: Unknown, leaves: Values) -> jax.Array:
@@ -249,7 +250,7 @@ def write(program: Program, site: Site, leaves: Values, solution: Solution, mome
         layer, wanted, scale = unknown.layer, solution.effective[part], slope(program, site, unknown, leaves)
         if not site.dense and layer.scaled:  # The inputs have the slope in them.
             wanted = wanted * scale[None]
-        if layer.norm is None or not layer.scaled:
+        if unknown.norm is None or not layer.scaled:
             kernel = wanted / jnp.where(scale == 0, 1.0, scale)[None]
             _put(new, program, unknown, kernel)
             continue
@@ -259,11 +260,15 @@ def write(program: Program, site: Site, leaves: Values, solution: Solution, mome
         kernel = wanted * factor[None]
         _put(new, program, unknown, kernel)
         _put_norm(new, program, site, unknown, _products(site, moments, part, kernel, scale), 1 / factor)
-    biased = next((one for one in site.unknowns if one.layer.bias is not None), None)
-    if biased is not None:
-        number = program.leaves[str(biased.layer.bias)]
-        more = before + solution.intercept - _along(program, site, None, new, None, site.end)
+    bias = next((one.bias for one in site.unknowns if one.bias is not None), None)
+    if bias is not None:
+        number = program.leaves[bias]
         shape = program.shapes[number]
+        more = before + solution.intercept - _along(program, site, None, new, None, site.end)
+        ends = [_along(program, site, None, {**new, number: jnp.full(shape.shape, one, shape.dtype)}, None, site.end)
+                for one in (0, 1)]  # fmt: skip
+        reach = ends[1] - ends[0]  # What the end gets of the bias.
+        more = jnp.where(reach == 0, 0.0, more / jnp.where(reach == 0, 1.0, reach))
         new[number] = (new[number].astype(jnp.float32) + more.reshape(shape.shape)).astype(shape.dtype)
     return new
 
@@ -298,7 +303,7 @@ def _put_norm(
     slopes: jax.Array,
 ) -> None:
     """Puts in the statistics of a layer's products, and the gain by which the end has these slopes of them."""
-    norm = unknown.layer.norm
+    norm = unknown.norm
     assert norm is not None
     mean, var = products
     at_mean = _along(program, site, unknown, leaves, mean, norm.normed)

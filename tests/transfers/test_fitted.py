@@ -2,6 +2,7 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -213,3 +214,132 @@ def test_an_operation_that_cannot_be_followed_is_named():
     cut = lambda params, x: jnp.cumsum(mlp(params, x) @ params["last"]["kernel"].T, -1) @ params["last"]["kernel"]  # noqa: E731
     with pytest.raises(ValueError, match="the target: the operation 'cumsum' cannot be followed"):
         mj.refit(EVERYTHING, mlp, cut, source, target, X)
+
+
+@pytest.mark.parametrize(
+    ("use", "why"),
+    [
+        (lambda h, gain: (h * gain + 1) * gain, "it is multiplied with what it has made"),
+        (lambda h, gain: (h * gain) * (jnp.sin(h) * gain), "it is multiplied with what it has made"),
+        (lambda h, gain: h * (gain * jnp.tanh(gain)), "what it is made into before it meets the data is not linear"),
+        (lambda h, gain: h * gain + h**2 * jnp.tanh(gain), "what it is made into before it meets the data is not"),
+    ],
+)
+def test_what_a_model_is_not_linear_in_is_kept(use, why):
+    def model(params, x):
+        hidden = use(jax.nn.relu(x @ params["first"]["kernel"]), params["gain"][None])
+        return jnp.tanh(hidden) @ params["last"]["kernel"]
+
+    source = {**perceptron(0, 4), "gain": jnp.asarray([1.0, 2.0, -1.0, 0.5])}
+    source["first"] = {"kernel": source["first"]["kernel"]}
+    made = mj.refit(EVERYTHING, model, model, source, jax.tree.map(lambda leaf: 0.5 * leaf, source), X, **EXACT)
+    assert why in made.kept["gain"]
+    np.testing.assert_allclose(model(made.variables, X), model(source, X), rtol=1e-3, atol=1e-2)
+
+
+def deep(make):
+    """A perceptron whose second layer makes its hidden channels of a product, a bias and the channels before."""
+
+    def model(params, x):
+        hidden = jax.nn.relu(x @ params["first"]["kernel"] + params["first"]["bias"][None])
+        hidden = jnp.tanh(make(hidden @ params["middle"]["kernel"], params["middle"]["bias"]))
+        return hidden @ params["last"]["kernel"]
+
+    def draw(seed, hidden):
+        drawn = np.random.default_rng(seed).normal(size=(hidden + 1, hidden))
+        middle = jnp.asarray(drawn / hidden**0.5, jnp.float32)
+        return {**perceptron(seed, hidden), "middle": {"kernel": middle[1:], "bias": middle[0]}}
+
+    return model, draw
+
+
+@pytest.mark.parametrize("scale", [0.25, -1.0, 3.0])
+def test_the_intercept_goes_through_what_scales_the_bias(scale):
+    model, draw = deep(lambda product, bias: scale * (product + bias[None]))
+    source, target = draw(0, 8), draw(1, 4)
+    made = mj.refit(EVERYTHING, model, model, source, target, X, **EXACT).variables
+    plain, _ = deep(lambda product, bias: scale * product + bias[None])
+    scaled = [{**one, "middle": {**one["middle"], "bias": scale * one["middle"]["bias"]}} for one in (source, target)]
+    other = mj.refit(EVERYTHING, plain, plain, *scaled, X, **EXACT).variables
+    np.testing.assert_allclose(model(made, X), plain(other, X), rtol=1e-3, atol=1e-3)
+
+
+def test_a_bias_of_each_place_is_no_intercept():
+    def model(params, x):
+        hidden = x @ params["first"]["kernel"] + params["first"]["bias"][None, None] + params["place"][None]
+        return jnp.tanh(hidden) @ params["last"]["kernel"]
+
+    source, target = ({**perceptron(s, h), "place": jnp.ones((8, h)) * s} for s, h in ((0, 8), (1, 4)))
+    made = mj.refit(EVERYTHING, model, model, source, target, X.reshape(25, 8, 5), **EXACT)
+    assert set(made.solved) == {"first/kernel", "last/kernel"}
+    np.testing.assert_allclose(made.variables["place"], 0, atol=1e-6)
+
+
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_statistics_of_a_norm_without_bias_stay(use_bias):
+    class Normed(nn.Module):
+        @nn.compact
+        def __call__(self, x, *, train=False):
+            for name in ("a", "b"):
+                x = nn.Dense(6, use_bias=use_bias, name=f"dense_{name}")(x)
+                x = nn.relu(nn.BatchNorm(not train, use_bias=False, name=f"norm_{name}")(x))
+            return nn.Dense(3, name="head")(x)
+
+    model = Normed()
+    source = mj.reset_statistics(model.apply, model.init(jax.random.key(0), X), 2 * X + 1)
+    start = jax.tree.map(lambda leaf: 0.5 * leaf, source)
+    made = mj.refit(EVERYTHING, model.apply, model.apply, source, start, X, **EXACT).variables
+    np.testing.assert_allclose(model.apply(made, X), model.apply(source, X), atol=1e-3)
+
+
+def test_what_is_scaled_by_place_is_kept():
+    def model(params, x):
+        places = jnp.arange(1.0, 9.0)[None, :, None]
+        hidden = x @ params["first"]["kernel"] * places + params["first"]["bias"][None, None]
+        return jnp.tanh(hidden) @ params["last"]["kernel"]
+
+    source = perceptron(0, 4)
+    start = jax.tree.map(lambda leaf: 0.5 * leaf, source)
+    made = mj.refit(EVERYTHING, model, model, source, start, X.reshape(25, 8, 5), **EXACT)
+    assert made.kept["first/kernel"] == "what it makes is scaled, and not alike at all places"
+    np.testing.assert_allclose(made.variables["first"]["kernel"], source["first"]["kernel"], rtol=1e-5)
+
+
+def test_inputs_that_fill_the_last_batch_count_for_nothing_where_time_comes_first():
+    def model(params, x):
+        hidden = jax.nn.relu(x.swapaxes(0, 1) @ params["first"]["kernel"] + params["first"]["bias"][None, None])
+        return hidden @ params["last"]["kernel"]
+
+    x, pair = X.reshape(25, 8, 5), (perceptron(0, 8), perceptron(1, 4))
+    whole, parts = (
+        mj.refit(EVERYTHING, model, model, *pair, x, batch_size=size, **EXACT).variables for size in (25, 17)
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), whole, parts)
+
+
+def test_one_output_is_solved_with_its_bias():
+    def model(params, x):
+        hidden = jax.nn.relu(x @ params["first"]["kernel"] + params["first"]["bias"][None])
+        return hidden @ params["last"]["kernel"] + params["last"]["bias"][None]
+
+    def draw(seed, hidden):
+        params = perceptron(seed, hidden)
+        return {**params, "last": {"kernel": params["last"]["kernel"][:, :1], "bias": jnp.full(1, 0.3)}}
+
+    source = draw(0, 8)
+    made = mj.refit(EVERYTHING, model, model, source, draw(1, 4), X, **EXACT)
+    assert not made.kept
+    left = model(source, X) - model(made.variables, X)
+    np.testing.assert_allclose(jnp.mean(left), 0, atol=1e-4)
+    np.testing.assert_allclose(1 - jnp.var(left) / jnp.var(model(source, X)), made.solved["last/kernel"], atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_one_input_explains_no_variance():
+    assert all(bool(jnp.isnan(one)) for one in refit_mlp(perceptron(0, 8), perceptron(1, 4), X[:1]).solved.values())
+
+
+def test_biases_that_are_kept_say_so():
+    model, draw = deep(lambda product, bias: jax.nn.relu(product) + bias[None])
+    made = mj.refit(EVERYTHING, model, model, draw(0, 8), draw(1, 4), X, **EXACT)
+    assert made.kept == {"middle/bias": "it is added, and not on the way of a layer that is solved for"}
