@@ -135,7 +135,7 @@ def _read(options: Options) -> "tuple[study.Scenario, Any]":
         if name != "contents"
     }
     try:
-        config = module.Config(**saved)
+        config = replace(module.PRESETS["default"], **{"adapter_routes": (), **saved})
     except TypeError as error:
         raise ValueError(f"{path} is of another experiment or version: {error}") from None
     if config.source_from is not None:

@@ -94,9 +94,9 @@ def load_images(
       ValueError: the images cannot be had, or fewer can be held out than that.
     """
     if name in _DIGITS:
-        if image_size is not None:
-            raise ValueError(f"{name} have a size of their own: image_size is for other data, got {image_size}")
         load, size = _DIGITS[name]
+        if image_size is not None:
+            raise ValueError(f"{name} are {size}x{size} images: image_size is for other data, got {image_size}")
         return ImageData(name, lru_cache(maxsize=1)(load), (size, size, 1), 10, None)
     if "/" in name or Path(name).is_dir():
         images = load_image_folder(name, image_size=image_size)

@@ -380,8 +380,8 @@ ROWS = {
     ),
     # Options that exclude each other.
     "checkpoints between reports": (
-        refused("cross_structure", "--checkpoint-every", "20"),
-        "checkpoint_every must be a multiple of report_every, got 20 and 15",
+        refused("cross_structure", "--checkpoint-every", "30"),
+        "checkpoint_every must be a multiple of report_every, got 30 and 20",
     ),
     "epochs and steps": (
         refused("cross_structure", "--source-epochs", "2"),
@@ -796,7 +796,7 @@ ROWS = {
     "validation below 0": (refused("cross_structure", "--validation", "-1"), "validation must be 0 or more, got -1"),
     "digits of another size": (
         refused("cross_structure", "--image-size", "4"),
-        "digits are 8x8 images: image_size is for other data, got 4",
+        "shifted_digits are 10x10 images: image_size is for other data, got 4",
     ),
     "scenes too small": (
         refused("cross_modal", "--image-size", "15"),

@@ -39,14 +39,14 @@ def test_a_probe_is_the_regression_as_a_layer():
     features, test_features = 10 * features + 7, 10 * test_features + 7  # Standardised, so the same.
     head = mj.fit_head(features, labels)
     found = np.mean(head(test_features).argmax(axis=1) == test_labels)
-    assert probe(features, labels, test_features, test_labels) == pytest.approx(found)
+    assert probe(features, labels, test_features, test_labels, 1.0) == pytest.approx(found)
     assert found > 0.8
 
 
 def test_of_one_class_or_what_is_not_finite_there_is_no_probe():
     (features, labels), (test_features, test_labels) = clusters(0), clusters(1)
-    assert probe(features, 0 * labels, test_features, test_labels) is None
-    assert probe(features, labels, np.full_like(test_features, np.inf), test_labels) is None
+    assert probe(features, 0 * labels, test_features, test_labels, 1.0) is None
+    assert probe(features, labels, np.full_like(test_features, np.inf), test_labels, 1.0) is None
 
 
 def test_inputs_are_pixels_or_words():
@@ -96,7 +96,7 @@ def test_a_target_is_measured_after_the_first_write_of_its_transfer(scenario, so
     assert found["target_start_reset"] == np.mean(logits.argmax(axis=1) == splits.test["label"])
     assert found["target_start_reset"] != found["target_start_test"]
     assert found["target_start_probe"] == pytest.approx(
-        probe(features, splits.train["label"], test_features, splits.test["label"]), abs=0.006
+        probe(features, splits.train["label"], test_features, splits.test["label"], 1.0), abs=0.006
     )
     vanilla = trials_of(scenario)["vanilla"]
     blank = vanilla.initial_state(0, source)
