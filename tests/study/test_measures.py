@@ -43,6 +43,15 @@ def test_a_probe_is_the_regression_as_a_layer():
     assert found > 0.8
 
 
+def test_more_features_than_examples_give_the_same_regression():
+    random = np.random.default_rng(0)
+    features, test_features = random.normal(size=(2, 40, 90)).astype(np.float32)
+    labels = np.arange(40) % 3
+    head = mj.fit_head(features, labels, penalty=10.0)
+    answers = np.asarray(head(test_features).argmax(axis=1))  # What it says of noise is as good a test as any.
+    assert probe(features, labels, test_features, answers, 10.0) == 1
+
+
 def test_of_one_class_or_what_is_not_finite_there_is_no_probe():
     (features, labels), (test_features, test_labels) = clusters(0), clusters(1)
     assert probe(features, 0 * labels, test_features, test_labels, 1.0) is None
