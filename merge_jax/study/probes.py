@@ -136,10 +136,9 @@ def probe(
     from sklearn.preprocessing import StandardScaler  # Half a second that --help should not.
 
     scaler = StandardScaler().fit(features)
-    fitted, test = scaler.transform(features), scaler.transform(test_features)
-    if fitted.shape[1] > len(
-        fitted
-    ):  # What the examples do not span has weight 0: the same solution, many times sooner.
+    fitted, test = (np.asarray(scaler.transform(part)) for part in (features, test_features))
+    # What the examples do not span has weight 0: the same solution, many times sooner.
+    if fitted.shape[1] > len(fitted):
         basis = np.linalg.svd(fitted, full_matrices=False)[2].T
         fitted, test = fitted @ basis, test @ basis
     return float(_fitted(fitted, labels, penalty).score(test, test_labels))
