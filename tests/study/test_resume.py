@@ -103,6 +103,7 @@ def test_so_does_one_whose_images_are_changed_at_random(monkeypatch, tmp_path, c
     data_dir = tmp_path / "data"
     test_image_sets.put_archive(data_dir, "cifar100", files)
     words = [
+        "mobilenet",
         *("--data", "cifar100", "--data-dir", str(data_dir), "--augment", "--source", "live", "--validation", "0"),
         *("--source-model", "small_resnet", "--target-model", "small_mobilenet_v2", "--stages", "1", "--seeds", "1"),
         *("--routes", "fc/kernel=fc/kernel", "--batch-size", "4", "--labels", "None"),
