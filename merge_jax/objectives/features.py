@@ -16,6 +16,7 @@ from merge_jax.types import Batch, LossFn, ModelApply, ModelState, Params, Teach
 __all__ = [
     "CompareOn",
     "FeatureObjective",
+    "can_be_averaged",
     "cka",
     "disagreement",
     "feature_agreement",
@@ -101,10 +102,15 @@ def mixed(inputs: jax.Array, *, axis_name: str | None = None) -> jax.Array:
     equal weights and neighbours in the batch as our choice: no key is needed. Devices that share a batch along
     `axis_name` hand on their last example.
     """
-    if jnp.issubdtype(inputs.dtype, jnp.integer) and inputs.dtype != jnp.uint8:
+    if not can_be_averaged(inputs):
         return inputs
     inputs = inputs.astype(jnp.float32)
     return (inputs + previous_example(inputs, axis_name)) / 2
+
+
+def can_be_averaged(inputs: jax.Array) -> bool:
+    """Returns whether means of two examples are inputs too: not of whole numbers that are no pixels, such as tokens."""
+    return inputs.dtype == jnp.uint8 or not jnp.issubdtype(inputs.dtype, jnp.integer)
 
 
 def with_features(apply_fn: ModelApply, layers: Sequence[str] = ("features",)) -> ModelApply:

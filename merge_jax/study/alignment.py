@@ -8,7 +8,6 @@ import jax
 import numpy as np
 
 import merge_jax as mj
-from merge_jax.checks import check_entries
 from merge_jax.study.pools import inputs_of
 from merge_jax.study.scenario import FitFn, StartFn, StudyModel
 from merge_jax.transfers.weight_selection import evenly_chosen
@@ -80,7 +79,6 @@ def align(source: StudyModel, target: StudyModel, routes: Sequence[mj.Route]) ->
 
 
 def _inputs(model: StudyModel, examples: Any) -> list[np.ndarray]:
-    check_entries(examples, *model.inputs)
     inputs = inputs_of(examples, model.inputs)
     total = len(inputs[0])
     rows = evenly_chosen(min(_EXAMPLES, total), total)  # Of a set that may be sorted by class.

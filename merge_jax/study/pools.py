@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from merge_jax.checks import check_entries
 from merge_jax.data import Arrays, class_balanced, num_examples, take
 from merge_jax.study.scenario import POOL, StudyModel
 
@@ -40,5 +41,10 @@ def pool_inputs(model: StudyModel) -> tuple[str, ...]:
 
 
 def inputs_of(examples: Mapping[str, Any], names: tuple[str, ...]) -> list[Any]:
-    """Returns inputs without labels: those of the pool, or of the labelled examples where there is no pool."""
+    """Returns inputs without labels: those of the pool, or of the labelled examples where there is no pool.
+
+    Raises:
+      ValueError: the examples lack an input.
+    """
+    check_entries(examples, *names)
     return [examples.get(POOL + name, examples[name]) for name in names]

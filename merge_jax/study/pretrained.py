@@ -4,32 +4,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 import merge_jax as mj
 from merge_jax.data import Arrays
+from merge_jax.study.features import read_features
 from merge_jax.types import ModelApply
 
-__all__ = ["sown_features", "with_fitted_head"]
+__all__ = ["with_fitted_head"]
 
-_AT_ONCE = 100
 _LAST = ("params/fc/kernel", "params/fc/bias")
 _PENALTY = 100.0
 """Of the logistic regression on features of unit variance; our choice: of 10 to 10,000 the best for 2,000 images of
 CIFAR-100 on validation, from 64 pixels on (`docs/weights.md`)."""
-
-
-def sown_features(apply: ModelApply, variables: Any, images: np.ndarray) -> np.ndarray:
-    """Returns what a model sows as `intermediates/features`, float32 `[N, d]`, of images `[N, H, W, C]`."""
-
-    @jax.jit
-    def features(variables: Any, images: jax.Array) -> jax.Array:
-        _, updates = apply(variables, images, train=False, mutable=["intermediates"])
-        return updates["intermediates"]["features"][0]
-
-    parts = [features(variables, images[i : i + _AT_ONCE]) for i in range(0, len(images), _AT_ONCE)]
-    return np.concatenate([np.asarray(part) for part in parts])
 
 
 def with_fitted_head(
@@ -53,7 +40,7 @@ def with_fitted_head(
             return loaded.variables
         if (path, seed) not in heads:  # A run asks once to check, and once to train.
             train = examples(seed)
-            features = sown_features(apply, loaded.variables, np.asarray(train["image"]))
+            features = read_features(apply, loaded.variables, np.asarray(train["image"]))
             heads[path, seed] = mj.fit_head(features, train["label"], num_classes=num_classes, penalty=_PENALTY)
         return mj.replace(loaded.variables, dict(zip(_LAST, heads[path, seed], strict=True)))
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import merge_jax as mj
-from merge_jax.checks import check_entries
+from merge_jax.objectives.features import can_be_averaged
 from merge_jax.study.options import TransferOptions
 from merge_jax.study.pools import inputs_of
 from merge_jax.study.scenario import StartFn, StudyModel
@@ -55,7 +55,7 @@ def prepare_start(
     *,
     objective: Any = mj.objectives.disagreement,
 ) -> StartFn:
-    """Returns the start that draws the target's features to the source's by 100 steps, see `merge_jax.prepare`.
+    """Returns the start that draws the target's features to the source's by some steps, see `merge_jax.prepare`.
 
     On all of its inputs, and on the view of them (`compare_on`) that agreement has.
     """
@@ -99,7 +99,6 @@ def _trained(variables: dict[str, Any]) -> mj.TrainState:
 
 
 def _inputs(model: StudyModel, examples: Batch) -> list[np.ndarray]:
-    check_entries(examples, *model.inputs)
     return [np.asarray(entry) for entry in inputs_of(examples, model.inputs)]
 
 
@@ -112,9 +111,7 @@ def _drawn(key: jax.Array, model: StudyModel, examples: Batch) -> list[jax.Array
 def _with_means(key: jax.Array, inputs: list[jax.Array]) -> list[jax.Array]:
     """Returns images with weighted means of two, up to a number; tokens cannot be averaged, and stay alone."""
     count = len(inputs[0])
-    if count >= _MIXED_UP_TO or any(
-        jnp.issubdtype(one.dtype, jnp.integer) and one.dtype != jnp.uint8 for one in inputs
-    ):
+    if count >= _MIXED_UP_TO or not all(map(can_be_averaged, inputs)):
         return inputs
     keys = jax.random.split(key, 3)
     rows, others = (jax.random.randint(one, (_MIXED_UP_TO - count,), 0, count) for one in keys[:2])

@@ -1,4 +1,4 @@
-"""Weights that a text model starts from, and what a pretrained encoder makes of texts."""
+"""Weights that a text model starts from."""
 
 import contextlib
 import sys
@@ -8,15 +8,11 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import numpy as np
 
 import merge_jax as mj
 from merge_jax.models.huggingface import Loaded, check_huggingface
-from merge_jax.objectives.evaluation import padded_batches
 
-__all__ = ["check_weights", "features_of", "read_weights", "weights_error", "with_weights"]
-
-_AT_ONCE = 200
+__all__ = ["check_weights", "read_weights", "weights_error", "with_weights"]
 
 
 def check_weights(path: Path, encoder: nn.Module, inputs: Any) -> None:
@@ -62,12 +58,3 @@ def read_weights(path: Path, params: Any, fitted: str | None = None) -> Loaded:
     if kept := [leaf for leaf in loaded.kept if fitted is None or not leaf.startswith(fitted)]:
         print(f"{path}: not in it, so as they start: {', '.join(kept)}", file=sys.stderr)
     return loaded
-
-
-def features_of(apply: Any, params: Any, tokens: np.ndarray) -> np.ndarray:
-    """Returns what enters the last layer of a classifier, `[N, d]`, of texts in evaluation mode."""
-    observe = mj.objectives.with_features(apply)
-    observed = jax.jit(lambda params, tokens: observe({"params": params}, tokens, train=False)[1][0])
-    rows = np.arange(len(tokens))
-    batches = padded_batches({"tokens": tokens}, rows, _AT_ONCE)
-    return np.concatenate([np.asarray(observed(params, **batch))[:count] for count, batch in batches])

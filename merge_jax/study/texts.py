@@ -39,9 +39,10 @@ from merge_jax.data import (
     synthetic_topics,
 )
 from merge_jax.study.choices import PoolerName, TextModelName, TextTaskName
+from merge_jax.study.features import read_features
 from merge_jax.study.model_code import model_code
 from merge_jax.study.scenario import StudyModel
-from merge_jax.study.text_weights import check_weights, features_of, read_weights, weights_error, with_weights
+from merge_jax.study.text_weights import check_weights, read_weights, weights_error, with_weights
 
 __all__ = [
     "TEXT_ATTENTION",
@@ -315,7 +316,7 @@ def text_model(
         params, kept = read_weights(path, variables["params"], fitted="classifier/")
         if kept and seed is not None:
             learned = splits(seed).train
-            features = features_of(module.apply, params, learned["tokens"])
+            features = read_features(module.apply, {"params": params}, learned["tokens"])
             head = mj.fit_head(features, learned["label"], num_classes=module.num_classes)
             params = {**params, "classifier": head._asdict()}
         return {**variables, "params": params}

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from merge_jax.transfers.channel_axes import AxisNodes
+from merge_jax.transfers.channel_axes import AxisNodes, ChannelGraph
 from merge_jax.transfers.program import CALLS, Constant, Equation, Program
 from merge_jax.types import Params
 
@@ -90,9 +90,13 @@ class ChannelTrace(AxisNodes):
         self.nodes: dict[int, tuple[int, ...]] = {}
         """The nodes of the axes of each value of the program, once it was followed."""
 
-    def follow(self, params: Params, inputs: Sequence[Any]) -> None:
-        """Follows the function for shapes alone."""
+    def follow(self, params: Params, inputs: Sequence[Any], *, strict: bool = False) -> ChannelGraph:
+        """Follows the function for shapes alone, and returns what is tied; `strict` refuses what `check` does."""
         jax.eval_shape(lambda params, *inputs: self.run(params, inputs, lambda _: None), params, *inputs)
+        graph = self.graph()
+        if strict:
+            self.check()
+        return graph
 
     def run(self, params: Params, inputs: Sequence[Any], on_sum: OnSum) -> list[Any]:
         """Evaluates the function, and hands over each sum over axes that are of a leaf, or of two values."""

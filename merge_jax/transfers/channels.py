@@ -38,12 +38,7 @@ def channel_graph(fn: Callable[..., Any], params: Params, *inputs: Any, strict: 
       ValueError: leaves that cannot be named, as `flatten`; `strict` and channels that a leaf makes, or a leaf itself,
         in an operation that cannot be followed.
     """
-    trace = ChannelTrace(fn, params, inputs)
-    trace.follow(params, inputs)
-    found = trace.graph()
-    if strict:
-        trace.check()
-    return found
+    return ChannelTrace(fn, params, inputs).follow(params, inputs, strict=strict)
 
 
 def input_moments(fn: Callable[..., Any], params: Params, *inputs: Any) -> dict[str, jax.Array]:
@@ -67,8 +62,7 @@ def input_moments(fn: Callable[..., Any], params: Params, *inputs: Any) -> dict[
       ValueError: leaves that cannot be named, as `flatten`.
     """
     trace = ChannelTrace(fn, params, inputs)
-    trace.follow(params, inputs)
-    graph = trace.graph()
+    graph = trace.follow(params, inputs)
     found: dict[str, list[tuple[tuple[int, ...], jax.Array]]] = {}
 
     def take(one: Sum) -> None:

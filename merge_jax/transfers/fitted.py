@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from merge_jax.checks import check_at_least_one
+from merge_jax.checks import check_at_least_one, error_context
 from merge_jax.paths import flatten, replace
 from merge_jax.transfers.aligned import aligned_transfer
 from merge_jax.transfers.alignment_fit import ChannelChoice
@@ -148,19 +148,18 @@ def refit(
     walk = _Walk(source_program, target_program, plan, ridge, max_rows, axis_name, batches, count)
     walk.check_rows(size)
 
-    def fit(inputs: list[jax.Array], key: jax.Array) -> Adapter:
-        some = jax.random.permutation(key, count)[: min(_ALIGNED_ON, count)]
-        moments = input_moments(source, source_variables, *(one[some] for one in inputs))
-        if axis_name is not None:
-            moments = lax.pmean(moments, axis_name)
-        assert transfer.fit is not None  # The aligned one has it.
-        return transfer.fit(moments, source_variables, target_variables)
+    fit_transfer = transfer.fit
+    assert fit_transfer is not None  # The aligned one has it.
 
     @jax.jit
     def run(
         source_variables: Params, target_variables: Params, inputs: list[jax.Array], key: jax.Array
     ) -> tuple[Params, dict[str, jax.Array]]:
-        adapter = fit(inputs, key)
+        some = jax.random.permutation(key, count)[: min(_ALIGNED_ON, count)]
+        moments = input_moments(source, source_variables, *(one[some] for one in inputs))
+        if axis_name is not None:
+            moments = lax.pmean(moments, axis_name)
+        adapter = fit_transfer(moments, source_variables, target_variables)
         written = transfer.apply(adapter, source_variables, target_variables)
         leaves, solved = walk.run(
             adapter,
@@ -184,13 +183,8 @@ def _count(inputs: tuple[jax.Array, ...]) -> int:
 
 def _followed(role: str, fn: ModelFn, variables: Params, batch: list[Any]) -> FollowedModel:
     trace = ChannelTrace(fn, variables, batch)
-    trace.follow(variables, batch)
-    graph = trace.graph()
-    try:
-        trace.check()
-    except ValueError as error:
-        raise ValueError(f"the {role}: {error}") from None
-    return FollowedModel(trace, graph)
+    with error_context(f"the {role}"):
+        return FollowedModel(trace, trace.follow(variables, batch, strict=True))
 
 
 def _with_state(routes: Routes, source: Params, target: Params) -> tuple[Route, ...]:

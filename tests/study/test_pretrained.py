@@ -10,7 +10,7 @@ import merge_jax as mj
 from experiments import cross_structure
 from merge_jax.data import Splits
 from merge_jax.study import images, sources
-from merge_jax.study.pretrained import sown_features
+from merge_jax.study.features import read_features
 from tests.models.test_efficientnet import as_file, random_variables, tiny
 
 RANDOM = np.random.default_rng(0)
@@ -72,7 +72,7 @@ def test_shapes_tell_before_training_that_a_file_is_of_another_network(tmp_path)
 
 def test_features_are_those_that_the_last_layer_reads():
     model, variables = classifier(), random_variables(tiny())
-    found = sown_features(model.apply, variables, IMAGES[:3])
+    found = read_features(model.apply, variables, IMAGES[:3])
     fc = variables["params"]["fc"]
     logits = jax.jit(model.apply)(variables, IMAGES[:3])
     np.testing.assert_allclose(found @ fc["kernel"] + fc["bias"], logits, rtol=1e-3, atol=1e-3)
