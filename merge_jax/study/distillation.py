@@ -82,9 +82,11 @@ def distillation_objectives(
     matched_loss = mj.model_loss(learn, (compared,), matched, needs=("label", "mixed_logits"))
     show_compared_logits = mj.logits_teacher(teach, inputs=shown_input)
 
-    def on_compared(change: Callable[[jax.Array], jax.Array]) -> Objective:
+    labelled = partial(Objective, shown_on="target")
+
+    def on_compared(change: Callable[[jax.Array], jax.Array] | None) -> Objective:
         def changed(batch: Batch, entry: str) -> Batch:
-            return {**batch, entry: change(batch[entry])}
+            return batch if change is None else {**batch, entry: change(batch[entry])}
 
         def loss(params: Params, model_state: ModelState, batch: Batch, key: jax.Array):
             return matched_loss(params, model_state, changed(batch, compared), key)
@@ -93,14 +95,15 @@ def distillation_objectives(
             shown = show_compared_logits(params, model_state, changed(batch, shown_input))
             return {**batch, "mixed_logits": shown["teacher_logits"]}
 
-        return Objective(mj.sum_losses(classification_loss(labels_alone), loss), show, pooled)
+        shown_on = None if change is not None else "pool" if pooled else "target"
+        return Objective(mj.sum_losses(classification_loss(labels_alone), loss), show, pooled, shown_on)
 
     return {
-        "kd": on_compared(lambda inputs: inputs) if pooled else Objective(classification_loss(kd), show_logits),
+        "kd": on_compared(None) if pooled else labelled(classification_loss(kd), show_logits),
         "kd_mixed": on_compared(partial(mj.objectives.mixed, axis_name=axis_name)),
-        "rkd": Objective(rkd_loss, mj.features_teacher(teach, ("features",), inputs=source.inputs)),
-        "dkd": Objective(classification_loss(dkd), show_logits),
-        "nkd": Objective(classification_loss(nkd), show_logits),
+        "rkd": labelled(rkd_loss, mj.features_teacher(teach, ("features",), inputs=source.inputs)),
+        "dkd": labelled(classification_loss(dkd), show_logits),
+        "nkd": labelled(classification_loss(nkd), show_logits),
     }
 
 

@@ -1,5 +1,6 @@
 """What stands beside a method's result: its target right after the write, a probe of it, and opponents without it."""
 
+import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -72,12 +73,13 @@ def _probed(observe: Observe, state: TrainState, sample: Sample, penalty: float)
     return probe(fitted.features, labels[0], test.features, labels[1], penalty), test.accuracy(labels[1])
 
 
-def make_opponents(scenario: Scenario, source_plan: SourcePlan) -> Opponents:
+def make_opponents(scenario: Scenario, source_plan: SourcePlan, *, controlled: bool = False) -> Opponents:
     """Returns what a doubter would put beside a classifier, with the same labelled examples and nothing trained.
 
     `inputs_lr` is a logistic regression on its raw inputs, `source_lr` one on the source's features of these inputs,
     and `source` the source itself, where its labels are the target's. Those of a source are there where it can read the
-    inputs, and is trained before the target.
+    inputs, and is trained before the target. One that tells its own labels no better than chance is warned of, unless
+    it is `controlled`, such as an untrained one.
     """
     target, source = scenario.target, scenario.source
     observe = None if source is None or source_plan.live else observer(source, target.splits(0).test)
@@ -91,6 +93,8 @@ def make_opponents(scenario: Scenario, source_plan: SourcePlan) -> Opponents:
             state = jax.tree.map(lambda leaf: leaf[-1], state)
         given = None if observe is None else _on_host(state)
         if observe is not None and source is not None and given is not None:
+            if not controlled:
+                _warn_of_chance(source, observe, given, seed)
             found["source_lr"], accuracy = _probed(observe, given, sample, target.head_penalty)
             own = source.splits(seed).test
             if "label" in own and np.array_equal(np.asarray(own["label"]), _labels(sample)[1]):
@@ -98,6 +102,28 @@ def make_opponents(scenario: Scenario, source_plan: SourcePlan) -> Opponents:
         return {name: accuracy for name, accuracy in found.items() if accuracy is not None}
 
     return opponents
+
+
+def _warn_of_chance(source: StudyModel, observe: Observe, state: TrainState, seed: int) -> None:
+    """Warns of a source that is right on its validation split no more often than its most frequent class is.
+
+    By less than two standard errors of that fraction.
+    """
+    held_out = source.splits(seed).validation
+    if source.metric != "accuracy" or "label" not in held_out or not set(source.inputs) <= held_out.keys():
+        return
+    labels = np.asarray(held_out["label"])
+    if not len(labels):
+        return
+    accuracy = observe(state.params, state.model_state, held_out).accuracy(labels)
+    chance = np.bincount(labels).max() / len(labels)
+    if accuracy <= chance + 2 * np.sqrt(chance * (1 - chance) / len(labels)):
+        print(
+            f"warning: the source {source.name} of seed {seed} is right on {100 * accuracy:.1f} percent of its"
+            f" validation split, its most frequent class alone would be on {100 * chance:.1f}: it knows nothing to"
+            " transfer; train it longer (--source-steps), or give other weights (--source-from)",
+            file=sys.stderr,
+        )
 
 
 def _labels(sample: Sample) -> tuple[np.ndarray, np.ndarray]:

@@ -6,12 +6,13 @@ from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import optax
 
 import merge_jax as mj
 from merge_jax.data import num_examples
+from merge_jax.objectives.features import can_be_averaged
 from merge_jax.study.alignment import Alignment, align
 from merge_jax.study.config import RunConfig, make_schedule
 from merge_jax.study.options import TransferOptions, parse_pairs
@@ -34,11 +35,13 @@ class Objective(NamedTuple):
       loss: of the target.
       teacher: adds the source's outputs to the target's batches; None where the loss needs none.
       pooled: whether they read the target's pool, see `Method`.
+      shown_on: the examples that the teacher shows the source's outputs of, see `Method`.
     """
 
     loss: LossFn
     teacher: TeacherFn | None = None
     pooled: bool = False
+    shown_on: Literal["target", "pool"] | None = None
 
 
 class _Moves(NamedTuple):
@@ -183,17 +186,18 @@ def make_methods(
     moves |= {name: partial(started, name, make) for name, make in starts.items()}
     learned = {"": Objective(target.loss), **objectives}
 
-    def method(make: Callable[[], _Moves], objective: Objective, agree: str) -> Method:
-        if agree:
-            objective = _with_agreement(options, axis_name, source, target, objective)
+    @cache  # One teacher for all methods, so that what it shows is computed once.
+    def objective_of(name: str, agree: str) -> Objective:
+        return _with_agreement(options, axis_name, source, target, learned[name]) if agree else learned[name]
+
+    def method(make: Callable[[], _Moves], name: str, agree: str) -> Method:
+        objective = objective_of(name, agree)
         transfer, stop, fit, start = make()
         task = mj.Task(objective.loss, optimizer)
-        return Method(task, transfer, stop, objective.teacher, fit, start, objective.pooled)
+        return Method(task, transfer, stop, objective.teacher, fit, start, objective.pooled, objective.shown_on)
 
     return {
-        "_".join(filter(None, (name, objective, agree))) or "vanilla": partial(
-            method, moves[name], learned[objective], agree
-        )
+        "_".join(filter(None, (name, objective, agree))) or "vanilla": partial(method, moves[name], objective, agree)
         for name, objective, agree in product(moves, learned, ("", "agree"))
     }
 
@@ -288,7 +292,9 @@ def _with_agreement(
     if not options.agree:
         raise ValueError("a method with agree needs layers: --agree target=source, such as stage1_0=stage1_0")
     target_layers, source_layers = zip(*options.agreeing_layers(), strict=True)
-    compare_on = partial(mj.objectives.mixed, axis_name=axis_name) if options.compare_on == "mixed" else None
+    train = target.splits(0).train
+    mixes = options.compare_on == "mixed" and any(can_be_averaged(train[name]) for name in target.inputs)
+    compare_on = partial(mj.objectives.mixed, axis_name=axis_name) if mixes else None
     agreement = mj.feature_agreement(
         target.apply,
         target_layers,
@@ -304,7 +310,11 @@ def _with_agreement(
         batch = show_features(params, model_state, batch)
         return batch if objective.teacher is None else objective.teacher(params, model_state, batch)
 
-    return Objective(mj.sum_losses(objective.loss, agreement), teacher, pooled=target.pool is not None)
+    pooled = target.pool is not None
+    shown_on = None if mixes else "pool" if pooled else "target"
+    if objective.teacher is not None and objective.shown_on != shown_on:
+        shown_on = None
+    return Objective(mj.sum_losses(objective.loss, agreement), teacher, pooled, shown_on)
 
 
 def adapter_optimizer(options: TransferOptions, cycle: int, num_steps: int) -> optax.GradientTransformation:

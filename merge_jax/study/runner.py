@@ -198,7 +198,8 @@ def _train(
     results: list[dict[str, Any]],
 ) -> None:
     """Trains every method on every seed that has no result yet, and adds its results to the list and the folder."""
-    trials, opponents = checked.trials, make_opponents(scenario, checked.source_plan)
+    trials, controlled = checked.trials, config.source_control != "none"
+    opponents = make_opponents(scenario, checked.source_plan, controlled=controlled)
     done = {(result["method"], result["seed"]) for result in results}
     for seed in range(config.seeds):
         missing = [name for name in scenario.methods if (name, seed) not in done]

@@ -272,6 +272,7 @@ def _make_model(options: TaskOptions, spec: TaskSpec, texts: Texts | None, token
         too_long=options.too_long,
         validation=validation,
         labels=spec.labels,
+        unlabelled=spec.unlabelled,
         learning_rate=learning_rate,
         weights=spec.weights,
         attributes=attributes,

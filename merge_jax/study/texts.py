@@ -41,6 +41,7 @@ from merge_jax.data import (
 from merge_jax.study.choices import PoolerName, TextModelName, TextTaskName
 from merge_jax.study.features import read_features
 from merge_jax.study.model_code import model_code
+from merge_jax.study.pools import check_pool, draw_pool
 from merge_jax.study.scenario import StudyModel
 from merge_jax.study.text_weights import check_weights, read_weights, weights_error, with_weights
 
@@ -235,6 +236,7 @@ def text_model(
     too_long: str = "truncate",
     validation: int,
     labels: int | None = None,
+    unlabelled: int = 0,
     learning_rate: float,
     weights: Path | None = None,
     attributes: Mapping[str, Any] = MappingProxyType({}),
@@ -254,6 +256,7 @@ def text_model(
       too_long: what to do with longer ones; those that are cut are counted on standard error.
       validation: how many training examples to hold out, drawn anew for each seed.
       labels: how many of the others it learns from; None for all.
+      unlabelled: how many of the rest a classifier has without their labels, see `StudyModel.pool`.
       learning_rate: of its AdamW.
       weights: a Hugging Face safetensors file or folder to start from; None for random ones.
       attributes: of a small model, see `make_text_encoder`.
@@ -296,6 +299,10 @@ def text_model(
         evaluate = mj.evaluate_classifier(module.apply, inputs="tokens", batch_size=_EVALUATED_AT_ONCE)
         loss, metric = mj.classification_loss(module.apply, inputs="tokens"), "accuracy"
     _check_sizes(texts.name, num_examples(train), validation, labels)
+    if unlabelled and isinstance(texts, QuestionSet):
+        raise ValueError(f"unlabelled texts are for classifiers, and {name} answers questions")
+    if unlabelled:
+        check_pool(split(train, validation, 0)[1], labels, unlabelled)
 
     def init(key: jax.Array) -> tuple[Any, dict[str, Any]]:
         params = random_init(key)
@@ -306,6 +313,10 @@ def text_model(
         if labels is not None:
             rest = class_balanced(rest, labels, seed) if "label" in rest else split(rest, labels, seed)[0]
         return Splits(_to_learn_from(rest), held_out, test)
+
+    def pool(seed: int) -> Arrays:
+        assert labels is not None  # check_pool
+        return draw_pool(split(train, validation, seed)[1], labels, unlabelled, seed, ("tokens",))
 
     def load(path: Path, params: Any) -> Any:
         if _WORDS in leaf_paths(path):  # By our names, as save_safetensors wrote it.
@@ -336,6 +347,7 @@ def text_model(
         load=load,
         load_pretrained=load_and_fit if fit_head else None,
         code=code,
+        pool=lru_cache(maxsize=1)(pool) if unlabelled else None,
     )
 
 

@@ -156,7 +156,7 @@ class Trainer:
 
             if first < num_steps:
                 state = run_loop(
-                    self._make_advance(trial, seed, open_files),
+                    self._make_advance(trial, seed, source, open_files),
                     state,
                     num_steps=num_steps,
                     report_every=trial.lengths.report_every,
@@ -187,7 +187,9 @@ class Trainer:
         self._folder.write_json(f"checkpoints/{trial.run_name(seed)}/{_START}", trial.measure_start(state, seed))
         return 0, self._layout.put_state(state)
 
-    def _make_advance(self, trial: Trial, seed: int, open_files: contextlib.ExitStack) -> Advance[JointState]:
+    def _make_advance(
+        self, trial: Trial, seed: int, source: TrainState, open_files: contextlib.ExitStack
+    ) -> Advance[JointState]:
         """Returns the trial's compiled epoch with its data, as the loop wants it."""
         epoch, layout, most = self._programs.compile(trial.name).epoch, self._layout, trial.steps_per_call
 
@@ -199,7 +201,7 @@ class Trainer:
                 arrays, indices = reader.read(first, count)
                 return epoch(state, layout.put_arrays(arrays), layout.put_indices(indices), np.int32(count))
         else:
-            arrays, indices_at = layout.put_arrays(trial.arrays(seed)), trial.indices_at(seed)
+            arrays, indices_at = layout.put_arrays(trial.shown_arrays(seed, source)), trial.indices_at(seed)
 
             def advance(state: JointState, first: int, count: int) -> tuple[JointState, Metrics]:
                 return epoch(state, arrays, layout.put_indices(indices_at(first, most)), np.int32(count))

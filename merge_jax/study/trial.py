@@ -18,13 +18,14 @@ from merge_jax.study.config import Lengths, RunConfig
 from merge_jax.study.heads import FitHead, keeping, make_fit_head
 from merge_jax.study.measures import Measures, make_measures
 from merge_jax.study.scenario import POOL, FitFn, Method, Scenario, StartFn, StudyModel
+from merge_jax.study.shown import Shown
 from merge_jax.study.sources import OTHER_SEED, SourcePlan, initial_key
 from merge_jax.training.epoch import Epoch, augmented, make_epoch
 from merge_jax.training.joint import JointState, JointStep, Task, TrainState, init_joint_state, make_joint_step
 from merge_jax.training.sharding import Layout
 from merge_jax.training.trajectory import last_of, replay_evenly, replayed
 from merge_jax.transfers.base import writes
-from merge_jax.types import Adapter, Batch, Metrics, Params
+from merge_jax.types import Adapter, Batch, Metrics, Params, TeacherFn
 
 __all__ = ["Trial", "make_trials"]
 
@@ -52,6 +53,7 @@ class Trial:
       digest: of the training split; all trials share it, since it reads every number.
       fit_head: fits the target's last layer before the first step, where the run asks for that.
       measures: of the target; all trials share them, since they are compiled once. None for the source's own.
+      shown: outputs of a frozen source that are computed once; None where there are none, or a step computes them.
       snapshots: steps of the source's training, where the source is a trajectory.
       keep: how many checkpoints stay; None for all.
       seed_offset: added to a seed for the start and the batches, not for the split.
@@ -70,6 +72,7 @@ class Trial:
     digest: Digest
     fit_head: FitHead | None = None
     measures: Measures | None = None
+    shown: Shown | None = None
     snapshots: int | None = None
     keep: int | None = 2
     seed_offset: int = 0
@@ -95,7 +98,8 @@ class Trial:
         steps = self.steps_per_call
         indices = self.indices_at(0)(0, steps)
         shapes = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (state, self._array_shapes(steps), indices)
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype),
+            (state, self._array_shapes(steps, state.source), indices),
         )
         return layout.lower(self.epoch, *shapes, jax.ShapeDtypeStruct((), np.int32))
 
@@ -214,6 +218,13 @@ class Trial:
         """Returns all examples to train on, of the roles that learn, and the target's pool where it is read."""
         return {role: dict(arrays) for role, (arrays, _) in self._read(seed).items()}
 
+    def shown_arrays(self, seed: int, source: TrainState) -> dict[str, Batch]:
+        """Returns these with the outputs of a frozen source, where they are computed once."""
+        arrays = self.arrays(seed)
+        if self.shown is not None:
+            arrays[self.shown.role] |= self.shown.outputs(seed, source, arrays[self.shown.role])
+        return arrays
+
     def _read(self, seed: int) -> dict[str, tuple[Arrays, int]]:
         """Returns the examples by role, and the stream that their order is of."""
         read: dict[str, tuple[Arrays, int]] = {
@@ -250,14 +261,17 @@ class Trial:
             for role, (arrays, stream) in self._read(seed).items()
         }
 
-    def _array_shapes(self, steps: int) -> Any:
+    def _array_shapes(self, steps: int, source: TrainState) -> Any:
         """Returns shapes of the examples that one call of the epoch has: all of them, or those of its own steps."""
 
         def shape(entry: Any) -> jax.ShapeDtypeStruct:
             leading = steps * self.batch_size if self.streams else len(entry)
             return jax.ShapeDtypeStruct((leading, *entry.shape[1:]), entry.dtype)
 
-        return {role: {name: shape(entry) for name, entry in arrays.items()} for role, arrays in self.arrays(0).items()}
+        arrays = {role: {name: shape(entry) for name, entry in own.items()} for role, own in self.arrays(0).items()}
+        if self.shown is not None:
+            arrays[self.shown.role] |= self.shown.shapes(source, arrays[self.shown.role])
+        return arrays
 
     def validate(self, state: JointState, seed: int) -> dict[str, float]:
         """Returns the metrics on the validation splits, of the models that learn; none where a split is empty."""
@@ -305,6 +319,7 @@ def make_trials(scenario: Scenario, config: RunConfig, source_plan: SourcePlan) 
         return fingerprint(splits(seed).train)
 
     make_trial = partial(_make_trial, scenario, config, digest)
+    make_shown = cache(Shown)  # Methods share what a teacher shows.
     snapshots = source_plan.snapshots
     trials = {}
     roles = {"target": scenario.target}
@@ -336,10 +351,32 @@ def make_trials(scenario: Scenario, config: RunConfig, source_plan: SourcePlan) 
             method = _replaying(method, snapshots, lengths.steps)
         if head and writes(method.transfer):
             method = replace(method, transfer=keeping(method.transfer, head))
+        shown = _shown_once(scenario, method, make_shown) if source_task is None and snapshots is None else None
         trials[name] = make_trial(
-            name, roles, source_task, method, lengths, fit_head=fit_head, measures=measures, snapshots=snapshots
+            name,
+            roles,
+            source_task,
+            method,
+            lengths,
+            shown=shown,
+            fit_head=fit_head,
+            measures=measures,
+            snapshots=snapshots,
         )
     return trials
+
+
+def _shown_once(scenario: Scenario, method: Method, make_shown: Callable[[str, TeacherFn], Shown]) -> Shown | None:
+    """Returns what a frozen source shows of examples that stay as they are; None where a step is to compute it."""
+    source, target = scenario.source, scenario.target
+    if source is None or method.teacher is None or method.shown_on is None or target.augment is not None:
+        return None
+    arrays = target.splits(0).train if target.pool is None or method.shown_on == "target" else target.pool(0)
+    if is_streamed(arrays) or jax.process_count() > 1:  # Of several processes, none may have all of the source.
+        return None
+    shown = make_shown(method.shown_on, method.teacher)
+    params, model_state = jax.eval_shape(source.init, jax.random.key(0))
+    return shown if shown.fits(TrainState(params, model_state, None), arrays) else None
 
 
 def _make_trial(
@@ -351,6 +388,8 @@ def _make_trial(
     source_task: Task | None,
     method: Method,
     lengths: Lengths,
+    *,
+    shown: Shown | None = None,
     **options: Any,
 ) -> Trial:
     step = make_joint_step(
@@ -361,12 +400,12 @@ def _make_trial(
         stop=method.stop,
         num_steps=lengths.steps,
         update=config.update,
-        teacher=method.teacher,
+        teacher=method.teacher if shown is None else None,
         adapter_optimizer=scenario.adapter_optimizer,
         axis_name=scenario.axis_name,
     )
     if method.pooled:
-        step = _pooled(step)
+        step = _pooled(step, roles["target"].inputs)
     augment = {role: model.augment for role, model in roles.items() if model.augment is not None}
     if method.pooled and "target" in augment:
         augment["pool"] = augment["target"]
@@ -382,16 +421,17 @@ def _make_trial(
         scenario.adapter_optimizer,
         make_epoch(step),
         digest,
+        shown=shown,
         **options,
     )
 
 
-def _pooled(step: JointStep) -> JointStep:
+def _pooled(step: JointStep, inputs: tuple[str, ...]) -> JointStep:
     """Returns the step whose target's batch has inputs of the pool beside the labelled examples."""
 
     def with_pool(state: JointState, batches: Mapping[str, Batch]) -> tuple[JointState, Metrics]:
         others = {role: batch for role, batch in batches.items() if role != "pool"}
-        pool = {POOL + name: entry for name, entry in batches["pool"].items()}
+        pool = {POOL + name if name in inputs else name: entry for name, entry in batches["pool"].items()}
         return step(state, {**others, "target": {**batches["target"], **pool}})
 
     return with_pool

@@ -54,6 +54,23 @@ def write_questions(folder, rows=60):
     return path
 
 
+def test_texts_too_are_a_pool_without_labels(tmp_path):
+    path = write_texts(tmp_path, rows=100)
+    files = ("--target-data", path, "--target-text", "sentence", "--target-label", "grade", "--source-data", "target")
+    options = ("topic", *LITTLE, *files, "--target-task", "sentiment", "--source-task", "sentiment", "--labels", "20")
+    target = build(*options, "--methods", "kd", "--unlabelled", "30").target
+    pool, splits = target.pool(0), target.splits(0)
+    np.testing.assert_array_equal(pool["tokens"][:20], splits.train["tokens"])
+    assert list(pool) == ["tokens"]
+    assert len(pool["tokens"]) == 50
+    of_no_other = {tuple(row) for part in (splits.validation, splits.test) for row in part["tokens"]}
+    assert not of_no_other & {tuple(row) for row in pool["tokens"]}
+    with pytest.raises(ValueError, match="20 are labelled, which leaves 40: give fewer"):
+        build(*options, "--unlabelled", "41")
+    with pytest.raises(ValueError, match="unlabelled texts are for classifiers, and .* answers questions"):
+        build("reverse", *LITTLE, "--unlabelled", "5")
+
+
 @pytest.mark.slow
 def test_an_answering_model_gives_its_attention_to_a_classifier(tmp_path):
     results, records = run("cross_task", tmp_path / "run", *LITTLE, "--methods", "share", "mergenet_warm")

@@ -134,6 +134,20 @@ def test_opponents_are_the_inputs_and_the_source(scenario, source):
     assert list(make_opponents(replace(scenario, source=None), plan)(source, 0)) == ["inputs_lr"]
 
 
+def test_a_source_that_knows_nothing_is_warned_of(scenario, source, capsys):
+    plan = SourcePlan(lengths=scenario.schedule.source)
+    make_opponents(scenario, plan)(source, 0)
+    line = capsys.readouterr().err
+    assert "warning: the source small_resnet of seed 0 is right on" in line
+    assert "--source-steps" in line
+    make_opponents(scenario, plan, controlled=True)(source, 0)  # An untrained one is asked for.
+    splits = scenario.source.splits(0)
+    features = observer(scenario.source, splits.test)(source.params, source.model_state, splits.train).features
+    head = mj.fit_head(features, splits.train["label"])
+    make_opponents(scenario, plan)(source.replace(params={**source.params, "fc": head._asdict()}), 0)
+    assert "warning" not in capsys.readouterr().err
+
+
 def test_what_is_no_classifier_has_its_metric_alone(scenario, source):
     judged = replace(scenario.target, metric="f1", evaluate=lambda *given: {"f1": 0.25})
     target = TrainState(*judged.init(jax.random.key(0)), None)

@@ -1,0 +1,70 @@
+"""What a frozen source makes of the target's examples: computed once, before the first step, and not at every one."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+
+from merge_jax.data import num_examples
+from merge_jax.objectives.evaluation import padded_batches
+from merge_jax.study.scenario import POOL
+from merge_jax.training.joint import TrainState
+from merge_jax.types import Batch, ModelState, Params, TeacherFn
+
+__all__ = ["Shown"]
+
+_MOST_BYTES = 2**30  # Of outputs that are kept for all examples; of more they are computed anew at every step.
+_AT_ONCE = 200
+
+
+class Shown:
+    """The outputs of a source that stays as it is, for examples that stay as they are, each on its own.
+
+    Attributes:
+      role: whose examples they are, `target` or `pool`.
+    """
+
+    def __init__(self, role: str, teacher: TeacherFn):
+        """Takes whose examples they are, and what adds the outputs to a batch."""
+        self.role = role
+        self._show = jax.jit(partial(_added, teacher))
+        self._latest: tuple[int, dict[str, Any]] | None = None
+
+    def shapes(self, source: TrainState, arrays: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns shapes of the outputs by entry, of a source and examples that may be shapes too."""
+        batch = {name: jax.ShapeDtypeStruct(entry.shape, entry.dtype) for name, entry in self._named(arrays).items()}
+        return jax.eval_shape(self._show, source.params, source.model_state, batch)
+
+    def fits(self, source: TrainState, arrays: Mapping[str, Any]) -> bool:
+        """Returns whether they may be kept: up to a gigabyte. Our choice."""
+        shapes = jax.tree.leaves(self.shapes(source, arrays))
+        return sum(shape.size * shape.dtype.itemsize for shape in shapes) <= _MOST_BYTES
+
+    def outputs(self, seed: int, source: TrainState, arrays: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the outputs for all examples by entry, `[N, ...]`; those of the latest seed are kept.
+
+        For a seed, source and examples are the same for all methods.
+        """
+        if self._latest is None or self._latest[0] != seed:
+            self._latest = None  # Not both at once in memory.
+            on_host = jax.device_get(source.replace(opt_state=None))  # Compiled for once, wherever it was.
+            self._latest = seed, self._outputs(on_host, self._named(arrays))
+        return self._latest[1]
+
+    def _outputs(self, source: TrainState, batch: Mapping[str, Any]) -> dict[str, Any]:
+        parts = []
+        for count, some in padded_batches(batch, np.arange(num_examples(batch)), _AT_ONCE):
+            shown = self._show(source.params, source.model_state, some)
+            parts.append(jax.tree.map(lambda entry, count=count: np.asarray(entry)[:count], shown))
+        return jax.tree.map(lambda *entries: np.concatenate(entries), *parts)
+
+    def _named(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
+        return {POOL + name if self.role == "pool" else name: entry for name, entry in arrays.items()}
+
+
+def _added(teacher: TeacherFn, params: Params, model_state: ModelState, batch: Batch) -> Batch:
+    """Returns what a teacher adds to a batch."""
+    shown = teacher(params, model_state, batch)
+    return {name: entry for name, entry in shown.items() if name not in batch}
