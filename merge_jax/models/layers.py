@@ -130,10 +130,63 @@ def _taps(x: jax.Array, size: int, stride: int, padding: Padding) -> list[tuple[
     return [(i, j, padded[:, i : i + height : stride, j : j + width : stride]) for i, j in places]
 
 
+def _sum_of_taps(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding) -> jax.Array:
+    """Returns the sum over a window's places of input times kernel, `[B, H, W, C]` to `[B, H/s, W/s, C]`."""
+    taps = _taps(x, len(kernel), stride, padding)
+    return functools.reduce(jnp.add, [tap * kernel[i : i + 1, j : j + 1] for i, j, tap in taps])
+
+
+_depthwise = jax.custom_vjp(_sum_of_taps, nondiff_argnums=(2, 3))
+
+
+def _depthwise_forward(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding) -> tuple[jax.Array, Any]:
+    return _sum_of_taps(x, kernel, stride, padding), (x, kernel)
+
+
+def _depthwise_backward(stride: int, padding: Padding, saved: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, kernel = saved
+    size = len(kernel)
+    if stride == 1:
+        # One fused sum; the transposed slices would each be written in full before they are added.
+        (top, bottom), (left, right) = _sides(x, size, stride, padding)
+        last = size - 1
+        around = jnp.pad(dy, ((0, 0), (last - top, last - bottom), (last - left, last - right), (0, 0)))
+        places = itertools.product(range(size), repeat=2)
+        taps = [(i, j, around[:, i : i + x.shape[1], j : j + x.shape[2]]) for i, j in places]
+        dx = functools.reduce(jnp.add, [tap * kernel[last - i, last - j][None, None] for i, j, tap in taps])
+    else:
+        (dx,) = jax.vjp(lambda x: _sum_of_taps(x, kernel, stride, padding), x)[1](dy)
+    slopes = functools.partial(_slopes, size=size, stride=stride, padding=padding)
+
+    def at_once(x: jax.Array, dy: jax.Array) -> list[jax.Array]:
+        return [slope.sum(axis=(0, 1, 2)) for slope in slopes(x, dy)]
+
+    def by_example(x: jax.Array, dy: jax.Array) -> list[jax.Array]:
+        def add(totals: list[jax.Array], example: tuple[jax.Array, jax.Array]) -> tuple[list[jax.Array], None]:
+            new = slopes(*(array[None] for array in example))
+            return [total + slope[0] for total, slope in zip(totals, new, strict=True)], None
+
+        totals, _ = lax.scan(add, [jnp.zeros(dy.shape[1:], jnp.float32)] * size**2, (x, dy))
+        return [total.sum(axis=(0, 1)) for total in totals]
+
+    # XLA's sums over all axes but the last are slow on a CPU: they took most of a step.
+    dkernel = jnp.stack(lax.platform_dependent(x, dy, cpu=by_example, default=at_once))
+    return dx, dkernel.reshape(kernel.shape).astype(kernel.dtype)
+
+
+def _slopes(x: jax.Array, dy: jax.Array, *, size: int, stride: int, padding: Padding) -> list[jax.Array]:
+    """Returns input times cotangent at each place of the window, `size^2` of `[B, H/s, W/s, C]`, float32."""
+    return [(tap * dy).astype(jnp.float32) for _, _, tap in _taps(x, size, stride, padding)]
+
+
+_depthwise.defvjp(_depthwise_forward, _depthwise_backward)
+
+
 class DepthwiseConv(nn.Module):
     """A depthwise convolution, kernel `[size, size, 1, C]`, on `[B, H, W, C]`.
 
-    It sums shifted products: on a CPU, XLA's grouped convolution is an order of magnitude slower.
+    It sums shifted products: on a CPU, XLA's grouped convolution is an order of magnitude slower. It has a reverse
+    derivative of its own, so `jax.jvp` of it fails, as of all functions with `jax.custom_vjp`.
     """
 
     stride: int = 1
@@ -147,8 +200,7 @@ class DepthwiseConv(nn.Module):
         """Maps `[B, H, W, C]` to `[B, H/s, W/s, C]`."""
         channels = x.shape[-1]
         kernel = self.param("kernel", _KERNEL_INIT, (self.size, self.size, 1, channels)).astype(self.dtype)
-        taps = _taps(x.astype(self.dtype), self.size, self.stride, self.padding)
-        y = functools.reduce(jnp.add, [tap * kernel[i : i + 1, j : j + 1] for i, j, tap in taps])
+        y = _depthwise(x.astype(self.dtype), kernel, self.stride, self.padding)
         if self.use_bias:
             y += self.param("bias", nn.initializers.zeros, (channels,)).astype(self.dtype)[None, None, None]
         return y

@@ -18,11 +18,26 @@ _LINE = 52
 
 
 def trial_result(
-    trial: Trial, seed: int, outcome: Outcome, records: Sequence[Mapping[str, Any]], compile_seconds: float
+    trial: Trial,
+    seed: int,
+    outcome: Outcome,
+    records: Sequence[Mapping[str, Any]],
+    compile_seconds: float,
+    frozen: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
-    """Returns what the table says of a method on a seed; `records` are all reports of the run."""
+    """Returns what the table says of a method on a seed.
+
+    Args:
+      trial: of the method.
+      seed: the seed.
+      outcome: of its training.
+      records: all reports of the run.
+      compile_seconds: how long its loop was compiled.
+      frozen: the metrics of a source that no method changes, where they are known; it is tested where they are not.
+    """
     state, seconds, start = outcome
-    metrics = {role: trial.test(state, seed, role) for role in ("target", "source")}
+    metrics = {"target": trial.test(state, seed, "target")}
+    metrics["source"] = dict(frozen) if frozen is not None else trial.test(state, seed, "source")
     metric = {role: model.metric for role, model in trial.roles.items()}
     own = [record for record in records if record["run"] == trial.run_name(seed)]
     name = f"target/validation_{metric['target']}"

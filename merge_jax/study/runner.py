@@ -211,7 +211,10 @@ def _train(
         _measure_opponents(opponents, source, seed, folder)
         for name in missing:
             outcome = trainer.train(trials[name], seed, source)
-            result = trial_result(trials[name], seed, outcome, log.records(), trainer.compile_seconds(trials[name]))
+            tested = (result["test_metrics"]["source"] for result in results if result["seed"] == seed)
+            frozen = next(tested, None) if trials[name].source_task is None else None
+            compile_seconds = trainer.compile_seconds(trials[name])
+            result = trial_result(trials[name], seed, outcome, log.records(), compile_seconds, frozen)
             results.append(result)
             folder.write_json("results.json", results)
             trainer.announce(f"{name}-seed{seed}: {100 * result['target_test']:.1f} %")

@@ -67,7 +67,7 @@ def test_texts_too_are_a_pool_without_labels(tmp_path):
     assert not of_no_other & {tuple(row) for row in pool["tokens"]}
     with pytest.raises(ValueError, match="20 are labelled, which leaves 40: give fewer"):
         build(*options, "--unlabelled", "41")
-    with pytest.raises(ValueError, match="unlabelled texts are for classifiers, and .* answers questions"):
+    with pytest.raises(ValueError, match="unlabelled texts are for classifiers, and "):
         build("reverse", *LITTLE, "--unlabelled", "5")
 
 

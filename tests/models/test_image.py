@@ -122,6 +122,36 @@ def test_depthwise_convolution_equals_the_grouped_one(stride, size, use_bias):
     np.testing.assert_allclose(layer.apply(variables, x), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("platform", ["cpu", "default"])
+@pytest.mark.parametrize(
+    ("stride", "window", "padding"), [(1, 3, "even"), (2, 3, "even"), (1, 5, "same"), (2, 5, "same")]
+)
+def test_gradients_of_a_depthwise_convolution_are_those_of_the_grouped_one(
+    stride, window, padding, platform, monkeypatch
+):
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *operands, **branches: branches[platform](*operands))
+    x, layer = images(8, 5), DepthwiseConv(stride, False, size=window, padding=padding)
+    kernel = layer.init(jax.random.key(1), x)["params"]["kernel"]
+    sides = "SAME" if padding == "same" else ((window // 2,) * 2,) * 2
+    options = {"dimension_numbers": ("NHWC", "HWIO", "NHWC"), "feature_group_count": 5}
+    made = [
+        lambda x, kernel: layer.apply({"params": {"kernel": kernel}}, x),
+        lambda x, kernel: jax.lax.conv_general_dilated(x, kernel, (stride, stride), sides, **options),
+    ]
+    for one in (made, [jax.vmap(function, (None, 0)) for function in made]):  # As seeds side by side have it.
+        given = kernel if one is made else jnp.stack([kernel, 2 * kernel])
+        slopes = [jax.jit(jax.grad(lambda *a, f=f: jnp.square(f(*a)).sum(), argnums=(0, 1)))(x, given) for f in one]
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), *slopes)
+
+
+def test_gradients_of_a_depthwise_convolution_in_bfloat16_are_summed_in_float32():
+    x = jnp.ones((300, 4, 4, 2))
+    layer = DepthwiseConv(1, False, jnp.bfloat16)
+    kernel = layer.init(jax.random.key(1), x)["params"]["kernel"]
+    slope = jax.grad(lambda kernel: layer.apply({"params": {"kernel": kernel}}, x).astype(jnp.float32).sum())(kernel)
+    np.testing.assert_allclose(slope[1, 1, 0], 300 * 16, rtol=0.01)
+
+
 @pytest.mark.parametrize("make", SMALL.values(), ids=SMALL)
 def test_small_models_map_images_to_logits_and_keep_statistics(make):
     model, x = make(10), images()

@@ -297,7 +297,7 @@ def refusal(capsys, *arguments):
         (["--num-layers", "0"], "num_layers must be a whole number of at least 1, got 0"),
         (["--num-heads", "0"], "num_heads must be a whole number of at least 1, got 0"),
         (
-            ["--num-heads", "1000"],
+            ["--num-heads", "1000", "--methods", "mergenet"],
             "the route to 'stage1_0/conv1/kernel' cannot be had: num_heads must lie in [1, 128], the width of its",
         ),
         (["--seeds", "0"], "seeds must be at least 1, got 0"),
@@ -305,7 +305,7 @@ def refusal(capsys, *arguments):
         (["--checkpoint-every", "30"], "checkpoint_every must be a multiple of report_every"),
         (["--adapter-learning-rate", "nan"], "adapter_learning_rate must be a finite number, got nan"),
         (["--learning-rate", "-1"], "learning_rate must be above 0, got -1.0"),
-        (["--temperature", "0"], "temperature must be above 0, got 0.0"),
+        (["--temperature", "0", "--methods", "kd"], "temperature must be above 0, got 0.0"),
         (["--routes", "fc/kernal"], "a route must be target=source, such as fc/kernel=fc/kernel, got 'fc/kernal'"),
         (["--routes", "fc/kernel=fc/kernel", "fc/kernel=head/kernel"], "'fc/kernel' is routed twice"),
         (["--routes"], "no routes"),
@@ -340,7 +340,7 @@ def test_an_unknown_method_is_refused_in_a_config_made_by_hand():
 
 def test_a_run_folder_that_cannot_be_written_is_refused(capsys, tmp_path):
     (tmp_path / "file").write_text("mine")
-    message = refusal(capsys, "--run-dir", tmp_path / "file" / "run")
+    message = refusal(capsys, "smoke", "--methods", "vanilla", "--run-dir", tmp_path / "file" / "run")
     assert "cannot be written" in message
     assert (tmp_path / "file").read_text() == "mine"
 
