@@ -60,8 +60,9 @@ def test_it_writes_at_the_first_step_alone(scenario, trials):
     aligned = trials["aligned"].initial_state(0, source)
     jax.tree.map(np.testing.assert_array_equal, state.adapter.params["0"], aligned.adapter.params)
     transfer, old = trial.method.transfer, state.target.params
-    first, later = (transfer.apply(state.adapter.params, source.params, old, step=step) for step in (0, 1))
-    wanted = trials["aligned"].method.transfer.apply(aligned.adapter.params, source.params, old)
+    apply = jax.jit(transfer.apply)
+    first, later = (apply(state.adapter.params, source.params, old, step=step) for step in (0, 1))
+    wanted = jax.jit(trials["aligned"].method.transfer.apply)(aligned.adapter.params, source.params, old)
     for path, leaf in mj.flatten(first).items():
         np.testing.assert_allclose(leaf, mj.flatten(wanted)[path], rtol=1e-5, atol=1e-6)
         np.testing.assert_array_equal(mj.flatten(later)[path], mj.flatten(old)[path])

@@ -59,6 +59,22 @@ def test_donation_leaves_the_users_arrays_alone():
     assert np.isfinite(params["fc"]["kernel"]).all()
 
 
+def test_a_state_shares_no_memory_with_numpy():
+    """`device_put` shares memory that starts at a multiple of 64 bytes, `may_alias=False` or not (jax 0.12.0.1)."""
+    raw = np.zeros(64 * 64 * 4 + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    own = raw[start : start + 64 * 64 * 4].view(np.float32).reshape(64, 64)
+    task = mj.Task(lambda params, state, batch, key: (params["w"].sum(), (state, {})), optax.sgd(0.1))
+    params = {"w": own}
+    state = mj.init_joint_state(
+        jax.random.key(0), None, task, mj.identity_transfer(), source_params=params, target_params=params
+    )
+    jax.block_until_ready(state)
+    own[:] = 5
+    assert not np.asarray(state.target.params["w"]).any()
+    assert not np.asarray(state.source.params["w"]).any()
+
+
 @pytest.mark.parametrize(("cycle", "stop", "expected"), [
     (1, 1.0, [1, 1, 1, 1, 1, 1, 1, 1]),
     (3, 0.5, [1, 0, 0, 1, 0, 0, 0, 0]),

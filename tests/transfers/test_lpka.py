@@ -19,6 +19,9 @@ SIZES = Sizes(6, 8, 5, 7)
 SMALL = LPKAOptions(num_layers=1, num_heads=2)
 
 
+init = jax.jit(lpka.init, static_argnums=(1, 2))
+
+
 def matrices(sizes, seed=0):
     random = np.random.default_rng(seed)
     return (jnp.asarray(random.normal(size=shape), jnp.float32) for shape in (sizes[:2], sizes[2:]))
@@ -27,7 +30,7 @@ def matrices(sizes, seed=0):
 @functools.cache
 def made(sizes, options, seed=0):
     """Returns parameters of an LPKA whose norms are not the identity either."""
-    params = lpka.init(jax.random.key(seed), sizes, options)
+    params = init(jax.random.key(seed), sizes, options)
     random = np.random.default_rng(seed)
     return jax.tree.map(lambda leaf: leaf + jnp.asarray(random.normal(size=leaf.shape) * 0.1, jnp.float32), params)
 
@@ -62,7 +65,7 @@ def test_masks_of_one_draw_are_independent():
 def test_initial_values_are_those_of_torch():
     """Uniform in +-1/sqrt(fan in), of each attention on its own; norms are the identity."""
     sizes = Sizes(160, 240, 100, 320)
-    params = lpka.init(jax.random.key(0), sizes, LPKAOptions(max_width=None))
+    params = init(jax.random.key(0), sizes, LPKAOptions(max_width=None))
     widths = attention_widths(sizes, LPKAOptions(max_width=None))
     start = 0
     for i, name in enumerate(("rows_rows", "rows_cols")):
@@ -82,8 +85,8 @@ def test_initial_values_are_those_of_torch():
 
 def test_there_are_about_twenty_arrays_however_many_layers():
     for layers in (1, 4):
-        params = lpka.init(jax.random.key(0), SIZES, LPKAOptions(num_layers=layers, num_heads=2))
-        leaves = jax.tree.leaves(params)
+        options = LPKAOptions(num_layers=layers, num_heads=2)
+        leaves = jax.tree.leaves(jax.eval_shape(lambda key, o=options: lpka.init(key, SIZES, o), jax.random.key(0)))
         assert len(leaves) == 22
         assert {leaf.shape[0] for leaf in leaves} == {layers}
 
@@ -92,11 +95,11 @@ def test_layers_in_a_loop_are_layers_one_after_the_other():
     options = LPKAOptions(num_layers=3, num_heads=2)
     params, (target, source) = made(SIZES, options), matrices(SIZES)
     masks = draw_masks(jax.random.key(1), lpka._masks(SIZES, options))
-    expected = target
+    expected, apply = target, jax.jit(lpka.apply, static_argnames="options")
     for i in range(3):
         of_layer = jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], (params, masks))
-        expected = lpka.apply(of_layer[0], expected, source, of_layer[1], options=SMALL)
-    np.testing.assert_allclose(lpka.apply(params, target, source, masks, options=options), expected, atol=1e-5)
+        expected = apply(of_layer[0], expected, source, of_layer[1], options=SMALL)
+    np.testing.assert_allclose(apply(params, target, source, masks, options=options), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("sizes", [SIZES, pytest.param(Sizes(300, 5, 7, 260), marks=pytest.mark.slow)])
@@ -259,9 +262,11 @@ def test_initial_values_of_padded_matrices_are_zero_outside_of_the_true_ones():
     true, padded = (Sizes(6, 8, 5, 130), Sizes(4, 3, 9, 7)), Sizes(6, 8, 9, 150)
     options = LPKAOptions(num_heads=2)
     place = {"routes": Place(padded, true, True)}
-    ((_, drawn),) = mj.transfers.lpka_network(options).init(jax.random.key(0), place).items()
+    network = mj.transfers.lpka_network(options)
+    ((_, drawn),) = jax.jit(lambda key: network.init(key, place))(jax.random.key(0)).items()
     for i, sizes in enumerate(true):
-        ones = jax.tree.map(jnp.ones_like, lpka.init(jax.random.key(0), sizes, options))
+        shapes = jax.eval_shape(lambda key, sizes=sizes: lpka.init(key, sizes, options), jax.random.key(0))
+        ones = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), shapes)
         inside = embedded(ones, sizes, padded, options)
         for path, leaf in mj.flatten(drawn).items():
             if path.endswith("norm/scale"):
