@@ -135,7 +135,8 @@ _PRETRAINED = Config(
     methods=("vanilla", "kd", "pruned", "aligned", "refit"),
     # After a good start, the usual rate spoils more than it teaches.
     head_first=True,
-    target_rate=0.03,
+    head_penalty=100.0,
+    target_rate=0.1,
     routes=MINILM_ROUTES,
     agree=("encoder/layer_0=encoder/layer_0", "encoder/layer_1=encoder/layer_2", "features=features"),
     labels=500,

@@ -171,9 +171,10 @@ class TextClassifier(nn.Module):
     """Classes of a text, tokens `[B, L]` to logits `[B, num_classes]`, float32.
 
     `classifier(dropout(tanh(pooler(x_0))))`, or `classifier(dropout(relu(pre_classifier(x_0))))`, of the first token;
-    or `classifier(dropout(mean_l x_l))`, of all but padding. What the pooler gives is sown as
+    or `classifier(mean_l x_l)`, of all but padding. What the pooler gives is sown as
     `intermediates/features`, before dropout. An encoder that was trained as a sentence transformer (arXiv:1908.10084),
-    such as all-MiniLM-L6-v2, tells a text by its mean, and by no one token.
+    such as all-MiniLM-L6-v2, tells a text by its mean, and by no one token. As there, a mean has no dropout: it differs
+    from text to text by far less than by what dropout would take away, and a layer that was fitted to it is lost.
 
     Attributes:
       encoder: of the text; its leaves are below `encoder`.
@@ -204,7 +205,8 @@ class TextClassifier(nn.Module):
             # At least one, for a text of padding alone.
             x = jnp.einsum("blc,bl->bc", x, known) / jnp.maximum(known.sum(axis=1, keepdims=True), 1)
         self.sow("intermediates", "features", x)
-        x = nn.Dropout(self.encoder.dropout_rate, deterministic=not train)(x)
+        if self.pooler != "mean":
+            x = nn.Dropout(self.encoder.dropout_rate, deterministic=not train)(x)
         return dense(self.num_classes, jnp.float32, _INIT, "classifier")(x)
 
 

@@ -20,6 +20,9 @@ __all__ = ["Head", "fit_head"]
 _HIGHEST = lax.Precision.HIGHEST  # As on a CPU: a GPU's own products are of 10 bits.
 
 
+_LEAST_VARIANCE = 1e-10  # Of the largest one's.
+
+
 class Head(NamedTuple):
     """A linear layer: features `[N, d]` to logits `[N, C]`, as the leaves of a Dense layer.
 
@@ -56,7 +59,8 @@ def fit_head(
     - logits `[N, C]`, floats: `min sum_i w_i |z_i W + b - y_i|^2 + penalty |W|^2`, in closed form.
 
     The penalty of 1 is scikit-learn's default of either (`C=1`, `alpha=1`), behind a `StandardScaler`; the bias has
-    none. Standardisation is folded into kernel and bias, so that the head takes features as they are. It says what
+    none. A feature whose deviation is below 1e-5 of the largest one's is left out. Standardisation is folded into
+    kernel and bias, so that the head takes features as they are. It says what
     features are worth (a probe), and is a start for a last layer: write `kernel` and `bias` over its leaves with
     `replace`.
 
@@ -152,8 +156,9 @@ def _standardised(features: jax.Array, weights: jax.Array) -> tuple[jax.Array, j
     share = weights / jnp.sum(weights)
     mean = jnp.matmul(share, features, precision=_HIGHEST)
     variance = jnp.matmul(share, jnp.square(features - mean[None]), precision=_HIGHEST)
-    # What is the same of all examples, to rounding, tells nothing, and is not blown up.
-    varies = variance > 1e-12 * jnp.square(mean)
+    # What is the same of all examples, to rounding, tells nothing, and is not blown up: a weight of 1e9 on it would
+    # answer to the smallest step of the layers before.
+    varies = variance > jnp.maximum(1e-12 * jnp.square(mean), _LEAST_VARIANCE * variance.max())
     scale = jnp.where(varies, lax.rsqrt(jnp.where(varies, variance, 1)), 0)
     return (features - mean[None]) * scale[None], scale, -mean * scale
 

@@ -26,8 +26,9 @@ def start(model, seed):
     return noisy, variables
 
 
+@functools.cache
 def reading(model):
-    return lambda params, state, inputs: model.apply({"params": params, **state}, inputs)
+    return jax.jit(lambda params, state, inputs: model.apply({"params": params, **state}, inputs))
 
 
 @functools.cache
@@ -57,7 +58,7 @@ def perceptron(rng, hidden):
 def test_it_starts_as_weight_selection_with_one_choice_for_a_channel_group():
     (source, _), (target, _) = variables_of(LARGE), variables_of(SMALL)
     transfer = aligned(LARGE, SMALL)
-    merged = transfer.apply(transfer.init(jax.random.key(0), source, target), source, target)
+    merged = jax.jit(transfer.apply)(transfer.init(jax.random.key(0), source, target), source, target)
     even = source["stage2_0"]["conv1"]["kernel"][:, :, ::2, ::2]
     np.testing.assert_array_equal(merged["stage2_0"]["conv1"]["kernel"], even)
     np.testing.assert_array_equal(merged["stage2_0"]["norm1"]["scale"], source["stage2_0"]["norm1"]["scale"][::2])
@@ -68,7 +69,7 @@ def test_it_starts_as_weight_selection_with_one_choice_for_a_channel_group():
 def test_of_equal_models_it_copies():
     (source, _), (target, _) = variables_of(LARGE), start(LARGE, 7)
     transfer = aligned(LARGE, LARGE)
-    merged = transfer.apply(transfer.init(jax.random.key(0), source, target), source, target)
+    merged = jax.jit(transfer.apply)(transfer.init(jax.random.key(0), source, target), source, target)
     for path, leaf in mj.flatten(merged).items():
         np.testing.assert_array_equal(leaf, mj.flatten(source)[path])
 
@@ -79,8 +80,8 @@ def test_a_wider_target_computes_what_the_source_does(fitted):
     transfer = aligned(SMALL, LARGE)
     adapter = transfer.init(jax.random.key(0), source, target)
     if fitted:
-        adapter = transfer.fit(mj.input_moments(reading(SMALL), source, state, IMAGES), source, target)
-    wide = transfer.apply(adapter, source, target)
+        adapter = jax.jit(transfer.fit)(mj.input_moments(reading(SMALL), source, state, IMAGES), source, target)
+    wide = jax.jit(transfer.apply)(adapter, source, target)
     np.testing.assert_allclose(
         reading(LARGE)(wide, wide_state, IMAGES), reading(SMALL)(source, state, IMAGES), rtol=1e-4, atol=1e-5
     )
@@ -101,8 +102,8 @@ def test_a_fit_loses_nothing_where_the_source_has_channels_twice():
     graphs = [mj.channel_graph(mlp, params, x) for params in (source, target)]
     transfer = mj.aligned_transfer(EVERYTHING, *graphs)
     moments = mj.input_moments(mlp, source, x)
-    fitted = transfer.apply(jax.jit(transfer.fit)(moments, source, target), source, target)
-    even = transfer.apply(transfer.init(jax.random.key(0), source, target), source, target)
+    fitted = jax.jit(transfer.apply)(jax.jit(transfer.fit)(moments, source, target), source, target)
+    even = jax.jit(transfer.apply)(transfer.init(jax.random.key(0), source, target), source, target)
     expected = mlp(source, x)
     size = float(jnp.sqrt(jnp.mean(jnp.square(expected))))
     assert float(jnp.sqrt(jnp.mean(jnp.square(mlp(fitted, x) - expected)))) < 2e-3 * size
@@ -120,7 +121,7 @@ def test_channels_may_be_chosen_by_magnitude_or_at_random():
 
     def chosen(moments, **options):
         transfer = mj.aligned_transfer(EVERYTHING, *graphs, **options)
-        written = transfer.apply(transfer.fit(moments, source, target), source, target)
+        written = jax.jit(transfer.apply)(jax.jit(transfer.fit)(moments, source, target), source, target)
         found = [np.flatnonzero((row == np.asarray(source["first"]["kernel"]).T).all(axis=1))
                  for row in np.asarray(written["first"]["kernel"]).T]  # fmt: skip
         return np.concatenate(found).tolist(), written
@@ -156,8 +157,8 @@ def test_a_fit_keeps_more_of_a_real_model_than_an_even_choice():
     moments = mj.input_moments(reading(LARGE), source, state, IMAGES)
     expected = reading(LARGE)(source, state, IMAGES)
     errors = []
-    for adapter in (transfer.fit(moments, source, target), transfer.init(jax.random.key(0), source, target)):
-        outputs = reading(SMALL)(transfer.apply(adapter, source, target), small_state, IMAGES)
+    for adapter in (jax.jit(transfer.fit)(moments, source, target), transfer.init(jax.random.key(0), source, target)):
+        outputs = reading(SMALL)(jax.jit(transfer.apply)(adapter, source, target), small_state, IMAGES)
         errors.append(float(jnp.mean(jnp.square(outputs - expected))))
     assert errors[0] < 0.5 * errors[1]
 
@@ -199,7 +200,7 @@ def test_a_target_group_made_of_two_source_groups_has_a_matrix_for_each():
     transfer = aligned(LARGE, SMALL, routes)
     adapter = transfer.init(jax.random.key(0), source, target)
     assert adapter["outputs"].keys() == {"stage1_0/conv1/kernel:3", "stage1_0/conv1/kernel:2 from fc/kernel:0"}
-    merged = transfer.apply(adapter, source, target)
+    merged = jax.jit(transfer.apply)(adapter, source, target)
     np.testing.assert_array_equal(
         merged["stage1_0"]["conv2"]["kernel"], source["stage2_0"]["conv2"]["kernel"][:, :, ::4, ::4]
     )
@@ -208,14 +209,14 @@ def test_a_target_group_made_of_two_source_groups_has_a_matrix_for_each():
 def test_a_joint_state_starts_from_the_fitted_adapter():
     (source, state), (target, small_state) = variables_of(LARGE), variables_of(SMALL)
     transfer = aligned(LARGE, SMALL)
-    adapter = transfer.fit(mj.input_moments(reading(LARGE), source, state, IMAGES), source, target)
+    adapter = jax.jit(transfer.fit)(mj.input_moments(reading(LARGE), source, state, IMAGES), source, target)
     task = mj.Task(mj.classification_loss(SMALL.apply), optax.sgd(0.0))
     parts = {"source_params": source, "target_params": target, "source_state": state, "target_state": small_state}
     joint = mj.init_joint_state(jax.random.key(0), None, task, transfer, adapter=adapter, **parts)
     step = mj.make_joint_step(None, task, transfer, stop=0.1, num_steps=10)
     batch = {"target": {"image": IMAGES, "label": jnp.arange(16) % 10}}
     joint, _ = jax.jit(step)(joint, batch)
-    expected = transfer.apply(adapter, source, target)
+    expected = jax.jit(transfer.apply)(adapter, source, target)
     jax.tree.map(np.testing.assert_array_equal, joint.target.params, expected)
 
 
@@ -242,8 +243,8 @@ def written(source, target, fitted=True):
         EVERYTHING, mj.channel_graph(attend, source, ROWS), mj.channel_graph(attend, target, ROWS)
     )
     moments = mj.input_moments(attend, source, ROWS) if fitted else {}
-    adapter = transfer.fit(moments, source, target)
-    return transfer, adapter, transfer.apply(adapter, source, target)
+    adapter = jax.jit(transfer.fit)(moments, source, target)
+    return transfer, adapter, jax.jit(transfer.apply)(adapter, source, target)
 
 
 def test_heads_are_chosen_by_what_they_add_and_each_has_channels_of_its_own():
@@ -307,8 +308,8 @@ def test_an_embedding_that_is_the_last_layer_too_is_written_in_one_way(fitted):
         sizes = [params["dense"]["kernel"].shape[0] for params in (source, target)]
         transfer = mj.aligned_transfer(EVERYTHING, *(graphs[size] for size in sizes))
         moments = mj.input_moments(tied, source, words) if fitted else {}
-        adapter = transfer.fit(moments, source, target)
-        return adapter, transfer.apply(adapter, source, target)
+        adapter = jax.jit(transfer.fit)(moments, source, target)
+        return adapter, jax.jit(transfer.apply)(adapter, source, target)
 
     narrow, wide = of_tied(0, 11, 6), of_tied(1, 11, 10)
     _, wider = new(narrow, wide)
@@ -336,7 +337,7 @@ def test_what_reads_channels_together_is_not_kept_by_a_wider_target():
                 {name: {"kernel": jnp.asarray(rng.normal(size=shape), jnp.float32)} for name, shape in shapes.items()}
             )
         transfer = mj.aligned_transfer(EVERYTHING, *(mj.channel_graph(run, params, x) for params in trees))
-        outputs = run(transfer.apply(transfer.init(jax.random.key(0), *trees), *trees), x), run(trees[0], x)
+        outputs = run(jax.jit(transfer.apply)(transfer.init(jax.random.key(0), *trees), *trees), x), run(trees[0], x)
         return float(jnp.abs(outputs[0] - outputs[1]).max() / jnp.abs(outputs[1]).max())
 
     assert off(jnp.tanh) < 1e-6
@@ -356,7 +357,7 @@ def test_tokens_meet_one_by_one_without_a_matrix_of_the_vocabulary():
     assert {name: matrix.shape for name, matrix in mj.flatten(adapter).items()} == {
         f"outputs/{graphs[1].channel_groups[path][1]}": (16, 32)
     }
-    table = mj.flatten(transfer.apply(adapter, *trees))[path]
+    table = mj.flatten(jax.jit(transfer.apply)(adapter, *trees))[path]
     np.testing.assert_array_equal(table, mj.flatten(trees[0])[path][:, ::2])
     (row,) = transfer.describe(*trees)
     assert row.parameters == 16 * 32
