@@ -1,6 +1,7 @@
 """Head first: the last layer fitted to the labelled examples before the first step, and kept from transfers."""
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +23,7 @@ FitHead = Callable[[TrainState, int], tuple[dict[str, np.ndarray], ModelState]]
 """`(target right after the write, seed) -> (leaves of its last layer by path, model state)`."""
 
 _SOME = 16
+_SEVERAL = 64
 
 
 def make_fit_head(model: StudyModel, axis_name: str | None = None) -> tuple[tuple[str, str], FitHead]:
@@ -41,6 +43,7 @@ def make_fit_head(model: StudyModel, axis_name: str | None = None) -> tuple[tupl
     params, model_state = model.init(jax.random.key(0))
     few = take(splits.test, np.arange(min(_SOME, len(splits.test["label"]))))
     kernel, bias = _last_layer(model.name, params, *observe(params, model_state, few))
+    unchecked = [True]  # Once a run will do.
 
     def fit_head(target: TrainState, seed: int) -> tuple[dict[str, np.ndarray], ModelState]:
         sample = sampled(model, model.splits(seed), seed)
@@ -50,7 +53,12 @@ def make_fit_head(model: StudyModel, axis_name: str | None = None) -> tuple[tupl
         labels = np.asarray(sample.fitted["label"])
         classes = found.logits.shape[1]
         head = mj.fit_head(found.features, labels, num_classes=classes, penalty=model.head_penalty)
-        return {kernel: np.asarray(head.kernel), bias: np.asarray(head.bias)}, target.model_state
+        leaves = {kernel: np.asarray(head.kernel), bias: np.asarray(head.bias)}
+        if unchecked:
+            unchecked.clear()
+            calm = float(mj.cross_entropy(head(found.features[:_SEVERAL]), labels[:_SEVERAL]).mean())
+            _warn_of_dropout(model, mj.replace(target.params, leaves), target.model_state, sample.fitted, calm)
+        return leaves, target.model_state
 
     return (kernel, bias), fit_head
 
@@ -70,6 +78,31 @@ def keeping(transfer: mj.Transfer, paths: tuple[str, ...]) -> mj.Transfer:
         return mj.replace(new, mj.select(target_params, paths))
 
     return replace(transfer, apply=apply)
+
+
+def _warn_of_dropout(
+    model: StudyModel, params: Params, model_state: ModelState, fitted: Mapping[str, Any], calm: float
+) -> None:
+    """Says on standard error where dropout takes away what a fitted last layer knows, so that steps would undo it.
+
+    That is where features differ from example to example by far less than by what is dropped of them.
+    """
+    batch = take(fitted, np.arange(min(_SEVERAL, len(fitted["label"]))))
+
+    def loss(key: jax.Array) -> jax.Array:
+        return model.loss(params, model_state, batch, key)[0]
+
+    traced = jax.make_jaxpr(loss)(jax.random.key(0)).jaxpr
+    if not any(traced.invars[0] is used for eqn in traced.eqns for used in eqn.invars):
+        return  # No dropout.
+    noisy = float(jax.jit(loss)(jax.random.key(0)))
+    if not noisy <= 3 * calm + 1:
+        print(
+            f"warning: the last layer of {model.name} was fitted first, to a loss of {calm:.2f}; with the model's"
+            f" dropout it is {noisy:.3g}, and steps will undo it: take a model without dropout before its last layer"
+            " (of text, --pooler mean), or a larger --head-penalty",
+            file=sys.stderr,
+        )
 
 
 def _last_layer(name: str, params: Any, features: np.ndarray, logits: np.ndarray) -> tuple[str, str]:

@@ -3,14 +3,17 @@
 from dataclasses import replace
 from functools import partial
 
+import flax.linen as nn
 import jax
 import numpy as np
+import optax
 import pytest
 
 import merge_jax as mj
 from experiments import cross_structure
-from merge_jax import study
+from merge_jax import data, study
 from merge_jax.runs import Run, result_tables
+from merge_jax.study.heads import make_fit_head
 from merge_jax.study.measures import make_measures, make_opponents
 from merge_jax.study.pools import check_pool, draw_pool, inputs_of
 from merge_jax.study.probes import Sample, inputs_lr, observer, probe, sampled
@@ -186,6 +189,35 @@ def test_a_head_is_that_of_a_classifier_with_features(scenario):
     bare = replace(scenario.target, metric="f1")
     with pytest.raises(ValueError, match="head_first needs a classifier that sows 'features'"):
         trials_of(replace(scenario, target=bare, head_first=True))
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+def test_a_head_that_dropout_would_undo_is_warned_of(rate, capsys):
+    class Classifier(nn.Module):
+        @nn.compact
+        def __call__(self, x, *, train=False):
+            x = nn.Dense(4, name="first")(x) + 100  # Alike in all examples, but for a little.
+            self.sow("intermediates", "features", x)
+            return nn.Dense(3, name="last")(nn.Dropout(rate, deterministic=not train)(x))
+
+    features, labels = clusters(0)
+    module, splits = Classifier(), data.Splits(*({"x": features, "label": labels},) * 3)
+    model = study.StudyModel(
+        name="little",
+        init=lambda key: (module.init(key, features[:1])["params"], {}),
+        splits=lambda seed: splits,
+        apply=module.apply,
+        inputs=("x",),
+        loss=mj.classification_loss(module.apply, inputs="x"),
+        optimizer=lambda steps: optax.sgd(0.1),
+        evaluate=mj.evaluate_classifier(module.apply, inputs="x"),
+    )
+    paths, fit_head = make_fit_head(model)
+    assert paths == ("last/kernel", "last/bias")
+    for _ in range(2):
+        fit_head(TrainState(*model.init(jax.random.key(0)), None), 0)
+    said = capsys.readouterr().err
+    assert said.count("the last layer of little was fitted first, to a loss of") == (rate > 0)  # Once.
 
 
 def test_a_pool_has_the_labelled_inputs_first_and_others_without_labels():
