@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import merge_jax as mj
@@ -56,7 +57,7 @@ def make_fit_head(model: StudyModel, axis_name: str | None = None) -> tuple[tupl
         leaves = {kernel: np.asarray(head.kernel), bias: np.asarray(head.bias)}
         if unchecked:
             unchecked.clear()
-            calm = float(mj.cross_entropy(head(found.features[:_SEVERAL]), labels[:_SEVERAL]).mean())
+            calm = float(mj.cross_entropy(head(jnp.asarray(found.features)), jnp.asarray(labels)).mean())
             _warn_of_dropout(model, mj.replace(target.params, leaves), target.model_state, sample.fitted, calm)
         return leaves, target.model_state
 
