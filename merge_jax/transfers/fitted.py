@@ -45,6 +45,7 @@ __all__ = ["FewRowsWarning", "Refit", "refit"]
 
 _ALIGNED_ON = 512  # What enters a layer at each place of so many inputs is enough for its moments.
 _PARAMS = "params"
+_VIEWS = frozenset({"slice", "squeeze", "reshape", "transpose", "pad", "rev"})  # Free to compute again.
 
 ModelFn = Callable[..., Any]
 """`(variables, *inputs) -> outputs`, in evaluation mode."""
@@ -344,15 +345,14 @@ class _Walk:
         found = []
         for number in range(len(sites)):
             needed = _ancestors(program, [site.end for site in sites[number:]])
-            found.append(
-                frozenset(
-                    value
-                    for equation in program.equations
-                    if needed.intersection(equation.outputs) and levels[equation.outputs[0]] >= number
-                    for value in equation.reads
-                    if value in program.data and levels.get(value, -1) < number
-                )
-            )
+            kept = {
+                value
+                for equation in program.equations
+                if needed.intersection(equation.outputs) and levels[equation.outputs[0]] >= number
+                for value in equation.reads
+                if value in program.data and levels.get(value, -1) < number
+            }
+            found.append(_without_views(program, kept))
         return found
 
     def _source_kept(self) -> list[frozenset[int]]:
@@ -368,8 +368,30 @@ class _Walk:
                 if place > reached and needed.intersection(equation.outputs)
                 for value in equation.reads
             } | set(later)
-            found.append(frozenset(value for value in kept & program.data if program.makers.get(value, -1) <= reached))
+            kept = {value for value in kept & program.data if program.makers.get(value, -1) <= reached}
+            found.append(_without_views(program, kept))
         return found
+
+
+def _without_views(program: Program, kept: set[int]) -> frozenset[int]:
+    """Returns the values to keep, with what is larger than the one value that it is cut out of replaced by that.
+
+    A depthwise convolution reads its input once for each place of its window, each time cut out anew.
+    """
+    kept, changes = set(kept), True
+    while changes:
+        changes = False
+        views: dict[int, set[int]] = {}
+        for value in kept:
+            place = program.makers.get(value)
+            equation = None if place is None else program.equations[place]
+            if equation is not None and equation.name in _VIEWS:
+                (whole,) = (one for one in equation.reads if one in program.data)
+                views.setdefault(whole, set()).add(value)
+        for whole, cut in views.items():
+            if whole in kept or sum(map(program.size, cut)) > program.size(whole):
+                kept, changes = (kept - cut) | {whole}, True
+    return frozenset(kept)
 
 
 def _ancestors(program: Program, values: Iterable[int]) -> set[int]:

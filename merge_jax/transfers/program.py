@@ -1,5 +1,6 @@
 """A function as one list of JAX's operations: calls are inlined, and any value can be computed from others."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -89,6 +90,10 @@ class Program:
             operands = [one.value if isinstance(one, Constant) else values[one] for one in equation.inputs]
             values |= dict(zip(equation.outputs, equation.run(operands), strict=True))
         return values
+
+    def size(self, value: int) -> int:
+        """Returns how many numbers a value has."""
+        return math.prod(self.shapes[value].shape)
 
     @cached_property
     def makers(self) -> dict[int, int]:
