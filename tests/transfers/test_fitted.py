@@ -10,6 +10,7 @@ import pytest
 
 import merge_jax as mj
 from merge_jax.models.mobilenet import InvertedResidualStage
+from merge_jax.transfers import fitted
 from merge_jax.transfers.fitted import FewRowsWarning
 from tests.helpers import jitted_init
 
@@ -111,6 +112,16 @@ def test_what_is_solved_and_what_is_kept():
         assert f"{layer}/{leaf}" in made.solved
     assert "params/encoder/embeddings/norm/scale" in made.solved
     assert set(made.kept) == {f"params/encoder/embeddings/{name}/embedding" for name in ("word", "position")}
+
+
+def test_of_the_input_of_a_depthwise_convolution_no_shifted_copy_is_kept(monkeypatch):
+    walks = []
+    monkeypatch.setattr(fitted._Walk, "check_rows", lambda walk, size: walks.append(walk))
+    monkeypatch.setattr(fitted._Walk, "run", lambda walk, adapter, source, target, *inputs: (target, {}))
+    refit_pair("mobilenet")
+    for kept in (walks[0]._source_kept(), walks[0]._target_kept()):
+        # The input and what goes around the block; not its nine shifts too.
+        assert max(map(len, kept)) == 2
 
 
 def test_depthwise_kernels_are_solved_channel_by_channel():
