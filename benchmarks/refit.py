@@ -92,7 +92,11 @@ def make_programs(config: Config) -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "one epoch of training": (epoch, (variables[1], sgd.init(variables[1]["params"]), images, labels)),
         "refit": (fit, (*variables, images)),
     }
-    return {name: (jax.jit(fn).lower(*args).compile(), args) for name, (fn, args) in arguments.items()}
+    options = {"refit": mj.transfers.refit_compiler_options()}
+    return {
+        name: (jax.jit(fn, compiler_options=options.get(name)).lower(*args).compile(), args)
+        for name, (fn, args) in arguments.items()
+    }
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 
 from merge_jax.checks import check_at_least_one, error_context
 from merge_jax.paths import flatten, replace
@@ -41,7 +42,7 @@ from merge_jax.transfers.refit_solve import (
 from merge_jax.transfers.routes import Route, Routes
 from merge_jax.types import Adapter, Params
 
-__all__ = ["FewRowsWarning", "Refit", "refit"]
+__all__ = ["FewRowsWarning", "Refit", "refit", "refit_compiler_options"]
 
 _ALIGNED_ON = 512  # What enters a layer at each place of so many inputs is enough for its moments.
 _PARAMS = "params"
@@ -152,7 +153,6 @@ def refit(
     fit_transfer = transfer.fit
     assert fit_transfer is not None  # The aligned one has it.
 
-    @jax.jit
     def run(
         source_variables: Params, target_variables: Params, inputs: list[jax.Array], key: jax.Array
     ) -> tuple[Params, dict[str, jax.Array]]:
@@ -171,8 +171,21 @@ def refit(
         )
         return replace(written, {path: leaves[number] for path, number in walk.target.leaves.items()}), solved
 
-    variables, solved = run(source_variables, target_variables, [jnp.asarray(one) for one in inputs], key)
+    # Inside another program JAX takes no options.
+    options = None if isinstance(jnp.zeros(()), Tracer) else refit_compiler_options()
+    compiled = jax.jit(run, compiler_options=options)
+    variables, solved = compiled(source_variables, target_variables, [jnp.asarray(one) for one in inputs], key)
     return Refit(variables, solved, dict(plan.kept))
+
+
+def refit_compiler_options() -> dict[str, Any] | None:
+    """Returns what a program with a refit in it is best compiled with: `jax.jit(fn, compiler_options=...)`.
+
+    On a CPU, XLA otherwise orders operations for as many as can be to run at once, and keeps what all inputs are at
+    every depth: 7.8 GB in the place of 2.0 for an EfficientNet-lite0, its half and 2,000 images of 64 pixels (jax
+    0.12.0.1). None on other devices.
+    """
+    return {"xla_cpu_enable_concurrency_optimized_scheduler": False} if jax.default_backend() == "cpu" else None
 
 
 def _count(inputs: tuple[jax.Array, ...]) -> int:
