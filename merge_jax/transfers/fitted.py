@@ -171,8 +171,9 @@ def refit(
         )
         return replace(written, {path: leaves[number] for path, number in walk.target.leaves.items()}), solved
 
-    # Inside another program JAX takes no options.
-    options = None if isinstance(jnp.zeros(()), Tracer) else refit_compiler_options()
+    # Inside another program, and under a transformation such as `jax.grad`, JAX takes no options.
+    given = jax.tree.leaves((jnp.zeros(()), source_variables, target_variables, inputs, key))
+    options = None if any(isinstance(leaf, Tracer) for leaf in given) else refit_compiler_options()
     compiled = jax.jit(run, compiler_options=options)
     variables, solved = compiled(source_variables, target_variables, [jnp.asarray(one) for one in inputs], key)
     return Refit(variables, solved, dict(plan.kept))
