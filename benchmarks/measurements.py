@@ -192,6 +192,11 @@ MEASUREMENTS: Mapping[str, Measurement] = {
         targets=(Target("cycle 1 / plain", "value", 1.10), Target("cycle 4 / plain", "value", 1.03)),
         heavy=True,
     ),
+    "image_steps": Measurement(
+        what="steps of plain training, EfficientNet-lite0 of half the width, 50 images of 64x64, in a compiled loop",
+        program=_in_process("image-steps"),
+        heavy=True,
+    ),
     "readme_block": Measurement(
         what="the first block of Python in README.md, whole process",
         program=_readme_block,

@@ -146,14 +146,9 @@ def _depthwise_forward(x: jax.Array, kernel: jax.Array, stride: int, padding: Pa
 def _depthwise_backward(stride: int, padding: Padding, saved: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, kernel = saved
     size = len(kernel)
-    if stride == 1:
-        # One fused sum; the transposed slices would each be written in full before they are added.
-        (top, bottom), (left, right) = _sides(x, size, stride, padding)
-        last = size - 1
-        around = jnp.pad(dy, ((0, 0), (last - top, last - bottom), (last - left, last - right), (0, 0)))
-        places = itertools.product(range(size), repeat=2)
-        taps = [(i, j, around[:, i : i + x.shape[1], j : j + x.shape[2]]) for i, j in places]
-        dx = functools.reduce(jnp.add, [tap * kernel[last - i, last - j][None, None] for i, j, tap in taps])
+    if stride == 1 and size % 2 == 1:
+        # One fused sum again; of the transposed slices, each would be written in full before they are added.
+        dx = _sum_of_taps(dy, kernel[::-1, ::-1], stride, padding)
     else:
         (dx,) = jax.vjp(lambda x: _sum_of_taps(x, kernel, stride, padding), x)[1](dy)
     slopes = functools.partial(_slopes, size=size, stride=stride, padding=padding)
@@ -169,7 +164,7 @@ def _depthwise_backward(stride: int, padding: Padding, saved: Any, dy: jax.Array
         totals, _ = lax.scan(add, [jnp.zeros(dy.shape[1:], jnp.float32)] * size**2, (x, dy))
         return [total.sum(axis=(0, 1)) for total in totals]
 
-    # XLA's sums over all axes but the last are slow on a CPU: they took most of a step.
+    # On a CPU, XLA's sum of a product with a slice is slow: these took most of a step.
     dkernel = jnp.stack(lax.platform_dependent(x, dy, cpu=by_example, default=at_once))
     return dx, dkernel.reshape(kernel.shape).astype(kernel.dtype)
 

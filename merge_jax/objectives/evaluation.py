@@ -1,11 +1,12 @@
 """Batches of one size, for what is measured over exactly all examples."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
-__all__ = ["padded_batches"]
+__all__ = ["of_all_rows", "padded_batches"]
 
 
 def padded_batches(
@@ -26,3 +27,19 @@ def padded_batches(
         # Padded once read, so that no image is read for padding.
         padded = np.minimum(np.arange(width), len(chosen) - 1)
         yield len(chosen), {name: array[chosen][padded] for name, array in arrays.items()}
+
+
+def of_all_rows(
+    fn: Callable[[dict[str, np.ndarray]], Any], arrays: Mapping[str, Any], rows: np.ndarray, batch_size: int
+) -> Any:
+    """Returns what a function of a batch, `[B, ...]` leaf by leaf, gives for all those rows, `[len(rows), ...]`.
+
+    It sees `padded_batches`; its leaves come back as arrays of NumPy.
+
+    Raises:
+      ValueError: there are no rows.
+    """
+    parts = []
+    for kept, batch in padded_batches(arrays, rows, batch_size):
+        parts.append(jax.tree.map(lambda leaf, kept=kept: np.asarray(leaf)[:kept], fn(batch)))
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)

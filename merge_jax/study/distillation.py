@@ -82,7 +82,7 @@ def distillation_objectives(
     matched_loss = mj.model_loss(learn, (compared,), matched, needs=("label", "mixed_logits"))
     show_compared_logits = mj.logits_teacher(teach, inputs=shown_input)
 
-    labelled = partial(Objective, shown_on="target")
+    labelled = partial(Objective, each_alone=True)
 
     def on_compared(change: Callable[[jax.Array], jax.Array] | None) -> Objective:
         def changed(batch: Batch, entry: str) -> Batch:
@@ -95,8 +95,7 @@ def distillation_objectives(
             shown = show_compared_logits(params, model_state, changed(batch, shown_input))
             return {**batch, "mixed_logits": shown["teacher_logits"]}
 
-        shown_on = None if change is not None else "pool" if pooled else "target"
-        return Objective(mj.sum_losses(classification_loss(labels_alone), loss), show, pooled, shown_on)
+        return Objective(mj.sum_losses(classification_loss(labels_alone), loss), show, pooled, change is None)
 
     return {
         "kd": on_compared(None) if pooled else labelled(classification_loss(kd), show_logits),

@@ -44,9 +44,10 @@ def make_fit_head(model: StudyModel, axis_name: str | None = None) -> tuple[tupl
     params, model_state = model.init(jax.random.key(0))
     few = take(splits.test, np.arange(min(_SOME, len(splits.test["label"]))))
     kernel, bias = _last_layer(model.name, params, *observe(params, model_state, few))
-    unchecked = [True]  # Once a run will do.
+    checked = False  # Once a run will do.
 
     def fit_head(target: TrainState, seed: int) -> tuple[dict[str, np.ndarray], ModelState]:
+        nonlocal checked
         sample = sampled(model, model.splits(seed), seed)
         assert sample is not None  # It was there for seed 0.
         target = reset_to_inputs(model, target, seed, axis_name)
@@ -55,9 +56,10 @@ def make_fit_head(model: StudyModel, axis_name: str | None = None) -> tuple[tupl
         classes = found.logits.shape[1]
         head = mj.fit_head(found.features, labels, num_classes=classes, penalty=model.head_penalty)
         leaves = {kernel: np.asarray(head.kernel), bias: np.asarray(head.bias)}
-        if unchecked:
-            unchecked.clear()
-            calm = float(mj.cross_entropy(head(jnp.asarray(found.features)), jnp.asarray(labels)).mean())
+        if not checked:
+            checked = True
+            features, known = (jnp.asarray(part[:_SEVERAL]) for part in (found.features, labels))
+            calm = float(mj.cross_entropy(head(features), known).mean())
             _warn_of_dropout(model, mj.replace(target.params, leaves), target.model_state, sample.fitted, calm)
         return leaves, target.model_state
 
@@ -88,15 +90,12 @@ def _warn_of_dropout(
 
     That is where features differ from example to example by far less than by what is dropped of them.
     """
-    batch = take(fitted, np.arange(min(_SEVERAL, len(fitted["label"]))))
-
-    def loss(key: jax.Array) -> jax.Array:
-        return model.loss(params, model_state, batch, key)[0]
-
-    traced = jax.make_jaxpr(loss)(jax.random.key(0)).jaxpr
-    if not any(traced.invars[0] is used for eqn in traced.eqns for used in eqn.invars):
+    given = jax.random.key(0), params, model_state, take(fitted, np.arange(min(_SEVERAL, len(fitted["label"]))))
+    traced = jax.jit(lambda key, params, state, batch: model.loss(params, state, batch, key)[0]).trace(*given)
+    key = traced.jaxpr.jaxpr.invars[0]
+    if not any(key is used for equation in traced.jaxpr.eqns for used in equation.invars):
         return  # No dropout.
-    noisy = float(jax.jit(loss)(jax.random.key(0)))
+    noisy = float(traced.lower().compile()(*given))
     if not noisy <= 3 * calm + 1:
         print(
             f"warning: the last layer of {model.name} was fitted first, to a loss of {calm:.2f}; with the model's"

@@ -6,7 +6,7 @@ from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import optax
 
@@ -35,13 +35,13 @@ class Objective(NamedTuple):
       loss: of the target.
       teacher: adds the source's outputs to the target's batches; None where the loss needs none.
       pooled: whether they read the target's pool, see `Method`.
-      shown_on: the examples that the teacher shows the source's outputs of, see `Method`.
+      each_alone: whether the teacher shows each example on its own, see `Method`.
     """
 
     loss: LossFn
     teacher: TeacherFn | None = None
     pooled: bool = False
-    shown_on: Literal["target", "pool"] | None = None
+    each_alone: bool = False
 
 
 class _Moves(NamedTuple):
@@ -194,7 +194,7 @@ def make_methods(
         objective = objective_of(name, agree)
         transfer, stop, fit, start = make()
         task = mj.Task(objective.loss, optimizer)
-        return Method(task, transfer, stop, objective.teacher, fit, start, objective.pooled, objective.shown_on)
+        return Method(task, transfer, stop, objective.teacher, fit, start, objective.pooled, objective.each_alone)
 
     return {
         "_".join(filter(None, (name, objective, agree))) or "vanilla": partial(method, moves[name], objective, agree)
@@ -311,10 +311,8 @@ def _with_agreement(
         return batch if objective.teacher is None else objective.teacher(params, model_state, batch)
 
     pooled = target.pool is not None
-    shown_on = None if mixes else "pool" if pooled else "target"
-    if objective.teacher is not None and objective.shown_on != shown_on:
-        shown_on = None
-    return Objective(mj.sum_losses(objective.loss, agreement), teacher, pooled, shown_on)
+    same = objective.teacher is None or (objective.each_alone and objective.pooled == pooled)
+    return Objective(mj.sum_losses(objective.loss, agreement), teacher, pooled, each_alone=same and not mixes)
 
 
 def adapter_optimizer(options: TransferOptions, cycle: int, num_steps: int) -> optax.GradientTransformation:

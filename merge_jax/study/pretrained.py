@@ -8,16 +8,12 @@ import numpy as np
 
 import merge_jax as mj
 from merge_jax.data import Arrays
-from merge_jax.study.features import read_features
+from merge_jax.study.features import fitted_head
 from merge_jax.types import ModelApply
 
-__all__ = ["PENALTY", "with_fitted_head"]
+__all__ = ["with_fitted_head"]
 
 _LAST = ("params/fc/kernel", "params/fc/bias")
-PENALTY = 100.0
-"""Of the logistic regression on features of unit variance; our choice: of 10 to 10,000 the best for 2,000 images of
-CIFAR-100 on validation, from 64 pixels on (`docs/weights.md`), and of 1 to 1,000 within a point for 500 texts of AG
-News."""
 
 
 def with_fitted_head(
@@ -41,8 +37,8 @@ def with_fitted_head(
             return loaded.variables
         if (path, seed) not in heads:  # A run asks once to check, and once to train.
             train = examples(seed)
-            features = read_features(apply, loaded.variables, np.asarray(train["image"]))
-            heads[path, seed] = mj.fit_head(features, train["label"], num_classes=num_classes, penalty=PENALTY)
+            images = np.asarray(train["image"])
+            heads[path, seed] = fitted_head(apply, loaded.variables, images, train["label"], num_classes)
         return mj.replace(loaded.variables, dict(zip(_LAST, heads[path, seed], strict=True)))
 
     return load

@@ -11,7 +11,7 @@ from flax.errors import FlaxError
 
 import merge_jax as mj
 from merge_jax.data import Arrays, Splits, is_streamed, num_examples
-from merge_jax.objectives.evaluation import padded_batches
+from merge_jax.objectives.evaluation import of_all_rows
 from merge_jax.study.scenario import StudyModel
 from merge_jax.training.joint import TrainState
 from merge_jax.types import ModelState, Params
@@ -98,12 +98,8 @@ def observer(model: StudyModel, arrays: Arrays) -> Observe | None:
         # One width for all sets of examples, so that one compilation serves them.
         rows = np.resize(np.arange(size), max(size, _AT_ONCE))
         used = {name: arrays[name] for name in model.inputs}
-        found = [
-            [np.asarray(part)[:kept] for part in read(params, model_state, *batch.values())]
-            for kept, batch in padded_batches(used, rows, _AT_ONCE)
-        ]
-        features, logits = (np.concatenate(parts)[:size] for parts in zip(*found, strict=True))
-        return Observed(features, logits)
+        found = of_all_rows(lambda batch: read(params, model_state, *batch.values()), used, rows, _AT_ONCE)
+        return Observed(*(part[:size] for part in found))
 
     return observed
 

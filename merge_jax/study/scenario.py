@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
@@ -122,8 +122,8 @@ class Method:
       start: makes the target that the run starts from, before `fit` and before the first step, once: not where a run
         goes on; None for the target as it is initialised.
       pooled: whether its loss compares on the target's pool, so that each batch has as many inputs of that.
-      shown_on: the examples, of `target` or `pool`, that the teacher shows the source's outputs of, each on its own: of
-        a frozen source they are computed once. None where it compares examples with each other, or shows both.
+      each_alone: whether the teacher shows the source's outputs of each example on its own, of the pool where it is
+        pooled: those of a frozen source are then computed once. Not where it compares examples, or shows both kinds.
     """
 
     task: Task
@@ -133,7 +133,7 @@ class Method:
     fit: FitFn | None = None
     start: StartFn | None = None
     pooled: bool = False
-    shown_on: Literal["target", "pool"] | None = None
+    each_alone: bool = False
 
 
 @dataclass(frozen=True)

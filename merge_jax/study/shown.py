@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from merge_jax.data import num_examples
-from merge_jax.objectives.evaluation import padded_batches
+from merge_jax.objectives.evaluation import of_all_rows
 from merge_jax.study.scenario import POOL
 from merge_jax.training.joint import TrainState
 from merge_jax.types import Batch, ModelState, Params, TeacherFn
@@ -49,16 +49,9 @@ class Shown:
         """
         if self._latest is None or self._latest[0] != seed:
             self._latest = None  # Not both at once in memory.
-            on_host = jax.device_get(source.replace(opt_state=None))  # Compiled for once, wherever it was.
-            self._latest = seed, self._outputs(on_host, self._named(arrays))
+            show = partial(self._show, *jax.device_get((source.params, source.model_state)))  # Wherever it was.
+            self._latest = seed, of_all_rows(show, self._named(arrays), np.arange(num_examples(arrays)), _AT_ONCE)
         return self._latest[1]
-
-    def _outputs(self, source: TrainState, batch: Mapping[str, Any]) -> dict[str, Any]:
-        parts = []
-        for count, some in padded_batches(batch, np.arange(num_examples(batch)), _AT_ONCE):
-            shown = self._show(source.params, source.model_state, some)
-            parts.append(jax.tree.map(lambda entry, count=count: np.asarray(entry)[:count], shown))
-        return jax.tree.map(lambda *entries: np.concatenate(entries), *parts)
 
     def _named(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
         return {POOL + name if self.role == "pool" else name: entry for name, entry in arrays.items()}

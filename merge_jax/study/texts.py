@@ -39,10 +39,9 @@ from merge_jax.data import (
     synthetic_topics,
 )
 from merge_jax.study.choices import PoolerName, TextModelName, TextTaskName
-from merge_jax.study.features import read_features
+from merge_jax.study.features import fitted_head
 from merge_jax.study.model_code import model_code
 from merge_jax.study.pools import check_pool, draw_pool
-from merge_jax.study.pretrained import PENALTY
 from merge_jax.study.scenario import StudyModel
 from merge_jax.study.text_weights import check_weights, read_weights, weights_error, with_weights
 
@@ -328,8 +327,8 @@ def text_model(
         params, kept = read_weights(path, variables["params"], fitted="classifier/")
         if kept and seed is not None:
             learned = splits(seed).train
-            features = read_features(module.apply, {"params": params}, learned["tokens"])
-            head = mj.fit_head(features, learned["label"], num_classes=module.num_classes, penalty=PENALTY)
+            given = learned["tokens"], learned["label"], module.num_classes
+            head = fitted_head(module.apply, {"params": params}, *given)
             params = {**params, "classifier": head._asdict()}
         return {**variables, "params": params}
 

@@ -351,7 +351,7 @@ def make_trials(scenario: Scenario, config: RunConfig, source_plan: SourcePlan) 
             method = _replaying(method, snapshots, lengths.steps)
         if head and writes(method.transfer):
             method = replace(method, transfer=keeping(method.transfer, head))
-        shown = _shown_once(scenario, method, make_shown) if source_task is None and snapshots is None else None
+        shown = _shown_once(scenario, source_plan, method, make_shown)
         trials[name] = make_trial(
             name,
             roles,
@@ -366,15 +366,20 @@ def make_trials(scenario: Scenario, config: RunConfig, source_plan: SourcePlan) 
     return trials
 
 
-def _shown_once(scenario: Scenario, method: Method, make_shown: Callable[[str, TeacherFn], Shown]) -> Shown | None:
+def _shown_once(
+    scenario: Scenario, plan: SourcePlan, method: Method, make_shown: Callable[[str, TeacherFn], Shown]
+) -> Shown | None:
     """Returns what a frozen source shows of examples that stay as they are; None where a step is to compute it."""
     source, target = scenario.source, scenario.target
-    if source is None or method.teacher is None or method.shown_on is None or target.augment is not None:
+    if source is None or method.teacher is None or not method.each_alone:
         return None
-    arrays = target.splits(0).train if target.pool is None or method.shown_on == "target" else target.pool(0)
+    if plan.live or plan.snapshots is not None or target.augment is not None:
+        return None
+    pool = target.pool if method.pooled else None
+    arrays = target.splits(0).train if pool is None else pool(0)
     if is_streamed(arrays) or jax.process_count() > 1:  # Of several processes, none may have all of the source.
         return None
-    shown = make_shown(method.shown_on, method.teacher)
+    shown = make_shown("target" if pool is None else "pool", method.teacher)
     params, model_state = jax.eval_shape(source.init, jax.random.key(0))
     return shown if shown.fits(TrainState(params, model_state, None), arrays) else None
 

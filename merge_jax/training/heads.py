@@ -18,8 +18,6 @@ from merge_jax.paths import some_of
 __all__ = ["Head", "fit_head"]
 
 _HIGHEST = lax.Precision.HIGHEST  # As on a CPU: a GPU's own products are of 10 bits.
-
-
 _LEAST_VARIANCE = 1e-10  # Of the largest one's.
 
 

@@ -184,7 +184,7 @@ def refit_compiler_options() -> dict[str, Any] | None:
 
     On a CPU, XLA otherwise orders operations for as many as can be to run at once, and keeps what all inputs are at
     every depth: 7.8 GB in the place of 2.0 for an EfficientNet-lite0, its half and 2,000 images of 64 pixels (jax
-    0.12.0.1). None on other devices.
+    0.12.0.1, `python -m benchmarks.refit --nets efficientnet_lite0`). None on other devices. Our choice.
     """
     return {"xla_cpu_enable_concurrency_optimized_scheduler": False} if jax.default_backend() == "cpu" else None
 
@@ -388,7 +388,7 @@ class _Walk:
 
 
 def _without_views(program: Program, kept: set[int]) -> frozenset[int]:
-    """Returns the values to keep, with what is larger than the one value that it is cut out of replaced by that.
+    """Returns the values to keep. Those cut out of one value are replaced by it, where together they are larger.
 
     A depthwise convolution reads its input once for each place of its window, each time cut out anew.
     """
