@@ -32,8 +32,6 @@ class Config:
 
     nets: Literal["resnet50", "efficientnet_lite0", "small"] = "resnet50"
     """ResNet50 to ResNet50, or an EfficientNet-lite0 or a small ResNet to one of half its width."""
-    default_order: bool = False
-    """Compile the refit in the order that XLA chooses by itself, see `merge_jax.transfers.refit_compiler_options`."""
     images: int = 2000
     """Images that are refitted on, and that make the epoch."""
     batch_size: int = 128
@@ -97,11 +95,7 @@ def make_programs(config: Config) -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "one epoch of training": (epoch, (variables[1], sgd.init(variables[1]["params"]), images, labels)),
         "refit": (fit, (*variables, images)),
     }
-    options = {} if config.default_order else {"refit": mj.transfers.refit_compiler_options()}
-    return {
-        name: (jax.jit(fn, compiler_options=options.get(name)).lower(*args).compile(), args)
-        for name, (fn, args) in arguments.items()
-    }
+    return {name: (jax.jit(fn).lower(*args).compile(), args) for name, (fn, args) in arguments.items()}
 
 
 def main() -> None:

@@ -1,7 +1,6 @@
 """What a target may start from, made of the source and of inputs without labels: the refit, and its like."""
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -14,7 +13,6 @@ from merge_jax.study.options import TransferOptions
 from merge_jax.study.pools import inputs_of
 from merge_jax.study.scenario import StartFn, StudyModel
 from merge_jax.transfers.alignment_fit import ChannelChoice
-from merge_jax.transfers.fitted import refit_compiler_options
 from merge_jax.types import Batch, ModelApply
 
 __all__ = ["prepare_start", "refit_start"]
@@ -34,7 +32,7 @@ def refit_start(
     """
     source_apply, target_apply = _applies("refit", source, target)
 
-    @partial(jax.jit, compiler_options=refit_compiler_options())
+    @jax.jit
     def run(source_variables: Any, target_variables: Any, inputs: list[jax.Array], key: jax.Array) -> Any:
         made = mj.refit(
             routes, source_apply, target_apply, source_variables, target_variables, *inputs, key=key, choice=choice

@@ -10,7 +10,7 @@ with epy.lazy_api_imports(globals()):
     from merge_jax.transfers.channels import channel_graph, input_moments
     from merge_jax.transfers.combinators import chain, scheduled, self_transfer, several_sources, without_source
     from merge_jax.transfers.describe import summarize
-    from merge_jax.transfers.fitted import FewRowsWarning, Refit, refit, refit_compiler_options
+    from merge_jax.transfers.fitted import FewRowsWarning, Refit, refit
     from merge_jax.transfers.linear_operators import linear_operator_transfer
     from merge_jax.transfers.low_rank import LowRankConv, LowRankDense, decode, encode, row_basis
     from merge_jax.transfers.lpka import LPKA, LPKAOptions, lpka_network
@@ -57,7 +57,6 @@ __all__ = [
     "parameter_generator_transfer",
     "published_transfer",
     "refit",
-    "refit_compiler_options",
     "row_basis",
     "scheduled",
     "self_transfer",

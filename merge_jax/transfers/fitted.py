@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.core import Tracer
 
 from merge_jax.checks import check_at_least_one, error_context
 from merge_jax.paths import flatten, replace
@@ -42,9 +41,10 @@ from merge_jax.transfers.refit_solve import (
 from merge_jax.transfers.routes import Route, Routes
 from merge_jax.types import Adapter, Params
 
-__all__ = ["FewRowsWarning", "Refit", "refit", "refit_compiler_options"]
+__all__ = ["FewRowsWarning", "Refit", "refit"]
 
 _ALIGNED_ON = 512  # What enters a layer at each place of so many inputs is enough for its moments.
+_FEW_ROWS, _ROWS_OF_UNKNOWN = 4096, 200
 _PARAMS = "params"
 _VIEWS = frozenset({"slice", "squeeze", "reshape", "transpose", "pad", "rev"})  # Free to compute again.
 
@@ -105,7 +105,7 @@ def refit(
     (RegMean++, arXiv:2508.03121). To walk any two computations by their channel graphs is our choice.
 
     It may be jitted, and differentiated with respect to both variables. Moments are gathered over batches: memory for a
-    layer is that of `X'X`, beside what all inputs are at one depth of both models.
+    layer is that of `X'X`, beside what all inputs are at two depths of both models, one after the other.
 
     Args:
       routes: as `aligned_transfer`, of parameters: `{"**": "**"}` is all leaves of one path. Leave out last layers of
@@ -117,7 +117,8 @@ def refit(
       *inputs: such as the target will see, `[N, ...]`, without labels.
       ridge: without unit; from 1e-3 to 1e-1 it changed nothing on digits.
       batch_size: inputs in a batch.
-      max_rows: at most about so many rows of a layer are taken, drawn at random over inputs and places.
+      max_rows: at most about so many rows of a layer are taken, drawn at random over inputs and places. Where each
+        channel has `d` numbers of its own, as in a depthwise convolution, at most `max(4096, 200 d)`.
       key: for that; `jax.random.key(0)` by default.
       choice: of the channels, as `aligned_transfer` has it.
       axis_name: the axis of `pmap` or `shard_map` whose devices share the inputs.
@@ -171,22 +172,8 @@ def refit(
         )
         return replace(written, {path: leaves[number] for path, number in walk.target.leaves.items()}), solved
 
-    # Inside another program, and under a transformation such as `jax.grad`, JAX takes no options.
-    given = jax.tree.leaves((jnp.zeros(()), source_variables, target_variables, inputs, key))
-    options = None if any(isinstance(leaf, Tracer) for leaf in given) else refit_compiler_options()
-    compiled = jax.jit(run, compiler_options=options)
-    variables, solved = compiled(source_variables, target_variables, [jnp.asarray(one) for one in inputs], key)
+    variables, solved = jax.jit(run)(source_variables, target_variables, [jnp.asarray(one) for one in inputs], key)
     return Refit(variables, solved, dict(plan.kept))
-
-
-def refit_compiler_options() -> dict[str, Any] | None:
-    """Returns what a program with a refit in it is best compiled with: `jax.jit(fn, compiler_options=...)`.
-
-    On a CPU, XLA otherwise orders operations for as many as can be to run at once, and keeps what all inputs are at
-    every depth: 7.8 GB in the place of 2.0 for an EfficientNet-lite0, its half and 2,000 images of 64 pixels (jax
-    0.12.0.1, `python -m benchmarks.refit --nets efficientnet_lite0`). None on other devices. Our choice.
-    """
-    return {"xla_cpu_enable_concurrency_optimized_scheduler": False} if jax.default_backend() == "cpu" else None
 
 
 def _count(inputs: tuple[jax.Array, ...]) -> int:
@@ -267,6 +254,7 @@ class _Walk:
         source_values = dict(zip(self.source.inputs, inputs, strict=True))
         values = dict(zip(self.target.inputs, inputs, strict=True))
         source_kept, kept, solved = self._source_kept(), self._target_kept(), {}
+        after = jnp.zeros(())
         for number, site in enumerate(self.plan.sites):
             unknowns = [(one, slope(self.target, site, one, leaves)) for one in site.unknowns]
             priors = [matrix(self.target, one, leaves) * (scale[None] if site.dense else 1) for one, scale in unknowns]
@@ -274,9 +262,12 @@ class _Walk:
                 self._gather, site, adapter, source_leaves, dict(leaves), source_kept[number], kept[number]
             )
             keys = jax.random.split(jax.random.fold_in(key, number), len(weights))
-            moments, (source_values, values) = lax.scan(
-                gather, no_moments(site), (source_values, values, weights, keys)
-            )
+            # What was known before and is needed again stays where it is.
+            known = [{one: rows for one, rows in of.items() if one in ones}
+                     for of, ones in ((source_values, source_kept[number]), (values, kept[number]))]  # fmt: skip
+            moments, made = _stacked(gather, no_moments(site), (source_values, values, weights, keys), after)
+            source_values, values = ({**old, **new} for old, new in zip(known, made, strict=True))
+            after = moments.weight
             solution = solve(site, moments, jnp.concatenate(priors), self._valid(site, adapter), self.ridge)
             leaves = write(self.target, site, leaves, solution, moments)
             solved |= {one.layer.leaf: solution.r2 for one in site.unknowns}
@@ -299,7 +290,7 @@ class _Walk:
         entered = {one for unknown in site.unknowns for one in unknown.layer.meets.reads if one in self.target.data}
         needed = entered if site.dense else set[int]()
         known = self.target.evaluate({**leaves, **values}, {*needed, *kept})
-        limit = math.ceil(self.max_rows / self.batches)
+        limit = math.ceil(self._most_rows(site) / self.batches)
         rows = jnp.arange(site.rows) if site.rows <= limit else jax.random.randint(key, (limit,), 0, site.rows)
         chosen = None if site.rows <= limit else rows
         x = entering(self.target, site, known, leaves, chosen)
@@ -308,7 +299,8 @@ class _Walk:
         of_rows = weights[rows // site.stride % len(weights)]
         total = (lambda one: one) if self.axis_name is None else functools.partial(lax.psum, axis_name=self.axis_name)
         moments = add_moments(moments, batch_moments(x, wanted - rest, wanted, of_rows, total))
-        return moments, ({one: found[one] for one in source_kept}, {one: known[one] for one in kept})
+        made = (source_kept - source_values.keys(), found), (kept - values.keys(), known)
+        return moments, tuple({one: of[one] for one in ones} for ones, of in made)
 
     def _in_target(self, site: Site, adapter: Adapter, value: jax.Array) -> jax.Array:
         """Returns a value of the source at the channels that the target has."""
@@ -338,7 +330,7 @@ class _Walk:
     def check_rows(self, size: int) -> None:
         """Warns of sites with fewer rows than unknowns; a batch has so many inputs."""
         for site in self.plan.sites:
-            rows = min(self.max_rows, site.rows // size * self.num_inputs)
+            rows = min(self._most_rows(site), site.rows // size * self.num_inputs)
             if rows < site.num_unknowns:
                 warnings.warn(
                     f"{site.name} has {site.num_unknowns} unknowns and {rows} rows to solve them from: the ridge is "
@@ -346,6 +338,11 @@ class _Walk:
                     FewRowsWarning,
                     stacklevel=3,
                 )
+
+    def _most_rows(self, site: Site) -> int:
+        """Returns how many rows are taken at most; of a channel with a few numbers of its own, fewer are enough."""
+        few = max(_FEW_ROWS, _ROWS_OF_UNKNOWN * site.num_unknowns)
+        return self.max_rows if site.dense else min(self.max_rows, few)
 
     def _target_kept(self) -> list[frozenset[int]]:
         """Returns for each site what of the target is to be kept for those after it."""
@@ -385,6 +382,26 @@ class _Walk:
             kept = {value for value in kept & program.data if program.makers.get(value, -1) <= reached}
             found.append(_without_views(program, kept))
         return found
+
+
+def _stacked(fn: Callable[[Any, Any], tuple[Any, Any]], carry: Any, rows: Any, after: jax.Array) -> tuple[Any, Any]:
+    """Returns what `lax.scan(fn, carry, rows)` does; memory for its stacks is taken once the number `after` is known.
+
+    Of scans in a row XLA takes the memory of all at once on a CPU, since the zeros that stacks start as can be had
+    before all else.
+    """
+    count = len(jax.tree.leaves(rows)[0])
+    first = jax.tree.map(lambda one: jax.ShapeDtypeStruct(one.shape[1:], one.dtype), rows)
+    made = jax.eval_shape(fn, carry, first)[1]
+    start = lax.stop_gradient(after)  # All of it is overwritten.
+    stacks = jax.tree.map(lambda one: jnp.full((count, *one.shape), start, one.dtype), made)
+
+    def step(i: jax.Array, state: tuple[Any, Any]) -> tuple[Any, Any]:
+        carry, stacks = state
+        carry, made = fn(carry, jax.tree.map(lambda one: one[i], rows))
+        return carry, jax.tree.map(lambda stack, one: stack.at[i].set(one), stacks, made)
+
+    return lax.fori_loop(0, count, step, (carry, stacks))
 
 
 def _without_views(program: Program, kept: set[int]) -> frozenset[int]:

@@ -2,11 +2,12 @@
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from merge_jax.transfers.program import Program
@@ -93,6 +94,16 @@ def entering(program: Program, site: Site, values: Values, leaves: Values, rows:
     number = program.leaves[unknown.layer.leaf]
     shape = program.shapes[number].shape
     sizes, order = [shape[axis] for axis in unknown.axes], [unknown.axes.index(axis) for axis in range(len(shape))]
+    starts = _starts_by_tap(program, unknown, sizes, order)
+    if starts:  # Each entry of a channel meets the data once: as if it were 1, and the others not there.
+        rest = without(program, site, {**values, **leaves})
+        zero = end_rows(program, site, rest, rows)
+        reads = [program.equations[program.makers[start]].reads for start in starts]
+        met = [next(one for one in read if one in program.data) for read in reads]
+        known = program.evaluate({**values, **leaves}, met)
+        pairs = zip(starts, met, strict=True)
+        taps = [end_rows(program, site, {**rest, start: known[one]}, rows) for start, one in pairs]
+        return jnp.stack(taps, axis=-1) - zero[..., None]
     zero = end_rows(program, site, {**values, **leaves, number: jnp.zeros(shape)}, rows)
     found = []
     for tap in range(unknown.inputs):
@@ -100,6 +111,32 @@ def entering(program: Program, site: Site, values: Values, leaves: Values, rows:
         leaf = ones.reshape(sizes).transpose(order)
         found.append(end_rows(program, site, {**values, **leaves, number: leaf}, rows) - zero)
     return jnp.stack(found, axis=-1)
+
+
+def _starts_by_tap(program: Program, unknown: Unknown, sizes: Sequence[int], order: Sequence[int]) -> list[int]:
+    """Returns the products of a leaf with the data, one for each entry of a channel, in their order; or none.
+
+    So is a depthwise convolution that sums shifted products.
+    """
+    number, found = program.leaves[unknown.layer.leaf], {}
+    taps = np.arange(unknown.inputs, dtype=np.float32)
+    leaf = np.repeat(taps, math.prod(sizes) // unknown.inputs).reshape(sizes).transpose(order)
+    for start in unknown.layer.starts:
+        equation = program.equations[program.makers[start]]
+        operand = next((one for one in equation.reads if one not in program.data), None)
+        if equation.name != "mul" or operand is None or program.leaves_of[operand] != {unknown.layer.leaf}:
+            return []
+        while operand != number and program.equations[program.makers[operand]].name == "broadcast_in_dim":
+            (operand,) = program.equations[program.makers[operand]].reads
+        with jax.ensure_compile_time_eval():
+            read, ones = (
+                np.asarray(program.evaluate({number: jnp.asarray(one)}, [operand])[operand])
+                for one in (leaf, np.ones_like(leaf))
+            )
+        if np.all(ones == 1) and np.all(read == read.flat[0]):
+            found[read.flat[0]] = start
+    each_once = sorted(found) == list(taps) and len(unknown.layer.starts) == len(taps)
+    return [found[tap] for tap in taps] if each_once else []
 
 
 def _entering_dense(program: Program, unknown: Unknown, values: Values, rows: jax.Array | None) -> jax.Array:

@@ -10,7 +10,7 @@ import pytest
 
 import merge_jax as mj
 from merge_jax.models.mobilenet import InvertedResidualStage
-from merge_jax.transfers import fitted
+from merge_jax.transfers import fitted, refit_solve
 from merge_jax.transfers.fitted import FewRowsWarning
 from tests.helpers import jitted_init
 
@@ -122,6 +122,28 @@ def test_of_the_input_of_a_depthwise_convolution_no_shifted_copy_is_kept(monkeyp
     for kept in (walks[0]._source_kept(), walks[0]._target_kept()):
         # The input and what goes around the block; not its nine shifts too.
         assert max(map(len, kept)) == 2
+
+
+def test_deeper_models_need_no_more_memory():
+    x = jax.ShapeDtypeStruct((4096, 64), jnp.float32)
+
+    def memory(depth):
+        model = nn.Sequential([layer for _ in range(depth) for layer in (nn.Dense(64), nn.relu)])
+        shapes = jax.eval_shape(model.init, jax.random.key(0), x)
+        refit = lambda source, target, x: mj.refit(EVERYTHING, *(model.apply,) * 2, source, target, x).variables  # noqa: E731
+        return jax.jit(refit).lower(shapes, shapes, x).compile().memory_analysis().temp_size_in_bytes
+
+    # What all inputs are at a depth is 1 MB, of both models: 8 MB for each four layers where all depths are kept.
+    assert memory(8) < memory(4) + 2e6
+
+
+def test_places_of_a_window_enter_one_by_one(monkeypatch):
+    made = refitted("mobilenet")
+    monkeypatch.setattr(refit_solve, "_starts_by_tap", lambda *_: [])
+    slow = refit_pair("mobilenet")
+    assert slow.solved.keys() == made.solved.keys()
+    for path, share in slow.solved.items():
+        np.testing.assert_allclose(made.solved[path], share, atol=1e-4, err_msg=path)
 
 
 def test_depthwise_kernels_are_solved_channel_by_channel():
