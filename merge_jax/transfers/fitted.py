@@ -317,14 +317,13 @@ class _Walk:
 
     def _valid(self, site: Site, adapter: Adapter) -> jax.Array:
         """Returns which channels of a site have one of the source, bool `[m]`."""
-        valid = jnp.ones((), bool)
-        for number, (axis, size) in enumerate(zip(site.pairs, site.channels, strict=True)):
-            chosen = jnp.ones(size, bool)
+        valid = jnp.ones(site.channels, bool)
+        for number, axis in enumerate(site.pairs):
             if axis.name is not None:
                 chosen = jnp.any(adapter["outputs"][axis.name] != 0, -1)
-            assert axis.around in (None, number - 1)  # The axis around comes before.
-            valid = valid[..., None]
-            valid = valid & chosen.reshape((1,) * (valid.ndim - chosen.ndim) + chosen.shape)
+                places = [number] if axis.around is None else [axis.around, number]
+                chosen = chosen if places == sorted(places) else chosen.T
+                valid &= jnp.expand_dims(chosen, [i for i in range(valid.ndim) if i not in places])
         return valid.reshape(-1)
 
     def check_rows(self, size: int) -> None:

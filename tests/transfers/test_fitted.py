@@ -330,6 +330,23 @@ def test_statistics_of_a_norm_without_bias_stay(use_bias):
     np.testing.assert_allclose(model.apply(made, X), model.apply(source, X), atol=1e-3)
 
 
+def test_heads_within_what_they_share_are_solved():
+    class Shared(nn.Module):  # All heads have one bias, so that its entries are around them, and not they around it.
+        width: int
+
+        @nn.compact
+        def __call__(self, x):
+            y = nn.DenseGeneral((4, self.width // 4), use_bias=False, name="query")(x)
+            y += self.param("bias", nn.initializers.normal(), (self.width // 4,))[None, None]
+            return nn.DenseGeneral(3, axis=(-2, -1), name="out")(nn.tanh(y))
+
+    x, models = jnp.asarray(RNG.normal(size=(60, 5)), jnp.float32), [Shared(16), Shared(8)]
+    variables = [jitted_init(model, seed, x) for seed, model in enumerate(models)]
+    made = mj.refit(EVERYTHING, *(model.apply for model in models), *variables, x)
+    assert {"params/query/kernel", "params/out/kernel"} <= made.solved.keys()
+    assert float(made.solved["params/out/kernel"]) > 0.5
+
+
 def test_what_is_scaled_by_place_is_kept():
     def model(params, x):
         places = jnp.arange(1.0, 9.0)[None, :, None]
