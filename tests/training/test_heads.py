@@ -50,6 +50,14 @@ def test_ridge_regression_as_scikit_learn_has_it(penalty):
     np.testing.assert_allclose(weighted(NEW), theirs.predict(NEW), atol=1e-2)
 
 
+def test_a_feature_that_hardly_varies_is_left_out(head):
+    """Standardised it would be a feature as the others, with a weight of 1e4 and more."""
+    noise = 1e-5 * np.random.default_rng(0).normal(size=(300, 1))
+    wider = mj.fit_head(np.concatenate([FEATURES, noise], axis=1).astype(np.float32), LABELS, tolerance=1e-6)
+    assert not np.any(wider.kernel[-1])
+    np.testing.assert_allclose(wider.kernel[:-1], head.kernel, atol=2e-3)
+
+
 def test_a_weight_of_two_is_an_example_twice():
     twice = np.arange(300) // 2
     weights = np.where(np.arange(300) < 150, 2, 0)
