@@ -24,6 +24,9 @@ import jax
 import pytest
 from hypothesis import settings
 
+# Its asserts say what they compare, as those of test files do.
+pytest.register_assert_rewrite("tests.bad_input")
+
 # The first case of a shape compiles, so a deadline for each case would be one for the compiler.
 settings.register_profile("quick", max_examples=25, deadline=None)
 settings.register_profile("thousand", max_examples=1000, deadline=None, derandomize=True)
