@@ -3,6 +3,7 @@
 import io
 import re
 
+import numpy as np
 import requests
 
 
@@ -24,3 +25,19 @@ def serve(monkeypatch, contents):
 
     monkeypatch.setattr(requests.Session, "get", get)
     return asked
+
+
+def pixels(seed, count, size=32, channels=3):
+    return np.random.default_rng(seed).integers(0, 256, (count, size, size, channels), np.uint8)
+
+
+def by_content(images, labels):
+    """Examples whatever their order, which TFDS draws."""
+    return sorted((image.tobytes(), int(label)) for image, label in zip(images, labels, strict=True))
+
+
+def as_file(image, format="PNG"):
+    file = io.BytesIO()
+    image.save(file, format)
+    file.seek(0)
+    return file

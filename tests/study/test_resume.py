@@ -8,7 +8,7 @@ import pytest
 from merge_jax.checkpoints.orbax import Checkpoints
 from merge_jax.study import trial
 from merge_jax.training.signals import StopSignals
-from tests.data import test_image_sets
+from tests.data import test_cifar
 from tests.smoke import run
 
 # Ten steps a call, so that the first call ends between two reports, and within an epoch.
@@ -99,9 +99,9 @@ def test_so_does_one_of_each_experiment(case, monkeypatch, tmp_path, capsys):
 @pytest.mark.slow
 def test_so_does_one_whose_images_are_changed_at_random(monkeypatch, tmp_path, capsys):
     """An archive of CIFAR-100 through TFDS, with crops, flips and turns, both models live."""
-    files, *_ = test_image_sets.cifar_members("cifar100")
+    files, *_ = test_cifar.cifar_members("cifar100")
     data_dir = tmp_path / "data"
-    test_image_sets.put_archive(data_dir, "cifar100", files)
+    test_cifar.put_archive(data_dir, "cifar100", files)
     words = [
         "mobilenet",
         *("--data", "cifar100", "--data-dir", str(data_dir), "--augment", "--source", "live", "--validation", "0"),

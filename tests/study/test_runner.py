@@ -22,7 +22,7 @@ from merge_jax.study.contents import current_options
 from merge_jax.study.sources import plan_source
 from merge_jax.study.trial import make_trials
 from tests import ROOT, tiny
-from tests.data import test_image_sets
+from tests.data import test_cifar, test_image_folder
 from tests.smoke import run
 
 # Ten steps in two halves, of the experiment that compiles in a second.
@@ -233,8 +233,8 @@ SMALL_NETWORKS = [
 @pytest.mark.slow
 def test_the_short_preset_trains_on_an_archive_of_cifar100(tmp_path):
     """The whole path: TFDS's layout, uint8 pixels, augmentation, epochs, both models live; the networks are small."""
-    files, *_ = test_image_sets.cifar_members("cifar100")
-    test_image_sets.put_archive(tmp_path / "data", "cifar100", files)
+    files, *_ = test_cifar.cifar_members("cifar100")
+    test_cifar.put_archive(tmp_path / "data", "cifar100", files)
     results, found = run(
         *("cross_structure", tmp_path / "run", "short", "--data-dir", tmp_path / "data"),
         *("--validation", "0", "--image-size", "8", *SMALL_NETWORKS),
@@ -250,7 +250,7 @@ def test_the_short_preset_trains_on_an_archive_of_cifar100(tmp_path):
 
 @pytest.mark.slow
 def test_a_folder_of_images_is_data_too(tmp_path, capsys):
-    test_image_sets.write_folder(tmp_path / "images")
+    test_image_folder.write_folder(tmp_path / "images")
     run(
         *("cross_structure", tmp_path / "run", "--data", tmp_path / "images"),
         *("--validation", "0", "--labels", "None", *SMALL_NETWORKS),
