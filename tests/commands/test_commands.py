@@ -1,14 +1,13 @@
+"""Commands on runs and weights: what they print, write and refuse."""
+
 import gc
 import html.parser
 import importlib.metadata
 import importlib.util
 import json
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,11 +15,9 @@ from matplotlib.figure import Figure
 
 import merge_jax as mj
 import merge_jax.commands.compare
-from merge_jax.commands import doctor, main
-from merge_jax.commands.run import EXPERIMENTS
+from merge_jax.commands import main
 from merge_jax.runs import Comparison, Plan, Run, html_report
 from merge_jax.runs.table import meaning
-from tests import ROOT
 from tests.smoke import run
 
 LITTLE = ["smoke", "--seeds", "2", "--steps", "4", "--source-steps", "4", "--report-every", "2"]
@@ -391,96 +388,6 @@ def test_what_cannot_be_exported_is_named(runs, tmp_path, capsys):
     file.write_text("mine")
     assert refused(capsys, "export", cell, file).endswith("nothing is overwritten: give another name")
     assert file.read_text() == "mine"
-
-
-def test_the_doctor_finds_this_machine_ready(capsys):
-    with pytest.raises(SystemExit) as end:
-        main(["doctor"])
-    printed = capsys.readouterr().out
-    assert end.value.code == 0, printed
-    assert "ready" in printed.splitlines()[-1]
-    assert f"ok    jax {importlib.metadata.version('jax')}" in printed
-
-
-def test_the_doctor_names_what_is_bad(monkeypatch, capsys):
-    version = importlib.metadata.version
-    found = {"flax": "0.1.0"}
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: found.get(name) or version(name))
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 2**20))
-    assert doctor.examine() == 1
-    bad = [line for line in capsys.readouterr().out.splitlines() if line.startswith("BAD")]
-    assert len(bad) == 2
-    assert "flax 0.1.0, needed is >=0.12.8" in bad[0]
-    assert "free disk here: 0.0 GiB" in bad[1]
-
-
-def test_the_doctor_knows_plugins_that_do_not_fit(monkeypatch):
-    class Distribution:
-        def __init__(self, name, version):
-            self.metadata, self.version = {"Name": name}, version
-
-    there = [Distribution(*one) for one in (("jax", "0.10.2"), ("jaxlib", "0.10.2"), ("jax-cuda12-plugin", "0.9.1"))]
-    monkeypatch.setattr(
-        importlib.metadata, "distributions", lambda: [*there, Distribution("jax_cuda13_pjrt", "0.10.1")]
-    )
-    texts = [finding.text for finding in doctor._plugins()]
-    assert texts[0].startswith("jax-cuda12-plugin 0.9.1 beside jax 0.10.2")
-    assert texts[1].startswith("plugins of cuda12 and cuda13 are both installed")
-
-
-@pytest.mark.parametrize(
-    ("backend", "version", "flags", "warned"),
-    [
-        ("gpu", "0.11.2", "", True),
-        ("gpu", "0.11.2", "--xla_gpu_enable_triton_gemm=false", False),
-        ("gpu", "0.12.0.1", "", False),
-        ("cpu", "0.11.2", "", False),
-    ],
-)
-def test_the_doctor_knows_which_jax_aborts_on_a_gpu(backend, version, flags, warned, monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    monkeypatch.setattr(jax, "__version__", version)
-    monkeypatch.setenv("XLA_FLAGS", flags)
-    assert any("openxla/xla#47381" in finding.text for finding in doctor._devices()) is warned
-
-
-def test_a_missing_package_is_to_be_installed(monkeypatch):
-    monkeypatch.setattr(importlib.metadata, "requires", lambda name: ["absent_thing>=2", "another; extra == 'docs'"])
-    assert [tuple(finding) for finding in doctor._packages()] == [
-        ("bad", "absent_thing is missing: pip install 'absent_thing>=2'")
-    ]
-
-
-def test_experiments_are_listed_and_near_misses_named(capsys):
-    printed = said(capsys, "run")
-    assert all(name in printed for name in EXPERIMENTS)
-    assert refused(capsys, "run", "cross_structur").startswith(
-        "unknown experiment 'cross_structur'; did you mean 'cross_s"
-    )
-
-
-def test_an_experiment_runs_by_its_name(tmp_path):
-    words = [sys.executable, "-m", "merge_jax", "run", "cross_structure", "smoke"]
-    help_text = subprocess.run([*words, "--help"], cwd=ROOT, capture_output=True, text=True)
-    assert help_text.returncode == 0
-    assert "PRESET is one of default" in help_text.stdout
-    wrong = subprocess.run([*words, "--batch-size", "0"], cwd=ROOT, capture_output=True, text=True)
-    assert wrong.returncode == 2
-    assert wrong.stderr.strip() == "error: batch_size must be at least 1, got 0"
-
-
-def test_experiments_run_from_any_folder(tmp_path):
-    """As the installed package brings them, where no repository is at hand."""
-    words = [sys.executable, "-m", "merge_jax", "run", "cross_task", "--help"]
-    shown = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
-    assert shown.returncode == 0, shown.stderr
-    assert "python -m merge_jax.experiments.cross_task" in " ".join(shown.stdout.split())
-
-
-def test_an_experiment_of_ones_own_is_named_by_its_module(tmp_path):
-    words = [sys.executable, "-m", "merge_jax", "run", "tests.tiny", "--steps", "0"]
-    wrong = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
-    assert wrong.stderr.strip() == "error: steps must be at least 1, got 0"
 
 
 def test_without_a_command_there_is_help_and_an_exit_code(capsys):
