@@ -122,7 +122,7 @@ def test_depthwise_convolution_equals_the_grouped_one(stride, size, use_bias):
     np.testing.assert_allclose(layer.apply(variables, x), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("platform", ["cpu", "default"])
+@pytest.mark.parametrize("platform", ["cpu", pytest.param("default", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("stride", "window", "padding"), [(1, 3, "even"), (2, 3, "even"), (1, 5, "same"), (2, 5, "same")]
 )

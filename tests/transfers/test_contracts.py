@@ -161,6 +161,12 @@ TABLE = {
 # Without jit an LPKA is hundreds of programs: one row of it is run so.
 WITHOUT_JIT = [name for name in TABLE if not name.startswith("lpka") or name == "lpka of a pattern, in chunks"]
 
+# So are seeds side by side of two rows more; of the others in the tests that take long.
+SIDE_BY_SIDE = [
+    pytest.param(name, marks=[] if name in (*WITHOUT_JIT, "lpka warm", "lpka attention") else pytest.mark.slow)
+    for name in TABLE
+]
+
 every_row = pytest.mark.parametrize("name", TABLE)
 
 
@@ -273,7 +279,7 @@ def test_constant_and_extreme_values_stay_finite(name, value):
         assert np.isfinite(leaf).all()
 
 
-@every_row
+@pytest.mark.parametrize("name", SIDE_BY_SIDE)
 def test_seeds_side_by_side_are_those_alone_and_a_key_decides_all(name):
     row, apply, _ = made(name)
 

@@ -137,6 +137,7 @@ def test_deeper_models_need_no_more_memory():
     assert memory(8) < memory(4) + 2e6
 
 
+@pytest.mark.slow
 def test_places_of_a_window_enter_one_by_one(monkeypatch):
     made = refitted("mobilenet")
     monkeypatch.setattr(refit_solve, "_starts_by_tap", lambda *_: [])
@@ -291,7 +292,7 @@ def deep(make):
     return model, draw
 
 
-@pytest.mark.parametrize("scale", [0.25, -1.0, 3.0])
+@pytest.mark.parametrize("scale", [-0.25, pytest.param(3.0, marks=pytest.mark.slow)])
 def test_the_intercept_goes_through_what_scales_the_bias(scale):
     model, draw = deep(lambda product, bias: scale * (product + bias[None]))
     source, target = draw(0, 8), draw(1, 4)
