@@ -69,15 +69,16 @@ def test_a_gate_on_a_schedule_is_a_gate_of_its_value():
     source, target = {"w": jnp.arange(12.0).reshape(3, 4)}, {"w": jnp.ones((5, 4))}
     options = {"num_layers": 1, "num_heads": 1, "attentions": ("rows_rows",)}
     followed = mj.lpka_transfer({"w": "w"}, gate=optax.linear_schedule(0.0, 1.0, 4), **options)
-    adapter = followed.init(jax.random.key(0), source, target)
+    adapter = jax.jit(followed.init)(jax.random.key(0), source, target)
     assert "gate" not in adapter["w"]
+    follow = jax.jit(followed.apply)
     share = mj.share_transfer({"w": "w"}).apply({}, source, target)
-    chex.assert_trees_all_equal(followed.apply(adapter, source, target, step=0), share)
+    chex.assert_trees_all_equal(follow(adapter, source, target, step=0), share)
     fixed = mj.lpka_transfer({"w": "w"}, gate=0.75, **options)
     learned = mj.lpka_transfer({"w": "w"}, **options)
     opened = {"w": {**adapter["w"], "gate": jnp.array(0.75)}}
-    for other in (fixed.apply(adapter, source, target), learned.apply(opened, source, target)):
-        chex.assert_trees_all_close(followed.apply(adapter, source, target, step=3), other, rtol=1e-6)
+    for other in (jax.jit(fixed.apply)(adapter, source, target), jax.jit(learned.apply)(opened, source, target)):
+        chex.assert_trees_all_close(follow(adapter, source, target, step=3), other, rtol=1e-6)
 
 
 def test_several_sources_meet_in_the_mean():
@@ -128,7 +129,8 @@ def test_what_is_followed_has_the_names_of_its_transfers():
     two = mj.lpka_transfer({"a": "a", "b": "b"}, **options)
 
     def monitored(transfer, sources=source):
-        found = transfer.monitor(transfer.init(jax.random.key(0), sources, target), sources, target, step=1)
+        adapter = jax.jit(transfer.init)(jax.random.key(0), sources, target)
+        found = transfer.monitor(adapter, sources, target, step=1)
         return {name: float(value) for name, value in found.items()}
 
     assert monitored(two) == {"gate/a": 0.0, "gate/b": 0.0}
@@ -171,10 +173,10 @@ def test_without_a_source_nothing_of_it_matters():
     alone = mj.without_source(transfer)
     target = {"w": jnp.array(np.random.default_rng(0).normal(size=(6, 5)), jnp.float32)}
     sources = [{"w": jnp.full((4, 3), value)} for value in (1.0, 2.0, 0.0)]
-    adapter = alone.init(jax.random.key(0), sources[0], target)
-    first, second = (alone.apply(adapter, source, target)["w"] for source in sources[:2])
+    adapter, apply = jax.jit(alone.init)(jax.random.key(0), sources[0], target), jax.jit(alone.apply)
+    first, second = (apply(adapter, source, target)["w"] for source in sources[:2])
     np.testing.assert_array_equal(first, second)
-    np.testing.assert_array_equal(first, transfer.apply(adapter, sources[2], target)["w"])
+    np.testing.assert_array_equal(first, jax.jit(transfer.apply)(adapter, sources[2], target)["w"])
     assert (first != target["w"]).any()
     with pytest.raises(ValueError, match="what is to read no source must be a Transfer"):
         mj.without_source("share")

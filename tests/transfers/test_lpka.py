@@ -20,6 +20,7 @@ SMALL = LPKAOptions(num_layers=1, num_heads=2)
 
 
 init = jax.jit(lpka.init, static_argnums=(1, 2))
+apply = jax.jit(lpka.apply, static_argnames="options")
 
 
 def matrices(sizes, seed=0):
@@ -95,7 +96,7 @@ def test_layers_in_a_loop_are_layers_one_after_the_other():
     options = LPKAOptions(num_layers=3, num_heads=2)
     params, (target, source) = made(SIZES, options), matrices(SIZES)
     masks = draw_masks(jax.random.key(1), lpka._masks(SIZES, options))
-    expected, apply = target, jax.jit(lpka.apply, static_argnames="options")
+    expected = target
     for i in range(3):
         of_layer = jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], (params, masks))
         expected = apply(of_layer[0], expected, source, of_layer[1], options=SMALL)
@@ -107,7 +108,7 @@ def test_chunks_change_no_value_without_dropout(sizes):
     """Of two attentions that run as one, and of some that run apart."""
     params, (target, source) = made(sizes, SMALL), matrices(sizes)
     few = LPKAOptions(num_layers=1, num_heads=2, max_scores=40)
-    whole, chunked = (lpka.apply(params, target, source, options=options) for options in (SMALL, few))
+    whole, chunked = (apply(params, target, source, options=options) for options in (SMALL, few))
     np.testing.assert_allclose(chunked, whole, atol=1e-5)
 
 
@@ -128,12 +129,13 @@ def test_dropout_leaves_the_mean_of_attention_as_it_is():
 
 def test_the_flax_module_is_the_function():
     module, (target, source) = mj.LPKA(SMALL), matrices(SIZES)
-    variables = module.init(jax.random.key(3), target, source)
+    variables = jax.jit(module.init)(jax.random.key(3), target, source)
     expected = jax.eval_shape(lambda key: lpka.init(key, SIZES, SMALL), jax.random.key(0))
     chex.assert_trees_all_equal_shapes_and_dtypes(variables["params"], expected)
-    new = module.apply(variables, target, source)
-    np.testing.assert_array_equal(new, lpka.apply(variables["params"], target, source, options=SMALL))
-    dropped = module.apply(variables, target, source, deterministic=False, rngs={"dropout": jax.random.key(0)})
+    new = jax.jit(module.apply)(variables, target, source)
+    np.testing.assert_array_equal(new, apply(variables["params"], target, source, options=SMALL))
+    with_dropout = jax.jit(functools.partial(module.apply, deterministic=False))
+    dropped = with_dropout(variables, target, source, rngs={"dropout": jax.random.key(0)})
     assert np.abs(dropped - new).max() > 1e-3
     with pytest.raises(Exception, match="shape"):
         module.apply(variables, target[:, :5], source)
@@ -241,7 +243,7 @@ def check_padded(sizes, num_layers, output, seed, dtype=jnp.float32):
             params = adapter[path] if output == "published" else adapter[path]["proposal"]
             params = embedded(params, true, padded, LPKAOptions(**options))
             parts.append(params if output == "published" else {"gate": adapter[path]["gate"], "proposal": params})
-        return {next(iter(routes)): jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)}
+        return {next(iter(routes)): jax.tree.map(lambda *leaves: np.stack(leaves), *parts)}
 
     def merged_and_gradients(transfer, adapter):
         merged, pullback = jax.vjp(transfer.apply, adapter, *trees)
@@ -253,7 +255,7 @@ def check_padded(sizes, num_layers, output, seed, dtype=jnp.float32):
     merged, (of_joined, *of_trees_joined) = jax.jit(functools.partial(merged_and_gradients, together))(joined(own))
 
     def rounding(tree):  # Sums over other lengths round otherwise.
-        return 2e-5 * max(1.0, *(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(tree)))
+        return 2e-5 * max(1.0, *(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(tree)))
 
     chex.assert_trees_all_close(merged, expected, atol=rounding(expected))
     gradients = joined(of_own), of_trees
