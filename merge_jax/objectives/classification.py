@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from merge_jax.checks import check_entries
+from merge_jax.checks import check_at_least_one, check_entries
 from merge_jax.objectives.distillation import cross_entropy
 from merge_jax.objectives.evaluation import padded_batches
 from merge_jax.objectives.losses import model_loss, name_missing_collections
@@ -110,8 +110,10 @@ def evaluate_classifier(
     nats, the accuracy a fraction in [0, 1].
 
     Raises:
-      ValueError: the arrays hold no example, or lack an entry, or the model state lacks a collection.
+      ValueError: a batch size below 1; the arrays hold no example, or lack an entry, or the model state lacks a
+        collection.
     """
+    check_at_least_one(batch_size=batch_size)
 
     @jax.jit
     def sums(params: Params, model_state: ModelState, batch: Batch, weights: jax.Array) -> Any:

@@ -1,0 +1,537 @@
+"""One table of losses, one of evaluations, and what holds for each of them."""
+
+import functools
+import inspect
+import itertools
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import merge_jax as mj
+from merge_jax import objectives
+from merge_jax.data import Streamed
+from merge_jax.types import LossFn, TeacherFn
+
+SIZE = 6
+ORDER = np.array([3, 0, 5, 1, 4, 2])
+ANSWERS = [["yes"] * 2 + ["no"], ["red"], ["no"], ["2", "two"], ["yes"], ["red", "yes"]]
+VOCABULARY = ("yes", "no", "red", "2")
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+BATCH = {
+    "image": normal(0, SIZE, 2, 2, 1),
+    "tokens": np.random.default_rng(1).integers(0, 9, (SIZE, 4)).astype(np.int32),
+    "label": np.array([0, 1, 2, 3, 1, 2], np.int32),
+    "start": np.array([0, 1, 2, 3, 0, 2], np.int32),
+    "end": np.array([1, 1, 3, 3, 2, 2], np.int32),
+    "answers": objectives.answer_indices(ANSWERS, VOCABULARY)[0],
+    "example": np.arange(SIZE, dtype=np.int32),
+    "group": np.array([0, 1, 1, 2, 0, 3], np.int32),
+    "image_id": 100 - np.array([0, 1, 1, 2, 3, 4]),
+    "caption_id": 3 * np.arange(SIZE),
+}
+BATCH["image"][2] = BATCH["image"][1]  # One image of two pairs.
+
+
+class Net(nn.Module):
+    """All its inputs side by side, through BatchNorm and dropout, to outputs `[B, *shape]`."""
+
+    shape: tuple[int, ...] = (4,)
+    width: int = 5
+
+    @nn.compact
+    def __call__(self, *inputs, train=False):
+        x = jnp.concatenate([jnp.asarray(one, jnp.float32).reshape(len(one), -1) for one in inputs], axis=1)
+        x = nn.Dense(self.width, use_bias=False, name="first")(x)
+        x = jnp.tanh(nn.BatchNorm(use_running_average=not train, name="norm")(x))
+        # The same for all examples, so that their order does not matter.
+        x = nn.Dropout(0.5, broadcast_dims=(0,), deterministic=not train)(x)
+        self.sow("intermediates", "features", x)
+        return nn.Dense(math.prod(self.shape), name="last")(x).reshape(-1, *self.shape)
+
+
+class Pair(NamedTuple):
+    image: jax.Array
+    text: jax.Array
+    scale: jax.Array
+
+
+class Encoders(nn.Module):
+    """Images and texts to vectors `[B, 3]`."""
+
+    def setup(self):
+        self.image, self.text = Net((3,)), Net((3,))
+        self.log_scale = self.param("log_scale", nn.initializers.zeros, ())
+
+    def __call__(self, images, tokens, *, train=False):
+        return Pair(self.image(images, train=train), self.text(tokens, train=train), jnp.exp(self.log_scale))
+
+
+NET, SOURCE, SPANS, ENCODERS = Net(), Net(width=7), Net((4, 2)), Encoders()
+
+
+def variables_of(model, inputs):
+    """Returns parameters and state of NumPy's numbers: nothing is compiled for them."""
+    shapes = jax.eval_shape(model.init, jax.random.key(0), *(BATCH[name] for name in inputs))
+    drawn = jax.tree.map(lambda leaf: normal(math.prod(leaf.shape), *leaf.shape), shapes)
+    return drawn["params"], {"batch_stats": jax.tree.map(np.abs, drawn["batch_stats"])}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A loss, `(own, state, other, batch, key) -> (losses, (state, metrics))`: `other` teaches and `own` learns."""
+
+    loss: Callable
+    own: Any
+    other: Any = ()
+    names: tuple[str, ...] = ()
+    state: Any = None
+    by_example: tuple[str, ...] = ("batch",)
+    metrics: tuple[str, ...] = ("accuracy",)
+
+    @property
+    def batch(self):
+        return {name: BATCH[name] for name in self.names}
+
+
+def of_arrays(loss, own, other=(), names=()):
+    """A row without a model, `(own, other, batch) -> losses`."""
+    by_example = ("own", "other", "batch")
+    return Row(
+        lambda own, _, other, batch, key: (loss(own, other, batch), (None, {})), own, other, names, None, by_example
+    )
+
+
+def of_logits(loss, *teacher):
+    return of_arrays(lambda own, other, batch: loss(own, *other, batch["label"]), LOGITS, teacher, ("label",))
+
+
+def of_features(objective):
+    """Layers of maps and of vectors, narrower and wider than those that teach."""
+    others = normal(6, SIZE, 3), normal(7, SIZE, 2, 7)
+    return of_arrays(
+        lambda own, other, _: objective(own, other), (normal(4, SIZE, 2, 2, 5), normal(5, SIZE, 5)), others
+    )
+
+
+def of_model(loss_fn, *names, model=NET, inputs=("image",), metrics=("accuracy",)):
+    own, state = variables_of(model, inputs)
+    return Row(lambda own, state, _, *rest: loss_fn(own, state, *rest), own, (), inputs + names, state, metrics=metrics)
+
+
+def of_teacher(teacher, loss_fn, *metrics):
+    """A row of a classifier with a source beside it."""
+    (own, state), (other, other_state) = variables_of(NET, ["image"]), variables_of(SOURCE, ["image"])
+
+    def loss(own, state, other, batch, key):
+        return loss_fn(own, state, teacher(other, other_state, batch), key)
+
+    return Row(loss, own, other, ("image", "label"), state, metrics=metrics)
+
+
+def of_agreement(*layers):
+    """A row of the term alone, with the features of a teacher."""
+    own, state = variables_of(NET, ["image"])
+    term = objectives.feature_agreement(NET.apply, layers, objective=objectives.redundancy_suppression)
+
+    def loss(own, state, other, batch, key):
+        return term(own, state, {**batch, "source_features": other}, key)
+
+    return Row(
+        loss, own, (normal(8, SIZE, 7), normal(9, SIZE, 3)), ("image",), state, ("other", "batch"), ("agreement",)
+    )
+
+
+def distilled(logits, batch):
+    return objectives.distillation_loss(logits, batch["teacher_logits"], batch["label"])
+
+
+def squares(outputs, batch):
+    """A regression of a user's own."""
+    return jnp.square(outputs[:, 0] - batch["label"]), {"mean": outputs.mean()}
+
+
+LOGITS, TEACHER, FEATURES, OTHERS = normal(2, SIZE, 4), normal(3, SIZE, 4), normal(4, SIZE, 3), normal(6, SIZE, 5)
+TABLE = {
+    "cross entropy": lambda: of_logits(objectives.cross_entropy),
+    "distillation": lambda: of_logits(objectives.distillation_loss, TEACHER),
+    "dkd": lambda: of_logits(objectives.dkd_loss, TEACHER),
+    "nkd": lambda: of_logits(objectives.nkd_loss, TEACHER),
+    "tf-kd": lambda: of_logits(objectives.tf_kd_loss),
+    "rkd": lambda: of_arrays(lambda own, other, _: objectives.rkd_loss(own, other), FEATURES, OTHERS),
+    "cka": lambda: of_arrays(lambda own, *_: objectives.cka(*own), (FEATURES, OTHERS)),
+    "disagreement": lambda: of_features(objectives.disagreement),
+    "redundancy suppression": lambda: of_features(objectives.redundancy_suppression),
+    "contrastive": lambda: of_arrays(
+        lambda own, _, batch: objectives.contrastive_loss(*own, batch["group"], 2.0),
+        *((FEATURES, normal(6, SIZE, 3)), (), ("group",)),
+    ),
+    "classification": lambda: of_model(objectives.classification_loss(NET.apply), "label"),
+    "a loss of one's own": lambda: of_model(
+        objectives.model_loss(NET.apply, ("image",), squares, needs=("label",)), "label", metrics=("mean",)
+    ),
+    "classification, distilled": lambda: of_teacher(
+        objectives.logits_teacher(SOURCE.apply), objectives.classification_loss(NET.apply, distilled), "accuracy"
+    ),
+    "agreement": lambda: of_agreement("first", "last"),
+    "classification and agreement": lambda: of_teacher(
+        objectives.features_teacher(SOURCE.apply, ["features"]),
+        objectives.sum_losses(
+            objectives.classification_loss(NET.apply), objectives.feature_agreement(NET.apply, ["features"])
+        ),
+        *("accuracy", "agreement"),
+    ),
+    "spans": lambda: of_model(objectives.span_loss(SPANS.apply), "start", "end", model=SPANS, inputs=("tokens",)),
+    "vqa": lambda: of_model(objectives.vqa_loss(NET.apply), "answers", inputs=("image", "tokens")),
+    "retrieval": lambda: of_model(
+        objectives.retrieval_loss(ENCODERS.apply), "group", model=ENCODERS, inputs=("image", "tokens")
+    ),
+}
+OF_ARRAYS = tuple(itertools.takewhile(lambda name: name != "classification", TABLE))
+OF_LOGITS, OF_MODELS = OF_ARRAYS[:5], tuple(name for name in TABLE if name not in OF_ARRAYS)
+
+every_row = pytest.mark.parametrize("name", TABLE)
+
+
+@functools.cache
+def made(name):
+    return TABLE[name]()
+
+
+def parts(row, change=None, to=("own", "other", "batch")):
+    """Returns own, other and batch, with a change to what has examples on the leading axis."""
+    found = {"own": row.own, "other": row.other, "batch": row.batch}
+    changed = {name: jax.tree.map(change, found[name]) for name in to if change and name in row.by_example}
+    return tuple((found | changed).values())
+
+
+def scaled(by):
+    return lambda leaf: leaf * np.float32(by) if leaf.dtype == np.float32 else leaf
+
+
+def alike(leaf):
+    return leaf[[0] * SIZE]
+
+
+CASES = {
+    "as drawn": (),
+    "again": (),
+    "with another key": (),
+    "in another order": (lambda leaf: leaf[ORDER],),
+    "all alike": (alike,),
+    "own alike": (alike, ["own"]),
+    "zeros": (scaled(0),),
+    "small": (scaled(1e-20),),
+    "large": (scaled(1e4),),
+    "huge": (scaled(1e15),),
+    "own huge": (scaled(1e15), ["own"]),
+}
+
+
+@functools.cache
+def results(name):
+    """Returns of each case losses, state, metrics and the gradients of own and other, by one program for all cases."""
+    row = made(name)
+
+    def one(own, other, batch, key):
+        def total(own, other):
+            losses, (state, metrics) = row.loss(own, row.state, other, batch, key)
+            return losses.sum(), (losses, state, metrics)
+
+        (_, found), gradients = jax.value_and_grad(total, argnums=(0, 1), has_aux=True)(own, other)
+        return *found, *gradients
+
+    cases = jax.tree.map(lambda *leaves: np.stack(leaves), *(parts(row, *change) for change in CASES.values()))
+    keys = jax.random.split(jax.random.key(0))[np.array([int("key" in case) for case in CASES])]
+    found = jax.device_get(jax.jit(jax.vmap(one))(*cases, keys))
+    return {case: jax.tree.map(lambda leaf, i=i: leaf[i], found) for i, case in enumerate(CASES)}
+
+
+def trace(row, **changes):
+    """Runs the loss on shapes alone."""
+    given = {"own": row.own, "state": row.state, "other": row.other, "batch": row.batch} | changes
+    jax.eval_shape(row.loss, *given.values(), jax.random.key(0))
+
+
+def test_every_public_loss_teacher_and_evaluation_has_a_row():
+    functions = {name: one for name in objectives.__all__ if inspect.isfunction(one := getattr(objectives, name))}
+    returned = {name: inspect.signature(one).return_annotation for name, one in functions.items()}
+    losses = {name for name, kind in returned.items() if kind in (jax.Array, LossFn, TeacherFn)} - {"accuracy", "mixed"}
+    evaluations = {name for name in functions if name.startswith(("evaluate_", "predict_"))}
+    text = Path(__file__).read_text()
+    assert len(losses) >= 18
+    assert [name for name in losses | evaluations if not re.search(rf"objectives\.{name}\b", text)] == []
+
+
+@every_row
+def test_constant_and_extreme_examples_have_finite_values_and_gradients(name):
+    for case, found in results(name).items():
+        for path, leaf in mj.flatten(found).items():
+            assert np.isfinite(leaf).all(), (case, path)
+
+
+@every_row
+def test_gradients_reach_every_leaf_that_learns_and_none_that_teaches(name):
+    *_, own, other = results(name)["as drawn"]
+    still = [path for path, leaf in mj.flatten(own).items() if not np.abs(leaf).max() > 1e-5]
+    assert still == (["last/bias"] if name == "agreement" else [])  # Features are compared centred.
+    assert not any(leaf.any() for leaf in jax.tree.leaves(other))
+
+
+@every_row
+def test_the_order_of_examples_does_not_matter(name):
+    (losses, *rest), (turned, *others) = (results(name)[case][:3] for case in ("as drawn", "in another order"))
+    for one, other in ((losses[ORDER] if losses.ndim else losses, turned), (rest, others)):
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), other, one)
+
+
+@every_row
+def test_what_is_given_stays_as_it_is(name):
+    row = made(name)
+
+    def compare(*given):
+        before = mj.flatten(given)
+        row.loss(*given)
+        after = mj.flatten(given)
+        assert list(after) == list(before)
+        assert all(after[path] is before[path] for path in before)
+
+    jax.eval_shape(compare, row.own, row.state, row.other, row.batch, jax.random.key(0))
+
+
+@pytest.mark.parametrize("name", OF_ARRAYS)
+def test_no_jit_equals_jit_and_writes_into_no_array(name):
+    row = made(name)
+    own, other, batch = parts(row, np.copy)
+    for leaf in jax.tree.leaves((own, other, batch)):
+        leaf.flags.writeable = False
+    losses, _ = row.loss(own, None, other, batch, None)
+    np.testing.assert_allclose(losses, results(name)["as drawn"][0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", OF_MODELS)
+def test_a_key_decides_dropout_statistics_are_trained_and_metrics_have_their_names(name):
+    drawn, again, other = (results(name)[case] for case in ("as drawn", "again", "with another key"))
+    jax.tree.map(np.testing.assert_array_equal, drawn, again)
+    loss, state, metrics, *_ = drawn
+    assert loss != other[0]
+    before, after = mj.flatten(made(name).state), mj.flatten(state)
+    assert before.keys() == after.keys()
+    assert {np.array_equal(before[path], after[path]) for path in before} == {name == "agreement"}
+    assert set(metrics) == set(made(name).metrics)
+    assert 0 <= metrics.get("accuracy", 0) <= 1
+
+
+@every_row
+def test_unlike_numbers_of_examples_are_refused(name):
+    row = made(name)
+    given = {at: getattr(row, at) for at in row.by_example}
+    for path, leaf in mj.flatten(given).items():
+        # What becomes of a model's inputs, or in a loss of one's own, is not ours to say.
+        if path not in ("batch/image", "batch/tokens") and "own" not in name:
+            with pytest.raises(ValueError, match=r"\b6\b.*\b5\b|\b5\b.*\b6\b"):
+                trace(row, **mj.replace(given, {path: leaf[1:]}))
+
+
+@pytest.mark.parametrize("name", OF_MODELS)
+def test_what_a_batch_or_a_state_lacks_is_named(name):
+    row = made(name)
+    for entry in row.names:
+        with pytest.raises(ValueError, match=f"^the batch has no '{entry}'; "):
+            trace(row, batch={other: array for other, array in row.batch.items() if other != entry})
+    with pytest.raises(ValueError, match=r"which has nothing: give all .* such as target_state=.*\"batch_stats\""):
+        trace(row, state={})
+
+
+@pytest.mark.parametrize("name", OF_LOGITS)
+def test_losses_of_logits_take_any_leading_axes(name):
+    row = made(name)
+
+    @jax.jit
+    def reshaped(*given):
+        changes = (lambda leaf: leaf.reshape(2, 3, *leaf.shape[1:]), lambda leaf: leaf[1])
+        return [row.loss(own, None, *rest, None)[0] for own, *rest in (jax.tree.map(one, given) for one in changes)]
+
+    losses, *_ = results(name)["as drawn"]
+    for found, expected in zip(reshaped(*parts(row)), (losses.reshape(2, 3), losses[1]), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["cka", "disagreement", "redundancy suppression"])
+def test_features_of_half_precision_are_compared_in_float32(name):
+    run = jax.jit(lambda own, other, batch: made(name).loss(own, None, other, batch, None)[0])
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), parts(made(name)))
+    found, expected = run(*half), run(*jax.tree.map(lambda leaf: leaf.astype(np.float32), half))
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+class Hidden(nn.Module):
+    @nn.compact
+    def __call__(self, x, *, train=False):
+        return jnp.tanh(nn.Dense(3, use_bias=False, name="first")(x.reshape(len(x), -1)))
+
+
+def comparing(axis_name):
+    """Losses that compare examples, `(params, batch) -> loss`, of a batch that devices share along an axis."""
+
+    def features(params, batch):
+        return Hidden().apply({"params": params}, batch["image"])
+
+    def agreement(params, batch):
+        mixed = functools.partial(objectives.mixed, axis_name=axis_name)
+        loss_fn = objectives.feature_agreement(Hidden().apply, ["first"], compare_on=mixed, axis_name=axis_name)
+        return loss_fn(params, {}, batch | {"source_features": [batch["image"]]}, jax.random.key(0))[0]
+
+    def suppression(params, batch):
+        return objectives.redundancy_suppression([features(params, batch)], [batch["image"]], axis_name=axis_name)
+
+    def relations(params, batch):
+        return objectives.rkd_loss(*objectives.whole_batch((features(params, batch), batch["tokens"]), axis_name))
+
+    def retrieval(params, batch):
+        pair = Pair(features(params, batch), batch["tokens"][:, :3], 1.0)
+        loss_fn = objectives.retrieval_loss(lambda *_, **__: (pair, {}), axis_name=axis_name)
+        return loss_fn(params, {}, batch, jax.random.key(0))[0]
+
+    return {loss.__name__: loss for loss in (agreement, suppression, relations, retrieval)}
+
+
+@pytest.mark.parametrize("name", comparing(None))
+def test_devices_that_share_a_batch_have_its_loss_and_in_the_mean_its_gradient(name):
+    batch = {"image": BATCH["image"], "tokens": normal(3, SIZE, 4), "group": BATCH["group"]}
+    params = {"first": {"kernel": normal(10, 4, 3)}}
+    value, gradient = jax.jit(jax.value_and_grad(comparing(None)[name]))(params, batch)
+    halves = jax.tree.map(lambda leaf: leaf.reshape(2, 3, *leaf.shape[1:]), batch)
+    on_device = jax.vmap(jax.value_and_grad(comparing("devices")[name]), in_axes=(None, 0), axis_name="devices")
+    values, gradients = jax.jit(on_device)(params, halves)
+    np.testing.assert_allclose(values, [value, value], rtol=1e-5)
+    mean, expected = gradients["first"]["kernel"].mean(axis=0), gradient["first"]["kernel"]
+    np.testing.assert_allclose(mean, expected, rtol=1e-4, atol=1e-6)
+    assert np.abs(expected).max() > 1e-3
+
+
+class Reads:
+    """A table that knows which rows were read."""
+
+    def __init__(self, array):
+        self.array, self.shape, self.dtype, self.read = array, array.shape, array.dtype, []
+
+    def __getitem__(self, rows):
+        self.read.append(np.asarray(rows).tolist())
+        return self.array[rows]
+
+
+def decode(logits, arrays):
+    return [VOCABULARY[one[:, 0].argmax()] for one in logits]
+
+
+def embed(kind):
+    return functools.partial(ENCODERS.apply, method=lambda module, x, train: getattr(module, kind)(x, train=train))
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What makes one, `(counted, batch_size=...) -> evaluate`; `counted` goes around every apply function."""
+
+    make: Callable
+    model: nn.Module
+    inputs: tuple[str, ...]
+    names: tuple[str, ...] = ()
+
+
+EVALUATIONS = {
+    "classifier": Evaluation(
+        lambda counted, **o: objectives.evaluate_classifier(counted(NET.apply), **o), NET, ("image",), ("label",)
+    ),
+    "spans": Evaluation(
+        lambda counted, **o: objectives.evaluate_spans(counted(SPANS.apply), decode, ANSWERS, **o),
+        *(SPANS, ("tokens",), ("start", "end", "example")),
+    ),
+    "vqa": Evaluation(
+        lambda counted, **o: objectives.evaluate_vqa(counted(NET.apply), VOCABULARY, ANSWERS, **o),
+        *(NET, ("image", "tokens"), ("answers", "example")),
+    ),
+    "answers": Evaluation(
+        lambda counted, **o: objectives.predict_answers(counted(NET.apply), VOCABULARY, **o), NET, ("image", "tokens")
+    ),
+    "retrieval": Evaluation(
+        lambda counted, **o: objectives.evaluate_retrieval(
+            *map(counted, map(embed, ("image", "text"))), ks=(1, 2), **o
+        ),
+        *(ENCODERS, ("image", "tokens"), ("group", "image_id", "caption_id")),
+    ),
+}
+every_evaluation = pytest.mark.parametrize("name", EVALUATIONS)
+
+
+@functools.cache
+def evaluated(name, batch_size):
+    """Returns the evaluation of arrays, the arrays, what it gives, and the sizes of the batches that it compiled."""
+    row, sizes = EVALUATIONS[name], []
+
+    def counted(apply_fn):
+        def apply(variables, *inputs, train):
+            sizes.append(len(inputs[0]))
+            return apply_fn(variables, *inputs, train=train)
+
+        return apply
+
+    evaluate = functools.partial(row.make(counted, batch_size=batch_size), *variables_of(row.model, row.inputs))
+    arrays = {entry: BATCH[entry] for entry in row.inputs + row.names}
+    return evaluate, arrays, evaluate(arrays), sizes
+
+
+def assert_same(found, expected):
+    assert found == (expected if isinstance(expected, list) else pytest.approx(expected, rel=1e-5))
+
+
+@every_evaluation
+def test_padding_does_not_count_and_one_compilation_serves_all_batches(name):
+    *_, found, sizes = evaluated(name, 4)
+    assert_same(found, evaluated(name, 64)[2])
+    assert set(sizes) == {4}
+    assert len(sizes) == (2 if name == "retrieval" else 1)
+
+
+@every_evaluation
+def test_the_order_of_examples_does_not_matter_in_an_evaluation(name):
+    evaluate, arrays, expected, _ = evaluated(name, 4)
+    found = evaluate({entry: array[ORDER] for entry, array in arrays.items()})
+    assert_same(found, [expected[i] for i in ORDER] if name == "answers" else expected)
+
+
+@every_evaluation
+def test_streamed_inputs_are_read_once_and_no_more_than_a_batch_at_a_time(name):
+    evaluate, arrays, expected, _ = evaluated(name, 4)
+    entry = EVALUATIONS[name].inputs[0]
+    table = Reads(arrays[entry][::-1])
+    assert evaluate(arrays | {entry: Streamed(table, np.arange(SIZE)[::-1])}) == expected
+    rows = list(itertools.chain(*table.read))
+    assert max(map(len, table.read)) == 4
+    assert len(rows) == len(set(rows)) == (5 if name == "retrieval" else 6)
+
+
+@every_evaluation
+def test_what_cannot_be_evaluated_is_refused(name):
+    evaluate, arrays, *_ = evaluated(name, 4)
+    for entry in arrays:
+        with pytest.raises(ValueError, match=f"^the batch has no '{entry}'; "):
+            evaluate({other: array for other, array in arrays.items() if other != entry})
+    with pytest.raises(ValueError, match=r"^cannot evaluate on no (examples|pairs)$"):
+        evaluate({entry: array[:0] for entry, array in arrays.items()})
+    with pytest.raises(ValueError, match=r"^batch_size must be a whole number of at least 1, got 0$"):
+        EVALUATIONS[name].make(lambda apply_fn: apply_fn, batch_size=0)
