@@ -3,8 +3,7 @@
     python -m tests.devices OUT DEVICES MODES [COORDINATOR NUM_PROCESSES PROCESS_ID]
 
 Of each mode, such as `jit8`, it writes the losses of each step to OUT/<mode>.json and saves a checkpoint to
-OUT/checkpoints-<mode>; `losses` writes what losses that compare examples are on the devices together and on one. The
-number of devices must be known before JAX starts, hence the process.
+OUT/checkpoints-<mode>. The number of devices must be known before JAX starts, hence the process.
 """
 
 import json
@@ -18,14 +17,10 @@ if __name__ == "__main__":
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={local} --xla_backend_optimization_level=0"
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import lax
 
 import merge_jax as mj
-from merge_jax.models.image_text import Embeddings
-from merge_jax.objectives.features import disagreement
 from tests import helpers
 
 STEPS, BATCH = 5, 16
@@ -92,63 +87,12 @@ def train(folder, mode, number):
         (folder / f"{name}.json").write_text(json.dumps({"losses": losses, "share": share, "restored": restored}))
 
 
-def compare_losses(folder, number):
-    """Writes value and gradient of losses that compare examples, on one device and on all."""
-    model = helpers.Tiny(4, dropout=0.0)
-    params, _ = helpers.variables(model, 0)
-    images, texts = (jnp.asarray(helpers.batch(seed)["x"]) for seed in (0, 1))
-
-    def embeddings(variables, image, tokens, *, train, mutable=(), rngs=None):
-        kernel = variables["params"]["hidden"]["kernel"]
-        return Embeddings(image @ kernel, tokens @ kernel, 1.0), {}
-
-    def losses_of(axis_name):
-        def features(params, x):
-            return jnp.tanh(x @ params["hidden"]["kernel"])
-
-        def agreement(params, batch):
-            seen = mj.objectives.mixed(batch["image"], axis_name=axis_name)
-            return disagreement((features(params, seen),), (seen**2,), axis_name=axis_name)
-
-        def relations(params, batch):
-            return mj.objectives.rkd_loss(
-                *mj.objectives.whole_batch((features(params, batch["image"]), batch["tokens"]), axis_name)
-            )
-
-        def retrieval(params, batch):
-            return mj.objectives.retrieval_loss(embeddings, axis_name=axis_name)(params, {}, batch, jax.random.key(0))[
-                0
-            ]
-
-        return {"agreement": agreement, "relations": relations, "retrieval": retrieval}
-
-    batch = {"image": images, "tokens": texts, "group": jnp.arange(BATCH) // 3}
-    found = {}
-    for name, loss in losses_of(None).items():
-        value, gradient = jax.value_and_grad(loss)(params, batch)
-        found[name] = {"one": [float(value), np.asarray(gradient["hidden"]["kernel"]).tolist()]}
-    parts = jax.tree.map(lambda leaf: leaf.reshape(number, -1, *leaf.shape[1:]), batch)
-    for name, loss in losses_of(mj.training.DATA_AXIS).items():
-        averaged = jax.pmap(
-            lambda params, batch, loss=loss: lax.pmean(jax.value_and_grad(loss)(params, batch), mj.training.DATA_AXIS),
-            mj.training.DATA_AXIS,
-            in_axes=(None, 0),
-            out_axes=None,
-        )
-        value, gradient = averaged(params, parts)
-        found[name]["all"] = [float(value), np.asarray(gradient["hidden"]["kernel"]).tolist()]
-    (folder / "losses.json").write_text(json.dumps(found))
-
-
 def main():
     if others:
         mj.training.connect(others[0], int(others[1]), int(others[2]), timeout=60)
     assert len(jax.devices()) == int(devices)
     for mode in modes.split(","):
-        if mode == "losses":
-            compare_losses(Path(out), int(devices))
-        else:
-            train(Path(out), mode.rstrip("0123456789"), int(mode.lstrip("abcdefghijklmnopqrstuvwxyz")))
+        train(Path(out), mode.rstrip("0123456789"), int(mode.lstrip("abcdefghijklmnopqrstuvwxyz")))
 
 
 if __name__ == "__main__":

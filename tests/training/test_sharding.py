@@ -30,7 +30,7 @@ def finish(process):
 def outcomes(tmp_path_factory):
     """What every mode came to; each one also restores the checkpoints of those before it."""
     out = tmp_path_factory.mktemp("devices")
-    finish(start(out, 8, "jit1,jit8,sharded8,pmap8,losses"))
+    finish(start(out, 8, "jit1,jit8,sharded8,pmap8"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", mj.checkpoints.NotBitExactWarning)  # Of more devices, as it is meant to.
         devices.train(out, "again", 1)  # One device of its own, which reads what all others saved.
@@ -49,14 +49,6 @@ def outcomes_of_two(outcomes, tmp_path_factory):
         warnings.simplefilter("ignore", mj.checkpoints.NotBitExactWarning)
         devices.train(out, "again", 1)
     return outcomes | {path.stem: json.loads(path.read_text()) for path in out.glob("*.json")}
-
-
-@pytest.mark.parametrize("name", ["agreement", "relations", "retrieval"])
-def test_losses_that_compare_examples_see_all_of_the_batch(outcomes, name):
-    (value, gradient), (expected, expected_gradient) = (outcomes["losses"][name][where] for where in ("all", "one"))
-    assert value == pytest.approx(expected, rel=1e-5)
-    np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-4, atol=1e-6)
-    assert np.abs(gradient).max() > 1e-3
 
 
 @pytest.mark.parametrize("name", ["jit8", "sharded8", "pmap8"])
