@@ -27,6 +27,15 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _frozen():
+    """Spares the collector what was there before: to look at it after every test took half of all time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True)
 def _found_here():
     """Lets Python find them in the test that left them."""
@@ -147,15 +156,6 @@ def test_no_flipped_bit_is_silent(folder):
             path.write_bytes(before)
         assert_is(checkpoints.restore_latest(state_of(0))[1], 3)
     assert damaged > 30  # Most of the bits are numbers.
-
-
-def test_parts_of_a_damaged_step_are_refused(folder):
-    flip(array_file(folder / "3"))
-    with (
-        Checkpoints(folder, read_only=True) as checkpoints,
-        pytest.raises(ValueError, match=r"damaged checkpoint in .*: step 3: model/kernel changed since it was saved"),
-    ):
-        checkpoints.restore_parts(3, {"model": state_of(0)["model"]})
 
 
 def test_the_newest_two_and_the_best_stay_and_a_nan_is_never_the_best(tmp_path):

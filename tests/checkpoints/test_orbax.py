@@ -9,32 +9,12 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
-import merge_jax as mj
 from merge_jax.checkpoints.orbax import CheckpointError, Checkpoints, NotBitExactWarning
-from tests import helpers
-
-LPKA = mj.lpka_transfer(helpers.ROUTES, num_layers=1, num_heads=2)
-
-
-def test_a_joint_state_comes_back_as_it_was(tmp_path):
-    state = helpers.initial_state(LPKA)
-    with Checkpoints(tmp_path / "of a run") as checkpoints:
-        assert checkpoints.restore_latest(state) is None
-        checkpoints.save(3, state)
-    blank = jax.tree.map(jnp.zeros_like, helpers.initial_state(LPKA).replace(key=state.step))
-    blank = blank.replace(key=jax.random.key(9))
-    with Checkpoints(tmp_path / "of a run") as checkpoints:
-        step, restored = checkpoints.restore_latest(blank)
-    assert step == 3
-    assert isinstance(restored, mj.JointState)
-    chex.assert_trees_all_equal(
-        restored.replace(key=jax.random.key_data(restored.key)),
-        state.replace(key=jax.random.key_data(state.key)),
-    )
 
 
 def test_the_newest_are_kept_and_nothing_is_overwritten(tmp_path):
     with Checkpoints(tmp_path, keep=2) as checkpoints:
+        assert checkpoints.restore_latest({"x": jnp.zeros(3)}) is None
         for step in (1, 2, 5):
             checkpoints.save(step, {"x": jnp.full(3, float(step))})
         for step in (5, 4):
@@ -114,41 +94,24 @@ def test_a_step_that_was_not_saved_is_not_the_best(tmp_path, monkeypatch):
         assert checkpoints.best_step == 1
 
 
-@pytest.mark.parametrize(
-    ("wanted", "message"),
-    [
-        ({"x": jnp.zeros(4)}, r"x is saved as float32\[3\], wanted as float32\[4\]"),
-        ({"x": jnp.zeros(3, jnp.bfloat16)}, r"x is saved as float32\[3\], wanted as bfloat16\[3\]"),
-        ({"y": jnp.zeros(3)}, "x is saved, but not wanted; y is not saved"),
-    ],
-)
-def test_another_tree_is_refused_by_name(tmp_path, wanted, message):
-    with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(1, {"x": jnp.ones(3)})
-    with Checkpoints(tmp_path) as checkpoints, pytest.raises(ValueError, match=message):
-        checkpoints.restore_latest(wanted)
-
-
 def test_keep_must_be_positive(tmp_path):
     with pytest.raises(ValueError, match="keep must be at least 1, got 0"):
         Checkpoints(tmp_path, keep=0)
 
 
 def test_parts_of_a_step_are_read_by_path(tmp_path):
-    state = helpers.initial_state(LPKA)
+    params = {"w": jnp.ones((2, 3))}
     with Checkpoints(tmp_path, keep=None) as checkpoints:
         for step in (1, 2, 3):
-            checkpoints.save(step, state.replace(step=jnp.int32(10 * step)))
+            checkpoints.save(step, {"step": jnp.int32(10 * step), "target": {"params": params, "rest": jnp.zeros(2)}})
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.steps == (1, 2, 3)
-        parts = {"target/params": state.target.params, "step": state.step}
+        parts = {"target/params": params, "step": jnp.int32(0)}
         found = checkpoints.restore_parts(2, parts)
         assert int(found["step"]) == 20
-        chex.assert_trees_all_equal(found["target/params"], state.target.params)
+        chex.assert_trees_all_equal(found["target/params"], params)
         with pytest.raises(ValueError, match=r"step 4 is not saved in .*; saved: \[1, 2, 3\]"):
             checkpoints.restore_parts(4, parts)
-        with pytest.raises(ValueError, match="source/params/hidden/bias is saved, but not wanted"):
-            checkpoints.restore_parts(2, {"source/params": {"fc": state.source.params["fc"]}})
 
 
 @pytest.mark.parametrize(
@@ -171,38 +134,24 @@ def test_what_would_not_come_back_is_refused_before_it_is_saved(tmp_path, leaf, 
         assert checkpoints.steps == ()
 
 
-@pytest.mark.parametrize("leaf", [np.int32(3), np.array([True, False]), jnp.ones(2, jnp.float8_e4m3fn), jnp.int4(1)])
-def test_numbers_of_numpy_and_of_few_bits_come_back(tmp_path, leaf):
-    with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(1, {"x": leaf})
-    with Checkpoints(tmp_path) as checkpoints:
-        _, state = checkpoints.restore_latest({"x": jnp.zeros_like(leaf)})
-    assert state["x"].dtype == leaf.dtype
-    np.testing.assert_array_equal(state["x"], leaf)
-
-
 class Listed(nnx.Module):
     def __init__(self, rngs):
         self.layers = nnx.List([nnx.Linear(2, 2, rngs=rngs)])
 
 
-def test_an_nnx_list_is_refused_by_its_path_and_its_state_comes_back(tmp_path):
+def test_an_nnx_list_is_refused_by_its_path_and_its_state_comes_back_as_arrays(tmp_path):
     """Orbax saves the list and cannot read it."""
     module = Listed(nnx.Rngs(0))
-    state = {"model": nnx.state(module)}
     with Checkpoints(tmp_path) as checkpoints:
         with pytest.raises(
             ValueError, match=r"model/layers is an nnx\.List, .* cannot read again: save nnx\.state\(mod"
         ):
             checkpoints.save(1, {"model": module})
         assert checkpoints.steps == ()
-        checkpoints.save(1, state)
+        checkpoints.save(1, {"model": nnx.state(module)})
     with Checkpoints(tmp_path) as checkpoints:
-        _, restored = checkpoints.restore_latest(jax.tree.map(jnp.zeros_like, state))
         arrays = checkpoints.restore_arrays(1)
-    kernel = np.asarray(module.layers[0].kernel[...])
-    np.testing.assert_array_equal(restored["model"]["layers"][0]["kernel"][...], kernel)
-    np.testing.assert_array_equal(arrays["model"]["layers"]["0"]["kernel"], kernel)
+    np.testing.assert_array_equal(arrays["model"]["layers"]["0"]["kernel"], module.layers[0].kernel[...])
 
 
 def restoring(checkpoints, state):

@@ -17,7 +17,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import merge_jax as mj
-from merge_jax.checkpoints.safetensors import leaf_paths, load_params
+from merge_jax.checkpoints.safetensors import leaf_paths
 
 TENSORS = {
     "encoder.layer.0.attention.query.weight": np.arange(12, dtype=np.float32).reshape(3, 4),
@@ -114,47 +114,26 @@ def test_a_merged_target_goes_back_under_its_names(file, tmp_path):
         np.testing.assert_array_equal(back[name], TENSORS[name])
 
 
-def test_scalars_lists_and_transposed_arrays_are_saved(tmp_path):
-    tree = {"a": [np.arange(6.0).reshape(2, 3).T], "s": jnp.float32(3)}
-    mj.save_safetensors(tmp_path / "x.safetensors", tree)
-    back = load_file(tmp_path / "x.safetensors")
-    np.testing.assert_array_equal(back["a.0"], tree["a"][0])
-    assert back["s"].shape == ()
+def interrupt(*paths):
+    raise KeyboardInterrupt
 
 
-def test_nothing_is_overwritten_and_nothing_half_written(file, tmp_path):
+def test_nothing_is_half_written(file, tmp_path, monkeypatch):
     before = file.read_bytes()
-    with pytest.raises(FileExistsError, match="give overwrite=True"):
-        mj.save_safetensors(file, {"a": np.ones(2)})
     with pytest.raises(
         ValueError, match=r"the leaf 'a' must be an array, got str: give its numbers \(numpy\.asarray\), or le"
     ):
         mj.save_safetensors(file, {"a": "text"}, overwrite=True)
     with pytest.raises(ValueError, match=r"metadata are strings by name, got \{'step': 3\}"):
         mj.save_safetensors(file, {"a": np.ones(1)}, metadata={"step": 3}, overwrite=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            mj.save_safetensors(file, {"a": np.ones(1)}, overwrite=True)
     assert file.read_bytes() == before
-    with pytest.raises(Exception, match=r".*"):
-        mj.save_safetensors(tmp_path / "new.safetensors", {"a": np.ones(2, object)})
     assert {path.name for path in tmp_path.iterdir()} == {file.name}
     mj.save_safetensors(file, {"a": np.ones(2)}, overwrite=True)
     assert list(load_file(file)) == ["a"]
-
-
-FLOAT8 = ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu")
-
-
-@pytest.mark.parametrize("name", FLOAT8)
-def test_float8_comes_back(name, tmp_path):
-    """Ours and other people's, which the library's NumPy reader does not know."""
-    dtype = getattr(ml_dtypes, name)
-    tree = {"before": np.ones(3, np.float32), "w": np.array([[1, 2, 4], [0.5, 8, 1]], dtype), "z": np.ones((), dtype)}
-    mj.save_safetensors(tmp_path / "ours.safetensors", tree)
-    save_file(tree, tmp_path / "theirs.safetensors")
-    for file in ("ours", "theirs"):
-        back = load_params(tmp_path / f"{file}.safetensors", tree)
-        for path, leaf in tree.items():
-            assert back[path].dtype == leaf.dtype
-            np.testing.assert_array_equal(back[path], leaf)
 
 
 class Dropping(nnx.Module):
@@ -344,28 +323,6 @@ def test_folders_without_or_with_too_many_files_are_refused(tmp_path):
 def test_a_selection_that_finds_nothing_names_near_misses(file):
     with pytest.raises(ValueError, match=r"file pattern '\*\*/query/kernel' matches no leaf; .*'conv/weight'"):
         mj.load_safetensors(file, select="**/query/kernel")
-
-
-MODEL = {"fc": {"kernel": np.arange(6, dtype=np.float32).reshape(2, 3), "bias": np.zeros(3, np.float32)}}
-
-
-def test_parameters_come_back_in_the_structure_of_the_model(tmp_path):
-    mj.save_safetensors(tmp_path / "model.safetensors", MODEL)
-    loaded = load_params(tmp_path / "model.safetensors", jax.eval_shape(lambda: jax.tree.map(jnp.asarray, MODEL)))
-    assert jax.tree.structure(loaded) == jax.tree.structure(MODEL)
-    np.testing.assert_array_equal(loaded["fc"]["kernel"], MODEL["fc"]["kernel"])
-
-
-@pytest.mark.parametrize(("like", "message"), [
-    ({"fc": {"kernel": np.zeros((2, 3), np.float32)}}, "fc/bias is there, but not in the model"),
-    ({"fc": {**MODEL["fc"], "scale": np.zeros(2)}}, "fc/scale is missing"),
-    ({"fc": {**MODEL["fc"], "bias": np.zeros(4, np.float32)}}, r"fc/bias is float32\[3\], the model's is float32\[4\]"),
-    ({"fc": {**MODEL["fc"], "bias": np.zeros(3, np.float16)}}, r"fc/bias is float32\[3\], the model's is float16\[3\]"),
-])  # fmt: skip
-def test_parameters_of_another_model_are_refused(tmp_path, like, message):
-    mj.save_safetensors(tmp_path / "model.safetensors", MODEL)
-    with pytest.raises(ValueError, match=message):
-        load_params(tmp_path / "model.safetensors", like)
 
 
 def test_the_paths_of_leaves_are_those_that_are_read(tmp_path):

@@ -94,23 +94,6 @@ def test_the_loss_is_the_tasks_and_the_disagreement():
     np.testing.assert_array_equal(state["batch_stats"]["norm"]["mean"], same_state["batch_stats"]["norm"]["mean"])
 
 
-def test_the_gradient_draws_features():
-    source, target, (of_source, of_target), batch = models()
-    loss_fn = drawn(target, ["features"], weight=100.0)
-    shown = mj.features_teacher(source.apply, ["features"])(*split(of_source), batch)
-
-    @jax.jit
-    @jax.value_and_grad
-    def slopes(params):
-        return loss_fn(params, split(of_target)[1], shown, jax.random.key(0))[0]
-
-    params = of_target["params"]
-    before, _ = slopes(params)
-    for _ in range(20):
-        params = jax.tree.map(lambda leaf, slope: leaf - np.float32(1e-3) * slope, params, slopes(params)[1])
-    assert slopes(params)[0] < before - 1
-
-
 @pytest.mark.slow
 def test_the_adapter_learns_from_the_features():
     source, target, (of_source, of_target), batch = models()

@@ -305,17 +305,6 @@ def test_seeds_side_by_side_are_those_alone_and_a_key_decides_all(name):
         assert any((leaf[0] != leaf[1]).any() for leaf in jax.tree.leaves(mapped))
 
 
-@pytest.mark.parametrize("name", ["lpka of two shapes", "linear operators", "chain"])
-def test_saved_and_restored_adapters_are_equal(name, tmp_path):
-    *_, adapter = made(name)
-    with mj.Checkpoints(tmp_path / "adapter") as checkpoints:
-        checkpoints.save(1, {"adapter": adapter})
-    with mj.Checkpoints(tmp_path / "adapter") as checkpoints:
-        step, restored = checkpoints.restore_latest({"adapter": jax.tree.map(jnp.zeros_like, adapter)})
-    assert step == 1
-    chex.assert_trees_all_equal(restored["adapter"], adapter)
-
-
 @every_row
 def test_a_description_names_every_routed_leaf_and_counts_the_adapter(name):
     row, _, adapter = made(name)
