@@ -83,9 +83,13 @@ class Encoders(nn.Module):
 NET, SOURCE, SPANS, ENCODERS = Net(), Net(width=7), Net((4, 2)), Encoders()
 
 
+def entries(*names):
+    return {name: BATCH[name] for name in names}
+
+
 def variables_of(model, inputs):
     """Returns parameters and state of NumPy's numbers: nothing is compiled for them."""
-    shapes = jax.eval_shape(model.init, jax.random.key(0), *(BATCH[name] for name in inputs))
+    shapes = jax.eval_shape(model.init, jax.random.key(0), *entries(*inputs).values())
     drawn = jax.tree.map(lambda leaf: normal(math.prod(leaf.shape), *leaf.shape), shapes)
     return drawn["params"], {"batch_stats": jax.tree.map(np.abs, drawn["batch_stats"])}
 
@@ -97,17 +101,13 @@ class Row:
     loss: Callable
     own: Any
     other: Any
-    names: tuple[str, ...]
+    batch: dict[str, np.ndarray]
     state: Any = None
-
-    @property
-    def batch(self):
-        return {name: BATCH[name] for name in self.names}
 
 
 def of_arrays(loss, own, other=(), names=()):
     """A row without a model, `(own, other, batch) -> losses`."""
-    return Row(lambda own, _, other, batch, key: (loss(own, other, batch), (None, {})), own, other, names)
+    return Row(lambda own, _, other, batch, key: (loss(own, other, batch), (None, {})), own, other, entries(*names))
 
 
 def of_logits(loss, *teacher):
@@ -128,7 +128,7 @@ def of_model(loss_fn, *names, model=NET, inputs=("image",), teacher=None):
     def loss(own, state, other, batch, key):
         return loss_fn(own, state, teacher(other, other_state, batch) if teacher else batch, key)
 
-    return Row(loss, own, other, inputs + names, state)
+    return Row(loss, own, other, entries(*inputs, *names), state)
 
 
 def distilled(logits, batch):
@@ -190,36 +190,35 @@ def by_example(row):
     return {"batch": row.batch} if row.state else {"own": row.own, "other": row.other, "batch": row.batch}
 
 
-def parts(row, change=None, *only):
+def changed(by, leaf):
+    """Returns the examples of those places, or their numbers times a factor."""
+    if isinstance(by, float):
+        return leaf * np.float32(by) if leaf.dtype == np.float32 else leaf
+    return leaf[np.array(by)]
+
+
+def parts(row, by=1.0, *only):
     """Returns own, other and batch, with a change to what has examples on the leading axis, or only to some of it."""
     found = {"own": row.own, "other": row.other, "batch": row.batch}
     examples = {name: part for name, part in by_example(row).items() if not only or name in only}
-    return tuple((found | (jax.tree.map(change, examples) if change else {})).values())
-
-
-def scaled(by):
-    return lambda leaf: leaf * np.float32(by) if leaf.dtype == np.float32 else leaf
-
-
-def alike(leaf):
-    return leaf[[0] * SIZE]
+    return tuple((found | jax.tree.map(functools.partial(changed, by), examples)).values())
 
 
 CASES = {
     "as drawn": (),
     "again": (),
     "with another key": (),
-    "in another order": (lambda leaf: leaf[ORDER],),
-    "all alike": (alike,),
-    "two alike": (lambda leaf: leaf[[0, 1, 2, 1, 4, 5]],),
-    "own alike": (alike, "own"),
-    "other alike": (alike, "other"),
-    "zeros": (scaled(0),),
-    "small": (scaled(1e-20),),
-    "large": (scaled(1e4),),
-    "huge": (scaled(1e15),),
-    "own huge": (scaled(1e15), "own"),
-    "other huge": (scaled(1e15), "other"),
+    "in another order": (ORDER,),
+    "all alike": ([0] * SIZE,),
+    "two alike": ([0, 1, 2, 1, 4, 5],),
+    "own alike": ([0] * SIZE, "own"),
+    "other alike": ([0] * SIZE, "other"),
+    "zeros": (0.0,),
+    "small": (1e-20,),
+    "large": (1e4,),
+    "huge": (1e15,),
+    "own huge": (1e15, "own"),
+    "other huge": (1e15, "other"),
 }
 
 
@@ -297,7 +296,7 @@ def test_what_is_given_stays_as_it_is(name):
 @pytest.mark.parametrize("name", OF_ARRAYS)
 def test_no_jit_equals_jit_and_writes_into_no_array(name):
     row = made(name)
-    own, other, batch = parts(row, np.copy)
+    own, other, batch = jax.tree.map(np.copy, parts(row))
     for leaf in jax.tree.leaves((own, other, batch)):
         leaf.flags.writeable = False
     losses, _ = row.loss(own, None, other, batch, None)
@@ -331,7 +330,7 @@ def test_unlike_numbers_of_examples_are_refused(name):
 @pytest.mark.parametrize("name", OF_MODELS)
 def test_what_a_batch_or_a_state_lacks_is_named(name):
     row = made(name)
-    for entry in row.names:
+    for entry in row.batch:
         with pytest.raises(ValueError, match=f"^the batch has no '{entry}'; "):
             trace(row, batch={other: array for other, array in row.batch.items() if other != entry})
     with pytest.raises(ValueError, match=r"which has nothing: give all .* such as target_state=.*\"batch_stats\""):
@@ -354,7 +353,7 @@ def test_losses_of_logits_take_any_leading_axes(name):
 
 @pytest.mark.parametrize("name", ["cka", "disagreement", "redundancy suppression"])
 def test_features_of_half_precision_are_compared_in_float32(name):
-    row, half = made(name), parts(made(name), lambda leaf: leaf.astype(jnp.bfloat16))
+    row, half = made(name), jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), parts(made(name)))
     assert jax.eval_shape(lambda own, other, _: row.loss(own, None, other, {}, None)[0], *half).dtype == jnp.float32
 
 
@@ -453,7 +452,7 @@ def evaluated(name, batch_size):
         return apply
 
     evaluate = functools.partial(make(counted, batch_size=batch_size), *variables_of(model, inputs))
-    arrays = {entry: BATCH[entry] for entry in inputs + names}
+    arrays = entries(*inputs, *names)
     return evaluate, arrays, evaluate(arrays), sizes
 
 
