@@ -132,11 +132,10 @@ _PRETRAINED = Config(
     pooler="mean",
     source_model="minilm",
     target_model="minilm_half",
-    methods=("vanilla", "kd", "pruned", "aligned", "refit"),
-    # After a good start, the usual rate spoils more than it teaches.
+    # At the usual rate: on validation (AG News, seeds 0 and 1) all of these were better by it than by a tenth of it.
+    methods=("vanilla", "kd", "pruned", "aligned", "refit", "refit_kd"),
     head_first=True,
     head_penalty=100.0,
-    target_rate=0.1,
     routes=MINILM_ROUTES,
     agree=("encoder/layer_0=encoder/layer_0", "encoder/layer_1=encoder/layer_2", "features=features"),
     labels=500,
