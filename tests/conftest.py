@@ -6,8 +6,8 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-# Tests compile far more than they compute: without LLVM's optimisations they take two thirds of the time. Of jaxlib 0.10
-# half of the rest went to emitters that later versions do not let one turn off, nor know this flag.
+# Tests compile far more than they compute: without LLVM's optimisations they take two thirds of the time. With jaxlib
+# 0.10, half of the rest went to emitters; later versions neither let one turn them off nor know the flag.
 FLAGS = "--xla_backend_optimization_level=0"
 if version("jaxlib").startswith("0.10."):
     FLAGS += " --xla_cpu_use_fusion_emitters=false"
