@@ -3,15 +3,10 @@ import gc
 import itertools
 import os
 import time
-from importlib.metadata import version
 from pathlib import Path
 
-# Tests compile far more than they compute: without LLVM's optimisations they take two thirds of the time. With jaxlib
-# 0.10, half of the rest went to emitters; later versions neither let one turn them off nor know the flag.
-FLAGS = "--xla_backend_optimization_level=0"
-if version("jaxlib").startswith("0.10."):
-    FLAGS += " --xla_cpu_use_fusion_emitters=false"
-os.environ.setdefault("XLA_FLAGS", FLAGS)
+# Tests compile far more than they compute: without LLVM's optimisations they take two thirds of the time.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 # Many tests, and the programs that they start, compile the same: what one has compiled, all others read, and the next
 # session too. Set here, in the process that starts those that run the tests; `pytest --cache-clear` empties it.

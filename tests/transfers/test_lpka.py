@@ -11,7 +11,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 import merge_jax as mj
-from merge_jax.transfers import lpka
+from merge_jax.transfers import lpka, matrix_layers
 from merge_jax.transfers.lpka import LPKAOptions, attention_widths
 from merge_jax.transfers.network import Dropout, Place, Sizes, draw_mask, draw_masks
 
@@ -206,8 +206,17 @@ def kernels(sizes, seed):
     return trees
 
 
-edges = st.integers(2, 12)  # The norm of one number multiplies its rounding by 300.
+edges = st.integers(1, 12)
 wide_edges = st.one_of(edges, st.sampled_from([130, 150]))  # From 128 on, heads widen with the matrices.
+
+
+class Double:
+    """`jax.numpy` with double precision where a module asks for single, as norms and softmax do."""
+
+    float32 = jnp.float64
+
+    def __getattr__(self, name):
+        return getattr(jnp, name)
 
 
 # A case compiles four programs; shrinking one that fails would compile hundreds.
@@ -218,7 +227,10 @@ wide_edges = st.one_of(edges, st.sampled_from([130, 150]))  # From 128 on, heads
     *(st.sampled_from([1, 2]), st.sampled_from(["published", "warm"]), st.integers(0, 100)),
 )
 def test_any_routes_padded_to_one_program_are_the_routes_apart(sizes, num_layers, output, seed):
-    with jax.enable_x64(True):  # Several layers make more of float32's rounding; norms stay float32.
+    # Several layers, and the norm of a few numbers that are nearly the same, make more of float32's rounding.
+    with jax.enable_x64(True), pytest.MonkeyPatch.context() as patch:
+        for module in (lpka, matrix_layers):
+            patch.setattr(module, "jnp", Double())
         check_padded(sizes, num_layers, output, seed, jnp.float64)
 
 
@@ -254,7 +266,7 @@ def check_padded(sizes, num_layers, output, seed, dtype=jnp.float32):
     merged, (of_joined, *of_trees_joined) = jax.jit(functools.partial(merged_and_gradients, together))(joined(own))
 
     def rounding(tree):  # Sums over other lengths round otherwise.
-        return 1e-4 * max(1.0, *(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(tree)))
+        return 2e-5 * max(1.0, *(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(tree)))
 
     chex.assert_trees_all_close(merged, expected, atol=rounding(expected))
     gradients = joined(of_own), of_trees
