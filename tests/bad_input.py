@@ -70,17 +70,21 @@ def on_file(name, content, load, kind=ValueError):
     return raises(call, kind)
 
 
-def assert_refused(call, message, folder, capsys, monkeypatch):
-    """The call is refused by this one line, with TMP for the folder, and nothing is compiled."""
+def refusals(rows):
+    """Returns the test of a table `{id: (call, message)}`: this one line, TMP for the folder, and nothing is compiled."""
 
-    def compiled(*_):
-        raise AssertionError("compiled")
+    @pytest.mark.parametrize(("call", "message"), rows.values(), ids=rows)
+    def test(call, message, tmp_path, capsys, monkeypatch):
+        def compiled(*_):
+            raise AssertionError("compiled")
 
-    monkeypatch.setattr(merge_jax.study.trainer, "compile_epoch", compiled)
-    monkeypatch.setattr(jax.stages.Lowered, "compile", compiled)
-    line = call(folder, capsys).replace(str(folder), "TMP")
-    assert "\n" not in line
-    if isinstance(message, str):
-        assert line == message
-    else:
-        assert message.fullmatch(line), line
+        monkeypatch.setattr(merge_jax.study.trainer, "compile_epoch", compiled)
+        monkeypatch.setattr(jax.stages.Lowered, "compile", compiled)
+        line = call(tmp_path, capsys).replace(str(tmp_path), "TMP")
+        assert "\n" not in line
+        if isinstance(message, str):
+            assert line == message
+        else:
+            assert message.fullmatch(line), line
+
+    return test

@@ -94,22 +94,20 @@ def entering(program: Program, site: Site, values: Values, leaves: Values, rows:
     number = program.leaves[unknown.layer.leaf]
     shape = program.shapes[number].shape
     sizes, order = [shape[axis] for axis in unknown.axes], [unknown.axes.index(axis) for axis in range(len(shape))]
+    rest = without(program, site, {**values, **leaves})
+    zero = end_rows(program, site, rest, rows)
     starts = _starts_by_tap(program, unknown, sizes, order)
-    if starts:  # Each entry of a channel meets the data once: as if it were 1, and the others not there.
-        rest = without(program, site, {**values, **leaves})
-        zero = end_rows(program, site, rest, rows)
-        reads = [program.equations[program.makers[start]].reads for start in starts]
-        met = [next(one for one in read if one in program.data) for read in reads]
-        known = program.evaluate({**values, **leaves}, met)
-        pairs = zip(starts, met, strict=True)
-        taps = [end_rows(program, site, {**rest, start: known[one]}, rows) for start, one in pairs]
-        return jnp.stack(taps, axis=-1) - zero[..., None]
-    zero = end_rows(program, site, {**values, **leaves, number: jnp.zeros(shape)}, rows)
-    found = []
+    # Where each entry of a channel meets the data once: as if it were 1, and the others not there.
+    met = [next(one for one in program.equations[program.makers[start]].reads if one in program.data)
+           for start in starts]  # fmt: skip
+    known, found = program.evaluate({**values, **leaves}, met), []
     for tap in range(unknown.inputs):
-        ones = jnp.zeros((unknown.inputs, math.prod(sizes) // unknown.inputs)).at[tap].set(1.0)
-        leaf = ones.reshape(sizes).transpose(order)
-        found.append(end_rows(program, site, {**values, **leaves, number: leaf}, rows) - zero)
+        if starts:
+            given = {**rest, starts[tap]: known[met[tap]]}
+        else:
+            ones = jnp.zeros((unknown.inputs, math.prod(sizes) // unknown.inputs)).at[tap].set(1.0)
+            given = {**values, **leaves, number: ones.reshape(sizes).transpose(order)}
+        found.append(end_rows(program, site, given, rows) - zero)
     return jnp.stack(found, axis=-1)
 
 

@@ -5,12 +5,11 @@ import re
 import struct
 
 import numpy as np
-import pytest
 from safetensors.numpy import save_file
 
 import merge_jax as mj
 from merge_jax.checkpoints.safetensors import load_params
-from tests.bad_input import KERNEL, assert_refused, on_file, raises, refused
+from tests.bad_input import KERNEL, on_file, raises, refusals, refused
 
 ONE = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
 
@@ -113,6 +112,4 @@ ROWS = {
 }
 
 
-@pytest.mark.parametrize(("call", "message"), ROWS.values(), ids=ROWS)
-def test_bad_input_is_refused_in_one_line_that_names_it(call, message, tmp_path, capsys, monkeypatch):
-    assert_refused(call, message, tmp_path, capsys, monkeypatch)
+test_bad_input_is_refused_in_one_line_that_names_it = refusals(ROWS)

@@ -6,7 +6,6 @@ import re
 import tarfile
 
 import numpy as np
-import pytest
 from PIL import Image
 
 from merge_jax.data import (
@@ -27,7 +26,7 @@ from merge_jax.data import (
 )
 from merge_jax.data.images.image_files import check_image_files
 from merge_jax.data.tfds import archive_members
-from tests.bad_input import assert_refused, on_file, raises, refused
+from tests.bad_input import on_file, raises, refusals, refused
 
 
 def image_set(images=None, labels=(0, 1, 2, 1), classes=("a", "b", "c")):
@@ -312,6 +311,4 @@ ROWS = {
 }
 
 
-@pytest.mark.parametrize(("call", "message"), ROWS.values(), ids=ROWS)
-def test_bad_input_is_refused_in_one_line_that_names_it(call, message, tmp_path, capsys, monkeypatch):
-    assert_refused(call, message, tmp_path, capsys, monkeypatch)
+test_bad_input_is_refused_in_one_line_that_names_it = refusals(ROWS)

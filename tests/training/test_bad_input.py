@@ -1,11 +1,10 @@
 """Devices and processes that are not there are refused by one line."""
 
 import numpy as np
-import pytest
 from jax.sharding import AbstractMesh
 
 from merge_jax.training.sharding import DATA_AXIS, jit_layout
-from tests.bad_input import assert_refused, raises, refused
+from tests.bad_input import raises, refusals, refused
 
 ROWS = {
     "devices too many": (
@@ -40,6 +39,4 @@ ROWS = {
 }
 
 
-@pytest.mark.parametrize(("call", "message"), ROWS.values(), ids=ROWS)
-def test_bad_input_is_refused_in_one_line_that_names_it(call, message, tmp_path, capsys, monkeypatch):
-    assert_refused(call, message, tmp_path, capsys, monkeypatch)
+test_bad_input_is_refused_in_one_line_that_names_it = refusals(ROWS)

@@ -4,12 +4,11 @@ import re
 
 import jax
 import numpy as np
-import pytest
 
 import merge_jax as mj
 from merge_jax.transfers.pairing import resolve
 from merge_jax.transfers.routes import Route, as_routes
-from tests.bad_input import KERNEL, assert_refused, raises, refused
+from tests.bad_input import KERNEL, raises, refusals, refused
 
 
 def _block(heads):
@@ -204,6 +203,4 @@ ROWS = {
 }
 
 
-@pytest.mark.parametrize(("call", "message"), ROWS.values(), ids=ROWS)
-def test_bad_input_is_refused_in_one_line_that_names_it(call, message, tmp_path, capsys, monkeypatch):
-    assert_refused(call, message, tmp_path, capsys, monkeypatch)
+test_bad_input_is_refused_in_one_line_that_names_it = refusals(ROWS)
