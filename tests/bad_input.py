@@ -71,7 +71,7 @@ def on_file(name, content, load, kind=ValueError):
 
 
 def refusals(rows):
-    """Returns the test of a table `{id: (call, message)}`: this one line, TMP for the folder, and nothing is compiled."""
+    """Returns the test of rows `{id: (call, message)}`: this one line, TMP for the folder, and nothing is compiled."""
 
     @pytest.mark.parametrize(("call", "message"), rows.values(), ids=rows)
     def test(call, message, tmp_path, capsys, monkeypatch):

@@ -11,7 +11,7 @@ import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Self
 
 import jax
@@ -53,15 +53,22 @@ class LeafRecord:
       dtype: by its name.
       sha256: of the bytes in row-major order, under `""`; of an array that lies on several hosts, of each part under
         its place, `0:4,0:8`.
+      key: of a random key its type, `key<fry>`; "" of numbers; None in steps of 0.2.0 and before, which do not tell.
     """
 
     shape: tuple[int, ...]
     dtype: str
     sha256: Mapping[str, str] = field(default_factory=dict)
+    key: str | None = None
 
     def __str__(self) -> str:
-        """Returns e.g. `float32[3, 4]`."""
-        return f"{self.dtype}{list(self.shape)}"
+        """Returns e.g. `float32[3, 4]`, or `uint32[2] of key<fry>`."""
+        return f"{self.dtype}{list(self.shape)}{f' of {self.key}' if self.key else ''}"
+
+    def fits(self, wanted: "LeafRecord") -> bool:
+        """Returns whether this can be restored as another."""
+        same = (self.shape, self.dtype) == (wanted.shape, wanted.dtype)
+        return same and (self.key is None or self.key == wanted.key)
 
 
 @dataclass(frozen=True)
@@ -89,7 +96,7 @@ class Manifest:
         """Returns the manifest of a state; where several processes hold it, all of them call this together."""
         specs = specs_of(state)
         digests = _gather_from_processes(_digests({path: dict(_parts(leaf)) for path, leaf in _arrays(state)}))
-        leaves = {path: LeafRecord(leaf.shape, leaf.dtype, digests[path]) for path, leaf in specs.items()}
+        leaves = {path: replace(leaf, sha256=digests[path]) for path, leaf in specs.items()}
         return cls(step, leaves, dict(facts), environment, score)
 
     def to_json(self) -> dict[str, Any]:
@@ -112,7 +119,7 @@ class Manifest:
         if content["format"] != _FORMAT:
             raise ValueError(f"its manifest has the format {content['format']}, this version reads {_FORMAT}")
         leaves = {
-            path: LeafRecord(tuple(leaf["shape"]), leaf["dtype"], leaf["sha256"])
+            path: LeafRecord(tuple(leaf["shape"]), leaf["dtype"], leaf["sha256"], leaf.get("key"))
             for path, leaf in content["leaves"].items()
         }
         return cls(content["step"], leaves, content["facts"], content["environment"], content["score"])
@@ -120,8 +127,12 @@ class Manifest:
 
 def specs_of(tree: Any) -> dict[str, LeafRecord]:
     """Returns shape and dtype of each leaf, by path, of arrays or of shapes."""
-    shapes = jax.eval_shape(lambda tree: jax.tree.map(_without_keys, tree), tree)
-    return {path: LeafRecord(tuple(leaf.shape), str(leaf.dtype)) for path, leaf in flatten(shapes).items()}
+    records = {}
+    for path, leaf in flatten(jax.eval_shape(lambda tree: tree, tree)).items():
+        numbers = jax.eval_shape(_without_keys, leaf)
+        key = "" if numbers.dtype == leaf.dtype else str(leaf.dtype)
+        records[path] = LeafRecord(tuple(numbers.shape), str(numbers.dtype), key=key)
+    return records
 
 
 def misfits(
@@ -143,7 +154,7 @@ def misfits(
     problems += [
         f"{path} is saved as {saved[path]}, wanted as {wanted[path]}"
         for path in wanted.keys() & saved.keys()
-        if str(wanted[path]) != str(saved[path])
+        if not saved[path].fits(wanted[path])
     ]
     return sorted(problems)
 

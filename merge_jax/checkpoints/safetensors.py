@@ -31,6 +31,7 @@ __all__ = [
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+_METADATA = "__metadata__"
 _DEEPEST = 100  # Parts of a name; a tree of thousands of levels would end the program.
 # By the names of files; NumPy has no float8 of its own, so that the library leaves them to us to read.
 _FLOAT8 = {
@@ -121,7 +122,9 @@ def load_params(path: str | os.PathLike[str], like: Params) -> Params:
       FileNotFoundError, ValueError: as `load_safetensors`; the file has other leaves, shapes or dtypes than the
         model (the first three are named).
     """
-    found, wanted = flatten(load_safetensors(path)), flatten(like)
+    # A key of `like` may have dots of its own, which a file does not tell from those between keys.
+    found = flatten(load_safetensors(path))
+    wanted = {name.replace(".", "/"): leaf for name, leaf in flatten(like).items()}
     problems = [f"{name} is missing; {near_misses(name, found)}" for name in wanted.keys() - found.keys()]
     problems += [f"{name} is there, but not in the model" for name in found.keys() - wanted.keys()]
     for name in wanted.keys() & found.keys():
@@ -157,8 +160,9 @@ def save_safetensors(
 
     Raises:
       FileExistsError: the file is there and `overwrite` is not set.
-      ValueError: a leaf that is no array or has another dtype, such as a random key, paths that would be one name, or
-        metadata that are no strings.
+      ValueError: a leaf that is no array or has another dtype, such as a random key; a tree that is one array, or
+        whose names could not be read back (an empty key, `__metadata__`, a path inside of another, too many levels);
+        or metadata that are no strings.
     """
     if metadata is not None and not all(isinstance(text, str) for pair in metadata.items() for text in pair):
         raise ValueError(f"metadata are strings by name, got {dict(metadata)}")
@@ -179,6 +183,9 @@ def save_safetensors(
                 " nnx.BatchStat)) has no random keys"
             )
         arrays[name.replace("/", ".")] = np.ascontiguousarray(leaf).reshape(np.shape(leaf))
+    if _METADATA in arrays:
+        raise ValueError(f"no leaf of a safetensors file can be named {_METADATA!r}, which holds the file's strings")
+    paths_of(arrays, path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
@@ -244,7 +251,7 @@ def _names(file: Path) -> list[str]:
     """Returns the names of a file's tensors, after the library has checked its header."""
     with _opened(file):
         pass
-    return [name for name in _header(file)[0] if name != "__metadata__"]
+    return [name for name in _header(file)[0] if name != _METADATA]
 
 
 def _header(file: Path) -> tuple[dict[str, Any], int]:

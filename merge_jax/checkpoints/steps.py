@@ -116,12 +116,35 @@ class OrbaxSteps:
         """
         context = ocp.Context()
         context.pytree.loading.partial_load = partial
+        wanted = placed_shapes(tree)
 
         def load() -> _Tree:
-            with context:
-                return self._checkpointer.load(manifest.step, placed_shapes(tree))
+            try:
+                with context:
+                    return self._checkpointer.load(manifest.step, wanted)
+            except Exception as error:
+                # Orbax does not tell damage from another container or empty node, such as a None more.
+                try:
+                    return self._load_as_saved(manifest.step, wanted)
+                except Exception:
+                    raise error from None
 
         return self._compared(manifest, load, partial=partial)
+
+    def _load_as_saved(self, step: int, wanted: _Tree) -> _Tree:
+        """Returns the leaves of a tree by their paths, whatever containers and empty nodes they were saved in."""
+        leaves = flatten(wanted)
+
+        def placed(key_path: Any, _: Any) -> Any:
+            path = jax.tree_util.keystr(key_path, simple=True, separator="/")
+            return leaves.get(path, leaves.get(path.removesuffix("/value"), ocp.PLACEHOLDER))
+
+        saved: Any = self._checkpointer.metadata(step).metadata
+        if saved is None:
+            raise ValueError("nobody knows what was saved")
+        loaded = unwrap_variables(self._checkpointer.load(step, jax.tree.map_with_path(placed, saved)), leaves)
+        found = flatten(loaded)
+        return jax.tree.unflatten(jax.tree.structure(wanted), [found[path] for path in leaves])
 
     def load_arrays(self, manifest: Manifest) -> dict[str, Any]:
         """Returns all of a step as nested dictionaries and lists of NumPy arrays; raises as `load`."""

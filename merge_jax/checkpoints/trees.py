@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tensorstore
 
 from merge_jax.paths import flatten, some_of
 
@@ -18,19 +19,33 @@ _Tree = TypeVar("_Tree")
 def check_saveable(state: Any) -> None:
     """Raises ValueError for what Orbax would save and not restore as it was; the first three leaves are named."""
     _check_no_nnx_list(state)
-    problems = []
-    for path, leaf in flatten(state).items():
-        if isinstance(leaf, jax.Array):
-            continue
-        if not isinstance(leaf, np.ndarray | np.generic):
+    leaves, problems = flatten(state), []
+    if not leaves:
+        raise ValueError(f"a checkpoint holds one array or more, the state has none: {state!r:.60}")
+    for path, leaf in leaves.items():
+        if not isinstance(leaf, jax.Array | np.ndarray | np.generic):
             problems.append(f"{path} is {leaf!r:.40}, of the type {type(leaf).__name__}")
-        elif (taken := _dtype_in_jax(leaf)) != leaf.dtype:
+        elif not isinstance(leaf, jax.Array) and (taken := _dtype_in_jax(leaf)) != leaf.dtype:
             problems.append(f"{path} is {leaf.dtype}{list(leaf.shape)} of NumPy, in JAX {taken or 'nothing'}")
+        elif not _is_written(leaf):
+            problems.append(f"{path} is {leaf.dtype}{list(leaf.shape)}, which Orbax does not write")
     if problems:
         raise ValueError(
             f"a checkpoint holds arrays that JAX can hold: {some_of(problems, 3, '; ')}. Give jnp.asarray(...) of a"
             " number, and keep what is no number out of the state"
         )
+
+
+def _is_written(array: jax.Array | np.ndarray | np.generic) -> bool:
+    """Returns whether Orbax writes an array; it would tell only once the next save waits for this one."""
+    if array.size == 0:
+        return False
+    if jnp.issubdtype(array.dtype, jax.dtypes.extended):
+        return True
+    try:
+        return bool(tensorstore.dtype(array.dtype.name))
+    except ValueError:
+        return False
 
 
 def _check_no_nnx_list(state: Any) -> None:

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from merge_jax.checks import check_at_least_one, check_entries
-from merge_jax.objectives.distillation import cross_entropy
-from merge_jax.objectives.evaluation import padded_batches
+from merge_jax.objectives.distillation import check_labels, cross_entropy
+from merge_jax.objectives.evaluation import count_examples, padded_batches
 from merge_jax.objectives.losses import model_loss, name_missing_collections
 from merge_jax.types import Batch, LossFn, ModelApply, ModelState, Params, TeacherFn
 
@@ -27,7 +27,12 @@ ClassificationLoss = Callable[[jax.Array, Batch], jax.Array]
 
 
 def accuracy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Returns the fraction in [0, 1] of logits `[..., C]` whose largest entry is the label `[...]`; a scalar."""
+    """Returns the fraction in [0, 1] of logits `[..., C]` whose largest entry is the label `[...]`; a scalar.
+
+    Raises:
+      ValueError: labels of another shape than the logits have without their last axis.
+    """
+    check_labels(logits, labels)
     return jnp.mean(jnp.argmax(logits, axis=-1) == labels)
 
 
@@ -124,8 +129,7 @@ def evaluate_classifier(
 
     def evaluate(params: Params, model_state: ModelState, arrays: Mapping[str, np.ndarray]) -> dict[str, float]:
         check_entries(arrays, inputs, hint=_HINT)
-        check_entries(arrays, "label")
-        size = len(arrays["label"])
+        size = count_examples(arrays, inputs, "label")
         used = {name: arrays[name] for name in (inputs, "label")}
         loss = correct = 0.0
         for kept, batch in padded_batches(used, np.arange(size), batch_size):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-__all__ = ["cross_entropy", "distillation_loss", "dkd_loss", "nkd_loss", "rkd_loss", "tf_kd_loss"]
+__all__ = ["check_labels", "cross_entropy", "distillation_loss", "dkd_loss", "nkd_loss", "rkd_loss", "tf_kd_loss"]
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -15,7 +15,7 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     Raises:
       ValueError: labels of another shape than the logits have without their last axis.
     """
-    _check_labels(logits, labels)
+    check_labels(logits, labels)
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
 
 
@@ -261,10 +261,10 @@ def _check_logits(logits: jax.Array, teacher_logits: jax.Array, labels: jax.Arra
         raise ValueError(f"logits and teacher_logits must have one shape [..., C], got {shape} and {teacher_shape}")
     if not shape or shape[-1] < 2:
         raise ValueError(f"logits must have at least 2 classes on their last axis, got shape {shape}")
-    _check_labels(logits, labels)
+    check_labels(logits, labels)
 
 
-def _check_labels(logits: jax.Array, labels: jax.Array) -> None:
+def check_labels(logits: jax.Array, labels: jax.Array) -> None:
     """Raises ValueError unless logits are `[..., C]` and labels `[...]`."""
     shape, labels_shape = jnp.shape(logits), jnp.shape(labels)
     if not shape or labels_shape != shape[:-1]:

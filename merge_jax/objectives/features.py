@@ -66,6 +66,7 @@ def cka(features: jax.Array, other: jax.Array) -> jax.Array:
 def _kernel(features: jax.Array) -> jax.Array:
     """Returns the inner products of all pairs of centred examples, `[B, B]`, of mean square 1."""
     rows = features.reshape(features.shape[0], -1).astype(jnp.float32)
+    rows -= lax.stop_gradient(rows[:1])  # So that a feature that is constant is 0, and not the rounding of its mean.
     rows -= rows.mean(axis=0, keepdims=True)
     # Scaled first, or the squares of large features are beyond float32.
     rows /= jnp.sqrt(jnp.mean(jnp.square(rows)) + _EPSILON)

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from merge_jax.checks import check_at_least_one, check_entries
+from merge_jax.checks import check_at_least_one
 from merge_jax.objectives.device_axis import whole_batch
-from merge_jax.objectives.evaluation import padded_batches
+from merge_jax.objectives.evaluation import count_examples, padded_batches
 from merge_jax.objectives.losses import model_loss
 from merge_jax.types import Batch, LossFn, ModelApply, ModelState, Params
 
@@ -178,10 +178,9 @@ def evaluate_retrieval(
     image_embedder, text_embedder = embedder(embed_images), embedder(embed_texts)
 
     def evaluate(params: Params, model_state: ModelState, arrays: Mapping[str, Any]) -> dict[str, float]:
-        check_entries(arrays, "image", "tokens", "image_id", "caption_id", "group")
-        group = np.asarray(arrays["group"])
-        if len(group) == 0:
+        if count_examples(arrays, "image", "tokens", "image_id", "caption_id", "group") == 0:
             raise ValueError("cannot evaluate on no pairs")
+        group = np.asarray(arrays["group"])
         image_rows, text_rows = _first_rows(arrays, "image_id"), _first_rows(arrays, "caption_id")
         for k in ks:  # Before all is embedded.
             _check_k(k, "image", len(image_rows))

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from merge_jax.checks import check_at_least_one, check_entries
+from merge_jax.checks import check_at_least_one
 from merge_jax.objectives.distillation import cross_entropy
-from merge_jax.objectives.evaluation import padded_batches
+from merge_jax.objectives.evaluation import count_examples, padded_batches
 from merge_jax.objectives.losses import model_loss
 from merge_jax.types import Batch, LossFn, ModelApply, ModelState, Params
 
@@ -84,8 +84,7 @@ def evaluate_spans(
         return _losses_and_right(logits, batch)[0], logits
 
     def evaluate(params: Params, model_state: ModelState, arrays: Mapping[str, np.ndarray]) -> dict[str, float]:
-        check_entries(arrays, inputs, "example", "start", "end")
-        size = len(arrays["start"])
+        size = count_examples(arrays, inputs, "example", "start", "end")
         example = np.asarray(arrays["example"])
         if example.size and not 0 <= example.min() <= example.max() < len(answers):
             raise ValueError(

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from merge_jax.checks import check_at_least_one, check_entries
-from merge_jax.objectives.evaluation import padded_batches
+from merge_jax.checks import check_at_least_one
+from merge_jax.objectives.evaluation import count_examples, padded_batches
 from merge_jax.objectives.losses import model_loss
 from merge_jax.types import Batch, LossFn, ModelApply, ModelState, Params
 
@@ -149,7 +149,7 @@ def evaluate_vqa(
         return _losses(logits, batch["answers"]), jnp.argmax(logits, axis=-1)
 
     def evaluate(params: Params, model_state: ModelState, arrays: Mapping[str, Any]) -> dict[str, float]:
-        check_entries(arrays, "image", "tokens", "answers", "example")
+        size = count_examples(arrays, "image", "tokens", "answers", "example")
         example = np.asarray(arrays["example"])
         if example.size and not 0 <= example.min() <= example.max() < len(answers):
             raise ValueError(
@@ -158,7 +158,7 @@ def evaluate_vqa(
             )
         used = {name: arrays[name] for name in ("image", "tokens", "answers")}
         losses, best = [], []
-        for kept, batch in padded_batches(used, np.arange(len(arrays["tokens"])), batch_size):
+        for kept, batch in padded_batches(used, np.arange(size), batch_size):
             batch_losses, batch_best = losses_and_best(params, model_state, batch)
             losses.append(np.asarray(batch_losses, np.float32)[:kept])
             best.append(np.asarray(batch_best)[:kept])
@@ -195,10 +195,10 @@ def predict_answers(
         return jnp.argmax(_logits(apply_fn, len(vocabulary), params, model_state, batch), axis=-1)
 
     def predict(params: Params, model_state: ModelState, arrays: Mapping[str, Any]) -> list[str]:
-        check_entries(arrays, "image", "tokens")
+        size = count_examples(arrays, "image", "tokens")
         used = {name: arrays[name] for name in ("image", "tokens")}
         predictions = []
-        for kept, batch in padded_batches(used, np.arange(len(arrays["tokens"])), batch_size):
+        for kept, batch in padded_batches(used, np.arange(size), batch_size):
             best = np.asarray(largest(params, model_state, batch))[:kept]
             predictions.extend(vocabulary[int(place)] for place in best)
         return predictions

@@ -1,5 +1,6 @@
 import shutil
 import threading
+from typing import NamedTuple
 
 import chex
 import jax
@@ -125,6 +126,9 @@ def test_parts_of_a_step_are_read_by_path(tmp_path):
         (np.float64(3), r"model/epoch is float64\[\] of NumPy, in JAX float32"),
         (np.ones(2, ">f4"), r"model/epoch is >f4\[2\] of NumPy, in JAX nothing"),
         (np.array(["a"]), r"model/epoch is <U1\[1\] of NumPy, in JAX nothing"),
+        (jnp.ones(3, "uint4"), r"model/epoch is uint4\[3\], which Orbax does not write"),
+        (jnp.ones(3, "float8_e4m3"), r"model/epoch is float8_e4m3\[3\], which Orbax does not write"),
+        (np.ones((0, 3), np.float32), r"model/epoch is float32\[0, 3\], which Orbax does not write"),
     ],
 )
 def test_what_would_not_come_back_is_refused_before_it_is_saved(tmp_path, leaf, found):
@@ -132,6 +136,60 @@ def test_what_would_not_come_back_is_refused_before_it_is_saved(tmp_path, leaf, 
         with pytest.raises(ValueError, match=rf"{found}\. Give jnp\.asarray"):
             checkpoints.save(1, {"model": {"w": jnp.ones(2), "epoch": leaf}})
         assert checkpoints.steps == ()
+
+
+def test_a_state_without_an_array_is_refused(tmp_path):
+    with (
+        Checkpoints(tmp_path) as checkpoints,
+        pytest.raises(ValueError, match=r"one array or more, the state has none: \{'model'"),
+    ):
+        checkpoints.save(1, {"model": {}})
+
+
+class Two(NamedTuple):
+    x: jax.Array
+    none: None
+
+
+X = np.arange(3, dtype=np.float32)
+
+
+@pytest.mark.parametrize("like", [{"w": X}, {"w": X, "none": None}, {"w": X, "none": {}}, {"w": X, "none": (None, [])}])
+@pytest.mark.parametrize(
+    ("saved", "wanted"),
+    [([X, X], {"0": X, "1": X}), ((X, X), [X, X]), (Two(X, None), {"x": X}), ({"x": X}, Two(X, None))],
+)
+@pytest.mark.parametrize("way", ["latest", "best", "parts"])
+def test_leaves_count_and_not_what_they_are_kept_in(tmp_path, like, saved, wanted, way):
+    """Orbax raises the errors of damage for another container or one more None; no whole step is set aside for that."""
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, {"model": {"a": saved, "w": X}, "rest": X}, score=1.0)
+    like = {"model": {"a": wanted, **like}, "rest": X}
+    with Checkpoints(tmp_path) as checkpoints:
+        if way == "parts":
+            like = {"model": like["model"]}
+        found = restoring(checkpoints, like)[way]()
+        found = found if way == "parts" else found[1]
+        assert jax.tree.structure(found) == jax.tree.structure(like)
+        jax.tree.map(np.testing.assert_array_equal, found, like)
+        checkpoints.save(2, found)
+        assert checkpoints.steps == (1, 2)
+
+
+def test_a_random_key_is_not_taken_for_numbers_nor_for_one_of_another_kind(tmp_path):
+    key, other = jax.random.key(0, impl="rbg"), jax.random.key(0, impl="unsafe_rbg")
+    data = jax.random.key_data(key)
+    for number, (saved, wanted, message) in enumerate(
+        [
+            (key, data, r"k is saved as uint32\[4\] of key<rbg>, wanted as uint32\[4\]$"),
+            (data, key, r"k is saved as uint32\[4\], wanted as uint32\[4\] of key<rbg>$"),
+            (key, other, r"k is saved as uint32\[4\] of key<rbg>, wanted as uint32\[4\] of key<urbg>$"),
+        ]
+    ):
+        with Checkpoints(tmp_path / str(number)) as checkpoints:
+            checkpoints.save(1, {"k": saved})
+            with pytest.raises(ValueError, match=message):
+                checkpoints.restore_latest({"k": wanted})
 
 
 class Listed(nnx.Module):

@@ -161,6 +161,29 @@ def test_what_no_file_can_hold_is_refused_by_its_leaf(leaf, found, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        (np.ones(2), r"one\.safetensors has the tensor '', whose name has an empty part"),
+        ({"a": {"": np.ones(2)}}, r"has the tensor 'a\.', whose name has an empty part"),
+        ({"__metadata__": np.ones(2)}, "no leaf of a safetensors file can be named '__metadata__'"),
+        ({"a": np.ones(2), "a.b": np.ones(2)}, r"has the tensors 'a' and 'a\.b', one inside the other"),
+    ],
+)
+def test_what_could_not_be_read_back_is_refused(tree, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        mj.save_safetensors(tmp_path / "one.safetensors", tree)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_keys_with_dots_of_their_own_come_back(tmp_path):
+    tree = {"a.b": np.ones(2, np.float32), "c": {"d.e/f": np.zeros(3, np.float32)}}
+    mj.save_safetensors(tmp_path / "one.safetensors", tree)
+    found = mj.load_params(tmp_path / "one.safetensors", tree)
+    assert jax.tree.structure(found) == jax.tree.structure(tree)
+    jax.tree.map(np.testing.assert_array_equal, found, tree)
+
+
 def test_the_random_keys_of_a_module_are_named_with_the_remedy_and_that_is_one(tmp_path):
     module = Dropping(nnx.Rngs(0))
     with pytest.raises(

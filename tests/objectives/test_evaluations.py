@@ -122,6 +122,10 @@ def test_what_cannot_be_evaluated_is_refused(name):
     for entry in arrays:
         with pytest.raises(ValueError, match=f"^the batch has no '{entry}'; "):
             evaluate({other: array for other, array in arrays.items() if other != entry})
+        with pytest.raises(
+            ValueError, match=rf"^all entries must have the same number of examples, got .*'{entry}': 5"
+        ):
+            evaluate(arrays | {entry: arrays[entry][:5]})
     with pytest.raises(ValueError, match=r"^cannot evaluate on no (examples|pairs)$"):
         evaluate({entry: array[:0] for entry, array in arrays.items()})
     with pytest.raises(ValueError, match=r"^batch_size must be a whole number of at least 1, got 0$"):
