@@ -49,6 +49,7 @@ def test_cka_knows_no_rotation_scale_or_shift():
 def test_cka_of_constant_features_is_0_and_has_a_gradient():
     x, constant = draw(6, 4), np.full((6, 4), 7.7, np.float32)  # Whose mean is not 7.7 in float32.
     assert mj.objectives.cka(x, constant) == pytest.approx(0, abs=1e-4)
+    assert mj.objectives.cka(constant, 2 * constant) == pytest.approx(0, abs=1e-4)
     assert np.isfinite(jax.jit(jax.grad(mj.objectives.cka))(constant, x)).all()
 
 
