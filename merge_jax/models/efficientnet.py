@@ -7,7 +7,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from merge_jax.models.layers import Layers
+from merge_jax.models.inverted_residual import InvertedResidual
+from merge_jax.models.layers import Layers, rounded_width
 
 __all__ = ["EfficientNetLite", "EfficientNetStage", "efficientnet_lite"]
 
@@ -20,28 +21,6 @@ class EfficientNetStage(NamedTuple):
     blocks: int
     stride: int
     window: int
-
-
-class _InvertedResidual(nn.Module):
-    """Expand (1x1) unless by 1, filter (depthwise), project (1x1), `[B, H, W, C] -> [B, H/s, W/s, width]`."""
-
-    expansion: int
-    width: int
-    stride: int
-    window: int
-    layers: Layers
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = x
-        if self.expansion > 1:
-            y = self.layers.pointwise_conv(self.expansion * x.shape[-1], "expand")(y)
-            y = nn.relu6(self.layers.batch_norm("expand_norm")(y))
-        y = self.layers.depthwise_conv(self.stride, "depthwise", use_bias=False, size=self.window)(y)
-        y = nn.relu6(self.layers.batch_norm("depthwise_norm")(y))
-        y = self.layers.pointwise_conv(self.width, "project")(y)
-        y = self.layers.batch_norm("project_norm")(y)
-        return x + y if self.stride == 1 and x.shape[-1] == self.width else y
 
 
 class EfficientNetLite(nn.Module):
@@ -87,10 +66,8 @@ class EfficientNetLite(nn.Module):
         for i, stage in enumerate(self.stages, start=1):
             for j in range(stage.blocks):
                 stride = stage.stride if j == 0 else 1
-                block = _InvertedResidual(
-                    stage.expansion, stage.width, stride, stage.window, layers, name=f"stage{i}_{j}"
-                )
-                x = block(x)
+                block = (stage.expansion, stage.width, stride, layers, stage.window)
+                x = InvertedResidual(*block, name=f"stage{i}_{j}")(x)
         x = layers.pointwise_conv(self.head_width, "head")(x)
         x = nn.relu6(layers.batch_norm("head_norm")(x))
         features = x.mean(axis=(1, 2), dtype=jnp.float32)
@@ -129,15 +106,9 @@ def efficientnet_lite(
     ]
     scaled = [
         stage._replace(
-            width=_rounded(width * stage.width),
+            width=rounded_width(width * stage.width),
             blocks=stage.blocks if stage in (stages[0], stages[-1]) else math.ceil(depth * stage.blocks),
         )
         for stage in stages
     ]
     return EfficientNetLite(tuple(scaled), num_classes, **options)
-
-
-def _rounded(width: float) -> int:
-    """Returns the multiple of 8 that is nearest, but not below nine tenths."""
-    rounded = max(8, int(width + 4) // 8 * 8)
-    return rounded + 8 if rounded < 0.9 * width else rounded

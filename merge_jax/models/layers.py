@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-__all__ = ["Conv3x3", "DepthwiseConv", "Layers", "Padding"]
+__all__ = ["Conv3x3", "DepthwiseConv", "Layers", "Padding", "rounded_width"]
 
 Padding = Literal["even", "same"]
 """Of convolutions: as much on every side, as in PyTorch; or TensorFlow's SAME, where a stride of 2 pads an even size
@@ -199,3 +199,9 @@ class DepthwiseConv(nn.Module):
         if self.use_bias:
             y += self.param("bias", nn.initializers.zeros, (channels,)).astype(self.dtype)[None, None, None]
         return y
+
+
+def rounded_width(width: float) -> int:
+    """Returns the multiple of 8 that is nearest to a scaled width, but not below nine tenths of it."""
+    rounded = max(8, int(width + 4) // 8 * 8)
+    return rounded + 8 if rounded < 0.9 * width else rounded

@@ -1,4 +1,4 @@
-"""MobileNetV2 for small images (Sandler et al., arXiv:1801.04381): two networks of that name, which differ."""
+"""MobileNetV2 (Sandler et al., arXiv:1801.04381): the original, and two for small images that go by its name."""
 
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from merge_jax.checks import check_choice
-from merge_jax.models.layers import Layers
+from merge_jax.models.inverted_residual import InvertedResidual
+from merge_jax.models.layers import Layers, Padding, rounded_width
 
 __all__ = [
     "InvertedResidualStage",
@@ -15,6 +16,7 @@ __all__ = [
     "Stem",
     "mobilenet_v2",
     "mobilenet_v2_half",
+    "mobilenet_v2_imagenet",
     "small_mobilenet_v2",
 ]
 
@@ -31,28 +33,6 @@ class InvertedResidualStage(NamedTuple):
     stride: int
 
 
-class _InvertedResidual(nn.Module):
-    """Expand (1x1), filter (3x3 depthwise), project (1x1), `[B, H, W, C] -> [B, H/s, W/s, width]`."""
-
-    expansion: int
-    width: int
-    stride: int
-    use_bias: bool
-    clipped: bool
-    layers: Layers
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        activation = nn.relu6 if self.clipped else nn.relu
-        y = self.layers.pointwise_conv(self.expansion * x.shape[-1], "expand", use_bias=self.use_bias)(x)
-        y = activation(self.layers.batch_norm("expand_norm")(y))
-        y = self.layers.depthwise_conv(self.stride, "depthwise", use_bias=self.use_bias)(y)
-        y = activation(self.layers.batch_norm("depthwise_norm")(y))
-        y = self.layers.pointwise_conv(self.width, "project", use_bias=self.use_bias)(y)
-        y = self.layers.batch_norm("project_norm")(y)
-        return x + y if self.stride == 1 and x.shape[-1] == self.width else y
-
-
 class MobileNetV2(nn.Module):
     """MobileNetV2, images `[B, H, W, C]` to logits `[B, num_classes]`, float32.
 
@@ -67,6 +47,10 @@ class MobileNetV2(nn.Module):
       stem: the first layer.
       use_bias: whether convolutions have biases, idle as they are before a BatchNorm.
       clipped: whether activations are `min(relu(x), 6)`, and not `relu(x)`.
+      expands_by_one: whether blocks of expansion 1 have an `expand`.
+      padding: of the convolutions with a window.
+      momentum: of the running statistics of BatchNorm, what they keep of themselves at a step.
+      epsilon: of BatchNorm.
       dtype: of the computation up to the features, e.g. bfloat16; parameters and logits are float32.
       axis_name: the `pmap` axis over which BatchNorm takes the batch's statistics, if any.
     """
@@ -78,6 +62,10 @@ class MobileNetV2(nn.Module):
     stem: Stem = "padded_1x1"
     use_bias: bool = True
     clipped: bool = True
+    expands_by_one: bool = True
+    padding: Padding = "even"
+    momentum: float = 0.9
+    epsilon: float = 1e-5
     dtype: Any = jnp.float32
     axis_name: str | None = None
 
@@ -85,7 +73,7 @@ class MobileNetV2(nn.Module):
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         """Maps images `[B, H, W, C]` to logits `[B, num_classes]`; `train` takes the batch's statistics."""
         check_choice("stem", self.stem, get_args(Stem))
-        layers = Layers(self.dtype, self.axis_name, train)
+        layers = Layers(self.dtype, self.axis_name, train, self.momentum, self.epsilon, self.padding)
         activation = nn.relu6 if self.clipped else nn.relu
         if self.stem == "padded_1x1":
             x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
@@ -96,8 +84,12 @@ class MobileNetV2(nn.Module):
         for i, stage in enumerate(self.stages, start=1):
             for j in range(stage.blocks):
                 stride = stage.stride if j == 0 else 1
-                x = _InvertedResidual(
-                    stage.expansion, stage.width, stride, self.use_bias, self.clipped, layers, name=f"stage{i}_{j}"
+                x = InvertedResidual(
+                    *(stage.expansion, stage.width, stride, layers),
+                    expands_by_one=self.expands_by_one,
+                    use_bias=self.use_bias,
+                    clipped=self.clipped,
+                    name=f"stage{i}_{j}",
                 )(x)
         x = layers.pointwise_conv(self.head_width, "head", use_bias=self.use_bias)(x)
         x = activation(layers.batch_norm("head_norm")(x))
@@ -141,6 +133,29 @@ def mobilenet_v2_half(num_classes: int = 100, **options: Any) -> MobileNetV2:
         InvertedResidualStage(6, 160, 1, 1),
     )
     return MobileNetV2(stages, num_classes, stem_width=16, stem="strided_3x3", use_bias=False, clipped=False, **options)
+
+
+def mobilenet_v2_imagenet(num_classes: int = 1000, width: float = 1.0, **options: Any) -> MobileNetV2:
+    """Returns the MobileNetV2 of the paper, for ImageNet; 3,504,872 parameters at 1000 classes and 3 channels.
+
+    As torchvision and timm have it: strides of 32 together, no expansion in the first block, no biases. That of Keras
+    has `padding="same"`, `epsilon=1e-3` and `momentum=0.999`.
+
+    Args:
+      num_classes: size of the output.
+      width: multiplies the channels, rounded to multiples of 8; the last 1280 are at least as many.
+      **options: other attributes of `MobileNetV2`.
+
+    Raises:
+      ValueError: a width that is not above 0.
+    """
+    if not width > 0:
+        raise ValueError(f"width must be above 0, got {width}")
+    stages = [(1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1)]
+    scaled = [InvertedResidualStage(t, rounded_width(width * c), n, s) for t, c, n, s in stages]
+    sizes = {"stem_width": rounded_width(width * 32), "head_width": rounded_width(max(1, width) * 1280)}
+    as_there: dict[str, Any] = {"stem": "strided_3x3", "use_bias": False, "expands_by_one": False}
+    return MobileNetV2(tuple(scaled), num_classes, **{**sizes, **as_there, **options})
 
 
 def small_mobilenet_v2(num_classes: int = 10, num_stages: int = 3, **options: Any) -> MobileNetV2:

@@ -25,6 +25,8 @@ ImageModelName = Literal[
     "small_mobilenet_v2",
     "mobilenet_v2",
     "mobilenet_v2_half",
+    "mobilenet_v2_imagenet",
+    "mobilenet_v2_imagenet_half",
     "efficientnet_lite0",
     "efficientnet_lite0_half",
 ]

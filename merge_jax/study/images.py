@@ -169,6 +169,8 @@ def make_model(
         # The original's momentum of 0.99 is for longer runs than these.
         width = 0.5 if name.endswith("_half") else 1.0
         return mj.models.efficientnet_lite(num_classes, width, momentum=0.9, **options)
+    if name.startswith("mobilenet_v2_imagenet"):
+        return mj.models.mobilenet_v2_imagenet(num_classes, 0.5 if name.endswith("_half") else 1.0, **options)
     if name == "resnet18_quarter":
         return mj.models.resnet18(num_classes, width=0.25, **options)
     if name.startswith("small_"):

@@ -11,7 +11,8 @@ __all__ = ["Layer", "Norm", "Unsolvable", "find_layer", "is_state", "varying_axe
 
 _ALIASES = {"convert_element_type", "copy", "copy_p", "stop_gradient", "optimization_barrier"}
 _MOVES = {"broadcast_in_dim", "reshape", "squeeze", "expand_dims", "slice", "transpose", "neg"}
-_ALONG = {"add", "add_any", "sub", "mul", "div", "neg", "reshape", "squeeze", "expand_dims", "transpose"} | _ALIASES
+_VIEWS = {"reshape", "squeeze", "expand_dims", "transpose"} | _ALIASES
+_ALONG = {"add", "add_any", "sub", "mul", "div", "neg"} | _VIEWS
 
 
 class Unsolvable(Exception):  # noqa: N818  # It is a reason, and ends up in a report.
@@ -174,6 +175,10 @@ def _way(program: Program, start: int, *, through_data: bool) -> tuple[list[tupl
     while True:
         users = program.users[value]
         equation = program.equations[users[0]] if len(users) == 1 and users[0] >= 0 else None
+        if equation is not None and _is_dense(equation) and any(one not in program.data for one in equation.reads):
+            while way and way[-1][0].name in _VIEWS:  # They are the next kernel's, which takes it as rows.
+                value = way.pop()[1]
+            return way, value
         if equation is None or equation.name not in _ALONG or len(equation.outputs) != 1:
             return way, value
         if equation.name == "div" and equation.inputs[0] != value:
