@@ -3,7 +3,7 @@
 import functools
 import math
 import string
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Literal
 
 import jax
@@ -15,7 +15,7 @@ from merge_jax.transfers.channel_axes import ChannelGraph
 from merge_jax.transfers.weight_selection import choice_matrix, evenly_chosen
 from merge_jax.types import Adapter
 
-__all__ = ["ChannelChoice", "even_adapter", "fitted_adapter"]
+__all__ = ["ChannelChoice", "directions", "even_adapter", "fitted_adapter"]
 
 ChannelChoice = Literal["moments", "magnitude", "random", "even"]
 
@@ -95,15 +95,54 @@ def fitted_adapter(
             given = tuple(jnp.tensordot(outputs[around], one, 1, precision=_PRECISION) for one in given)
             indices = jax.vmap(functools.partial(choose, count=m))(*given)
             outputs[name] = jax.nn.one_hot(indices, p, dtype=jnp.float32)
+    return _adapter(plan, outputs, _reconstructed(plan, chosen, source_graph, moments, outputs))
+
+
+def directions(
+    plan: AlignmentPlan,
+    streams: Collection[str],
+    source_graph: ChannelGraph,
+    moments: Mapping[str, jax.Array],
+    source: Mapping[str, jax.Array],
+    adapter: Adapter,
+) -> tuple[Adapter, Adapter]:
+    """Returns the adapter to align by, and the one whose outputs are what the target is to have, of these streams.
+
+    There they are the orthonormal directions of the largest second moments, `A = U V^T` of the leading eigenvectors
+    `V`, turned toward the channels that the adapter chose: what is aligned stays a prior. Layers that read the stream
+    are aligned to these; what makes it is aligned to channels, since a norm on the way has numbers of channels. Which
+    directions are taken is not differentiated, as the choice of channels is not.
+    """
+    outputs = dict(adapter["outputs"])
+    for name in sorted(outputs.keys() & set(streams)):
+        (m, _), group, _ = plan.pairs[name]
+        if found := _group_moments(group, False, source_graph, moments, source):
+            largest = jnp.linalg.eigh(lax.stop_gradient(sum(found[1:], found[0])))[1][:, -m:]
+            left, _, right = jnp.linalg.svd(jnp.matmul(outputs[name], largest, precision=_PRECISION))
+            turned = jnp.matmul(left, right, precision=_PRECISION)
+            outputs[name] = lax.stop_gradient(jnp.matmul(turned, largest.T, precision=_PRECISION))
+    inputs = adapter["inputs"] | _reconstructed(plan, set(streams), source_graph, moments, outputs)
+    return {**adapter, "inputs": inputs}, {**adapter, "inputs": inputs, "outputs": outputs}
+
+
+def _reconstructed(
+    plan: AlignmentPlan,
+    chosen: set[str],
+    graph: ChannelGraph,
+    moments: Mapping[str, jax.Array],
+    outputs: Mapping[str, jax.Array],
+) -> dict[str, jax.Array]:
+    """Returns `R` of the leaves that read a pair whose channels were chosen."""
     inputs = {}
     for leaf in plan.leaves:
-        if leaf.source in moments and chosen.intersection(str(leaf.axes[i].pair) for i in leaf.reading):
+        pairs = [str(leaf.axes[i].pair) for i in leaf.reading]
+        if leaf.source in moments and chosen.intersection(pairs) and outputs.keys() >= set(pairs):
             matrix = _chosen_inputs(leaf, outputs)
             half = matrix.ndim // 2
             rows, columns = math.prod(matrix.shape[:half]), math.prod(matrix.shape[half:])
-            own_moments = _leaf_moments(leaf, source_graph, moments).reshape(columns, columns)
+            own_moments = _leaf_moments(leaf, graph, moments).reshape(columns, columns)
             inputs[leaf.input_name] = _reconstruction(own_moments, matrix.reshape(rows, columns)).reshape(matrix.shape)
-    return _adapter(plan, outputs, inputs)
+    return inputs
 
 
 def _checked(path: str, graph: ChannelGraph, moments: Mapping[str, jax.Array], shape: tuple[int, ...]) -> jax.Array:
@@ -199,8 +238,8 @@ def _choose(moments: jax.Array, sizes: jax.Array, count: int) -> jax.Array:
 
 
 def _reconstruction(moments: jax.Array, chosen: jax.Array) -> jax.Array:
-    """Returns `R [m, p]` of `fit`, for channels that are chosen by the rows of a matrix; rows of zeros choose none."""
+    """Returns `R [m, p]` of `fit`, for what the rows of a matrix choose, of length 1; rows of zeros choose none."""
     crossed = jnp.matmul(chosen, moments, precision=_PRECISION)
     among = jnp.matmul(crossed, chosen.T, precision=_PRECISION)
-    ridge = _RIDGE * jnp.trace(among) / jnp.sum(chosen) + 1e-30
+    ridge = _RIDGE * jnp.trace(among) / jnp.sum(jnp.any(chosen != 0, axis=1)) + 1e-30
     return jnp.linalg.solve(among + ridge * jnp.eye(among.shape[0]), crossed)

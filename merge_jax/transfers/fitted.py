@@ -16,15 +16,16 @@ from jax import lax
 from merge_jax.checks import check_at_least_one, error_context
 from merge_jax.paths import flatten, replace
 from merge_jax.transfers.aligned import aligned_transfer
-from merge_jax.transfers.alignment_fit import ChannelChoice
+from merge_jax.transfers.alignment_fit import ChannelChoice, directions
 from merge_jax.transfers.alignment_plan import plan_alignment
 from merge_jax.transfers.channel_trace import ChannelTrace
 from merge_jax.transfers.channels import input_moments
+from merge_jax.transfers.followed import FollowedModel
 from merge_jax.transfers.layer_sites import is_state
 from merge_jax.transfers.layerwise import kernel_routes
 from merge_jax.transfers.pairing import resolve
 from merge_jax.transfers.program import Program
-from merge_jax.transfers.refit_plan import FollowedModel, RefitPlan, Site, plan_refit
+from merge_jax.transfers.refit_plan import RefitPlan, Site, plan_refit
 from merge_jax.transfers.refit_solve import (
     add_moments,
     batch_moments,
@@ -139,7 +140,8 @@ def refit(
               (("source", source, source_variables), ("target", target, target_variables))]  # fmt: skip
     named_routes = _with_state(routes, source_variables, target_variables)
     resolved = resolve(named_routes, source_variables, target_variables)
-    plan = plan_refit(plan_alignment(resolved, models[0].graph, models[1].graph), *models)
+    alignment = plan_alignment(resolved, models[0].graph, models[1].graph)
+    plan = plan_refit(alignment, *models)
     if not plan.sites:
         reasons = "; ".join(f"{path}: {why}" for path, why in plan.kept.items())
         raise ValueError(f"nothing of the target can be solved for. {reasons}")
@@ -162,9 +164,14 @@ def refit(
         if axis_name is not None:
             moments = lax.pmean(moments, axis_name)
         adapter = fit_transfer(moments, source_variables, target_variables)
+        wanted = adapter
+        if choice == "moments":
+            adapter, wanted = directions(
+                alignment, plan.streams, models[0].graph, moments, flatten(source_variables), adapter
+            )
         written = transfer.apply(adapter, source_variables, target_variables)
         leaves, solved = walk.run(
-            adapter,
+            wanted,
             dict(zip(walk.source.leaves.values(), flatten(source_variables).values(), strict=True)),
             dict(zip(walk.target.leaves.values(), flatten(written).values(), strict=True)),
             *_in_batches(inputs, size),

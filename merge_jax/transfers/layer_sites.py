@@ -7,12 +7,12 @@ import numpy as np
 
 from merge_jax.transfers.program import Constant, Equation, Program
 
-__all__ = ["Layer", "Norm", "Unsolvable", "find_layer", "is_state", "varying_axes"]
+__all__ = ["ALIASES", "VIEWS", "Layer", "Norm", "Unsolvable", "find_layer", "is_dense", "is_state", "varying_axes"]
 
-_ALIASES = {"convert_element_type", "copy", "copy_p", "stop_gradient", "optimization_barrier"}
+ALIASES = {"convert_element_type", "copy", "copy_p", "stop_gradient", "optimization_barrier"}
 _MOVES = {"broadcast_in_dim", "reshape", "squeeze", "expand_dims", "slice", "transpose", "neg"}
-_VIEWS = {"reshape", "squeeze", "expand_dims", "transpose"} | _ALIASES
-_ALONG = {"add", "add_any", "sub", "mul", "div", "neg"} | _VIEWS
+VIEWS = {"reshape", "squeeze", "expand_dims", "transpose"} | ALIASES
+_ALONG = {"add", "add_any", "sub", "mul", "div", "neg"} | VIEWS
 
 
 class Unsolvable(Exception):  # noqa: N818  # It is a reason, and ends up in a report.
@@ -74,7 +74,7 @@ def find_layer(program: Program, leaf: str) -> Layer:
     if not meets:
         raise Unsolvable("nothing that is computed from the inputs meets it")
     equations = [program.equations[place] for place in meets]
-    dense = [one for one in equations if _is_dense(one)]
+    dense = [one for one in equations if is_dense(one)]
     if dense and (len(equations) > 1 or [linear[one] for one in dense[0].reads if one in linear] != ["whole"]):
         raise Unsolvable("it is used in several places, or reshaped before it is used")
     if all(one.name in ("add", "add_any", "sub") for one in equations):
@@ -121,7 +121,7 @@ def _linear_in(program: Program, leaf: str) -> dict[int, str]:
         if any(value in program.data for value in equation.outputs):
             continue
         read = [value for value in equation.reads if value in found]
-        alias = equation.name in _ALIASES and len(equation.outputs) == 1
+        alias = equation.name in ALIASES and len(equation.outputs) == 1
         moved = equation.name in _MOVES
         scaled = len(read) == 1 and (equation.name == "mul" or (equation.name == "div" and equation.inputs[0] in found))
         scaled = scaled and not any(leaf in program.leaves_of[value] for value in equation.reads if value not in found)
@@ -154,7 +154,8 @@ def _makes_data(program: Program, equation: Equation) -> bool:
     return any(value in program.data for value in equation.outputs)
 
 
-def _is_dense(equation: Equation) -> bool:
+def is_dense(equation: Equation) -> bool:
+    """Returns whether an operation sums over channels, with a kernel or with other data."""
     return equation.name == "dot_general" or (
         equation.name == "conv_general_dilated" and equation.params["feature_group_count"] == 1
     )
@@ -175,8 +176,8 @@ def _way(program: Program, start: int, *, through_data: bool) -> tuple[list[tupl
     while True:
         users = program.users[value]
         equation = program.equations[users[0]] if len(users) == 1 and users[0] >= 0 else None
-        if equation is not None and _is_dense(equation) and any(one not in program.data for one in equation.reads):
-            while way and way[-1][0].name in _VIEWS:  # They are the next kernel's, which takes it as rows.
+        if equation is not None and is_dense(equation) and any(one not in program.data for one in equation.reads):
+            while way and way[-1][0].name in VIEWS:  # They are the next kernel's, which takes it as rows.
                 value = way.pop()[1]
             return way, value
         if equation is None or equation.name not in _ALONG or len(equation.outputs) != 1:

@@ -6,40 +6,12 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from merge_jax.transfers.alignment_plan import AlignedLeaf, AlignmentPlan
-from merge_jax.transfers.channel_axes import ChannelGraph
-from merge_jax.transfers.channel_trace import ChannelTrace
+from merge_jax.transfers.followed import FollowedModel
 from merge_jax.transfers.layer_sites import Layer, Norm, Unsolvable, find_layer, is_state, varying_axes
 from merge_jax.transfers.program import Constant
+from merge_jax.transfers.refit_streams import linear_streams
 
-__all__ = ["ChannelAxis", "FollowedModel", "RefitPlan", "Site", "Unknown", "plan_refit"]
-
-
-class FollowedModel(NamedTuple):
-    """A model whose computation was followed: the trace, and its channel graph."""
-
-    trace: ChannelTrace
-    graph: ChannelGraph
-
-    def examples(self, value: int) -> int | None:
-        """Returns the axis of a value along which the examples lie; None where it cannot be told."""
-        examples = [self.trace.nodes[one][0] for one in self.trace.program.inputs]
-        found = [
-            axis
-            for axis, node in enumerate(self.trace.nodes[value])
-            if any(self.trace.same_axis(node, one) for one in examples)
-        ]
-        return found[0] if len(found) == 1 else None
-
-    def places(self, value: int, groups: Sequence[str]) -> tuple[int, ...]:
-        """Returns the axes of a value that are of these channel groups, one each.
-
-        Raises:
-          Unsolvable: a group that no axis has, or several.
-        """
-        found = [self.trace.channel_group(node) for node in self.trace.nodes[value]]
-        if any(found.count(group) != 1 for group in groups):
-            raise Unsolvable("its channels cannot be told from other axes where it ends")
-        return tuple(found.index(group) for group in groups)
+__all__ = ["ChannelAxis", "RefitPlan", "Site", "Unknown", "plan_refit"]
 
 
 class ChannelAxis(NamedTuple):
@@ -124,10 +96,17 @@ class Site:
 
 
 class RefitPlan(NamedTuple):
-    """The sites in the order of the target's computation, and why the other routed parameters keep what they are."""
+    """What is solved for.
+
+    Attributes:
+      sites: in the order of the target's computation.
+      kept: why the other routed parameters keep what they are.
+      streams: pairs of channel groups whose target gets directions of the source's channels, and not some of them.
+    """
 
     sites: tuple[Site, ...]
     kept: Mapping[str, str]
+    streams: frozenset[str]
 
 
 def plan_refit(alignment: AlignmentPlan, source: FollowedModel, target: FollowedModel) -> RefitPlan:
@@ -153,7 +132,10 @@ def plan_refit(alignment: AlignmentPlan, source: FollowedModel, target: Followed
         if site is not None:
             sites.append(site)
     written = frozenset().union(*(site.leaves for site in sites))
-    return RefitPlan(tuple(sites), {path: why for path, why in kept.items() if path not in written})
+    solved = {one.layer.leaf for site in sites for one in site.unknowns}
+    layers = [layer for members in found.values() for leaf, layer, _ in members if leaf.target in solved]
+    streams = linear_streams(alignment, source, target, layers)
+    return RefitPlan(tuple(sites), {path: why for path, why in kept.items() if path not in written}, streams)
 
 
 def _site(
