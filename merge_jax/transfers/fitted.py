@@ -86,7 +86,11 @@ def refit(
     choice: ChannelChoice = "moments",
     axis_name: str | None = None,
 ) -> Refit:
-    """Returns a target of the source's family that computes what the source does, in closed form and without labels.
+    """Returns a target that computes what the source does, layer by layer, in closed form and without labels.
+
+    They are of one family, or of two whose layers can be paired: a MobileNetV2 has the blocks of an EfficientNet-lite
+    with other windows, widths and numbers of them. A block more than the source's may have the route of its last one
+    too: it is solved for what is still missing at the end of it.
 
     First `aligned_transfer` writes: channels are chosen, alike in all leaves, statistics of norms too. Then the layers
     are walked in the order of the computation. With `X [n, d]` what enters a layer **in the target as written so far**,
@@ -98,12 +102,16 @@ def refit(
     centred, with `W0` the aligned kernel. So each layer makes up for what those before it got wrong. The intercept goes
     to the bias or the norm on the way. Running statistics become those of the same inputs, and gain and bias of the
     norm make up for them; a norm without both keeps the aligned ones.
+    Where linear layers alone make and read channels, as between the blocks of a MobileNetV2, nothing tells a channel
+    from any other direction: there `T` is what the source has along as many orthonormal directions, those of its largest
+    second moments, turned toward the channels that were chosen (for the choice `moments`).
     Kernels that end in one sum, such as the last of a residual block and its shortcut, are solved jointly. What
     has its own numbers for each channel, the gain and bias of a LayerNorm or a depthwise kernel, is solved channel by
     channel. The last layer, where it is routed and labels are shared, is solved to the source's logits.
 
     Sources: least squares after matching (PLeaS, arXiv:2407.02447), from what enters in the merged model so far
-    (RegMean++, arXiv:2508.03121). To walk any two computations by their channel graphs is our choice.
+    (RegMean++, arXiv:2508.03121). To walk any two computations by their channel graphs is our choice, and so are the
+    directions: they keep more of such a stream than any choice of channels.
 
     It may be jitted, and differentiated with respect to both variables. Moments are gathered over batches: memory for a
     layer is that of `X'X`, beside what all inputs are at two depths of both models, one after the other.

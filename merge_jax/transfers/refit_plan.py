@@ -203,6 +203,8 @@ def _one_site(
     stride = math.prod(rows) // program.shapes[program.inputs[0]].shape[0]
     if batch is not None:
         stride = math.prod(size for axis, size in enumerate(shape) if axis > batch and axis not in places)
+    if not stride:
+        raise Unsolvable("it ends in fewer rows than there are examples")
     leaf_shape, channels = leaf.shapes[0], [one.target for one in axes]
     inputs = _dense_inputs(target, layer, math.prod(rows), groups) if layer.dense else ()
     rest = [axis for axis in range(len(leaf_shape)) if axis not in (*inputs, *channels)]

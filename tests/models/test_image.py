@@ -61,6 +61,9 @@ def outputs_of_layers(model, variables, x):
         (mj.models.mobilenet_v2(100), 2_369_380),
         (mj.models.resnet18(100), 11_220_132),
         (mj.models.mobilenet_v2_half(100), 812_836),
+        (mj.models.mobilenet_v2_imagenet(), 3_504_872),
+        (mj.models.mobilenet_v2_imagenet(width=0.5), 1_968_680),
+        (mj.models.mobilenet_v2_imagenet(width=1.4), 6_108_776),
     ],
 )
 def test_published_models_have_the_published_number_of_parameters(model, expected):

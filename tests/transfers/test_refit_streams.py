@@ -1,0 +1,154 @@
+"""Streams that only linear layers make and read: which they are, and that the refit takes directions of them."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import merge_jax as mj
+from merge_jax.models.mobilenet import InvertedResidualStage
+from merge_jax.transfers import fitted
+from tests.helpers import jitted_init
+
+RNG = np.random.default_rng(0)
+X = jnp.asarray(RNG.normal(size=(100, 2, 6)) @ RNG.normal(size=(6, 6)), jnp.float32)
+ROUTES = ("down/kernel", "up/kernel", "last/kernel")
+
+
+def params_of(stream, hidden, seed):
+    rng = np.random.default_rng(seed)
+    shapes = {"down": (6, stream), "around": (6, stream), "up": (stream, hidden), "last": (hidden, 3)}
+    found = {name: {"kernel": rng.normal(size=shape).astype(np.float32) / 2} for name, shape in shapes.items()}
+    for name in ("scale", "bias"):
+        found["norm"] = found.get("norm", {}) | {name: rng.normal(size=stream).astype(np.float32) + 1}
+    return found
+
+
+def with_stream(use, fn=lambda params, stream: stream):
+    """A network whose stream is made by `use`, gone through by `fn`, and read by an activation's layer."""
+
+    def apply(params, x):
+        kernels = {name: one["kernel"] for name, one in params.items() if name != "norm"}
+        stream = fn(params, use(kernels, params["norm"], x))
+        return jax.nn.relu(stream @ kernels["up"]) @ kernels["last"]
+
+    return apply
+
+
+def down(kernels, norm, x):
+    return x @ kernels["down"]
+
+
+def normed(kernels, norm, x):
+    return x @ kernels["down"] * norm["scale"][None, None] + norm["bias"][None, None]
+
+
+def summed(kernels, norm, x):
+    return x @ kernels["down"] + x @ kernels["around"]
+
+
+def channels(x):
+    return jnp.arange(x.shape[-1])[None, None]
+
+
+STREAMS = {
+    "one layer": (with_stream(down), True),
+    "a norm on the way": (with_stream(normed), True, "norm/scale", "norm/bias"),
+    "a residual sum": (with_stream(summed), True, "around/kernel"),
+    "a residual sum of which one has no route": (with_stream(summed), False),
+    "a number for all": (with_stream(down, lambda params, x: x / 2), True),
+    "rows in another form": (with_stream(down, lambda params, x: x.reshape(-1, x.shape[-1])), True),
+    "a mean over places": (with_stream(down, lambda params, x: x.mean(1)), True),
+    "an activation": (with_stream(down, lambda params, x: jax.nn.relu(x)), False),
+    "a sum over channels": (with_stream(down, lambda params, x: x - x.mean(-1, keepdims=True)), False),
+    "a scale that is no layer's": (with_stream(down, lambda params, x: jnp.tanh(x @ jnp.eye(x.shape[-1])) + x), False),
+    "a product of two": (with_stream(down, lambda params, x: x * x), False),
+    "numbers of channels before its end": (with_stream(down, lambda params, x: x * channels(x) + channels(x)), True),
+    "numbers of channels after its end": (with_stream(down, lambda params, x: x + x * channels(x)), False),
+    "numbers that are added after its end": (with_stream(down, lambda params, x: x + (x + channels(x))), False),
+}
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_a_stream_is_linear_where_no_operation_tells_its_channels_apart(name, monkeypatch):
+    fn, expected, *more = STREAMS[name]
+    routes = {path: path for path in (*ROUTES, *more)}
+    plans = []
+    plan = lambda *of: plans.append(fitted_plan(*of)) or plans[-1]  # noqa: E731
+    fitted_plan = fitted.plan_refit
+    monkeypatch.setattr(fitted, "plan_refit", plan)
+    monkeypatch.setattr(fitted._Walk, "run", lambda walk, adapter, source, target, *inputs: (target, {}))
+    try:
+        mj.refit(routes, fn, fn, params_of(5, 8, 0), params_of(3, 6, 1), X)
+    except ValueError as error:
+        assert "cannot be followed" in str(error)  # noqa: PT017  # Then there is nothing to refit.
+        assert not expected
+    else:
+        assert bool(plans[0].streams) == expected
+
+
+def stream_of(params, x):
+    return np.asarray(x @ params["down"]["kernel"]).reshape(-1, params["down"]["kernel"].shape[1])
+
+
+@functools.cache
+def refitted(choice):
+    fn = STREAMS["one layer"][0]
+    given = params_of(5, 8, 0), params_of(3, 8, 1)
+    return given[0], mj.refit(
+        dict(zip(ROUTES, ROUTES, strict=True)), fn, fn, *given, X, choice=choice, ridge=1e-6
+    ).variables
+
+
+def test_the_target_has_the_directions_of_the_largest_moments():
+    source, target = refitted("moments")
+    whole, own = stream_of(source, X), stream_of(target, X)
+    wanted = whole @ np.linalg.eigh(whole.T @ whole)[1][:, -3:]
+    # The same space: what the one has is had from the other.
+    found, *_ = np.linalg.lstsq(own, wanted, rcond=None)
+    np.testing.assert_allclose(own @ found, wanted, atol=1e-2 * np.abs(wanted).max())
+    # And turned by no more than it must be: of orthonormal directions, whose lengths are the source's.
+    np.testing.assert_allclose(np.linalg.norm(own), np.linalg.norm(wanted), rtol=1e-2)
+
+
+def test_directions_come_nearer_than_channels():
+    fn = STREAMS["one layer"][0]
+
+    def error(choice):
+        source, target = refitted(choice)
+        return float(jnp.mean(jnp.square(fn(source, X) - fn(target, X))))
+
+    assert error("moments") < 0.7 * error("magnitude")
+
+
+def test_what_is_chosen_is_no_function_that_is_differentiated():
+    fn, source, target = STREAMS["one layer"][0], params_of(5, 8, 0), params_of(3, 6, 1)
+    source["down"]["kernel"][:, 3:] = 0  # Moments of which three eigenvalues are one: 0.
+
+    def loss(source):
+        return jnp.sum(
+            jnp.square(fn(mj.refit(dict(zip(ROUTES, ROUTES, strict=True)), fn, fn, source, target, X).variables, X))
+        )
+
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.grad(loss)(source)))
+
+
+def mobile(blocks, width, **options):
+    stages = (InvertedResidualStage(1, width, 1, 1), InvertedResidualStage(2, width, blocks, 2))
+    return mj.models.MobileNetV2(stages, 4, stem_width=width, head_width=4 * width, **options)
+
+
+def test_a_block_more_reaches_the_end_of_a_stage_again():
+    """The rows that the next kernel takes are its own: the end of a stage is one value with that of any block."""
+    images = jnp.asarray(RNG.normal(size=(40, 8, 8, 1)), jnp.float32)
+    source, target = mobile(1, 8, use_bias=False), mobile(2, 4, use_bias=False)
+    given = [
+        {name: one for name, one in jitted_init(model, 0, images).items() if name != "intermediates"}
+        for model in (source, target)
+    ]
+    blocks = {"stage1_0": "stage1_0", "stage2_0": "stage2_0", "stage2_1": "stage2_0"}
+    routes = {f"{block}/**": f"{other}/**" for block, other in {"stem*": "stem*", "head*": "head*", **blocks}.items()}
+    made = mj.refit(routes, source.apply, target.apply, *given, images)
+    assert {f"params/stage2_{i}/project/kernel" for i in (0, 1)} <= made.solved.keys()
