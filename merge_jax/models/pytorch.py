@@ -1,28 +1,70 @@
-"""Weights of image networks between files of PyTorch models and the networks here; one table for both ways."""
+"""Weights of image networks between files of PyTorch models and the networks here; a table of names for both ways."""
 
 import os
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 from merge_jax.checkpoints.torch_files import load_weights
+from merge_jax.checks import check_choice
 from merge_jax.layouts import MatrixSpec, as_matrix, from_matrix, matrix_spec
 from merge_jax.paths import flatten, natural_order, near_misses, replace, some_of
 
 __all__ = ["PretrainedVariables", "from_pytorch", "to_pytorch"]
 
+Library = Literal["efficientnet_lite_pytorch", "timm", "torchvision"]
+"""Whose names tensors have."""
+
 _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
-# Of efficientnet_lite_pytorch, which numbers blocks through all stages.
-_MODULES = {"stem": "_conv_stem", "stem_norm": "_bn0", "head": "_conv_head", "head_norm": "_bn1", "fc": "_fc"}
-_BLOCK = {
-    "expand": "_expand_conv",
-    "expand_norm": "_bn0",
-    "depthwise": "_depthwise_conv",
-    "depthwise_norm": "_bn1",
-    "project": "_project_conv",
-    "project_norm": "_bn2",
+
+
+class _Names(NamedTuple):
+    """The names that a library gives to the modules of networks of inverted residuals.
+
+    Attributes:
+      modules: those outside of blocks.
+      block: what comes before those of a block, of its `number` in all stages, its `stage` and `place` in it, from 0.
+      parts: those of a block.
+      unexpanded: the same of a block without an expansion, where they are others.
+    """
+
+    modules: Mapping[str, str]
+    block: str
+    parts: Mapping[str, str]
+    unexpanded: Mapping[str, str]
+
+
+_FILTER = ("depthwise", "depthwise_norm", "project", "project_norm")
+_PARTS = ("expand", "expand_norm", *_FILTER)
+_MODULES = ("stem", "stem_norm", "head", "head_norm", "fc")
+
+
+def _named(names: Sequence[str], theirs: str) -> dict[str, str]:
+    return dict(zip(names, theirs.split(), strict=True))
+
+
+_LIBRARIES = {
+    "efficientnet_lite_pytorch": _Names(
+        _named(_MODULES, "_conv_stem _bn0 _conv_head _bn1 _fc"),
+        "_blocks.{number}.",
+        _named(_PARTS, "_expand_conv _bn0 _depthwise_conv _bn1 _project_conv _bn2"),
+        {},
+    ),
+    "timm": _Names(
+        _named(_MODULES, "conv_stem bn1 conv_head bn2 classifier"),
+        "blocks.{stage}.{place}.",
+        _named(_PARTS, "conv_pw bn1 conv_dw bn2 conv_pwl bn3"),
+        _named(_FILTER, "conv_dw bn1 conv_pw bn2"),
+    ),
+    "torchvision": _Names(
+        _named(_MODULES, "features.0.0 features.0.1 features.{last}.0 features.{last}.1 classifier.1"),
+        "features.{next}.conv.",
+        _named(_PARTS, "0.0 0.1 1.0 1.1 2 3"),
+        _named(_FILTER, "0.0 0.1 1 2"),
+    ),
 }
 _COUNTER = "num_batches_tracked"  # Of each BatchNorm; no computation in evaluation reads it.
 
@@ -42,7 +84,11 @@ class PretrainedVariables(NamedTuple):
 
 
 def from_pytorch(path: str | os.PathLike[str], variables: Any) -> PretrainedVariables:
-    """Returns the variables of an `EfficientNetLite` with the weights of `efficientnet_lite_pytorch`'s.
+    """Returns the variables of an `EfficientNetLite` or a `MobileNetV2` with the weights of a PyTorch library's.
+
+    The library is told by the names in the file: `efficientnet_lite_pytorch`, `timm` (`tf_efficientnet_lite0` to 4,
+    `mobilenetv2_050` to 140) or `torchvision` (`mobilenet_v2`). What names do not tell, the model has to have: padding
+    and the epsilon of BatchNorm are as in `efficientnet_lite` and `mobilenet_v2_imagenet`.
 
     Every tensor is taken, with the statistics of BatchNorm, or named as left. The last layer keeps its values where the
     file's has another number of classes. Leaves keep the dtype of `variables`.
@@ -57,8 +103,8 @@ def from_pytorch(path: str | os.PathLike[str], variables: Any) -> PretrainedVari
         shape or no floats; variables of another model.
     """
     leaves = flatten(variables)
-    names = _names(leaves)
     tensors = {name.replace("/", "."): tensor for name, tensor in flatten(load_weights(path)).items()}
+    names = max((_names(leaves, library) for library in _LIBRARIES), key=lambda of: len(tensors.keys() & of.values()))
     missing = [name for name in names.values() if name not in tensors]
     if missing:
         known = near_misses(missing[0], tensors)
@@ -84,19 +130,21 @@ def from_pytorch(path: str | os.PathLike[str], variables: Any) -> PretrainedVari
     return PretrainedVariables(replace(variables, taken), tuple(kept), left)
 
 
-def to_pytorch(variables: Any) -> dict[str, np.ndarray]:
+def to_pytorch(variables: Any, library: Library = "efficientnet_lite_pytorch") -> dict[str, np.ndarray]:
     """Returns a model's variables by the names and in the layout that `from_pytorch` reads, for `save_safetensors`.
 
     Counters of BatchNorm are left out; PyTorch's `load_state_dict` asks for them unless it is not strict.
 
     Args:
-      variables: of an `EfficientNetLite`.
+      variables: of an `EfficientNetLite` or a `MobileNetV2`.
+      library: whose names.
 
     Raises:
-      ValueError: variables of another model.
+      ValueError: variables of another model, or an unknown library.
     """
+    check_choice("library", library, _LIBRARIES)
     tensors, leaves = {}, flatten(variables)
-    for leaf, name in _names(leaves).items():
+    for leaf, name in _names(leaves, library).items():
         array: Any = np.asarray(leaves[leaf])
         spec, shape = _layout(leaf, array.shape)
         tensors[name] = np.ascontiguousarray(as_matrix(array, spec)).reshape(shape)
@@ -107,21 +155,26 @@ def _is_last(leaf: str) -> bool:
     return leaf.startswith("params/fc/")
 
 
-def _names(leaves: Mapping[str, Any]) -> dict[str, str]:
+def _names(leaves: Mapping[str, Any], library: str) -> dict[str, str]:
     """Returns the name of the tensor that is each leaf of ours."""
     blocks = sorted({leaf.split("/")[1] for leaf in leaves if leaf.count("/") == 3}, key=natural_order)
-    names = {}
+    theirs, names = _LIBRARIES[library], {}
     for leaf in leaves:
         _, *modules, kind = leaf.split("/")
         *block, module = modules or [""]
-        table = _BLOCK if block else _MODULES
-        if module not in table or kind not in _LEAVES:
+        expanded = not block or f"params/{block[0]}/expand/kernel" in leaves
+        table = theirs.modules if not block else theirs.parts if expanded else theirs.unexpanded or theirs.parts
+        if module not in table or kind not in _LEAVES or (block and not re.fullmatch(r"stage\d+_\d+", block[0])):
             raise ValueError(
-                f"variables have the leaf {leaf!r}, which an EfficientNetLite has not: give {{'params': ..., "
-                "'batch_stats': ...}} of one"
+                f"variables have the leaf {leaf!r}, which no EfficientNetLite or MobileNetV2 of these libraries has:"
+                " give {'params': ..., 'batch_stats': ...} of one"
             )
-        prefix = f"_blocks.{blocks.index(block[0])}." if block else ""
-        names[leaf] = f"{prefix}{table[module]}.{_LEAVES[kind]}"
+        prefix = ""
+        if block:
+            stage, place = map(int, block[0].removeprefix("stage").split("_"))
+            number = blocks.index(block[0])
+            prefix = theirs.block.format(number=number, next=number + 1, stage=stage - 1, place=place)
+        names[leaf] = f"{prefix}{table[module].format(last=len(blocks) + 1)}.{_LEAVES[kind]}"
     return names
 
 

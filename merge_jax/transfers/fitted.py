@@ -103,7 +103,7 @@ def refit(
     to the bias or the norm on the way. Running statistics become those of the same inputs, and gain and bias of the
     norm make up for them; a norm without both keeps the aligned ones.
     Where linear layers alone make and read channels, as between the blocks of a MobileNetV2, nothing tells a channel
-    from any other direction: there `T` is what the source has along as many orthonormal directions, those of its largest
+    from another direction. There `T` is what the source has along as many orthonormal directions: those of its largest
     second moments, turned toward the channels that were chosen (for the choice `moments`).
     Kernels that end in one sum, such as the last of a residual block and its shortcut, are solved jointly. What
     has its own numbers for each channel, the gain and bias of a LayerNorm or a depthwise kernel, is solved channel by

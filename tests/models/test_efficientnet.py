@@ -10,7 +10,15 @@ import pytest
 
 import merge_jax as mj
 from merge_jax.checkpoints.torch_files import find_weights, load_torch, weight_paths
-from merge_jax.models import EfficientNetLite, EfficientNetStage, efficientnet_lite, from_pytorch, to_pytorch
+from merge_jax.models import (
+    EfficientNetLite,
+    EfficientNetStage,
+    InvertedResidualStage,
+    MobileNetV2,
+    efficientnet_lite,
+    from_pytorch,
+    to_pytorch,
+)
 from merge_jax.models.layers import Conv3x3, DepthwiseConv
 from tests.helpers import jitted_init
 
@@ -228,6 +236,61 @@ def test_weights_go_there_and_back(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, loaded.variables, variables)
 
 
+TINY_MOBILE = functools.partial(
+    MobileNetV2,
+    (InvertedResidualStage(1, 8, 1, 1), InvertedResidualStage(2, 8, 2, 2)),
+    5,
+    stem_width=8,
+    head_width=16,
+    stem="strided_3x3",
+    use_bias=False,
+    expands_by_one=False,
+)
+OF_LIBRARIES = {
+    "timm": {
+        "params/stem/kernel": "conv_stem.weight",
+        "batch_stats/stem_norm/var": "bn1.running_var",
+        "params/stage1_0/depthwise/kernel": "blocks.0.0.conv_dw.weight",
+        "params/stage1_0/project/kernel": "blocks.0.0.conv_pw.weight",
+        "params/stage1_0/project_norm/scale": "blocks.0.0.bn2.weight",
+        "params/stage2_1/expand/kernel": "blocks.1.1.conv_pw.weight",
+        "params/stage2_1/project/kernel": "blocks.1.1.conv_pwl.weight",
+        "batch_stats/stage2_1/project_norm/mean": "blocks.1.1.bn3.running_mean",
+        "params/head_norm/bias": "bn2.bias",
+        "params/fc/bias": "classifier.bias",
+    },
+    "torchvision": {
+        "params/stem/kernel": "features.0.0.weight",
+        "batch_stats/stem_norm/var": "features.0.1.running_var",
+        "params/stage1_0/depthwise/kernel": "features.1.conv.0.0.weight",
+        "params/stage1_0/project/kernel": "features.1.conv.1.weight",
+        "params/stage1_0/project_norm/scale": "features.1.conv.2.weight",
+        "params/stage2_1/expand/kernel": "features.3.conv.0.0.weight",
+        "params/stage2_1/project/kernel": "features.3.conv.2.weight",
+        "batch_stats/stage2_1/project_norm/mean": "features.3.conv.3.running_mean",
+        "params/head_norm/bias": "features.4.1.bias",
+        "params/fc/bias": "classifier.1.bias",
+    },
+}
+
+
+@pytest.mark.parametrize("library", OF_LIBRARIES)
+def test_names_of_other_libraries_are_told_by_the_file(library, tmp_path):
+    variables = random_variables(TINY_MOBILE())
+    tensors, leaves = to_pytorch(variables, library), mj.flatten(variables)
+    assert len(tensors) == len(leaves)
+    for leaf, name in OF_LIBRARIES[library].items():
+        assert np.sort(tensors[name].ravel()).tolist() == np.sort(np.ravel(leaves[leaf])).tolist()
+    loaded = from_pytorch(as_file(tmp_path, tensors), jax.tree.map(jnp.zeros_like, variables))
+    assert (loaded.kept, loaded.left) == ((), ())
+    jax.tree.map(np.testing.assert_array_equal, loaded.variables, variables)
+
+
+def test_an_unknown_library_is_refused():
+    with pytest.raises(ValueError, match="unknown library 'tim'; did you mean 'timm'"):
+        to_pytorch(random_variables(TINY_MOBILE()), "tim")
+
+
 def test_a_last_layer_of_other_classes_is_kept_and_named(tmp_path):
     path = as_file(tmp_path, to_pytorch(random_variables(tiny())))
     start = random_variables(tiny(num_classes=5))
@@ -271,9 +334,9 @@ def test_variables_of_another_network_are_refused(tmp_path):
     path = as_file(tmp_path, to_pytorch(random_variables(tiny())))
     model = mj.models.small_resnet(10)
     other = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
-    with pytest.raises(ValueError, match="which an EfficientNetLite has not"):
+    with pytest.raises(ValueError, match="which no EfficientNetLite or MobileNetV2 of"):
         from_pytorch(path, other)
-    with pytest.raises(ValueError, match="which an EfficientNetLite has not"):
+    with pytest.raises(ValueError, match="which no EfficientNetLite or MobileNetV2 of"):
         to_pytorch(random_variables(tiny())["params"])
 
 
