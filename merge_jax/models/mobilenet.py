@@ -24,6 +24,9 @@ Stem = Literal["padded_1x1", "strided_3x3"]
 """The first layer: a 1x1 convolution with padding 1 (32x32 becomes 34x34), or a 3x3 one with stride 2 (16x16)."""
 
 
+_IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
 class InvertedResidualStage(NamedTuple):
     """A stage of inverted residuals: expansion, output channels, number of blocks, stride of the first."""
 
@@ -53,6 +56,8 @@ class MobileNetV2(nn.Module):
       epsilon: of BatchNorm.
       dtype: of the computation up to the features, e.g. bfloat16; parameters and logits are float32.
       axis_name: the `pmap` axis over which BatchNorm takes the batch's statistics, if any.
+      pixels: mean and deviation of each channel, of pixels in [0, 1], by which the images of pretrained networks were
+        scaled, for `merge_jax.on_pixels`; None where there are none.
     """
 
     stages: tuple[InvertedResidualStage, ...]
@@ -68,6 +73,7 @@ class MobileNetV2(nn.Module):
     epsilon: float = 1e-5
     dtype: Any = jnp.float32
     axis_name: str | None = None
+    pixels: tuple[tuple[float, ...], tuple[float, ...]] | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
@@ -154,7 +160,7 @@ def mobilenet_v2_imagenet(num_classes: int = 1000, width: float = 1.0, **options
     stages = [(1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1)]
     scaled = [InvertedResidualStage(t, rounded_width(width * c), n, s) for t, c, n, s in stages]
     sizes = {"stem_width": rounded_width(width * 32), "head_width": rounded_width(max(1, width) * 1280)}
-    as_there: dict[str, Any] = {"stem": "strided_3x3", "use_bias": False, "expands_by_one": False}
+    as_there = {"stem": "strided_3x3", "use_bias": False, "expands_by_one": False, "pixels": _IMAGENET}
     return MobileNetV2(tuple(scaled), num_classes, **{**sizes, **as_there, **options})
 
 

@@ -229,12 +229,12 @@ def image_classifier(
         return {**batch, "image": crop_flip_rotate(key, batch["image"])}
 
     splits, pixels, pretrained = lru_cache(maxsize=1)(few_labels), data.pixels, None
-    known = isinstance(module, mj.models.EfficientNetLite)
-    if known and pixels is not None and data.shape[-1] == 3:
+    own = getattr(module, "pixels", None)  # Of networks that pretrained weights are known of.
+    if own is not None and pixels is not None and data.shape[-1] == 3:
         # Pretrained weights want the scale of their own images, and a target that takes them over wants it too.
-        pixels = module.pixels
+        pixels = own
     apply = module.apply if pixels is None else mj.on_pixels(module.apply, *pixels)
-    if known:
+    if own is not None:
         pretrained = with_fitted_head(apply, lambda seed: splits(seed).train, data.num_classes)
 
     def pool(seed: int) -> Arrays:

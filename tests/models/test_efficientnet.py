@@ -239,7 +239,7 @@ def test_weights_go_there_and_back(tmp_path):
 TINY_MOBILE = functools.partial(
     MobileNetV2,
     (InvertedResidualStage(1, 8, 1, 1), InvertedResidualStage(2, 8, 2, 2)),
-    5,
+    num_classes=5,
     stem_width=8,
     head_width=16,
     stem="strided_3x3",

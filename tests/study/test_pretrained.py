@@ -11,7 +11,7 @@ from experiments import cross_structure
 from merge_jax.data import Splits
 from merge_jax.study import images, sources
 from merge_jax.study.features import read_features
-from tests.models.test_efficientnet import as_file, random_variables, tiny
+from tests.models.test_efficientnet import TINY_MOBILE, as_file, random_variables, tiny
 
 RANDOM = np.random.default_rng(0)
 LABELS = np.arange(60, dtype=np.int32) % 3
@@ -51,6 +51,19 @@ def test_a_last_layer_of_as_many_classes_is_taken(tmp_path):
 def test_pixels_are_scaled_as_those_of_the_pretrained_network():
     model, variables = classifier(), random_variables(tiny())
     expected = jax.jit(tiny().apply)(variables, (IMAGES[:2].astype(np.float32) - 127) / 128)
+    np.testing.assert_allclose(jax.jit(model.apply)(variables, IMAGES[:2]), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_mobilenet_of_other_names_is_read_and_sees_pixels_as_it_was_trained_on(tmp_path):
+    whole = mj.models.mobilenet_v2_imagenet(3)
+    module = TINY_MOBILE(num_classes=3, pixels=whole.pixels)
+    variables = random_variables(module)
+    file = as_file(tmp_path, mj.models.to_pytorch(variables, "torchvision"))
+    model = images.image_classifier("tiny", module, DATA, optimizer=lambda steps: None)
+    source = sources._read_file(model, file, started(model), seed=0)
+    jax.tree.map(np.testing.assert_array_equal, source.params, variables["params"])
+    scaled = (IMAGES[:2] / 255 - np.array([0.485, 0.456, 0.406])) / np.array([0.229, 0.224, 0.225])
+    expected = jax.jit(module.apply)(variables, scaled.astype(np.float32))
     np.testing.assert_allclose(jax.jit(model.apply)(variables, IMAGES[:2]), expected, rtol=1e-3, atol=1e-3)
 
 
