@@ -175,9 +175,12 @@ def refit(
         wanted = adapter
         if choice == "moments":
             adapter, wanted = directions(
-                alignment, plan.streams, models[0].graph, moments, flatten(source_variables), adapter
+                alignment, plan.streams.pairs, models[0].graph, moments, flatten(source_variables), adapter
             )
         written = transfer.apply(adapter, source_variables, target_variables)
+        if plan.streams.tables and wanted is not adapter:
+            turned = flatten(transfer.apply(wanted, source_variables, target_variables))
+            written = replace(written, {path: turned[path] for path in plan.streams.tables})
         leaves, solved = walk.run(
             wanted,
             dict(zip(walk.source.leaves.values(), flatten(source_variables).values(), strict=True)),

@@ -9,7 +9,7 @@ from merge_jax.transfers.alignment_plan import AlignedLeaf, AlignmentPlan
 from merge_jax.transfers.followed import FollowedModel
 from merge_jax.transfers.layer_sites import Layer, Norm, Unsolvable, find_layer, is_state, varying_axes
 from merge_jax.transfers.program import Constant
-from merge_jax.transfers.refit_streams import linear_streams
+from merge_jax.transfers.refit_streams import Streams, find_streams
 
 __all__ = ["ChannelAxis", "RefitPlan", "Site", "Unknown", "plan_refit"]
 
@@ -101,12 +101,12 @@ class RefitPlan(NamedTuple):
     Attributes:
       sites: in the order of the target's computation.
       kept: why the other routed parameters keep what they are.
-      streams: pairs of channel groups whose target gets directions of the source's channels, and not some of them.
+      streams: channels of which the target gets directions.
     """
 
     sites: tuple[Site, ...]
     kept: Mapping[str, str]
-    streams: frozenset[str]
+    streams: Streams
 
 
 def plan_refit(alignment: AlignmentPlan, source: FollowedModel, target: FollowedModel) -> RefitPlan:
@@ -134,7 +134,7 @@ def plan_refit(alignment: AlignmentPlan, source: FollowedModel, target: Followed
     written = frozenset().union(*(site.leaves for site in sites))
     solved = {one.layer.leaf for site in sites for one in site.unknowns}
     layers = [layer for members in found.values() for leaf, layer, _ in members if leaf.target in solved]
-    streams = linear_streams(alignment, source, target, layers)
+    streams = find_streams(alignment, source, target, layers)
     return RefitPlan(tuple(sites), {path: why for path, why in kept.items() if path not in written}, streams)
 
 
