@@ -102,16 +102,18 @@ def refit(
     centred, with `W0` the aligned kernel. So each layer makes up for what those before it got wrong. The intercept goes
     to the bias or the norm on the way. Running statistics become those of the same inputs, and gain and bias of the
     norm make up for them; a norm without both keeps the aligned ones.
-    Where linear layers alone make and read channels, as between the blocks of a MobileNetV2, nothing tells a channel
-    from another direction. There `T` is what the source has along as many orthonormal directions: those of its largest
-    second moments, turned toward the channels that were chosen (for the choice `moments`).
+    **Streams**: between the blocks of a MobileNetV2 or of a transformer, layers and embeddings make and add channels,
+    layers read them, norms divide by the size of all, and none of that tells a channel from another direction. There
+    `T` is what the source has along as many orthonormal directions: those of its largest second moments, turned toward
+    the channels that were chosen (for the choice `moments`). Embeddings are aligned to the same directions.
     Kernels that end in one sum, such as the last of a residual block and its shortcut, are solved jointly. What
     has its own numbers for each channel, the gain and bias of a LayerNorm or a depthwise kernel, is solved channel by
     channel. The last layer, where it is routed and labels are shared, is solved to the source's logits.
 
     Sources: least squares after matching (PLeaS, arXiv:2407.02447), from what enters in the merged model so far
     (RegMean++, arXiv:2508.03121). To walk any two computations by their channel graphs is our choice, and so are the
-    directions: they keep more of such a stream than any choice of channels.
+    directions: they keep more of such a stream than any choice of channels. (SliceGPT, arXiv:2401.15024, turns the
+    stream of one transformer to its principal components, for RMSNorm exactly.)
 
     It may be jitted, and differentiated with respect to both variables. Moments are gathered over batches: memory for a
     layer is that of `X'X`, beside what all inputs are at two depths of both models, one after the other.

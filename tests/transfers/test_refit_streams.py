@@ -11,6 +11,7 @@ import merge_jax as mj
 from merge_jax.models.mobilenet import InvertedResidualStage
 from merge_jax.transfers import fitted
 from tests.helpers import jitted_init
+from tests.transfers.test_fitted import TOKENS, text
 
 RNG = np.random.default_rng(0)
 X = jnp.asarray(RNG.normal(size=(100, 2, 6)) @ RNG.normal(size=(6, 6)), jnp.float32)
@@ -21,6 +22,7 @@ def params_of(stream, hidden, seed):
     rng = np.random.default_rng(seed)
     shapes = {"down": (6, stream), "around": (6, stream), "up": (stream, hidden), "last": (hidden, 3)}
     found = {name: {"kernel": rng.normal(size=shape).astype(np.float32) / 2} for name, shape in shapes.items()}
+    found["table"] = {"embedding": rng.normal(size=(2, stream)).astype(np.float32)}
     for name in ("scale", "bias"):
         found["norm"] = found.get("norm", {}) | {name: rng.normal(size=stream).astype(np.float32) + 1}
     return found
@@ -30,7 +32,7 @@ def with_stream(use, fn=lambda params, stream: stream):
     """A network whose stream is made by `use`, gone through by `fn`, and read by an activation's layer."""
 
     def apply(params, x):
-        kernels = {name: one["kernel"] for name, one in params.items() if name != "norm"}
+        kernels = {name: one["kernel"] for name, one in params.items() if "kernel" in one}
         stream = fn(params, use(kernels, params["norm"], x))
         return jax.nn.relu(stream @ kernels["up"]) @ kernels["last"]
 
@@ -49,6 +51,20 @@ def summed(kernels, norm, x):
     return x @ kernels["down"] + x @ kernels["around"]
 
 
+def layer_norm(params, x):
+    centred = x - x.mean(-1, keepdims=True)
+    y = centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), -1, keepdims=True) + 1e-6)
+    return y * params["norm"]["scale"][None, None] + params["norm"]["bias"][None, None]
+
+
+def root_mean_square(params, x):
+    return x * (jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True)) * params["norm"]["scale"][None, None])
+
+
+def with_table(params, x):
+    return x + (x + params["table"]["embedding"][None])
+
+
 def channels(x):
     return jnp.arange(x.shape[-1])[None, None]
 
@@ -61,6 +77,17 @@ STREAMS = {
     "a number for all": (with_stream(down, lambda params, x: x / 2), True),
     "rows in another form": (with_stream(down, lambda params, x: x.reshape(-1, x.shape[-1])), True),
     "a mean over places": (with_stream(down, lambda params, x: x.mean(1)), True),
+    "a table after its end": (with_stream(down, with_table), True, "table/embedding"),
+    "a table that has no route": (with_stream(down, with_table), False),
+    "numbers of channels times what is the same for all": (
+        with_stream(down, lambda params, x: x + jnp.broadcast_to(x.mean(-1, keepdims=True), x.shape) * channels(x)),
+        False,
+    ),
+    "a LayerNorm": (with_stream(down, layer_norm), True, "norm/scale", "norm/bias"),
+    "a LayerNorm whose gain has no route": (with_stream(down, layer_norm), False, "norm/bias"),
+    "a root mean square": (with_stream(down, root_mean_square), True, "norm/scale"),
+    "sizes of channels": (with_stream(down, lambda params, x: x / jnp.abs(x).sum(-1, keepdims=True)), False),
+    "a softmax": (with_stream(down, lambda params, x: jax.nn.softmax(x)), False),
     "an activation": (with_stream(down, lambda params, x: jax.nn.relu(x)), False),
     "its mean taken off": (with_stream(down, lambda params, x: x - x.mean(-1, keepdims=True)), True),
     "a scale that is no layer's": (with_stream(down, lambda params, x: jnp.tanh(x @ jnp.eye(x.shape[-1])) + x), False),
@@ -89,6 +116,23 @@ def test_a_stream_is_linear_where_no_operation_tells_its_channels_apart(name, mo
         assert bool(plans[0].streams.pairs) == expected
 
 
+def test_a_transformer_s_stream_is_one_and_its_embeddings_are_turned(monkeypatch):
+    plans, plan_refit = [], fitted.plan_refit
+    monkeypatch.setattr(fitted, "plan_refit", lambda *of: plans.append(plan_refit(*of)) or plans[-1])
+    monkeypatch.setattr(fitted._Walk, "run", lambda walk, adapter, source, target, *inputs: (target, {}))
+    source, target = text(16), text(8)
+    given = [jitted_init(model, seed, TOKENS) for seed, model in enumerate((source, target))]
+    made = mj.refit({"**": "**"}, source.apply, target.apply, given[0], given[1], TOKENS)
+    embeddings = "params/encoder/embeddings"
+    assert plans[0].streams.pairs == {f"{embeddings}/norm/bias:0"}
+    assert plans[0].streams.tables == {f"{embeddings}/{name}/embedding" for name in ("word", "position")}
+    whole, own = (mj.flatten(one)[f"{embeddings}/word/embedding"] for one in (given[0], made.variables))
+    turned, *_ = np.linalg.lstsq(np.asarray(whole), np.asarray(own), rcond=None)
+    np.testing.assert_allclose(whole @ turned, own, atol=1e-4)
+    np.testing.assert_allclose(turned.T @ turned, np.eye(8), atol=1e-3)
+    assert not np.isclose(np.abs(turned), 1, atol=1e-2).any()  # No channel of the source.
+
+
 def stream_of(params, x):
     return np.asarray(x @ params["down"]["kernel"]).reshape(-1, params["down"]["kernel"].shape[1])
 
@@ -98,7 +142,7 @@ def refitted(choice):
     fn = STREAMS["one layer"][0]
     given = params_of(5, 8, 0), params_of(3, 8, 1)
     return given[0], mj.refit(
-        dict(zip(ROUTES, ROUTES, strict=True)), fn, fn, *given, X, choice=choice, ridge=1e-6
+        dict(zip(ROUTES, ROUTES, strict=True)), fn, fn, given[0], given[1], X, choice=choice, ridge=1e-6
     ).variables
 
 
