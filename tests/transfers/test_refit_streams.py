@@ -194,5 +194,5 @@ def test_a_block_more_reaches_the_end_of_a_stage_again():
     ]
     blocks = {"stage1_0": "stage1_0", "stage2_0": "stage2_0", "stage2_1": "stage2_0"}
     routes = {f"{block}/**": f"{other}/**" for block, other in {"stem*": "stem*", "head*": "head*", **blocks}.items()}
-    made = mj.refit(routes, source.apply, target.apply, *given, images)
+    made = mj.refit(routes, source.apply, target.apply, given[0], given[1], images)
     assert {f"params/stage2_{i}/project/kernel" for i in (0, 1)} <= made.solved.keys()
