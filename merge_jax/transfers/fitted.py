@@ -4,7 +4,7 @@ import functools
 import math
 import string
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from dataclasses import replace as changed
 from typing import Any, NamedTuple
@@ -374,7 +374,7 @@ class _Walk:
         levels = {value: level(value) for equation in program.equations for value in equation.outputs}
         found = []
         for number in range(len(sites)):
-            needed = _ancestors(program, [site.end for site in sites[number:]])
+            needed = program.ancestors(site.end for site in sites[number:])
             kept = {
                 value
                 for equation in program.equations
@@ -391,7 +391,7 @@ class _Walk:
         found, reached = [], -1
         for number, end in enumerate(ends):
             reached, later = max(reached, program.makers[end]), ends[number + 1 :]
-            needed = _ancestors(program, later)
+            needed = program.ancestors(later)
             kept = {
                 value
                 for place, equation in enumerate(program.equations)
@@ -442,12 +442,3 @@ def _without_views(program: Program, kept: set[int]) -> frozenset[int]:
             if whole in kept or sum(map(program.size, cut)) > program.size(whole):
                 kept, changes = (kept - cut) | {whole}, True
     return frozenset(kept)
-
-
-def _ancestors(program: Program, values: Iterable[int]) -> set[int]:
-    """Returns the values and all that they are computed from."""
-    needed = set(values)
-    for equation in reversed(program.equations):
-        if needed.intersection(equation.outputs):
-            needed.update(equation.reads)
-    return needed

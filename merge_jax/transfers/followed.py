@@ -1,20 +1,52 @@
 """A model whose computation was followed, as the refit walks it."""
 
+import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from merge_jax.transfers.channel_axes import ChannelGraph
 from merge_jax.transfers.channel_trace import ChannelTrace
-from merge_jax.transfers.layer_sites import Unsolvable
+from merge_jax.transfers.layer_sites import Layer, Unsolvable, find_layer
 
 __all__ = ["FollowedModel"]
 
 
-class FollowedModel(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class FollowedModel:
     """A model whose computation was followed: the trace, and its channel graph."""
 
     trace: ChannelTrace
     graph: ChannelGraph
+
+    def layer(self, path: str) -> Layer:
+        """Returns the layer of a leaf, looked for once.
+
+        Raises:
+          Unsolvable: as `find_layer`.
+        """
+        if path not in self._layers:
+            try:
+                self._layers[path] = find_layer(self.trace.program, path)
+            except Unsolvable as reason:
+                self._layers[path] = str(reason)
+        found = self._layers[path]
+        if isinstance(found, str):
+            raise Unsolvable(found)
+        return found
+
+    @functools.cached_property
+    def _layers(self) -> dict[str, Layer | str]:
+        return {}
+
+    @functools.cached_property
+    def channel_axes(self) -> dict[str, dict[int, list[int]]]:
+        """`{channel group: {value: its axes of these channels}}`, of the values that have any."""
+        found: dict[str, dict[int, list[int]]] = {}
+        for value, nodes in self.trace.nodes.items():
+            for axis, node in enumerate(nodes):
+                if group := self.trace.channel_group(node):
+                    found.setdefault(group, {}).setdefault(value, []).append(axis)
+        return found
 
     def examples(self, value: int) -> int | None:
         """Returns the axis of a value along which the examples lie; None where it cannot be told."""

@@ -7,11 +7,11 @@ import numpy as np
 
 from merge_jax.transfers.program import Constant, Equation, Program
 
-__all__ = ["ALIASES", "VIEWS", "Layer", "Norm", "Unsolvable", "find_layer", "is_dense", "is_state", "varying_axes"]
+__all__ = ["VIEWS", "Layer", "Norm", "Unsolvable", "find_layer", "is_dense", "is_state", "varying_axes"]
 
-ALIASES = {"convert_element_type", "copy", "copy_p", "stop_gradient", "optimization_barrier"}
+_ALIASES = {"convert_element_type", "copy", "copy_p", "stop_gradient", "optimization_barrier"}
 _MOVES = {"broadcast_in_dim", "reshape", "squeeze", "expand_dims", "slice", "transpose", "neg"}
-VIEWS = {"reshape", "squeeze", "expand_dims", "transpose"} | ALIASES
+VIEWS = {"reshape", "squeeze", "expand_dims", "transpose"} | _ALIASES
 _ALONG = {"add", "add_any", "sub", "mul", "div", "neg"} | VIEWS
 
 
@@ -121,7 +121,7 @@ def _linear_in(program: Program, leaf: str) -> dict[int, str]:
         if any(value in program.data for value in equation.outputs):
             continue
         read = [value for value in equation.reads if value in found]
-        alias = equation.name in ALIASES and len(equation.outputs) == 1
+        alias = equation.name in _ALIASES and len(equation.outputs) == 1
         moved = equation.name in _MOVES
         scaled = len(read) == 1 and (equation.name == "mul" or (equation.name == "div" and equation.inputs[0] in found))
         scaled = scaled and not any(leaf in program.leaves_of[value] for value in equation.reads if value not in found)

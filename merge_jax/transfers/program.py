@@ -91,6 +91,14 @@ class Program:
             values |= dict(zip(equation.outputs, equation.run(operands), strict=True))
         return values
 
+    def ancestors(self, values: Iterable[int]) -> set[int]:
+        """Returns the values and all that they are computed from."""
+        needed = set(values)
+        for equation in reversed(self.equations):
+            if needed.intersection(equation.outputs):
+                needed.update(equation.reads)
+        return needed
+
     def size(self, value: int) -> int:
         """Returns how many numbers a value has."""
         return math.prod(self.shapes[value].shape)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from merge_jax.transfers.alignment_plan import AlignedLeaf, AlignmentPlan
 from merge_jax.transfers.followed import FollowedModel
-from merge_jax.transfers.layer_sites import Layer, Norm, Unsolvable, find_layer, is_state, varying_axes
+from merge_jax.transfers.layer_sites import Layer, Norm, Unsolvable, is_state, varying_axes
 from merge_jax.transfers.program import Constant
 from merge_jax.transfers.refit_streams import Streams, find_streams
 
@@ -118,8 +118,7 @@ def plan_refit(alignment: AlignmentPlan, source: FollowedModel, target: Followed
         if is_state(leaf.target, paths):
             continue
         try:
-            layer = find_layer(target.trace.program, leaf.target)
-            source_layer = find_layer(source.trace.program, leaf.source)
+            layer, source_layer = target.layer(leaf.target), source.layer(leaf.source)
             if layer.dense != source_layer.dense:
                 raise Unsolvable("it is another kind of layer in the source")
         except Unsolvable as reason:
