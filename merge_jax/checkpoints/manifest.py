@@ -127,12 +127,12 @@ class Manifest:
 
 def specs_of(tree: Any) -> dict[str, LeafRecord]:
     """Returns shape and dtype of each leaf, by path, of arrays or of shapes."""
-    records = {}
-    for path, leaf in flatten(jax.eval_shape(lambda tree: tree, tree)).items():
-        numbers = jax.eval_shape(_without_keys, leaf)
-        key = "" if numbers.dtype == leaf.dtype else str(leaf.dtype)
-        records[path] = LeafRecord(tuple(numbers.shape), str(numbers.dtype), key=key)
-    return records
+    keys = jax.eval_shape(lambda tree: tree, tree)
+    pairs = zip(flatten(keys).items(), flatten(jax.eval_shape(_without_keys, keys)).values(), strict=True)
+    return {
+        path: LeafRecord(tuple(leaf.shape), str(leaf.dtype), key="" if leaf.dtype == key.dtype else str(key.dtype))
+        for (path, key), leaf in pairs
+    }
 
 
 def misfits(
@@ -224,14 +224,16 @@ def _seal(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _without_keys(leaf: Any) -> Any:
-    if hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return jax.random.key_data(leaf)
-    return leaf
+def _without_keys(tree: Any) -> Any:
+    def numbers(leaf: Any) -> Any:
+        is_key = hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        return jax.random.key_data(leaf) if is_key else leaf
+
+    return jax.tree.map(numbers, tree)
 
 
 def _arrays(tree: Any) -> Iterator[tuple[str, Any]]:
-    yield from flatten(jax.tree.map(_without_keys, tree)).items()
+    yield from flatten(_without_keys(tree)).items()
 
 
 def _parts(leaf: Any) -> Iterator[tuple[str, Any]]:
