@@ -17,6 +17,7 @@ __all__ = [
     "check_float_dtype",
     "check_learnable",
     "check_number_or_schedule",
+    "count_examples",
     "error_context",
 ]
 
@@ -49,6 +50,15 @@ def check_entries(batch: Mapping[str, Any], *names: str, hint: str = "") -> None
     for name in names:
         if name not in batch:
             raise ValueError(f"the batch has no {name!r}; {near_misses(name, batch)}{hint}")
+
+
+def count_examples(arrays: Mapping[str, Any], *names: str) -> int:
+    """Returns how many examples the entries have, all or those named; raises ValueError where their numbers differ."""
+    check_entries(arrays, *names)
+    lengths = {name: len(arrays[name]) for name in names or arrays}
+    if len(set(lengths.values())) != 1:
+        raise ValueError(f"all entries must have the same number of examples, got {lengths}")
+    return next(iter(lengths.values()))
 
 
 def check_flag(**options: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from merge_jax.checks import check_at_least_one
+from merge_jax.checks import check_at_least_one, count_examples
 from merge_jax.data.streams import Streamed
 from merge_jax.paths import near_misses
 
@@ -92,10 +92,7 @@ def num_examples(arrays: Arrays) -> int:
     Raises:
       ValueError: entries of unequal lengths.
     """
-    lengths = {name: len(array) for name, array in arrays.items()}
-    if len(set(lengths.values())) != 1:
-        raise ValueError(f"all entries must have the same number of examples, got {lengths}")
-    return next(iter(lengths.values()))
+    return count_examples(arrays)
 
 
 def split(arrays: Arrays, size: int, seed: int) -> tuple[Arrays, Arrays]:

@@ -66,8 +66,9 @@ class EfficientNetLite(nn.Module):
         for i, stage in enumerate(self.stages, start=1):
             for j in range(stage.blocks):
                 stride = stage.stride if j == 0 else 1
-                block = (stage.expansion, stage.width, stride, layers, stage.window)
-                x = InvertedResidual(*block, name=f"stage{i}_{j}")(x)
+                x = InvertedResidual(stage.expansion, stage.width, stride, layers, stage.window, name=f"stage{i}_{j}")(
+                    x
+                )
         x = layers.pointwise_conv(self.head_width, "head")(x)
         x = nn.relu6(layers.batch_norm("head_norm")(x))
         features = x.mean(axis=(1, 2), dtype=jnp.float32)

@@ -1,5 +1,6 @@
 """MobileNetV2 (Sandler et al., arXiv:1801.04381): the original, and two for small images that go by its name."""
 
+import math
 from typing import Any, Literal, NamedTuple, get_args
 
 import flax.linen as nn
@@ -91,7 +92,10 @@ class MobileNetV2(nn.Module):
             for j in range(stage.blocks):
                 stride = stage.stride if j == 0 else 1
                 x = InvertedResidual(
-                    *(stage.expansion, stage.width, stride, layers),
+                    stage.expansion,
+                    stage.width,
+                    stride,
+                    layers,
                     expands_by_one=self.expands_by_one,
                     use_bias=self.use_bias,
                     clipped=self.clipped,
@@ -155,7 +159,7 @@ def mobilenet_v2_imagenet(num_classes: int = 1000, width: float = 1.0, **options
     Raises:
       ValueError: a width that is not above 0.
     """
-    if not width > 0:
+    if not 0 < width < math.inf:
         raise ValueError(f"width must be above 0, got {width}")
     stages = [(1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1)]
     scaled = [InvertedResidualStage(t, rounded_width(width * c), n, s) for t, c, n, s in stages]

@@ -13,7 +13,7 @@ from merge_jax.checks import check_choice
 from merge_jax.layouts import MatrixSpec, as_matrix, from_matrix, matrix_spec
 from merge_jax.paths import flatten, natural_order, near_misses, replace, some_of
 
-__all__ = ["PretrainedVariables", "from_pytorch", "to_pytorch"]
+__all__ = ["Library", "PretrainedVariables", "from_pytorch", "to_pytorch"]
 
 Library = Literal["efficientnet_lite_pytorch", "timm", "torchvision"]
 """Whose names tensors have."""
@@ -164,16 +164,16 @@ def _names(leaves: Mapping[str, Any], library: str) -> dict[str, str]:
         *block, module = modules or [""]
         expanded = not block or f"params/{block[0]}/expand/kernel" in leaves
         table = theirs.modules if not block else theirs.parts if expanded else theirs.unexpanded or theirs.parts
-        if module not in table or kind not in _LEAVES or (block and not re.fullmatch(r"stage\d+_\d+", block[0])):
+        place = re.fullmatch(r"stage(\d+)_(\d+)", block[0]) if block else None
+        if module not in table or kind not in _LEAVES or (block and place is None):
             raise ValueError(
                 f"variables have the leaf {leaf!r}, which no EfficientNetLite or MobileNetV2 of these libraries has:"
                 " give {'params': ..., 'batch_stats': ...} of one"
             )
         prefix = ""
-        if block:
-            stage, place = map(int, block[0].removeprefix("stage").split("_"))
-            number = blocks.index(block[0])
-            prefix = theirs.block.format(number=number, next=number + 1, stage=stage - 1, place=place)
+        if place is not None:
+            number = blocks.index(place[0])
+            prefix = theirs.block.format(number=number, next=number + 1, stage=int(place[1]) - 1, place=place[2])
         names[leaf] = f"{prefix}{table[module].format(last=len(blocks) + 1)}.{_LEAVES[kind]}"
     return names
 

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from merge_jax.checks import check_at_least_one, check_entries
+from merge_jax.checks import check_at_least_one, check_entries, count_examples
 from merge_jax.objectives.distillation import check_labels, cross_entropy
-from merge_jax.objectives.evaluation import count_examples, padded_batches
+from merge_jax.objectives.evaluation import padded_batches
 from merge_jax.objectives.losses import model_loss, name_missing_collections
 from merge_jax.types import Batch, LossFn, ModelApply, ModelState, Params, TeacherFn
 

@@ -6,22 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from merge_jax.checks import check_entries
-
-__all__ = ["count_examples", "of_all_rows", "padded_batches"]
-
-
-def count_examples(arrays: Mapping[str, Any], *names: str, hint: str = "") -> int:
-    """Returns how many examples those entries have.
-
-    Raises:
-      ValueError: an entry is missing, or they have unequal lengths; the hint ends the message about a missing one.
-    """
-    check_entries(arrays, *names, hint=hint)
-    lengths = {name: len(arrays[name]) for name in names}
-    if len(set(lengths.values())) != 1:
-        raise ValueError(f"all entries must have the same number of examples, got {lengths}")
-    return lengths[names[0]]
+__all__ = ["of_all_rows", "padded_batches"]
 
 
 def padded_batches(

@@ -17,6 +17,7 @@ __all__ = [
     "CompareOn",
     "FeatureObjective",
     "can_be_averaged",
+    "centred",
     "cka",
     "disagreement",
     "feature_agreement",
@@ -65,12 +66,16 @@ def cka(features: jax.Array, other: jax.Array) -> jax.Array:
 
 def _kernel(features: jax.Array) -> jax.Array:
     """Returns the inner products of all pairs of centred examples, `[B, B]`, of mean square 1."""
-    rows = features.reshape(features.shape[0], -1).astype(jnp.float32)
-    rows -= lax.stop_gradient(rows[:1])  # So that a feature that is constant is 0, and not the rounding of its mean.
-    rows -= rows.mean(axis=0, keepdims=True)
+    rows = centred(features.reshape(features.shape[0], -1).astype(jnp.float32))
     # Scaled first, or the squares of large features are beyond float32.
     rows /= jnp.sqrt(jnp.mean(jnp.square(rows)) + _EPSILON)
     return rows @ rows.T / rows.shape[1]
+
+
+def centred(rows: jax.Array) -> jax.Array:
+    """Returns rows `[B, d]` less their mean; columns that are constant are 0, and not the rounding of their mean."""
+    rows -= lax.stop_gradient(rows[:1])
+    return rows - rows.mean(axis=0, keepdims=True)
 
 
 def disagreement(

@@ -9,6 +9,7 @@ import numpy as np
 from jax import lax
 
 from merge_jax.objectives.device_axis import whole_batch
+from merge_jax.objectives.features import centred
 
 __all__ = ["redundancy_suppression"]
 
@@ -72,7 +73,6 @@ def _directions(size: int, width: int) -> np.ndarray:
 
 
 def _standardised(features: jax.Array) -> jax.Array:
-    features -= lax.stop_gradient(features[:1])  # So that a constant channel is 0, and not the rounding of its mean.
-    features -= features.mean(axis=0, keepdims=True)
+    features = centred(features)
     # Under the root too, since a constant channel has a gradient.
     return features / jnp.sqrt(jnp.mean(jnp.square(features), axis=0, keepdims=True) + _EPSILON**2)

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from merge_jax.checks import check_at_least_one
-from merge_jax.objectives.evaluation import count_examples, padded_batches
+from merge_jax.checks import check_at_least_one, count_examples
+from merge_jax.objectives.evaluation import padded_batches
 from merge_jax.objectives.losses import model_loss
 from merge_jax.types import Batch, LossFn, ModelApply, ModelState, Params
 

@@ -70,6 +70,12 @@ def test_published_models_have_the_published_number_of_parameters(model, expecte
     assert parameters(model) == expected
 
 
+@pytest.mark.parametrize("width", [0, -1.0, float("inf"), float("nan")])
+def test_the_width_of_a_mobilenet_is_above_0(width):
+    with pytest.raises(ValueError, match=r"^width must be above 0, got"):
+        mj.models.mobilenet_v2_imagenet(width=width)
+
+
 def test_a_width_scales_all_channels():
     narrow, wide = (mj.flatten(shapes(mj.models.resnet18(100, width=w), (32, 32, 3))) for w in (0.25, 1.0))
     assert narrow["stem/kernel"].shape == (3, 3, 3, 16)

@@ -12,6 +12,12 @@ def test_accuracy_is_the_fraction_of_largest_logits_that_are_the_label():
     assert mj.accuracy(logits, jnp.array([0, 1, 2, 2])) == 0.25
 
 
+@pytest.mark.parametrize("shape", [(1,), (4, 1), ()])
+def test_accuracy_takes_a_label_for_each_row(shape):
+    with pytest.raises(ValueError, match=r"labels of logits \(4, 3\) must have shape \(4,\), got"):
+        mj.accuracy(jnp.zeros((4, 3)), jnp.zeros(shape, jnp.int32))
+
+
 def test_evaluation_is_the_mean_over_all_examples():
     params, model_state = helpers.variables(helpers.TARGET, 0)
     arrays = helpers.batch(0, size=10)

@@ -30,6 +30,11 @@ def test_against_correlations():
     assert rsd(*zip(*pairs, strict=True), kappa=0.3) == pytest.approx(expected, rel=1e-4)
 
 
+def test_constant_channels_agree_with_nothing():
+    constant = np.full((6, 4), 7.7, np.float32)  # Whose mean is not 7.7 in float32.
+    assert rsd([constant], [constant]) == pytest.approx(1, abs=1e-4)
+
+
 def test_features_that_agree_and_are_not_redundant_are_best():
     basis = np.linalg.qr(draw(20, 20) - draw(20, 20).mean(0))[0][:, :5]
     basis -= basis.mean(0)
