@@ -102,10 +102,11 @@ def refit(
     centred, with `W0` the aligned kernel. So each layer makes up for what those before it got wrong. The intercept goes
     to the bias or the norm on the way. Running statistics become those of the same inputs, and gain and bias of the
     norm make up for them; a norm without both keeps the aligned ones.
-    **Streams**: between the blocks of a MobileNetV2 or of a transformer, layers and embeddings make and add channels,
-    layers read them, norms divide by the size of all, and none of that tells a channel from another direction. There
-    `T` is what the source has along as many orthonormal directions: those of its largest second moments, turned toward
-    the channels that were chosen (for the choice `moments`). Embeddings are aligned to the same directions.
+    **Streams**: between the blocks of a MobileNetV2 or of a transformer nothing that is not solved for acts on single
+    channels. Layers and embeddings write into the stream, layers read it, and norms divide by the size of the whole. So
+    any directions would do as well as channels: there `T` is what the source has along as many orthonormal directions,
+    those of its largest second moments, turned toward the channels that were chosen (for the choice `moments`).
+    Embeddings are aligned to the same directions.
     Kernels that end in one sum, such as the last of a residual block and its shortcut, are solved jointly. What
     has its own numbers for each channel, the gain and bias of a LayerNorm or a depthwise kernel, is solved channel by
     channel. The last layer, where it is routed and labels are shared, is solved to the source's logits.
