@@ -171,11 +171,10 @@ def build(config: Config) -> "study.Scenario":
     )
     (*sources, target), attach = study.make_models(config, specs)
     source = sources[0] if sources else None
+    routes = None
     if config.routes == (study.BY_DEPTH,):
         giving, _, receiving = config.direction.partition("_to_")
         routes = study.routes_by_depth(source or target, target, giving, receiving)
-    else:
-        routes = study.parse_routes(config.routes)
     return study.make_scenario("cross_modal", config, source, target, routes, attach=attach)
 
 

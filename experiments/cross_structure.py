@@ -303,8 +303,7 @@ def build(config: Config) -> "study.Scenario":
         weight=config.distillation_weight,
         axis_name=config.axis_name,
     )
-    routes = study.parse_routes(config.routes)
-    return study.make_scenario("cross_structure", config, source, target, routes, objectives=distilled)
+    return study.make_scenario("cross_structure", config, source, target, objectives=distilled)
 
 
 MEASURED = {

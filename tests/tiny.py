@@ -68,7 +68,6 @@ def build(config: Config) -> study.Scenario:
         config,
         source,
         target,
-        study.parse_routes(config.routes),
         objectives={"kd": study.Objective(mj.classification_loss(network.apply, kd), mj.logits_teacher(network.apply))},
         transfers={"operators": mj.linear_operator_transfer},
         starts={"copied": lambda source, target, routes: copied},

@@ -30,7 +30,8 @@ with epy.lazy_api_imports(globals()):
         sgd,
         vision_classifier,
     )
-    from merge_jax.study.methods import Objective, make_methods, make_scenario, parse_routes
+    from merge_jax.study.methods import Objective, choose_methods, make_methods, make_scenario, parse_routes
+    from merge_jax.study.model import SampleImages, StudyModel, classifier
     from merge_jax.study.multi_source import side_by_side
     from merge_jax.study.options import (
         BY_DEPTH,
@@ -43,7 +44,7 @@ with epy.lazy_api_imports(globals()):
         TransferOptions,
         parse_pairs,
     )
-    from merge_jax.study.scenario import Method, SampleImages, Scenario, StartFn, StudyModel, choose_methods
+    from merge_jax.study.scenario import Method, Scenario, StartFn
     from merge_jax.study.tasks import TaskSpec, make_models, routes_by_depth, routes_to_lower_half
     from merge_jax.study.texts import TextData, adamw
 
@@ -77,6 +78,7 @@ __all__ = [
     "VisionModelName",
     "adamw",
     "choose_methods",
+    "classifier",
     "distillation_objectives",
     "image_classifier",
     "image_model",

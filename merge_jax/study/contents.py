@@ -18,7 +18,7 @@ _REMOVED = {"vectorized": False, "cycle_end": None, "gate": "learned", "max_widt
 _RENAMED = {"view": "compare_on"}
 
 # Options of transfers that are new, by the value that stands for what was done before.
-_ADDED = {"unlabelled": 0, "head_first": False, "target_rate": 1.0}
+_ADDED = {"routes": ["**=**"], "unlabelled": 0, "head_first": False, "target_rate": 1.0}
 
 # They say where and how far a run goes on, not what it is: a resumed run may have others.
 _NOT_IDENTIFYING = (

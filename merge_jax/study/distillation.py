@@ -8,8 +8,7 @@ import jax
 
 import merge_jax as mj
 from merge_jax.study.methods import Objective
-from merge_jax.study.pools import pool_inputs
-from merge_jax.study.scenario import StudyModel
+from merge_jax.study.model import StudyModel, pool_inputs
 from merge_jax.types import Batch, ModelState, Params
 
 __all__ = ["distillation_objectives", "tf_kd_objective"]

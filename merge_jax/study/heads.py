@@ -12,8 +12,8 @@ import numpy as np
 import merge_jax as mj
 from merge_jax.data import take
 from merge_jax.paths import flatten
+from merge_jax.study.model import StudyModel
 from merge_jax.study.probes import observer, reset_to_inputs, sampled
-from merge_jax.study.scenario import StudyModel
 from merge_jax.training.joint import TrainState
 from merge_jax.transfers.base import Step
 from merge_jax.types import Adapter, ModelState, Params

@@ -19,7 +19,6 @@ from merge_jax.data import (
     ImageSet,
     Splits,
     channel_statistics,
-    class_balanced,
     crop_flip_rotate,
     load_digits,
     load_image_folder,
@@ -29,10 +28,9 @@ from merge_jax.data import (
     split,
 )
 from merge_jax.study.choices import ImageModelName, ImageTaskName, LearningRateSchedule, VisionModelName
+from merge_jax.study.model import StudyModel, classifier
 from merge_jax.study.model_code import model_code
-from merge_jax.study.pools import check_pool, draw_pool
 from merge_jax.study.pretrained import with_fitted_head
-from merge_jax.study.scenario import StudyModel
 from merge_jax.study.texts import adamw
 
 __all__ = [
@@ -55,8 +53,6 @@ _tfds_images = lru_cache(maxsize=2)(load_tfds_images)
 _scene_shapes = lru_cache(maxsize=2)(scene_shapes)
 
 _DIGITS = {"digits": (load_digits, 8), "shifted_digits": (load_shifted_digits, 10)}
-
-_EVALUATED_AT_ONCE = 200  # Divides the digits' validation and test: one compilation serves both.
 
 
 @dataclass(frozen=True)
@@ -217,49 +213,37 @@ def image_classifier(
       attention: its attention blocks, see `StudyModel`.
     """
 
-    def init(key: jax.Array) -> tuple[mj.Params, dict[str, Any]]:
-        variables = mj.models.initialize(module, key, np.zeros((1, *data.shape), np.float32))
-        return variables["params"], {name: state for name, state in variables.items() if name != "params"}
-
-    def few_labels(seed: int) -> Splits:
-        splits = data.splits(seed)
-        return splits if labels is None else replace(splits, train=class_balanced(splits.train, labels, seed))
-
-    def change(key: jax.Array, batch: mj.Batch) -> mj.Batch:
-        return {**batch, "image": crop_flip_rotate(key, batch["image"])}
-
-    splits, pixels, pretrained = lru_cache(maxsize=1)(few_labels), data.pixels, None
+    pixels, pretrained = data.pixels, None
     own = getattr(module, "pixels", None)  # Of networks that pretrained weights are known of.
     if own is not None and pixels is not None and data.shape[-1] == 3:
         # Pretrained weights want the scale of their own images, and a target that takes them over wants it too.
         pixels = own
     apply = module.apply if pixels is None else mj.on_pixels(module.apply, *pixels)
+    model = classifier(
+        name,
+        module,
+        data.splits,
+        inputs="image",
+        optimizer=optimizer,
+        labels=labels,
+        unlabelled=unlabelled,
+        apply=apply,
+    )
     if own is not None:
-        pretrained = with_fitted_head(apply, lambda seed: splits(seed).train, data.num_classes)
-
-    def pool(seed: int) -> Arrays:
-        assert labels is not None  # check_pool
-        return draw_pool(data.splits(seed).train, labels, unlabelled, seed, ("image",))
-
-    if unlabelled:
-        check_pool(data.splits(0).train, labels, unlabelled)
+        pretrained = with_fitted_head(apply, lambda seed: model.splits(seed).train, data.num_classes)
     shape = ", ".join(map(str, data.shape))
     images = f"images [N, {shape}], {'float32 in [0, 1]' if data.pixels is None else 'uint8'}"
-    return StudyModel(
-        name=name,
-        init=init,
-        loss=mj.classification_loss(apply),
-        optimizer=optimizer,
-        splits=splits,
-        evaluate=mj.evaluate_classifier(apply, batch_size=_EVALUATED_AT_ONCE),
-        apply=apply,
-        inputs=("image",),
+    return replace(
+        model,
         attention=attention,
-        augment=change if augment else None,
+        augment=_changed if augment else None,
         load_pretrained=pretrained,
         code=model_code(module, {f"jnp.zeros((1, {shape}))": images}, pixels),
-        pool=lru_cache(maxsize=1)(pool) if unlabelled else None,
     )
+
+
+def _changed(key: jax.Array, batch: mj.Batch) -> mj.Batch:
+    return {**batch, "image": crop_flip_rotate(key, batch["image"])}
 
 
 def vision_classifier(

@@ -7,8 +7,9 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from merge_jax.study.model import StudyModel
 from merge_jax.study.probes import Observe, Sample, inputs_lr, observer, probe, reset_to_inputs, sampled
-from merge_jax.study.scenario import Scenario, StudyModel
+from merge_jax.study.scenario import Scenario
 from merge_jax.study.sources import SourcePlan
 from merge_jax.training.joint import TrainState
 

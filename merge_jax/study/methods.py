@@ -11,18 +11,27 @@ from typing import NamedTuple
 import optax
 
 import merge_jax as mj
+from merge_jax.checks import check_choice
 from merge_jax.data import num_examples
 from merge_jax.objectives.features import can_be_averaged
 from merge_jax.study.alignment import Alignment, align
 from merge_jax.study.config import RunConfig, make_schedule
+from merge_jax.study.model import StudyModel, pool_inputs
 from merge_jax.study.options import TransferOptions, parse_pairs
-from merge_jax.study.pools import pool_inputs
-from merge_jax.study.scenario import FitFn, Method, Scenario, StartFn, StudyModel, choose_methods
+from merge_jax.study.scenario import FitFn, Method, Scenario, StartFn
 from merge_jax.study.starts import prepare_start, refit_start
 from merge_jax.transfers.adapter import OutputForm
 from merge_jax.types import Batch, LossFn, ModelState, Params, TeacherFn
 
-__all__ = ["Objective", "Routes", "adapter_optimizer", "make_methods", "make_scenario", "parse_routes"]
+__all__ = [
+    "Objective",
+    "Routes",
+    "adapter_optimizer",
+    "choose_methods",
+    "make_methods",
+    "make_scenario",
+    "parse_routes",
+]
 
 Routes = Sequence[mj.Route] | Mapping[str, Sequence[mj.Route]]
 """Routes from one source, or by name from each of several."""
@@ -63,7 +72,7 @@ def make_scenario(
     config: RunConfig,
     source: StudyModel | None,
     target: StudyModel,
-    routes: Routes,
+    routes: Routes | None = None,
     *,
     objectives: Mapping[str, Objective] = MappingProxyType({}),
     transfers: Mapping[str, TransferFactory] = MappingProxyType({}),
@@ -77,7 +86,7 @@ def make_scenario(
       config: `TransferOptions` and `RunConfig` in one class.
       source: the model that gives; None where the target is its own source.
       target: the model that receives.
-      routes: from the source to the target.
+      routes: from the source to the target; by default those of the config.
       objectives: what the target may learn beside its own loss, by the name that a method has for it.
       transfers: those of one's own, by the same; each makes a transfer of routes.
       starts: what targets may start from, by the same; each makes a `StartFn` of the source, the target and the routes.
@@ -99,7 +108,7 @@ def make_scenario(
         config,
         source,
         target,
-        routes,
+        parse_routes(config.routes) if routes is None else routes,
         num_steps,
         config.axis_name,
         objectives=objectives,
@@ -200,6 +209,23 @@ def make_methods(
         "_".join(filter(None, (name, objective, agree))) or "vanilla": partial(method, moves[name], objective, agree)
         for name, objective, agree in product(moves, learned, ("", "agree"))
     }
+
+
+def choose_methods(methods: Mapping[str, Callable[[], Method]], names: Sequence[str]) -> dict[str, Method]:
+    """Returns the named methods in the order of their names; only these are made.
+
+    Raises:
+      ValueError: no names, a name that is no method's, or one that stands twice.
+    """
+    if not names:
+        raise ValueError(f"no methods: name one or more of {', '.join(methods)}")
+    chosen: dict[str, Method] = {}
+    for name in names:
+        check_choice("method", name, methods)
+        if name in chosen:
+            raise ValueError(f"the method {name!r} is named twice")
+        chosen[name] = methods[name]()
+    return chosen
 
 
 def _check_own_names(

@@ -36,6 +36,8 @@ class TransferOptions:
 
     methods: tuple[str, ...] = ("vanilla", "share", "mergenet_warm")
     """Methods to compare: a transfer, an objective, or both as in share_agree; see experiments/README.md."""
+    routes: tuple[str, ...] = ("**=**",)
+    """Layers that take part, as target=source; see merge_jax.Route for patterns. By default all of one name."""
     stop: float = 0.1
     """Fraction of the run after which share and mergenet leave the target to itself."""
     adapter_routes: tuple[str, ...] = ()

@@ -5,7 +5,8 @@ import jax
 from merge_jax.data import num_examples
 from merge_jax.runs import Model, Plan, RouteStats
 from merge_jax.study.config import RunConfig
-from merge_jax.study.scenario import Scenario, StudyModel
+from merge_jax.study.model import StudyModel
+from merge_jax.study.scenario import Scenario
 from merge_jax.study.sources import SourcePlan
 from merge_jax.training.schedule import TransferSteps
 from merge_jax.training.sharding import Layout

@@ -12,7 +12,7 @@ from flax.errors import FlaxError
 import merge_jax as mj
 from merge_jax.data import Arrays, Splits, is_streamed, num_examples
 from merge_jax.objectives.evaluation import of_all_rows
-from merge_jax.study.scenario import StudyModel
+from merge_jax.study.model import StudyModel
 from merge_jax.training.joint import TrainState
 from merge_jax.types import ModelState, Params
 

@@ -1,99 +1,19 @@
 """What a scenario is: two models and the methods to compare. It says what to run; the runner says how."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import jax
-import numpy as np
 import optax
 
-from merge_jax.checkpoints.safetensors import load_params
-from merge_jax.checks import check_choice
-from merge_jax.data import Arrays, Splits
 from merge_jax.study.config import Schedule
-from merge_jax.training.epoch import Augment
+from merge_jax.study.model import StudyModel
 from merge_jax.training.joint import Task, TrainState
 from merge_jax.transfers.base import Transfer, identity_transfer
-from merge_jax.types import Adapter, Batch, LossFn, ModelApply, ModelState, Params, TeacherFn
+from merge_jax.types import Adapter, Batch, Params, TeacherFn
 
-__all__ = ["POOL", "FitFn", "Method", "SampleImages", "Scenario", "StartFn", "StudyModel", "choose_methods"]
-
-
-POOL = "pool/"
-"""What the names of inputs from the pool begin with, in a batch and in the examples that `fit` and `start` get."""
-
-
-@dataclass(frozen=True)
-class SampleImages:
-    """A few test images, for a picture of what is made of them.
-
-    Attributes:
-      images: reads them, uint8 `[n, H, W, C]`.
-      asked: what is asked of each, if anything is.
-      right: of each, all answers that are right, the one to show first.
-      answer: `(params, model_state) -> answers`, n of them.
-    """
-
-    images: Callable[[], np.ndarray]
-    asked: Sequence[str]
-    right: Sequence[Sequence[str]]
-    answer: Callable[[Params, ModelState], Sequence[str]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class StudyModel:
-    """One model of a scenario: how it starts, what it learns from, how it is judged.
-
-    Attributes:
-      name: of the model, for people.
-      init: `key -> (params, model_state)`.
-      loss: what it learns.
-      optimizer: `steps -> optimizer` that it learns by.
-      splits: `seed -> Splits`.
-      evaluate: `(params, model_state, arrays) -> metrics`, with the one it is judged by, a fraction in [0, 1].
-      metric: the name of that one.
-      apply: its apply function, for losses that look inside of it; None for several models in one.
-      inputs: the entries of a batch that are its inputs, in order.
-      attention: its attention blocks as a pattern of paths, by what they attend to: `vision`, `text`.
-      augment: changes its batches at random while it trains; None for batches as they are.
-      load: `(path, params) -> params` from a file of weights, where `params` is the model as it starts.
-      load_pretrained: `(path, variables, seed) -> variables` from a file of another library, where variables are
-        `{"params": ..., **model_state}` as the model starts, and what the file lacks, such as a last layer for the
-        labels at hand, is fitted to the seed's training examples; for no seed it is checked to fit, and variables may
-        be shapes. None for `load`, which knows parameters alone.
-      sample_images: test images that it is shown with; None for a model of other things.
-      code: lines of Python that make it, see `model_code`; empty where there are none.
-      head_penalty: of logistic regressions on its features, see `merge_jax.fit_head`.
-      pool: `seed -> inputs` without labels, those of the labelled examples first; None for these alone.
-    """
-
-    name: str
-    init: Callable[[jax.Array], tuple[Params, ModelState]]
-    loss: LossFn
-    optimizer: Callable[[int], optax.GradientTransformation]
-    splits: Callable[[int], Splits]
-    evaluate: Callable[[Params, ModelState, Arrays], dict[str, float]]
-    metric: str = "accuracy"
-    apply: ModelApply | None = None
-    inputs: tuple[str, ...] = ()
-    attention: Mapping[str, str] = field(default_factory=dict)
-    augment: Augment | None = None
-    load: Callable[[Path, Params], Params] = load_params
-    load_pretrained: Callable[[Path, dict[str, Any], int | None], dict[str, Any]] | None = None
-    sample_images: SampleImages | None = None
-    code: str = ""
-    pool: Callable[[int], Arrays] | None = None
-    head_penalty: float = 1.0
-
-    def __post_init__(self) -> None:  # noqa: D105
-        if self.apply is not None and not self.inputs:
-            raise ValueError(
-                f"the model {self.name!r} has an apply function and no inputs: name the entries of a batch that it "
-                "reads, such as inputs=('image',)"
-            )
-
+__all__ = ["FitFn", "Method", "Scenario", "StartFn"]
 
 FitFn = Callable[[Adapter, TrainState, Params, Batch], Adapter]
 """`(adapter as the transfer makes it, source, target's parameters, target's examples) -> adapter to start from`.
@@ -163,20 +83,3 @@ class Scenario:
     axis_name: str | None = None
     attach: Callable[[Path], None] | None = None
     head_first: bool = False
-
-
-def choose_methods(methods: Mapping[str, Callable[[], Method]], names: Sequence[str]) -> dict[str, Method]:
-    """Returns the named methods in the order of their names; only these are made.
-
-    Raises:
-      ValueError: no names, a name that is no method's, or one that stands twice.
-    """
-    if not names:
-        raise ValueError(f"no methods: name one or more of {', '.join(methods)}")
-    chosen: dict[str, Method] = {}
-    for name in names:
-        check_choice("method", name, methods)
-        if name in chosen:
-            raise ValueError(f"the method {name!r} is named twice")
-        chosen[name] = methods[name]()
-    return chosen

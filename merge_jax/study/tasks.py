@@ -21,8 +21,8 @@ from merge_jax.study.image_text import (
     texts_with_images,
 )
 from merge_jax.study.images import image_model
+from merge_jax.study.model import StudyModel
 from merge_jax.study.options import BY_DEPTH, TASKS, Architecture, ImageTextOptions, TaskOptions
-from merge_jax.study.scenario import StudyModel
 from merge_jax.study.texts import TextData, check_text_weights, learned_texts, load_text, text_model, vocabulary
 
 __all__ = ["TaskSpec", "make_models", "routes_by_depth", "routes_to_lower_half"]

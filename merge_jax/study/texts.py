@@ -40,9 +40,8 @@ from merge_jax.data import (
 )
 from merge_jax.study.choices import PoolerName, TextModelName, TextTaskName
 from merge_jax.study.features import fitted_head
+from merge_jax.study.model import StudyModel, check_pool, draw_pool
 from merge_jax.study.model_code import model_code
-from merge_jax.study.pools import check_pool, draw_pool
-from merge_jax.study.scenario import StudyModel
 from merge_jax.study.text_weights import check_weights, read_weights, weights_error, with_weights
 
 __all__ = [

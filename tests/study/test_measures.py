@@ -15,7 +15,7 @@ from merge_jax import data, study
 from merge_jax.runs import Run, result_tables
 from merge_jax.study.heads import make_fit_head
 from merge_jax.study.measures import make_measures, make_opponents
-from merge_jax.study.pools import check_pool, draw_pool, inputs_of
+from merge_jax.study.model import check_pool, draw_pool, inputs_of
 from merge_jax.study.probes import Sample, inputs_lr, observer, probe, sampled
 from merge_jax.study.sources import SourcePlan
 from merge_jax.study.trial import make_trials

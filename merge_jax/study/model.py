@@ -1,0 +1,193 @@
+"""One model of a scenario: what it must be able to say, a classifier of arrays, and its pool of unlabelled inputs."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+import optax
+
+import merge_jax as mj
+from merge_jax.checks import check_entries
+from merge_jax.data import Arrays, Splits, class_balanced, num_examples, take
+from merge_jax.training.epoch import Augment
+from merge_jax.types import LossFn, ModelApply, ModelState, Params
+
+__all__ = ["POOL", "SampleImages", "StudyModel", "check_pool", "classifier", "draw_pool", "inputs_of", "pool_inputs"]
+
+_EVALUATED_AT_ONCE = 200  # Divides the digits' validation and test: one compilation serves both.
+
+POOL = "pool/"
+"""What the names of inputs from the pool begin with, in a batch and in the examples that `fit` and `start` get."""
+
+
+@dataclass(frozen=True)
+class SampleImages:
+    """A few test images, for a picture of what is made of them.
+
+    Attributes:
+      images: reads them, uint8 `[n, H, W, C]`.
+      asked: what is asked of each, if anything is.
+      right: of each, all answers that are right, the one to show first.
+      answer: `(params, model_state) -> answers`, n of them.
+    """
+
+    images: Callable[[], np.ndarray]
+    asked: Sequence[str]
+    right: Sequence[Sequence[str]]
+    answer: Callable[[Params, ModelState], Sequence[str]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyModel:
+    """One model of a scenario: how it starts, what it learns from, how it is judged.
+
+    Attributes:
+      name: of the model, for people.
+      init: `key -> (params, model_state)`.
+      loss: what it learns.
+      optimizer: `steps -> optimizer` that it learns by.
+      splits: `seed -> Splits`.
+      evaluate: `(params, model_state, arrays) -> metrics`, with the one it is judged by, a fraction in [0, 1].
+      metric: the name of that one.
+      apply: its apply function, for losses that look inside of it; None for several models in one.
+      inputs: the entries of a batch that are its inputs, in order.
+      attention: its attention blocks as a pattern of paths, by what they attend to: `vision`, `text`.
+      augment: changes its batches at random while it trains; None for batches as they are.
+      load: `(path, params) -> params` from a file of weights, where `params` is the model as it starts.
+      load_pretrained: `(path, variables, seed) -> variables` from a file of another library, where variables are
+        `{"params": ..., **model_state}` as the model starts, and what the file lacks, such as a last layer for the
+        labels at hand, is fitted to the seed's training examples; for no seed it is checked to fit, and variables may
+        be shapes. None for `load`, which knows parameters alone.
+      sample_images: test images that it is shown with; None for a model of other things.
+      code: lines of Python that make it, see `model_code`; empty where there are none.
+      head_penalty: of logistic regressions on its features, see `merge_jax.fit_head`.
+      pool: `seed -> inputs` without labels, those of the labelled examples first; None for these alone.
+    """
+
+    name: str
+    init: Callable[[jax.Array], tuple[Params, ModelState]]
+    loss: LossFn
+    optimizer: Callable[[int], optax.GradientTransformation]
+    splits: Callable[[int], Splits]
+    evaluate: Callable[[Params, ModelState, Arrays], dict[str, float]]
+    metric: str = "accuracy"
+    apply: ModelApply | None = None
+    inputs: tuple[str, ...] = ()
+    attention: Mapping[str, str] = field(default_factory=dict)
+    augment: Augment | None = None
+    load: Callable[[Path, Params], Params] = mj.load_params
+    load_pretrained: Callable[[Path, dict[str, Any], int | None], dict[str, Any]] | None = None
+    sample_images: SampleImages | None = None
+    code: str = ""
+    pool: Callable[[int], Arrays] | None = None
+    head_penalty: float = 1.0
+
+    def __post_init__(self) -> None:  # noqa: D105
+        if self.apply is not None and not self.inputs:
+            raise ValueError(
+                f"the model {self.name!r} has an apply function and no inputs: name the entries of a batch that it "
+                "reads, such as inputs=('image',)"
+            )
+
+
+def classifier(
+    name: str,
+    module: nn.Module,
+    splits: Callable[[int], Splits],
+    *,
+    inputs: str,
+    optimizer: Callable[[int], optax.GradientTransformation],
+    labels: int | None = None,
+    unlabelled: int = 0,
+    apply: ModelApply | None = None,
+) -> StudyModel:
+    """Returns a model that learns to classify the examples of arrays, by cross entropy.
+
+    Args:
+      name: of the model, for people.
+      module: the Linen module, called as `(inputs, train=...)`, with logits.
+      splits: `seed -> Splits` of examples with an entry of inputs and their `label`.
+      inputs: the name of that entry.
+      optimizer: `steps -> optimizer`.
+      labels: how many training examples it learns from, drawn with the classes in proportion; None for all.
+      unlabelled: how many others it has without their labels, see `StudyModel.pool`.
+      apply: its apply function where that changes the inputs first, such as `merge_jax.on_pixels`.
+
+    Raises:
+      ValueError: examples without such an entry, or fewer than that.
+    """
+    train = splits(0).train
+    check_entries(train, inputs, "label")
+    if unlabelled:
+        check_pool(train, labels, unlabelled)
+    entry = train[inputs]
+    # Of uint8, `apply` makes numbers.
+    example = np.zeros((1, *entry.shape[1:]), np.float32 if entry.dtype == np.uint8 else entry.dtype)
+
+    def init(key: jax.Array) -> tuple[Params, ModelState]:
+        variables = mj.models.initialize(module, key, example)
+        return variables["params"], {name: state for name, state in variables.items() if name != "params"}
+
+    def few_labels(seed: int) -> Splits:
+        found = splits(seed)
+        return found if labels is None else replace(found, train=class_balanced(found.train, labels, seed))
+
+    def pool(seed: int) -> Arrays:
+        assert labels is not None  # check_pool
+        return draw_pool(splits(seed).train, labels, unlabelled, seed, (inputs,))
+
+    apply = module.apply if apply is None else apply
+    return StudyModel(
+        name=name,
+        init=init,
+        loss=mj.classification_loss(apply, inputs=inputs),
+        optimizer=optimizer,
+        splits=lru_cache(maxsize=1)(few_labels),
+        evaluate=mj.evaluate_classifier(apply, inputs=inputs, batch_size=_EVALUATED_AT_ONCE),
+        apply=apply,
+        inputs=(inputs,),
+        pool=lru_cache(maxsize=1)(pool) if unlabelled else None,
+    )
+
+
+def check_pool(train: Arrays, labels: int | None, unlabelled: int) -> None:
+    """Raises ValueError unless there are so many training examples beside the labelled ones."""
+    total = num_examples(train)
+    left = 0 if labels is None else total - labels
+    if unlabelled > left:
+        has = "all are labelled" if labels is None else f"{labels} are labelled"
+        raise ValueError(
+            f"unlabelled is {unlabelled}, but of {total} training examples {has}, which leaves {left}: give fewer"
+        )
+
+
+def draw_pool(train: Arrays, labels: int, unlabelled: int, seed: int, inputs: tuple[str, ...]) -> dict[str, Any]:
+    """Returns the inputs of the labelled examples, those that `class_balanced` draws, and then of so many others.
+
+    What is drawn first of the others is the same however many there are.
+    """
+    total = num_examples(train)
+    labelled = class_balanced({"row": np.arange(total), "label": train["label"]}, labels, seed)["row"]
+    others = np.random.default_rng([seed, labels]).permutation(np.setdiff1d(np.arange(total), labelled))
+    rows = np.concatenate([labelled, others[:unlabelled]])
+    return take({name: train[name] for name in inputs}, rows)
+
+
+def pool_inputs(model: StudyModel) -> tuple[str, ...]:
+    """Returns the entries of a batch on which a target is compared with its source, of the target's inputs."""
+    return model.inputs if model.pool is None else tuple(POOL + name for name in model.inputs)
+
+
+def inputs_of(examples: Mapping[str, Any], names: tuple[str, ...]) -> list[Any]:
+    """Returns inputs without labels: those of the pool, or of the labelled examples where there is no pool.
+
+    Raises:
+      ValueError: the examples lack an input.
+    """
+    check_entries(examples, *names)
+    return [examples.get(POOL + name, examples[name]) for name in names]
