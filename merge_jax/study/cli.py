@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, NoReturn, TypeVar
 import tyro
 
 from merge_jax.checks import check_choice
-from merge_jax.study.config import RunConfig
-from merge_jax.study.contents import run_options
+from merge_jax.study.config import RunConfig, run_options
 from merge_jax.training.compilation_cache import use_cache
 
 if TYPE_CHECKING:

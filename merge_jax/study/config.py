@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_type_hints
 
@@ -13,7 +13,13 @@ from merge_jax.checks import check_at_least_one
 from merge_jax.study.choices import SourceControl, UpdateRule
 from merge_jax.training.compilation_cache import CacheChoice
 
-__all__ = ["Lengths", "RunConfig", "Schedule", "check_types", "make_schedule"]
+__all__ = ["Lengths", "RunConfig", "Schedule", "check_types", "make_schedule", "run_options"]
+
+# They say where and how far a run goes on, not what it is: a resumed run may have others.
+_NOT_IDENTIFYING = (
+    *("run_dir", "resume", "compilation_cache"),
+    *("devices", "parallel", "shard_state", "coordinator", "num_processes", "process_id"),
+)
 
 
 class Lengths(NamedTuple):
@@ -150,6 +156,11 @@ class RunConfig:
         from merge_jax.training.sharding import DATA_AXIS
 
         return DATA_AXIS
+
+
+def run_options(config: RunConfig) -> dict[str, Any]:
+    """Returns the options that say what a run is."""
+    return {name: value for name, value in asdict(config).items() if name not in _NOT_IDENTIFYING}
 
 
 def make_schedule(config: RunConfig, source_examples: int, target_examples: int) -> Schedule:

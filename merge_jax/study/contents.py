@@ -4,13 +4,12 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from merge_jax.study.config import RunConfig
+from merge_jax.study.config import RunConfig, run_options
 
-__all__ = ["contents_of", "current_options", "run_identity", "run_options"]
+__all__ = ["contents_of", "current_options", "run_identity"]
 
 # Options of version 0.1 that are gone, by the value that stands for what this version does.
 _REMOVED = {"vectorized": False, "cycle_end": None, "gate": "learned", "max_width": 512}
@@ -20,20 +19,9 @@ _RENAMED = {"view": "compare_on"}
 # Options of transfers that are new, by the value that stands for what was done before.
 _ADDED = {"routes": ["**=**"], "unlabelled": 0, "head_first": False, "target_rate": 1.0}
 
-# They say where and how far a run goes on, not what it is: a resumed run may have others.
-_NOT_IDENTIFYING = (
-    *("run_dir", "resume", "compilation_cache"),
-    *("devices", "parallel", "shard_state", "coordinator", "num_processes", "process_id"),
-)
-
 _PLACES = ("data_dir",)  # Data sets are kept there; which examples are learned from is a fact of every checkpoint.
 _BLOCK, _BLOCKS, _FILES = 2**16, 16, 64
 _SOURCE_LEAVES = ("target/params/", "target/model_state/")  # On its own, the source is trained as a target.
-
-
-def run_options(config: RunConfig) -> dict[str, Any]:
-    """Returns the options that say what a run is."""
-    return {name: value for name, value in asdict(config).items() if name not in _NOT_IDENTIFYING}
 
 
 def run_identity(config: RunConfig) -> dict[str, Any]:

@@ -19,8 +19,8 @@ from typing import NamedTuple
 from merge_jax.checks import error_context
 from merge_jax.runs.folder import RunFolder, numbered_folder
 from merge_jax.study.cli import parse
-from merge_jax.study.config import RunConfig
-from merge_jax.study.contents import current_options, run_identity, run_options
+from merge_jax.study.config import RunConfig, run_options
+from merge_jax.study.contents import current_options, run_identity
 from merge_jax.study.experiment import find_experiment, find_grid, load_experiment
 from merge_jax.study.grid import Grid, GridRun, Options, make_runs, read_grid, select
 from merge_jax.study.options import TransferOptions

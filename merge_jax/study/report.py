@@ -95,7 +95,7 @@ def write_report(grid: Grid, runs: Sequence[GridRun], folder: RunFolder) -> str:
         console.print(note + "\n", highlight=False)
         markdown += [note, ""]
     opponents = dict.fromkeys(name for rows in by_setting.values() for name, one in rows.items() if one.opponent)
-    note = _note(grid, measured, opponents, runs, folder)
+    note = _note(measured, opponents, runs, folder)
     console.print(note, highlight=False)
     markdown.append(note.replace("\n", "\n\n"))
     text = console.export_text()
@@ -256,9 +256,7 @@ def _comparison_note(grid: Grid, setting: str, rows: Mapping[str, Measured], com
     return note + (f" Without {', '.join(missing)}: not run." if missing else "")
 
 
-def _note(
-    grid: Grid, measured: Sequence[Measured], opponents: Iterable[str], runs: Sequence[GridRun], folder: RunFolder
-) -> str:
+def _note(measured: Sequence[Measured], opponents: Iterable[str], runs: Sequence[GridRun], folder: RunFolder) -> str:
     """Returns what the columns are, what is missing yet, and where and when it was measured."""
     environment = folder.read_json("environment.json", [])[0]
     expected = [(run.setting, row) for run in runs for row in run.rows]

@@ -39,9 +39,9 @@ from merge_jax.data import (
     synthetic_topics,
 )
 from merge_jax.study.choices import PoolerName, TextModelName, TextTaskName
-from merge_jax.study.features import fitted_head
 from merge_jax.study.model import StudyModel, check_pool, draw_pool
 from merge_jax.study.model_code import model_code
+from merge_jax.study.pretrained import fitted_head
 from merge_jax.study.text_weights import check_weights, read_weights, weights_error, with_weights
 
 __all__ = [
@@ -242,7 +242,6 @@ def text_model(
     sizes: Path | None = None,
     pooler: PoolerName | None = None,
     fit_head: bool = False,
-    dtype: Any = jnp.float32,
 ) -> StudyModel:
     """Returns a model that learns a text task.
 
@@ -263,13 +262,12 @@ def text_model(
       pooler: of a classifier; None for that of its architecture.
       fit_head: whether the last layer of a classifier that is read from a file, as a source is, is fitted to its
         training examples: logistic regression on its features.
-      dtype: of the computation.
 
     Raises:
       ValueError: the model is unknown, fewer examples can be held out than that, a text does not fit, or weights that
         do not fit the model and its vocabulary.
     """
-    encoder = make_text_encoder(model, tokens, max_length, attributes, sizes, dtype=dtype)
+    encoder = make_text_encoder(model, tokens, max_length, attributes, sizes)
     name = f"{model if sizes is None else sizes.name} ({texts.name} {task})"
     module: Any
     if isinstance(texts, QuestionSet):

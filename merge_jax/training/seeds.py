@@ -2,22 +2,19 @@
 
 import operator
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from merge_jax.training.epoch import Epoch
 from merge_jax.training.joint import JointState
 from merge_jax.types import Batch, Metrics
 
-__all__ = ["over_seeds", "stack_arrays", "stack_seeds", "unstack_seeds"]
+__all__ = ["over_seeds", "stack_seeds", "unstack_seeds"]
 
 # Seeds stand at the same step: with a step each, every one would pay for a transfer whenever one has it.
 _AXES = JointState(step=None, key=0, source=0, target=0, adapter=0)  # type: ignore[arg-type]
-
-_Tree = TypeVar("_Tree")
 
 
 def stack_seeds(states: Sequence[JointState]) -> JointState:
@@ -58,8 +55,3 @@ def over_seeds(epoch: Epoch) -> Epoch:
         return jax.vmap(epoch, in_axes=(_AXES, 0, 0, None), out_axes=(_AXES, 0))(state, arrays, indices, count)
 
     return stacked_epoch
-
-
-def stack_arrays(trees: Sequence[_Tree]) -> _Tree:
-    """Returns trees of NumPy arrays as one with leaves `[S, ...]`."""
-    return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)

@@ -10,7 +10,7 @@ import merge_jax as mj
 from experiments import cross_structure
 from merge_jax.data import Splits
 from merge_jax.study import images, sources
-from merge_jax.study.features import read_features
+from merge_jax.study.pretrained import read_features
 from tests.models.test_efficientnet import TINY_MOBILE, as_file, random_variables, tiny
 
 RANDOM = np.random.default_rng(0)

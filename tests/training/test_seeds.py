@@ -6,7 +6,6 @@ import optax
 import pytest
 
 import merge_jax as mj
-from merge_jax.training.seeds import stack_arrays
 from tests import helpers
 
 TRANSFER = mj.linear_operator_transfer(helpers.ROUTES)
@@ -49,7 +48,7 @@ def comparable(state):
 def run_together():
     epoch = mj.make_epoch(helpers.joint_step(TRANSFER, cycle=2, adapter_optimizer=OPTIMIZER))
     states = [state_of(seed) for seed in range(SEEDS)]
-    arrays, indices = stack_arrays([data_of(seed) for seed in range(SEEDS)])
+    arrays, indices = jax.tree.map(lambda *seeds: np.stack(seeds), *(data_of(seed) for seed in range(SEEDS)))
     return epoch, mj.training.over_seeds(epoch), mj.training.stack_seeds(states), arrays, indices
 
 
@@ -108,11 +107,3 @@ def test_states_at_different_steps_are_refused():
         mj.training.stack_seeds([first, second])
     with pytest.raises(ValueError, match=r"seeds must stand at the same step, got \[\]"):
         mj.training.stack_seeds([])
-
-
-def test_arrays_are_stacked_leaf_by_leaf_on_the_host():
-    stacked = stack_arrays([{"a": {"x": np.full((2, 3), i)}, "b": np.arange(4) + i} for i in range(5)])
-    assert isinstance(stacked["b"], np.ndarray)
-    assert stacked["a"]["x"].shape == (5, 2, 3)
-    assert stacked["a"]["x"][:, 0, 0].tolist() == [0, 1, 2, 3, 4]
-    assert stacked["b"][2].tolist() == [2, 3, 4, 5]
