@@ -18,7 +18,7 @@ with epy.lazy_api_imports(globals()):
         VisionModelName,
     )
     from merge_jax.study.cli import main
-    from merge_jax.study.config import RunConfig, Schedule
+    from merge_jax.study.config import RunConfig
     from merge_jax.study.distillation import distillation_objectives, tf_kd_objective
     from merge_jax.study.images import (
         ImageData,
@@ -44,7 +44,7 @@ with epy.lazy_api_imports(globals()):
         TransferOptions,
         parse_pairs,
     )
-    from merge_jax.study.scenario import Method, Scenario, StartFn
+    from merge_jax.study.scenario import Method, Scenario, Schedule, StartFn
     from merge_jax.study.tasks import TaskSpec, make_models, routes_by_depth, routes_to_lower_half
     from merge_jax.study.texts import TextData, adamw
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
@@ -13,34 +13,13 @@ from merge_jax.checks import check_at_least_one
 from merge_jax.study.choices import SourceControl, UpdateRule
 from merge_jax.training.compilation_cache import CacheChoice
 
-__all__ = ["Lengths", "RunConfig", "Schedule", "check_types", "make_schedule", "run_options"]
+__all__ = ["RunConfig", "check_types", "run_options"]
 
 # They say where and how far a run goes on, not what it is: a resumed run may have others.
 _NOT_IDENTIFYING = (
     *("run_dir", "resume", "compilation_cache"),
     *("devices", "parallel", "shard_state", "coordinator", "num_processes", "process_id"),
 )
-
-
-class Lengths(NamedTuple):
-    """How long a model is trained, in steps.
-
-    Attributes:
-      steps: all of them.
-      report_every: from one report to the next.
-      checkpoint_every: from one checkpoint to the next.
-    """
-
-    steps: int
-    report_every: int
-    checkpoint_every: int
-
-
-class Schedule(NamedTuple):
-    """How long the target is trained, and the source before it where it is pretrained."""
-
-    source: Lengths
-    target: Lengths
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,34 +140,6 @@ class RunConfig:
 def run_options(config: RunConfig) -> dict[str, Any]:
     """Returns the options that say what a run is."""
     return {name: value for name, value in asdict(config).items() if name not in _NOT_IDENTIFYING}
-
-
-def make_schedule(config: RunConfig, source_examples: int, target_examples: int) -> Schedule:
-    """Returns the lengths in steps, for as many examples to train each model on.
-
-    Raises:
-      ValueError: a batch has more examples than there are.
-    """
-    for role, examples in (("target", target_examples), ("source", source_examples)):
-        learns = role == "target" or config.source != "frozen"
-        if learns and examples < config.batch_size:
-            raise ValueError(
-                f"batch_size is {config.batch_size}, but the {role} learns from {examples} examples: a batch would"
-                " have some of them twice"
-            )
-    if config.epochs is None:
-        source, target = (
-            Lengths(steps, config.report_every, config.checkpoint_every)
-            for steps in (config.source_steps, config.steps)
-        )
-        return Schedule(source, target)
-
-    def lengths(epochs: int, examples: int) -> Lengths:
-        epoch = math.ceil(examples / config.batch_size)
-        return Lengths(epochs * epoch, config.report_every * epoch, config.checkpoint_every * epoch)
-
-    source_epochs = config.epochs if config.source_epochs is None else config.source_epochs
-    return Schedule(lengths(source_epochs, source_examples), lengths(config.epochs, target_examples))
 
 
 def check_types(options: Any, prefix: str = "") -> None:

@@ -1,5 +1,6 @@
 """Scenarios of two models: the methods that their options and routes make, every transfer with every objective."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
@@ -15,10 +16,10 @@ from merge_jax.checks import check_choice
 from merge_jax.data import num_examples
 from merge_jax.objectives.features import can_be_averaged
 from merge_jax.study.alignment import Alignment, align
-from merge_jax.study.config import RunConfig, make_schedule
+from merge_jax.study.config import RunConfig
 from merge_jax.study.model import StudyModel, pool_inputs
 from merge_jax.study.options import TransferOptions, parse_pairs
-from merge_jax.study.scenario import FitFn, Method, Scenario, StartFn
+from merge_jax.study.scenario import FitFn, Lengths, Method, Scenario, Schedule, StartFn
 from merge_jax.study.starts import prepare_start, refit_start
 from merge_jax.transfers.adapter import OutputForm
 from merge_jax.types import Batch, LossFn, ModelState, Params, TeacherFn
@@ -101,7 +102,7 @@ def make_scenario(
     target = replace(target, head_penalty=config.head_penalty)
     if config.unlabelled and target.pool is None:
         raise ValueError(f"unlabelled is {config.unlabelled}, but {target.name} has no pool of unlabelled inputs")
-    schedule = make_schedule(config, *(num_examples(model.splits(0).train) for model in (source or target, target)))
+    schedule = _make_schedule(config, *(num_examples(model.splits(0).train) for model in (source or target, target)))
     source_steps = (schedule.target if config.source == "live" else schedule.source).steps
     num_steps = schedule.target.steps
     methods = make_methods(
@@ -127,6 +128,34 @@ def make_scenario(
         attach=attach,
         head_first=config.head_first,
     )
+
+
+def _make_schedule(config: RunConfig, source_examples: int, target_examples: int) -> Schedule:
+    """Returns the lengths in steps, for as many examples to train each model on.
+
+    Raises:
+      ValueError: a batch has more examples than there are.
+    """
+    for role, examples in (("target", target_examples), ("source", source_examples)):
+        learns = role == "target" or config.source != "frozen"
+        if learns and examples < config.batch_size:
+            raise ValueError(
+                f"batch_size is {config.batch_size}, but the {role} learns from {examples} examples: a batch would"
+                " have some of them twice"
+            )
+    if config.epochs is None:
+        source, target = (
+            Lengths(steps, config.report_every, config.checkpoint_every)
+            for steps in (config.source_steps, config.steps)
+        )
+        return Schedule(source, target)
+
+    def lengths(epochs: int, examples: int) -> Lengths:
+        epoch = math.ceil(examples / config.batch_size)
+        return Lengths(epochs * epoch, config.report_every * epoch, config.checkpoint_every * epoch)
+
+    source_epochs = config.epochs if config.source_epochs is None else config.source_epochs
+    return Schedule(lengths(source_epochs, source_examples), lengths(config.epochs, target_examples))
 
 
 def make_methods(

@@ -3,17 +3,39 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import optax
 
-from merge_jax.study.config import Schedule
 from merge_jax.study.model import StudyModel
 from merge_jax.training.joint import Task, TrainState
 from merge_jax.transfers.base import Transfer, identity_transfer
 from merge_jax.types import Adapter, Batch, Params, TeacherFn
 
-__all__ = ["FitFn", "Method", "Scenario", "StartFn"]
+__all__ = ["FitFn", "Lengths", "Method", "Scenario", "Schedule", "StartFn"]
+
+
+class Lengths(NamedTuple):
+    """How long a model is trained, in steps.
+
+    Attributes:
+      steps: all of them.
+      report_every: from one report to the next.
+      checkpoint_every: from one checkpoint to the next.
+    """
+
+    steps: int
+    report_every: int
+    checkpoint_every: int
+
+
+class Schedule(NamedTuple):
+    """How long the target is trained, and the source before it where it is pretrained."""
+
+    source: Lengths
+    target: Lengths
+
 
 FitFn = Callable[[Adapter, TrainState, Params, Batch], Adapter]
 """`(adapter as the transfer makes it, source, target's parameters, target's examples) -> adapter to start from`.

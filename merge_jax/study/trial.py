@@ -14,11 +14,11 @@ from jax.stages import Lowered
 from merge_jax.data import Arrays, ReadAhead, Splits, fingerprint, indices_of, is_streamed, num_examples
 from merge_jax.paths import flatten, some_of
 from merge_jax.paths import replace as set_leaves
-from merge_jax.study.config import Lengths, RunConfig
+from merge_jax.study.config import RunConfig
 from merge_jax.study.heads import FitHead, keeping, make_fit_head
 from merge_jax.study.measures import Measures, make_measures
 from merge_jax.study.model import POOL, StudyModel
-from merge_jax.study.scenario import FitFn, Method, Scenario, StartFn
+from merge_jax.study.scenario import FitFn, Lengths, Method, Scenario, StartFn
 from merge_jax.study.shown import Shown
 from merge_jax.study.sources import OTHER_SEED, SourcePlan, initial_key
 from merge_jax.training.epoch import Epoch, augmented, make_epoch
