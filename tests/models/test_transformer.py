@@ -9,7 +9,6 @@ import merge_jax as mj
 from merge_jax import models
 from merge_jax.models.transformer import _Layer, _segments
 from tests.models.common import (
-    assert_reaches_every_leaf,
     count,
     in_training,
     layer_shapes,
@@ -36,9 +35,6 @@ MODELS = {
     "distilbert, spans": models.SpanExtractor(tiny(num_segments=0)),
     "mean": models.TextClassifier(tiny(), 3, "mean"),
 }
-all_models = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
-# One of each encoder and of each head.
-two_models = pytest.mark.parametrize("model", [MODELS["bert"], MODELS["distilbert, spans"]], ids=["bert", "spans"])
 
 
 initialised = functools.cache(lambda model: random_params(model, TOKENS))
@@ -102,22 +98,6 @@ def test_padding_changes_nothing_elsewhere(num_segments):
     np.testing.assert_allclose(short, full[:, :8], atol=1e-5)
 
 
-def test_a_text_of_padding_alone_is_finite():
-    model = MODELS["bert"]
-    assert np.isfinite(outputs(model, initialised(model), np.zeros_like(TOKENS))).all()
-
-
-@two_models
-def test_dropout_is_in_training_alone(model):
-    params, keys = initialised(model), jax.random.split(jax.random.key(0))
-    first, again, other = (outputs(model, params, TOKENS, train=True, key=key) for key in (keys[0], keys[0], keys[1]))
-    np.testing.assert_array_equal(first, again)
-    assert jnp.abs(first - other).max() > 0.01
-    assert jnp.abs(first - outputs(model, params, TOKENS)).max() > 0.01
-    without = model.clone(encoder=model.encoder.clone(dropout_rate=0.0))
-    np.testing.assert_array_equal(outputs(without, params, TOKENS, train=True), outputs(without, params, TOKENS))
-
-
 def test_dropout_is_in_berts_places():
     model = models.TextClassifier(tiny(dropout_rate=0.5), 3)
     params = initialised(model)
@@ -148,40 +128,6 @@ def test_an_answer_is_in_the_passage_or_at_the_first_token():
         assert logits.shape == (2, 10, 2)
         np.testing.assert_array_equal(logits[~answerable], -1e9)
         assert (jnp.abs(logits[answerable]) < 100).all()
-
-
-@two_models
-def test_in_bfloat16_parameters_and_logits_stay_float32(model):
-    narrow = model.clone(encoder=model.encoder.clone(dtype=jnp.bfloat16))
-    params = initialised(model)
-    shapes = jax.eval_shape(narrow.init, jax.random.key(0), TOKENS)["params"]
-    assert {leaf.dtype.name for leaf in jax.tree.leaves(shapes)} == {"float32"}
-    assert outputs(narrow.encoder, params["encoder"], TOKENS).dtype == jnp.bfloat16
-    logits, expected = outputs(narrow, params, TOKENS), outputs(model, params, TOKENS)
-    assert logits.dtype == jnp.float32
-    assert logits.shape == expected.shape
-    np.testing.assert_allclose(logits, expected, atol=0.2)
-    assert jnp.abs(logits - expected).max() > 1e-4
-
-
-@all_models
-def test_gradients_reach_every_leaf(model):
-    def loss(params):
-        logits = model.apply({"params": params}, TOKENS)
-        weights = jax.random.normal(jax.random.key(1), logits.shape)
-        return jnp.sum(jnp.where(logits > -1e8, logits * weights, 0.0))
-
-    assert_reaches_every_leaf(loss, initialised(model), most=1e-6)
-
-
-@pytest.mark.parametrize("name", ["bert", "distilbert", "mean"])
-def test_the_logits_are_the_last_layer_of_the_sown_features(name):
-    model, params = MODELS[name], initialised(MODELS[name])
-    logits, (features,) = jax.jit(mj.objectives.with_features(model.apply))({"params": params}, TOKENS)
-    assert features.shape == (2, 8)
-    last = params["classifier"]
-    np.testing.assert_allclose(logits, features @ last["kernel"] + last["bias"][None], atol=1e-5)
-    assert (features.min() >= 0) == name.startswith("distil")
 
 
 def test_the_mean_of_a_text_is_of_its_tokens_alone():

@@ -8,7 +8,6 @@ import pytest
 import merge_jax as mj
 from merge_jax import models
 from tests.models.common import (
-    assert_reaches_every_leaf,
     attend,
     count,
     dense,
@@ -105,16 +104,6 @@ def test_leaves_start_as_described():
             np.testing.assert_array_equal(leaf, 1.0 if path.endswith("scale") else 0.0, err_msg=path)
 
 
-def test_dropout_is_in_training_alone():
-    params, keys = initialised(MODEL), jax.random.split(jax.random.key(0))
-    model = MODEL.clone(encoder=tiny(dropout_rate=0.5))
-    first, again, other = (outputs(model, params, IMAGES, train=True, key=key) for key in (keys[0], keys[0], keys[1]))
-    np.testing.assert_array_equal(first, again)
-    assert jnp.abs(first - other).max() > 0.01
-    np.testing.assert_array_equal(outputs(model, params, IMAGES), outputs(MODEL, params, IMAGES))
-    np.testing.assert_array_equal(outputs(MODEL, params, IMAGES, train=True), outputs(MODEL, params, IMAGES))
-
-
 def test_dropout_is_on_embeddings_and_after_each_block():
     _, found = in_training(tiny(dropout_rate=0.5), initialised(MODEL)["encoder"], IMAGES)
     dropped = [found[place]["Dropout_0"]["__call__"] for place in ("layer_0", "layer_1")]
@@ -122,33 +111,6 @@ def test_dropout_is_on_embeddings_and_after_each_block():
     assert len(found["Dropout_0"]["__call__"]) == 1
     for one in jax.tree.leaves([dropped, found["Dropout_0"]]):
         assert 0.3 < (one == 0).mean() < 0.7
-
-
-def test_in_bfloat16_parameters_and_logits_stay_float32():
-    narrow, params = MODEL.clone(encoder=tiny(dtype=jnp.bfloat16)), initialised(MODEL)
-    shapes = jax.eval_shape(narrow.init, jax.random.key(0), IMAGES)["params"]
-    assert {leaf.dtype.name for leaf in jax.tree.leaves(shapes)} == {"float32"}
-    assert outputs(narrow.encoder, params["encoder"], IMAGES).dtype == jnp.bfloat16
-    logits, (features,) = jax.jit(mj.objectives.with_features(narrow.apply))({"params": params}, IMAGES)
-    expected = outputs(MODEL, params, IMAGES)
-    assert (logits.dtype, features.dtype) == (jnp.float32, jnp.float32)
-    np.testing.assert_allclose(logits, expected, atol=0.2)
-    assert jnp.abs(logits - expected).max() > 1e-4
-
-
-def test_gradients_reach_every_leaf():
-    def loss(params):
-        logits = MODEL.apply({"params": params}, IMAGES)
-        return jnp.sum(logits * jax.random.normal(jax.random.key(1), logits.shape))
-
-    assert_reaches_every_leaf(loss, initialised(MODEL), least=1e-4)
-
-
-def test_the_logits_are_the_last_layer_of_the_sown_features():
-    params = initialised(MODEL)
-    logits, (features,) = jax.jit(mj.objectives.with_features(MODEL.apply))({"params": params}, IMAGES)
-    assert features.shape == (2, 8)
-    np.testing.assert_allclose(logits, dense(in_float64(params["classifier"]), in_float64(features)), atol=1e-5)
 
 
 @pytest.mark.slow
