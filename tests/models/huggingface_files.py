@@ -96,6 +96,16 @@ def write(folder, tensors):
     return folder / "model.safetensors"
 
 
+def assert_goes_back(folder, params, tensors, **options):
+    """Parameters become the tensors that they were read from, and what is written of these is read as they are."""
+    back = models.to_huggingface(params, **options)
+    assert back.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(back[name], tensor, err_msg=name)
+    again = models.from_huggingface(write(folder, back), params)
+    jax.tree.map(np.testing.assert_array_equal, again.params, params)
+
+
 IMAGE, PATCH, CHANNELS = 12, 4, 3
 VIT_LAYER = "vit.encoder.layer"
 

@@ -21,6 +21,7 @@ from tests.models.huggingface_files import (
     SEP,
     TOKENS,
     VOCAB,
+    assert_goes_back,
     attend_by_heads,
     model_of,
     params_of,
@@ -108,13 +109,7 @@ def test_what_was_loaded_goes_back_as_it_was(architecture, head, tmp_path):
     if head is None:
         # A bare model's names have no prefix.
         tensors = {name.removeprefix(f"{architecture}."): tensor for name, tensor in tensors.items()}
-    back = models.to_huggingface(loaded.params)
-    assert back.keys() == tensors.keys()
-    for name, tensor in tensors.items():
-        np.testing.assert_array_equal(back[name], tensor, err_msg=name)
-    mj.save_safetensors(tmp_path / "back.safetensors", back)
-    again = models.from_huggingface(tmp_path / "back.safetensors", loaded.params)
-    jax.tree.map(np.testing.assert_array_equal, again.params, loaded.params)
+    assert_goes_back(tmp_path, loaded.params, tensors)
 
 
 @both

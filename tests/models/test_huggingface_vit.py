@@ -17,6 +17,7 @@ from tests.models.huggingface_files import (
     PATCH,
     VIT_LAYER,
     WIDTH,
+    assert_goes_back,
     attend_by_heads,
     model_of,
     params_of,
@@ -75,13 +76,7 @@ def test_a_vision_transformer_goes_back_as_it_was(head, channels, tmp_path):
     if head is None:
         # A bare model's names have no prefix.
         tensors = {name.removeprefix("vit."): tensor for name, tensor in tensors.items()}
-    back = models.to_huggingface(loaded.params, num_channels=channels)
-    assert back.keys() == tensors.keys()
-    for name, tensor in tensors.items():
-        np.testing.assert_array_equal(back[name], tensor, err_msg=name)
-    mj.save_safetensors(tmp_path / "back.safetensors", back)
-    again = models.from_huggingface(tmp_path / "back.safetensors", loaded.params)
-    jax.tree.map(np.testing.assert_array_equal, again.params, loaded.params)
+    assert_goes_back(tmp_path, loaded.params, tensors, num_channels=channels)
 
 
 def test_the_pooler_of_a_bare_vision_transformer_is_left_and_a_missing_head_kept(tmp_path):

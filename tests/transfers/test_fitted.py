@@ -30,12 +30,6 @@ def text(width, heads=4):
     return mj.models.TextClassifier(encoder, 3)
 
 
-def vit(width):
-    return mj.models.ViT(
-        num_classes=3, patch_size=4, width=width, num_layers=1, num_heads=4, hidden=2 * width, image_shape=(8, 8)
-    )
-
-
 PAIRS = {
     "resnet": (mj.models.small_resnet(10, num_stages=2), mj.models.small_resnet(10, num_stages=2, width=0.5), IMAGES),
     "mobilenet": (mobile(8), mobile(4), IMAGES),
