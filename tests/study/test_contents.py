@@ -1,7 +1,9 @@
 """What options that are paths hold: the same wherever it lies, another where it is another."""
 
+import json
 import shutil
 import time
+from dataclasses import dataclass
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,8 @@ import pytest
 
 from merge_jax.checkpoints.orbax import Checkpoints
 from merge_jax.study.config import RunConfig
-from merge_jax.study.contents import contents_of, run_identity
+from merge_jax.study.contents import contents_of, current_options, run_identity
+from merge_jax.study.options import TransferOptions
 
 
 def content(path, **options):
@@ -124,3 +127,14 @@ def test_a_config_is_known_by_options_and_contents(tmp_path):
     assert identity["contents"] == {"source_from": content(tmp_path / "run")}
     assert "run_dir" not in identity
     assert "contents" not in run_identity(RunConfig())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(TransferOptions, RunConfig):
+    pass
+
+
+def test_a_run_from_before_an_option_was_there_has_what_was_done_then():
+    now = json.loads(json.dumps(run_identity(Config())))
+    new = {"routes", "unlabelled", "head_first", "target_rate"}
+    assert current_options({name: value for name, value in now.items() if name not in new}) == now
