@@ -30,7 +30,7 @@ such as mergenet_warm_kd or refit_agree; all of them are in experiments/README.m
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 from merge_jax import study
 from merge_jax.checks import check_below_one
@@ -280,22 +280,25 @@ def build(config: Config) -> "study.Scenario":
       ValueError: data that cannot be had, an unknown model or method, or an option that a method refuses.
     """
     data = study.load_images(config.data, config.data_dir, config.image_size, config.validation)
-    course = {"schedule": config.learning_rate_schedule, "momentum": config.momentum}
-
-    def classifier(name: str, labels: int | None, rate: float, unlabelled: int = 0) -> study.StudyModel:
-        options = {"labels": labels, "unlabelled": unlabelled, "augment": config.augment}
-        if name in get_args(study.VisionModelName):
-            return study.vision_classifier(name, name, data, rate, dtype=config.dtype, **options)
-        network = study.make_model(
-            name, data.num_classes, stages=config.stages, dtype=config.dtype, axis_name=config.axis_name
-        )
-        return study.image_classifier(name, network, data, optimizer=partial(study.sgd, rate, **course), **options)
-
+    classifier = partial(
+        study.named_classifier,
+        data=data,
+        augment=config.augment,
+        stages=config.stages,
+        dtype=config.dtype,
+        axis_name=config.axis_name,
+        schedule=config.learning_rate_schedule,
+        momentum=config.momentum,
+    )
     # A source that is read has no labels of its own: where its last layer is to be fitted, it has the target's.
     source_labels = config.labels if config.source == "frozen" else None
-    source = classifier(config.source_model, source_labels, config.learning_rate)
-    rate = config.target_learning_rate or config.learning_rate
-    target = classifier(config.target_model, config.labels, rate, config.unlabelled)
+    source = classifier(config.source_model, learning_rate=config.learning_rate, labels=source_labels)
+    target = classifier(
+        config.target_model,
+        learning_rate=config.target_learning_rate or config.learning_rate,
+        labels=config.labels,
+        unlabelled=config.unlabelled,
+    )
     distilled = study.distillation_objectives(
         source,
         target,

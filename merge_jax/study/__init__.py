@@ -27,6 +27,7 @@ with epy.lazy_api_imports(globals()):
         load_image_task,
         load_images,
         make_model,
+        named_classifier,
         sgd,
         vision_classifier,
     )
@@ -89,6 +90,7 @@ __all__ = [
     "make_model",
     "make_models",
     "make_scenario",
+    "named_classifier",
     "parse_pairs",
     "parse_routes",
     "routes_by_depth",

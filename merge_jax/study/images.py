@@ -42,6 +42,7 @@ __all__ = [
     "load_images",
     "make_model",
     "make_vision_encoder",
+    "named_classifier",
     "sgd",
     "vision_classifier",
 ]
@@ -279,6 +280,53 @@ def vision_classifier(
     )
 
 
+def named_classifier(
+    model: str,
+    data: ImageData,
+    learning_rate: float,
+    *,
+    name: str | None = None,
+    labels: int | None = None,
+    unlabelled: int = 0,
+    augment: bool = False,
+    stages: int = 3,
+    dtype: Any = jnp.float32,
+    axis_name: str | None = None,
+    schedule: LearningRateSchedule = "cosine",
+    momentum: float = 0.9,
+    attributes: Mapping[str, Any] = MappingProxyType({}),
+) -> StudyModel:
+    """Returns a network that ships, by its name, as a model that learns to classify images.
+
+    A vision transformer learns by AdamW, and has `attributes`, see `vision_classifier`. Others learn by SGD.
+
+    Args:
+      model: one of `ImageModelName` or `VisionModelName`.
+      data: its images.
+      learning_rate: of its optimizer.
+      name: of the model, for people; that of the network by default.
+      labels: see `image_classifier`.
+      unlabelled: the same.
+      augment: the same.
+      stages: of a small convolutional network, 1 to 3.
+      dtype: of the computation.
+      axis_name: the axis of the devices that BatchNorm averages over, if any.
+      schedule: the course of the learning rate of SGD.
+      momentum: of SGD.
+      attributes: of a small vision transformer, see `make_vision_encoder`.
+
+    Raises:
+      ValueError: no network has that name, or it does not take these images.
+    """
+    name = model if name is None else name
+    options = {"labels": labels, "unlabelled": unlabelled, "augment": augment}
+    if model in get_args(VisionModelName):
+        return vision_classifier(name, model, data, learning_rate, dtype=dtype, attributes=attributes, **options)
+    network = make_model(model, data.num_classes, stages=stages, dtype=dtype, axis_name=axis_name)
+    optimizer = partial(sgd, learning_rate, schedule=schedule, momentum=momentum)
+    return image_classifier(name, network, data, optimizer=optimizer, **options)
+
+
 def image_model(
     task: str,
     model: str,
@@ -292,23 +340,21 @@ def image_model(
     learning_rate: float,
     attributes: Mapping[str, Any] = MappingProxyType({}),
 ) -> StudyModel:
-    """Returns a model that learns an image task; see `load_image_task`, `make_model` and `image_classifier`.
-
-    A vision transformer learns by AdamW, has `attributes` (see `make_vision_encoder`) and blocks of attention; other
-    models learn by SGD.
+    """Returns a model that learns an image task; see `load_image_task` and `named_classifier`.
 
     Raises:
       ValueError: the model or the task is unknown, or the images cannot be had.
     """
     data = load_image_task(task, data_dir, image_size, validation)
-    name = f"{model} ({task})"
-    if model in get_args(VisionModelName):
-        return vision_classifier(
-            name, model, data, learning_rate, labels=labels, unlabelled=unlabelled, attributes=attributes
-        )
-    module = make_model(model, data.num_classes, stages=stages)
-    return image_classifier(
-        name, module, data, optimizer=partial(sgd, learning_rate), labels=labels, unlabelled=unlabelled
+    return named_classifier(
+        model,
+        data,
+        learning_rate,
+        name=f"{model} ({task})",
+        labels=labels,
+        unlabelled=unlabelled,
+        stages=stages,
+        attributes=attributes,
     )
 
 
