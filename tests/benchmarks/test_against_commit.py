@@ -289,6 +289,7 @@ def printed(capsys, monkeypatch, *words):
     return json.loads(capsys.readouterr().out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [["init"], ["gradient", "--size", 4, "--routes", 2]])
 def test_programs_print_their_seconds(capsys, monkeypatch, words):
     figures = printed(capsys, monkeypatch, ROOT, *words)

@@ -107,6 +107,7 @@ def test_a_text_model_gives_to_the_vision_of_retrieval(tmp_path):
     assert all("triangle" in text or "square" in text or "circle" in text for text in result["answers"]["target"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "receiving", "giving"),
     [

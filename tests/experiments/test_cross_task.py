@@ -163,6 +163,7 @@ def write_encoder(folder, tokens, width=24, num_layers=3, num_heads=3, **config)
     return params
 
 
+@pytest.mark.slow
 def test_a_file_with_its_config_tells_the_sizes_of_a_source(tmp_path):
     build(*LITTLE, "--methods", "vanilla").attach(tmp_path)
     tokens = WordPiece.from_vocabulary(tmp_path / "vocabulary.json")
@@ -189,6 +190,7 @@ def pretrained_options(folder, texts):
     return params, ["pretrained", "--source-from", folder, *data, *LITTLE[:-4], "--labels", "20"]
 
 
+@pytest.mark.slow
 def test_the_head_of_a_pretrained_encoder_is_fitted_to_the_labels_of_the_target(tmp_path, capsys):
     params, options = pretrained_options(tmp_path, write_texts(tmp_path / "data"))
     options += ["--methods", "kd"]

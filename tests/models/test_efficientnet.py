@@ -52,6 +52,7 @@ def parameters(model):
     return sum(leaf.size for leaf in jax.tree.leaves(shapes(model)["params"]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("width", "depth", "millions"), [(1.0, 1.1, 5.42), (1.1, 1.2, 6.09), (1.2, 1.4, 8.20), (1.4, 1.8, 13.01)]
 )
@@ -121,6 +122,7 @@ def test_stem_and_head_are_what_the_paper_says():
     np.testing.assert_allclose(logits, y @ fc["kernel"] + fc["bias"], atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "stem_stride", "side"), [(32, 2, 1), (64, 2, 2), (32, 1, 2), (224, 2, 7)])
 def test_small_images_leave_as_many_places(size, stem_stride, side):
     model = efficientnet_lite(10, 0.5, stem_stride=stem_stride)
@@ -159,6 +161,7 @@ def aligned(source, target, routes):
     return transfer.apply(adapter, *(one["params"] for one in variables)), *(one["params"] for one in variables)
 
 
+@pytest.mark.slow
 def test_all_leaves_of_the_sibling_are_aligned():
     written, _, target = aligned(tiny(), tiny(0.5), {"**": "**"})
     changed = {path for path, leaf in mj.flatten(written).items() if not np.array_equal(leaf, mj.flatten(target)[path])}

@@ -271,6 +271,7 @@ def products(jaxpr):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", ["small_resnet", "resnet50", "small_mobilenet_v2", "mobilenet_v2_half"])
 def test_products_are_of_matrices_and_sum_over_one_axis_forward_and_backward(make):
     # Over several axes, XLA's compiler for CPUs transposes an operand in memory: a quarter of ResNet50's step.
@@ -324,6 +325,7 @@ def test_activations_are_clipped_at_6_or_not_at_all(clipped):
     assert mj.models.mobilenet_v2(100).clipped
 
 
+@pytest.mark.slow
 def test_a_start_is_that_of_the_models_own_init():
     model, images = mj.models.small_mobilenet_v2(10), jnp.zeros((1, 8, 8, 1))
     expected = jax.jit(model.init)(jax.random.key(3), images)

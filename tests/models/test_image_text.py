@@ -116,6 +116,7 @@ def test_leaves_have_readable_names():
     assert leaves(DUAL) == {"image_projection/kernel": (8, 6), "text_projection/kernel": (12, 6), "log_scale": ()}
 
 
+@pytest.mark.slow
 def test_kernels_of_the_fusion_start_xavier_uniformly():
     model = models.VisualAnswerer(tiny(), models.TextEncoder(20, 64, 1, 4, 128, 8, separator=SEP), 64)
     leaves = mj.flatten(jax.jit(model.init)(jax.random.key(0), IMAGES, TOKENS)["params"])
@@ -142,6 +143,7 @@ def test_an_answer_needs_its_image_and_its_question():
     np.testing.assert_allclose(both_turned, logits[::-1], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_dropout_of_the_fusion_is_after_each_block_and_before_the_answer():
     model, params = ANSWERER.clone(dropout_rate=0.5), initialised(ANSWERER)
     logits, found = in_training(model, params, IMAGES, TOKENS)

@@ -34,6 +34,7 @@ def little(tmp_path_factory):
     return folder / "study", write(folder, LITTLE), study(write(folder, LITTLE), folder / "study")
 
 
+@pytest.mark.slow
 def test_a_source_that_is_read_gives_what_one_of_its_own_does_bit_for_bit(little, tmp_path):
     """The command of a row, run by itself, trains its own source."""
     folder, _, results = little
@@ -102,6 +103,7 @@ two_cores = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 @two_cores
 def test_a_run_in_a_process_of_its_own_gives_what_one_in_this_does(little, tmp_path, untraced):
     _, path, results = little
@@ -242,6 +244,7 @@ def test_an_interrupted_study_says_how_it_goes_on(tmp_path, untraced, monkeypatc
     assert f"the same command with --resume --run-dir {tmp_path / 'study'} goes on" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_rows_apart_have_the_results_of_rows_together(tmp_path, untraced):
     path = write(tmp_path, LITTLE)
     together, apart = tmp_path / "together", tmp_path / "apart"

@@ -59,6 +59,7 @@ def test_distillation_on_mixed_images_is_that_of_their_logits():
     assert float(loss) == pytest.approx(float((0.1 * labelled + 0.9 * 16 * divergence).mean()), rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "compare_on", "loss", "gradient"), [
     ("agree", "mixed", 4.849117, 62.116734),
     ("kd_agree", "mixed", 2.852863, 61.469643),

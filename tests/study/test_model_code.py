@@ -35,6 +35,7 @@ def test_the_code_of_a_role_makes_its_variables(experiment):
         assert shapes(like) == shapes({"params": params, **model_state})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*typing.get_args(ImageModelName)])
 def test_every_image_model_has_code(name):
     model = make_model(name, 7, stages=2, dtype=jnp.bfloat16, axis_name="batch")

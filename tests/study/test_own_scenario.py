@@ -23,6 +23,7 @@ def _own_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", [])
 
 
+@pytest.mark.slow
 def test_it_runs_by_its_name(tmp_path):
     main(["run", "my_scenario", "smoke", "--methods", "vanilla", "share", "kd", "agree", "--run-dir", "run"])
     results = json.loads((tmp_path / "run" / "results.json").read_text())

@@ -91,6 +91,7 @@ def test_features_are_those_that_the_last_layer_reads():
     np.testing.assert_allclose(found @ fc["kernel"] + fc["bias"], logits, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", [name for name in cross_structure.PRESETS if name.startswith("pretrained")])
 def test_layers_that_presets_name_are_those_of_their_models(preset):
     config = cross_structure.PRESETS[preset]

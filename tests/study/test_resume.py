@@ -115,6 +115,7 @@ def test_so_does_one_whose_images_are_changed_at_random(monkeypatch, tmp_path, c
 TINY = [*LENGTHS, *PRETRAINED, "--methods", "vanilla", "share"]
 
 
+@pytest.mark.slow
 def test_what_is_done_is_neither_restored_nor_hashed(monkeypatch, tmp_path, capsys):
     """Of two seeds the second lacks a method: its own source is needed, and no other."""
     folder, hashed, opened = tmp_path / "run", [], []
@@ -139,6 +140,7 @@ def test_what_is_done_is_neither_restored_nor_hashed(monkeypatch, tmp_path, caps
     assert results_of(folder) == expected
 
 
+@pytest.mark.slow
 def test_the_seconds_of_all_parts_count(monkeypatch, tmp_path, capsys):
     folder = tmp_path / "run"
     stopping_at(monkeypatch, 4)

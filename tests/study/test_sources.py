@@ -86,6 +86,7 @@ def test_a_trajectory_shows_every_saved_step_in_order(trajectory):
     assert shown == [0.0, 1.0, 2.0]
 
 
+@pytest.mark.slow
 def test_a_trajectory_of_another_run_is_that_runs(trajectory, tmp_path):
     folder, results, records = trajectory
     again = run("tiny", tmp_path / "run", *SNAPSHOTS, "--source-from", folder)

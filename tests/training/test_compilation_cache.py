@@ -60,6 +60,7 @@ def test_a_second_process_reads_what_a_first_has_compiled(tmp_path):
     assert second.said == ""
 
 
+@pytest.mark.slow
 def test_what_is_named_comes_before_the_environment_and_that_before_the_default(tmp_path):
     home, given, named = (tmp_path / name for name in ("home", "environment", "named"))
     environment = {**_KEEP_ALL, "JAX_COMPILATION_CACHE_DIR": str(given)}
@@ -76,6 +77,7 @@ def test_what_is_named_comes_before_the_environment_and_that_before_the_default(
     assert not home.exists()
 
 
+@pytest.mark.slow
 def test_the_environment_sets_what_is_kept_and_how_much(tmp_path):
     found = compiled("default", tmp_path)
     assert 0 < found.least < 1

@@ -110,6 +110,7 @@ def test_an_augmented_epoch_gives_what_single_augmented_steps_give_and_goes_on_w
     assert_close(resumed, states[STEPS])
 
 
+@pytest.mark.slow
 def test_the_teacher_sees_the_batch_that_the_target_learns_from():
     def loss(logits, batch):
         return mj.distillation_loss(logits, batch["teacher_logits"], batch["label"])

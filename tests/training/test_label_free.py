@@ -93,6 +93,7 @@ def test_an_adapter_learns_in_the_place_of_parameters_and_is_applied_once():
         assert changed == (path == "first/kernel")
 
 
+@pytest.mark.slow
 def test_inside_of_jit_at_any_rate():
     source, target = both()
     run = jax.jit(

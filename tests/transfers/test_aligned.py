@@ -151,6 +151,7 @@ def test_choices_of_channels_are_checked(options, message):
         mj.aligned_transfer(EVERYTHING, channels_of(LARGE), channels_of(SMALL), **options)
 
 
+@pytest.mark.slow
 def test_a_fit_keeps_more_of_a_real_model_than_an_even_choice():
     (source, state), (target, small_state) = variables_of(LARGE), variables_of(SMALL)
     transfer = aligned(LARGE, SMALL)

@@ -286,6 +286,7 @@ def temporary_bytes(columns, max_scores):
     return jax.jit(gradient).lower(adapter, params, params).compile().memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_rows_times_columns():
     """Attention of 2048 columns on 2048 in 8 heads is 128 MiB a map; in chunks no map of any size is held or kept."""
     whole, chunked, wider = (temporary_bytes(*case) for case in ((2048, 2**30), (2048, 2**16), (4096, 2**16)))
