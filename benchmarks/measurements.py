@@ -87,7 +87,9 @@ def _whole(*words: str, in_tree: bool = False, cached: bool = False) -> Program:
 
 
 def _readme_block(tree: Tree) -> Figures:
-    texts = [(tree.root / name).read_text() for name in ("README.md", "docs/transfers.md")]  # It stood in the README once.
+    texts = [
+        (tree.root / name).read_text() for name in ("README.md", "docs/transfers.md")
+    ]  # It stood in the README once.
     blocks = re.findall(r"^```python\n(.*?)^```", "\n".join(texts), re.MULTILINE | re.DOTALL)
     block = next((block for block in blocks if "mj.lpka_transfer" in block), None)
     if block is None:
