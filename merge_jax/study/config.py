@@ -50,8 +50,7 @@ class RunConfig:
     """Where a frozen source is read from: a .safetensors file, the folder of a run that trained one, a .pth file of
     PyTorch, or package:NAME, the weights in an installed package; for a trajectory, the folder of a run."""
     snapshots: int = 8
-    """About how many steps of the source's training to replay with --source trajectory; one that is read from another
-    run has all that were saved there."""
+    """Source checkpoints to keep for --source trajectory, about. Ignored when the trajectory is read from a run."""
     source_control: SourceControl = "none"
     """A source to compare a trained one with. Random: as it starts, never trained. Shuffled: the trained entries of
     each leaf permuted among themselves. Noise: normal numbers of each leaf's mean and deviation. Other_seed: trained on

@@ -57,7 +57,7 @@ class Options:
     """A run for each row, also where rows with the same options could share one: for machines with many cores, since
     more of them run at a time. Sources are shared all the same, and results are the same."""
     traced: bool = True
-    """Trace every run before the first trains, some seconds a row: what does not fit is told now, not in an hour."""
+    """Trace every run before the first trains, some seconds a row, so that errors show now and not in an hour."""
     dry_run: bool = False
     """Check all, print the commands of the runs, and train nothing."""
     compilation_cache: CacheChoice = "default"
@@ -73,7 +73,7 @@ class Setting:
       name: of the setting.
       experiment: of one that ships the name, of any other its module, `package.module`.
       preset: one of its presets.
-      options: by name, as TOML has them; nested ones are `name.name`.
+      options: by name, as in TOML; nested ones are `name.name`.
       seeds: how many, from 0 on.
       routes: lists of routes that a row may ask for by name.
       curve: settings with the same one make one picture over `size`.

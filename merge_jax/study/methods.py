@@ -79,7 +79,7 @@ def make_scenario(
       target: the model that receives.
       routes: from the source to the target.
       objectives: what the target may learn beside its own loss, by the name that a method has for it.
-      transfers: those of one's own, by the same; each makes a transfer of routes.
+      transfers: your own, by the same; each makes a transfer of routes.
       starts: what targets may start from, by the same; each makes a `StartFn` of the source, the target and the routes.
       attach: writes what belongs to a run into its folder.
 
@@ -208,7 +208,7 @@ def _check_own_names(
     starts: Mapping[str, StartFactory],
     objectives: Mapping[str, Objective],
 ) -> None:
-    """Raises ValueError for a name of one's own that another method's name would mean too."""
+    """Raises ValueError for a given name that another method's name would mean too."""
     taken = {"", "vanilla", "agree", *shipped}
     for kind, names in (("transfer", transfers), ("start", starts), ("objective", objectives)):
         for name in names:
@@ -327,7 +327,7 @@ def adapter_optimizer(options: TransferOptions, cycle: int, num_steps: int) -> o
 
 
 def parse_routes(words: Iterable[str]) -> list[mj.Route]:
-    """Returns the routes that are given as `target=source`, each path or pattern as `merge_jax.Route` has it.
+    """Returns the routes that are given as `target=source`, each path or pattern as in `merge_jax.Route`.
 
     Paths that both end in `attention` are blocks of attention, which move head by head.
 

@@ -27,7 +27,7 @@ TaskName = TextTaskName | ImageTaskName
 ModelName = TextModelName | ImageModelName | VisionModelName
 TASKS: tuple[str, ...] = (*get_args(TextTaskName), *get_args(ImageTaskName))
 BY_DEPTH = "by depth"
-"""What stands in the place of routes that are to be found: blocks of attention that meet by depth."""
+"""A placeholder for routes: attention blocks are paired by depth."""
 
 
 @dataclass(frozen=True, kw_only=True)

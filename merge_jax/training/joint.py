@@ -203,7 +203,7 @@ def make_joint_step(
        - `surrogate`: `T' - T_after_step_3`, as published and as in hypernetwork training: the output is drawn
          to where the target's optimizer went.
 
-    Faults of numbers spoil nothing (our choice): where the loss, the gradient or the optimizer's update of a model is
+    Numeric faults are contained (our choice): where the loss, the gradient or the optimizer's update of a model is
     not finite, that model keeps its parameters, model state and optimizer state bit for bit, as if it had not had the
     step, and without a transfer that was written at it; where a transfer gives numbers that are not finite, or
     `|T'| > largest_growth * max(|T|, |S|)`, it is rejected and the target learns from `T`. The adapter learns only from

@@ -182,7 +182,7 @@ def self_transfer(transfer: Transfer) -> Transfer:
 
 
 def without_source(transfer: Transfer) -> Transfer:
-    """Returns the transfer with nothing to read: `T' = t(0, T)`, zeros in the place of the source's parameters.
+    """Returns the transfer with nothing to read: `T' = t(0, T)`, zeros instead of the source's parameters.
 
     A control: as many parameters and as much computation as the transfer has, and no source. What it gains is not
     knowledge of the source. Forms that start from the source's numbers (`share_transfer`, the output `warm`) would

@@ -1,4 +1,4 @@
-"""SQuAD from its JSON files, as TFDS has it, whether they are downloaded or lie there."""
+"""SQuAD from its JSON files, as in TFDS, whether they are downloaded or lie there."""
 
 import collections
 import functools
