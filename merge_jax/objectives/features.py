@@ -103,10 +103,10 @@ def mixed(inputs: jax.Array, *, axis_name: str | None = None) -> jax.Array:
 
     For `compare_on` of `feature_agreement`: what lies between the examples, new at every step as batches are
     redrawn, so that models are compared where there is no data too. Where examples are few, that is most of what a
-    source can tell. Whole numbers that are no pixels (any type but uint8), such as tokens, cannot be averaged and stay as they
-    are. Sources: mixup (Zhang et al., arXiv:1710.09412), and distillation on it (Beyer et al., arXiv:2106.05237), with
-    equal weights and neighbours in the batch as our choice: no key is needed. Devices that share a batch along
-    `axis_name` hand on their last example.
+    source can tell. Whole numbers other than pixels (any type but uint8), such as tokens, cannot be averaged and stay
+    as they are. Sources: mixup (Zhang et al., arXiv:1710.09412), and distillation on it (Beyer et al.,
+    arXiv:2106.05237), with equal weights and neighbours in the batch as our choice: no key is needed. Devices that
+    share a batch along `axis_name` pass on their last example.
     """
     if not can_be_averaged(inputs):
         return inputs

@@ -176,7 +176,7 @@ def _resampling(source: int, target: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Arrangement:
-    """A leaf whose rows are rearranged before it becomes a matrix: `row i = sum_s w[i, s] row s`, along some of its axes.
+    """A leaf whose rows are rearranged before it is a matrix: `row i = sum_s w[i, s] row s`, along some of its axes.
 
     Attributes:
       axes: along which the rows are, in the order of the rows.
