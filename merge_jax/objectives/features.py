@@ -217,8 +217,8 @@ def features_teacher(
     """Returns a teacher for `make_joint_step`: it adds the source's features of those layers to the target's batch.
 
     They are `batch["source_features"]`, an array `[B, ...]` of each layer. The source runs in evaluation mode. `inputs`
-    are the entries of the target's batch that the source reads; it sees them through `compare_on`, as
-    `feature_agreement` has it.
+    are the entries of the target's batch that the source reads; it sees them through `compare_on`, as in
+    `feature_agreement`.
 
     Raises:
       ValueError: no layers; while tracing, a layer or an entry that is not there.

@@ -56,8 +56,8 @@ class Rows:
         (1, 2)
 
         Args:
-          source: names of the source's rows, in their order, or their numbers by name, as a tokenizer's vocabulary has
-            them.
+          source: names of the source's rows, in their order, or their numbers by name, as in a
+            tokenizer's vocabulary.
           target: the same of the target's.
 
         Raises:
