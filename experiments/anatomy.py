@@ -127,7 +127,7 @@ def _read(options: Options) -> "tuple[study.Scenario, Any]":
     """
     path = options.run_dir / "config.json"
     if not path.exists():
-        raise ValueError(f"{options.run_dir} is no run folder: it has no config.json")
+        raise ValueError(f"{options.run_dir} is not a run folder: it has no config.json")
     module = _EXPERIMENTS[options.experiment]
     saved = {
         name: tuple(value) if isinstance(value, list) else value

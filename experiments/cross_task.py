@@ -83,7 +83,7 @@ class Config(study.TaskOptions, study.TransferOptions, study.RunConfig):
         if not self.source_task:
             raise ValueError(f"source_task must name one or more of {', '.join(study.TASKS)}")
         if len(set(self.source_task)) < len(self.source_task):
-            raise ValueError(f"a source task stands twice in {self.source_task}")
+            raise ValueError(f"a source task appears twice in {self.source_task}")
         if self.source_learning_rate is not None and not 0 < self.source_learning_rate < float("inf"):
             raise ValueError(f"source_learning_rate must be above 0, got {self.source_learning_rate}")
         if self.source_data == _TARGET and len(self.source_task) > 1:

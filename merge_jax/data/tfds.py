@@ -40,7 +40,7 @@ def root_folder(data_dir: Path | str | None) -> Path:
 
     root = Path(constants.DATA_DIR if data_dir is None else data_dir)
     if "\0" in str(root):
-        raise ValueError(f"the folder {str(root)!r} is none: a path has no NUL in it")
+        raise ValueError(f"the folder {str(root)!r} is invalid: a path has no NUL in it")
     return root.expanduser()
 
 

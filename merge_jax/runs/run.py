@@ -196,7 +196,7 @@ class Run:
         if not (path / "config.json").exists():
             inside = [str(one.parent) for one in sorted(path.glob("*/config.json"))]
             hint = f"; there are runs in it: {some_of(inside, 10)}" if inside else ""
-            raise ValueError(f"{path} is no run folder: it has no config.json{hint}")
+            raise ValueError(f"{path} is not a run folder: it has no config.json{hint}")
         folder = RunFolder(path)
         try:
             plan = folder.read_json(PLAN, None)

@@ -179,13 +179,13 @@ def read_grid(path: Path, seeds: int | None = None) -> Grid:
             _check_name(noun, name)
     settings = tuple(_setting(name, table, file.seeds, seeds) for name, table in file.settings.items())
     rows = tuple(row for name, table in file.rows.items() for row in _rows(name, table))
-    _check_once("a row stands twice", (row.name for row in rows))
+    _check_once("a row appears twice", (row.name for row in rows))
     for row in rows:
         if row.name in OPPONENTS:
             raise ValueError(f"the row {row.name!r} has the name of an opponent, which every table has: take another")
     for name in file.against:
         check_choice("row in against", name, [*dict.fromkeys(row.shown for row in rows), *OPPONENTS])
-    _check_once("a row stands twice in against", file.against)
+    _check_once("a row appears twice in against", file.against)
     return Grid(path.stem, settings, rows, tuple(file.against))
 
 
@@ -308,9 +308,9 @@ def _flatten_options(place: str, table: Any, prefix: str = "") -> dict[str, Any]
         new = _flatten_options(place, value, f"{name}.") if isinstance(value, dict) else {name: value}
         for option in new:
             if option in _NOT_OPTIONS:
-                raise ValueError(f"{place}: {option} is no option of a row: {_NOT_OPTIONS[option]}")
+                raise ValueError(f"{place}: {option} is not an option of a row: {_NOT_OPTIONS[option]}")
             if option in options:
-                raise ValueError(f"{place}: the option {option!r} stands twice")
+                raise ValueError(f"{place}: the option {option!r} appears twice")
         options |= new
     return options
 

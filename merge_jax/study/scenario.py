@@ -169,7 +169,7 @@ def choose_methods(methods: Mapping[str, Callable[[], Method]], names: Sequence[
     """Returns the named methods in the order of their names; only these are made.
 
     Raises:
-      ValueError: no names, a name that is no method's, or one that stands twice.
+      ValueError: no names, a name that is no method's, or one that appears twice.
     """
     if not names:
         raise ValueError(f"no methods: name one or more of {', '.join(methods)}")

@@ -104,7 +104,7 @@ class LPKAOptions:
         for name in self.attentions:
             check_choice("attention", name, ATTENTIONS)
         if len(set(self.attentions)) < len(self.attentions):
-            raise ValueError(f"an attention stands twice in {self.attentions}")
+            raise ValueError(f"an attention appears twice in {self.attentions}")
 
 
 def init(key: jax.Array, sizes: Sizes, options: LPKAOptions) -> dict[str, Any]:

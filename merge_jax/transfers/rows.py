@@ -61,7 +61,7 @@ class Rows:
           target: the same of the target's.
 
         Raises:
-          ValueError: a name that stands twice on one side, numbers that are not 0, 1, ..., or no name in common.
+          ValueError: a name that appears twice on one side, numbers that are not 0, 1, ..., or no name in common.
         """
         places: list[dict[str, int]] = []
         source, target = _in_order("source", source), _in_order("target", target)
@@ -69,7 +69,7 @@ class Rows:
             places.append({name: i for i, name in enumerate(names)})
             if len(places[-1]) < len(names):
                 twice = next(name for i, name in enumerate(names) if places[-1][name] != i)
-                raise ValueError(f"names of rows must differ: {twice!r} stands twice among those of the {role}")
+                raise ValueError(f"names of rows must differ: {twice!r} appears twice among those of the {role}")
         if places[0].keys().isdisjoint(places[1]):
             found = " and ".join(f"{list(names)[:3]}" for names in (source, target))
             raise ValueError(f"source and target must have a name in common; their first are {found}")

@@ -100,7 +100,7 @@ def load_questions(path: Path | str) -> tuple[Question, ...]:
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
+        raise ValueError(f"{path} is not JSON: {error}") from error
     questions = []
     for article, in_article in _items(content, "data", str(path)):
         for paragraph, in_paragraph in _items(article, "paragraphs", in_article):
