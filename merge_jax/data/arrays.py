@@ -35,7 +35,7 @@ An entry may also be `Streamed`: then `entry[rows]` reads rows, and `take` takes
 
 @dataclass(frozen=True)
 class Splits:
-    """Three disjoint sets: one to learn from, one to choose with, and one to read once, at the end."""
+    """Three disjoint sets: training, validation, and a test set to read once, at the end."""
 
     train: Arrays
     validation: Arrays

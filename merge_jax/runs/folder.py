@@ -270,7 +270,7 @@ def _folder(name: str, number: int) -> Path:
 
 
 def check_space(folder: Path, needed: int) -> None:
-    """Raises ValueError where the disk has not the bytes that a run will need in a folder, which need not be there."""
+    """Raises ValueError if the disk lacks the bytes that a run will need in a folder, which may not exist yet."""
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     free = shutil.disk_usage(existing).free
@@ -282,7 +282,7 @@ def check_space(folder: Path, needed: int) -> None:
 
 
 def describe_environment() -> dict[str, Any]:
-    """Returns what a reader needs to judge a run: command, date, versions, devices, commit."""
+    """Returns the environment of a run: command, date, versions, devices, commit."""
     versions = {}
     for package in _PACKAGES:
         try:

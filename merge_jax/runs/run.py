@@ -63,7 +63,7 @@ class RouteStats:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a run is going to do; beside its results it is all that the tables need.
+    """The plan of a run; with the results, all that the tables need.
 
     Attributes:
       experiment: its name.
@@ -160,7 +160,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Run:
-    """A run as its folder tells it.
+    """A run, read from its folder.
 
     Attributes:
       path: the folder.

@@ -158,7 +158,7 @@ def meaning(run: Run) -> str:
 
 
 def notes(run: Run) -> list[str]:
-    """Returns what the table does not say: models, protocol, command, hardware, versions, date, and what went wrong."""
+    """Returns the notes below a table: models, protocol, command, hardware, versions, date, and what went wrong."""
     plan, session = run.plan, run.sessions[0]
     several = f"mean ± standard error over {plan.seeds} seeds, differences paired by seed and taken before rounding"
     protocol = (

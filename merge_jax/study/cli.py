@@ -83,7 +83,7 @@ def main(
     *,
     measured: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Parses, checks and runs; what is wrong with the options is one line on standard error and exit code 2.
+    """Parses, checks and runs; wrong options are one line on standard error and exit code 2.
 
     Args:
       presets: configs by name, with one called `default`.

@@ -88,7 +88,7 @@ class RunConfig:
     run_dir: Path | None = None
     """Folder of the run; by default a new numbered one in runs/."""
     resume: bool = False
-    """Go on from the newest checkpoints of --run-dir, or of the last numbered folder."""
+    """Resume from the newest checkpoints of --run-dir, or of the last numbered folder."""
     compilation_cache: CacheChoice = "default"
     """Where compiled programs are kept for later runs: none, or a folder, which may grow to 512 MiB. By default that of
     JAX_COMPILATION_CACHE_DIR, or one in the user's cache folder."""

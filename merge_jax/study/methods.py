@@ -70,7 +70,7 @@ def make_scenario(
     starts: Mapping[str, StartFactory] = MappingProxyType({}),
     attach: Callable[[Path], None] | None = None,
 ) -> Scenario:
-    """Returns the scenario of a source that gives to a target, with the methods that the config names.
+    """Returns the scenario of transfer from a source to a target, with the methods that the config names.
 
     Args:
       name: of the scenario.
@@ -132,7 +132,7 @@ def make_methods(
     transfers: Mapping[str, TransferFactory] = MappingProxyType({}),
     starts: Mapping[str, StartFactory] = MappingProxyType({}),
 ) -> dict[str, Callable[[], Method]]:
-    """Returns what makes each method: every transfer or start with every objective, alone and with agreement.
+    """Returns the factory of each method: every transfer or start with every objective, alone and with agreement.
 
     A method is named after its transfer or start and its objective (`share_kd_agree`), and after one of the two where
     the other is none (`share`, `kd`, `agree`); `vanilla` has neither. Arguments are those of `make_scenario`.

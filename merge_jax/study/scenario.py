@@ -27,7 +27,7 @@ POOL = "pool/"
 
 @dataclass(frozen=True)
 class SampleImages:
-    """A few test images, for a picture of what is made of them.
+    """A few test images, for a picture of the models' outputs.
 
     Attributes:
       images: reads them, uint8 `[n, H, W, C]`.
@@ -111,7 +111,7 @@ the target that was given; the key is consumed.
 
 @dataclass(frozen=True)
 class Method:
-    """What is compared: a choice of transfer and of what the target learns.
+    """A method to compare: a transfer and what the target learns.
 
     Attributes:
       task: the target's loss and optimizer.

@@ -47,7 +47,7 @@ UpdateRule = Literal["exact", "surrogate"]
 
 
 class Task(NamedTuple):
-    """What one model learns, and how.
+    """What one model learns: a loss function and its optimizer.
 
     Attributes:
       loss_fn: `(params, model_state, batch, key) -> (loss, (model_state, metrics))`.
@@ -80,7 +80,7 @@ class AdapterState(struct.PyTreeNode):
 
 
 class JointState(struct.PyTreeNode):
-    """Everything that a joint run is, and so all that a checkpoint holds.
+    """The complete state of a joint run: everything that a checkpoint holds.
 
     Attributes:
       step: steps done, an int32 scalar.

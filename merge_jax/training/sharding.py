@@ -22,7 +22,7 @@ _Tree = TypeVar("_Tree")
 
 
 class Layout(NamedTuple):
-    """How a run lies on its devices, as functions of trees.
+    """How a run is placed on its devices, as functions of trees.
 
     Attributes:
       num_devices: the number of devices that share a batch.

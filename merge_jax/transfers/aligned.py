@@ -39,7 +39,7 @@ def aligned_transfer(
     choice: ChannelChoice = "moments",
     key: jax.Array | None = None,
 ) -> Transfer:
-    """Returns the transfer that takes channels of the source over as wholes, tied over all layers that share them.
+    """Returns the transfer that takes over whole channels of the source, tied over all layers that share them.
 
     `T' = A S R^T` for a layer's kernel, each tap of a window on its own. `A [m, p]` makes the target's `m` channels of
     the source's `p`, and is one matrix for all leaves that touch those channels: kernels, biases, norms, residual sums.

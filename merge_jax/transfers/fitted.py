@@ -58,7 +58,7 @@ class FewRowsWarning(UserWarning):
 
 
 class Refit(NamedTuple):
-    """What a refit made.
+    """The result of a refit.
 
     Attributes:
       variables: of the target, parameters and state.

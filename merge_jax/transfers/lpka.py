@@ -61,7 +61,7 @@ _LARGEST_RATIO = 1.25
 
 @dataclass(frozen=True)
 class LPKAOptions:
-    """What an LPKA is; the defaults are the published values but for the two caps, which are our choice.
+    """The options of an LPKA; the defaults are the published values but for the two caps, which are our choice.
 
     Attributes:
       num_layers: layers `L`.
