@@ -103,7 +103,7 @@ class Row(NamedTuple):
       after: median of the second side, or None.
       ratio: median of after over before in each repetition, or None.
       target: in words, or empty.
-      reached: whether it is, or None where that cannot be told or nothing is aimed for.
+      reached: whether it is, or None where that is unknown or there is no target.
       failures: how the two sides failed; empty where they did not.
     """
 

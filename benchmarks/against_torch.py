@@ -219,7 +219,7 @@ def make_torch_rows(problem: Problem, *, compiled: bool) -> list[Row]:
 
     device = "cuda" if jax.default_backend() == "gpu" else "cpu"
     torch.set_num_threads(os.cpu_count() or 1)
-    torch.set_float32_matmul_precision("high")  # TF32 on a GPU, as XLA has it by default; no change on a CPU.
+    torch.set_float32_matmul_precision("high")  # TF32 on a GPU, as XLA does by default; no change on a CPU.
     torch.backends.cudnn.benchmark = True  # XLA tunes its convolutions too.
     modules = make_torch_modules(problem)
     images = torch.from_numpy(problem.images).permute(0, 1, 4, 2, 3).contiguous().to(device)

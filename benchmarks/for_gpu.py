@@ -6,7 +6,7 @@
 
 The words are those of `python -m experiments.<name>`. Each program is compiled for an H100. Temporaries are what XLA
 plans beside the arguments, which are state and data. Where XLA can choose a kernel only by trying some on the device,
-that is told: the program came through all that its shapes decide. An abort of the compiler ends this program, with
+that is reported: the program came through all that its shapes decide. An abort of the compiler ends this program, with
 XLA's own words, after the name of what was being compiled.
 """
 

@@ -4,7 +4,7 @@
 
 The small ResNet of `experiments.cross_structure`, trained as there, and the small MobileNetV2 that has 100 digits. Each
 method takes as many steps of `mj.prepare` on the images of those digits and means of two of them (`mixed`): the
-target's own weights on `1 - cka`, or on RSD (arXiv:2507.21844) as `mj.objectives.redundancy_suppression` has it; linear
+target's own weights on `1 - cka`, or on RSD (arXiv:2507.21844) as in `mj.objectives.redundancy_suppression`; linear
 operators and LPKA (`mergenet_residual`) on `1 - cka`. Judged by a probe: logistic regression on the features before the
 last layer, fitted on the 100 labels. The control is a source that is not trained. Each method has the learning rate
 whose probe is best on the validation images in the mean over seeds; the table is of the test images.

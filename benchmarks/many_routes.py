@@ -4,7 +4,7 @@
     python -m benchmarks.many_routes --no-dropout
 
 What is compiled is the transfer and its gradient in the adapter, as in the joint step. Routes of one
-shape are one group, which is traced once and mapped over. The two are compiled in turns, each time anew; the table
+shape are one group, which is traced once and mapped over. The two are compiled in turns, each time again; the table
 shows medians.
 """
 

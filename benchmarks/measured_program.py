@@ -79,7 +79,7 @@ def _init(options: argparse.Namespace) -> dict[str, float]:
 
 
 def _gradient(options: argparse.Namespace) -> dict[str, float]:
-    """Times tracing and compiling a transfer with its gradient in the adapter, dropout on, as the joint step has it."""
+    """Times tracing and compiling a transfer with its gradient in the adapter, dropout on, as in the joint step."""
     transfer, source, target = _routes(options)
     key = jax.random.key(0)
     adapter = jax.eval_shape(transfer.init, key, source, target)

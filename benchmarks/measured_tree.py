@@ -72,7 +72,7 @@ class Tree:
           words: what follows the interpreter.
           folder: the current folder of the process.
           variables: of its environment, beside those of `child_environment`.
-          mark: asked again and again; the time until it first says True is told.
+          mark: polled; the time until it first returns True is recorded.
 
         Raises:
           MeasurementError: the process failed.

@@ -279,7 +279,7 @@ def parts_of(config: Config) -> list[Part]:
 
 
 def _make_problem(config: Config) -> against_torch.Problem:
-    """Returns the published pair, or a tiny one, as `benchmarks.against_torch` has it."""
+    """Returns the published pair, or a tiny one, as in `benchmarks.against_torch`."""
     sizes = config.sizes
     if config.tiny:
         source = mj.models.ResNet((mj.models.ResNetStage(4, 1, 1),), 10, stem_width=4)

@@ -36,7 +36,7 @@ _PAUSE = 0.002  # Seconds between steps, as data takes them.
 
 
 def _say(word: str, *values: Any) -> None:
-    os.write(1, (json.dumps([word, *values]) + "\n").encode())  # Whole or not at all: it is short.
+    os.write(1, (json.dumps([word, *values]) + "\n").encode())  # Atomic: it is short.
 
 
 def _train(folder: Path, step_file: Path) -> None:

@@ -1,4 +1,4 @@
-"""The processes that `benchmarks.torture` starts, and how it hears what they say."""
+"""The processes that `benchmarks.torture` starts, and how it reads their output."""
 
 import contextlib
 import json

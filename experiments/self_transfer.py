@@ -1,17 +1,19 @@
 """Inside one model: deep layers give to shallow ones, or the reverse; the model is its own source.
 
-    python -m experiments.self_transfer              # a small MobileNetV2 on handwritten digits
-    python -m experiments.self_transfer smoke        # about a minute; shows that it works, not what it gains
-    python -m experiments.self_transfer resnet       # a small ResNet on the same
-    python -m experiments.self_transfer text         # a small BERT on synthetic reviews
-    python -m experiments.self_transfer cifar100     # MobileNetV2 at half width on CIFAR-100 at 16x16, for a CPU
-    python -m experiments.self_transfer paper        # MobileNetV2 on CIFAR-100, 200 epochs, for a GPU
-    python -m experiments.self_transfer --help
+    python -m experiments.self_transfer [PRESET] [OPTIONS]
 
-There is no other model and nothing is trained before: layers move knowledge to layers of the same network while it
-learns. Methods: vanilla (no transfer), share (the overlapping block of the giving layer is copied every few steps),
-tf_kd (distillation without a teacher), and mergenet with two output forms, residual and warm. What was measured stands
-in experiments/README.md.
+    default   a small MobileNetV2 on handwritten digits
+    smoke     a minute; shows that it works, not what it gains
+    resnet    a small ResNet on the same
+    text      a small BERT on synthetic reviews
+    cifar100  MobileNetV2 at half width on CIFAR-100 at 16x16, for a CPU
+    paper     MobileNetV2 on CIFAR-100, 200 epochs, for a GPU
+
+There is no other model and nothing is trained before: layers give to layers of the same network while it learns.
+
+Methods: vanilla (no transfer), share (the overlap of the source layer is copied every few steps), tf_kd (distillation
+without a teacher), and mergenet with two output forms, residual and warm. All of them, and results:
+experiments/README.md.
 """
 
 from dataclasses import dataclass, replace

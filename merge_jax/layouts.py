@@ -172,7 +172,7 @@ def matrix_spec(path: str, shape: tuple[int, ...]) -> MatrixSpec:
       ValueError: the leaf is a scalar, has no elements, or neither its name nor its shape says which axis is what.
     """
     if not shape or 0 in shape:
-        raise ValueError(f"{path!r} of shape {shape} is no matrix: it needs a rank of 1 or more and elements")
+        raise ValueError(f"{path!r} of shape {shape} is not a matrix: it needs a rank of 1 or more and elements")
     *_, parent, name = ("", *path.split("/"))
     rank = len(shape)
     whole = MatrixSpec(rows=(), inputs=tuple(range(rank)))

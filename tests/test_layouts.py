@@ -181,7 +181,7 @@ def test_layers_in_one_leaf_are_refused_and_right_when_taken_apart():
 
 @pytest.mark.parametrize("shape", [(), (0, 3)])
 def test_leaves_that_are_no_matrix_are_refused(shape):
-    with pytest.raises(ValueError, match="is no matrix"):
+    with pytest.raises(ValueError, match="is not a matrix"):
         mj.layouts.matrix_spec("x", shape)
 
 

@@ -18,7 +18,7 @@ __all__ = [
 
 
 class CheckpointError(ValueError):
-    """What is saved is not what is asked for: damaged, of another run, or of another model."""
+    """The checkpoint does not match the request: damaged, of another run, or of another model."""
 
 
 class DamagedCheckpointWarning(UserWarning):
@@ -26,7 +26,7 @@ class DamagedCheckpointWarning(UserWarning):
 
 
 class NotBitExactWarning(UserWarning):
-    """A run goes on under other circumstances: right, but not to the last bit what it would have been."""
+    """A run resumes under other circumstances: correct, but not equal to the last bit."""
 
 
 class DamagedStepError(Exception):

@@ -149,8 +149,8 @@ def save_safetensors(
 ) -> None:
     """Writes a parameter tree to a safetensors file, each leaf by its path with dots: `fc/kernel` as `fc.kernel`.
 
-    What `load_safetensors` gave goes back under its own names and in its own layout. The file appears whole or not
-    at all, with the permissions that the umask gives.
+    What `load_safetensors` gave goes back under its own names and in its own layout. The file is written
+    atomically, with the permissions that the umask gives.
 
     Args:
       path: of the file.

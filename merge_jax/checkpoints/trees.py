@@ -56,7 +56,7 @@ def _check_no_nnx_list(state: Any) -> None:
         if isinstance(node, nnx.List):
             raise ValueError(
                 f"{jax.tree_util.keystr(path, simple=True, separator='/')} is an nnx.List, which Orbax saves and"
-                " cannot read again: save nnx.state(module) in the place of the module; nnx.update(module, state)"
+                " cannot read again: save nnx.state(module) instead of the module; nnx.update(module, state)"
                 " puts what comes back into it"
             )
 

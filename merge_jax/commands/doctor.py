@@ -22,7 +22,7 @@ __all__ = ["Finding", "examine", "findings"]
 _LEAST_DISK = 2 * 2**30  # Bytes: a default run and its environment.
 _MARKS = {"good": "ok   ", "note": "note ", "bad": "BAD  "}
 
-# Compiles something, and prints how many programs were read from the cache in the place of that.
+# Compiles something, and prints how many programs were read from the cache instead.
 _COMPILES = """\
 import jax
 from merge_jax.training.compilation_cache import programs_read
@@ -38,7 +38,7 @@ class Finding(NamedTuple):
     """What one look found.
 
     Attributes:
-      kind: good; a note, to know; or bad, which is to be mended.
+      kind: good; a note, to know; or bad, a problem to fix.
       text: what was found, and what to do.
     """
 
@@ -52,7 +52,7 @@ def examine() -> int:
     for finding in findings():
         print(f"{_MARKS[finding.kind]} {finding.text}", flush=True)
         worst |= finding.kind == "bad"
-    print("something is to be mended" if worst else "ready")
+    print("problems found" if worst else "ready")
     return worst
 
 
@@ -206,10 +206,10 @@ def _judged(kept: bool, read: int, said: str) -> Finding:
         return Finding(
             "note",
             f"compilation cache: not read, because {known}: jax-ml/jax#38445, reported of CPUs with AVX-512 and "
-            "jax 0.9.1 to 0.10.1; all works, but each run compiles anew: --compilation-cache none spares the writing",
+            "jax 0.9.1 to 0.10.1; all works, but each run compiles again: --compilation-cache none spares the writing",
         )
     reason = _end(said) if kept else "nothing was written"
-    return Finding("note", f"compilation cache: not read, because {reason}; each run compiles anew")
+    return Finding("note", f"compilation cache: not read, because {reason}; each run compiles again")
 
 
 def _end(said: str) -> str:

@@ -35,7 +35,7 @@ An entry may also be `Streamed`: then `entry[rows]` reads rows, and `take` takes
 
 @dataclass(frozen=True)
 class Splits:
-    """Three disjoint sets: one to learn from, one to choose with, and one to read once, at the end."""
+    """Three disjoint sets: training, validation, and a test set to read once, at the end."""
 
     train: Arrays
     validation: Arrays
@@ -45,7 +45,7 @@ class Splits:
 def indices_of(size: int, batch_size: int, seed: int, stream: int = 0) -> Callable[[int, int], np.ndarray]:
     """Returns `(first step, count) -> indices [count, batch_size]` of the examples in each batch, int32.
 
-    Every example comes once an epoch, in an order drawn anew from `seed`; another `stream` of the same seed, such as
+    Every example comes once an epoch, in a new order drawn from `seed`; another `stream` of the same seed, such as
     that of another model, has orders of its own. The indices of a step depend on nothing
     else, so that a resumed run sees what the unbroken one would. Every batch is full: one that begins in an epoch
     ends in the next.

@@ -40,7 +40,7 @@ def root_folder(data_dir: Path | str | None) -> Path:
 
     root = Path(constants.DATA_DIR if data_dir is None else data_dir)
     if "\0" in str(root):
-        raise ValueError(f"the folder {str(root)!r} is none: a path has no NUL in it")
+        raise ValueError(f"the folder {str(root)!r} is invalid: a path has no NUL in it")
     return root.expanduser()
 
 
@@ -123,7 +123,7 @@ def prepare_from_files(builder: Any) -> None:
             if manual.exists() and _fingerprint(manual) != digest:
                 raise ValueError(
                     f"{builder.name} in {prepared} was prepared from another archive than {manual}; remove the folder"
-                    f" {prepared} to prepare it anew, or the archive to use it as it is"
+                    f" {prepared} to prepare it again, or the archive to use it as it is"
                 )
     builder.download_and_prepare(file_format="array_record")
 

@@ -22,7 +22,7 @@ def initialize(model: nn.Module, key: jax.Array, *inputs: Any) -> dict[str, Any]
     Args:
       model: of any kind; it must be hashable, as Linen modules are.
       key: consumed.
-      inputs: as its call has them; only their shapes matter to parameters.
+      inputs: as for its call; only their shapes matter to parameters.
 
     Raises:
       TypeError: a model that is not hashable.

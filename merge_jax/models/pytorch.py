@@ -86,7 +86,7 @@ class PretrainedVariables(NamedTuple):
 def from_pytorch(path: str | os.PathLike[str], variables: Any) -> PretrainedVariables:
     """Returns the variables of an `EfficientNetLite` or a `MobileNetV2` with the weights of a PyTorch library's.
 
-    The library is told by the names in the file: `efficientnet_lite_pytorch`, `timm` (`tf_efficientnet_lite0` to 4,
+    The names in the file tell the library: `efficientnet_lite_pytorch`, `timm` (`tf_efficientnet_lite0` to 4,
     `mobilenetv2_050` to 140) or `torchvision` (`mobilenet_v2`). What names do not tell, the model has to have: padding
     and the epsilon of BatchNorm are as in `efficientnet_lite` and `mobilenet_v2_imagenet`.
 

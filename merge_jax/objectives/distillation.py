@@ -100,7 +100,7 @@ def nkd_loss(
 
     Source: Yang et al., arXiv:2303.13005 (`w` is its gamma, `t` its lambda), with the defaults of its code
     (yzd-v/cls_KD), which averages over the batch. Between July and October 2023 that code left the label in `q`, by
-    a mistake since mended; here, as in the paper, it is out.
+    mistake, fixed since; here, as in the paper, it is out.
 
     Raises:
       ValueError: a temperature that is not above 0, a weight that is negative or not finite, logits of different

@@ -101,12 +101,12 @@ def disagreement(
 def mixed(inputs: jax.Array, *, axis_name: str | None = None) -> jax.Array:
     """Returns the mean of each example and the one before it, `[B, ...]` to `[B, ...]`, float32.
 
-    For `compare_on` of `feature_agreement`: what lies between the examples, new at every step as batches are drawn
-    anew, so that models are compared where there is no data too. Where examples are few, that is most of what a source
-    can tell. Whole numbers that are no pixels (any type but uint8), such as tokens, cannot be averaged and stay as they
-    are. Sources: mixup (Zhang et al., arXiv:1710.09412), and distillation on it (Beyer et al., arXiv:2106.05237), with
-    equal weights and neighbours in the batch as our choice: no key is needed. Devices that share a batch along
-    `axis_name` hand on their last example.
+    For `compare_on` of `feature_agreement`: what lies between the examples, new at every step as batches are
+    redrawn, so that models are compared where there is no data too. Where examples are few, that is most of what a
+    source can tell. Whole numbers other than pixels (any type but uint8), such as tokens, cannot be averaged and stay
+    as they are. Sources: mixup (Zhang et al., arXiv:1710.09412), and distillation on it (Beyer et al.,
+    arXiv:2106.05237), with equal weights and neighbours in the batch as our choice: no key is needed. Devices that
+    share a batch along `axis_name` pass on their last example.
     """
     if not can_be_averaged(inputs):
         return inputs
@@ -171,10 +171,10 @@ def feature_agreement(
 
     Args:
       apply_fn: `model.apply` of the target, a Linen module called as `(*inputs, train=True)`.
-      layers: paths of its submodules, as `with_features` has them.
+      layers: paths of its submodules, as in `with_features`.
       inputs: the entries of the batch that are its inputs, in order.
       weight: of the disagreement, 0 or more; at 0 the agreement is measured only.
-      objective: what the features are compared by, in the place of `1 - cka`, such as
+      objective: what the features are compared by, instead of `1 - cka`, such as
         `merge_jax.objectives.redundancy_suppression`; the metric is 1 minus its value.
       compare_on: what of each input the features are taken on, such as `mixed`; None for the inputs as they are. The
         teacher must have the same.
@@ -217,8 +217,8 @@ def features_teacher(
     """Returns a teacher for `make_joint_step`: it adds the source's features of those layers to the target's batch.
 
     They are `batch["source_features"]`, an array `[B, ...]` of each layer. The source runs in evaluation mode. `inputs`
-    are the entries of the target's batch that the source reads; it sees them through `compare_on`, as
-    `feature_agreement` has it.
+    are the entries of the target's batch that the source reads; it sees them through `compare_on`, as in
+    `feature_agreement`.
 
     Raises:
       ValueError: no layers; while tracing, a layer or an entry that is not there.

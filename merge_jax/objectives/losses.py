@@ -68,7 +68,7 @@ def model_loss(
 
 
 def sum_losses(task_loss: LossFn, *terms: LossFn) -> LossFn:
-    """Returns the loss function `L + sum_i L_i` of a task and of what is added to it, with the metrics of all.
+    """Returns the loss function `L + sum_i L_i` of a task and its additional terms, with the metrics of all.
 
     Each term sees the same parameters, model state, batch and key, so dropout draws the same masks in all of them. The
     model state that comes out is the task's alone; of metrics of one name, the first counts. Where a term runs the

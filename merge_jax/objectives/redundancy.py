@@ -26,7 +26,7 @@ def redundancy_suppression(
     `prepare`, as `disagreement` is; 0 is the best of both. Source: Zhang et al., arXiv:2507.21844, and their code, for
     the loss and `kappa`. Ours are three things, so that the loss is a function of features alone: channels of maps are
     means over places; layers are divided by their width, to count alike; and where widths differ, the wider one is read
-    through fixed random orthonormal directions, in the place of their network of two layers that is learned beside.
+    through fixed random orthonormal directions, instead of their learned network of two layers.
 
     Args:
       features: of each layer, `[B, ..., d]`.

@@ -131,7 +131,7 @@ def f1(prediction: str, answers: Sequence[str]) -> float:
     """Returns the largest F1 of the prediction's words against those of an answer, in [0, 1].
 
     `2 p r / (p + r)`, with the number of words in common over that of the prediction, `p`, and over that of the
-    answer, `r`; words that stand twice count twice. Where either has no words it is 1 if both have none, else 0. For a
+    answer, `r`; words that appear twice count twice. Where either has no words it is 1 if both have none, else 0. For a
     question without an answer see `exact_match`.
 
     Raises:

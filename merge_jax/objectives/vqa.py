@@ -36,7 +36,7 @@ __all__ = [
 _MARKS = frozenset(';/[]"{}()=+\\_-><@`,?!')
 _COMMA_IN_NUMBER = re.compile(r"[0-9],[0-9]")
 _PERIOD = re.compile(r"\.(?![0-9])")
-_MAX_PERIODS = 32  # The script hands re.UNICODE, which is 32, to re.sub in the place of a count.
+_MAX_PERIODS = 32  # The script hands re.UNICODE, which is 32, to re.sub instead of a count.
 _NUMBERS = {
     "none": "0",
     "zero": "0",

@@ -27,7 +27,7 @@ class Curve(NamedTuple):
 
 
 def judged(run: Run) -> tuple[dict[str, Curve], str]:
-    """Returns the curve of each method's validation metric, and what it is.
+    """Returns the curve of each method's validation metric, and its title.
 
     Where nothing is held out to validate on, it is the accuracy on the batches.
     """

@@ -74,7 +74,7 @@ class RunFolder:
           resume: go on with the run in the folder.
           translate: makes the saved config of an earlier version one of this version.
 
-        Where several processes share a run, process 0 alone writes, and what is wrong is told by it alone.
+        Where several processes share a run, process 0 alone writes, and it alone reports errors.
 
         Raises:
           ValueError: the folder holds a run and `resume` is not set; `resume` is set and there is none, or one
@@ -139,11 +139,11 @@ class RunFolder:
             self._lock.release()
 
     def write_json(self, name: str, content: Any) -> None:
-        """Writes a file of the folder whole or not at all."""
+        """Writes a file of the folder atomically."""
         self.write_text(name, json.dumps(content, indent=2) + "\n")
 
     def write_text(self, name: str, content: str) -> None:
-        """Writes a file of the folder whole or not at all; processes but 0 write nothing."""
+        """Writes a file of the folder atomically; only process 0 writes."""
         if jax.process_index() > 0:
             return
         part = self.path / f"{name}.part"
@@ -157,7 +157,7 @@ class RunFolder:
 
 
 def _by_contents(config: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the options of a config, with what they hold in the place of paths where another config knows it too."""
+    """Returns the options of a config, with their contents instead of paths where another config knows it too."""
     known = config.get(_CONTENTS, {}).keys() & other.get(_CONTENTS, {}).keys()
     options = {name: value for name, value in config.items() if name != _CONTENTS}
     return options | {name: config[_CONTENTS][name] for name in known}
@@ -270,7 +270,7 @@ def _folder(name: str, number: int) -> Path:
 
 
 def check_space(folder: Path, needed: int) -> None:
-    """Raises ValueError where the disk has not the bytes that a run will need in a folder, which need not be there."""
+    """Raises ValueError if the disk lacks the bytes that a run will need in a folder, which may not exist yet."""
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     free = shutil.disk_usage(existing).free
@@ -282,7 +282,7 @@ def check_space(folder: Path, needed: int) -> None:
 
 
 def describe_environment() -> dict[str, Any]:
-    """Returns what a reader needs to judge a run: command, date, versions, devices, commit."""
+    """Returns the environment of a run: command, date, versions, devices, commit."""
     versions = {}
     for package in _PACKAGES:
         try:

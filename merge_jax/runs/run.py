@@ -63,7 +63,7 @@ class RouteStats:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a run is going to do; beside its results it is all that the tables need.
+    """The plan of a run; with the results, all that the tables need.
 
     Attributes:
       experiment: its name.
@@ -160,7 +160,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Run:
-    """A run as its folder tells it.
+    """A run, read from its folder.
 
     Attributes:
       path: the folder.
@@ -196,7 +196,7 @@ class Run:
         if not (path / "config.json").exists():
             inside = [str(one.parent) for one in sorted(path.glob("*/config.json"))]
             hint = f"; there are runs in it: {some_of(inside, 10)}" if inside else ""
-            raise ValueError(f"{path} is no run folder: it has no config.json{hint}")
+            raise ValueError(f"{path} is not a run folder: it has no config.json{hint}")
         folder = RunFolder(path)
         try:
             plan = folder.read_json(PLAN, None)

@@ -122,7 +122,7 @@ def difference(values: dict[int, float], baseline: dict[int, float]) -> str:
 
 
 def format_values(values: Iterable[float], sign: str = "") -> str:
-    """Returns mean and standard error with one digit; nothing of no values."""
+    """Returns mean and standard error with one digit; an empty string for no values."""
     values = list(values)
     if not values:
         return ""
@@ -158,7 +158,7 @@ def meaning(run: Run) -> str:
 
 
 def notes(run: Run) -> list[str]:
-    """Returns what the table does not say: models, protocol, command, hardware, versions, date, and what went wrong."""
+    """Returns the notes below a table: models, protocol, command, hardware, versions, date, and what went wrong."""
     plan, session = run.plan, run.sessions[0]
     several = f"mean ± standard error over {plan.seeds} seeds, differences paired by seed and taken before rounding"
     protocol = (
@@ -190,7 +190,7 @@ def opponent_note(names: Iterable[str]) -> str:
 
 
 def as_text(tables: Sequence[Rows], lines: Sequence[str]) -> str:
-    """Returns tables and what is to be said of them, the same on any terminal and in a file."""
+    """Returns tables and the lines below them, the same on any terminal and in a file."""
     file = io.StringIO()
     console = Console(file=file, width=1000)  # No table is cut; it takes what it needs.
     for table in tables:

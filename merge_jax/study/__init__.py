@@ -1,6 +1,6 @@
 """The engine of experiments: options, methods, trials and their runs, grids of them and reports.
 
-A scenario of one's own needs no more than `from merge_jax import study`. Each name is imported when it is first used,
+Your own scenario needs only `from merge_jax import study`. Each name is imported when it is first used,
 so that `--help` of a scenario imports no JAX.
 """
 

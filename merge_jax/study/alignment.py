@@ -15,7 +15,7 @@ from merge_jax.types import Adapter, Batch, ModelState, Params
 
 __all__ = ["Alignment", "align"]
 
-_EXAMPLES = 512  # What enters a layer at each place of so many inputs is enough for its moments.
+_EXAMPLES = 512  # So many inputs suffice to estimate each layer's second moments.
 
 
 class Alignment(NamedTuple):
@@ -25,7 +25,7 @@ class Alignment(NamedTuple):
       transfer: of the channels.
       fit: its closed form.
       pruned: starts the target as the source, pruned by the magnitude of its channels.
-      random_channels: starts the target as `fit` would have it, from channels that are chosen at random.
+      random_channels: starts the target as `fit` does, from channels chosen at random.
     """
 
     transfer: mj.Transfer

@@ -16,6 +16,7 @@ import tyro
 
 from merge_jax.checks import check_choice
 from merge_jax.study.config import RunConfig, run_options
+from merge_jax.study.option_groups import parse_grouped
 from merge_jax.training.compilation_cache import use_cache
 
 if TYPE_CHECKING:
@@ -41,13 +42,10 @@ def parse(presets: Mapping[str, _Options], module: str, description: str, argume
     description = as_found(description, module) + (
         f"\n\nPRESET is one of {', '.join(presets)}. Defaults shown are those of {name!r} (PRESET --help for another)."
     )
-    return tyro.cli(
-        type(presets[name]),
-        default=presets[name],
-        args=options,
-        prog=f"python -m {module} [PRESET]",
-        description=folded(description),
-    )
+    prog, preset = f"python -m {module} [PRESET]", presets[name]
+    if isinstance(preset, RunConfig):
+        return parse_grouped(preset, options, prog, folded(description))
+    return tyro.cli(type(preset), default=preset, args=options, prog=prog, description=folded(description))
 
 
 def as_found(description: str, module: str) -> str:
@@ -84,7 +82,7 @@ def main(
     *,
     measured: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Parses, checks and runs; what is wrong with the options is one line on standard error and exit code 2.
+    """Parses, checks and runs; wrong options are one line on standard error and exit code 2.
 
     Args:
       presets: configs by name, with one called `default`.

@@ -35,8 +35,7 @@ class RunConfig:
     """Where a frozen source is read from: a .safetensors file, the folder of a run that trained one, a .pth file of
     PyTorch, or package:NAME, the weights in an installed package; for a trajectory, the folder of a run."""
     snapshots: int = 8
-    """About how many steps of the source's training to replay with --source trajectory; one that is read from another
-    run has all that were saved there."""
+    """Source checkpoints to keep for --source trajectory, about. Ignored when the trajectory is read from a run."""
     source_control: SourceControl = "none"
     """A source to compare a trained one with. Random: as it starts, never trained. Shuffled: the trained entries of
     each leaf permuted among themselves. Noise: normal numbers of each leaf's mean and deviation. Other_seed: trained on
@@ -74,7 +73,7 @@ class RunConfig:
     run_dir: Path | None = None
     """Folder of the run; by default a new numbered one in runs/."""
     resume: bool = False
-    """Go on from the newest checkpoints of --run-dir, or of the last numbered folder."""
+    """Resume from the newest checkpoints of --run-dir, or of the last numbered folder."""
     compilation_cache: CacheChoice = "default"
     """Where compiled programs are kept for later runs: none, or a folder, which may grow to 512 MiB. By default that of
     JAX_COMPILATION_CACHE_DIR, or one in the user's cache folder."""

@@ -40,7 +40,7 @@ def run_identity(config: RunConfig) -> dict[str, Any]:
 
 
 def current_options(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the saved options of a run as this version has them; what it cannot do stays, and shows as a change.
+    """Returns the saved options of a run as options of this version; what it cannot do stays, and shows as a change.
 
     A run of version 0.1 with a method of MergeNet is one of them: the same names mean other forms now.
     """
@@ -55,7 +55,7 @@ def current_options(saved: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def contents_of(options: Mapping[str, Any]) -> dict[str, str]:
-    """Returns a digest of what each option holds that is a path of something; nothing of a path of nothing.
+    """Returns a digest of the contents of each option that is a path of something that exists.
 
     Cheap however large a file is. Of a file, its size and 16 blocks of 64 KiB are read, evenly spread from its first
     byte to its last, which is all of a file of up to 1 MiB. Of a folder, the names and sizes of all files that are not

@@ -61,7 +61,7 @@ def load_experiment(name: str) -> ModuleType:
     module = importlib.import_module(find_experiment(name))
     missing = [part for part in ("PRESETS", "build", "Config") if not hasattr(module, part)]
     if missing:
-        raise ValueError(f"{module.__name__} is no experiment: it has no {' and no '.join(missing)}")
+        raise ValueError(f"{module.__name__} is not an experiment: it has no {' and no '.join(missing)}")
     return module
 
 

@@ -57,7 +57,7 @@ class Options:
     """A run for each row, also where rows with the same options could share one: for machines with many cores, since
     more of them run at a time. Sources are shared all the same, and results are the same."""
     traced: bool = True
-    """Trace every run before the first trains, some seconds a row: what does not fit is told now, not in an hour."""
+    """Trace every run before the first trains, some seconds a row, so that errors show now and not in an hour."""
     dry_run: bool = False
     """Check all, print the commands of the runs, and train nothing."""
     compilation_cache: CacheChoice = "default"
@@ -73,7 +73,7 @@ class Setting:
       name: of the setting.
       experiment: of one that ships the name, of any other its module, `package.module`.
       preset: one of its presets.
-      options: by name, as TOML has them; nested ones are `name.name`.
+      options: by name, as in TOML; nested ones are `name.name`.
       seeds: how many, from 0 on.
       routes: lists of routes that a row may ask for by name.
       curve: settings with the same one make one picture over `size`.
@@ -179,13 +179,13 @@ def read_grid(path: Path, seeds: int | None = None) -> Grid:
             _check_name(noun, name)
     settings = tuple(_setting(name, table, file.seeds, seeds) for name, table in file.settings.items())
     rows = tuple(row for name, table in file.rows.items() for row in _rows(name, table))
-    _check_once("a row stands twice", (row.name for row in rows))
+    _check_once("a row appears twice", (row.name for row in rows))
     for row in rows:
         if row.name in OPPONENTS:
             raise ValueError(f"the row {row.name!r} has the name of an opponent, which every table has: take another")
     for name in file.against:
         check_choice("row in against", name, [*dict.fromkeys(row.shown for row in rows), *OPPONENTS])
-    _check_once("a row stands twice in against", file.against)
+    _check_once("a row appears twice in against", file.against)
     return Grid(path.stem, settings, rows, tuple(file.against))
 
 
@@ -308,9 +308,9 @@ def _flatten_options(place: str, table: Any, prefix: str = "") -> dict[str, Any]
         new = _flatten_options(place, value, f"{name}.") if isinstance(value, dict) else {name: value}
         for option in new:
             if option in _NOT_OPTIONS:
-                raise ValueError(f"{place}: {option} is no option of a row: {_NOT_OPTIONS[option]}")
+                raise ValueError(f"{place}: {option} is not an option of a row: {_NOT_OPTIONS[option]}")
             if option in options:
-                raise ValueError(f"{place}: the option {option!r} stands twice")
+                raise ValueError(f"{place}: the option {option!r} appears twice")
         options |= new
     return options
 

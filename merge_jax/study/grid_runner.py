@@ -231,7 +231,7 @@ def _check(jobs: Sequence[_Job], *, traced: bool) -> None:
     left = [job for job in jobs if not job.done]
     for number, job in enumerate(left, 1):
         print(f"checking {number}/{len(left)}: {job.run.name}", file=sys.stderr)
-        # A source that is to be read is not there yet: one of its own has the same shapes.
+        # A source to be read does not exist yet: one of its own has the same shapes.
         scenario = _build(job.run, job.alone)
         if traced:
             with _naming(job.run):

@@ -84,7 +84,7 @@ def load_images(
       name: what to load; what has a slash in it, or is a folder, is a path.
       data_dir: of TFDS.
       image_size: height and width to bring images to; None for as they are.
-      validation: how many training images to hold out, drawn anew for each seed; 0 for none. Digits always hold 200.
+      validation: how many training images to hold out, drawn again for each seed; 0 for none. Digits always hold 200.
       label: the feature of a TFDS set that is the label.
 
     Raises:

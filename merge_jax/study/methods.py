@@ -80,7 +80,7 @@ def make_scenario(
     starts: Mapping[str, StartFactory] = MappingProxyType({}),
     attach: Callable[[Path], None] | None = None,
 ) -> Scenario:
-    """Returns the scenario of a source that gives to a target, with the methods that the config names.
+    """Returns the scenario of transfer from a source to a target, with the methods that the config names.
 
     Args:
       name: of the scenario.
@@ -89,7 +89,7 @@ def make_scenario(
       target: the model that receives.
       routes: from the source to the target; by default those of the config.
       objectives: what the target may learn beside its own loss, by the name that a method has for it.
-      transfers: those of one's own, by the same; each makes a transfer of routes.
+      transfers: your own, by the same; each makes a transfer of routes.
       starts: what targets may start from, by the same; each makes a `StartFn` of the source, the target and the routes.
       attach: writes what belongs to a run into its folder.
 
@@ -170,7 +170,7 @@ def make_methods(
     transfers: Mapping[str, TransferFactory] = MappingProxyType({}),
     starts: Mapping[str, StartFactory] = MappingProxyType({}),
 ) -> dict[str, Callable[[], Method]]:
-    """Returns what makes each method: every transfer or start with every objective, alone and with agreement.
+    """Returns the factory of each method: every transfer or start with every objective, alone and with agreement.
 
     A method is named after its transfer or start and its objective (`share_kd_agree`), and after one of the two where
     the other is none (`share`, `kd`, `agree`); `vanilla` has neither. Arguments are those of `make_scenario`.
@@ -244,7 +244,7 @@ def choose_methods(methods: Mapping[str, Callable[[], Method]], names: Sequence[
     """Returns the named methods in the order of their names; only these are made.
 
     Raises:
-      ValueError: no names, a name that is no method's, or one that stands twice.
+      ValueError: no names, a name that is no method's, or one that appears twice.
     """
     if not names:
         raise ValueError(f"no methods: name one or more of {', '.join(methods)}")
@@ -263,7 +263,7 @@ def _check_own_names(
     starts: Mapping[str, StartFactory],
     objectives: Mapping[str, Objective],
 ) -> None:
-    """Raises ValueError for a name of one's own that another method's name would mean too."""
+    """Raises ValueError for a given name that another method's name would mean too."""
     taken = {"", "vanilla", "agree", *shipped}
     for kind, names in (("transfer", transfers), ("start", starts), ("objective", objectives)):
         for name in names:
@@ -382,7 +382,7 @@ def adapter_optimizer(options: TransferOptions, cycle: int, num_steps: int) -> o
 
 
 def parse_routes(words: Iterable[str]) -> list[mj.Route]:
-    """Returns the routes that are given as `target=source`, each path or pattern as `merge_jax.Route` has it.
+    """Returns the routes that are given as `target=source`, each path or pattern as in `merge_jax.Route`.
 
     Paths that both end in `attention` are blocks of attention, which move head by head.
 

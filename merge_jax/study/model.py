@@ -27,7 +27,7 @@ POOL = "pool/"
 
 @dataclass(frozen=True)
 class SampleImages:
-    """A few test images, for a picture of what is made of them.
+    """A few test images, for a picture of the models' outputs.
 
     Attributes:
       images: reads them, uint8 `[n, H, W, C]`.

@@ -27,7 +27,7 @@ TaskName = TextTaskName | ImageTaskName
 ModelName = TextModelName | ImageModelName | VisionModelName
 TASKS: tuple[str, ...] = (*get_args(TextTaskName), *get_args(ImageTaskName))
 BY_DEPTH = "by depth"
-"""What stands in the place of routes that are to be found: blocks of attention that meet by depth."""
+"""A placeholder for routes: attention blocks are paired by depth."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +39,9 @@ class TransferOptions:
     routes: tuple[str, ...] = ("**=**",)
     """Layers that take part, as target=source; see merge_jax.Route for patterns. By default all of one name."""
     stop: float = 0.1
-    """Fraction of the run after which share and mergenet leave the target to itself."""
+    """Fraction of the run after which share and mergenet stop and the target learns alone."""
     adapter_routes: tuple[str, ...] = ()
-    """Layers that the adapters of mergenet take part in, as target=source, where these are not all of --routes."""
+    """Routes of mergenet's adapters, as target=source, if not all of --routes."""
     num_layers: int = 1
     """Layers of each route's LPKA."""
     num_heads: int = 8
@@ -60,7 +60,7 @@ class TransferOptions:
     """Layers whose features are to agree, as target=source, in the methods with agree in their names; see
     merge_jax.feature_agreement."""
     agreement: float = 20.0
-    """Weight of their disagreement in the target's loss."""
+    """Weight of the features' disagreement in the target's loss."""
     unlabelled: int = 0
     """Training inputs that methods have without labels, beside the labelled ones: on all of these inputs, aligned is
     fitted, and agree, kd and kd_mixed compare."""
@@ -73,12 +73,12 @@ class TransferOptions:
     prepare_steps: int = 100
     """Steps of prepare, which draws the target's features to the source's before the first step."""
     prepare_rate: float = 1e-2
-    """Learning rate of the first of them."""
+    """Initial learning rate of prepare."""
     target_rate: float = 1.0
     """Factor on the target's learning rate, in every method alike; to choose one for each on validation, see `choose`
     in grids."""
     compare_on: Literal["mixed", "plain"] = "mixed"
-    """What they are compared on: images between those of the batch (text as it is), or the batch itself."""
+    """What features are compared on: means of neighbouring images (text as it is), or the batch itself."""
 
     def check_options(self) -> None:
         """Raises ValueError for an option out of range."""

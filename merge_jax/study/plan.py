@@ -18,7 +18,7 @@ __all__ = ["make_plan"]
 def make_plan(
     scenario: Scenario, config: RunConfig, source_plan: SourcePlan, layout: Layout, expected: str, caution: str
 ) -> Plan:
-    """Returns the plan of a run; `expected` and `caution` as the plan has them."""
+    """Returns the plan of a run; `expected` and `caution` as in the plan."""
     target = _shapes(scenario.target)
     source = {} if scenario.source is None else _shapes(scenario.source)
     transfers = {}

@@ -50,7 +50,7 @@ def with_fitted_head(
     the seed's training examples. These are all that the source sees of the labels.
 
     Args:
-      apply: the model's apply function, of images as the examples have them.
+      apply: the model's apply function, of images as in the examples.
       examples: `seed -> labelled examples`.
       num_classes: of the model.
     """

@@ -34,7 +34,7 @@ class Measured:
       setting: of the grid.
       row: of the grid.
       command: that gives it.
-      results: of each seed, as the run's `results.json` has them.
+      results: of each seed, as in the run's `results.json`.
       opponent: whether it is none that a method trains; it is compared, and not among what Holm counts.
     """
 

@@ -53,7 +53,7 @@ the target that was given; the key is consumed.
 
 @dataclass(frozen=True)
 class Method:
-    """What is compared: a choice of transfer and of what the target learns.
+    """A method to compare: a transfer and what the target learns.
 
     Attributes:
       task: the target's loss and optimizer.

@@ -15,7 +15,7 @@ from merge_jax.types import Batch, ModelState, Params, TeacherFn
 
 __all__ = ["Shown"]
 
-_MOST_BYTES = 2**30  # Of outputs that are kept for all examples; of more they are computed anew at every step.
+_MOST_BYTES = 2**30  # Of outputs that are kept for all examples; beyond it they are recomputed at every step.
 _AT_ONCE = 200
 
 

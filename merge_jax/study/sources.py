@@ -102,10 +102,10 @@ def initial_key(seed: int, purpose: Purpose) -> jax.Array:
 
 
 def control_source(control: SourceControl, source: TrainState, seed: int) -> TrainState:
-    """Returns the source that methods are handed in the place of a trained one.
+    """Returns the source that methods get instead of a trained one.
 
     `shuffled`: the entries of each leaf of its parameters permuted among themselves, which keeps the numbers and no
-    structure. `noise`: each leaf drawn anew from the normal distribution of its mean and standard deviation. Statistics
+    structure. `noise`: each leaf redrawn from the normal distribution of its mean and standard deviation. Statistics
     of the model (BatchNorm) stay. Other controls are of the training, and the source is returned as it is. Our choice:
     leaf by leaf, so that a layer's scale, which helps by itself, stays as well.
 
@@ -210,4 +210,4 @@ def _read_variables(role: StudyModel, path: Path, start: TrainState, seed: int |
     except OSError as error:
         raise ValueError(f"the source cannot be read: {error}") from None
     except ValueError as error:
-        raise ValueError(f"{error}; the source is to be {role.name}") from None
+        raise ValueError(f"{error}; the source must be {role.name}") from None

@@ -36,7 +36,7 @@ Texts = TextSet | QuestionSet | VisualQuestionSet | CaptionSet
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """A model and what it is to learn.
+    """A model and its task.
 
     Attributes:
       task: by name.

@@ -43,7 +43,7 @@ def read_weights(path: Path, params: Any, fitted: str | None = None) -> Loaded:
     Args:
       path: of the weights.
       params: of the model.
-      fitted: what leaves begin with that are said nothing of, since they are fitted next.
+      fitted: prefixes of leaves that are not reported, since they are fitted next.
 
     Raises:
       ValueError: they cannot be read, or do not fit the model or its vocabulary.

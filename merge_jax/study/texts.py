@@ -252,7 +252,7 @@ def text_model(
       model: one of `TextModelName`.
       max_length: tokens of a text, or of a question and its passage.
       too_long: what to do with longer ones; those that are cut are counted on standard error.
-      validation: how many training examples to hold out, drawn anew for each seed.
+      validation: how many training examples to hold out, drawn again for each seed.
       labels: how many of the others it learns from; None for all.
       unlabelled: how many of the rest a classifier has without their labels, see `StudyModel.pool`.
       learning_rate: of its AdamW.

@@ -23,7 +23,7 @@ _ENTRY, _STAMP = "-cache", "-atime"  # How JAX's cache names a program, and when
 
 
 def default_folder() -> Path:
-    """Returns the folder of compiled programs in the user's cache folder, as the platform has it (`XDG_CACHE_HOME`)."""
+    """Returns the folder of compiled programs in the user's cache folder (`XDG_CACHE_HOME` on Linux)."""
     return platformdirs.user_cache_path("merge_jax", appauthor=False) / "compiled"
 
 

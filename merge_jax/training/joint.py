@@ -47,7 +47,7 @@ UpdateRule = Literal["exact", "surrogate"]
 
 
 class Task(NamedTuple):
-    """What one model learns, and how.
+    """What one model learns: a loss function and its optimizer.
 
     Attributes:
       loss_fn: `(params, model_state, batch, key) -> (loss, (model_state, metrics))`.
@@ -80,7 +80,7 @@ class AdapterState(struct.PyTreeNode):
 
 
 class JointState(struct.PyTreeNode):
-    """Everything that a joint run is, and so all that a checkpoint holds.
+    """The complete state of a joint run: everything that a checkpoint holds.
 
     Attributes:
       step: steps done, an int32 scalar.
@@ -203,7 +203,7 @@ def make_joint_step(
        - `surrogate`: `T' - T_after_step_3`, as published and as in hypernetwork training: the output is drawn
          to where the target's optimizer went.
 
-    Faults of numbers spoil nothing (our choice): where the loss, the gradient or the optimizer's update of a model is
+    Numeric faults are contained (our choice): where the loss, the gradient or the optimizer's update of a model is
     not finite, that model keeps its parameters, model state and optimizer state bit for bit, as if it had not had the
     step, and without a transfer that was written at it; where a transfer gives numbers that are not finite, or
     `|T'| > largest_growth * max(|T|, |S|)`, it is rejected and the target learns from `T`. The adapter learns only from

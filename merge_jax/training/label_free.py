@@ -74,7 +74,7 @@ def prepare(
 
     Args:
       key: of the batches, dropout and the adapter; consumed.
-      layers: `{target's layer: source's layer}`, or such pairs; paths of submodules, as `with_features` has them.
+      layers: `{target's layer: source's layer}`, or such pairs; paths of submodules, as in `with_features`.
       source_apply: `model.apply` of a Linen module called as `(*inputs, train=...)`.
       target_apply: that of the target.
       source_variables: `{"params": ..., **model_state}`.
@@ -86,7 +86,7 @@ def prepare(
       objective: `disagreement`, or one of its kind, such as `merge_jax.objectives.redundancy_suppression`.
       compare_on: what of each input of a batch both models see, such as `merge_jax.objectives.mixed`; None for the
         inputs as they are.
-      transfer: what is trained in the place of the target's own parameters.
+      transfer: trained instead of the target's own parameters.
       axis_name: the axis that the models' BatchNorm averages over under `pmap`, if any; here each batch is whole.
 
     Raises:

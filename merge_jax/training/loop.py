@@ -35,7 +35,7 @@ def stepwise(
     step_fn: Callable[[_State, Mapping[str, Batch]], tuple[_State, Metrics]],
     batches_at: Callable[[int], Mapping[str, Batch]],
 ) -> Advance[_State]:
-    """Returns what takes step after step, each on a batch from the host.
+    """Wraps a jitted step so that it can advance several steps, one host batch each.
 
     Args:
       step_fn: `(state, batches) -> (state, metrics)`, compiled, the state donated.

@@ -1,4 +1,4 @@
-"""Guards against numbers that are not finite: what they would have spoilt stays as it was."""
+"""Guards against numbers that are not finite: a non-finite update is skipped and the old state kept."""
 
 import math
 import warnings

@@ -1,4 +1,4 @@
-"""Statistics of BatchNorm, taken anew of given inputs."""
+"""Statistics of BatchNorm, recomputed from given inputs."""
 
 import functools
 import itertools

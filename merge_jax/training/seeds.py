@@ -13,7 +13,7 @@ from merge_jax.types import Batch, Metrics
 
 __all__ = ["over_seeds", "stack_seeds", "unstack_seeds"]
 
-# Seeds stand at the same step: with a step each, every one would pay for a transfer whenever one has it.
+# All seeds share one step: with per-seed steps, vmap would turn the cond into a select and transfer at every step.
 _AXES = JointState(step=None, key=0, source=0, target=0, adapter=0)  # type: ignore[arg-type]
 
 

@@ -22,7 +22,7 @@ _Tree = TypeVar("_Tree")
 
 
 class Layout(NamedTuple):
-    """How a run lies on its devices, as functions of trees.
+    """How a run is placed on its devices, as functions of trees.
 
     Attributes:
       num_devices: the number of devices that share a batch.
@@ -128,7 +128,7 @@ def pmap_layout(num_devices: int | None = None) -> Layout:
     For those who ask for it; JAX keeps `pmap` in maintenance, and `jit_layout` does all this and more. The joint step
     needs `axis_name=DATA_AXIS`, and so do models with BatchNorm if it shall be over the whole batch, and losses that
     compare examples with each other (`feature_agreement`, `mixed`, `retrieval_loss`); for one of your own,
-    `whole_batch` gathers what it compares. State and examples are given and come back as one device has them.
+    `whole_batch` gathers what it compares. State and examples are given and come back as on one device.
 
     Raises:
       ValueError: there are fewer devices, or several processes.

@@ -16,28 +16,28 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, *([signal.SIGHUP] if hasattr(signal, 
 
 
 class StopSignals:
-    """Hears SIGTERM, SIGHUP and the first Ctrl-C without dying of them; a context manager.
+    """Catches SIGTERM, SIGHUP and the first Ctrl-C and requests a clean stop; a context manager.
 
     A second Ctrl-C raises KeyboardInterrupt at once. Several processes that run one program agree on where to stop,
     through JAX's preemption service, whichever of them was asked. Signals that the process ignores (`nohup`) stay
-    ignored, and outside the main thread, where Python hears none, nothing changes.
+    ignored, and outside the main thread, where Python receives none, nothing changes.
 
     >>> with StopSignals() as signals:  # doctest: +SKIP
     ...     state = run_loop(..., should_stop=signals.should_stop)
     """
 
     def __init__(self) -> None:
-        """Hears nothing yet."""
+        """No handlers are installed until entry."""
         self.received: signal.Signals | None = None
         self._calls = 0
         self._multi_process = jax.process_count() > 1
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
-        """Begins to listen."""
+        """Installs the handlers."""
         if threading.current_thread() is threading.main_thread():
             for number in _SIGNALS:
-                # Of several processes, JAX hears SIGTERM itself, to tell the others.
+                # With several processes, JAX handles SIGTERM itself, to notify the others.
                 ours = not (self._multi_process and number == signal.SIGTERM)
                 if ours and signal.getsignal(number) not in (signal.SIG_IGN, None):
                     self._before[number] = signal.signal(number, self._handle)

@@ -81,7 +81,7 @@ def replay_evenly(num_snapshots: int, num_steps: int) -> Replay:
 
 
 def replayed(transfer: Transfer, replay: Replay) -> Transfer:
-    """Returns the transfer from a source that lives its training again: `T' = t(S[k(i)], T)` at step `i`.
+    """Returns a transfer that replays the source's saved checkpoints: `T' = t(S[k(i)], T)` at step `i`.
 
     The source's parameters are a trajectory, leaves `[K, ...]`, as `load_trajectory` gives; the source's task is None.
     The adapter is the transfer's own. Source: the paper's view of knowledge along the source's training (arXiv:

@@ -39,7 +39,7 @@ def aligned_transfer(
     choice: ChannelChoice = "moments",
     key: jax.Array | None = None,
 ) -> Transfer:
-    """Returns the transfer that takes channels of the source over as wholes, tied over all layers that share them.
+    """Returns the transfer that takes over whole channels of the source, tied over all layers that share them.
 
     `T' = A S R^T` for a layer's kernel, each tap of a window on its own. `A [m, p]` makes the target's `m` channels of
     the source's `p`, and is one matrix for all leaves that touch those channels: kernels, biases, norms, residual sums.
@@ -76,7 +76,7 @@ def aligned_transfer(
     Heads of attention are chosen by what they add to the output: `G [h, h]` are the moments, summed over the outputs,
     of each head's part of the product with the last kernel. In each head that is chosen, channels of queries and keys
     are chosen by the moments of the products that are summed, and those of values by theirs; the last kernel gets one
-    `R` for heads and channels together. Channel groups and layers without moments stay as `init` has them.
+    `R` for heads and channels together. Channel groups and layers without moments stay as in `init`.
 
     Channels may be chosen otherwise, each group at once: `magnitude` takes those with the largest sum of squares over
     all leaves that the channel is tied in, which is structured pruning by groups (arXiv:2301.12900; by the L1 norm of

@@ -153,7 +153,7 @@ def _leaf(
             why = _bound("target", target_group, target_graph) or _bound("source", source_group, source_graph)
             raise ValueError(
                 f"{target!r} has {sizes[0]} entries along axis {t}, {source!r} has {sizes[1]} along axis {s}; {why}: "
-                "nothing says which to choose. Leave out the route, or give it rows=mj.Rows.by_name(source_names, "
+                "it is ambiguous which to choose. Leave out the route, or give it rows=mj.Rows.by_name(source_names, "
                 "target_names)"
             )
         axes.append(AlignedAxis(t, s, pair, around, contracted, t not in target_graph.both[target], sizes))

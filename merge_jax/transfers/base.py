@@ -73,7 +73,7 @@ class MonitorFn(Protocol):
 
 @dataclass(frozen=True)
 class RouteSummary:
-    """What one route of a transfer is and costs.
+    """One route of a transfer: what it pairs and what it costs.
 
     Attributes:
       target: paths of the target's leaves, joined with ` + `.

@@ -42,7 +42,7 @@ def channel_graph(fn: Callable[..., Any], params: Params, *inputs: Any, strict: 
 
 
 def input_moments(fn: Callable[..., Any], params: Params, *inputs: Any) -> dict[str, jax.Array]:
-    """Returns the second moments of what is summed over in a model: by leaf, and by channel group where no leaf is.
+    """Returns the second moments of every contracted input of a model: by leaf, or by channel group without one.
 
     `{leaf path: X^T X / N}`, with `X [N, n]` the inputs of the layer whose kernel is the leaf: one row for each
     example and place, summed over all calls of the layer. It is `[n, n]`; `[h, d, h, d]` of a leaf that is summed over

@@ -65,7 +65,7 @@ def chain(*transfers: Transfer) -> Transfer:
 
 
 def scheduled(transfer: Transfer, schedule: optax.ScalarOrSchedule) -> Transfer:
-    """Returns the transfer let in by a schedule: `T' = T + w(i) (t(S, T) - T)`, `w` of the joint step's count `i`.
+    """Returns the transfer weighted by a schedule: `T' = T + w(i) (t(S, T) - T)`, `w` of the joint step's count `i`.
 
     A weight of 0 leaves the target as it is, 1 is the transfer itself, what lies between mixes both. Any Optax
     schedule serves, e.g. `optax.cosine_decay_schedule(1.0, num_steps)`, or a number for a weight that stays. The
@@ -104,7 +104,7 @@ def scheduled(transfer: Transfer, schedule: optax.ScalarOrSchedule) -> Transfer:
 
 
 def several_sources(transfers: Mapping[str, Transfer]) -> Transfer:
-    """Returns one transfer from several sources: each target leaf is the mean of what its sources make of it.
+    """Returns one transfer from several sources: each target leaf is the mean over its sources.
 
     `T' = (1 / k) sum_i t_i(S_i, T)` over the `k` transfers that have a route to the leaf. The source's parameters
     are `{name: parameters}`, and so is the adapter. All see the target as it is; `chain` would let each see what
@@ -182,7 +182,7 @@ def self_transfer(transfer: Transfer) -> Transfer:
 
 
 def without_source(transfer: Transfer) -> Transfer:
-    """Returns the transfer with nothing to read: `T' = t(0, T)`, zeros in the place of the source's parameters.
+    """Returns the transfer without its source: `T' = t(0, T)`, zeros instead of the source's parameters.
 
     A control: as many parameters and as much computation as the transfer has, and no source. What it gains is not
     knowledge of the source. Forms that start from the source's numbers (`share_transfer`, the output `warm`) would

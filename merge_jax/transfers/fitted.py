@@ -44,7 +44,7 @@ from merge_jax.types import Adapter, Params
 
 __all__ = ["FewRowsWarning", "Refit", "refit"]
 
-_ALIGNED_ON = 512  # What enters a layer at each place of so many inputs is enough for its moments.
+_ALIGNED_ON = 512  # So many inputs suffice to estimate each layer's second moments.
 _FEW_ROWS, _ROWS_OF_UNKNOWN = 4096, 200
 _PARAMS = "params"
 _VIEWS = frozenset({"slice", "squeeze", "reshape", "transpose", "pad", "rev"})  # Free to compute again.
@@ -58,7 +58,7 @@ class FewRowsWarning(UserWarning):
 
 
 class Refit(NamedTuple):
-    """What a refit made.
+    """The result of a refit.
 
     Attributes:
       variables: of the target, parameters and state.
@@ -124,7 +124,7 @@ def refit(
         other labels.
       source: `(variables, *inputs) -> outputs`, such as `source_model.apply`, in evaluation mode.
       target: the same of the target.
-      source_variables: `{"params": ..., "batch_stats": ...}`, as Flax has them; a tree of parameters alone will do.
+      source_variables: `{"params": ..., "batch_stats": ...}`, as in Flax; a tree of parameters alone will do.
       target_variables: of the target; where nothing is routed they stay.
       *inputs: such as the target will see, `[N, ...]`, without labels.
       ridge: without unit; from 1e-3 to 1e-1 it changed nothing on digits.
@@ -132,7 +132,7 @@ def refit(
       max_rows: at most about so many rows of a layer are taken, drawn at random over inputs and places. Where each
         channel has `d` numbers of its own, as in a depthwise convolution, at most `max(4096, 200 d)`.
       key: for that; `jax.random.key(0)` by default.
-      choice: of the channels, as `aligned_transfer` has it.
+      choice: of the channels, as in `aligned_transfer`.
       axis_name: the axis of `pmap` or `shard_map` whose devices share the inputs.
 
     Raises:
@@ -155,7 +155,7 @@ def refit(
     plan = plan_refit(alignment, *models)
     if not plan.sites:
         reasons = "; ".join(f"{path}: {why}" for path, why in plan.kept.items())
-        raise ValueError(f"nothing of the target can be solved for. {reasons}")
+        raise ValueError(f"no layer of the target can be solved. {reasons}")
     key = jax.random.key(0) if key is None else key
     graphs = models[0].graph, models[1].graph
     transfer = aligned_transfer(named_routes, *graphs, choice=choice, key=key if choice == "random" else None)
@@ -365,7 +365,7 @@ class _Walk:
         return self.max_rows if site.dense else min(self.max_rows, few)
 
     def _target_kept(self) -> list[frozenset[int]]:
-        """Returns for each site what of the target is to be kept for those after it."""
+        """Returns for each site the target's values that later sites need."""
         program, sites = self.target, self.plan.sites
         written = {path: number for number, site in enumerate(sites) for path in site.leaves}
 
@@ -427,7 +427,7 @@ def _stacked(fn: Callable[[Any, Any], tuple[Any, Any]], carry: Any, rows: Any, a
 def _without_views(program: Program, kept: set[int]) -> frozenset[int]:
     """Returns the values to keep. Those cut out of one value are replaced by it, where together they are larger.
 
-    A depthwise convolution reads its input once for each place of its window, each time cut out anew.
+    A depthwise convolution reads its input once for each place of its window, each time sliced again.
     """
     kept, changes = set(kept), True
     while changes:

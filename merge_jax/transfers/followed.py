@@ -49,7 +49,7 @@ class FollowedModel:
         return found
 
     def examples(self, value: int) -> int | None:
-        """Returns the axis of a value along which the examples lie; None where it cannot be told."""
+        """Returns the axis of a value along which the examples lie; None where it is ambiguous."""
         examples = [self.trace.nodes[one][0] for one in self.trace.program.inputs]
         found = [
             axis
@@ -66,5 +66,5 @@ class FollowedModel:
         """
         found = [self.trace.channel_group(node) for node in self.trace.nodes[value]]
         if any(found.count(group) != 1 for group in groups):
-            raise Unsolvable("its channels cannot be told from other axes where it ends")
+            raise Unsolvable("its channels cannot be distinguished from other axes where it ends")
         return tuple(found.index(group) for group in groups)

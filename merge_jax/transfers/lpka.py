@@ -61,7 +61,7 @@ _LARGEST_RATIO = 1.25
 
 @dataclass(frozen=True)
 class LPKAOptions:
-    """What an LPKA is; the defaults are the published values but for the two caps, which are our choice.
+    """The options of an LPKA; the defaults are the published values but for the two caps, which are our choice.
 
     Attributes:
       num_layers: layers `L`.
@@ -104,7 +104,7 @@ class LPKAOptions:
         for name in self.attentions:
             check_choice("attention", name, ATTENTIONS)
         if len(set(self.attentions)) < len(self.attentions):
-            raise ValueError(f"an attention stands twice in {self.attentions}")
+            raise ValueError(f"an attention appears twice in {self.attentions}")
 
 
 def init(key: jax.Array, sizes: Sizes, options: LPKAOptions) -> dict[str, Any]:
@@ -114,7 +114,7 @@ def init(key: jax.Array, sizes: Sizes, options: LPKAOptions) -> dict[str, Any]:
     width, the arrays are, each with a first axis of `L` layers:
 
     - `target_rows`, what the target's rows ask: `query` (kernel `[n, D]`, bias `[D]`), `out` (kernel `[D, n]`, bias
-      `[a, n]`) and `norm` (scale and bias `[a, n]`); `target_cols` the same for columns, with `m` in the place of `n`;
+      `[a, n]`) and `norm` (scale and bias `[a, n]`); `target_cols` the same for columns, with `m` instead of `n`;
     - `source_rows`, what the source's rows answer: `key_value` (kernel `[q, 2 D]`, bias `[2 D]`), key and value of each
       attention in turn; `source_cols` the same with `p`;
     - `feed_forward`: `up` (kernel `[n, f]`, bias `[f]`), `down` (kernel `[f, n]`, bias `[n]`), `norm` (`[n]`).
@@ -383,7 +383,7 @@ def _valid_heads(true: int, padded: int, heads: int) -> np.ndarray:
 
 
 def _masks(sizes: Sizes, options: LPKAOptions) -> dict[str, Dropout]:
-    """Returns what dropout is to be drawn in one pass; nothing where its rate is 0."""
+    """Returns the dropout masks to draw in one pass; none where the rate is 0."""
     masks = {}
     if options.attention_dropout:
         for number, bundle in enumerate(_bundles(_attentions(sizes, options))):

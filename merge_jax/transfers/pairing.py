@@ -282,7 +282,7 @@ def _attention_view(
         elif len(shape) == 2:
             spec = matrix_spec(path, shape)
         else:
-            raise ValueError(f"{path!r} of shape {shape} is no kernel of an attention block")
+            raise ValueError(f"{path!r} of shape {shape} is not a kernel of an attention block")
         specs.append(spec)
     if heads is None:
         raise ValueError("its kernels have no axis of heads; give target_heads or source_heads")

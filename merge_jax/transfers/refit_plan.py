@@ -60,7 +60,7 @@ class Site:
       channels: sizes of these axes, of the target's value.
       pairs: what each of them is in the alignment.
       rows: how many places a batch has, all examples together.
-      stride: how many rows lie from one example to the next; the examples come first where that cannot be told.
+      stride: how many rows lie from one example to the next; the examples come first where that is unknown.
     """
 
     unknowns: tuple[Unknown, ...]

@@ -87,7 +87,7 @@ def add_moments(one: Moments, other: Moments) -> Moments:
 
 
 def entering(program: Program, site: Site, values: Values, leaves: Values, rows: jax.Array | None) -> jax.Array:
-    """Returns what the unknowns of a site are multiplied with, float32, as `Moments` has it; of these rows alone."""
+    """Returns what the unknowns of a site are multiplied with, float32, as in `Moments`; of these rows alone."""
     if site.dense:
         return jnp.concatenate([_entering_dense(program, one, values, rows) for one in site.unknowns], axis=1)
     (unknown,) = site.unknowns

@@ -32,7 +32,7 @@ Unmatched = Literal["error", "skip"]
 
 @dataclass(frozen=True)
 class Route:
-    """One path of knowledge, or by patterns many: which target leaves are made from which source leaves.
+    """One route, or by patterns many: which target leaves are made from which source leaves.
 
     A pattern of the target names leaves that each get a transfer of their own. A pattern of the source must then
     name as many, which are paired in natural order (`match` pairs by depth where there are more on one side), or

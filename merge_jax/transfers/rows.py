@@ -56,12 +56,12 @@ class Rows:
         (1, 2)
 
         Args:
-          source: names of the source's rows, in their order, or their numbers by name, as a tokenizer's vocabulary has
-            them.
+          source: names of the source's rows, in their order, or their numbers by name, as in a
+            tokenizer's vocabulary.
           target: the same of the target's.
 
         Raises:
-          ValueError: a name that stands twice on one side, numbers that are not 0, 1, ..., or no name in common.
+          ValueError: a name that appears twice on one side, numbers that are not 0, 1, ..., or no name in common.
         """
         places: list[dict[str, int]] = []
         source, target = _in_order("source", source), _in_order("target", target)
@@ -69,7 +69,7 @@ class Rows:
             places.append({name: i for i, name in enumerate(names)})
             if len(places[-1]) < len(names):
                 twice = next(name for i, name in enumerate(names) if places[-1][name] != i)
-                raise ValueError(f"names of rows must differ: {twice!r} stands twice among those of the {role}")
+                raise ValueError(f"names of rows must differ: {twice!r} appears twice among those of the {role}")
         if places[0].keys().isdisjoint(places[1]):
             found = " and ".join(f"{list(names)[:3]}" for names in (source, target))
             raise ValueError(f"source and target must have a name in common; their first are {found}")
@@ -176,7 +176,7 @@ def _resampling(source: int, target: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Arrangement:
-    """A leaf whose rows are taken anew before it is a matrix: `row i = sum_s w[i, s] row s`, along some of its axes.
+    """A leaf whose rows are rearranged before it is a matrix: `row i = sum_s w[i, s] row s`, along some of its axes.
 
     Attributes:
       axes: along which the rows are, in the order of the rows.
@@ -225,7 +225,7 @@ def arranged_ends(
     The source has the rows that the target gets. The target has those first, then what only the target has. None for a
     leaf as it is.
 
-    Two embeddings have rows that are words, positions or the like, and two kernels of patches have inputs that are
+    Two embeddings have rows that are words, positions and so on, and two kernels of patches have inputs that are
     pixels. Where these differ in number, a row of one is not that of the other with its number, so that nothing but the
     route can say which belong together. Equal numbers are taken for the same things.
 
@@ -289,7 +289,7 @@ def _unlike(target: End, source: End, target_rows: _NamedRows, source_rows: _Nam
         how = (
             "rows=mj.Rows.by_name(source_names, target_names) for words, "
             "rows=mj.Rows.of_grids(source_grid, target_grid) "
-            "for places in images, or rows='first' for row i from row i, as positions in a text have it"
+            "for places in images, or rows='first' for row i from row i, as for positions in a text"
         )
     else:
         how = (

@@ -65,7 +65,7 @@ class KernelView:
       shapes: of the leaves.
       specs: how each leaf is a matrix; all have the same inputs and window.
       taps: whether the taps of the window are rows (the view `convolution`) or columns (`matrix`).
-      arrangement: how the rows of a table are taken anew first, where the view is of one leaf and they are.
+      arrangement: how the rows of a table are rearranged first, where the view is of one leaf and they are.
     """
 
     shapes: tuple[tuple[int, ...], ...]
@@ -82,11 +82,11 @@ class KernelView:
 
     @property
     def arranged_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """The shapes of the leaves with their rows taken anew."""
+        """The shapes of the leaves with their rows rearranged."""
         return tuple(map(self.arrangement.shape, self.shapes)) if self.arrangement else self.shapes
 
     def arrange(self, leaf: jax.Array) -> jax.Array:
-        """Returns a leaf with its rows taken anew."""
+        """Returns a leaf with its rows rearranged."""
         return self.arrangement.arrange(leaf) if self.arrangement else leaf
 
     def restore(self, leaf: jax.Array) -> jax.Array:

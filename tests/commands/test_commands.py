@@ -118,7 +118,7 @@ def test_a_comparison_that_is_written_meanwhile_is_not_overwritten(tmp_path, cap
 
     monkeypatch.setattr(merge_jax.commands.compare, "compare", slow)
     message = refused(capsys, "compare", "one", "two", "--out", tmp_path / "out")
-    assert f"{tmp_path}/out/table.txt is there already, and nothing is overwritten: give another --out" in message
+    assert f"{tmp_path}/out/table.txt already exists, and nothing is overwritten: give another --out" in message
     assert (tmp_path / "out" / "table.txt").read_text() == "of another"
     assert not (tmp_path / "out" / "curves.png").exists()
 
@@ -147,13 +147,13 @@ def test_few_seeds_in_common_and_other_lengths_are_told(runs, tmp_path, capsys):
 
 def test_what_cannot_be_compared_is_named(runs, tmp_path, capsys):
     assert f"there is no run folder {runs / 'on'}; did you mean" in refused(capsys, "compare", runs / "on")
-    assert refused(capsys, "compare", tmp_path) == f"{tmp_path} is no run folder: it has no config.json"
+    assert refused(capsys, "compare", tmp_path) == f"{tmp_path} is not a run folder: it has no config.json"
     assert f"; there are runs in it: {runs / 'one'}, {runs / 'two'}" in refused(capsys, "compare", runs)
     assert "is named twice" in refused(capsys, "compare", runs / "one", runs / "one" / "." / "")
     message = refused(capsys, "compare", runs / "one", "--baseline", "shared")
     assert message == f"{runs / 'one'} has no method 'shared'; did you mean 'share'?"
     message = refused(capsys, "compare", runs / "one", "--out", runs)
-    assert message == f"{runs} is there already, and nothing is overwritten: give another --out"
+    assert message == f"{runs} already exists, and nothing is overwritten: give another --out"
     broken = tmp_path / "broken"
     for name, content, expected in (
         ("results.json", "[]", "no method of the run {} has ended yet: resume it first"),

@@ -197,7 +197,7 @@ ROWS = {
     ),
     "data: cut questions": (
         on_file("x.json", '{"data": [', load_questions),
-        "TMP/x.json is no JSON: Expecting value: line 1 column 11 (char 10)",
+        "TMP/x.json is not JSON: Expecting value: line 1 column 11 (char 10)",
     ),
     # Labels and pixels.
     "label -1": (

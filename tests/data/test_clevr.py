@@ -274,7 +274,7 @@ TRAIN_QUESTIONS, TRAIN_SCENES = "questions/CLEVR_train_questions.json", "scenes/
         ),
         (
             replaced(TRAIN_QUESTIONS, b"{"),
-            r"\A{archive}: CLEVR_v1.0/questions/CLEVR_train_questions.json is no JSON, or truncated: .*\Z",
+            r"\A{archive}: CLEVR_v1.0/questions/CLEVR_train_questions.json is not JSON, or truncated: .*\Z",
         ),
         (
             replaced(TRAIN_SCENES, {"scenes": [{"image_filename": "a", "objects": [{"color": "red"}]}]}),

@@ -125,12 +125,12 @@ def changed(key, index, **changes):
             ", annotations 0: no entry 'caption', found ['image_id', 'id', 'bbox', 'category_id']",
         ),
         (changed("images", 1, id="9"), ", images 1: the entry 'id' must be int, got str"),
-        (changed("images", 1, id=25), " has 1 image ids that stand twice, such as 25"),
+        (changed("images", 1, id=25), " has 1 image ids that appear twice, such as 25"),
         (
             changed("images", 1, file_name="000000000025.jpg"),
-            " has 1 file names that stand twice, such as '000000000025.jpg'",
+            " has 1 file names that appear twice, such as '000000000025.jpg'",
         ),
-        (changed("annotations", 1, id=0), " has 1 caption ids that stand twice, such as 0"),
+        (changed("annotations", 1, id=0), " has 1 caption ids that appear twice, such as 0"),
         (changed("annotations", 2, image_id=10), ", annotations 2: there is no image 10"),
         (changed("annotations", 2, caption=" \n"), ", annotations 2: the caption is empty"),
         (
@@ -149,7 +149,7 @@ def test_a_wrong_file_is_named(change, message, root):
 def test_a_broken_or_missing_file_is_named(root):
     file = captions_file(root, "val")
     file.write_text(file.read_text()[:-9])
-    with pytest.raises(ValueError, match=rf"\A{file} is no JSON, or truncated: .*\Z"):
+    with pytest.raises(ValueError, match=rf"\A{file} is not JSON, or truncated: .*\Z"):
         load_coco_captions(root, image_size=8)
     file.unlink()
     message = (

@@ -288,7 +288,7 @@ def test_questions_of_another_layout_are_named(content, message, tmp_path):
 def test_a_broken_file_of_questions_is_named(tmp_path):
     path = tmp_path / "dev.json"
     path.write_text(json.dumps(squad())[:-3])
-    with pytest.raises(ValueError, match=f"{path} is no JSON: "):
+    with pytest.raises(ValueError, match=f"{path} is not JSON: "):
         load_questions(path)
     path.write_bytes(b'{"data":\n"\xff"}')
     with pytest.raises(ValueError, match=f"{path}, line 2: not UTF-8, at the byte 0xff"):

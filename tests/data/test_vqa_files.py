@@ -204,7 +204,7 @@ def with_(entries, index, **changes):
             ", questions 1: the entry 'question_id' must be int, got bool",
         ),
         (lambda q: {"questions": with_(q, 2, question=" \n")}, ", questions 2: the question is empty"),
-        (lambda q: {"questions": [*q, q[1]]}, " has 1 question ids that stand twice, such as 25000"),
+        (lambda q: {"questions": [*q, q[1]]}, " has 1 question ids that appear twice, such as 25000"),
     ],
 )
 def test_a_wrong_file_of_questions_is_named(change, message, root):
@@ -235,7 +235,7 @@ def test_a_wrong_file_of_questions_is_named(change, message, root):
             lambda a: with_(a, 1, answers=[{"answer": 3}]),
             ", annotations 1, answers 0: the entry 'answer' must be str, got int",
         ),
-        (lambda a: [*a, a[0], a[0]], " has 1 question ids that stand twice, such as 9001"),
+        (lambda a: [*a, a[0], a[0]], " has 1 question ids that appear twice, such as 9001"),
     ],
 )
 def test_a_wrong_file_of_annotations_is_named(change, message, root):
@@ -269,8 +269,8 @@ def test_questions_and_annotations_have_to_belong_together(root):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'{"questions": [', " is no JSON, or truncated: Expecting value: line 1 column 16 (char 15)"),
-        (b"", " is no JSON, or truncated: Expecting value: line 1 column 1 (char 0)"),
+        (b'{"questions": [', " is not JSON, or truncated: Expecting value: line 1 column 16 (char 15)"),
+        (b"", " is not JSON, or truncated: Expecting value: line 1 column 1 (char 0)"),
         (b'{"questions": "\xe8"}', " is not UTF-8, at the byte 15"),
     ],
 )

@@ -48,7 +48,7 @@ def refusal(capsys, *words):
 
 
 def test_what_is_no_run_is_told(tmp_path, capsys):
-    assert "is no run folder: it has no config.json" in refusal(capsys, "cross_structure", tmp_path)
+    assert "is not a run folder: it has no config.json" in refusal(capsys, "cross_structure", tmp_path)
     (tmp_path / "config.json").write_text('{"labelz": 3}')
     assert "of another experiment or version" in refusal(capsys, "cross_structure", tmp_path)
     (tmp_path / "config.json").write_text('{"routes": ["by depth"]}')

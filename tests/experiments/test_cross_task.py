@@ -343,7 +343,7 @@ def test_bad_options_are_refused_by_name(tmp_path):
             check(*LITTLE, "--methods", "share", *options)
     with pytest.raises(ValueError, match="source_task must name one or more of sentiment"):
         parse(cross_task.PRESETS, "", "", ["--source-task"]).check()
-    with pytest.raises(ValueError, match="a source task stands twice"):
+    with pytest.raises(ValueError, match="a source task appears twice"):
         parse(cross_task.PRESETS, "", "", ["--source-task", "qa", "qa"]).check()
 
 

@@ -1,5 +1,6 @@
 """The README's promises: its code runs, its commands are those that are tested, the public names are documented."""
 
+import ast
 import inspect
 import re
 
@@ -51,23 +52,23 @@ def test_the_documents_show_the_three_kinds_of_models():
     }
 
 
-def test_the_opening_code_runs(capsys):
-    run(0)
-    assert "(32, 64) from (3, 3, 64, 64)" in capsys.readouterr().out
+def test_the_opening_code_runs():
+    made = run(0)["made"]
+    assert set(made.solved) == {f"params/layers_{i}/kernel" for i in (0, 2, 4)}
+    assert made.solved["params/layers_0/kernel"] > 0.99
 
 
 @pytest.mark.docs
-def test_the_code_for_ones_own_models_runs(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    names = run(1, 2)
-    assert names["metrics"]["target/loss"] > 0
-    assert names["saved_step"] == 121
-    assert (tmp_path / "runs" / "my_models" / "121").is_dir()
+def test_the_code_for_ones_own_models_gives_what_it_says():
+    assert len(CODE) == 2
+    (said,) = re.findall(r"print\(scores\)  # (.*)", CODE[1])
+    assert run(1)["scores"] == pytest.approx(ast.literal_eval(said), abs=0.02)  # Another JAX version rounds otherwise.
 
 
-def test_there_is_code_to_run():
-    assert len(CODE) == 3
-    assert 'mj.lpka_transfer({"head/kernel": "stage3_0/conv2/kernel"}, num_layers=2, num_heads=8)' in CODE[0]
+def test_the_readme_fits_its_length():
+    """Words of prose and tables; code blocks and addresses of links are no words."""
+    text = re.sub(r"\]\([^)]*\)", "]", re.sub(r"^```.*?^```", "", README, flags=re.MULTILINE | re.DOTALL))
+    assert len(re.findall(r"\S*\w\S*", text)) <= 1200
 
 
 def test_ci_runs_the_readmes_test_command():

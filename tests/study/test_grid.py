@@ -158,12 +158,16 @@ def test_the_grids_that_come_along_are_right(path):
         (
             '"tests.tiny"',
             '"tests.helpers"',
-            "tests.helpers is no experiment: it has no PRESETS and no build",
+            "tests.helpers is not an experiment: it has no PRESETS and no build",
         ),
         ('"tests.tiny"', '"tests.tiny"\npreset = "defalt"', "unknown preset 'defalt'; did you mean 'default'"),
         ('method = "vanilla"', 'method = "vanila"', "unknown method 'vanila'; did you mean 'vanilla'"),
         ("cycle = 2", "cycl = 2", "'seldom' of the setting 'digits': unknown option 'cycl'; did you mean 'cycle'"),
-        ("cycle = 2", "seeds = 2", "seeds is no option of a row: seeds stand at the top of the grid, or in a setting"),
+        (
+            "cycle = 2",
+            "seeds = 2",
+            "seeds is not an option of a row: seeds stand at the top of the grid, or in a setting",
+        ),
         (
             "cycle = 2",
             "source_epochs = 0",
@@ -178,7 +182,7 @@ def test_the_grids_that_come_along_are_right(path):
         ('routes = "bias"', 'settings = ["digit"]', "the row 'seldom' matches no setting with 'digit'"),
         ('routes = "bias"', "vary = { stop = 0.1 }", "the row 'seldom': vary stop must be a list of one value or more"),
         ('"vanilla", "share"]', '"vanila"]', "unknown row in against 'vanila'; did you mean 'vanilla'"),
-        ('"vanilla", "share"]', '"share", "share"]', "a row stands twice in against: 'share'"),
+        ('"vanilla", "share"]', '"share", "share"]', "a row appears twice in against: 'share'"),
         ("[rows.seldom]", "[rows.share]", "little.toml cannot be read: "),
         ("[rows.seldom]", "[rows.'../seldom']", "row '../seldom': a name is letters, digits"),
         ("seeds = 1", "seeds = ", "(at line 2, column 9)"),

@@ -79,7 +79,7 @@ def test_shapes_tell_before_training_that_a_file_is_of_another_network(tmp_path)
     file = as_file(tmp_path, mj.models.to_pytorch(random_variables(tiny(0.5))))
     model = classifier()
     start = jax.eval_shape(lambda: started(model))
-    with pytest.raises(ValueError, match=r"the model needs \[.*; the source is to be tiny"):
+    with pytest.raises(ValueError, match=r"the model needs \[.*; the source must be tiny"):
         sources._read_variables(model, file, start, None)
 
 

@@ -115,19 +115,19 @@ ROWS = {
     ),
     "route: a scalar": (
         routes({"scalar": "fc/kernel"}),
-        "the target leaf 'scalar' cannot take part: 'scalar' of shape () is no matrix: it needs a rank of 1 or more and"
-        " elements",
+        "the target leaf 'scalar' cannot take part: 'scalar' of shape () is not a matrix: it needs a rank of 1 or more "
+        "and elements",
     ),
     "route: no elements": (
         routes({"fc/kernel": "nothing"}),
-        "the source leaf 'nothing' cannot take part: 'nothing' of shape (0, 3) is no matrix: it needs a rank of 1 or"
+        "the source leaf 'nothing' cannot take part: 'nothing' of shape (0, 3) is not a matrix: it needs a rank of 1 or"
         " more"
         " and elements",
     ),
     "route: five axes for attention": (
         route("odd", "attention", view="attention"),
         "the target leaves 'odd/query/kernel + odd/key/kernel + odd/value/kernel + odd/out/kernel' cannot take part:"
-        " 'odd/query/kernel' of shape (2, 2, 2, 2, 2) is no kernel of an attention block",
+        " 'odd/query/kernel' of shape (2, 2, 2, 2, 2) is not a kernel of an attention block",
     ),
     "route: five axes beside two": (
         route(("fc/kernel", "conv3d"), "fc/kernel"),

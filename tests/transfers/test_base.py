@@ -152,7 +152,7 @@ def test_bad_routes_are_refused_at_once(routes, message):
         ),
         ("count", "fc/kernel", r"target leaf 'count' must be a float array, got an array of int32"),
         ("fc/kernel", "steps", r"source leaf 'steps' must be a float array, got an array of int32"),
-        ("scalar", "fc/kernel", r"target leaf 'scalar' cannot take part.*no matrix"),
+        ("scalar", "fc/kernel", r"target leaf 'scalar' cannot take part.*not a matrix"),
         ("text", "fc/kernel", r"target leaf 'text' must be a float array, got str"),
     ],
 )
@@ -181,7 +181,7 @@ def test_a_matrix_spec_that_does_not_fit_is_refused(trees, next_key):
         ({"max_scores": None}, "max_scores must be a whole number of at least 1, got None"),
         ({"attentions": ()}, r"attentions must be a tuple of one or more of rows_rows, .*, got \(\)"),
         ({"attentions": ("rows_row",)}, "unknown attention 'rows_row'; did you mean 'rows_rows'"),
-        ({"attentions": ("rows_rows", "rows_rows")}, "an attention stands twice"),
+        ({"attentions": ("rows_rows", "rows_rows")}, "an attention appears twice"),
         ({"dtype": jnp.int32}, "dtype must be a float type, such as jnp.bfloat16, got <class"),
         ({"dtype": "bf16"}, "dtype must be a float type, such as jnp.bfloat16, got 'bf16'"),
         ({"gate": True}, "gate must be a finite number or a schedule of the step, got True"),

@@ -241,7 +241,7 @@ def test_a_vision_transformer_takes_positions_and_patches_of_another():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: mj.Rows.by_name(["a", "a"], ["a"]), "'a' stands twice among those of the source"),
+        (lambda: mj.Rows.by_name(["a", "a"], ["a"]), "'a' appears twice among those of the source"),
         (lambda: mj.Rows.by_name(["a"], ["b"]), "must have a name in common"),
         (lambda: mj.Rows.by_index([0, 3], 3), "those of 3 rows of the source, or -1; got 3"),
         (lambda: mj.Rows.by_index([-1], 3), "got none but -1"),

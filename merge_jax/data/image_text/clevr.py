@@ -1,4 +1,4 @@
-"""CLEVR, questions on rendered scenes, from its folder, or as TFDS has it, without TensorFlow."""
+"""CLEVR, questions on rendered scenes, from its folder, or as in TFDS, without TensorFlow."""
 
 import contextlib
 import functools
@@ -45,7 +45,7 @@ _KINDS = {
 def load_clevr(data_dir: Path | str | None = None, *, image_size: int, unreadable: str = "error") -> VisualQuestionSet:
     """Returns CLEVR v1.0 (Johnson et al. 2017); its validation split is tested on, since the test's answers are hidden.
 
-    It is read from the folder `CLEVR_v1.0` as its archive has it, where `data_dir` is that folder or holds it. The kind
+    It is read from the folder `CLEVR_v1.0` as in its archive, where `data_dir` is that folder or holds it. The kind
     of a question is then what the paper tells scores apart by: "exist", "count", "compare integer", "query attribute"
     or "compare attribute".
 
@@ -253,7 +253,7 @@ def _examples(archive: Path, file: zipfile.ZipFile, split: str) -> Iterator[tupl
 
 
 def _objects(archive: Path, file: zipfile.ZipFile, split: str) -> dict[str, list[dict[str, Any]]]:
-    """Returns the objects of each image, as the official builder has them."""
+    """Returns the objects of each image, as from the official builder."""
     name = f"{archive}: {_member(_SCENES, split)}"
     annotations = _unpacked(archive, file, _member(_SCENES, split), _LARGEST_JSON)
     content = parse_json(annotations, name, _without_relations)

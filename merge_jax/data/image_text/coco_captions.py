@@ -40,7 +40,7 @@ def load_coco_captions(
 
     Raises:
       ValueError: a file is missing, broken or of another layout, or both years are there and none is chosen; an id or a
-        file's name stands twice; an image has no caption, or a caption no image, or no text; an image is missing or
+        file's name appears twice; an image has no caption, or a caption no image, or no text; an image is missing or
         unreadable.
     """
     check_at_least_one(image_size=image_size)

@@ -57,7 +57,7 @@ def parse_json(content: bytes, name: object, hook: Hook | None = None) -> Any:
     except UnicodeDecodeError as error:
         raise ValueError(f"{name} is not UTF-8, at the byte {error.start}") from error
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{name} is no JSON, or truncated: {error}") from error
+        raise ValueError(f"{name} is not JSON, or truncated: {error}") from error
 
 
 def columns(content: Any, key: str, kinds: Mapping[str, type], name: object) -> dict[str, list[Any]]:
@@ -98,7 +98,7 @@ def entry(entries: Any, key: str, kind: type, name: object, *place: tuple[str, i
 
 
 def check_once(ids: Iterable[Any], noun: str, name: object) -> None:
-    """Raises ValueError where some of the ids stand twice; `noun` is what they are of."""
+    """Raises ValueError where some of the ids appear twice; `noun` is what they are of."""
     twice = [id_ for id_, count in collections.Counter(ids).items() if count > 1]
     if twice:
-        raise ValueError(f"{name} has {len(twice)} {noun} that stand twice, such as {twice[0]!r}")
+        raise ValueError(f"{name} has {len(twice)} {noun} that appear twice, such as {twice[0]!r}")

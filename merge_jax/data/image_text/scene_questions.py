@@ -39,7 +39,7 @@ def sort_of_clevr(
     each kind; sizes, places and colours are those of kimhc6028/relational-networks. Our choices: there may be fewer
     shapes, which a small model learns sooner; questions are
     English, where theirs are bits, and positions are named, where that code answers yes or no; squares cannot
-    overlap, as they can there; edges are smooth; no question comes twice on an image; and an image is drawn anew
+    overlap, as they can there; edges are smooth; no question comes twice on an image; and an image is drawn again
     where an answer would be a tie, as of two objects equally near, or of one in the middle.
 
     Raises:

@@ -79,8 +79,8 @@ class _Seen(NamedTuple):
 def arrange(rng: np.random.Generator, looks: Sequence[tuple[str, str, int]]) -> Scene:
     """Returns a scene of shapes of this colour, kind and radius, with one or more white cells between any two.
 
-    Every arrangement that fits is equally likely: one that does not is drawn anew as a whole. The squares around
-    shapes are kept apart whatever their kinds, so that places tell nothing of them.
+    Every arrangement that fits is equally likely: one that does not is redrawn as a whole. The squares around
+    shapes are kept apart whatever their kinds, so that positions carry no information about them.
     """
     radii = np.array([radius for _, _, radius in looks])
     first, second = np.triu_indices(len(radii), 1)

@@ -62,7 +62,7 @@ def load_vqa(
 
     Raises:
       ValueError: a file is missing, broken or of another layout; questions and annotations do not belong together, an
-        id stands twice, or a question is empty or without an answer; an image is missing or unreadable.
+        id appears twice, or a question is empty or without an answer; an image is missing or unreadable.
     """
     check_at_least_one(image_size=image_size)
     check_unreadable(unreadable)

@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 from their binary archives, as TFDS has them, without TensorFlow."""
+"""CIFAR-10 and CIFAR-100 from their binary archives, as in TFDS, without TensorFlow."""
 
 import functools
 import io

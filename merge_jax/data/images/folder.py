@@ -1,4 +1,4 @@
-"""Images from a folder of one's own."""
+"""Images from your own folder."""
 
 from pathlib import Path
 from typing import NamedTuple

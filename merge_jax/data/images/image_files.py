@@ -144,7 +144,7 @@ def check_image_files(
 
     Args:
       root: the folder.
-      names: relative paths, as an annotation file has them.
+      names: relative paths, as in an annotation file.
       unreadable: "error" opens every file's header, and raises an error for what is missing or no image. "skip" decodes
         every file once, since only that tells whether it is whole, and leaves out the others, which it counts and names
         on standard error.

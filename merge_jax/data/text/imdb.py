@@ -1,4 +1,4 @@
-"""IMDb's film reviews from their archive, as TFDS has them, without TensorFlow."""
+"""IMDb's film reviews from their archive, as in TFDS, without TensorFlow."""
 
 import functools
 import re

@@ -1,4 +1,4 @@
-"""SQuAD from its JSON files, as TFDS has it, whether they are downloaded or lie there."""
+"""SQuAD from its JSON files, as in TFDS, whether they are downloaded or lie there."""
 
 import collections
 import functools
@@ -67,7 +67,7 @@ def _builder_class() -> Any:
                     raise ValueError(f"{file} has no questions")
                 twice = [id_ for id_, count in collections.Counter(id_ for id_, _ in examples).items() if count > 1]
                 if twice:
-                    raise ValueError(f"{file} has {len(twice)} ids that stand twice, such as {twice[0]!r}")
+                    raise ValueError(f"{file} has {len(twice)} ids that appear twice, such as {twice[0]!r}")
                 return examples
 
     return FromFiles

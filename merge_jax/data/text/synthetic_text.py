@@ -1,4 +1,4 @@
-"""Synthetic texts from templates, for machines without data: what is learnt from them says nothing of real language.
+"""Synthetic texts from templates, for machines without data: results on them do not apply to real language.
 
 Reviews, topics and questions share words, so that knowledge of one can be of use to another.
 """
@@ -243,7 +243,7 @@ def _ask_in_vain(rng: np.random.Generator) -> Question:
 def _facts(rng: np.random.Generator) -> tuple[list[_Fact], str]:
     """Returns three facts on two people, in any order, and the name of someone else; no value comes twice.
 
-    In half of them one kind of fact is told of both people.
+    In half of them one kind of fact is stated about both people.
     """
     one, two, stranger = (_PEOPLE[i] for i in rng.permutation(len(_PEOPLE))[:3])
     first, second, third = (_KINDS[i] for i in rng.permutation(len(_KINDS))[:3])

@@ -1,4 +1,4 @@
-"""Texts and questions from files of one's own."""
+"""Texts and questions from your own files."""
 
 import csv
 import io
@@ -100,7 +100,7 @@ def load_questions(path: Path | str) -> tuple[Question, ...]:
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
+        raise ValueError(f"{path} is not JSON: {error}") from error
     questions = []
     for article, in_article in _items(content, "data", str(path)):
         for paragraph, in_paragraph in _items(article, "paragraphs", in_article):
@@ -264,7 +264,7 @@ def _by_number(
                 f" {count} classes"
             )
     if len(present) < count and (classes is None or first_label is None):
-        # With a label missing at either end, it cannot be told which class is the first.
+        # With a label missing at either end, the first class is unknown.
         shown = ", ".join(map(str, present[:20])) + (", ..." if len(present) > 20 else "")
         raise ValueError(
             f"{path}: the labels {shown} leave out some of {count} classes; if that is meant, give classes and"

@@ -60,7 +60,7 @@ class EncodedQuestions:
 class WordPiece:
     """The tokens of BERT, by the library `tokenizers`; made by `from_vocabulary` or `train`.
 
-    A text that itself says `[SEP]` holds a bracket, three letters and a bracket, not the special token.
+    A literal `[SEP]` in the input is tokenised as text, never as the special token.
 
     Source: Devlin et al., "BERT" (2019); the training of the library merges the most frequent pair of pieces.
     """
