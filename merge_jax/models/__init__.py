@@ -16,7 +16,16 @@ with epy.lazy_api_imports(globals()):
         small_mobilenet_v2,
     )
     from merge_jax.models.pytorch import from_pytorch, to_pytorch
-    from merge_jax.models.resnet import ResNet, ResNetStage, resnet18, resnet50, small_resnet
+    from merge_jax.models.resnet import (
+        ResNet,
+        ResNetStage,
+        resnet18,
+        resnet18_imagenet,
+        resnet34_imagenet,
+        resnet50,
+        resnet50_imagenet,
+        small_resnet,
+    )
     from merge_jax.models.transformer import (
         SpanExtractor,
         TextClassifier,
@@ -29,6 +38,7 @@ with epy.lazy_api_imports(globals()):
         small_distilbert,
     )
     from merge_jax.models.vit import ImageClassifier, VisionTransformer, small_vit, tiny_vit, vit_base
+    from merge_jax.models.vit_files import from_flax, to_flax, vision_transformer_of
 
 __all__ = [
     "DualEncoder",
@@ -48,6 +58,7 @@ __all__ = [
     "bert_base",
     "distilbert_base",
     "efficientnet_lite",
+    "from_flax",
     "from_huggingface",
     "from_pytorch",
     "initialize",
@@ -57,7 +68,10 @@ __all__ = [
     "mobilenet_v2_half",
     "mobilenet_v2_imagenet",
     "resnet18",
+    "resnet18_imagenet",
+    "resnet34_imagenet",
     "resnet50",
+    "resnet50_imagenet",
     "small_bert",
     "small_distilbert",
     "small_mobilenet_v2",
@@ -65,7 +79,9 @@ __all__ = [
     "small_vit",
     "text_encoder_of",
     "tiny_vit",
+    "to_flax",
     "to_huggingface",
     "to_pytorch",
+    "vision_transformer_of",
     "vit_base",
 ]

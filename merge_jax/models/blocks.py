@@ -16,10 +16,10 @@ def not_padding(tokens: jax.Array) -> jax.Array:
     return (tokens != PADDING)[:, None, None]
 
 
-def layer_norm(dtype: Any, name: str) -> nn.LayerNorm:
-    """Returns a LayerNorm with epsilon 1e-12, as in BERT."""
+def layer_norm(dtype: Any, name: str, epsilon: float = 1e-12) -> nn.LayerNorm:
+    """Returns a LayerNorm, by default with the epsilon of BERT."""
     # So small an epsilon does not hide the rounding of the fast variance, E[x^2] - E[x]^2.
-    return nn.LayerNorm(epsilon=1e-12, dtype=dtype, use_fast_variance=False, name=name)
+    return nn.LayerNorm(epsilon=epsilon, dtype=dtype, use_fast_variance=False, name=name)
 
 
 def dense(features: int, dtype: Any, init: nn.initializers.Initializer, name: str) -> nn.Dense:
@@ -42,9 +42,11 @@ def attention(
     )
 
 
-def feed_forward(x: jax.Array, hidden: int, dtype: Any, init: nn.initializers.Initializer) -> jax.Array:
-    """Returns `down(gelu(up(x)))` with the exact gelu, `[..., width]` to the same; layers of the calling module."""
-    y = nn.gelu(dense(hidden, dtype, init, "up")(x), approximate=False)
+def feed_forward(
+    x: jax.Array, hidden: int, dtype: Any, init: nn.initializers.Initializer, *, approximate_gelu: bool = False
+) -> jax.Array:
+    """Returns `down(gelu(up(x)))`, `[..., width]` to the same; layers of the calling module."""
+    y = nn.gelu(dense(hidden, dtype, init, "up")(x), approximate=approximate_gelu)
     return dense(x.shape[-1], dtype, init, "down")(y)
 
 

@@ -61,7 +61,7 @@ class EfficientNetLite(nn.Module):
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         """Maps images `[B, H, W, C]` to logits `[B, num_classes]`; `train` takes the batch's statistics."""
         layers = Layers(self.dtype, self.axis_name, train, self.momentum, epsilon=1e-3, padding="same")
-        x = layers.conv3x3(self.stem_width, self.stem_stride, "stem")(x)
+        x = layers.conv(self.stem_width, self.stem_stride, "stem")(x)
         x = nn.relu6(layers.batch_norm("stem_norm")(x))
         for i, stage in enumerate(self.stages, start=1):
             for j in range(stage.blocks):

@@ -1,6 +1,5 @@
 """Weights of BERT, DistilBERT and ViT between Hugging Face's files and the models here; one table for both ways."""
 
-import math
 import os
 import re
 from collections.abc import Collection, Iterable, Mapping
@@ -13,8 +12,8 @@ import numpy as np
 
 from merge_jax.checkpoints.safetensors import leaf_paths, leaf_shapes, load_safetensors, read_json
 from merge_jax.checks import check_at_least_one
-from merge_jax.layouts import MatrixSpec, as_matrix, from_matrix, matrix_spec
 from merge_jax.models.transformer import TextEncoder
+from merge_jax.models.vit_files import CLASS_TOKEN, PATCH, POSITION, check_patches, positions_of, torch_layout
 from merge_jax.paths import flatten, near_misses, replace, some_of
 from merge_jax.types import Params
 
@@ -43,9 +42,6 @@ class _Architecture(NamedTuple):
 
 
 _WORDS = "embeddings/word/embedding"
-_PATCH = "patch/kernel"
-_POSITION = "position/embedding"
-_CLASS_TOKEN = "class_token"
 _QUERY = "layer_{}/attention/query"
 _LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
 _HEADS = {name: name for name in ("pooler", "pre_classifier", "classifier", "qa_outputs")}
@@ -109,32 +105,46 @@ _VIT = _Architecture(
     },
     heads="num_attention_heads",
     activation="hidden_act",
-    leaves={_CLASS_TOKEN: "vit.embeddings.cls_token", _POSITION: "vit.embeddings.position_embeddings"},
+    leaves={CLASS_TOKEN: "vit.embeddings.cls_token", POSITION: "vit.embeddings.position_embeddings"},
 )
 _ARCHITECTURES = (_BERT, _DISTILBERT, _VIT)
+# In transformers 5 a ViT's state dict has these names, and its files have the older ones.
+_NEWER = {
+    "attention.q_proj": "attention.attention.query",
+    "attention.k_proj": "attention.attention.key",
+    "attention.v_proj": "attention.attention.value",
+    "attention.o_proj": "attention.output.dense",
+    "mlp.fc1": "intermediate.dense",
+    "mlp.fc2": "output.dense",
+}
 
 
-def from_huggingface(path: str | os.PathLike[str], params: Params) -> Loaded:
+def from_huggingface(
+    path: str | os.PathLike[str], params: Params, *, epsilon: float = 1e-12, resize_positions: bool = False
+) -> Loaded:
     """Returns the parameters with the weights of a BERT, DistilBERT or ViT as Hugging Face saves it, without torch.
 
     All leaves of the encoder are taken. A head's layer (`pooler`, `pre_classifier`, `classifier`, `qa_outputs`) is
     taken where the file has it in the same shapes and keeps its values otherwise; `kept` names those leaves. Leaves
-    keep the dtype of `params`. Names that older files have (`gamma`, `beta`) are known, and the encoder's names with
-    and without their prefix. Where a `config.json` is beside the file, heads and activation are compared with it,
-    since no tensor would tell.
+    keep the dtype of `params`. Known are the names of older files (`gamma`, `beta`), those that a ViT has in a state
+    dict of transformers 5, and the encoder's names with and without their prefix. Where a `config.json` is beside the
+    file, heads, activation and the epsilon of the norms are compared with it, since no tensor would tell.
 
     Args:
       path: what `load_safetensors` reads: a file, an index of shards, or a model's folder.
       params: of a `TextEncoder`, `TextClassifier`, `SpanExtractor`, `VisionTransformer` or `ImageClassifier`, for
         their leaves and shapes.
+      epsilon: that of the model's norms; a `VisionTransformer` may have another than 1e-12.
+      resize_positions: whether a vision transformer's positions of a grid of other size are resized, bicubic, as timm
+        does it. Without, they are refused.
 
     Raises:
       FileNotFoundError: as `load_safetensors`.
       ValueError: as `load_safetensors`; params of another model; a file of another architecture, vocabulary, size of
-        images or patches, shape, number of layers, number of heads or activation; tensors that are missing or are no
-        floats.
+        images or patches, shape, number of layers, number of heads, activation or epsilon; tensors that are missing or
+        are no floats.
     """
-    check_huggingface(path, params)
+    check_huggingface(path, params, epsilon=epsilon)
     leaves = flatten(params)
     encoder = _encoder(leaves)
     ours = _architecture(leaves, encoder)
@@ -143,10 +153,12 @@ def from_huggingface(path: str | os.PathLike[str], params: Params) -> Loaded:
     in_encoder = [leaf for leaf in leaves if leaf.startswith(encoder)]
     num_channels = 1
     if ours is _VIT:
-        patch, position = encoder + _PATCH, encoder + _POSITION
-        found = (tensors[names[patch]], tensors[names[position]])
-        num_channels = _check_patches(path, *found, leaves[patch], leaves[position])
-    layouts = {leaf: _layout(leaf.removeprefix(encoder), old.shape, ours, num_channels) for leaf, old in leaves.items()}
+        patch, position = encoder + PATCH, encoder + POSITION
+        kernel, rows = tensors[names[patch]], leaves[position].shape[0]
+        num_channels = check_patches(path, kernel, leaves[patch].shape[0])
+        table = positions_of(path, tensors[names[position]], rows, kernel.shape[2], resize=resize_positions)
+        tensors[names[position]] = table
+    layouts = {leaf: torch_layout(leaf.removeprefix(encoder), old.shape, num_channels) for leaf, old in leaves.items()}
     for leaf in in_encoder:
         _check_tensor(path, leaf, names[leaf], tensors[names[leaf]], layouts[leaf].theirs)
     # By layers, so that no kernel is taken without its bias.
@@ -211,12 +223,13 @@ def text_encoder_of(path: str | os.PathLike[str], **options: Any) -> TextEncoder
     )
 
 
-def check_huggingface(path: str | os.PathLike[str], params: Params) -> None:
+def check_huggingface(path: str | os.PathLike[str], params: Params, *, epsilon: float = 1e-12) -> None:
     """Raises what `from_huggingface` does, as far as the names of tensors and the configuration tell; reads no numbers.
 
     Args:
       path: of the file, or its folder.
       params: of the model, or their shapes.
+      epsilon: of the model's norms.
 
     Raises:
       FileNotFoundError, ValueError: as `from_huggingface`.
@@ -227,7 +240,7 @@ def check_huggingface(path: str | os.PathLike[str], params: Params) -> None:
     tensors = {_bare(leaf.replace("/", ".")) for leaf in leaf_paths(path)}
     queries = [leaf for leaf in leaves if leaf.endswith("/query/kernel")]
     _check_architecture(path, ours, tensors, num_layers=len(queries))
-    _check_config(path, ours, num_heads=leaves[queries[0]].shape[1])
+    _check_config(path, ours, num_heads=leaves[queries[0]].shape[1], epsilon=epsilon)
     names = [_bare(_name(ours, leaf.removeprefix(encoder))) for leaf in leaves if leaf.startswith(encoder)]
     missing = [name for name in names if name not in tensors]
     if missing:
@@ -256,65 +269,25 @@ def to_huggingface(params: Params, num_channels: int = 3) -> dict[str, np.ndarra
     for leaf, array in leaves.items():
         bare = leaf.removeprefix(encoder)
         name = _name(architecture, bare)
-        layout = _layout(bare, array.shape, architecture, num_channels)
+        layout = torch_layout(bare, array.shape, num_channels)
         tensors[name if encoder else name.removeprefix(architecture.prefix)] = layout.to_theirs(np.asarray(array))
     return tensors
-
-
-class _Layout(NamedTuple):
-    """How a leaf of ours lies in torch: the shape that it is a matrix in, how, and torch's own shape."""
-
-    ours: tuple[int, ...]
-    spec: MatrixSpec
-    theirs: tuple[int, ...]
-
-    def to_ours(self, tensor: Any) -> Any:
-        return from_matrix(tensor, self.spec, self.ours)
-
-    def to_theirs(self, array: Any) -> np.ndarray:
-        # safetensors' own writer stores a transposed view as it lies in memory, which is other numbers.
-        return np.ascontiguousarray(as_matrix(array.reshape(self.ours), self.spec)).reshape(self.theirs)
-
-
-def _layout(leaf: str, shape: tuple[int, ...], architecture: _Architecture, num_channels: int) -> _Layout:
-    """Returns the layout of a leaf, by its path in the encoder or the head.
-
-    Torch's is `[out, in]` or a vector. A ViT's patches are a convolution, `[width, C, p, p]`, whose kernel
-    `[p, p, C, width]` is flat here; its class token and its positions have axes of size 1 before theirs.
-    """
-    if architecture is _VIT and leaf == _PATCH:
-        side = _side(shape[0], num_channels)
-        shape = (side, side, num_channels, shape[1])
-        return _Layout(shape, matrix_spec(leaf, shape), (shape[3], num_channels, side, side))
-    spec = matrix_spec(leaf, shape)
-    theirs = spec.matrix_shape(shape) if spec.rows else (math.prod(shape),)
-    if leaf in architecture.leaves:
-        theirs = (1,) * (3 - len(theirs)) + theirs
-    return _Layout(shape, spec, theirs)
-
-
-def _side(size: int, num_channels: int) -> int:
-    """Returns the height of a patch of that many numbers."""
-    side = math.isqrt(size // num_channels)
-    if side * side * num_channels != size:
-        raise ValueError(f"patches of {size} numbers are no squares of num_channels {num_channels}")
-    return side
 
 
 def _encoder(leaves: Mapping[str, Any]) -> str:
     """Returns what the paths of the encoder's leaves begin with."""
     for encoder in ("encoder/", ""):
-        if encoder + _WORDS in leaves or encoder + _PATCH in leaves:
+        if encoder + _WORDS in leaves or encoder + PATCH in leaves:
             return encoder
-    wanted = _PATCH if any(leaf.endswith(_PATCH) for leaf in leaves) else _WORDS
+    wanted = PATCH if any(leaf.endswith(PATCH) for leaf in leaves) else _WORDS
     raise ValueError(
-        f"params are of no text model or vision transformer, they have no {_WORDS!r} or {_PATCH!r};"
+        f"params are of no text model or vision transformer, they have no {_WORDS!r} or {PATCH!r};"
         f" {near_misses('encoder/' + wanted, leaves)}"
     )
 
 
 def _architecture(leaves: Mapping[str, Any], encoder: str) -> _Architecture:
-    if encoder + _PATCH in leaves:
+    if encoder + PATCH in leaves:
         return _VIT
     return _BERT if f"{encoder}embeddings/segment/embedding" in leaves else _DISTILBERT
 
@@ -332,9 +305,12 @@ def _name(architecture: _Architecture, leaf: str) -> str:
 
 
 def _bare(name: str) -> str:
-    """Returns a tensor's name without prefix, and with the newer names of a norm's two vectors."""
+    """Returns a tensor's name without prefix, with a norm's newer names, and those of a ViT in its files."""
     for architecture in _ARCHITECTURES:
         name = name.removeprefix(architecture.prefix)
+    if newer := re.fullmatch(r"layers\.(\d+)\.(.+)\.(\w+)", name):
+        number, module, kind = newer.groups()
+        name = f"encoder.layer.{number}.{_NEWER.get(module, module)}.{kind}"
     return re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name))
 
 
@@ -358,9 +334,9 @@ def _layers(names: Iterable[str]) -> dict[str, int]:
     return counts
 
 
-def _check_config(path: str | os.PathLike[str], ours: _Architecture, num_heads: int) -> None:
+def _check_config(path: str | os.PathLike[str], ours: _Architecture, num_heads: int, epsilon: float) -> None:
     config = _config(path)
-    for key, expected in ((ours.heads, num_heads), (ours.activation, "gelu")):
+    for key, expected in ((ours.heads, num_heads), (ours.activation, "gelu"), ("layer_norm_eps", epsilon)):
         found = config.get(key, expected)
         if found != expected:
             raise ValueError(f"{_config_file(path)} has {key} {found!r}, the model has {expected!r}")
@@ -374,28 +350,6 @@ def _config(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Returns the configuration beside a file of weights; empty where there is none."""
     file = _config_file(path)
     return read_json(file) if file.exists() else {}
-
-
-def _check_patches(path: Any, kernel: Any, positions: Any, our_kernel: Any, our_positions: Any) -> int:
-    """Returns the number of channels of a ViT's images, whose patches are the model's in size and number."""
-    if kernel.ndim != 4 or kernel.shape[2] != kernel.shape[3]:
-        raise ValueError(f"{path} has a kernel of patches {list(kernel.shape)}, expected [width, channels, p, p]")
-    _, channels, side, _ = kernel.shape
-    size = len(our_kernel)
-    if channels * side * side != size:
-        raise ValueError(
-            f"{path} has patches of {side}x{side} pixels of {channels} channels, {kernel[0].size} numbers; those of"
-            f" the model have {size}"
-        )
-    patches = len(our_positions) - 1
-    # Positions of another rank are refused by their shape, as any tensor.
-    if positions.ndim == 3 and positions.shape[1] != 1 + patches:
-        height = math.isqrt(patches) * side
-        raise ValueError(
-            f"{path} has positions for {positions.shape[1] - 1} patches, the model for {patches}, in images of"
-            f" {height}x{height} pixels"
-        )
-    return channels
 
 
 def _check_tensor(path: Any, leaf: str, name: str, tensor: np.ndarray, expected: tuple[int, ...]) -> None:

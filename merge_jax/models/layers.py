@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-__all__ = ["Conv3x3", "DepthwiseConv", "Layers", "Padding", "rounded_width"]
+__all__ = ["Conv", "DepthwiseConv", "Layers", "Padding", "rounded_width"]
 
 Padding = Literal["even", "same"]
 """Of convolutions: as much on every side, as in PyTorch; or TensorFlow's SAME, where a stride of 2 pads an even size
@@ -51,9 +51,9 @@ class Layers:
             name=name,
         )
 
-    def conv3x3(self, features: int, stride: int, name: str) -> "Conv3x3":
-        """Returns a 3x3 convolution without a bias, kernel `[3, 3, in, out]`."""
-        return Conv3x3(features, stride, self.dtype, self.padding, name=name)
+    def conv(self, features: int, stride: int, name: str, *, size: int = 3) -> "Conv":
+        """Returns a convolution without a bias, kernel `[size, size, in, out]`."""
+        return Conv(features, stride, self.dtype, size, self.padding, name=name)
 
     def pointwise_conv(self, features: int, name: str, *, use_bias: bool = False) -> nn.Dense:
         """Returns a 1x1 convolution as the matrix product it is, kernel `[in, out]`: faster than XLA's on a CPU."""
@@ -71,10 +71,10 @@ class Layers:
         return DepthwiseConv(stride, use_bias, self.dtype, size, self.padding, name=name)
 
 
-class Conv3x3(nn.Module):
-    """A 3x3 convolution without a bias, kernel `[3, 3, in, out]`, on `[B, H, W, in]`.
+class Conv(nn.Module):
+    """A convolution without a bias, kernel `[size, size, in, out]`, on `[B, H, W, in]`.
 
-    On a CPU it is the product of all 3x3 windows with the kernel as a matrix: inside a compiled loop XLA leaves the
+    On a CPU it is the product of all windows with the kernel as a matrix: inside a compiled loop XLA leaves the
     convolutions of the gradients in an order of axes for which it has no fast code there, and they take tens of times
     longer.
     """
@@ -82,12 +82,13 @@ class Conv3x3(nn.Module):
     features: int
     stride: int = 1
     dtype: Any = jnp.float32
+    size: int = 3
     padding: Padding = "even"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps `[B, H, W, in]` to `[B, H/s, W/s, features]`."""
-        kernel = self.param("kernel", _KERNEL_INIT, (3, 3, x.shape[-1], self.features))
+        kernel = self.param("kernel", _KERNEL_INIT, (self.size, self.size, x.shape[-1], self.features))
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
         windows = functools.partial(_product_of_windows, stride=self.stride, padding=self.padding)
         convolution = functools.partial(_convolution, stride=self.stride, padding=self.padding)
@@ -95,12 +96,12 @@ class Conv3x3(nn.Module):
 
 
 def _convolution(x: jax.Array, kernel: jax.Array, *, stride: int, padding: Padding = "even") -> jax.Array:
-    sides = _sides(x, 3, stride, padding)
+    sides = _sides(x, len(kernel), stride, padding)
     return lax.conv_general_dilated(x, kernel, (stride, stride), sides, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
 def _product_of_windows(x: jax.Array, kernel: jax.Array, *, stride: int, padding: Padding = "even") -> jax.Array:
-    windows = jnp.concatenate([tap for _, _, tap in _taps(x, 3, stride, padding)], axis=-1)
+    windows = jnp.concatenate([tap for _, _, tap in _taps(x, len(kernel), stride, padding)], axis=-1)
     return _rows_times(windows, kernel.reshape(-1, kernel.shape[-1]))
 
 

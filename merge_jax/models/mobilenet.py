@@ -86,7 +86,7 @@ class MobileNetV2(nn.Module):
             x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
             x = layers.pointwise_conv(self.stem_width, "stem", use_bias=self.use_bias)(x)
         else:
-            x = layers.conv3x3(self.stem_width, 2, "stem")(x)
+            x = layers.conv(self.stem_width, 2, "stem")(x)
         x = activation(layers.batch_norm("stem_norm")(x))
         for i, stage in enumerate(self.stages, start=1):
             for j in range(stage.blocks):

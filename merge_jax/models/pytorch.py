@@ -3,15 +3,17 @@
 import os
 import re
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
 from merge_jax.checkpoints.torch_files import load_weights
-from merge_jax.checks import check_choice
-from merge_jax.layouts import MatrixSpec, as_matrix, from_matrix, matrix_spec
-from merge_jax.paths import flatten, natural_order, near_misses, replace, some_of
+from merge_jax.checks import check_at_least_one, check_choice
+from merge_jax.layouts import matrix_spec
+from merge_jax.models.key_maps import Layout, Place, PretrainedVariables, take, write
+from merge_jax.models.vit_files import is_vit, take_timm, write_timm
+from merge_jax.paths import flatten, natural_order
 
 __all__ = ["Library", "PretrainedVariables", "from_pytorch", "to_pytorch"]
 
@@ -22,11 +24,12 @@ _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "runni
 
 
 class _Names(NamedTuple):
-    """The names that a library gives to the modules of networks of inverted residuals.
+    """The names that a library gives to the modules of a convolutional network.
 
     Attributes:
       modules: those outside of blocks.
-      block: what comes before those of a block, of its `number` in all stages, its `stage` and `place` in it, from 0.
+      block: what comes before those of a block, of its `number` in all stages, its `stage` and `place` in it, from 0
+        (`next` and `next_stage`: from 1).
       parts: those of a block.
       unexpanded: the same of a block without an expansion, where they are others.
     """
@@ -34,24 +37,31 @@ class _Names(NamedTuple):
     modules: Mapping[str, str]
     block: str
     parts: Mapping[str, str]
-    unexpanded: Mapping[str, str]
-
-
-_FILTER = ("depthwise", "depthwise_norm", "project", "project_norm")
-_PARTS = ("expand", "expand_norm", *_FILTER)
-_MODULES = ("stem", "stem_norm", "head", "head_norm", "fc")
+    unexpanded: Mapping[str, str] = MappingProxyType({})
 
 
 def _named(names: Sequence[str], theirs: str) -> dict[str, str]:
     return dict(zip(names, theirs.split(), strict=True))
 
 
-_LIBRARIES = {
+_FILTER = ("depthwise", "depthwise_norm", "project", "project_norm")
+_PARTS = ("expand", "expand_norm", *_FILTER)
+_MODULES = ("stem", "stem_norm", "head", "head_norm", "fc")
+
+_RESNET = _Names(
+    _named(("stem", "stem_norm", "fc"), "conv1 bn1 fc"),
+    "layer{next_stage}.{place}.",
+    _named(
+        ("conv1", "norm1", "conv2", "norm2", "conv3", "norm3", "shortcut", "shortcut_norm"),
+        "conv1 bn1 conv2 bn2 conv3 bn3 downsample.0 downsample.1",
+    ),
+)
+_RESNETS = {"torchvision": _RESNET, "timm": _RESNET}
+_INVERTED_RESIDUALS = {
     "efficientnet_lite_pytorch": _Names(
         _named(_MODULES, "_conv_stem _bn0 _conv_head _bn1 _fc"),
         "_blocks.{number}.",
         _named(_PARTS, "_expand_conv _bn0 _depthwise_conv _bn1 _project_conv _bn2"),
-        {},
     ),
     "timm": _Names(
         _named(_MODULES, "conv_stem bn1 conv_head bn2 classifier"),
@@ -66,36 +76,33 @@ _LIBRARIES = {
         _named(_FILTER, "0.0 0.1 1 2"),
     ),
 }
+_LAST = "params/fc/"
 _COUNTER = "num_batches_tracked"  # Of each BatchNorm; no computation in evaluation reads it.
 
 
-class PretrainedVariables(NamedTuple):
-    """The variables of a model with a file's weights in them.
+def from_pytorch(
+    path: str | os.PathLike[str], variables: Any, *, resize_positions: bool = False
+) -> PretrainedVariables:
+    """Returns the variables of an image network with the weights of a PyTorch library's.
 
-    Attributes:
-      variables: `{"params": ..., "batch_stats": ...}`.
-      kept: paths of the leaves that kept their values: the last layer's, where its number of classes is another.
-      left: names of the tensors that are no leaf's: counters of BatchNorm, and that last layer's.
-    """
+    - `EfficientNetLite` of `efficientnet_lite_pytorch` and `timm` (`tf_efficientnet_lite0` to 4);
+    - `MobileNetV2` of `torchvision` (`mobilenet_v2`) and `timm` (`mobilenetv2_050` to 140);
+    - `ResNet` of `torchvision` and `timm` (`resnet18`, `resnet34`, `resnet50`);
+    - `VisionTransformer` and `ImageClassifier` of `timm` (`vit_base_patch16_224` and the like, with a class token).
 
-    variables: Any
-    kept: tuple[str, ...]
-    left: tuple[str, ...]
-
-
-def from_pytorch(path: str | os.PathLike[str], variables: Any) -> PretrainedVariables:
-    """Returns the variables of an `EfficientNetLite` or a `MobileNetV2` with the weights of a PyTorch library's.
-
-    The names in the file tell the library: `efficientnet_lite_pytorch`, `timm` (`tf_efficientnet_lite0` to 4,
-    `mobilenetv2_050` to 140) or `torchvision` (`mobilenet_v2`). What names do not tell, the model has to have: padding
-    and the epsilon of BatchNorm are as in `efficientnet_lite` and `mobilenet_v2_imagenet`.
+    The names in the file tell the library. What they do not tell, the model has to have: padding and the epsilon
+    of BatchNorm are as in `efficientnet_lite`, `mobilenet_v2_imagenet` and `resnet50_imagenet`, and that of LayerNorm
+    as in `vision_transformer_of`. A variant that differs in layers without numbers, such as timm's `resnetblur50`,
+    cannot be distinguished from the plain one.
 
     Every tensor is taken, with the statistics of BatchNorm, or named as left. The last layer keeps its values where the
-    file's has another number of classes. Leaves keep the dtype of `variables`.
+    file has none, or one of another number of classes. Leaves keep the dtype of `variables`.
 
     Args:
       path: of a `.safetensors` file (or folder) or a `.pth` file of PyTorch's state dict, or `package:NAME`.
       variables: of the model, or their shapes.
+      resize_positions: whether a vision transformer's positions of a grid of other size are resized, bicubic, as timm
+        does it. Without, they are refused.
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -104,62 +111,49 @@ def from_pytorch(path: str | os.PathLike[str], variables: Any) -> PretrainedVari
     """
     leaves = flatten(variables)
     tensors = {name.replace("/", "."): tensor for name, tensor in flatten(load_weights(path)).items()}
-    names = max((_names(leaves, library) for library in _LIBRARIES), key=lambda of: len(tensors.keys() & of.values()))
-    missing = [name for name in names.values() if name not in tensors]
-    if missing:
-        known = near_misses(missing[0], tensors)
-        raise ValueError(f"{path} lacks the tensors {some_of(map(repr, missing), 3)}; {known}")
-    taken, kept = {}, []
-    for leaf, name in names.items():
-        spec, shape = _layout(leaf, leaves[leaf].shape)
-        tensor: Any = np.asarray(tensors[name])
-        if _is_last(leaf) and tensor.shape[1:] == shape[1:] and len(tensor) != shape[0]:
-            kept.append(leaf)
-            continue
-        if tensor.shape != shape:
-            raise ValueError(
-                f"the tensor {name!r} of {path} is {list(tensor.shape)}, the model needs {list(shape)} for {leaf!r}"
-            )
-        if not jnp.issubdtype(tensor.dtype, jnp.floating):
-            raise ValueError(f"the tensor {name!r} of {path} is {tensor.dtype}, expected floats")
-        taken[leaf] = jnp.asarray(from_matrix(tensor, spec, leaves[leaf].shape), leaves[leaf].dtype)
-    left = tuple(name for name in tensors if name not in {names[leaf] for leaf in taken})
-    surplus = [name for name in left if not name.endswith(_COUNTER) and name not in names.values()]
-    if surplus:
-        raise ValueError(f"{path} has the tensors {some_of(map(repr, surplus), 3)}, which are no leaf's of the model")
-    return PretrainedVariables(replace(variables, taken), tuple(kept), left)
+    if is_vit(leaves):
+        return take_timm(path, tensors, variables, resize_positions)
+    maps = [_places(leaves, library) for library in _libraries(leaves)]
+    places = max(maps, key=lambda of: len(tensors.keys() & {place.name for place in of.values()}))
+    return take(path, tensors, variables, places, last=_LAST, spare=lambda name: name.endswith(_COUNTER))
 
 
-def to_pytorch(variables: Any, library: Library = "efficientnet_lite_pytorch") -> dict[str, np.ndarray]:
+def to_pytorch(variables: Any, library: Library | None = None, num_channels: int = 3) -> dict[str, np.ndarray]:
     """Returns a model's variables by the names and in the layout that `from_pytorch` reads, for `save_safetensors`.
 
-    Counters of BatchNorm are left out; PyTorch's `load_state_dict` asks for them unless it is not strict.
+    The library's own model takes them by `load_state_dict`, strict as it is. Counters of BatchNorm are left out: they
+    stay at 0 there.
 
     Args:
-      variables: of an `EfficientNetLite` or a `MobileNetV2`.
-      library: whose names.
+      variables: of a model that `from_pytorch` knows.
+      library: whose names; by default those of `efficientnet_lite_pytorch` for inverted residuals, `torchvision` for a
+        `ResNet`, and `timm` for a vision transformer.
+      num_channels: of a vision transformer's images, since `patch/kernel` does not tell them from a patch's pixels.
 
     Raises:
-      ValueError: variables of another model, or an unknown library.
+      ValueError: variables of another model, a library that has no such model, or patches that are no squares of so
+        many channels.
     """
-    check_choice("library", library, _LIBRARIES)
-    tensors, leaves = {}, flatten(variables)
-    for leaf, name in _names(leaves, library).items():
-        array: Any = np.asarray(leaves[leaf])
-        spec, shape = _layout(leaf, array.shape)
-        tensors[name] = np.ascontiguousarray(as_matrix(array, spec)).reshape(shape)
-    return tensors
+    leaves = flatten(variables)
+    vit = is_vit(leaves)
+    libraries = ("timm",) if vit else tuple(_libraries(leaves))
+    name = libraries[0] if library is None else library
+    check_choice("library", name, libraries)
+    if vit:
+        check_at_least_one(num_channels=num_channels)
+        return write_timm(variables, num_channels)
+    return write(variables, _places(leaves, name))
 
 
-def _is_last(leaf: str) -> bool:
-    return leaf.startswith("params/fc/")
+def _libraries(leaves: Mapping[str, Any]) -> dict[str, _Names]:
+    return _RESNETS if any(leaf.endswith("/conv1/kernel") for leaf in leaves) else _INVERTED_RESIDUALS
 
 
-def _names(leaves: Mapping[str, Any], library: str) -> dict[str, str]:
-    """Returns the name of the tensor that is each leaf of ours."""
+def _places(leaves: Mapping[str, Any], library: str) -> dict[str, Place]:
+    """Returns where each leaf of a convolutional network is in files of a library."""
     blocks = sorted({leaf.split("/")[1] for leaf in leaves if leaf.count("/") == 3}, key=natural_order)
-    theirs, names = _LIBRARIES[library], {}
-    for leaf in leaves:
+    theirs, places = _libraries(leaves)[library], {}
+    for leaf, array in leaves.items():
         _, *modules, kind = leaf.split("/")
         *block, module = modules or [""]
         expanded = not block or f"params/{block[0]}/expand/kernel" in leaves
@@ -167,21 +161,24 @@ def _names(leaves: Mapping[str, Any], library: str) -> dict[str, str]:
         place = re.fullmatch(r"stage(\d+)_(\d+)", block[0]) if block else None
         if module not in table or kind not in _LEAVES or (block and place is None):
             raise ValueError(
-                f"variables have the leaf {leaf!r}, which no EfficientNetLite or MobileNetV2 of these libraries has:"
-                " give {'params': ..., 'batch_stats': ...} of one"
+                f"variables have the leaf {leaf!r}, which no EfficientNetLite, MobileNetV2, ResNet or vision"
+                " transformer of these libraries has: give {'params': ..., 'batch_stats': ...} of one"
             )
         prefix = ""
         if place is not None:
-            number = blocks.index(place[0])
-            prefix = theirs.block.format(number=number, next=number + 1, stage=int(place[1]) - 1, place=place[2])
-        names[leaf] = f"{prefix}{table[module].format(last=len(blocks) + 1)}.{_LEAVES[kind]}"
-    return names
+            number, stage = blocks.index(place[0]), int(place[1])
+            prefix = theirs.block.format(
+                number=number, next=number + 1, stage=stage - 1, next_stage=stage, place=place[2]
+            )
+        name = f"{prefix}{table[module].format(last=len(blocks) + 1)}.{_LEAVES[kind]}"
+        places[leaf] = Place(name, _layout(leaf, array.shape))
+    return places
 
 
-def _layout(leaf: str, shape: tuple[int, ...]) -> tuple[MatrixSpec, tuple[int, ...]]:
-    """Returns how a leaf is a matrix, and the shape of its tensor: `[out, in, kh, kw]`, `[out, in]` or `[n]`."""
+def _layout(leaf: str, shape: tuple[int, ...]) -> Layout:
+    """Returns the layout of a leaf, whose tensor is `[out, in, kh, kw]`, `[out, in]` or `[n]`."""
     spec = matrix_spec(leaf, shape)
     if not spec.rows:
-        return spec, shape
-    window = (1, 1) if len(shape) == 2 and not _is_last(leaf) else ()
-    return spec, (*spec.blocks(shape), *window)
+        return Layout(shape, spec, shape)
+    window = (1, 1) if len(shape) == 2 and not leaf.startswith(_LAST) else ()
+    return Layout(shape, spec, (*spec.blocks(shape), *window))

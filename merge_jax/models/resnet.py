@@ -1,15 +1,32 @@
-"""ResNets for small images (He et al., arXiv:1512.03385): a 3x3 stem and no pooling before the first stage."""
+"""ResNets (He et al., arXiv:1512.03385): for small images, with a 3x3 stem and no pooling first, and for ImageNet."""
 
-from typing import Any, NamedTuple
+import math
+from typing import Any, Literal, NamedTuple, get_args
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from merge_jax.checks import check_choice
 from merge_jax.models.layers import Layers
 
-__all__ = ["ResNet", "ResNetStage", "resnet18", "resnet50", "small_resnet"]
+__all__ = [
+    "ResNet",
+    "ResNetStage",
+    "ResNetStem",
+    "resnet18",
+    "resnet18_imagenet",
+    "resnet34_imagenet",
+    "resnet50",
+    "resnet50_imagenet",
+    "small_resnet",
+]
+
+ResNetStem = Literal["3x3", "pooled_7x7"]
+"""The first layer: a 3x3 convolution without a stride, or a 7x7 one with stride 2 and a 3x3 max pool with stride 2."""
+
+_IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class ResNetStage(NamedTuple):
@@ -29,9 +46,9 @@ class _BasicBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = self.layers.conv3x3(self.width, self.stride, "conv1")(x)
+        y = self.layers.conv(self.width, self.stride, "conv1")(x)
         y = nn.relu(self.layers.batch_norm("norm1")(y))
-        y = self.layers.conv3x3(self.width, 1, "conv2")(y)
+        y = self.layers.conv(self.width, 1, "conv2")(y)
         y = self.layers.batch_norm("norm2")(y)
         return nn.relu(y + _shortcut(x, self.width, self.stride, self.layers))
 
@@ -47,7 +64,7 @@ class _BottleneckBlock(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         y = self.layers.pointwise_conv(self.width, "conv1")(x)
         y = nn.relu(self.layers.batch_norm("norm1")(y))
-        y = self.layers.conv3x3(self.width, self.stride, "conv2")(y)
+        y = self.layers.conv(self.width, self.stride, "conv2")(y)
         y = nn.relu(self.layers.batch_norm("norm2")(y))
         y = self.layers.pointwise_conv(4 * self.width, "conv3")(y)
         y = self.layers.batch_norm("norm3")(y)
@@ -77,6 +94,9 @@ class ResNet(nn.Module):
       bottleneck: blocks of three convolutions (as ResNet50) instead of two (as ResNet18).
       dtype: of the computation up to the features, e.g. bfloat16; parameters and logits are float32.
       axis_name: the `pmap` axis over which BatchNorm takes the batch's statistics, if any.
+      stem: the first layer.
+      pixels: mean and deviation of each channel, of pixels in [0, 1], by which the images of pretrained networks were
+        scaled, for `merge_jax.on_pixels`; None where there are none.
     """
 
     stages: tuple[ResNetStage, ...]
@@ -85,13 +105,23 @@ class ResNet(nn.Module):
     bottleneck: bool = True
     dtype: Any = jnp.float32
     axis_name: str | None = None
+    stem: ResNetStem = "3x3"
+    pixels: tuple[tuple[float, ...], tuple[float, ...]] | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        """Maps images `[B, H, W, C]` to logits `[B, num_classes]`; `train` takes the batch's statistics."""
-        layers = Layers(self.dtype, self.axis_name, train)
-        x = layers.conv3x3(self.stem_width, 1, "stem")(x)
+        """Maps images `[B, H, W, C]` to logits `[B, num_classes]`; `train` takes the batch's statistics.
+
+        Raises:
+          ValueError: while tracing, for an unknown stem.
+        """
+        check_choice("stem", self.stem, get_args(ResNetStem))
+        layers, pooled = Layers(self.dtype, self.axis_name, train), self.stem == "pooled_7x7"
+        x = layers.conv(self.stem_width, 2 if pooled else 1, "stem", size=7 if pooled else 3)(x)
         x = nn.relu(layers.batch_norm("stem_norm")(x))
+        if pooled:
+            sides: Any = ((1, 1), (1, 1))  # Its annotation knows names alone.
+            x = nn.max_pool(x, (3, 3), (2, 2), sides)
         block = _BottleneckBlock if self.bottleneck else _BasicBlock
         for i, stage in enumerate(self.stages, start=1):
             for j in range(stage.blocks):
@@ -137,3 +167,39 @@ def small_resnet(num_classes: int = 10, num_stages: int = 3, width: float = 1.0,
     widths = [round(width * channels) for channels in (16, 32, 64)]
     stages = [ResNetStage(channels, 1, stride) for channels, stride in zip(widths, (1, 2, 2), strict=True)]
     return ResNet(tuple(stages[:num_stages]), num_classes, stem_width=widths[0], bottleneck=False, **options)
+
+
+def resnet18_imagenet(num_classes: int = 1000, width: float = 1.0, **options: Any) -> ResNet:
+    """Returns the ResNet18 of torchvision and timm, for ImageNet; 11,689,512 parameters at 1000 classes and width 1.
+
+    A 7x7 stem with stride 2 and a max pool; the stride of a stage is that of its first 3x3 convolution, as in
+    torchvision, and not of a 1x1 one, as in the paper's larger networks.
+
+    Args:
+      num_classes: size of the output.
+      width: multiplies all numbers of channels.
+      **options: the other attributes of `ResNet`, such as `dtype`.
+
+    Raises:
+      ValueError: a width that is not above 0.
+    """
+    return _imagenet(num_classes, width, (2, 2, 2, 2), bottleneck=False, **options)
+
+
+def resnet34_imagenet(num_classes: int = 1000, width: float = 1.0, **options: Any) -> ResNet:
+    """Returns the ResNet34, see `resnet18_imagenet`; 21,797,672 parameters at 1000 classes and width 1."""
+    return _imagenet(num_classes, width, (3, 4, 6, 3), bottleneck=False, **options)
+
+
+def resnet50_imagenet(num_classes: int = 1000, width: float = 1.0, **options: Any) -> ResNet:
+    """Returns the ResNet50, see `resnet18_imagenet`; 25,557,032 parameters at 1000 classes and width 1."""
+    return _imagenet(num_classes, width, (3, 4, 6, 3), bottleneck=True, **options)
+
+
+def _imagenet(num_classes: int, width: float, blocks: tuple[int, ...], **options: Any) -> ResNet:
+    if not 0 < width < math.inf:
+        raise ValueError(f"width must be above 0, got {width}")
+    widths = [round(width * channels) for channels in (64, 128, 256, 512)]
+    stages = tuple(map(ResNetStage, widths, blocks, (1, 2, 2, 2)))
+    options = {"stem_width": widths[0], "stem": "pooled_7x7", "pixels": _IMAGENET, **options}
+    return ResNet(stages, num_classes, **options)

@@ -30,13 +30,16 @@ class _Layer(nn.Module):
     hidden: int
     dropout_rate: float
     dtype: Any
+    epsilon: float
+    approximate_gelu: bool
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         dropout = nn.Dropout(self.dropout_rate, deterministic=not train)
         attend = attention(self.num_heads, self.dropout_rate, self.dtype, _INIT, "attention", train=train)
-        x += dropout(attend(layer_norm(self.dtype, "norm1")(x)))
-        return x + dropout(feed_forward(layer_norm(self.dtype, "norm2")(x), self.hidden, self.dtype, _INIT))
+        x += dropout(attend(layer_norm(self.dtype, "norm1", self.epsilon)(x)))
+        y = layer_norm(self.dtype, "norm2", self.epsilon)(x)
+        return x + dropout(feed_forward(y, self.hidden, self.dtype, _INIT, approximate_gelu=self.approximate_gelu))
 
 
 class VisionTransformer(nn.Module):
@@ -44,8 +47,8 @@ class VisionTransformer(nn.Module):
 
     The image is cut into P = (H / p)^2 patches, row by row, each of which becomes a vector by one dense layer: the
     convolution of the paper as the matrix product it is, faster than XLA's on a CPU. Each layer is
-    `x = x + attention(norm1(x)); x = x + down(gelu(up(norm2(x))))`, with the exact gelu, and after the last of them
-    is a norm. Dropout is in the places of `TextEncoder`: on the embeddings, on attention weights and after each block.
+    `x = x + attention(norm1(x)); x = x + down(gelu(up(norm2(x))))`, and after the last of them is a norm. Dropout is in
+    the places of `TextEncoder`: on the embeddings, on attention weights and after each block.
 
     Leaves: `patch/kernel [p p C, width]`, whose rows are the pixels of a patch by row, column and channel,
     `class_token [width]`, `position/embedding [1 + P, width]`, `norm/{scale,bias}`, and in `layer_<i>` those of
@@ -54,7 +57,8 @@ class VisionTransformer(nn.Module):
     Source: arXiv:2010.11929, whose code (google-research/vision_transformer) starts kernels Xavier-uniformly too. Class
     token and positions start with the deviation width^(-1/2), our choice: with the code's 0 and 0.02, as with BERT's
     0.02 for all, a small model hardly tells positions apart at first and needs some times the steps to learn. Norms
-    have the epsilon of Hugging Face's port, 1e-12.
+    have the epsilon of Hugging Face's port, 1e-12, and gelu is exact as there; the original and big_vision have 1e-6
+    and the approximate gelu, timm 1e-6 and the exact one (see `vision_transformer_of`).
 
     Attributes:
       image_size: height and width of the images, pixels.
@@ -65,6 +69,8 @@ class VisionTransformer(nn.Module):
       hidden: inner width of the feed-forward blocks.
       dropout_rate: of dropout, in [0, 1).
       dtype: of the computation and the output, e.g. bfloat16; parameters are float32.
+      epsilon: of the norms, added to the variance.
+      approximate_gelu: whether gelu is `x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2`, and not exact, by erf.
     """
 
     image_size: int
@@ -75,6 +81,8 @@ class VisionTransformer(nn.Module):
     hidden: int
     dropout_rate: float = 0.0
     dtype: Any = jnp.float32
+    epsilon: float = 1e-12
+    approximate_gelu: bool = False
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
@@ -92,9 +100,9 @@ class VisionTransformer(nn.Module):
         x += positions(jnp.arange(x.shape[1])[None])
         x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
         for i in range(self.num_layers):
-            layer = _Layer(self.num_heads, self.hidden, self.dropout_rate, self.dtype, name=f"layer_{i}")
-            x = layer(x, train=train)
-        return layer_norm(self.dtype, "norm")(x)
+            options = (self.dropout_rate, self.dtype, self.epsilon, self.approximate_gelu)
+            x = _Layer(self.num_heads, self.hidden, *options, name=f"layer_{i}")(x, train=train)
+        return layer_norm(self.dtype, "norm", self.epsilon)(x)
 
     def _check(self, images: jax.Array) -> None:
         check_at_least_one(

@@ -29,6 +29,11 @@ ImageModelName = Literal[
     "mobilenet_v2_imagenet_half",
     "efficientnet_lite0",
     "efficientnet_lite0_half",
+    "resnet18_imagenet",
+    "resnet18_imagenet_half",
+    "resnet34_imagenet",
+    "resnet50_imagenet",
+    "resnet50_imagenet_half",
 ]
 """`resnet18_quarter` and the networks with `half` in their names have that part of the channels; the others are
 `merge_jax.models`."""

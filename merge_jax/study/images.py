@@ -162,18 +162,18 @@ def make_model(
     """
     check_choice("model", name, get_args(ImageModelName))
     options["dtype"] = jnp.dtype(dtype)
+    width = 0.5 if name.endswith("_half") else 1.0
     if name.startswith("efficientnet_lite0"):
         # The original's momentum of 0.99 is for longer runs than these.
-        width = 0.5 if name.endswith("_half") else 1.0
         return mj.models.efficientnet_lite(num_classes, width, momentum=0.9, **options)
-    if name.startswith("mobilenet_v2_imagenet"):
-        return mj.models.mobilenet_v2_imagenet(num_classes, 0.5 if name.endswith("_half") else 1.0, **options)
+    if "_imagenet" in name:
+        return getattr(mj.models, name.removesuffix("_half"))(num_classes, width, **options)
     if name == "resnet18_quarter":
         return mj.models.resnet18(num_classes, width=0.25, **options)
     if name.startswith("small_"):
         options["num_stages"] = stages
     if name == "small_resnet_half":
-        return mj.models.small_resnet(num_classes, width=0.5, **options)
+        return mj.models.small_resnet(num_classes, width=width, **options)
     return getattr(mj.models, name)(num_classes, **options)
 
 

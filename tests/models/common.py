@@ -94,8 +94,8 @@ def dense(layer, x):
     return x @ layer["kernel"] + layer["bias"]
 
 
-def norm(layer, x):
-    deviation = np.sqrt(x.var(-1, keepdims=True) + 1e-12)
+def norm(layer, x, epsilon=1e-12):
+    deviation = np.sqrt(x.var(-1, keepdims=True) + epsilon)
     return (x - x.mean(-1, keepdims=True)) / deviation * layer["scale"] + layer["bias"]
 
 

@@ -19,7 +19,7 @@ from merge_jax.models import (
     from_pytorch,
     to_pytorch,
 )
-from merge_jax.models.layers import Conv3x3, DepthwiseConv
+from merge_jax.models.layers import Conv, DepthwiseConv
 from tests.helpers import jitted_init
 
 STAGES = (EfficientNetStage(1, 8, 1, 1, 3), EfficientNetStage(6, 16, 2, 2, 5))
@@ -85,7 +85,7 @@ def test_the_padding_is_tensorflows(size, stride, window):
     x = jax.random.normal(jax.random.key(0), (2, size, size, 4))
     layers = [DepthwiseConv(stride, use_bias=False, size=window, padding="same")]
     if window == 3:
-        layers.append(Conv3x3(5, stride, padding="same"))
+        layers.append(Conv(5, stride, padding="same"))
     for layer in layers:
         variables = jitted_init(layer, 1, x)
         groups = 4 if isinstance(layer, DepthwiseConv) else 1
@@ -335,11 +335,10 @@ def test_files_of_other_networks_are_refused(change, message, tmp_path):
 
 def test_variables_of_another_network_are_refused(tmp_path):
     path = as_file(tmp_path, to_pytorch(random_variables(tiny())))
-    model = mj.models.small_resnet(10)
-    other = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
-    with pytest.raises(ValueError, match="which no EfficientNetLite or MobileNetV2 of"):
+    other = {"params": {"dense": {"kernel": np.ones((2, 3))}}}
+    with pytest.raises(ValueError, match="which no EfficientNetLite, MobileNetV2, ResNet or vision transformer of"):
         from_pytorch(path, other)
-    with pytest.raises(ValueError, match="which no EfficientNetLite or MobileNetV2 of"):
+    with pytest.raises(ValueError, match="which no EfficientNetLite, MobileNetV2, ResNet or vision transformer of"):
         to_pytorch(random_variables(tiny())["params"])
 
 

@@ -1,6 +1,7 @@
 """Vision transformers of Hugging Face files: they give what the published equations give, and go back as they were."""
 
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -98,7 +99,7 @@ def test_the_pooler_of_a_bare_vision_transformer_is_left_and_a_missing_head_kept
         ({"num_layers": 3}, r"model\.safetensors has 2 layers, the model has 3"),
         (
             {"image_size": 16},
-            r"safetensors has positions for 9 patches, the model for 16, in images of 16x16 pixels$",
+            r"has positions for 9 patches, the model for 16, in images of 16x16 pixels; resize_positions=True",
         ),
         ({"patch_size": 2}, r"has patches of 4x4 pixels of 3 channels, 48 numbers; those of the model have 12$"),
         ({"channels": 1}, r"has patches of 4x4 pixels of 3 channels, 48 numbers; those of the model have 16$"),
@@ -144,3 +145,40 @@ def test_params_of_no_vision_transformer_are_refused():
         models.to_huggingface(params, num_channels=1)
     with pytest.raises(ValueError, match="num_channels must be a whole number of at least 1, got 0"):
         models.to_huggingface(params, num_channels=0)
+
+
+def test_positions_of_another_grid_are_resized_where_that_is_asked_for(tmp_path):
+    tensors = vit_tensors(None)
+    path, params = write(tmp_path, tensors), vit_params(None, image_size=16)
+    table = tensors["vit.embeddings.position_embeddings"][0]
+    found = models.from_huggingface(path, params, resize_positions=True).params["position"]["embedding"]
+    grid = jax.image.resize(table[1:].reshape(3, 3, WIDTH), (4, 4, WIDTH), "bicubic").reshape(16, WIDTH)
+    np.testing.assert_allclose(found, np.concatenate([table[:1], grid]), atol=1e-6)
+
+
+def test_the_epsilon_of_the_configuration_is_the_models(tmp_path):
+    path, params = write(tmp_path, vit_tensors(None)), vit_params(None)
+    (tmp_path / "config.json").write_text(json.dumps({"layer_norm_eps": 1e-6}))
+    with pytest.raises(ValueError, match=r"config\.json has layer_norm_eps 1e-06, the model has 1e-12"):
+        models.from_huggingface(path, params)
+    assert models.from_huggingface(path, params, epsilon=1e-6).kept == ()
+
+
+def test_the_names_of_a_state_dict_of_transformers_5_are_those_of_its_files(tmp_path):
+    newer = {
+        "attention.attention.query": "attention.q_proj",
+        "attention.attention.key": "attention.k_proj",
+        "attention.attention.value": "attention.v_proj",
+        "attention.output.dense": "attention.o_proj",
+        "intermediate.dense": "mlp.fc1",
+        "output.dense": "mlp.fc2",
+        "encoder.layer": "layers",
+    }
+    tensors, params = vit_tensors("classes"), vit_params("classes")
+    expected = models.from_huggingface(write(tmp_path, tensors), params)
+    for old, new in newer.items():
+        tensors = {name.replace(old, new): tensor for name, tensor in tensors.items()}
+    assert "vit.layers.1.mlp.fc1.bias" in tensors
+    found = models.from_huggingface(write(tmp_path, tensors), params)
+    assert found.kept == ()
+    jax.tree.map(np.testing.assert_array_equal, found.params, expected.params)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import merge_jax as mj
-from merge_jax.models.layers import Conv3x3, DepthwiseConv, _convolution, _product_of_windows
+from merge_jax.models.layers import Conv, DepthwiseConv, _convolution, _product_of_windows
 
 SMALL = {"resnet": mj.models.small_resnet, "mobilenet": mj.models.small_mobilenet_v2}
 
@@ -61,6 +61,9 @@ def outputs_of_layers(model, variables, x):
         (mj.models.mobilenet_v2(100), 2_369_380),
         (mj.models.resnet18(100), 11_220_132),
         (mj.models.mobilenet_v2_half(100), 812_836),
+        (mj.models.resnet18_imagenet(), 11_689_512),
+        (mj.models.resnet34_imagenet(), 21_797_672),
+        (mj.models.resnet50_imagenet(), 25_557_032),
         (mj.models.mobilenet_v2_imagenet(), 3_504_872),
         (mj.models.mobilenet_v2_imagenet(width=0.5), 1_968_680),
         (mj.models.mobilenet_v2_imagenet(width=1.4), 6_108_776),
@@ -110,7 +113,7 @@ def test_both_convolutions_equal_xlas_in_value_and_gradient(implementation, stri
 
 @pytest.mark.parametrize("stride", [1, 2])
 def test_the_convolution_layer_equals_xlas_on_the_device_at_hand(stride):
-    x, layer = images(7, 5), Conv3x3(4, stride)
+    x, layer = images(7, 5), Conv(4, stride)
     variables = layer.init(jax.random.key(1), x)
     assert list(variables["params"]) == ["kernel"]
     expected = convolution(x, variables["params"]["kernel"], stride)

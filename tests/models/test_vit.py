@@ -38,7 +38,7 @@ MODEL = models.ImageClassifier(tiny(), 3)
 initialised = functools.cache(lambda model: random_params(model, IMAGES))
 
 
-def encoded(params, image, patch_size=PATCH):
+def encoded(params, image, patch_size=PATCH, epsilon=1e-12):
     """Returns what the published equations give for one image, `[1 + P, width]`, in float64."""
     starts = range(0, len(image), patch_size)
     patches = [image[i : i + patch_size, j : j + patch_size].ravel() for i in starts for j in starts]
@@ -46,20 +46,22 @@ def encoded(params, image, patch_size=PATCH):
     x = x + params["position"]["embedding"]
     for i in range(sum(name.startswith("layer_") for name in params)):
         layer = params[f"layer_{i}"]
-        y = norm(layer["norm1"], x)
+        y = norm(layer["norm1"], x, epsilon)
         x = x + attend(layer["attention"], y, y)
-        x = x + feed_forward(layer, norm(layer["norm2"], x))
-    return norm(params["norm"], x)
+        x = x + feed_forward(layer, norm(layer["norm2"], x, epsilon))
+    return norm(params["norm"], x, epsilon)
 
 
-def test_a_forward_pass_is_that_of_the_published_equations():
+@pytest.mark.parametrize("epsilon", [1e-12, 0.5])
+def test_a_forward_pass_is_that_of_the_published_equations(epsilon):
+    model = MODEL.clone(encoder=tiny(epsilon=epsilon))
     params = initialised(MODEL)
     exact = in_float64(params)
-    expected = np.stack([encoded(exact["encoder"], image) for image in IMAGES])
-    found = outputs(MODEL.encoder, params["encoder"], IMAGES)
+    expected = np.stack([encoded(exact["encoder"], image, epsilon=epsilon) for image in IMAGES])
+    found = outputs(model.encoder, params["encoder"], IMAGES)
     assert found.shape == (2, 5, 8)
     np.testing.assert_allclose(found, expected, atol=1e-5)
-    np.testing.assert_allclose(outputs(MODEL, params, IMAGES), dense(exact["classifier"], expected[:, 0]), atol=1e-5)
+    np.testing.assert_allclose(outputs(model, params, IMAGES), dense(exact["classifier"], expected[:, 0]), atol=1e-5)
 
 
 def test_the_published_model_has_the_published_number_of_parameters():

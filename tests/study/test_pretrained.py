@@ -67,6 +67,37 @@ def test_a_mobilenet_of_other_names_is_read_and_sees_pixels_as_it_was_trained_on
     np.testing.assert_allclose(jax.jit(model.apply)(variables, IMAGES[:2]), expected, rtol=1e-3, atol=1e-3)
 
 
+def test_a_resnet_is_read_though_a_last_layer_has_our_name_there(tmp_path):
+    stages = (mj.models.ResNetStage(4, 1, 1),)
+    module = images.make_model("resnet18_imagenet_half", 3, stages=3).clone(stages=stages)
+    variables = random_variables(module)
+    file = as_file(tmp_path, mj.models.to_pytorch(variables))
+    assert "fc/bias" in mj.flatten(mj.load_safetensors(file))
+    model = images.image_classifier("tiny", module, DATA, optimizer=lambda steps: None)
+    source = sources._read_file(model, file, started(model), seed=0)
+    jax.tree.map(np.testing.assert_array_equal, source.params, variables["params"])
+    jax.tree.map(np.testing.assert_array_equal, source.model_state["batch_stats"], variables["batch_stats"])
+
+
+@pytest.mark.parametrize(
+    ("name", "stem", "last"),
+    [
+        ("resnet18_imagenet", 64, 512),
+        ("resnet18_imagenet_half", 32, 256),
+        ("resnet34_imagenet", 64, 512),
+        ("resnet50_imagenet", 64, 2048),
+        ("resnet50_imagenet_half", 32, 1024),
+        ("mobilenet_v2_imagenet_half", 16, 1280),
+        ("mobilenet_v2_half", 16, 1280),
+    ],
+)
+def test_names_of_models_tell_their_widths(name, stem, last):
+    model = images.make_model(name, 7, stages=3)
+    found = mj.flatten(jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32))["params"])
+    assert (found["stem/kernel"].shape[-1], found["fc/kernel"].shape) == (stem, (last, 7))
+    assert (model.pixels is not None) == ("_imagenet" in name)
+
+
 def test_a_file_of_ones_own_is_read_as_ever(tmp_path):
     model, variables = classifier(), random_variables(tiny())
     for tree in (variables, variables["params"]):

@@ -1,0 +1,154 @@
+"""Leaves by the names and in the layout of another library: taken from its tensors, and written as them."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from merge_jax.layouts import MatrixSpec, as_matrix, from_matrix
+from merge_jax.paths import flatten, near_misses, replace, some_of
+
+__all__ = ["Layout", "Place", "PretrainedVariables", "take", "write"]
+
+
+class Layout(NamedTuple):
+    """How a leaf of ours lies elsewhere.
+
+    Attributes:
+      ours: the shape that the leaf is a matrix in.
+      spec: how; None where axes have the same order, so that a reshape does.
+      theirs: the shape of the tensor.
+    """
+
+    ours: tuple[int, ...]
+    spec: MatrixSpec | None
+    theirs: tuple[int, ...]
+
+    def to_ours(self, tensor: Any) -> Any:
+        """Returns the tensor as the leaf, in the shape `ours`."""
+        return tensor.reshape(self.ours) if self.spec is None else from_matrix(tensor, self.spec, self.ours)
+
+    def to_theirs(self, array: Any) -> np.ndarray:
+        """Returns the leaf as the tensor."""
+        matrix = array.reshape(self.ours)
+        if self.spec is not None:
+            matrix = as_matrix(matrix, self.spec)
+        # safetensors' own writer stores a transposed view as it lies in memory, which is other numbers.
+        return np.ascontiguousarray(matrix).reshape(self.theirs)
+
+
+class Place(NamedTuple):
+    """Where a leaf of ours is among the tensors of a library.
+
+    Attributes:
+      name: of the tensor.
+      layout: of the leaf in it, or in its part.
+      part: which of the equal parts along the first axis the leaf is.
+      parts: how many there are, such as 3 in a fused `qkv`.
+    """
+
+    name: str
+    layout: Layout
+    part: int = 0
+    parts: int = 1
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the whole tensor."""
+        first, *rest = self.layout.theirs
+        return (self.parts * first, *rest)
+
+
+class PretrainedVariables(NamedTuple):
+    """The variables of a model with a file's weights in them.
+
+    Attributes:
+      variables: `{"params": ...}`, and `batch_stats` where the model has them.
+      kept: paths of the leaves that kept their values: the last layer's, where its number of classes is another.
+      left: names of the tensors that are no leaf's: counters of BatchNorm, and that last layer's.
+    """
+
+    variables: Any
+    kept: tuple[str, ...]
+    left: tuple[str, ...]
+
+
+def take(
+    path: Any,
+    tensors: Mapping[str, Any],
+    variables: Any,
+    places: Mapping[str, Place],
+    *,
+    last: str,
+    class_axis: int = 0,
+    spare: Callable[[str], Any] = lambda name: False,
+) -> PretrainedVariables:
+    """Returns the variables with the tensors in them; every leaf is taken but those of a last layer of other classes.
+
+    Args:
+      path: of the file, for errors.
+      tensors: of the file, by name.
+      variables: of the model, or their shapes; leaves keep their dtype.
+      places: of all leaves.
+      last: what the paths of the last layer begin with. It keeps its values where the file has none.
+      class_axis: the axis of the last layer's tensors along which the classes are.
+      spare: whether a tensor of that name may be left, besides the last layer's.
+
+    Raises:
+      ValueError: a tensor that is missing, is no leaf's, has another shape or no floats.
+    """
+    leaves = flatten(variables)
+    kept = _kept([place for leaf, place in places.items() if leaf.startswith(last)], tensors, class_axis)
+    wanted = {leaf: place for leaf, place in places.items() if not (kept and leaf.startswith(last))}
+    missing = [name for name in dict.fromkeys(place.name for place in wanted.values()) if name not in tensors]
+    if missing:
+        known = near_misses(missing[0], tensors)
+        raise ValueError(f"{path} lacks the tensors {some_of(map(repr, missing), 3)}; {known}")
+    taken = {}
+    for leaf, place in wanted.items():
+        tensor: Any = np.asarray(tensors[place.name])
+        if tensor.shape != place.shape:
+            raise ValueError(
+                f"the tensor {place.name!r} of {path} is {list(tensor.shape)}, the model needs {list(place.shape)} for"
+                f" {leaf!r}"
+            )
+        if not jnp.issubdtype(tensor.dtype, jnp.floating):
+            raise ValueError(f"the tensor {place.name!r} of {path} is {tensor.dtype}, expected floats")
+        part = np.split(tensor, place.parts)[place.part]
+        taken[leaf] = jnp.asarray(place.layout.to_ours(part).reshape(leaves[leaf].shape), leaves[leaf].dtype)
+    used = {place.name for place in wanted.values()}
+    left = tuple(name for name in tensors if name not in used)
+    known = {place.name for place in places.values()}
+    surplus = [name for name in left if name not in known and not spare(name)]
+    if surplus:
+        raise ValueError(f"{path} has the tensors {some_of(map(repr, surplus), 3)}, which are no leaf's of the model")
+    return PretrainedVariables(replace(variables, taken), tuple(leaf for leaf in places if leaf not in wanted), left)
+
+
+def write(variables: Any, places: Mapping[str, Place]) -> dict[str, np.ndarray]:
+    """Returns all leaves as the tensors of their places, C-contiguous."""
+    leaves = flatten(variables)
+    parts: dict[str, dict[int, np.ndarray]] = {}
+    for leaf, place in places.items():
+        parts.setdefault(place.name, {})[place.part] = place.layout.to_theirs(np.asarray(leaves[leaf]))
+    return {
+        name: np.concatenate([found[part] for part in sorted(found)]) if len(found) > 1 else found[0]
+        for name, found in parts.items()
+    }
+
+
+def _kept(last: list[Place], tensors: Mapping[str, Any], class_axis: int) -> bool:
+    """Whether a last layer keeps its values: the file has none, or one that differs in its number of classes alone."""
+    if not any(place.name in tensors for place in last):
+        return True
+    if not all(place.name in tensors for place in last):
+        return False
+    shapes = [(np.shape(tensors[place.name]), place.shape) for place in last]
+    alike = all(_but(theirs, class_axis) == _but(ours, class_axis) for theirs, ours in shapes)
+    return alike and any(theirs != ours for theirs, ours in shapes)
+
+
+def _but(shape: tuple[int, ...], axis: int) -> tuple[int | None, ...]:
+    """Returns a shape without the size of one axis."""
+    return tuple(None if i == axis % len(shape) else size for i, size in enumerate(shape))

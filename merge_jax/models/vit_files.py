@@ -1,0 +1,401 @@
+"""Weights of vision transformers of timm, big_vision and google-research/vision_transformer; tables for both ways."""
+
+import math
+import os
+import re
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+
+from merge_jax.checkpoints.torch_files import find_weights, load_weights
+from merge_jax.checks import check_at_least_one, check_choice
+from merge_jax.layouts import matrix_spec
+from merge_jax.models.key_maps import Layout, Place, PretrainedVariables, take, write
+from merge_jax.models.vit import VisionTransformer
+from merge_jax.paths import flatten, some_of
+
+__all__ = [
+    "CLASS_TOKEN",
+    "PATCH",
+    "POSITION",
+    "FlaxLibrary",
+    "check_patches",
+    "from_flax",
+    "is_vit",
+    "positions_of",
+    "take_timm",
+    "to_flax",
+    "torch_layout",
+    "vision_transformer_of",
+    "write_timm",
+]
+
+FlaxLibrary = Literal["big_vision", "vision_transformer"]
+"""Whose names tensors have: those of google-research/big_vision, or of the files of google-research/vision_transformer,
+whose modules are numbered as before Linen."""
+
+PATCH, POSITION, CLASS_TOKEN = "patch/kernel", "position/embedding", "class_token"
+_ENCODER, _LAST = "params/encoder/", "params/classifier/"
+
+
+class _Names(NamedTuple):
+    """What a library calls a vision transformer's modules and leaves, and computes with them.
+
+    Attributes:
+      leaves: names of what is no module's.
+      modules: by the path of ours, with `{}` for the number of a layer.
+      kinds: of leaves in modules.
+      joint: between the parts of a name.
+      approximate_gelu: see `VisionTransformer`.
+      heads: names of the layers after the encoder, of this model and of others.
+    """
+
+    leaves: Mapping[str, str]
+    modules: Mapping[str, str]
+    kinds: Mapping[str, str]
+    joint: str
+    approximate_gelu: bool
+    heads: tuple[str, ...]
+
+
+def _of_flax(position: str, attention: str, norm2: str, mlp: str) -> _Names:
+    layer = "Transformer/encoderblock_{}"
+    modules = {
+        "patch": "embedding",
+        "layer_{}/norm1": f"{layer}/LayerNorm_0",
+        **{f"layer_{{}}/attention/{name}": f"{layer}/{attention}/{name}" for name in ("query", "key", "value", "out")},
+        "layer_{}/norm2": f"{layer}/{norm2}",
+        "layer_{}/up": f"{layer}/{mlp}/Dense_0",
+        "layer_{}/down": f"{layer}/{mlp}/Dense_1",
+        "norm": "Transformer/encoder_norm",
+        "classifier": "head",
+    }
+    kinds = {name: name for name in ("kernel", "bias", "scale")}
+    # The gelu of flax.linen is approximate by default.
+    return _Names({CLASS_TOKEN: "cls", POSITION: position}, modules, kinds, "/", True, ("head", "pre_logits"))
+
+
+_FLAX = {
+    "big_vision": _of_flax("pos_embedding", "MultiHeadDotProductAttention_0", "LayerNorm_1", "MlpBlock_0"),
+    "vision_transformer": _of_flax(
+        "Transformer/posembed_input/pos_embedding", "MultiHeadDotProductAttention_1", "LayerNorm_2", "MlpBlock_3"
+    ),
+}
+_FUSED = ("query", "key", "value")
+_TIMM = _Names(
+    {CLASS_TOKEN: "cls_token", POSITION: "pos_embed"},
+    {
+        "patch": "patch_embed.proj",
+        "layer_{}/norm1": "blocks.{}.norm1",
+        **{f"layer_{{}}/attention/{name}": "blocks.{}.attn.qkv" for name in _FUSED},
+        "layer_{}/attention/out": "blocks.{}.attn.proj",
+        "layer_{}/norm2": "blocks.{}.norm2",
+        "layer_{}/up": "blocks.{}.mlp.fc1",
+        "layer_{}/down": "blocks.{}.mlp.fc2",
+        "norm": "norm",
+        "classifier": "head",
+    },
+    {"kernel": "weight", "scale": "weight", "bias": "bias"},
+    ".",
+    False,
+    ("head",),
+)
+_EPSILON = 1e-6  # Of the norms of all three.
+
+
+def from_flax(path: str | os.PathLike[str], variables: Any, *, resize_positions: bool = False) -> PretrainedVariables:
+    """Returns a vision transformer's variables with the weights of big_vision or google-research/vision_transformer.
+
+    The names tell which of the two. The model has to have the epsilon and the gelu of the original, 1e-6 and the
+    approximate one, which no tensor tells: `vision_transformer_of` makes it. In big_vision, the class token has no
+    position: its row is zeros here. What the model does not have is refused: `pre_logits`, pooling by attention or by a
+    mean, layers stacked by `scan`. Beside an encoder alone, layers after it are left.
+
+    The last layer keeps its values where the file has none or one of other classes. Leaves keep the dtype of
+    `variables`.
+
+    Args:
+      path: of an `.npz` file with a name for each tensor, or of any that `from_pytorch` takes.
+      variables: `{"params": ...}` of a `VisionTransformer` or an `ImageClassifier`, or their shapes.
+      resize_positions: whether positions of a grid of other size are resized, bicubic. Without, they are refused.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: the file cannot be read, or is of another model: a tensor that is missing, is no leaf's, has another
+        shape or no floats; variables of another model.
+    """
+    library, tensors = _read(path)
+    if library == "timm":
+        raise ValueError(f"{path} has the names of timm, {some_of(map(repr, tensors), 3)}: from_pytorch reads it")
+    return _take(path, tensors, variables, library, resize_positions)
+
+
+def to_flax(
+    variables: Any, library: FlaxLibrary = "vision_transformer", num_channels: int = 3
+) -> dict[str, np.ndarray]:
+    """Returns a vision transformer's variables by the names and in the layout that `from_flax` reads.
+
+    For `numpy.savez(file, **tensors)`. For big_vision, the class token has its position added to it.
+
+    Args:
+      variables: `{"params": ...}` of a `VisionTransformer` or an `ImageClassifier`.
+      library: whose names.
+      num_channels: of the images, since `patch/kernel` does not tell them from a patch's pixels.
+
+    Raises:
+      ValueError: variables of another model, an unknown library, or patches that are no squares of so many channels.
+    """
+    check_choice("library", library, _FLAX)
+    check_at_least_one(num_channels=num_channels)
+    tensors = write(variables, _places(flatten(variables), library, num_channels))
+    if library == "big_vision":
+        names = _FLAX[library].leaves
+        token, table = tensors[names[CLASS_TOKEN]], tensors[names[POSITION]]
+        tensors |= {names[CLASS_TOKEN]: token + table[:, :1], names[POSITION]: table[:, 1:].copy()}
+    return tensors
+
+
+def vision_transformer_of(
+    path: str | os.PathLike[str], *, num_heads: int | None = None, image_size: int | None = None, **options: Any
+) -> VisionTransformer:
+    """Returns the encoder that a file of weights is of, with its sizes, its epsilon and its gelu.
+
+    The file is of a ViT of timm, big_vision or google-research/vision_transformer.
+
+    Args:
+      path: as of `from_pytorch` and `from_flax`.
+      num_heads: of each attention, which files of timm do not tell.
+      image_size: height and width of the images; those of the file by default. For others, its positions are read with
+        `resize_positions=True`.
+      options: other attributes of `VisionTransformer`.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: the file cannot be read or is of none of these, or nothing tells the number of heads.
+    """
+    library, tensors = _read(path)
+    names, torch = _names_of(library), library == "timm"
+
+    def shape(leaf: str) -> tuple[int, ...]:
+        name = _name(names, leaf)
+        if name is None or name not in tensors:
+            raise ValueError(
+                f"{path} lacks the tensor {name!r}: it is of no ViT with a class token of timm, big_vision or"
+                f" vision_transformer; it has {some_of(map(repr, tensors), 3)}"
+            )
+        return np.shape(tensors[name])
+
+    patch, up, table = shape(PATCH), shape("layer_0/up/kernel"), shape(POSITION)
+    shape(CLASS_TOKEN)
+    if (len(patch), len(up), len(table)) != (4, 2, 3):
+        raise ValueError(f"{path} has a patch kernel {list(patch)}, a layer {list(up)} and positions {list(table)}")
+    query = () if torch else shape("layer_0/attention/query/kernel")
+    heads = num_heads if torch else query[1] if len(query) == 3 else None
+    if heads is None:
+        raise ValueError(f"no tensor of {path} tells its number of heads: give num_heads")
+    if num_heads not in (None, heads):
+        raise ValueError(f"num_heads is {num_heads}, {path} has {heads}")
+    side = patch[-1] if torch else patch[0]
+    grid = math.isqrt(table[1] - (library != "big_vision"))
+    block = re.compile(re.escape(names.modules["layer_{}/norm1"]).replace(r"\{\}", r"\d+") + r"\W\w+")
+    made = {"epsilon": _EPSILON, "approximate_gelu": names.approximate_gelu, **options}
+    return VisionTransformer(
+        image_size=grid * side if image_size is None else image_size,
+        patch_size=side,
+        width=table[2],
+        num_layers=sum(block.fullmatch(name) is not None for name in tensors) // 2,  # A scale and a bias of each.
+        num_heads=heads,
+        hidden=up[0] if torch else up[1],
+        **made,
+    )
+
+
+def is_vit(leaves: Mapping[str, Any]) -> bool:
+    """Whether leaves, by path, are those of the variables of a vision transformer."""
+    return not leaves.keys().isdisjoint({_ENCODER + PATCH, f"params/{PATCH}"})
+
+
+def take_timm(path: Any, tensors: Mapping[str, Any], variables: Any, resize_positions: bool) -> PretrainedVariables:
+    """Returns a vision transformer's variables with tensors of timm; see `from_flax`."""
+    return _take(path, tensors, variables, "timm", resize_positions)
+
+
+def write_timm(variables: Any, num_channels: int) -> dict[str, np.ndarray]:
+    """Returns a vision transformer's variables as tensors of timm."""
+    return write(variables, _places(flatten(variables), "timm", num_channels))
+
+
+def torch_layout(leaf: str, shape: tuple[int, ...], num_channels: int) -> Layout:
+    """Returns the layout in torch of a transformer's leaf, by its path in the encoder or the head.
+
+    Torch's is `[out, in]` or a vector. A ViT's patches are a convolution, `[width, C, p, p]`, whose kernel
+    `[p, p, C, width]` is flat here; its class token and its positions have axes of size 1 before theirs.
+    """
+    if leaf == PATCH:
+        side = _side(shape[0], num_channels)
+        shape = (side, side, num_channels, shape[1])
+        return Layout(shape, matrix_spec(leaf, shape), (shape[3], num_channels, side, side))
+    spec = matrix_spec(leaf, shape)
+    theirs = spec.matrix_shape(shape) if spec.rows else (math.prod(shape),)
+    if leaf in (CLASS_TOKEN, POSITION):
+        theirs = (1,) * (3 - len(theirs)) + theirs
+    return Layout(shape, spec, theirs)
+
+
+def check_patches(path: Any, kernel: Any, size: int) -> int:
+    """Returns the number of channels of a kernel of patches `[width, C, p, p]`, checked to be of patches of a size."""
+    if kernel.ndim != 4 or kernel.shape[2] != kernel.shape[3]:
+        raise ValueError(f"{path} has a kernel of patches {list(kernel.shape)}, expected [width, channels, p, p]")
+    _, channels, side, _ = kernel.shape
+    if channels * side * side != size:
+        raise ValueError(
+            f"{path} has patches of {side}x{side} pixels of {channels} channels, {kernel[0].size} numbers; those of"
+            f" the model have {size}"
+        )
+    return channels
+
+
+def positions_of(path: Any, table: Any, rows: int, side: int, *, resize: bool, token: bool = True) -> Any:
+    """Returns positions `[1, rows, width]`, that of the class token first, of a file's `[1, N, width]`.
+
+    Args:
+      path: of the file, for errors.
+      table: of the file; of another rank it is returned as it is, to be refused by its shape.
+      rows: of the model.
+      side: of a patch, pixels.
+      resize: whether a grid of another size is resized: bicubic, with antialiasing, as timm does it.
+      token: whether the file's has a row for the class token; zeros otherwise.
+
+    Raises:
+      ValueError: a grid of another size without `resize`, or one that is no square.
+    """
+    table = np.asarray(table)
+    if table.ndim != 3 or len(table) != 1:
+        return table
+    first, grid = (table[0, :1], table[0, 1:]) if token else (np.zeros_like(table[0, :1]), table[0])
+    wanted = rows - 1
+    if len(grid) != wanted:
+        old, new = math.isqrt(len(grid)), math.isqrt(wanted)
+        if not resize or old**2 != len(grid) or new**2 != wanted:
+            squares = " (they are no squares to resize)" if resize else "; resize_positions=True resizes them, bicubic"
+            raise ValueError(
+                f"{path} has positions for {len(grid)} patches, the model for {wanted}, in images of"
+                f" {new * side}x{new * side} pixels{squares}"
+            )
+        square = grid.reshape(old, old, -1).astype(np.float32)
+        grid = np.asarray(jax.image.resize(square, (new, new, square.shape[2]), "bicubic")).reshape(wanted, -1)
+    return np.concatenate([first, grid.astype(table.dtype)])[None]
+
+
+def _read(path: str | os.PathLike[str]) -> tuple[str, dict[str, Any]]:
+    """Returns whose names the tensors of a file have, most of them, and the tensors by these names."""
+    file = find_weights(path)
+    if file.suffix.lower() == ".npz":
+        if not file.is_file():
+            raise FileNotFoundError(f"there is no file {file}")
+        try:
+            with np.load(file, allow_pickle=False) as arrays:  # noqa: TID251  # Arrays alone, no pickles.
+                tensors = {name: arrays[name] for name in arrays.files}
+        except Exception as error:  # Of many kinds, from zipfile's too.
+            raise ValueError(f"{file} is no .npz file of arrays: {error}") from None
+    else:
+        tensors = flatten(load_weights(file))
+    tensors = {name.removeprefix("params/"): tensor for name, tensor in tensors.items()}
+    dotted = {name.replace("/", "."): tensor for name, tensor in tensors.items()}
+    return max(
+        [*((library, tensors) for library in _FLAX), ("timm", dotted)],
+        key=lambda one: len(_wanted(_names_of(one[0])) & one[1].keys()),
+    )
+
+
+def _names_of(library: str) -> _Names:
+    return _TIMM if library == "timm" else _FLAX[library]
+
+
+def _wanted(names: _Names) -> set[str]:
+    """Returns names of tensors that a file of this library has."""
+    return {*names.leaves.values(), *(str(_name(names, f"{module.format(0)}/bias")) for module in names.modules)}
+
+
+def _take(path: Any, tensors: Mapping[str, Any], variables: Any, library: str, resize: bool) -> PretrainedVariables:
+    whole = flatten(variables)
+    if not is_vit(whole):
+        raise ValueError(f"variables are of no vision transformer: they have {some_of(map(repr, whole), 3)}")
+    names, leaves = _names_of(library), {_bare(leaf): shape for leaf, shape in whole.items()}
+    patch, position = str(_name(names, PATCH)), names.leaves[POSITION]
+    channels = 1
+    if patch in tensors:
+        kernel = np.asarray(tensors[patch])
+        theirs = kernel if library == "timm" or kernel.ndim != 4 else kernel.transpose(3, 2, 0, 1)
+        channels = check_patches(path, theirs, leaves[PATCH].shape[0])
+        if position in tensors:
+            rows, side = leaves[POSITION].shape[0], theirs.shape[-1]
+            token = library != "big_vision"
+            table = positions_of(path, tensors[position], rows, side, resize=resize, token=token)
+            tensors = {**tensors, position: table}
+    spare = re.compile(rf"({'|'.join(names.heads)})\{names.joint}.*")
+    headless = not any(leaf.startswith("classifier/") for leaf in leaves)
+    return take(
+        path,
+        tensors,
+        variables,
+        _places(whole, library, channels),
+        last=_LAST,
+        class_axis=0 if library == "timm" else -1,
+        spare=spare.fullmatch if headless else lambda name: False,
+    )
+
+
+def _places(leaves: Mapping[str, Any], library: str, num_channels: int) -> dict[str, Place]:
+    """Returns the place of each leaf of a vision transformer's variables."""
+    names, places = _names_of(library), {}
+    for leaf, array in leaves.items():
+        bare = _bare(leaf)
+        name = _name(names, bare) if leaf.startswith("params/") else None
+        if name is None:
+            raise ValueError(
+                f"variables have the leaf {leaf!r}, which no vision transformer has: give {{'params': ...}} of a"
+                " VisionTransformer or an ImageClassifier"
+            )
+        layout = (torch_layout if library == "timm" else _flax_layout)(bare, array.shape, num_channels)
+        part = bare.split("/")[-2] if library == "timm" and "/attention/" in bare else ""
+        fused = part in _FUSED
+        places[leaf] = Place(name, layout, _FUSED.index(part) if fused else 0, len(_FUSED) if fused else 1)
+    return places
+
+
+def _flax_layout(leaf: str, shape: tuple[int, ...], num_channels: int) -> Layout:
+    theirs = shape
+    if leaf == PATCH:
+        side = _side(shape[0], num_channels)
+        theirs = (side, side, num_channels, shape[1])
+    elif leaf in (CLASS_TOKEN, POSITION):
+        theirs = (1,) * (3 - len(shape)) + shape
+    return Layout(shape, None, theirs)
+
+
+def _bare(leaf: str) -> str:
+    return leaf.removeprefix("params/").removeprefix("encoder/")
+
+
+def _name(names: _Names, leaf: str) -> str | None:
+    """Returns the name of the tensor that is a leaf of ours, by its path in the encoder or the head; None for none."""
+    if leaf in names.leaves:
+        return names.leaves[leaf]
+    module, _, kind = leaf.rpartition("/")
+    number = re.search(r"(?<=layer_)\d+", module)
+    module = re.sub(r"(?<=layer_)\d+", "{}", module)
+    if module not in names.modules or kind not in names.kinds:
+        return None
+    theirs = f"{names.modules[module]}{names.joint}{names.kinds[kind]}"
+    return theirs.format(number[0]) if number else theirs
+
+
+def _side(size: int, num_channels: int) -> int:
+    """Returns the height of a patch of that many numbers."""
+    side = math.isqrt(size // num_channels)
+    if side * side * num_channels != size:
+        raise ValueError(f"patches of {size} numbers are no squares of num_channels {num_channels}")
+    return side
