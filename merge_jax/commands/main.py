@@ -67,8 +67,8 @@ def _parser() -> argparse.ArgumentParser:
     summary = command(
         "summary",
         "what checkpoints or a file of weights hold: steps, scores, leaves, bytes, circumstances",
-        "CHECKPOINT is a run folder, a folder of checkpoints (RUN/checkpoints/METHOD-seedN), one step in it, or weights "
-        "of any format that merge_jax.load_weights reads. Patterns are globs over paths: '**/kernel', "
+        "CHECKPOINT is a run folder, a folder of checkpoints (RUN/checkpoints/METHOD-seedN), one step in it, or weights"
+        " of any format that merge_jax.load_weights reads. Patterns are globs over paths: '**/kernel', "
         "'target/params/**'.",
     )
     summary.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")

@@ -12,7 +12,7 @@ from rich.table import Table
 from merge_jax.checkpoints.manifest import LeafRecord, Manifest
 from merge_jax.checkpoints.orbax import Checkpoints
 from merge_jax.checkpoints.torch_files import find_weights
-from merge_jax.checkpoints.weights.load import find_format, weight_shapes
+from merge_jax.checkpoints.weights.load import FORMATS, find_format, weight_shapes
 from merge_jax.checkpoints.weights.orbax_folders import is_ours
 from merge_jax.paths import find_paths
 from merge_jax.runs.checkpoint_folders import checkpoint_folders, locate_checkpoints
@@ -69,11 +69,8 @@ def summarize_checkpoint(path: Path, pattern: str | None, *, verify: bool) -> No
 
 
 def _is_of_others(path: Path) -> bool:
-    """Returns whether a folder is of weights, and not of a run or of steps that `Checkpoints` saved."""
-    if list(path.glob("*.safetensors*")):
-        return True
-    steps = [child for child in (path, *path.iterdir()) if child.is_dir() and child.name.isdecimal()]
-    return not (path / "checkpoints").is_dir() and not any(map(is_ours, steps))
+    """Returns whether a folder is of weights, and not of steps that `Checkpoints` saved."""
+    return any(kind.detect(path, b"") for kind in FORMATS) and not any(map(is_ours, (path, *path.iterdir())))
 
 
 def _print_folders(console: Console, run: Path) -> None:

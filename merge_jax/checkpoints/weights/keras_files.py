@@ -103,8 +103,9 @@ def _open(path: Path, config: Config | None) -> Stored:
 
     def read(paths: Sequence[str]) -> Mapping[str, np.ndarray]:
         with _opened(path) as file:
-            # bfloat16 lies in the file as float32.
-            return {leaf: np.asarray(file[leaves[leaf].place]).astype(shapes[leaf].dtype) for leaf in paths}
+            arrays = {leaf: np.asarray(file[leaves[leaf].place]) for leaf in paths}
+        # bfloat16 lies in the file as two bytes of no type.
+        return {leaf: array.view(shapes[leaf].dtype) for leaf, array in arrays.items()}
 
     known = {leaf: spec for leaf, spec in specs.items() if spec is not None}
     return Stored(tuple(leaves), lambda paths: {leaf: shapes[leaf] for leaf in paths}, read, known)
@@ -202,12 +203,12 @@ def _is_dataset(node: Any) -> bool:
 def _shape(dataset: Any, path: Path) -> jax.ShapeDtypeStruct:
     if dataset.external or dataset.is_virtual:
         raise ValueError(f"{path} has the numbers of {dataset.name!r} in another file")
-    if dataset.dtype.kind not in "biufc":
+    is_bfloat16 = dataset.dtype == "V2" and dataset.attrs.get("dtype") == "bfloat16"
+    if dataset.dtype.kind not in "biufc" and not is_bfloat16:
         raise ValueError(f"{path} has {dataset.dtype} in {dataset.name!r}, which are no numbers")
     size = dataset.dtype.itemsize * int(np.prod(dataset.shape, dtype=object))
     if size > _LARGEST_RATIO * dataset.id.get_storage_size() + 100:
         raise ValueError(f"{path} claims {size} bytes for {dataset.name!r}, which it does not hold")
-    is_bfloat16 = dataset.attrs.get("dtype") == "bfloat16"
     return jax.ShapeDtypeStruct(dataset.shape, jnp.bfloat16 if is_bfloat16 else dataset.dtype)
 
 

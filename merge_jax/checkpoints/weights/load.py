@@ -154,7 +154,7 @@ def _fitted(file: Path, found: Mapping[str, jax.ShapeDtypeStruct], like: Params)
     if problems:
         there, here = (sum(int(np.size(leaf)) for leaf in leaves.values()) for leaves in (found, wanted))
         raise ValueError(
-            f"{file} does not fit the model: {some_of(sorted(problems), 10, '; ')} ({there:,} numbers in the file, {here:,} in"
-            " the model)"
+            f"{file} does not fit the model: {some_of(sorted(problems), 10, '; ')} ({there:,} numbers in the file,"
+            f" {here:,} in the model)"
         )
     return [names[path] for path in wanted]

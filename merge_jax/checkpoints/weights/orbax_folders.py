@@ -13,6 +13,7 @@ from etils import epath
 from merge_jax.checkpoints.formats import is_orbax
 from merge_jax.checkpoints.names import check_paths, leaves_of
 from merge_jax.checkpoints.weights.stored import Format, Stored, reading
+from merge_jax.checkpoints.weights.training_state import model_part
 from merge_jax.paths import flatten, some_of
 
 __all__ = ["ORBAX", "is_ours"]
@@ -96,8 +97,8 @@ def _open_tree(folder: Path) -> Stored:
 
 
 def _unwrapped(stored: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the path of each leaf; of variables of NNX, `kernel/value` where all leaves end so, without that end."""
-    if stored and all(path.endswith(_VARIABLE) for path in stored):
+    """Returns the path of each leaf; of variables of NNX, `kernel/value` where all of a model end so, without that."""
+    if stored and all(path.endswith(_VARIABLE) for path in model_part(stored).values()):
         return {path.removesuffix(_VARIABLE): path for path in stored}
     return {path: path for path in stored}
 
