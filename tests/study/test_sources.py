@@ -3,8 +3,10 @@
 import shutil
 from dataclasses import replace
 
+import flax.serialization
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 import merge_jax as mj
@@ -149,6 +151,39 @@ def test_sources_that_cannot_be_read_are_refused(pretrained, trajectory, tmp_pat
     for options, message in cases:
         with pytest.raises(ValueError, match=message):
             refused(options, tmp_path / "run")
+
+
+def write_npz(path, state):
+    with path.open("wb") as file:
+        np.savez(file, **mj.flatten(state["params"]))
+
+
+def write_orbax(path, state):
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path, state)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path, state: path.write_bytes(flax.serialization.to_bytes(state)),
+        write_npz,
+        write_orbax,
+    ],
+    ids=["msgpack", "npz", "Orbax"],
+)
+def test_a_source_is_read_from_a_file_of_another_library(write, pretrained, tmp_path):
+    params = source_of(pretrained[0])
+    statistics = {"norm": {"mean": np.ones(8, np.float32), "var": np.ones(8, np.float32)}}
+    state = {"params": params, "batch_stats": statistics, "opt_state": params, "step": np.array(3)}
+    write(tmp_path / "source", state)
+    words = [*LITTLE, "--source", "frozen", "--source-from", str(tmp_path / "source")]
+    config = parse(tiny.PRESETS, "", "", words)
+    read = plan_source(tiny.build(config), config).read
+    assert read is not None
+    found = mj.flatten(read(0).params)
+    for path, leaf in mj.flatten(params).items():
+        np.testing.assert_array_equal(found[path], leaf)
 
 
 @pytest.mark.parametrize("kind", ["file", "frozen", "trajectory"])

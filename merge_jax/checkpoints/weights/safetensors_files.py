@@ -13,7 +13,7 @@ def _detect(path: Path, head: bytes) -> bool:
     if path.is_dir():
         return any(path.glob("*.safetensors")) or any(path.glob("*.safetensors.index.json"))
     # Eight bytes of length, then an object of JSON; an index is one object.
-    return head[8:9] == b"{" or path.name.endswith(".safetensors.index.json") or b'"weight_map"' in head
+    return (head[4:9] == b"\0\0\0\0{") or path.name.endswith(".safetensors.index.json") or b'"weight_map"' in head
 
 
 def _open(path: Path) -> Stored:

@@ -171,6 +171,9 @@ def test_gguf_is_dequantised_and_its_axes_are_those_of_torch(tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    content = (tmp_path / "m.gguf").read_bytes()
+    (tmp_path / "n").write_bytes(content[:8] + bytes([123]) + content[9:])  # The byte that safetensors begins with.
+    assert find_format(tmp_path / "n").name == "GGUF"
     found = mj.flatten(mj.load_weights(tmp_path / "m.gguf"))
     expected = {
         "blk/0/attn_q/weight": matrix.astype(np.float16),

@@ -42,8 +42,8 @@ def test_names_tell_the_layouts_of_torch_and_of_flax(tmp_path):
         # The Conv1D of GPT-2: its weight is [in, out], under the name of a torch weight.
         (
             {"c_fc.weight": np.ones((4, 16)), "c_fc.bias": np.ones(16)},
-            r"give specs=\{'c_fc/weight': \.\.\.\} of the shape \[4, 16\], since its name says that its outputs are 4, its"
-            r" bias that they are 16: MatrixSpec\(.*\(outputs first\); .* \(inputs first\); .* \(one vector\)",
+            r"give specs=\{'c_fc/weight': \.\.\.\} of the shape \[4, 16\], since its name says that its outputs are 4,"
+            r" its bias that they are 16: MatrixSpec\(.*\(outputs first\); .* \(inputs first\); .* \(one vector\)",
         ),
         (
             {"mix": np.ones((4, 4))},
