@@ -2,12 +2,11 @@
 
 `python -m benchmarks.load_weights`: a file of 200 MB; `--gigabytes 4` for a larger one, `--formats` for fewer formats.
 Memory is the highest of a process beyond what it had before it read, times the bytes of the leaves; all of them are
-summed, so that every number is read. With `--part`, one of eight leaves is selected.
+summed, so that every number is read.
 """
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -45,21 +44,24 @@ _READERS: dict[str, Callable[[str], dict[str, np.ndarray]]] = {
 
 
 def measure(reader: str, path: str) -> dict[str, float]:
-    """Returns seconds, bytes of the leaves and bytes of memory beyond those before, of reading a file and summing it."""
+    """Returns seconds, bytes of the leaves and of memory beyond those before, of reading a file and summing it."""
     mj.load_weights(path, select="tiny")  # What is imported with the first call is none of the second's.
-    before, start = _highest(), time.perf_counter()
+    Path("/proc/self/clear_refs").write_text("5")  # The highest memory is the present one.
+    before, start = _memory("VmRSS"), time.perf_counter()
     leaves = _READERS[reader](path)
     for leaf in leaves.values():
         leaf.sum(dtype=np.float64)
     return {
         "seconds": time.perf_counter() - start,
         "bytes": sum(leaf.nbytes for leaf in leaves.values()),
-        "memory": _highest() - before,
+        "memory": _memory("VmHWM") - before,
     }
 
 
-def _highest() -> int:
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def _memory(kind: str) -> int:
+    """Returns the memory of this process in bytes, now (VmRSS) or at its highest (VmHWM); on Linux alone."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(kind))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -75,6 +77,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(
         "| format | reader | s | to safetensors.numpy | memory / bytes of the leaves |\n| --- | --- | --- | --- | --- |"
     )
+    beside = {"seconds": float("nan")}
     with tempfile.TemporaryDirectory() as folder:
         for kind in options.formats:
             path = Path(folder) / f"m.{kind}"
@@ -83,10 +86,10 @@ def main(arguments: list[str] | None = None) -> None:
                 path = path.with_suffix(".npz")
             readers = [name for name in _READERS if kind == "safetensors" or name.startswith("merge_jax")]
             found = {name: _median(name, path, options.repetitions) for name in readers}
-            beside = found.get("safetensors.numpy", {"seconds": float("nan")})["seconds"]
+            beside = found.get("safetensors.numpy", beside)
             for name, one in found.items():
-                ratio = one["memory"] / one["bytes"]
-                print(f"| {kind} | {name} | {one['seconds']:.3f} | {one['seconds'] / beside:.2f} | {ratio:.2f} |")
+                times, memory = one["seconds"] / beside["seconds"], one["memory"] / one["bytes"]
+                print(f"| {kind} | {name} | {one['seconds']:.3f} | {times:.2f} | {memory:.2f} |")
             path.unlink()
 
 

@@ -174,7 +174,7 @@ def write_orbax(path, state):
 )
 def test_a_source_is_read_from_a_file_of_another_library(write, pretrained, tmp_path):
     params = source_of(pretrained[0])
-    statistics = {"norm": {"mean": np.ones(8, np.float32), "var": np.ones(8, np.float32)}}
+    statistics = {"norm": {"mean": np.ones(64, np.float32), "var": np.ones(64, np.float32)}}
     state = {"params": params, "batch_stats": statistics, "opt_state": params, "step": np.array(3)}
     write(tmp_path / "source", state)
     words = [*LITTLE, "--source", "frozen", "--source-from", str(tmp_path / "source")]

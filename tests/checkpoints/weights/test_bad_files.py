@@ -25,8 +25,6 @@ from tests.checkpoints.weights.writers import FLAT, TREE, WRITERS, keras, keras_
 
 __all__ = ["keras"]
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # Keras's own.
-
 FILES = {
     name: writer for name, writer in WRITERS.items() if "Orbax" not in name and name not in ("shards", "Checkpoints")
 }

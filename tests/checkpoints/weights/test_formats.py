@@ -21,8 +21,6 @@ from tests.checkpoints.weights.writers import FLAT, TREE, WRITERS, keras, keras_
 
 __all__ = ["keras"]
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # Keras's own.
-
 
 def assert_leaves(found, expected):
     assert found.keys() == expected.keys()

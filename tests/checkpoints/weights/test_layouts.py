@@ -12,8 +12,6 @@ from tests.checkpoints.weights.writers import keras, keras_model
 
 __all__ = ["keras"]
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # Keras's own.
-
 FIRST, LAST = mj.MatrixSpec((0,), (1,)), mj.MatrixSpec((1,), (0,))
 
 
