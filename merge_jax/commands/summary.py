@@ -44,7 +44,7 @@ def summarize_checkpoint(path: Path, pattern: str | None, *, verify: bool) -> No
     file = find_weights(path)
     if file.is_file() or (file.is_dir() and _is_of_others(file)):
         print(f"{path}: {find_format(file).name}")
-        leaves = {name: LeafRecord(leaf.shape, str(leaf.dtype)) for name, leaf in weight_shapes(file).items()}
+        leaves = {name: LeafRecord(leaf.shape, str(leaf.dtype)) for name, leaf in weight_shapes(file, "**").items()}
         _print_parts(console, leaves, depth=1)
         _print_leaves(console, leaves, pattern)
         if verify:

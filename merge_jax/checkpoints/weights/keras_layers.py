@@ -6,7 +6,7 @@ from typing import Any
 
 from merge_jax.layouts import MatrixSpec
 
-__all__ = ["Config", "class_of", "spec_of", "sublayers", "variables_of"]
+__all__ = ["Config", "class_of", "name_of", "spec_of", "sublayers", "variables_of"]
 
 Config = Mapping[str, Any]
 """A layer in the `config.json` of a model: `class_name`, and its options in `config`."""
@@ -46,6 +46,13 @@ def class_of(name: str, config: Config | None) -> str:
         return _small(str(config.get("class_name", "")))
     bare = name.lstrip("_")
     return _SUBLAYERS.get(bare, re.sub("_[0-9]+$", "", bare))
+
+
+def name_of(config: Config | None) -> str | None:
+    """Returns the name of a layer in its configuration."""
+    options = (config or {}).get("config")
+    name = options.get("name") if isinstance(options, Mapping) else None
+    return name if isinstance(name, str) else None
 
 
 def sublayers(config: Config | None) -> dict[str, Config]:

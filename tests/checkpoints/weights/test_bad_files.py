@@ -231,6 +231,12 @@ def test_hdf5_that_claims_more_or_leads_elsewhere_is_refused(tmp_path):
     assert "has object in '/layers/dense/vars/0', which are no numbers" in written(
         lambda group: group.__setitem__("0", "text")
     )
+    with h5py.File(tmp_path / "m.h5", "w") as file:
+        file["model_weights"] = h5py.ExternalLink("other.h5", "/a")
+    assert "has the link 'model_weights' in '/'" in refusal(tmp_path / "m.h5")
+    assert "has the group '/layers/dense/vars/more' at two places" in written(
+        lambda group: group.__setitem__("more", group.parent.parent)
+    )
     assert "m.h5 has no weights of Keras" in written(lambda group: None)
 
 
