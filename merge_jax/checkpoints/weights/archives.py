@@ -10,12 +10,13 @@ __all__ = ["member_names", "open_archive"]
 
 _LARGEST_RATIO = 1032  # No stream of deflate unpacks to more than so many times its size.
 _ENCRYPTED = 1
+_BROKEN = (zipfile.BadZipFile, NotImplementedError, ValueError)  # The last is of names that are no text.
 
 
 def member_names(path: Path, head: bytes) -> list[str]:
     """Returns the names in a zip archive; none of what is no zip, or is broken."""
     if head.startswith(b"PK\3\4"):
-        with contextlib.suppress(zipfile.BadZipFile, NotImplementedError, OSError), zipfile.ZipFile(path) as archive:
+        with contextlib.suppress(*_BROKEN, OSError), zipfile.ZipFile(path) as archive:
             return archive.namelist()
     return []
 
@@ -29,7 +30,7 @@ def open_archive(path: Path) -> Iterator[zipfile.ZipFile]:
     """
     try:
         archive = zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, NotImplementedError) as error:
+    except _BROKEN as error:
         raise ValueError(f"{path} is truncated or no zip: {error}") from None
     with archive:
         counts = Counter(archive.namelist())

@@ -17,11 +17,13 @@ __all__ = ["Group", "read_arrays", "read_groups"]
 
 _LARGEST_RATIO = 1032  # As of a zip; HDF5 compresses no better.
 _DEEPEST = 100
+_ATTRIBUTES = ("name", "layer_names", "weight_names")
+_BLOCK = 2**20
 
 
 @dataclass(frozen=True)
 class Group:
-    """A group of an HDF5 file: its place, attributes, groups and arrays by name."""
+    """A group of an HDF5 file: its place, those attributes that Keras reads, groups and arrays by name."""
 
     place: str
     attributes: Mapping[str, Any]
@@ -34,8 +36,13 @@ def read_groups(path: Path, member: str) -> Group:
 
     Raises:
       ImportError: h5py is not installed.
-      ValueError: the file is broken, or has a link, numbers in another file, no numbers, or more than it can hold.
+      ValueError: the file is broken (of a member, by its checksum), or has a link, numbers in another file, what is no
+        number, or claims more than it can hold.
     """
+    if _is_archive(path):
+        with reading(path, "archive"), open_archive(path) as archive, archive.open(member) as opened:
+            while opened.read(_BLOCK):  # To its end, where the checksum is compared.
+                pass
     with _opened(path, member) as file:
         return _group(file, path, set())
 
@@ -52,15 +59,18 @@ def _opened(path: Path, member: str) -> Iterator[Any]:
         import h5py  # pyright: ignore[reportMissingImports]  # Not at the top: it is optional.
     except ImportError:
         raise needing(path, "h5py", "keras") from None
-    with path.open("rb") as opened:
-        is_archive = opened.read(2) == b"PK"
     with reading(path, "HDF5 file of Keras"):
-        if not is_archive:
+        if not _is_archive(path):
             with h5py.File(path) as file:
                 yield file
             return
         with open_archive(path) as archive, archive.open(member) as opened, h5py.File(opened) as file:
             yield file
+
+
+def _is_archive(path: Path) -> bool:
+    with path.open("rb") as opened:
+        return opened.read(2) == b"PK"
 
 
 def _group(node: Any, path: Path, seen: set[Any]) -> Group:
@@ -79,7 +89,8 @@ def _group(node: Any, path: Path, seen: set[Any]) -> Group:
             groups[name] = _group(child, path, seen)
         else:
             arrays[name] = _shape(child, path)
-    return Group(node.name, dict(node.attrs), groups, arrays)
+    attributes = {name: node.attrs[name] for name in _ATTRIBUTES if name in node.attrs}
+    return Group(node.name, attributes, groups, arrays)
 
 
 def _shape(dataset: Any, path: Path) -> jax.ShapeDtypeStruct:

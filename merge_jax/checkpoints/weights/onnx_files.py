@@ -32,6 +32,8 @@ def _open(path: Path) -> Stored:
         graph = onnx.load(path, load_external_data=False).graph
     tensors: dict[str, Any] = {}
     for tensor in graph.initializer:
+        if not isinstance(tensor.name, str):  # Bytes, where they are no text.
+            raise ValueError(f"{path} has the name {tensor.name!r}, which is no text")
         if tensor.name in tensors:
             raise ValueError(f"{path} has the name {tensor.name!r} twice")
         tensors[tensor.name] = tensor

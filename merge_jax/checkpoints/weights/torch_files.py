@@ -1,12 +1,12 @@
 """PyTorch: a state dict, as `torch.save` writes it."""
 
-import zipfile
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
 from merge_jax.checkpoints.torch_files import open_torch, torch_array
+from merge_jax.checkpoints.weights.archives import member_names
 from merge_jax.checkpoints.weights.stored import Format, Stored
 
 __all__ = ["TORCH"]
@@ -17,11 +17,8 @@ _OLDER = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # What files begin with th
 def _detect(path: Path, head: bytes) -> bool:
     if not head.startswith(b"PK\3\4"):
         return head.startswith(_OLDER)
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return any(name.endswith("/data.pkl") for name in archive.namelist())
-    except (zipfile.BadZipFile, NotImplementedError):
-        return b"/data.pkl" in head
+    names = member_names(path, head)
+    return any(name.endswith("/data.pkl") for name in names) or (not names and b"/data.pkl" in head)
 
 
 def _open(path: Path) -> Stored:

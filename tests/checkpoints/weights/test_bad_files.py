@@ -60,6 +60,10 @@ def test_a_truncated_file_is_refused_by_its_name(writer, part, tmp_path):
 def test_a_truncated_file_of_keras_is_refused_by_its_name(keras, tmp_path):
     model = keras_model(keras)
     model.save(tmp_path / "m.keras")
+    content = bytearray((tmp_path / "m.keras").read_bytes())
+    content[len(content) // 2] ^= 1  # Which the checksum of the archive tells.
+    (tmp_path / "changed.keras").write_bytes(content)
+    assert "changed.keras is truncated or no archive: Bad CRC-32" in refusal(tmp_path / "changed.keras")
     model.save_weights(tmp_path / "m.weights.h5")
     for name in ("m.keras", "m.weights.h5"):
         content = (tmp_path / name).read_bytes()
@@ -163,6 +167,14 @@ def test_a_name_that_stands_twice_is_refused(tmp_path):
     tensors = [onnx.numpy_helper.from_array(np.ones(1), "a")] * 2
     onnx.save(onnx.helper.make_model(onnx.helper.make_graph([], "g", [], [], tensors)), tmp_path / "m.onnx")
     assert "m.onnx has the name 'a' twice" in refusal(tmp_path / "m.onnx")
+
+
+@pytest.mark.parametrize("kind", ["ONNX", "torch"])
+def test_names_that_are_no_text_are_refused(kind, tmp_path):
+    path = WRITERS[kind](tmp_path)
+    broken = path.read_bytes().replace(b"scale", b"s\xff\xfe\xffe").replace(b"/data.pkl", b"/d\xff\xfe\xff.pkl")
+    path.write_bytes(broken)
+    assert str(path) in refusal(path)
 
 
 @pytest.mark.parametrize("name", ["../x", "/etc/x", "a/../../x", "a//b", "..", "./x"])
