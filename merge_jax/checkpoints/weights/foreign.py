@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from merge_jax.checkpoints.weights.archives import member_names
+from merge_jax.paths import some_of
 
 __all__ = ["explain"]
 
@@ -30,7 +31,8 @@ def explain(path: Path, head: bytes) -> str:
             return "it is the folder of a run: name one in its checkpoints, such as checkpoints/METHOD-seed0"
         if (path / "saved_model.pb").exists():
             return "it is a SavedModel of TensorFlow: load it there, and save the arrays of its variables (numpy.savez)"
-        return ""
+        files = sorted(child.name for child in path.iterdir() if child.is_file())
+        return f"name one of its files: {some_of(files, 5)}" if files else ""
     if not head:
         return "it is empty"
     for magic, what in _BY_HEAD.items():

@@ -26,7 +26,9 @@ from tests.checkpoints.weights.writers import FLAT, TREE, WRITERS, keras, keras_
 __all__ = ["keras"]
 
 FILES = {
-    name: writer for name, writer in WRITERS.items() if "Orbax" not in name and name not in ("shards", "Checkpoints")
+    name: writer
+    for name, writer in WRITERS.items()
+    if "Orbax" not in name and name not in ("shards", "Checkpoints", "ONNX with numbers beside")
 }
 
 
@@ -114,6 +116,8 @@ def test_what_is_no_weights_is_called_by_its_name(change, message, tmp_path):
 def test_folders_without_weights_are_called_by_their_names(tmp_path):
     assert "holds no weights of a format" in refusal(tmp_path)
     assert "there is no file or folder" in refusal(tmp_path / "none", FileNotFoundError)
+    (tmp_path / "pytorch_model.bin").touch()
+    assert refusal(tmp_path).endswith("ONNX): name one of its files: pytorch_model.bin")
     (tmp_path / "saved_model.pb").touch()
     assert "it is a SavedModel of TensorFlow" in refusal(tmp_path)
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)

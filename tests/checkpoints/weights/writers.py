@@ -98,12 +98,16 @@ def write_older_torch(folder):
     return folder / "m.bin"
 
 
-def write_onnx(folder):
+def write_onnx(folder, **options):
     onnx = pytest.importorskip("onnx")
     numpy_helper = importlib.import_module("onnx.numpy_helper")
     tensors = [numpy_helper.from_array(leaf, path.replace("/", ".")) for path, leaf in FLAT.items()]
-    onnx.save(onnx.helper.make_model(onnx.helper.make_graph([], "g", [], [], tensors)), folder / "m.onnx")
+    onnx.save(onnx.helper.make_model(onnx.helper.make_graph([], "g", [], [], tensors)), folder / "m.onnx", **options)
     return folder / "m.onnx"
+
+
+def write_onnx_beside(folder):
+    return write_onnx(folder, save_as_external_data=True, location="numbers.bin", size_threshold=0)
 
 
 WRITERS = {
@@ -119,6 +123,7 @@ WRITERS = {
     "torch": write_torch,
     "older torch": write_older_torch,
     "ONNX": write_onnx,
+    "ONNX with numbers beside": write_onnx_beside,
 }
 
 
