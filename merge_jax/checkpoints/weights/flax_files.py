@@ -79,7 +79,7 @@ def _shape(content: bytes) -> jax.ShapeDtypeStruct:
 def _dtype(name: bytes) -> np.dtype:
     dtype = jnp.dtype("bfloat16" if name == b"V2" else name.decode())  # An older writer's name of it.
     if dtype.hasobject:
-        raise ValueError("Python objects in the place of numbers")
+        raise ValueError("Python objects instead of numbers")
     return dtype
 
 

@@ -140,9 +140,9 @@ def _inside(layer: _Layer, group: Group, place: str, kind: str, config: Config |
 def _class_inside(place: str, parent: str, group: Group) -> str:
     """Returns the class of a layer that is an attribute of another, which no configuration names."""
     kind = f"{parent}_cell" if place == "cell" else class_of(place, None)
-    told = variables_of(kind, None, len(group.groups[_VARIABLES].arrays))
+    names = variables_of(kind, None, len(group.groups[_VARIABLES].arrays))
     name = _written_name(group)
-    return kind if told or name is None else class_of(name, None)
+    return kind if names or name is None else class_of(name, None)
 
 
 def _written_name(group: Group) -> str | None:

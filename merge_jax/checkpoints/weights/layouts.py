@@ -42,11 +42,11 @@ def layouts_of(
         shape = shapes[leaf].shape
         if not shape or 0 in shape:
             continue
-        told = given.get(name) or stored.specs.get(leaf)
-        if told is None:
+        known = given.get(name) or stored.specs.get(leaf)
+        if known is None:
             bias = shapes.get(f"{leaf.rpartition('/')[0]}/bias")
-            told = _by_name(str(file), name, shape, None if bias is None else bias.shape, stored.names_tell)
-        found[name] = told
+            known = _by_name(str(file), name, shape, None if bias is None else bias.shape, stored.names_tell)
+        found[name] = known
     return found
 
 

@@ -1,4 +1,4 @@
-"""Weights of any format as one tree of arrays: the format is told by what is in the file, not by its name."""
+"""Weights of any format as one tree of arrays: the content says which format it is, not the name."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -28,9 +28,9 @@ from merge_jax.types import Params
 __all__ = ["FORMATS", "find_format", "load_params", "load_weights", "open_leaves", "weight_paths", "weight_shapes"]
 
 FORMATS: tuple[Format, ...] = (SAFETENSORS, TORCH, KERAS, HDF5, NPZ, GGUF, ORBAX, FLAX, ONNX)
-"""All formats, those that are told most surely first."""
+"""All formats, those with the surest marks first."""
 
-_HEAD = 4096  # Bytes by which a file is told.
+_HEAD = 4096  # Bytes that say which format a file has.
 
 Select = Pattern | Sequence[Pattern] | None
 
@@ -39,8 +39,8 @@ def load_weights(path: str | os.PathLike[str], select: Select = None, like: Para
     """Returns the weights of a file, of whatever format, as a tree of NumPy arrays under their own names.
 
     Formats: safetensors, PyTorch, Orbax (and the folders of `Checkpoints`), Flax msgpack, npz, Keras, GGUF and ONNX;
-    some need an extra, which the error names. The format is told by the content. A name is split at its dots and
-    slashes; arrays stay in the layout of their library, which `merge_jax.checkpoints.layouts_of` tells.
+    some need an extra, which the error names. The content says which it is, not the name. A tensor's name is split at
+    its dots and slashes; arrays stay in the layout of their library, see `merge_jax.checkpoints.layouts_of`.
 
     Of a training state that JAX libraries save (Orbax, msgpack, npz), without `select` the model's part is taken:
     `params` with what is beside it, such as `batch_stats`, or what is in `model`, `state` or `target`; no optimizer
