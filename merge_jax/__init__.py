@@ -12,7 +12,14 @@ from merge_jax.deprecated import NEW_NAMES, find_old_name
 
 with epy.lazy_api_imports(globals()):
     from merge_jax import checkpoints, data, layouts, models, objectives, paths, runs, study, training, transfers
-    from merge_jax.checkpoints import CheckpointError, Checkpoints, load_params, load_safetensors, save_safetensors
+    from merge_jax.checkpoints import (
+        CheckpointError,
+        Checkpoints,
+        load_params,
+        load_safetensors,
+        load_weights,
+        save_safetensors,
+    )
     from merge_jax.layouts import MatrixSpec
     from merge_jax.objectives import (
         accuracy,
@@ -128,6 +135,7 @@ __all__ = [
     "load_params",
     "load_safetensors",
     "load_trajectory",
+    "load_weights",
     "logits_teacher",
     "lpka_transfer",
     "make_epoch",

@@ -11,6 +11,7 @@ __all__ = [
     "as_matrix",
     "copy_overlap",
     "from_matrix",
+    "is_kernel_name",
     "is_patch_kernel",
     "is_table",
     "matrix_spec",
@@ -215,6 +216,11 @@ def is_table(path: str, shape: tuple[int, ...]) -> bool:
         is_dense = _PATCHES.fullmatch(parent.lower()) or _has(parent, _DENSE)
         return len(shape) == 2 and _has(parent, _TABLES) and not is_dense
     return name not in _KERNELS and _has(name, _TABLES) and not _has(name, _DENSE)
+
+
+def is_kernel_name(name: str) -> bool:
+    """Whether the last part of a path is one that a layer's matrix has: `kernel`, `w`, `weight`, `weight_ih_l0`."""
+    return name in _VECTORS | _KERNELS or not _words(name).isdisjoint({"kernel", "weight"})
 
 
 def is_patch_kernel(path: str, shape: tuple[int, ...]) -> bool:

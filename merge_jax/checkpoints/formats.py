@@ -1,4 +1,4 @@
-"""Files and folders of weights that are not read: what they are, and how a safetensors file is made of them."""
+"""Files and folders that are no safetensors file: what they are, and how one is made of them."""
 
 import contextlib
 from pathlib import Path
@@ -6,21 +6,13 @@ from pathlib import Path
 __all__ = ["explain_file", "explain_folder", "is_orbax"]
 
 _BY_SUFFIX = {
-    (".pt", ".pth", ".bin", ".ckpt"): (
-        "PyTorch",
-        "in torch, safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in"
-        " torch.load(FILE, weights_only=True).items()}, NEW)",
-    ),
-    (".msgpack",): (
-        "Flax",
-        "mj.save_safetensors(NEW, flax.serialization.msgpack_restore(pathlib.Path(FILE).read_bytes()))",
-    ),
-    (".keras", ".h5", ".hdf5"): (
-        "Keras",
-        "in Keras, mj.save_safetensors(NEW, {weight.path: weight.numpy() for weight in model.weights})",
-    ),
-    (".npy", ".npz"): ("NumPy", "mj.save_safetensors(NEW, dict(numpy.load(FILE)))"),
-    (".pickle", ".pkl"): ("a pickle", "unpickle it only if you trust it, then mj.save_safetensors(NEW, arrays)"),
+    (".pt", ".pth", ".bin", ".ckpt"): "PyTorch",
+    (".msgpack",): "Flax",
+    (".keras", ".h5", ".hdf5"): "Keras",
+    (".npy", ".npz"): "NumPy",
+    (".gguf",): "llama.cpp",
+    (".onnx",): "ONNX",
+    (".pickle", ".pkl"): "a pickle",
 }
 _GIT_LFS = b"version https://git-lfs"
 _ORBAX = ("_CHECKPOINT_METADATA", "_METADATA")  # In every checkpoint of its newer and of its older interface.
@@ -29,12 +21,11 @@ _ORBAX = ("_CHECKPOINT_METADATA", "_METADATA")  # In every checkpoint of its new
 def explain_file(file: Path) -> str:
     """Returns what a file that is no safetensors file is, and what to do with it; empty where that is not known."""
     suffix = file.suffix.lower()
-    for suffixes, (library, how) in _BY_SUFFIX.items():
+    for suffixes, library in _BY_SUFFIX.items():
         if suffix in suffixes:
-            how = how.replace("FILE", repr(str(file))).replace("NEW", "'new.safetensors'")
             return (
-                f"weights of other formats ({suffix}, {library}) are not read, since some run code when they are;"
-                f" convert it: {how}"
+                f"weights of other formats ({suffix}, {library}) are not read here: mj.load_weights({str(file)!r})"
+                f" reads those that it knows, and merge-jax convert {file} new.safetensors makes a file of them"
             )
     with contextlib.suppress(OSError), file.open("rb") as opened:
         if opened.read(len(_GIT_LFS)) == _GIT_LFS:
@@ -49,7 +40,7 @@ def explain_folder(folder: Path) -> str:
     if is_orbax(folder):
         return (
             "it is a checkpoint of Orbax; make a file of it: mj.save_safetensors('new.safetensors',"
-            f" orbax.checkpoint.StandardCheckpointer().restore({str(folder.absolute())!r}))"
+            f" mj.load_weights({str(folder)!r}))"
         )
     return ""
 

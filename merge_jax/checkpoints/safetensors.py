@@ -1,12 +1,13 @@
 """Weights in safetensors files: any model's, without its code; and a merged target back into such a file."""
 
 import json
+import mmap
 import os
 import stat
 import struct
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,36 +16,36 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from merge_jax.checkpoints.formats import explain_file, explain_folder
-from merge_jax.paths import Pattern, find_paths, flatten, near_misses, some_of
+from merge_jax.checkpoints.names import check_inside, paths_of, put
+from merge_jax.paths import Pattern, find_paths, flatten, near_misses
 from merge_jax.types import Params
 
 __all__ = [
     "leaf_paths",
     "leaf_shapes",
-    "load_params",
     "load_safetensors",
-    "paths_of",
-    "put",
     "read_json",
+    "read_leaves",
     "save_safetensors",
+    "select_paths",
 ]
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _METADATA = "__metadata__"
-_DEEPEST = 100  # Parts of a name; a tree of thousands of levels would end the program.
-# By the names of files; NumPy has no float8 of its own, so that the library leaves them to us to read.
-_FLOAT8 = {
+_DTYPES = {  # By the names of the format.
+    "BOOL": "bool",
+    **{f"I{bits}": f"int{bits}" for bits in (8, 16, 32, 64)},
+    **{f"U{bits}": f"uint{bits}" for bits in (8, 16, 32, 64)},
+    "BF16": "bfloat16",
+    **{f"F{bits}": f"float{bits}" for bits in (16, 32, 64)},
+    "C64": "complex64",
     "F8_E4M3": "float8_e4m3fn",
     "F8_E4M3FNUZ": "float8_e4m3fnuz",
     "F8_E5M2": "float8_e5m2",
     "F8_E5M2FNUZ": "float8_e5m2fnuz",
     "F8_E8M0": "float8_e8m0fnu",
 }
-_DTYPES = (
-    *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
-    *("bfloat16", "float16", "float32", "float64", "complex64", *_FLOAT8.values()),
-)
 
 
 def load_safetensors(path: str | os.PathLike[str], *, select: Pattern | Sequence[Pattern] | None = None) -> Params:
@@ -53,6 +54,9 @@ def load_safetensors(path: str | os.PathLike[str], *, select: Pattern | Sequence
     A name is split at its dots, so `encoder.layer.0.attention.self.query.weight` is the leaf
     `encoder/layer/0/attention/self/query/weight`. Torch's layouts, `[out, in]` and `[out, in, kh, kw]`, stay as they
     are: `matrix_spec` knows them by the name `weight`.
+
+    The numbers are mapped from the file: they are read where they are used, and take no memory beside. What is written
+    into an array stays out of the file; a file that another program changes in place changes the arrays.
 
     Args:
       path: a `.safetensors` file, an index of shards (`*.safetensors.index.json`), or a folder that has one of
@@ -66,21 +70,32 @@ def load_safetensors(path: str | os.PathLike[str], *, select: Pattern | Sequence
         or the other way round, names that collide as paths, a shard outside the folder of its index, or a pattern that
         names nothing (near misses are listed).
     """
-    shard_of, names = _listed(path)
+    return read_leaves(path, select_paths(leaf_paths(path), select))
+
+
+def select_paths(paths: Iterable[str], select: Pattern | Sequence[Pattern] | None) -> list[str]:
+    """Returns the paths of a file that patterns name, each once; all without patterns."""
     if select is None:
-        chosen = list(names)
-    else:
-        patterns = [select] if not isinstance(select, Sequence) or isinstance(select, str) else list(select)
-        chosen = [path for pattern in patterns for path in find_paths(names, pattern, role="file")]
+        return list(paths)
+    patterns = [select] if not isinstance(select, Sequence) or isinstance(select, str) else list(select)
+    paths = list(paths)
+    return list(dict.fromkeys(path for pattern in patterns for path in find_paths(paths, pattern, role="file")))
+
+
+def read_leaves(path: str | os.PathLike[str], paths: Iterable[str]) -> Params:
+    """Returns the tree of some leaves of what `load_safetensors` reads, mapped from the file."""
+    shard_of, names = _listed(path)
     tree: dict[str, Any] = {}
     by_shard: dict[Path, list[str]] = {}
-    for path in dict.fromkeys(chosen):
-        by_shard.setdefault(shard_of[names[path]], []).append(path)
-    for shard, paths in by_shard.items():
+    for leaf in paths:
+        by_shard.setdefault(shard_of[names[leaf]], []).append(leaf)
+    for shard, leaves in by_shard.items():
         _check_shard(shard, shard_of)
-        with _opened(shard) as tensors:
-            for path in paths:
-                put(tree, path, _tensor(tensors, shard, names[path]))
+        header, start = _header(shard)
+        with shard.open("rb") as opened:  # Private: what is written into an array stays out of the file.
+            mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
+        for leaf in leaves:
+            put(tree, leaf, _tensor(mapped, start, shard, names[leaf], header[names[leaf]]))
     return tree
 
 
@@ -93,15 +108,23 @@ def leaf_paths(path: str | os.PathLike[str]) -> tuple[str, ...]:
     return tuple(_listed(path)[1])
 
 
-def leaf_shapes(path: str | os.PathLike[str]) -> dict[str, tuple[int, ...]]:
-    """Returns the shape of each leaf that `load_safetensors` would read, by path, from the headers alone.
+def leaf_shapes(path: str | os.PathLike[str], leaves: Iterable[str] | None = None) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns shape and dtype of leaves that `load_safetensors` would read, by path, from the headers alone.
+
+    Args:
+      path: as `load_safetensors`.
+      leaves: paths; all by default. Only shards that hold one of them are opened.
 
     Raises:
       FileNotFoundError, ValueError: as `load_safetensors`, but for what only the numbers show.
     """
     shard_of, names = _listed(path)
-    headers = {shard: _header(shard)[0] for shard in dict.fromkeys(shard_of.values())}
-    return {path: tuple(map(int, headers[shard_of[name]][name]["shape"])) for path, name in names.items()}
+    wanted = {leaf: names[leaf] for leaf in (names if leaves is None else leaves)}
+    headers = {}
+    for shard in dict.fromkeys(shard_of[name] for name in wanted.values()):
+        _check_shard(shard, shard_of)
+        headers[shard] = _header(shard)[0]
+    return {leaf: _shape(shard_of[name], name, headers[shard_of[name]][name]) for leaf, name in wanted.items()}
 
 
 def _listed(path: str | os.PathLike[str]) -> tuple[dict[str, Path], dict[str, str]]:
@@ -109,35 +132,6 @@ def _listed(path: str | os.PathLike[str]) -> tuple[dict[str, Path], dict[str, st
     file = _weights_file(Path(path))
     shard_of = _read_index(file) if file.suffix == ".json" else dict.fromkeys(_names(file), file)
     return shard_of, {path: name for name, path in paths_of(shard_of, file).items()}
-
-
-def load_params(path: str | os.PathLike[str], like: Params) -> Params:
-    """Returns the parameters of a model from a file that `save_safetensors` wrote, in the structure of `like`.
-
-    Args:
-      path: as `load_safetensors`.
-      like: the model's parameters as they start, or their shapes.
-
-    Raises:
-      FileNotFoundError, ValueError: as `load_safetensors`; the file has other leaves, shapes or dtypes than the
-        model (the first three are named).
-    """
-    # A key of `like` may have dots of its own, which a file does not tell from those between keys.
-    found = flatten(load_safetensors(path))
-    wanted = {name.replace(".", "/"): leaf for name, leaf in flatten(like).items()}
-    problems = [f"{name} is missing; {near_misses(name, found)}" for name in wanted.keys() - found.keys()]
-    problems += [f"{name} is there, but not in the model" for name in found.keys() - wanted.keys()]
-    for name in wanted.keys() & found.keys():
-        there, here = (f"{leaf.dtype}{list(leaf.shape)}" for leaf in (found[name], wanted[name]))
-        if there != here:
-            problems.append(f"{name} is {there}, the model's is {here}")
-    if problems:
-        there, here = (sum(np.size(leaf) for leaf in leaves.values()) for leaves in (found, wanted))
-        listed = some_of(sorted(problems), 3, "; ")
-        raise ValueError(
-            f"{path} does not fit the model: {listed} ({there:,} numbers in the file, {here:,} in the model)"
-        )
-    return jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in wanted])
 
 
 def save_safetensors(
@@ -176,11 +170,11 @@ def save_safetensors(
                 f"the leaf {name!r} must be an array, got {type(leaf).__name__}: give its numbers (numpy.asarray), or"
                 " leave it out"
             )
-        if str(leaf.dtype) not in _DTYPES:
+        if str(leaf.dtype) not in _DTYPES.values():
             raise ValueError(
                 f"the leaf {name!r} is {leaf.dtype}{list(leaf.shape)}, which a safetensors file cannot hold; it holds"
-                f" {', '.join(_DTYPES)}. Convert it, or leave it out: of an NNX module, nnx.state(module, (nnx.Param,"
-                " nnx.BatchStat)) has no random keys"
+                f" {', '.join(_DTYPES.values())}. Convert it, or leave it out: of an NNX module, nnx.state(module,"
+                " (nnx.Param, nnx.BatchStat)) has no random keys"
             )
         arrays[name.replace("/", ".")] = np.ascontiguousarray(leaf).reshape(np.shape(leaf))
     if _METADATA in arrays:
@@ -230,10 +224,7 @@ def _read_index(file: Path) -> dict[str, Path]:
     except (KeyError, TypeError, AttributeError, UnicodeDecodeError):
         raise ValueError(f"{file} is no index of shards: it needs a 'weight_map' of names to files") from None
     for shard in dict.fromkeys(weight_map.values()):
-        # By its name alone: the files of a downloaded model are often links to a common store.
-        paths = (PurePosixPath(shard), PureWindowsPath(shard))
-        if not paths[0].parts or any(p.is_absolute() or p.drive or ".." in p.parts for p in paths):
-            raise ValueError(f"{file} names the shard {shard!r}, which is not inside its folder")
+        check_inside(shard, file, "shard")
     return {name: file.parent / shard for name, shard in weight_map.items()}
 
 
@@ -273,16 +264,24 @@ def _opened(file: Path) -> Any:
         raise ValueError(f"{file} is truncated or no safetensors file: {error}") from None
 
 
-def _tensor(tensors: Any, file: Path, name: str) -> np.ndarray:
+def _shape(shard: Path, name: str, entry: Any) -> jax.ShapeDtypeStruct:
+    if entry["dtype"] not in _DTYPES:
+        raise ValueError(
+            f"the tensor {name!r} of {shard} cannot be read: it is {entry['dtype']}, known are {', '.join(_DTYPES)}"
+        )
+    return jax.ShapeDtypeStruct(tuple(map(int, entry["shape"])), np.dtype(_DTYPES[entry["dtype"]]))
+
+
+def _tensor(mapped: mmap.mmap, start: int, shard: Path, name: str, entry: Any) -> np.ndarray:
+    """Returns a tensor as a view of the mapped file: no number is read before it is used."""
+    spec = _shape(shard, name, entry)
+    if spec.size == 0:
+        return np.empty(spec.shape, spec.dtype)
     try:
-        stored = tensors.get_slice(name)
-        if stored.get_dtype() not in _FLOAT8:
-            return tensors.get_tensor(name)
-        header, start = _header(file)
-        dtype, (first, end) = np.dtype(_FLOAT8[stored.get_dtype()]), map(int, header[name]["data_offsets"])
-        return np.fromfile(file, dtype, end - first, offset=start + first).reshape(stored.get_shape())
-    except (SafetensorError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"the tensor {name!r} of {file} cannot be read: {error}") from None
+        array = np.ndarray(spec.shape, spec.dtype, mapped, start + int(entry["data_offsets"][0]))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"the tensor {name!r} of {shard} cannot be read: {error}") from None
+    return array if array.flags.aligned else array.copy()
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -310,32 +309,3 @@ def _json(text: str, file: Path) -> dict[str, Any]:
         return json.loads(text, object_pairs_hook=unique, parse_int=float)
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{file} is no JSON: {error}") from None
-
-
-def put(tree: dict[str, Any], path: str, leaf: Any) -> None:
-    """Puts a leaf into a tree of dicts, and makes what is around it."""
-    *parents, name = path.split("/")
-    for parent in parents:
-        tree = tree.setdefault(parent, {})
-    tree[name] = leaf
-
-
-def paths_of(names: Iterable[str], file: Path) -> dict[str, str]:
-    """Returns the path of each name, checked to be leaves of one tree."""
-    paths: dict[str, str] = {}
-    for name in names:
-        path = name.replace(".", "/")
-        if not all(path.split("/")):
-            raise ValueError(f"{file} has the tensor {name!r}, whose name has an empty part")
-        if (depth := path.count("/") + 1) > _DEEPEST:
-            raise ValueError(f"{file} has a tensor whose name has {depth} parts, over the limit of {_DEEPEST}")
-        if path in paths:
-            raise ValueError(f"{file} has the tensors {paths[path]!r} and {name!r}, which are one path")
-        paths[path] = name
-    for path, name in paths.items():
-        parents = path.split("/")[:-1]
-        for i in range(1, len(parents) + 1):
-            parent = "/".join(parents[:i])
-            if parent in paths:
-                raise ValueError(f"{file} has the tensors {paths[parent]!r} and {name!r}, one inside the other")
-    return {name: path for path, name in paths.items()}

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from merge_jax.checkpoints.safetensors import leaf_paths, load_safetensors, paths_of, put
-from merge_jax.paths import flatten, some_of
+from merge_jax.checkpoints.names import paths_of, put
+from merge_jax.paths import some_of
 from merge_jax.types import Params
 
-__all__ = ["find_weights", "load_torch", "load_weights", "weight_paths"]
+__all__ = ["find_weights", "load_torch", "open_torch", "torch_array"]
 
 _PACKAGE = "package:"
 _TORCH = (".pt", ".pth", ".bin", ".ckpt")
@@ -30,22 +31,36 @@ def load_torch(path: str | os.PathLike[str]) -> Params:
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: PyTorch is not installed; the file is broken, holds more than tensors, or names that collide as paths.
+      ImportError: PyTorch is not installed.
+      ValueError: the file is broken, holds more than tensors, or names that collide as paths.
     """
-    file = Path(path)
+    tree: dict[str, Any] = {}
+    for leaf, tensor in open_torch(Path(path)).items():
+        put(tree, leaf, torch_array(tensor))
+    return tree
+
+
+def open_torch(file: Path) -> dict[str, Any]:
+    """Returns the tensors of a file of PyTorch by path; those of its present format are mapped, not read.
+
+    Raises:
+      FileNotFoundError, ImportError, ValueError: as `load_torch`.
+    """
     if not file.is_file():
         raise FileNotFoundError(f"there is no file {file}")
     try:
         import torch  # pyright: ignore[reportMissingImports]  # Not at the top: it is optional.
     except ImportError:
-        raise ValueError(
+        raise ImportError(
             f"{file} is read by PyTorch, which is not installed: pip install 'merge_jax[torch]'; or make a safetensors "
             "file of it where PyTorch is, which needs none afterwards: safetensors.torch.save_file({name: "
             f"tensor.contiguous() for name, tensor in torch.load({str(file)!r}, weights_only=True).items()}}, "
             "'new.safetensors')"
         ) from None
     try:
-        tensors = torch.load(file, map_location="cpu", weights_only=True)  # noqa: TID251  # Tensors alone.
+        tensors = torch.load(  # noqa: TID251  # Tensors alone.
+            file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
+        )
     except Exception:  # Of many kinds; its own words advise to go on without weights_only.
         raise ValueError(
             f"{file} is not read by torch.load(..., weights_only=True): it is broken, or holds more than tensors"
@@ -53,30 +68,7 @@ def load_torch(path: str | os.PathLike[str]) -> Params:
     if not isinstance(tensors, Mapping) or not all(isinstance(one, torch.Tensor) for one in tensors.values()):
         found = f"entries {some_of(map(repr, tensors), 5)}" if isinstance(tensors, Mapping) else type(tensors).__name__
         raise ValueError(f"{file} must hold tensors by name, found {found}: save the state dict that is in it")
-    tree: dict[str, Any] = {}
-    for name, leaf in paths_of(tensors, file).items():
-        put(tree, leaf, _array(torch, tensors[name]))
-    return tree
-
-
-def load_weights(path: str | os.PathLike[str]) -> Params:
-    """Returns the tensors of a file, of safetensors or of PyTorch by its name, or of a package; see `find_weights`.
-
-    Raises:
-      FileNotFoundError, ValueError: as `find_weights`, `load_safetensors` and `load_torch`.
-    """
-    file = find_weights(path)
-    return load_torch(file) if _is_torch(file) else load_safetensors(file)
-
-
-def weight_paths(path: str | os.PathLike[str]) -> tuple[str, ...]:
-    """Returns the paths of the leaves that `load_weights` would read; of a safetensors file from its header alone.
-
-    Raises:
-      FileNotFoundError, ValueError: as `load_weights`.
-    """
-    file = find_weights(path)
-    return tuple(flatten(load_torch(file))) if _is_torch(file) else leaf_paths(file)
+    return {leaf: tensors[name] for name, leaf in paths_of(tensors, file).items()}
 
 
 def find_weights(path: str | os.PathLike[str]) -> Path:
@@ -104,12 +96,15 @@ def find_weights(path: str | os.PathLike[str]) -> Path:
     return files[0]
 
 
-def _is_torch(file: Path) -> bool:
-    return file.suffix.lower() in _TORCH and not file.is_dir()
+def torch_array(tensor: Any) -> np.ndarray:
+    """Returns a tensor of PyTorch as an array of NumPy; raises ValueError for one that is sparse or quantised."""
+    dtype, tensor = str(tensor.dtype).removeprefix("torch."), tensor.detach()
+    try:
+        if dtype == "bfloat16" or dtype.startswith("float8"):  # NumPy has none of its own.
+            import torch  # pyright: ignore[reportMissingImports]  # Not at the top: it is optional.
 
-
-def _array(torch: Any, tensor: Any) -> np.ndarray:
-    tensor = tensor.detach().contiguous()
-    if tensor.dtype == torch.bfloat16:  # NumPy has none of its own.
-        return tensor.view(torch.int16).numpy().view(jnp.bfloat16)
-    return tensor.numpy()
+            same_size = torch.int16 if dtype == "bfloat16" else torch.uint8
+            return tensor.contiguous().view(same_size).numpy().view(jnp.dtype(dtype))
+        return tensor.contiguous().numpy()
+    except (TypeError, RuntimeError, NotImplementedError):
+        raise ValueError(f"a tensor of PyTorch that is {dtype}, {tensor.layout}, is none of NumPy's") from None

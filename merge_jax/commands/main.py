@@ -14,6 +14,7 @@ Moves knowledge between neural networks that share nothing but numbers.
   merge-jax run cross_structure smoke     an experiment, with all its options
   merge-jax compare runs/a runs/b         tables and curves of run folders
   merge-jax summary runs/a                what checkpoints or weights hold
+  merge-jax convert IN OUT                weights of any format as a safetensors file
   merge-jax export CHECKPOINT FILE        a trained model as a file of weights
   merge-jax doctor                        whether this machine is ready
 """
@@ -66,8 +67,9 @@ def _parser() -> argparse.ArgumentParser:
     summary = command(
         "summary",
         "what checkpoints or a file of weights hold: steps, scores, leaves, bytes, circumstances",
-        "CHECKPOINT is a run folder, a folder of checkpoints (RUN/checkpoints/METHOD-seedN), one step in it, or a "
-        ".safetensors file. Patterns are globs over paths: '**/kernel', 'target/params/**'.",
+        "CHECKPOINT is a run folder, a folder of checkpoints (RUN/checkpoints/METHOD-seedN), one step in it, or weights"
+        " of any format that merge_jax.load_weights reads. Patterns are globs over paths: '**/kernel', "
+        "'target/params/**'.",
     )
     summary.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
     summary.add_argument("--leaves", metavar="PATTERN", help="list the leaves that a pattern names, with their shapes")
@@ -89,6 +91,16 @@ def _parser() -> argparse.ArgumentParser:
         help="target, source, or a part such as target/params or adapter (default: %(default)s)",
     )
     export.add_argument("--best", action="store_true", help="the step of the best score, not the newest")
+
+    convert = command(
+        "convert",
+        "writes weights of any format that merge_jax.load_weights reads to a new .safetensors file",
+        "Names are joined by dots, arrays stay in the layout of their library. Of a saved training state, the model's "
+        "part is written; --select takes names of the whole file.",
+    )
+    convert.add_argument("path", type=Path, metavar="IN", help="a file or folder, or package:NAME")
+    convert.add_argument("file", type=Path, metavar="OUT", help="the .safetensors file to write; it must not be there")
+    convert.add_argument("--select", nargs="+", metavar="PATTERN", help="write these leaves alone: 'encoder/**/kernel'")
 
     command("doctor", "versions, devices, known bad combinations, compilation cache, free disk: whether all is ready")
     return parser
@@ -112,6 +124,10 @@ def _command(options: argparse.Namespace) -> None:
         from merge_jax.commands.export import export_part
 
         export_part(options.checkpoint, options.file, options.part, best=options.best)
+    elif options.command == "convert":
+        from merge_jax.commands.convert import convert
+
+        convert(options.path, options.file, options.select)
     elif options.command == "doctor":
         from merge_jax.commands.doctor import examine
 
@@ -127,6 +143,6 @@ def _reporting(work: Callable[[], None]) -> None:
         sys.stdout.flush()
     except BrokenPipeError:  # Whoever read what is printed, such as `head`, has enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

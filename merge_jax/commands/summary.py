@@ -11,8 +11,10 @@ from rich.table import Table
 
 from merge_jax.checkpoints.manifest import LeafRecord, Manifest
 from merge_jax.checkpoints.orbax import Checkpoints
-from merge_jax.checkpoints.safetensors import load_safetensors
-from merge_jax.paths import find_paths, flatten
+from merge_jax.checkpoints.torch_files import find_weights
+from merge_jax.checkpoints.weights.load import FORMATS, find_format, weight_shapes
+from merge_jax.checkpoints.weights.orbax_folders import is_ours
+from merge_jax.paths import find_paths
 from merge_jax.runs.checkpoint_folders import checkpoint_folders, locate_checkpoints
 
 __all__ = ["summarize_checkpoint"]
@@ -28,7 +30,7 @@ class _Part(NamedTuple):
 
 
 def summarize_checkpoint(path: Path, pattern: str | None, *, verify: bool) -> None:
-    """Prints what a run's checkpoints, one folder of them, one step, or a safetensors file hold.
+    """Prints what a run's checkpoints, one folder of them, one step, or a file of weights hold.
 
     Args:
       path: of any of these.
@@ -39,12 +41,14 @@ def summarize_checkpoint(path: Path, pattern: str | None, *, verify: bool) -> No
       ValueError: there is nothing of the kind, it is damaged, or the pattern names nothing.
     """
     console = Console()
-    if path.suffix == ".safetensors" or (path.is_dir() and list(path.glob("*.safetensors*"))):
-        leaves = {
-            name: LeafRecord(leaf.shape, str(leaf.dtype)) for name, leaf in flatten(load_safetensors(path)).items()
-        }
+    file = find_weights(path)
+    if file.is_file() or (file.is_dir() and _is_of_others(file)):
+        print(f"{path}: {find_format(file).name}")
+        leaves = {name: LeafRecord(leaf.shape, str(leaf.dtype)) for name, leaf in weight_shapes(file, "**").items()}
         _print_parts(console, leaves, depth=1)
         _print_leaves(console, leaves, pattern)
+        if verify:
+            raise ValueError(f"{path} has no digests to verify: those of checkpoints of merge_jax have")
         return
     if (path / "config.json").exists():
         _print_folders(console, path)
@@ -62,6 +66,11 @@ def summarize_checkpoint(path: Path, pattern: str | None, *, verify: bool) -> No
         if verify:
             checkpoints.restore_arrays(manifest.step)
             print(f"step {manifest.step}: all {len(manifest.leaves)} leaves are as they were saved")
+
+
+def _is_of_others(path: Path) -> bool:
+    """Returns whether a folder is of weights, and not of steps that `Checkpoints` saved."""
+    return any(kind.detect(path, b"") for kind in FORMATS) and not any(map(is_ours, (path, *path.iterdir())))
 
 
 def _print_folders(console: Console, run: Path) -> None:

@@ -191,7 +191,7 @@ def text_encoder_of(path: str | os.PathLike[str], **options: Any) -> TextEncoder
       ValueError: as `load_safetensors`; weights of another architecture, tensors that are missing, or no `config.json`
         with the number of heads.
     """
-    shapes = {_bare(leaf.replace("/", ".")): shape for leaf, shape in leaf_shapes(path).items()}
+    shapes = {_bare(leaf.replace("/", ".")): tensor.shape for leaf, tensor in leaf_shapes(path).items()}
     counts = _layers(shapes)
     architecture = next((one for one in (_BERT, _DISTILBERT) if counts[one.name]), None)
     if architecture is None:

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from merge_jax.checkpoints.torch_files import load_weights
+from merge_jax.checkpoints.weights.load import load_weights
 from merge_jax.checks import check_at_least_one, check_choice
 from merge_jax.layouts import matrix_spec
 from merge_jax.models.key_maps import Layout, Place, PretrainedVariables, take, write

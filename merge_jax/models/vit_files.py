@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
-from merge_jax.checkpoints.torch_files import find_weights, load_weights
+from merge_jax.checkpoints.weights.load import load_weights
 from merge_jax.checks import check_at_least_one, check_choice
 from merge_jax.layouts import matrix_spec
 from merge_jax.models.key_maps import Layout, Place, PretrainedVariables, take, write
@@ -291,17 +291,7 @@ def positions_of(path: Any, table: Any, rows: int, side: int, *, resize: bool, t
 
 def _read(path: str | os.PathLike[str]) -> tuple[str, dict[str, Any]]:
     """Returns whose names the tensors of a file have, most of them, and the tensors by these names."""
-    file = find_weights(path)
-    if file.suffix.lower() == ".npz":
-        if not file.is_file():
-            raise FileNotFoundError(f"there is no file {file}")
-        try:
-            with np.load(file, allow_pickle=False) as arrays:  # noqa: TID251  # Arrays alone, no pickles.
-                tensors = {name: arrays[name] for name in arrays.files}
-        except Exception as error:  # Of many kinds, from zipfile's too.
-            raise ValueError(f"{file} is no .npz file of arrays: {error}") from None
-    else:
-        tensors = flatten(load_weights(file))
+    tensors = flatten(load_weights(path))
     tensors = {name.removeprefix("params/"): tensor for name, tensor in tensors.items()}
     dotted = {name.replace("/", "."): tensor for name, tensor in tensors.items()}
     return max(

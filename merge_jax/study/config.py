@@ -32,8 +32,9 @@ class RunConfig:
     """Pretrained: trained first, then frozen. Live: from scratch beside the target, as in the paper. Frozen: read from
     --source-from. Trajectory: its saved steps are replayed in order, of --source-from, or trained first."""
     source_from: Path | None = None
-    """Where a frozen source is read from: a .safetensors file, the folder of a run that trained one, a .pth file of
-    PyTorch, or package:NAME, the weights in an installed package; for a trajectory, the folder of a run."""
+    """Where a frozen source is read from: the folder of a run that trained one, weights of any format that
+    merge_jax.load_weights reads, or package:NAME, those in an installed package; for a trajectory, the folder of a
+    run."""
     snapshots: int = 8
     """Source checkpoints to keep for --source trajectory, about. Ignored when the trajectory is read from a run."""
     source_control: SourceControl = "none"
@@ -97,7 +98,7 @@ class RunConfig:
         optional = {name: getattr(self, name) for name in ("epochs", "source_epochs", "devices")}
         check_at_least_one(**{name: value for name, value in optional.items() if value is not None})
         if self.source == "frozen" and self.source_from is None:
-            raise ValueError("a frozen source needs --source-from, a .safetensors file or the folder of a run")
+            raise ValueError("a frozen source needs --source-from, a file of weights or the folder of a run")
         if self.source_from is not None and self.source not in ("frozen", "trajectory"):
             raise ValueError(
                 f"--source-from is for a source that is frozen or a trajectory; this one is {self.source}, and trained "

@@ -11,7 +11,8 @@ from rich.console import Console
 from tqdm.auto import tqdm
 
 from merge_jax.checkpoints.orbax import CheckpointError
-from merge_jax.checkpoints.torch_files import find_weights, weight_paths
+from merge_jax.checkpoints.torch_files import find_weights
+from merge_jax.checkpoints.weights.load import weight_paths
 from merge_jax.runs import OPPONENTS, PLAN, Plan, Run
 from merge_jax.runs.folder import MetricsLog, RunFolder, check_space, numbered_folder
 from merge_jax.study.config import RunConfig
@@ -104,7 +105,7 @@ def check_paths(config: RunConfig) -> None:
         if config.source == "frozen" and not (path / "checkpoints").is_dir():
             try:
                 weight_paths(path)
-            except OSError as error:
+            except (OSError, ImportError) as error:
                 raise ValueError(f"the source cannot be read: {error}") from None
     if config.run_dir is not None and jax.process_index() == 0:
         RunFolder.check(config.run_dir, run_identity(config), resume=config.resume, translate=current_options)

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from merge_jax.checkpoints.orbax import Checkpoints
-from merge_jax.checkpoints.safetensors import load_params
-from merge_jax.checkpoints.torch_files import find_weights, weight_paths
+from merge_jax.checkpoints.torch_files import find_weights
+from merge_jax.checkpoints.weights.load import load_params, weight_paths
 from merge_jax.checks import error_context
 from merge_jax.paths import flatten
 from merge_jax.study.choices import SourceControl
@@ -209,7 +209,7 @@ def _read_variables(role: StudyModel, path: Path, start: TrainState, seed: int |
         if role.load_pretrained is not None and 2 * len(ours & set(leaves)) < len(ours):
             return role.load_pretrained(path, variables, seed)
         return {**variables, "params": role.load(path, start.params)}
-    except OSError as error:
+    except (OSError, ImportError) as error:
         raise ValueError(f"the source cannot be read: {error}") from None
     except ValueError as error:
         raise ValueError(f"{error}; the source must be {role.name}") from None

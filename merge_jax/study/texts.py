@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 import merge_jax as mj
-from merge_jax.checkpoints.safetensors import leaf_paths
+from merge_jax.checkpoints.weights.load import weight_paths
 from merge_jax.checks import check_choice
 from merge_jax.data import (
     Arrays,
@@ -316,7 +316,7 @@ def text_model(
         return draw_pool(split(train, validation, seed)[1], labels, unlabelled, seed, ("tokens",))
 
     def load(path: Path, params: Any) -> Any:
-        if _WORDS in leaf_paths(path):  # By our names, as save_safetensors wrote it.
+        if _WORDS in weight_paths(path):  # By our names, as save_safetensors wrote it.
             return mj.load_params(path, params)
         return read_weights(path, params).params
 

@@ -8,7 +8,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 import merge_jax as mj
-from merge_jax.checkpoints.safetensors import load_params
+from merge_jax.checkpoints import load_params
 from tests.bad_input import KERNEL, on_file, raises, refusals, refused
 
 ONE = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
@@ -81,8 +81,9 @@ ROWS = {
     ),
     "weights: another format": (
         on_file("m.npz", b"PK\3\4", mj.load_safetensors),
-        "TMP/m.npz is no safetensors file: weights of other formats (.npz, NumPy) are not read, since some run code"
-        " when they are; convert it: mj.save_safetensors('new.safetensors', dict(numpy.load('TMP/m.npz')))",
+        "TMP/m.npz is no safetensors file: weights of other formats (.npz, NumPy) are not read here:"
+        " mj.load_weights('TMP/m.npz') reads those that it knows, and merge-jax convert TMP/m.npz new.safetensors makes"
+        " a file of them",
     ),
     "weights: another shape": (
         loaded({"fc.kernel": np.ones((3, 4), np.float32), "fc.bias": np.ones(3, np.float32)}),

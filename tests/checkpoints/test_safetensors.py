@@ -1,6 +1,5 @@
 import json
 import os
-import pathlib
 import re
 import stat
 import struct
@@ -10,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-import orbax.checkpoint
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
@@ -18,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 import merge_jax as mj
 from merge_jax.checkpoints.safetensors import leaf_paths
+from merge_jax.commands import main
 
 TENSORS = {
     "encoder.layer.0.attention.query.weight": np.arange(12, dtype=np.float32).reshape(3, 4),
@@ -209,17 +208,9 @@ def test_a_file_has_the_permissions_that_the_umask_gives(umask, tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        (
-            "m.msgpack",
-            r"\(\.msgpack, Flax\) are not read, .*; convert it: mj\.save_safetensors\('new\.safetensors', flax\.",
-        ),
-        (
-            "m.keras",
-            r"\(\.keras, Keras\) are not read, .* \{weight\.path: weight\.numpy\(\) for weight in model\.weights",
-        ),
-        ("m.h5", r"\(\.h5, Keras\) are not read"),
-        ("m.pth", r"\(\.pth, PyTorch\) are not read, .*safetensors\.torch\.save_file\(.*tensor\.contiguous\(\)"),
-        ("m.npz", r"\(\.npz, NumPy\) are not read, .* dict\(numpy\.load\('.*m\.npz'\)\)\)$"),
+        ("m.msgpack", r"\(\.msgpack, Flax\) are not read here: mj\.load_weights\('.*m\.msgpack'\) reads those"),
+        ("m.h5", r"\(\.h5, Keras\) are not read here: .*, and merge-jax convert .*m\.h5 new\.safetensors makes"),
+        ("m.pth", r"\(\.pth, PyTorch\) are not read"),
         ("m.safetensors", "it is the pointer of Git LFS to one; git lfs pull fetches the file itself"),
     ],
 )
@@ -232,10 +223,10 @@ def test_a_file_of_another_format_is_called_by_its_name_with_what_to_do(name, me
 def test_what_is_told_of_a_message_of_flax_makes_a_file_of_it(tmp_path, monkeypatch):
     tree = {"fc": {"kernel": np.arange(6, dtype=np.float32).reshape(2, 3)}}
     (tmp_path / "m.msgpack").write_bytes(flax.serialization.to_bytes(tree))
-    with pytest.raises(ValueError, match="convert it: ") as caught:
+    with pytest.raises(ValueError, match="and merge-jax ") as caught:
         mj.load_safetensors(tmp_path / "m.msgpack")
     monkeypatch.chdir(tmp_path)
-    exec(str(caught.value).partition("convert it: ")[2], {"mj": mj, "flax": flax, "pathlib": pathlib})
+    main(str(caught.value).partition("and merge-jax ")[2].removesuffix(" makes a file of them").split())
     np.testing.assert_array_equal(mj.load_safetensors("new.safetensors")["fc"]["kernel"], tree["fc"]["kernel"])
 
 
@@ -248,7 +239,7 @@ def test_a_checkpoint_of_orbax_is_called_by_its_name_and_what_is_told_makes_a_fi
     with pytest.raises(FileNotFoundError, match="it is a checkpoint of Orbax; make a file of it: ") as caught:
         mj.load_safetensors(tmp_path / "one")
     monkeypatch.chdir(tmp_path)
-    exec(str(caught.value).partition("make a file of it: ")[2], {"mj": mj, "orbax": orbax})
+    exec(str(caught.value).partition("make a file of it: ")[2], {"mj": mj})
     np.testing.assert_array_equal(mj.load_safetensors("new.safetensors")["fc"]["kernel"], tree["fc"]["kernel"])
     for folder in ("ours", "ours/1"):
         with pytest.raises(FileNotFoundError, match=rf"it is of checkpoints; .*merge-jax export .*{folder} FILE makes"):

@@ -8,6 +8,7 @@ import json
 import shutil
 from dataclasses import replace
 
+import flax.serialization
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -390,10 +391,28 @@ def test_what_cannot_be_exported_is_named(runs, tmp_path, capsys):
     assert file.read_text() == "mine"
 
 
+def test_weights_of_others_become_a_file_of_safetensors(tmp_path, capsys):
+    tree = {"params": {"fc": {"kernel": np.ones((2, 3), np.float16)}}, "step": np.array(3)}
+    (tmp_path / "m.bin").write_bytes(flax.serialization.to_bytes(tree))
+    out = tmp_path / "m.safetensors"
+    assert said(capsys, "convert", tmp_path / "m.bin", out) == (
+        f"{tmp_path / 'm.bin'} (Flax msgpack): 1 leaves, 6 numbers: {out}\n"
+    )
+    assert_equal_leaves(mj.load_safetensors(out), {"params": tree["params"]})
+    assert refused(capsys, "convert", tmp_path / "m.bin", out).endswith("nothing is overwritten: give another name")
+    assert "must end in .safetensors" in refused(capsys, "convert", tmp_path / "m.bin", tmp_path / "m.npz")
+    said(capsys, "convert", tmp_path / "m.bin", tmp_path / "step.safetensors", "--select", "step")
+    assert_equal_leaves(mj.load_safetensors(tmp_path / "step.safetensors"), {"step": tree["step"]})
+    printed = said(capsys, "summary", tmp_path / "m.bin", "--leaves", "**/kernel")
+    assert printed.startswith(f"{tmp_path / 'm.bin'}: Flax msgpack\n")
+    assert "params/fc/kernel  float16[2, 3]" in printed
+    assert "has no digests to verify" in refused(capsys, "summary", tmp_path / "m.bin", "--verify")
+
+
 def test_without_a_command_there_is_help_and_an_exit_code(capsys):
     with pytest.raises(SystemExit) as end:
         main([])
     assert end.value.code == 2
     printed = capsys.readouterr().out
-    assert all(name in printed for name in ("run", "compare", "summary", "export", "doctor", "exit codes"))
+    assert all(name in printed for name in ("run", "compare", "summary", "export", "convert", "doctor", "exit codes"))
     assert said(capsys, "--version").strip() == importlib.metadata.version("merge_jax")

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import merge_jax as mj
-from merge_jax.checkpoints.torch_files import find_weights, load_torch, weight_paths
+from merge_jax.checkpoints.torch_files import find_weights, load_torch
+from merge_jax.checkpoints.weights.load import weight_paths
 from merge_jax.models import (
     EfficientNetLite,
     EfficientNetStage,
@@ -348,7 +349,7 @@ def test_variables_of_another_network_are_refused(tmp_path):
 def test_without_torch_its_files_are_refused_with_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     (tmp_path / "m.pth").write_bytes(b"\x80\x02")
-    with pytest.raises(ValueError, match=r"m\.pth is read by PyTorch, .* pip install 'merge_jax\[torch\]'; or make"):
+    with pytest.raises(ImportError, match=r"m\.pth is read by PyTorch, .* pip install 'merge_jax\[torch\]'; or make"):
         load_torch(tmp_path / "m.pth")
     with pytest.raises(FileNotFoundError, match=r"there is no file .*none\.pth"):
         load_torch(tmp_path / "none.pth")

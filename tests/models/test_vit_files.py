@@ -321,10 +321,10 @@ def test_files_of_another_kind_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no file"):
         from_flax(tmp_path / "none.npz", shapes_of())
     (tmp_path / "broken.npz").write_bytes(b"PK")
-    with pytest.raises(ValueError, match=r"broken\.npz is no \.npz file of arrays: "):
+    with pytest.raises(ValueError, match=r"broken\.npz holds no weights of a format that is read "):
         from_flax(tmp_path / "broken.npz", shapes_of())
     objects = {"cls": np.array([{}], dtype=object)}
-    with pytest.raises(ValueError, match=r"vit\.npz is no \.npz file of arrays: .*allow_pickle=False"):
+    with pytest.raises(ValueError, match=r"vit\.npz has Python objects in 'cls', which are pickled"):
         from_flax(write(tmp_path, objects, ".npz"), shapes_of())
 
 

@@ -38,7 +38,7 @@ def imported_by(*words):
         *((f"experiments.{name}", "--help") for name in _EXPERIMENTS),
         ("merge_jax", "--help"),
         ("merge_jax", "--version"),
-        *(("merge_jax", name, "--help") for name in ("run", "compare", "summary", "export", "doctor")),
+        *(("merge_jax", name, "--help") for name in ("run", "compare", "summary", "export", "convert", "doctor")),
         ("merge_jax", "run", "cross_structure", "--help"),
     ],
     ids=" ".join,

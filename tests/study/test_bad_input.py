@@ -183,7 +183,7 @@ ROWS = {
     # Sources.
     "source: not named": (
         refused("cross_structure", "--source", "frozen"),
-        "a frozen source needs --source-from, a .safetensors file or the folder of a run",
+        "a frozen source needs --source-from, a file of weights or the folder of a run",
     ),
     "source: absent": (
         refused("cross_structure", "--source", "frozen", "--source-from", "TMP/none"),

@@ -3,8 +3,10 @@
 import shutil
 from dataclasses import replace
 
+import flax.serialization
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 import merge_jax as mj
@@ -151,6 +153,39 @@ def test_sources_that_cannot_be_read_are_refused(pretrained, trajectory, tmp_pat
             refused(options, tmp_path / "run")
 
 
+def write_npz(path, state):
+    with path.open("wb") as file:
+        np.savez(file, **mj.flatten(state["params"]))
+
+
+def write_orbax(path, state):
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path, state)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path, state: path.write_bytes(flax.serialization.to_bytes(state)),
+        write_npz,
+        write_orbax,
+    ],
+    ids=["msgpack", "npz", "Orbax"],
+)
+def test_a_source_is_read_from_a_file_of_another_library(write, pretrained, tmp_path):
+    params = source_of(pretrained[0])
+    statistics = {"norm": {"mean": np.ones(64, np.float32), "var": np.ones(64, np.float32)}}
+    state = {"params": params, "batch_stats": statistics, "opt_state": params, "step": np.array(3)}
+    write(tmp_path / "source", state)
+    words = [*LITTLE, "--source", "frozen", "--source-from", str(tmp_path / "source")]
+    config = parse(tiny.PRESETS, "", "", words)
+    read = plan_source(tiny.build(config), config).read
+    assert read is not None
+    found = mj.flatten(read(0).params)
+    for path, leaf in mj.flatten(params).items():
+        np.testing.assert_array_equal(found[path], leaf)
+
+
 @pytest.mark.parametrize("kind", ["file", "frozen", "trajectory"])
 def test_another_model_is_told_before_one_is_made_or_traced(kind, pretrained, trajectory, tmp_path, monkeypatch):
     mj.save_safetensors(tmp_path / "other.safetensors", {"fc": {"kernel": np.zeros((3, 4), np.float32)}})
@@ -204,14 +239,14 @@ def test_a_run_that_goes_on_looks_at_no_source_of_a_seed_that_may_be_done(
 
 @pytest.mark.parametrize("source", ["file", "orbax"])
 def test_a_source_that_is_no_weights_is_told_before_data_is_read(source, tmp_path):
-    (tmp_path / "m.msgpack").write_bytes(b"\x81")
+    (tmp_path / "m.msgpack").write_bytes(b"\x81\xa1")
     (tmp_path / "_METADATA").write_text("{}")
     path, told = {
         "file": (
             tmp_path / "m.msgpack",
-            r"m\.msgpack is no safetensors file: weights of other formats \(\.msgpack, Flax",
+            r"m\.msgpack is truncated or no msgpack of Flax: ",
         ),
-        "orbax": (tmp_path, "the source cannot be read: the folder .*: it is a checkpoint of Orbax"),
+        "orbax": (tmp_path, "is truncated or no checkpoint of Orbax: "),
     }[source]
     with pytest.raises(ValueError, match=told):
         runner.check_paths(tiny.Config(source="frozen", source_from=path))

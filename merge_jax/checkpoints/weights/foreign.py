@@ -1,0 +1,52 @@
+"""What a file is that is not read as weights, and what to do with it."""
+
+from pathlib import Path
+
+from merge_jax.checkpoints.weights.archives import member_names
+from merge_jax.paths import some_of
+
+__all__ = ["explain"]
+
+_PICKLE = (
+    "a pickle, and reading one runs code: where you trust it, unpickle it there and save its arrays,"
+    " mj.save_safetensors('new.safetensors', arrays)"
+)
+_BY_HEAD = {
+    b"\x1f\x8b": "compressed with gzip: decompress it first, gzip -dk FILE",
+    b"BZh": "compressed with bzip2: decompress it first, bzip2 -dk FILE",
+    b"\xfd7zXZ": "compressed with xz: decompress it first, xz -dk FILE",
+    b"(\xb5/\xfd": "compressed with zstd: decompress it first, zstd -d FILE",
+    b"7z\xbc\xaf": "an archive of 7-Zip: unpack it first, 7z x FILE",
+    b"\x93NUMPY": "one array without a name: numpy.savez names several",
+    b"version https://git-lfs": "the pointer of Git LFS to a file; git lfs pull fetches the file itself",
+    b"<": "a page of the web or XML: what was downloaded is not the file itself",
+}
+_TFLITE, _TAR = b"TFL3", b"ustar"
+
+
+def explain(path: Path, head: bytes) -> str:
+    """Returns what a file or folder is that none of the formats is, and what to do with it; empty where not known."""
+    if path.is_dir():
+        if (path / "checkpoints").is_dir():
+            return "it is the folder of a run: name one in its checkpoints, such as checkpoints/METHOD-seed0"
+        if (path / "saved_model.pb").exists():
+            return "it is a SavedModel of TensorFlow: load it there, and save the arrays of its variables (numpy.savez)"
+        files = sorted(child.name for child in path.iterdir() if child.is_file())
+        return f"name one of its files: {some_of(files, 5)}" if files else ""
+    if not head:
+        return "it is empty"
+    for magic, what in _BY_HEAD.items():
+        if head.lstrip().startswith(magic) if magic == b"<" else head.startswith(magic):
+            return f"it is {what.replace('FILE', repr(str(path)))}"
+    if len(head) > 2 and head[0] == 0x80 and 2 <= head[1] <= 5:
+        return f"it is {_PICKLE}"
+    if head[257:262] == _TAR:
+        return f"it is an archive of tar: unpack it first, tar -xf {str(path)!r}"
+    if head[4:8] == _TFLITE:
+        return "it is a model of TensorFlow Lite, made to be run and not trained: take the weights that it was made of"
+    if head.startswith(b"PK\3\4"):
+        names = member_names(path, head)
+        if not names:
+            return "it is a zip archive that is truncated"
+        return f"it is a zip archive of {', '.join(names[:3])}: unpack it first"
+    return ""

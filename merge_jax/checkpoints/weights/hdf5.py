@@ -1,0 +1,105 @@
+"""HDF5 files as plain trees of groups; what leads into another file, or claims more than it holds, is refused."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from merge_jax.checkpoints.weights.archives import open_archive
+from merge_jax.checkpoints.weights.stored import needing, reading
+
+__all__ = ["Group", "read_arrays", "read_groups"]
+
+_LARGEST_RATIO = 1032  # As of a zip; HDF5 compresses no better.
+_DEEPEST = 100
+_ATTRIBUTES = ("name", "layer_names", "weight_names")
+_BLOCK = 2**20
+
+
+@dataclass(frozen=True)
+class Group:
+    """A group of an HDF5 file: its place, those attributes that Keras reads, groups and arrays by name."""
+
+    place: str
+    attributes: Mapping[str, Any]
+    groups: Mapping[str, "Group"]
+    arrays: Mapping[str, jax.ShapeDtypeStruct]
+
+
+def read_groups(path: Path, member: str) -> Group:
+    """Returns the groups of an HDF5 file, or of that member of an archive, without its numbers.
+
+    Raises:
+      ImportError: h5py is not installed.
+      ValueError: the file is broken (of a member, by its checksum), or has a link, numbers in another file, what is no
+        number, or claims more than it can hold.
+    """
+    if _is_archive(path):
+        with reading(path, "archive"), open_archive(path) as archive, archive.open(member) as opened:
+            while opened.read(_BLOCK):  # To its end, where the checksum is compared.
+                pass
+    with _opened(path, member) as file:
+        return _group(file, path, set())
+
+
+def read_arrays(path: Path, member: str, places: Sequence[str]) -> list[np.ndarray]:
+    """Returns arrays of a file that `read_groups` has read, by their places; bfloat16 lies in it as bytes."""
+    with _opened(path, member) as file:
+        return [np.asarray(file[place]) for place in places]
+
+
+@contextmanager
+def _opened(path: Path, member: str) -> Iterator[Any]:
+    try:
+        import h5py  # pyright: ignore[reportMissingImports]  # Not at the top: it is optional.
+    except ImportError:
+        raise needing(path, "h5py", "keras") from None
+    with reading(path, "HDF5 file of Keras"):
+        if not _is_archive(path):
+            with h5py.File(path) as file:
+                yield file
+            return
+        with open_archive(path) as archive, archive.open(member) as opened, h5py.File(opened) as file:
+            yield file
+
+
+def _is_archive(path: Path) -> bool:
+    with path.open("rb") as opened:
+        return opened.read(2) == b"PK"
+
+
+def _group(node: Any, path: Path, seen: set[Any]) -> Group:
+    if node in seen or len(seen) > 1_000_000:
+        raise ValueError(f"{path} has the group {node.name!r} at two places")
+    seen.add(node)
+    if node.name.count("/") > _DEEPEST:
+        raise ValueError(f"{path} has groups of more than {_DEEPEST} levels, which is the limit")
+    groups, arrays = {}, {}
+    for name in node:
+        # Before it is followed: it may lead into another file.
+        if type(node.get(name, getlink=True)).__name__ != "HardLink":
+            raise ValueError(f"{path} has the link {name!r} in {node.name!r}, which may lead into another file")
+        child = node[name]
+        if hasattr(child, "keys"):
+            groups[name] = _group(child, path, seen)
+        else:
+            arrays[name] = _shape(child, path)
+    attributes = {name: node.attrs[name] for name in _ATTRIBUTES if name in node.attrs}
+    return Group(node.name, attributes, groups, arrays)
+
+
+def _shape(dataset: Any, path: Path) -> jax.ShapeDtypeStruct:
+    if dataset.external or dataset.is_virtual:
+        raise ValueError(f"{path} has the numbers of {dataset.name!r} in another file")
+    is_bfloat16 = (dataset.dtype.kind, dataset.dtype.itemsize) == ("V", 2) and dataset.attrs.get("dtype") == "bfloat16"
+    if dataset.dtype.kind not in "biufc" and not is_bfloat16:
+        raise ValueError(f"{path} has {dataset.dtype} in {dataset.name!r}, which are no numbers")
+    size = dataset.dtype.itemsize * int(np.prod(dataset.shape, dtype=object))
+    if size > _LARGEST_RATIO * dataset.id.get_storage_size() + 100:
+        raise ValueError(f"{path} claims {size} bytes for {dataset.name!r}, which it does not hold")
+    return jax.ShapeDtypeStruct(dataset.shape, jnp.bfloat16 if is_bfloat16 else dataset.dtype)

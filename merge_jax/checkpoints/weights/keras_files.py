@@ -1,0 +1,172 @@
+"""Keras: `.keras`, `.weights.h5` and the older `.h5`; layers by their names in the model, not by their places."""
+
+import json
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from merge_jax.checkpoints.names import paths_of
+from merge_jax.checkpoints.weights.archives import member_names, open_archive
+from merge_jax.checkpoints.weights.hdf5 import Group, read_arrays, read_groups
+from merge_jax.checkpoints.weights.keras_layers import Config, class_of, name_of, spec_of, sublayers, variables_of
+from merge_jax.checkpoints.weights.stored import Format, Stored, reading
+from merge_jax.paths import some_of
+
+__all__ = ["HDF5", "KERAS"]
+
+_CONFIG, _WEIGHTS = "config.json", "model.weights.h5"
+_VARIABLES, _LAYERS = "vars", "layers"
+_OPTIMIZERS = ("optimizer", "optimizer_weights")
+_OLDER, _OLDER_LAYERS, _OLDER_WEIGHTS = "model_weights", "layer_names", "weight_names"
+_LARGEST_CONFIG = 100_000_000
+
+
+@dataclass(frozen=True)
+class _Variable:
+    """A variable of a layer.
+
+    Attributes:
+      place: in the file.
+      path: in the model.
+      known: whether all of the path is the model's, and no part of it the file's.
+      kind: the class of its layer.
+      shape: and dtype.
+    """
+
+    place: str
+    path: str
+    known: bool
+    kind: str
+    shape: jax.ShapeDtypeStruct
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """Where a layer is in the model: its class, configuration, and the names on the way to it."""
+
+    kind: str
+    config: Config | None
+    names: tuple[str, ...]
+    known: bool
+
+
+def _detect_keras(path: Path, head: bytes) -> bool:
+    names = member_names(path, head)
+    return _CONFIG in names and any(name.startswith("model.weights") for name in names)
+
+
+def _detect_hdf5(path: Path, head: bytes) -> bool:
+    del path
+    return head.startswith(b"\x89HDF\r\n\x1a\n")
+
+
+def _open_keras(path: Path) -> Stored:
+    with open_archive(path) as archive:
+        if _WEIGHTS not in archive.namelist():
+            raise ValueError(f"{path} has no {_WEIGHTS}; it holds {some_of(archive.namelist(), 5)}")
+        if archive.getinfo(_CONFIG).file_size > _LARGEST_CONFIG:
+            raise ValueError(f"{path} claims a {_CONFIG} over the limit of {_LARGEST_CONFIG} bytes")
+        with reading(path, "model of Keras"):
+            config = json.loads(archive.read(_CONFIG))
+    return _open(path, config if isinstance(config, dict) else None)
+
+
+def _open_hdf5(path: Path) -> Stored:
+    return _open(path, None)
+
+
+def _open(path: Path, config: Config | None) -> Stored:
+    root = read_groups(path, _WEIGHTS)
+    older = root.groups.get(_OLDER, root)
+    if _OLDER_LAYERS in older.attributes:
+        found = list(_older_variables(older, path))
+    else:
+        model = Group(root.place, {}, {name: g for name, g in root.groups.items() if name not in _OPTIMIZERS}, {})
+        found = list(_variables(model, _Layer("", config, (), known=True)))
+    if not found:
+        raise ValueError(f"{path} has no weights of Keras: its groups are {some_of(root.groups, 5) or 'none'}")
+    counts = Counter(one.path for one in found)
+    by_name = {one.path if counts[one.path] == 1 else one.place.strip("/"): one for one in found}
+    leaves = {leaf: by_name[name] for name, leaf in paths_of(by_name, path).items()}
+    unknown = [leaf for leaf, one in leaves.items() if not one.known or counts[one.path] > 1]
+    if unknown:
+        warnings.warn(
+            f"{path} does not tell the names of {some_of(unknown, 3)}: they stand under their places in the file; a"
+            " .keras file of layers that are Keras's own tells them",
+            stacklevel=5,
+        )
+
+    def read(paths: Sequence[str]) -> Mapping[str, np.ndarray]:
+        arrays = read_arrays(path, _WEIGHTS, [leaves[leaf].place for leaf in paths])
+        return {leaf: array.view(leaves[leaf].shape.dtype) for leaf, array in zip(paths, arrays, strict=True)}
+
+    specs = {leaf: spec_of(one.kind, leaf.rpartition("/")[2], len(one.shape.shape)) for leaf, one in leaves.items()}
+    known = {leaf: spec for leaf, spec in specs.items() if spec is not None}
+    return Stored(tuple(leaves), lambda paths: {leaf: leaves[leaf].shape for leaf in paths}, read, known)
+
+
+def _variables(group: Group, layer: _Layer) -> Iterator[_Variable]:
+    """Yields the variables of a layer, and those of the layers in it."""
+    own = group.groups.get(_VARIABLES)
+    if own is not None:
+        places = sorted(own.arrays, key=lambda place: (len(place), place))  # 0, 1, ..., 10.
+        names = variables_of(layer.kind, layer.config, len(places))
+        known = layer.known and names is not None
+        for place, name in zip(places, names or places, strict=True):
+            path = "/".join((*layer.names, name))
+            yield _Variable(f"{own.place}/{place}", path, known, layer.kind, own.arrays[place])
+    for place, child in group.groups.items():
+        if place == _LAYERS:
+            configs = sublayers(layer.config)
+            for name, inner in child.groups.items():
+                config = configs.get(name)
+                yield from _variables(inner, _inside(layer, inner, name, class_of(name, config), config))
+        elif _VARIABLES in child.groups:
+            yield from _variables(child, _inside(layer, child, place, _class_inside(place, layer.kind, child), None))
+        elif place != _VARIABLES:  # A list of layers, or a layer without variables and so without a name.
+            yield from _variables(child, _Layer(layer.kind, None, layer.names, layer.known))
+
+
+def _inside(layer: _Layer, group: Group, place: str, kind: str, config: Config | None) -> _Layer:
+    name = _written_name(group) or name_of(config)
+    return _Layer(kind, config, (*layer.names, name or place), layer.known and name is not None)
+
+
+def _class_inside(place: str, parent: str, group: Group) -> str:
+    """Returns the class of a layer that is an attribute of another, which no configuration names."""
+    kind = f"{parent}_cell" if place == "cell" else class_of(place, None)
+    names = variables_of(kind, None, len(group.groups[_VARIABLES].arrays))
+    name = _written_name(group)
+    return kind if names or name is None else class_of(name, None)
+
+
+def _written_name(group: Group) -> str | None:
+    """Returns the name of a layer that newer files have at its variables."""
+    name = group.groups[_VARIABLES].attributes.get("name") if _VARIABLES in group.groups else None
+    return name if isinstance(name, str) else None
+
+
+def _older_variables(root: Group, path: Path) -> Iterator[_Variable]:
+    """Yields the variables of a file of Keras 2, or of `model.save("x.h5")`, whose groups have the layers' names."""
+    for layer, group in root.groups.items():
+        for written in group.attributes.get(_OLDER_WEIGHTS, ()):
+            name = written.decode() if isinstance(written, bytes) else str(written)
+            *parents, last = name.split("/")
+            inner: Group | None = group
+            for parent in parents:
+                inner = None if inner is None else inner.groups.get(parent)
+            if inner is None or last not in inner.arrays:
+                raise ValueError(f"{path} lacks the weight {name!r} of the layer {layer!r}")
+            # Before the layer's own name may be that of the model.
+            bare = name.removesuffix(":0").partition(f"{layer}/")[2] or name.removesuffix(":0")
+            place, kind = f"{inner.place}/{last}", class_of(layer, None)
+            yield _Variable(place, f"{layer}/{bare}", True, kind, inner.arrays[last])
+
+
+KERAS = Format("Keras", _detect_keras, _open_keras)
+HDF5 = Format("HDF5 of Keras", _detect_hdf5, _open_hdf5)

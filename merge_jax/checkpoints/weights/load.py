@@ -1,0 +1,160 @@
+"""Weights of any format as one tree of arrays: the content says which format it is, not the name."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from merge_jax.checkpoints.names import put
+from merge_jax.checkpoints.safetensors import select_paths
+from merge_jax.checkpoints.torch_files import find_weights
+from merge_jax.checkpoints.weights.flax_files import FLAX
+from merge_jax.checkpoints.weights.foreign import explain
+from merge_jax.checkpoints.weights.gguf_files import GGUF
+from merge_jax.checkpoints.weights.keras_files import HDF5, KERAS
+from merge_jax.checkpoints.weights.npz_files import NPZ
+from merge_jax.checkpoints.weights.onnx_files import ONNX
+from merge_jax.checkpoints.weights.orbax_folders import ORBAX
+from merge_jax.checkpoints.weights.safetensors_files import SAFETENSORS
+from merge_jax.checkpoints.weights.stored import Format, Stored
+from merge_jax.checkpoints.weights.torch_files import TORCH
+from merge_jax.checkpoints.weights.training_state import model_part
+from merge_jax.paths import Pattern, flatten, near_misses, some_of
+from merge_jax.types import Params
+
+__all__ = ["FORMATS", "find_format", "load_params", "load_weights", "open_leaves", "weight_paths", "weight_shapes"]
+
+FORMATS: tuple[Format, ...] = (SAFETENSORS, TORCH, KERAS, HDF5, NPZ, GGUF, ORBAX, FLAX, ONNX)
+"""All formats, those with the surest marks first."""
+
+_HEAD = 4096  # Bytes that say which format a file has.
+
+Select = Pattern | Sequence[Pattern] | None
+
+
+def load_weights(path: str | os.PathLike[str], select: Select = None, like: Params | None = None) -> Params:
+    """Returns the weights of a file, of whatever format, as a tree of NumPy arrays under their own names.
+
+    Formats: safetensors, PyTorch, Orbax (and the folders of `Checkpoints`), Flax msgpack, npz, Keras, GGUF and ONNX;
+    some need an extra, which the error names. The content says which it is, not the name. A tensor's name is split at
+    its dots and slashes; arrays stay in the layout of their library, see `merge_jax.checkpoints.layouts_of`.
+
+    Of a training state that JAX libraries save (Orbax, msgpack, npz), without `select` the model's part is taken:
+    `params` with what is beside it, such as `batch_stats`, or what is in `model`, `state` or `target`; no optimizer
+    state, step or random keys. With `select`, names are those of the whole file.
+
+    Args:
+      path: of a file or folder, or `package:NAME` for the one file of weights in an installed package.
+      select: paths or patterns of the leaves to read, over paths with `/`.
+      like: a tree of arrays or shapes: the result has its structure, and every leaf has its shape and dtype. Of a file
+        whose leaves are all in `params`, it may be what is in it.
+
+    Raises:
+      FileNotFoundError: there is no such file or folder, or a part of it is missing.
+      ImportError: the format needs a library that is not installed; the command that installs it is named.
+      ValueError: the file is of no known format or broken, a pattern names nothing (near misses are listed), or the
+        leaves are not those of `like` (the first ten are named).
+    """
+    file = find_weights(path)
+    stored, names = open_leaves(file, select)
+    if like is None:
+        tree: dict[str, Any] = {}
+        arrays = stored.read(list(names.values()))
+        for name, leaf in names.items():
+            put(tree, name, arrays[leaf])
+        return tree
+    found = stored.shapes(list(names.values()))
+    wanted = _fitted(file, {name: found[leaf] for name, leaf in names.items()}, like)
+    arrays = stored.read([names[name] for name in wanted])
+    return jax.tree.unflatten(jax.tree.structure(like), [arrays[names[name]] for name in wanted])
+
+
+def load_params(path: str | os.PathLike[str], like: Params) -> Params:
+    """Returns the parameters of a model from a file of any format, in the structure of `like`; see `load_weights`.
+
+    Args:
+      path: as `load_weights`; `save_safetensors` writes such files.
+      like: the model's parameters as they start, or their shapes.
+
+    Raises:
+      FileNotFoundError, ImportError, ValueError: as `load_weights`.
+    """
+    return load_weights(path, like=like)
+
+
+def weight_shapes(path: str | os.PathLike[str], select: Select = None) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns shape and dtype of each leaf that `load_weights` would read, by path, without reading the numbers.
+
+    Raises:
+      FileNotFoundError, ImportError, ValueError: as `load_weights`.
+    """
+    stored, names = open_leaves(find_weights(path), select)
+    found = stored.shapes(list(names.values()))
+    return {name: found[leaf] for name, leaf in names.items()}
+
+
+def weight_paths(path: str | os.PathLike[str]) -> tuple[str, ...]:
+    """Returns the paths of the leaves that `load_weights` would read, without reading the numbers.
+
+    Raises:
+      FileNotFoundError, ImportError, ValueError: as `load_weights`.
+    """
+    return tuple(open_leaves(find_weights(path), None)[1])
+
+
+def open_leaves(file: Path, select: Select) -> tuple[Stored, dict[str, str]]:
+    """Returns an opened file, and the leaves that are wanted of it: their names, each with its path in the file."""
+    kind = find_format(file)
+    stored = kind.open(file)
+    if select is None and kind.training_states:
+        return stored, model_part(stored.paths)
+    return stored, {path: path for path in select_paths(stored.paths, select)}
+
+
+def find_format(file: Path) -> Format:
+    """Returns the format of a file or folder, by what is in it.
+
+    Raises:
+      FileNotFoundError: there is none.
+      ValueError: it is of no known format; what it is and what to do is said where that is known.
+    """
+    if not os.path.exists(file):  # Path.exists raises for names that the disk does not take.
+        raise FileNotFoundError(f"there is no file or folder {file}")
+    head = b""
+    if not file.is_dir():
+        with file.open("rb") as opened:
+            head = opened.read(_HEAD)
+    for kind in FORMATS:
+        if kind.detect(file, head):
+            return kind
+    known = explain(file, head)
+    raise ValueError(
+        f"{file} holds no weights of a format that is read ({', '.join(kind.name for kind in FORMATS)})"
+        f"{known and f': {known}'}"
+    )
+
+
+def _fitted(file: Path, found: Mapping[str, jax.ShapeDtypeStruct], like: Params) -> list[str]:
+    """Returns the names of a file's leaves in the order of `like`'s; raises ValueError where they do not fit."""
+    # A key may have dots of its own, which a file does not tell from those between keys.
+    names = {name.replace(".", "/"): name for name in found}
+    wanted = {path.replace(".", "/"): leaf for path, leaf in flatten(like).items()}
+    if not any(path.startswith("params/") for path in wanted):
+        bare = {path.removeprefix("params/"): name for path, name in names.items() if path.startswith("params/")}
+        names = bare if len(bare) == len(names) else names
+    problems = [f"{path} is missing; {near_misses(path, names)}" for path in wanted.keys() - names.keys()]
+    problems += [f"{path} is there, but not in the model" for path in names.keys() - wanted.keys()]
+    for path in wanted.keys() & names.keys():
+        there, here = (f"{leaf.dtype}{list(leaf.shape)}" for leaf in (found[names[path]], wanted[path]))
+        if there != here:
+            problems.append(f"{path} is {there}, the model's is {here}")
+    if problems:
+        there, here = (sum(int(np.size(leaf)) for leaf in leaves.values()) for leaves in (found, wanted))
+        raise ValueError(
+            f"{file} does not fit the model: {some_of(sorted(problems), 10, '; ')} ({there:,} numbers in the file,"
+            f" {here:,} in the model)"
+        )
+    return [names[path] for path in wanted]

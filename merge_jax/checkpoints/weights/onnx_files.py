@@ -1,0 +1,102 @@
+"""ONNX: the initialisers of a graph; the operations that they are handed to say how each is a matrix."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from merge_jax.checkpoints.names import check_inside, paths_of
+from merge_jax.checkpoints.weights.stored import Format, Stored, needing, reading
+from merge_jax.layouts import MatrixSpec
+
+__all__ = ["ONNX"]
+
+_IR_VERSION, _LARGEST_VERSION = 0x08, 0x20  # The first field of a model, a whole number below this.
+_SECOND = (0x12, 0x1A, 0x22, 0x28, 0x32, 0x3A, 0x42)  # The fields that may follow it.
+
+
+def _detect(path: Path, head: bytes) -> bool:
+    del path
+    return len(head) > 2 and head[0] == _IR_VERSION and head[1] < _LARGEST_VERSION and head[2] in _SECOND
+
+
+def _open(path: Path) -> Stored:
+    try:
+        import onnx  # pyright: ignore[reportMissingImports]  # Not at the top: it is optional.
+        from onnx import numpy_helper  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise needing(path, "onnx", "onnx") from None
+    with reading(path, "model of ONNX"):
+        graph = onnx.load(path, load_external_data=False).graph
+    tensors: dict[str, Any] = {}
+    for tensor in graph.initializer:
+        if not isinstance(tensor.name, str):  # Bytes, where they are no text.
+            raise ValueError(f"{path} has the name {tensor.name!r}, which is no text")
+        if tensor.name in tensors:
+            raise ValueError(f"{path} has the name {tensor.name!r} twice")
+        tensors[tensor.name] = tensor
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                check_inside(entry.value, path, "file of weights")
+    if graph.sparse_initializer:
+        raise ValueError(f"{path} has sparse initialisers, which are not read: make them dense before the export")
+    if not tensors:
+        raise ValueError(f"{path} has no initialisers: the model was exported without its parameters")
+    leaves = {leaf: name for name, leaf in _paths(tensors, path).items()}
+
+    def shapes(paths: Sequence[str]) -> Mapping[str, jax.ShapeDtypeStruct]:
+        found = {}
+        for leaf in paths:
+            tensor = tensors[leaves[leaf]]
+            with reading(path, "model of ONNX"):
+                dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
+            if dtype.hasobject:
+                raise ValueError(f"{path} has texts in {tensor.name!r}: leave it out with select")
+            found[leaf] = jax.ShapeDtypeStruct(tuple(tensor.dims), dtype)
+        return found
+
+    def read(paths: Sequence[str]) -> Mapping[str, np.ndarray]:
+        shapes(paths)
+        with reading(path, "model of ONNX"):
+            return {leaf: numpy_helper.to_array(tensors[leaves[leaf]], str(path.parent)) for leaf in paths}
+
+    specs = {}
+    for name, spec in _specs(graph, {name: len(tensor.dims) for name, tensor in tensors.items()}):
+        # Two operations that read one tensor in two ways leave it open.
+        specs[name] = spec if specs.get(name, spec) == spec else None
+    known = {leaf: specs[name] for leaf, name in leaves.items() if specs.get(name) is not None}
+    return Stored(tuple(leaves), shapes, read, known, names_tell=False)
+
+
+def _paths(names: Mapping[str, Any], path: Path) -> dict[str, str]:
+    """Returns the path of each name; those that an exporter makes up begin with a slash."""
+    stripped = {name.lstrip("/"): name for name in names}
+    if len(stripped) < len(names):
+        raise ValueError(f"{path} has two tensors whose names differ only in a slash before them")
+    return {stripped[bare]: leaf for bare, leaf in paths_of(stripped, path).items()}
+
+
+def _specs(graph: Any, ranks: Mapping[str, int]) -> Iterator[tuple[str, MatrixSpec]]:
+    """Yields the spec of each tensor by each operation that reads it; rows are what the operation puts out."""
+    straight, transposed = MatrixSpec((0,), (1,)), MatrixSpec((1,), (0,))
+    for node in graph.node:
+        flags = {attribute.name: attribute.i for attribute in node.attribute}
+        for i, name in enumerate(node.input):
+            rank = ranks.get(name, 0)
+            window = tuple(range(2, rank))
+            if node.op_type == "MatMul" and rank == 2:
+                yield name, transposed if i == 1 else straight
+            elif node.op_type == "Gemm" and rank == 2:
+                outputs_first = flags.get("transB", 0) if i == 1 else not flags.get("transA", 0)
+                yield name, straight if outputs_first else transposed
+            elif node.op_type == "Conv" and i == 1:
+                yield name, MatrixSpec((0,), (1,), window)
+            elif node.op_type == "ConvTranspose" and i == 1:
+                yield name, MatrixSpec((1,), (0,), window)
+            elif node.op_type == "Gather" and i == 0 and rank == 2:
+                yield name, straight
+
+
+ONNX = Format("ONNX", _detect, _open)

@@ -1,0 +1,135 @@
+"""Orbax: one checkpoint of a tree, or a folder of steps; of `Checkpoints`, every number is compared with its digest."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from merge_jax.checkpoints.formats import is_orbax
+from merge_jax.checkpoints.names import check_paths, leaves_of
+from merge_jax.checkpoints.weights.stored import Format, Stored, reading
+from merge_jax.checkpoints.weights.training_state import model_part
+from merge_jax.paths import flatten, some_of
+
+__all__ = ["ORBAX", "is_ours"]
+
+_TREE = "_METADATA"  # In the folder of every tree.
+_STEP = "_CHECKPOINT_METADATA"  # In that of a step, one or more trees and more.
+_VARIABLE = "/value"  # What Flax NNX calls the array of a variable.
+
+
+def _detect(path: Path, head: bytes) -> bool:
+    del head
+    return path.is_dir() and (is_orbax(path) or bool(_trees(path)) or any(map(_is_step, path.iterdir())))
+
+
+def _is_step(path: Path) -> bool:
+    """Returns whether a folder is a step: `100`, or `ckpt_100` where Orbax has written it."""
+    return path.is_dir() and (path.name.isdecimal() or (path.name[-1:].isdecimal() and (path / _STEP).exists()))
+
+
+def _trees(path: Path) -> list[Path]:
+    return sorted(child for child in path.iterdir() if (child / _TREE).exists())
+
+
+def _open(path: Path) -> Stored:
+    step = path
+    if not (path / _TREE).exists() and not _trees(path):
+        steps = [child for child in path.iterdir() if _is_step(child)]
+        if not steps:
+            raise ValueError(f"{path} has no tree of arrays: Orbax did not end writing it, or it holds something else")
+        step = max(steps, key=lambda child: int("".join(filter(str.isdecimal, child.name))))
+    if step.name.isdecimal() and is_ours(step):
+        return _open_ours(step)
+    trees = [step] if (step / _TREE).exists() else _trees(step)
+    if len(trees) != 1:
+        found = some_of((tree.name for tree in trees), 5) or "none"
+        raise ValueError(f"{step} must hold one tree of arrays, found {found}: name the folder of one")
+    return _open_tree(trees[0])
+
+
+def _open_tree(folder: Path) -> Stored:
+    import orbax.checkpoint as ocp  # Not at the top: it takes seconds, and other formats do not need it.
+
+    place = epath.Path(folder.absolute())
+    with reading(folder, "checkpoint of Orbax"):
+        handler = ocp.PyTreeCheckpointHandler()
+        tree: Any = handler.metadata(place).tree
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+    # Texts and empty nodes have no dtype.
+    found = {
+        jax.tree_util.keystr(key_path, simple=True, separator="/"): leaf
+        for key_path, leaf in leaves
+        if getattr(leaf, "dtype", None) is not None
+    }
+    paths = _unwrapped(found)
+    check_paths(paths, folder)
+    shapes = {
+        path: jax.ShapeDtypeStruct(tuple(found[stored].shape or ()), jnp.dtype(found[stored].dtype))
+        for path, stored in paths.items()
+    }
+
+    def read(chosen: Sequence[str]) -> Mapping[str, np.ndarray]:
+        stored = {paths[path] for path in chosen}
+
+        def wanted(key_path: Any, leaf: Any) -> Any:
+            return leaf if jax.tree_util.keystr(key_path, simple=True, separator="/") in stored else ocp.PLACEHOLDER
+
+        # Of NumPy: the devices that the arrays were saved on need not be here.
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        request = ocp.args.PyTreeRestore(item=jax.tree_util.tree_map_with_path(wanted, tree), restore_args=as_numpy)
+        with reading(folder, "checkpoint of Orbax"):
+            restored = leaves_of(handler.restore(place, args=request), folder)
+            arrays = {path: np.asarray(restored[paths[path]]) for path in chosen}
+        for path, array in arrays.items():
+            if (array.shape, array.dtype) != (shapes[path].shape, shapes[path].dtype):
+                raise ValueError(
+                    f"{folder} has {array.dtype}{list(array.shape)} at {path!r}, and says it is {shapes[path]}"
+                )
+        return arrays
+
+    return Stored(tuple(paths), lambda chosen: {path: shapes[path] for path in chosen}, read)
+
+
+def _unwrapped(stored: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the path of each leaf; of variables of NNX, `kernel/value` where all of a model end so, without that."""
+    if stored and all(path.endswith(_VARIABLE) for path in model_part(stored).values()):
+        return {path.removesuffix(_VARIABLE): path for path in stored}
+    return {path: path for path in stored}
+
+
+def is_ours(step: Path) -> bool:
+    """Returns whether a folder is a step that `Checkpoints` has saved, with a manifest."""
+    try:
+        return bool(json.loads((step / _STEP).read_bytes())["custom_metadata"]["manifest"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _open_ours(step: Path) -> Stored:
+    from merge_jax.checkpoints.orbax import Checkpoints  # As Orbax itself.
+
+    def open_steps() -> Checkpoints:
+        return Checkpoints(step.parent, read_only=True)
+
+    with open_steps() as checkpoints:
+        leaves = checkpoints.manifest(int(step.name)).leaves
+    # Random keys are no numbers.
+    shapes = {
+        path: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(leaf.dtype)) for path, leaf in leaves.items() if not leaf.key
+    }
+
+    def read(chosen: Sequence[str]) -> Mapping[str, np.ndarray]:
+        with open_steps() as checkpoints:
+            arrays = flatten(checkpoints.restore_arrays(int(step.name)))
+        return {path: np.asarray(arrays[path]) for path in chosen}
+
+    return Stored(tuple(shapes), lambda chosen: {path: shapes[path] for path in chosen}, read)
+
+
+ORBAX = Format("Orbax", _detect, _open, training_states=True)

@@ -1,0 +1,27 @@
+"""safetensors: one file, an index of shards, or a folder with one of them."""
+
+from pathlib import Path
+
+from merge_jax.checkpoints.safetensors import leaf_paths, leaf_shapes, read_leaves
+from merge_jax.checkpoints.weights.stored import Format, Stored
+from merge_jax.paths import flatten
+
+__all__ = ["SAFETENSORS"]
+
+
+def _detect(path: Path, head: bytes) -> bool:
+    if path.is_dir():
+        return any(path.glob("*.safetensors")) or any(path.glob("*.safetensors.index.json"))
+    # Eight bytes of length, then an object of JSON; an index is one object.
+    return (head[4:9] == b"\0\0\0\0{") or path.name.endswith(".safetensors.index.json") or b'"weight_map"' in head
+
+
+def _open(path: Path) -> Stored:
+    return Stored(
+        paths=leaf_paths(path),
+        shapes=lambda paths: leaf_shapes(path, paths),
+        read=lambda paths: flatten(read_leaves(path, paths)),
+    )
+
+
+SAFETENSORS = Format("safetensors", _detect, _open)

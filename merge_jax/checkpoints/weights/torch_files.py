@@ -1,0 +1,39 @@
+"""PyTorch: a state dict, as `torch.save` writes it."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from merge_jax.checkpoints.torch_files import open_torch, torch_array
+from merge_jax.checkpoints.weights.archives import member_names
+from merge_jax.checkpoints.weights.stored import Format, Stored
+
+__all__ = ["TORCH"]
+
+_OLDER = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # What files begin with that are no zip.
+
+
+def _detect(path: Path, head: bytes) -> bool:
+    if not head.startswith(b"PK\3\4"):
+        return head.startswith(_OLDER)
+    names = member_names(path, head)
+    return any(name.endswith("/data.pkl") for name in names) or (not names and b"/data.pkl" in head)
+
+
+def _open(path: Path) -> Stored:
+    tensors = open_torch(path)  # Of a newer file, mapped: no number is read.
+
+    def shape(name: str) -> jax.ShapeDtypeStruct:
+        tensor = tensors[name]
+        dtype = jnp.dtype(str(tensor.dtype).removeprefix("torch."))
+        return jax.ShapeDtypeStruct(tuple(tensor.shape), dtype)
+
+    return Stored(
+        paths=tuple(tensors),
+        shapes=lambda paths: {name: shape(name) for name in paths},
+        read=lambda paths: {name: torch_array(tensors[name]) for name in paths},
+    )
+
+
+TORCH = Format("PyTorch", _detect, _open)

@@ -1,0 +1,35 @@
+"""Which leaves of a saved training state are the model's."""
+
+from collections.abc import Iterable
+
+__all__ = ["model_part"]
+
+_MODEL = ("params", "model", "state", "train_state", "target")
+_OTHERS = {
+    *("opt_state", "optimizer", "optimizer_state", "opt", "step", "epoch", "key", "rng", "rngs"),
+    *("adapter", "source"),  # Of a joint run, whose target is the model.
+}
+_MODEL_STATE = "model_state/"
+
+
+def model_part(paths: Iterable[str]) -> dict[str, str]:
+    """Returns the model's leaves of a training state: their names, each with its path in the file.
+
+    What stands beside `params` stays beside it (`batch_stats`; what is in `model_state` comes out of it), but for the
+    optimizer's state, step and random keys. The names `model`, `state` and `target` go where nothing else is beside
+    them. Where nothing is called so, or what is beside them is not known, all leaves stay as they are.
+    """
+    names = {path: path for path in paths}
+    while True:
+        top = dict.fromkeys(name.partition("/")[0] for name in names if "/" in name)
+        kept = [name for name in top if name not in _OTHERS]
+        lone = {name for name in names if "/" not in name} - _OTHERS
+        if "params" in top:
+            inside = {name: path for name, path in names.items() if name.partition("/")[0] not in _OTHERS}
+            bare = {name.removeprefix(_MODEL_STATE): path for name, path in inside.items()}
+            return bare if len(bare) == len(inside) else inside
+        if len(kept) != 1 or kept[0] not in _MODEL or lone:
+            return names
+        names = {
+            name.removeprefix(f"{kept[0]}/"): path for name, path in names.items() if name.startswith(f"{kept[0]}/")
+        }
