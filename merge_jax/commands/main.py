@@ -14,7 +14,7 @@ Moves knowledge between neural networks that share nothing but numbers.
   merge-jax run cross_structure smoke     an experiment, with all its options
   merge-jax compare runs/a runs/b         tables and curves of run folders
   merge-jax summary runs/a                what checkpoints or weights hold
-  merge-jax convert IN OUT                weights of any format as a safetensors file
+  merge-jax convert IN OUT                weights as a safetensors file
   merge-jax export CHECKPOINT FILE        a trained model as a file of weights
   merge-jax doctor                        whether this machine is ready
 """

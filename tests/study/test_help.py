@@ -81,7 +81,7 @@ def test_of_studies(run, capsys):
     assert wide(capsys.readouterr().out) == []
 
 
-@pytest.mark.parametrize("words", [[], ["run"], ["compare"], ["summary"], ["export"], ["doctor"]])
+@pytest.mark.parametrize("words", [[], ["run"], ["compare"], ["summary"], ["convert"], ["export"], ["doctor"]])
 def test_of_commands(words, capsys):
     if words == ["run"]:
         main([*words, "--help"])
