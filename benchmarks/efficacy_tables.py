@@ -1,0 +1,144 @@
+"""The tables of docs/efficacy.md from the results that the repository keeps, docs/tables/*.json.
+
+python -m benchmarks.efficacy_tables cifar100                          # mean and standard error of each row, over seeds
+python -m benchmarks.efficacy_tables cifar100 --against vanilla refit  # and paired differences to these, p by Holm
+python -m benchmarks.efficacy_tables sst2 --add runs/sst2              # takes the results of a run folder in first
+
+A file has the runs (command, commit, date, jax, cores) and, of each row and seed, test accuracy right after the write
+and after the last step. A row is a method at a rate; `--suffix` tells rows of one method apart, such as ", 200 labels".
+"""
+
+import argparse
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from merge_jax.runs import mean_and_error
+from merge_jax.study.statistics import holm, paired_difference
+
+__all__ = ["add_run", "main", "table"]
+
+TABLES = Path(__file__).parent.parent / "docs" / "tables"
+_COLUMNS = {"right_after": "right after the write", "test": "after the last step"}
+
+Row = tuple[str, float | None]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Prints the table of a file of results, after adding runs to it where that is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", help="of the file in docs/tables, or a path")
+    parser.add_argument("--add", nargs="+", type=Path, default=[], metavar="RUN", help="run folders to take in")
+    parser.add_argument("--suffix", default="", help="what is added to the names of these runs' rows")
+    parser.add_argument("--against", nargs="+", default=[], metavar="ROW", help="rows to compare every other row with")
+    options = parser.parse_args(arguments)
+    file = Path(options.name) if options.name.endswith(".json") else TABLES / f"{options.name}.json"
+    content = json.loads(file.read_text()) if file.exists() else {"runs": [], "results": []}
+    for run in options.add:
+        content = add_run(content, run, options.suffix)
+    if options.add:
+        file.write_text(json.dumps(content, indent=1) + "\n")
+    print(table(content["results"], options.against))
+
+
+def add_run(content: dict[str, Any], run: Path, suffix: str = "") -> dict[str, Any]:
+    """Returns the content of a file of results with those of a run folder.
+
+    Raises:
+      ValueError: a row of the run is there already.
+    """
+    environment = json.loads((run / "environment.json").read_text())[-1]
+    rate = json.loads((run / "config.json").read_text()).get("target_rate")
+    added = [
+        {
+            "row": result["method"] + suffix,
+            "target_rate": rate,
+            "seed": result["seed"],
+            "right_after": result["target_start_test"],
+            "probe": result["target_start_probe"],
+            "test": result["target_test"],
+            "probe_after": result["target_probe"],
+            "validation": result["target_validation"],
+        }
+        for result in json.loads((run / "results.json").read_text())
+    ]
+    added += [
+        {"row": result["opponent"] + suffix, "seed": result["seed"], "test": result["target_test"]}
+        for result in json.loads((run / "opponents.json").read_text())
+    ]
+    there = {(*_row(result), result["seed"]) for result in content["results"]}
+    twice = sorted({result["row"] for result in added if (*_row(result), result["seed"]) in there})
+    opponents = {result["row"] for result in added if "target_rate" not in result}
+    if set(twice) - opponents:
+        raise ValueError(
+            f"{run}: {', '.join(twice)} with these seeds and rates are there already; --suffix tells rows apart"
+        )
+    described = {
+        "command": environment["command"].replace(str(run), f"runs/{run.name}"),
+        "commit": environment["commit"],
+        "date": environment["date"][:10],
+        "jax": environment["versions"]["jax"],
+        "cores": environment["cpu_count"],
+    }
+    new = [result for result in added if (*_row(result), result["seed"]) not in there]
+    return {"runs": [*content["runs"], described], "results": [*content["results"], *new]}
+
+
+def table(results: list[dict[str, Any]], against: list[str]) -> str:
+    """Returns rows, and their differences to some of them, as Markdown; accuracies in percent, paired by seed.
+
+    Raises:
+      ValueError: a row to compare with is not there, or there at several rates.
+    """
+    found: dict[Row, dict[str, dict[int, float]]] = defaultdict(lambda: {column: {} for column in _COLUMNS})
+    for result in results:
+        for column in _COLUMNS:
+            if result.get(column) is not None:
+                found[_row(result)][column][result["seed"]] = 100 * result[column]
+    lines = [f"| row | rate | seeds | {' | '.join(_COLUMNS.values())} |", "| --- | --- | ---: | ---: | ---: |"]
+    for row, columns in found.items():
+        cells = [_number(list(columns[column].values())) for column in _COLUMNS]
+        lines.append(f"| {row[0]} | {row[1] or ''} | {max(map(len, columns.values()))} | {' | '.join(cells)} |")
+    for name in against:
+        bases = [row for row in found if row[0] == name]
+        if len(bases) != 1:
+            rows = ", ".join(sorted({row[0] for row in found}))
+            raise ValueError(f"{name} is {len(bases)} of the rows, not one: {rows}")
+        lines += ["", *_differences(found, bases[0])]
+    return "\n".join(lines)
+
+
+def _differences(found: dict[Row, dict[str, dict[int, float]]], base: Row) -> list[str]:
+    compared = []
+    for row, columns in found.items():
+        for column in _COLUMNS:
+            seeds = sorted(columns[column].keys() & found[base][column].keys())
+            if row != base and seeds:
+                pairs = [[values[column][seed] for seed in seeds] for values in (columns, found[base])]
+                compared.append((row, column, paired_difference(*pairs)))
+    adjusted = iter(holm([each.p_t for *_, each in compared if each.p_t is not None]))
+    lines = [
+        f"| row - {base[0]} | rate | column | seeds | difference | p, adjusted |",
+        "| --- | --- | --- | ---: | ---: | ---: |",
+    ]
+    for row, column, each in compared:
+        error = "" if each.error is None else f" ± {each.error:.1f}"
+        p = "" if each.p_t is None else f"{next(adjusted):.1g}"
+        lines.append(f"| {row[0]} | {row[1] or ''} | {_COLUMNS[column]} | {each.n} | {each.mean:+.1f}{error} | {p} |")
+    return lines
+
+
+def _row(result: dict[str, Any]) -> Row:
+    return result["row"], result.get("target_rate")
+
+
+def _number(values: list[float]) -> str:
+    if not values:
+        return ""
+    mean, error = mean_and_error(values)
+    return f"{mean:.1f}" if error is None else f"{mean:.1f} ± {error:.1f}"
+
+
+if __name__ == "__main__":
+    main()
