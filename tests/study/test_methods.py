@@ -59,13 +59,12 @@ def test_distillation_on_mixed_images_is_that_of_their_logits():
     assert float(loss) == pytest.approx(float((0.1 * labelled + 0.9 * 16 * divergence).mean()), rel=1e-4)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("name", "compare_on", "loss", "gradient"), [
-    ("agree", "mixed", 4.849117, 62.116734),
+    pytest.param("agree", "mixed", 4.849117, 62.116734, marks=pytest.mark.slow),
     ("kd_agree", "mixed", 2.852863, 61.469643),
-    ("agree", "plain", 4.677752, 28.452749),
-    ("kd_mixed", "mixed", 0.381842, 0.630935),
-    ("rkd", "mixed", 7.358802, 11.448484),
+    pytest.param("agree", "plain", 4.677752, 28.452749, marks=pytest.mark.slow),
+    pytest.param("kd_mixed", "mixed", 0.381842, 0.630935, marks=pytest.mark.slow),
+    pytest.param("rkd", "mixed", 7.358802, 11.448484, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_objectives_have_the_values_of_when_they_were_one_pass(name, compare_on, loss, gradient):
     """As commit 50d0ef8 had them, where one wrapped pass gave all that was compared."""
