@@ -29,7 +29,8 @@ def _open(path: Path) -> Stored:
         raise needing(path, "gguf", "gguf") from None
     # The library computes with the numbers of a broken header, and NumPy warns of them before it raises.
     with reading(path, "GGUF file"), np.errstate(all="ignore"):
-        tensors = {str(tensor.name): tensor for tensor in gguf.GGUFReader(path).tensors}
+        reader = gguf.GGUFReader(path)
+        tensors = {str(tensor.name): tensor for tensor in reader.tensors}
     tensors = {leaf: tensors[name] for name, leaf in paths_of(tensors, path).items()}
 
     def shape(tensor: Any) -> jax.ShapeDtypeStruct:
@@ -41,6 +42,11 @@ def _open(path: Path) -> Stored:
         arrays = {}
         for leaf in paths:
             tensor, kind = tensors[leaf], tensors[leaf].tensor_type.name
+            if reader.byte_order != "I" and tensor.data.dtype == np.uint8:
+                raise ValueError(
+                    f"{path} is of a machine with another order of bytes, and {tensor.name!r} is {kind}, whose blocks"
+                    " are not read so: turn the file, gguf-convert-endian FILE little"
+                )
             with reading(path, f"GGUF file that is read: the tensor {tensor.name!r} is {kind}"):
                 data = np.asarray(tensor.data)  # Mapped.
                 if kind not in _PLAIN:

@@ -1,5 +1,6 @@
 """Weights of any format as one tree of arrays: the content says which format it is, not the name."""
 
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -108,10 +109,27 @@ def weight_paths(path: str | os.PathLike[str]) -> tuple[str, ...]:
 def open_leaves(file: Path, select: Select) -> tuple[Stored, dict[str, str]]:
     """Returns an opened file, and the leaves that are wanted of it: their names, each with its path in the file."""
     kind = find_format(file)
-    stored = kind.open(file)
+    stored = _native(kind.open(file))
     if select is None and kind.training_states:
         return stored, model_part(stored.paths)
     return stored, {path: path for path in select_paths(stored.paths, select)}
+
+
+def _native(stored: Stored) -> Stored:
+    """Returns the leaves in this machine's order of bytes; NumPy, HDF5 and GGUF files may be in the other."""
+
+    def shapes(paths: Sequence[str]) -> Mapping[str, jax.ShapeDtypeStruct]:
+        found = stored.shapes(paths)
+        return {path: jax.ShapeDtypeStruct(leaf.shape, _native_dtype(leaf.dtype)) for path, leaf in found.items()}
+
+    def read(paths: Sequence[str]) -> Mapping[str, np.ndarray]:
+        return {path: leaf.astype(_native_dtype(leaf.dtype), copy=False) for path, leaf in stored.read(paths).items()}
+
+    return dataclasses.replace(stored, shapes=shapes, read=read)
+
+
+def _native_dtype(dtype: np.dtype) -> np.dtype:
+    return dtype if dtype.isnative else dtype.newbyteorder("=")
 
 
 def find_format(file: Path) -> Format:
@@ -142,6 +160,7 @@ def _fitted(file: Path, found: Mapping[str, jax.ShapeDtypeStruct], like: Params)
     # A key may have dots of its own, which a file does not tell from those between keys.
     names = {name.replace(".", "/"): name for name in found}
     wanted = {path.replace(".", "/"): leaf for path, leaf in flatten(like).items()}
+    wanted = {path: leaf if hasattr(leaf, "dtype") else np.asarray(leaf) for path, leaf in wanted.items()}
     if not any(path.startswith("params/") for path in wanted):
         bare = {path.removeprefix("params/"): name for path, name in names.items() if path.startswith("params/")}
         names = bare if len(bare) == len(names) else names

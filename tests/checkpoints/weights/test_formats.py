@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 import merge_jax as mj
 from merge_jax.checkpoints.torch_files import torch_array
 from merge_jax.checkpoints.weights.load import find_format, weight_paths
+from merge_jax.commands.convert import convert
 from tests.checkpoints.weights.writers import FLAT, TREE, WRITERS, keras, keras_leaves, keras_model, state_of
 
 __all__ = ["keras"]
@@ -87,6 +88,40 @@ def test_bfloat16_comes_out_of_npz_and_names_of_vision_repositories_too(tmp_path
     np.savez(tmp_path / "m.npz", **leaves, **{"opt/0/mu": np.ones(3), "step": np.array(7)})
     assert_leaves(mj.flatten(mj.load_weights(tmp_path / "m.npz")), leaves)
     assert "opt/0/mu" in mj.flatten(mj.load_weights(tmp_path / "m.npz", select="**"))
+
+
+def test_numbers_come_in_the_order_of_bytes_of_this_machine(tmp_path):
+    expected = {"a": np.arange(6, dtype=np.float32).reshape(2, 3)}
+    np.savez(tmp_path / "m.npz", a=expected["a"].astype(">f4"))
+    assert_leaves(mj.load_weights(tmp_path / "m.npz"), expected)
+    assert_leaves(mj.load_weights(tmp_path / "m.npz", like=expected), expected)
+    assert mj.checkpoints.weight_shapes(tmp_path / "m.npz")["a"].dtype.isnative
+    convert(tmp_path / "m.npz", tmp_path / "m.safetensors", None)
+    assert_leaves(mj.load_weights(tmp_path / "m.safetensors"), expected)
+
+
+def test_gguf_of_a_machine_with_another_order_of_bytes(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    kind = gguf.GGMLQuantizationType.Q8_0
+    matrix = np.arange(64, dtype=np.float32).reshape(2, 32)
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama", endianess=gguf.GGUFEndian.BIG)
+    writer.add_tensor("a", matrix.copy())
+    writer.add_tensor("b", gguf.quantize(matrix, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert_leaves(mj.load_weights(tmp_path / "m.gguf", "a"), {"a": matrix})
+    # No tool agrees with another on the bytes of a block.
+    with pytest.raises(ValueError, match=r"another order of bytes, and 'b' is Q8_0, whose blocks are not read so"):
+        mj.load_weights(tmp_path / "m.gguf")
+
+
+def test_numbers_of_python_are_leaves_of_what_is_like_a_file(tmp_path):
+    state = state_of({"fc": {"kernel": np.ones((2, 3), np.float32)}})
+    (tmp_path / "m.msgpack").write_bytes(flax.serialization.to_bytes(state))
+    filled = mj.load_weights(tmp_path / "m.msgpack", "**", like=state)
+    assert (type(filled), filled.step) == (type(state), 0)
 
 
 def test_of_a_training_state_the_model_is_taken(tmp_path):
