@@ -10,12 +10,14 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from merge_jax.checkpoints.names import paths_of, put
+from merge_jax.checkpoints.names import leaves_of, paths_of, put
+from merge_jax.checkpoints.weights.training_state import MODEL, model_part
 from merge_jax.paths import some_of
 from merge_jax.types import Params
 
 __all__ = ["find_weights", "load_torch", "open_torch", "torch_array"]
 
+_ADVICE = "save the state dict that is in it, torch.save(model.state_dict(), FILE)"
 _PACKAGE = "package:"
 _TORCH = (".pt", ".pth", ".bin", ".ckpt")
 _SUFFIXES = (".safetensors", *_TORCH)
@@ -27,7 +29,8 @@ def load_torch(path: str | os.PathLike[str]) -> Params:
     Read by `torch.load(..., weights_only=True)`, which runs no code of the file.
 
     Args:
-      path: of a state dict, tensors by name, that `torch.save` wrote in its present or its older format.
+      path: of a state dict, tensors by name, that `torch.save` wrote in its present or its older format; or of a dict
+        with one in it, as scripts save it with the optimizer's state: `model`, `state_dict` or `model_state_dict`.
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -35,13 +38,16 @@ def load_torch(path: str | os.PathLike[str]) -> Params:
       ValueError: the file is broken, holds more than tensors, or names that collide as paths.
     """
     tree: dict[str, Any] = {}
-    for leaf, tensor in open_torch(Path(path)).items():
-        put(tree, leaf, torch_array(tensor))
+    tensors, model = open_torch(Path(path))
+    for name, leaf in model.items():
+        put(tree, name, torch_array(tensors[leaf]))
     return tree
 
 
-def open_torch(file: Path) -> dict[str, Any]:
-    """Returns the tensors of a file of PyTorch by path; those of its present format are mapped, not read.
+def open_torch(file: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """Returns the tensors of a file of PyTorch by path, and the model's: names, each with its path in the file.
+
+    Tensors of the present format are mapped, not read.
 
     Raises:
       FileNotFoundError, ImportError, ValueError: as `load_torch`.
@@ -58,17 +64,26 @@ def open_torch(file: Path) -> dict[str, Any]:
             "'new.safetensors')"
         ) from None
     try:
-        tensors = torch.load(  # noqa: TID251  # Tensors alone.
+        content = torch.load(  # noqa: TID251  # Tensors alone.
             file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
         )
     except Exception:  # Of many kinds; its own words advise to go on without weights_only.
         raise ValueError(
             f"{file} is not read by torch.load(..., weights_only=True): it is broken, or holds more than tensors"
         ) from None
-    if not isinstance(tensors, Mapping) or not all(isinstance(one, torch.Tensor) for one in tensors.values()):
-        found = f"entries {some_of(map(repr, tensors), 5)}" if isinstance(tensors, Mapping) else type(tensors).__name__
-        raise ValueError(f"{file} must hold tensors by name, found {found}: save the state dict that is in it")
-    return {leaf: tensors[name] for name, leaf in paths_of(tensors, file).items()}
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{file} must hold tensors by name, found {type(content).__name__}: {_ADVICE}")
+    models = [f"{name}/" for name in MODEL if isinstance(content.get(name), Mapping)]
+    leaves = leaves_of(content, file) if models else content
+    tensors = {name: leaf for name, leaf in leaves.items() if isinstance(name, str) and isinstance(leaf, torch.Tensor)}
+    # Beside a state dict, scripts save numbers and texts, such as the epoch; in it, nothing is left out.
+    others = [name for name in leaves if name not in tensors and (not models or name.startswith(tuple(models)))]
+    if others:
+        raise ValueError(f"{file} must hold tensors by name, found {some_of(map(repr, others), 5)}: {_ADVICE}")
+    # Before names are split at their dots: a name `model.norm.weight` is the model's own.
+    model = model_part(tensors) if models else {name: name for name in tensors}
+    paths, names = paths_of(tensors, file), paths_of(model, file)
+    return {paths[leaf]: tensors[leaf] for leaf in tensors}, {names[name]: paths[leaf] for name, leaf in model.items()}
 
 
 def find_weights(path: str | os.PathLike[str]) -> Path:
@@ -100,6 +115,7 @@ def torch_array(tensor: Any) -> np.ndarray:
     """Returns a tensor of PyTorch as an array of NumPy; raises ValueError for one that is sparse or quantised."""
     dtype, tensor = str(tensor.dtype).removeprefix("torch."), tensor.detach()
     try:
+        tensor = tensor.resolve_conj().resolve_neg()  # Saved as a mark beside the numbers.
         if dtype == "bfloat16" or dtype.startswith("float8"):  # NumPy has none of its own.
             import torch  # pyright: ignore[reportMissingImports]  # Not at the top: it is optional.
 

@@ -365,7 +365,8 @@ def test_files_of_torch_are_read_and_code_in_them_is_not_run(tmp_path):
         assert found["b"].dtype == jnp.bfloat16
         assert set(weight_paths(tmp_path / "m.pth")) == {"a/w", "a/b"}
     for content, message in (
-        ({"epoch": 3, "state_dict": tensors}, "must hold tensors by name, found entries 'epoch', 'state_dict'"),
+        ({"epoch": 3, "network": tensors}, "must hold tensors by name, found 'epoch', 'network': save the state dict"),
+        ([tensors], "must hold tensors by name, found list: save the state dict"),
         ({"a": print}, r"is not read by torch\.load\(\.\.\., weights_only=True\)"),
     ):
         torch.save(content, tmp_path / "m.pth")

@@ -11,6 +11,7 @@ import numpy as np
 
 from merge_jax.checkpoints.names import check_paths, leaves_of
 from merge_jax.checkpoints.weights.stored import Format, Stored, reading
+from merge_jax.checkpoints.weights.training_state import model_part
 
 __all__ = ["FLAX"]
 
@@ -32,7 +33,7 @@ def _open(path: Path) -> Stored:
         leaves = _leaves(path, _array)
         return {leaf: leaves[leaf] for leaf in paths}
 
-    return Stored(tuple(shapes), lambda paths: {leaf: shapes[leaf] for leaf in paths}, read)
+    return Stored(tuple(shapes), lambda paths: {leaf: shapes[leaf] for leaf in paths}, read, model=model_part(shapes))
 
 
 def _leaves(path: Path, extension: Callable[[bytes], Any]) -> dict[str, Any]:
@@ -91,4 +92,4 @@ def _whole(entries: dict[str, Any]) -> Any:
     return np.concatenate(parts).reshape(shape)
 
 
-FLAX = Format("Flax msgpack", _detect, _open, training_states=True)
+FLAX = Format("Flax msgpack", _detect, _open)

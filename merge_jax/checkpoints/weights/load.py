@@ -22,7 +22,6 @@ from merge_jax.checkpoints.weights.orbax_folders import ORBAX
 from merge_jax.checkpoints.weights.safetensors_files import SAFETENSORS
 from merge_jax.checkpoints.weights.stored import Format, Stored
 from merge_jax.checkpoints.weights.torch_files import TORCH
-from merge_jax.checkpoints.weights.training_state import model_part
 from merge_jax.paths import Pattern, flatten, near_misses, some_of
 from merge_jax.types import Params
 
@@ -43,9 +42,9 @@ def load_weights(path: str | os.PathLike[str], select: Select = None, like: Para
     some need an extra, which the error names. The content says which it is, not the name. A tensor's name is split at
     its dots and slashes; arrays stay in the layout of their library, see `merge_jax.checkpoints.layouts_of`.
 
-    Of a training state that JAX libraries save (Orbax, msgpack, npz), without `select` the model's part is taken:
-    `params` with what is beside it, such as `batch_stats`, or what is in `model`, `state` or `target`; no optimizer
-    state, step or random keys. With `select`, names are those of the whole file.
+    Of a training state (Orbax, msgpack, npz, PyTorch), without `select` the model's part is taken: `params` with what
+    is beside it, such as `batch_stats`, or what is in `model`, `state`, `target` or `state_dict`; no optimizer state,
+    step or random keys. With `select`, names are those of the whole file.
 
     Args:
       path: of a file or folder, or `package:NAME` for the one file of weights in an installed package.
@@ -110,8 +109,8 @@ def open_leaves(file: Path, select: Select) -> tuple[Stored, dict[str, str]]:
     """Returns an opened file, and the leaves that are wanted of it: their names, each with its path in the file."""
     kind = find_format(file)
     stored = _native(kind.open(file))
-    if select is None and kind.training_states:
-        return stored, model_part(stored.paths)
+    if select is None and stored.model is not None:
+        return stored, dict(stored.model)
     return stored, {path: path for path in select_paths(stored.paths, select)}
 
 

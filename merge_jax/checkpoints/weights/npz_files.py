@@ -12,6 +12,7 @@ import numpy as np
 from merge_jax.checkpoints.names import paths_of
 from merge_jax.checkpoints.weights.archives import member_names, open_archive
 from merge_jax.checkpoints.weights.stored import Format, Stored, reading
+from merge_jax.checkpoints.weights.training_state import model_part
 
 __all__ = ["NPZ"]
 
@@ -34,7 +35,7 @@ def _open(path: Path) -> Stored:
         with reading(path, "npz"), open_archive(path) as archive:
             return {leaf: _array(archive, leaves[leaf], shapes[leaf]) for leaf in paths}
 
-    return Stored(tuple(leaves), lambda paths: {leaf: shapes[leaf] for leaf in paths}, read)
+    return Stored(tuple(leaves), lambda paths: {leaf: shapes[leaf] for leaf in paths}, read, model=model_part(leaves))
 
 
 def _shape(archive: zipfile.ZipFile, path: Path, name: str, size: int) -> jax.ShapeDtypeStruct:
@@ -65,4 +66,4 @@ def _array(archive: zipfile.ZipFile, name: str, spec: jax.ShapeDtypeStruct) -> n
     return array if array.dtype == spec.dtype else array.view(spec.dtype)  # bfloat16, which comes back as V2.
 
 
-NPZ = Format("npz", _detect, _open, training_states=True)
+NPZ = Format("npz", _detect, _open)

@@ -93,7 +93,7 @@ def _open_tree(folder: Path) -> Stored:
                 )
         return arrays
 
-    return Stored(tuple(paths), lambda chosen: {path: shapes[path] for path in chosen}, read)
+    return Stored(tuple(paths), lambda chosen: {path: shapes[path] for path in chosen}, read, model=model_part(paths))
 
 
 def _unwrapped(stored: Mapping[str, Any]) -> dict[str, str]:
@@ -129,7 +129,7 @@ def _open_ours(step: Path) -> Stored:
             arrays = flatten(checkpoints.restore_arrays(int(step.name)))
         return {path: np.asarray(arrays[path]) for path in chosen}
 
-    return Stored(tuple(shapes), lambda chosen: {path: shapes[path] for path in chosen}, read)
+    return Stored(tuple(shapes), lambda chosen: {path: shapes[path] for path in chosen}, read, model=model_part(shapes))
 
 
-ORBAX = Format("Orbax", _detect, _open, training_states=True)
+ORBAX = Format("Orbax", _detect, _open)

@@ -22,6 +22,7 @@ class Stored:
       shapes: `paths -> shape and dtype by path`; reads no numbers.
       read: `paths -> arrays by path`.
       specs: how leaves are matrices, where the file itself tells: by a graph's operations or by the classes of layers.
+      model: the model's leaves, where the file may hold a whole training state: names, each with its path in the file.
       names_tell: whether the other leaves' names say how they are matrices; those of a graph's tensors do not.
     """
 
@@ -29,6 +30,7 @@ class Stored:
     shapes: Callable[[Sequence[str]], Mapping[str, jax.ShapeDtypeStruct]]
     read: Callable[[Sequence[str]], Mapping[str, np.ndarray]]
     specs: Mapping[str, MatrixSpec] = field(default_factory=dict)
+    model: Mapping[str, str] | None = None
     names_tell: bool = True
 
 
@@ -40,13 +42,11 @@ class Format:
       name: as users know it.
       detect: `(path, first bytes) -> whether it is of this format`; the bytes of a folder are empty.
       open: `path -> what is in it`; raises ValueError for what is broken.
-      training_states: whether files of it hold whole training states, of which the model's part is wanted.
     """
 
     name: str
     detect: Callable[[Path, bytes], bool]
     open: Callable[[Path], Stored]
-    training_states: bool = False
 
 
 def needing(file: Path, library: str, extra: str) -> ImportError:

@@ -1,4 +1,4 @@
-"""PyTorch: a state dict, as `torch.save` writes it."""
+"""PyTorch: a state dict, or a training state with one in it, as `torch.save` writes it."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ def _detect(path: Path, head: bytes) -> bool:
 
 
 def _open(path: Path) -> Stored:
-    tensors = open_torch(path)  # Of a newer file, mapped: no number is read.
+    tensors, model = open_torch(path)  # Of a newer file, mapped: no number is read.
 
     def shape(name: str) -> jax.ShapeDtypeStruct:
         tensor = tensors[name]
@@ -33,6 +33,7 @@ def _open(path: Path) -> Stored:
         paths=tuple(tensors),
         shapes=lambda paths: {name: shape(name) for name in paths},
         read=lambda paths: {name: torch_array(tensors[name]) for name in paths},
+        model=model,
     )
 
 

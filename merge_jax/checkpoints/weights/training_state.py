@@ -2,11 +2,15 @@
 
 from collections.abc import Iterable
 
-__all__ = ["model_part"]
+__all__ = ["MODEL", "model_part"]
 
-_MODEL = ("params", "model", "state", "train_state", "target")
+MODEL = ("params", "model", "state", "train_state", "target", "state_dict", "model_state_dict")
+"""What training states call the model."""
+
 _OTHERS = {
     *("opt_state", "optimizer", "optimizer_state", "opt", "step", "epoch", "key", "rng", "rngs"),
+    *("optimizer_state_dict", "optimizer_states", "optim", "scheduler", "lr_scheduler", "lr_schedulers", "scaler"),
+    *("callbacks", "rng_state", "loss"),
     *("adapter", "source"),  # Of a joint run, whose target is the model.
 }
 _MODEL_STATE = "model_state/"
@@ -16,8 +20,8 @@ def model_part(paths: Iterable[str]) -> dict[str, str]:
     """Returns the model's leaves of a training state: their names, each with its path in the file.
 
     What stands beside `params` stays beside it (`batch_stats`; what is in `model_state` comes out of it), but for the
-    optimizer's state, step and random keys. The names `model`, `state` and `target` go where nothing else is beside
-    them. Where nothing is called so, or what is beside them is not known, all leaves stay as they are.
+    optimizer's state, step and random keys. The names `model`, `state`, `target` and `state_dict` go where nothing else
+    is beside them. Where nothing is called so, or what is beside them is not known, all leaves stay as they are.
     """
     names = {path: path for path in paths}
     while True:
@@ -28,7 +32,7 @@ def model_part(paths: Iterable[str]) -> dict[str, str]:
             inside = {name: path for name, path in names.items() if name.partition("/")[0] not in _OTHERS}
             bare = {name.removeprefix(_MODEL_STATE): path for name, path in inside.items()}
             return bare if len(bare) == len(inside) else inside
-        if len(kept) != 1 or kept[0] not in _MODEL or lone:
+        if len(kept) != 1 or kept[0] not in MODEL or lone:
             return names
         names = {
             name.removeprefix(f"{kept[0]}/"): path for name, path in names.items() if name.startswith(f"{kept[0]}/")

@@ -141,6 +141,51 @@ def test_of_a_training_state_the_model_is_taken(tmp_path):
     np.testing.assert_array_equal(mj.load_weights(tmp_path / "m.msgpack", like=params)["fc"]["kernel"], 1)
 
 
+def test_of_what_scripts_of_torch_save_the_model_is_taken(tmp_path):
+    torch = pytest.importorskip("torch")
+    tensors = {"model.fc.weight": torch.arange(6.0).reshape(2, 3), "model.fc.bias": torch.ones(2)}
+    expected = {f"model/fc/{name}": tensors[f"model.fc.{name}"].numpy() for name in ("weight", "bias")}
+    network = torch.nn.Linear(2, 3)
+    optimizer = torch.optim.Adam(network.parameters())
+    network(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    rest = {"epoch": 3, "arch": "fc", "loss": torch.tensor(0.5), "rng_state": torch.get_rng_state()}
+    path = tmp_path / "m.pt"
+    for name, others in (
+        ("state_dict", {}),
+        ("state_dict", {**rest, "optimizer": optimizer.state_dict()}),
+        ("model", {**rest, "optimizer": optimizer.state_dict(), "lr_scheduler": {"last_epoch": 3}}),
+        ("model_state_dict", {**rest, "optimizer_state_dict": optimizer.state_dict()}),
+    ):
+        torch.save({**others, name: tensors}, path)
+        assert_leaves(mj.flatten(mj.load_weights(path)), expected)
+        assert_leaves(mj.flatten(mj.checkpoints.load_torch(path)), expected)
+        assert set(mj.checkpoints.weight_shapes(path)) == set(expected)
+        assert list(mj.flatten(mj.load_weights(path, f"{name}/**/bias"))) == [f"{name}/model/fc/bias"]
+    assert "optimizer_state_dict/state/0/exp_avg" in mj.checkpoints.weight_shapes(path, "**")
+    # Which of two models is meant, nothing says.
+    torch.save({"state_dict": tensors, "state_dict_ema": tensors}, path)
+    names = {"state_dict/model/fc/weight", "state_dict_ema/model/fc/weight"}
+    assert {name for name in mj.checkpoints.weight_shapes(path) if name.endswith("weight")} == names
+    # A state dict whose own names begin so is no training state.
+    torch.save(tensors, path)
+    assert_leaves(mj.flatten(mj.load_weights(path)), expected)
+    torch.save({"state_dict": {**tensors, "steps": 3}}, path)
+    with pytest.raises(ValueError, match="must hold tensors by name, found 'state_dict/steps': save the state dict"):
+        mj.load_weights(path)
+
+
+def test_tensors_of_torch_that_are_marked_as_conjugate_or_have_numbers_for_names(tmp_path):
+    torch = pytest.importorskip("torch")
+    tensors = {"a": torch.tensor([1 + 2j]).conj(), "b": torch.tensor([1 + 2j]).conj().imag}
+    torch.save(tensors, tmp_path / "m.pt")
+    expected = {"a": np.array([1 - 2j], np.complex64), "b": np.array([-2], np.float32)}
+    assert_leaves(mj.load_weights(tmp_path / "m.pt"), expected)
+    torch.save({0: torch.ones(1), "0": torch.zeros(1)}, tmp_path / "m.pt")
+    with pytest.raises(ValueError, match="must hold tensors by name, found 0: save the state dict"):
+        mj.load_weights(tmp_path / "m.pt")
+
+
 def test_of_a_joint_run_the_target_is_taken(tmp_path):
     ones = {"w": jnp.ones(2)}
     role = {"params": ones, "model_state": {"batch_stats": ones}, "opt_state": ones}
