@@ -22,6 +22,7 @@ _VARIABLES = {
     **dict.fromkeys(("simple_rnn_cell", "gru_cell", "lstm_cell"), _CELL),
     **dict.fromkeys(("layer_normalization", "group_normalization"), _AFFINE),
     "batch_normalization": (*_AFFINE, "moving_mean", "moving_variance"),
+    "normalization": ("mean", "variance", "count"),
     "rms_normalization": ("scale",),
     "embedding": ("embeddings",),
     "p_re_lu": ("alpha",),

@@ -95,7 +95,7 @@ def _specs(graph: Any, ranks: Mapping[str, int]) -> Iterator[tuple[str, MatrixSp
                 yield name, MatrixSpec((0,), (1,), window)
             elif node.op_type == "ConvTranspose" and i == 1:
                 yield name, MatrixSpec((1,), (0,), window)
-            elif node.op_type == "Gather" and i == 0 and rank == 2:
+            elif node.op_type == "Gather" and i == 0 and rank == 2 and not flags.get("axis", 0):
                 yield name, straight
 
 

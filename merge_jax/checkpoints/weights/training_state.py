@@ -11,8 +11,8 @@ _OTHERS = {
     *("opt_state", "optimizer", "optimizer_state", "opt", "step", "epoch", "key", "rng", "rngs"),
     *("optimizer_state_dict", "optimizer_states", "optim", "scheduler", "lr_scheduler", "lr_schedulers", "scaler"),
     *("callbacks", "rng_state", "loss"),
-    *("adapter", "source"),  # Of a joint run, whose target is the model.
 }
+_BESIDE_TARGET = {"adapter", "source"}  # Of a joint run, whose target is the model.
 _MODEL_STATE = "model_state/"
 
 
@@ -26,12 +26,14 @@ def model_part(paths: Iterable[str]) -> dict[str, str]:
     names = {path: path for path in paths}
     while True:
         top = dict.fromkeys(name.partition("/")[0] for name in names if "/" in name)
-        kept = [name for name in top if name not in _OTHERS]
-        lone = {name for name in names if "/" not in name} - _OTHERS
+        others = _OTHERS | _BESIDE_TARGET if "target" in top else _OTHERS
+        kept = [name for name in top if name not in others]
+        lone = {name for name in names if "/" not in name} - others
         if "params" in top:
-            inside = {name: path for name, path in names.items() if name.partition("/")[0] not in _OTHERS}
+            inside = {name: path for name, path in names.items() if name.partition("/")[0] not in others}
             bare = {name.removeprefix(_MODEL_STATE): path for name, path in inside.items()}
-            return bare if len(bare) == len(inside) else inside
+            moved = {name.split("/")[1] for name in inside if name.startswith(_MODEL_STATE)}
+            return bare if moved.isdisjoint(top) else inside
         if len(kept) != 1 or kept[0] not in MODEL or lone:
             return names
         names = {

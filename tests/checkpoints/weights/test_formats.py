@@ -186,6 +186,17 @@ def test_tensors_of_torch_that_are_marked_as_conjugate_or_have_numbers_for_names
         mj.load_weights(tmp_path / "m.pt")
 
 
+def test_no_leaf_of_a_training_state_is_lost_where_names_meet(tmp_path):
+    ones = np.ones(2)
+    for names in (
+        {"params/w": ones, "model_state/params": 2 * ones},
+        {"params/w": ones, "batch_stats/w": ones, "model_state/batch_stats/v": ones},
+        {"params/w": ones, "source/w": ones, "adapter/w": ones},  # Of no joint run, which would have a target.
+    ):
+        np.savez(tmp_path / "m.npz", **names)
+        assert_leaves(mj.flatten(mj.load_weights(tmp_path / "m.npz")), names)
+
+
 def test_of_a_joint_run_the_target_is_taken(tmp_path):
     ones = {"w": jnp.ones(2)}
     role = {"params": ones, "model_state": {"batch_stats": ones}, "opt_state": ones}
@@ -303,6 +314,14 @@ def test_names_of_an_older_keras_are_in_its_configuration(keras, tmp_path):
     gamma = next(name for name in expected if name.endswith("/gamma"))
     for name in ("stem/kernel", "block/inner/kernel", "head/kernel", gamma):
         np.testing.assert_array_equal(found[name], expected[name])
+
+
+def test_statistics_of_the_inputs_of_a_model_of_keras_have_their_names(keras, tmp_path):
+    normalization = keras.layers.Normalization(name="inputs")
+    normalization.adapt(np.arange(8.0).reshape(4, 2))
+    model = keras.Sequential([keras.Input((2,)), normalization])
+    model.save(tmp_path / "m.keras")
+    assert_leaves(mj.flatten(mj.load_weights(tmp_path / "m.keras")), keras_leaves(model))
 
 
 def test_bfloat16_of_keras(keras, tmp_path):

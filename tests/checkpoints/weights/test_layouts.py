@@ -76,6 +76,7 @@ def test_the_operations_of_a_graph_tell_its_layouts(tmp_path):
         "up.weight": np.ones((6, 2, 3, 3), np.float32),
         "/words/table": np.ones((9, 4), np.float32),
         "tied": np.ones((4, 4), np.float32),
+        "columns": np.ones((4, 4), np.float32),
     }
     nodes = [
         helper.make_node("MatMul", ["x", "onnx::MatMul_1"], ["a"]),
@@ -86,12 +87,16 @@ def test_the_operations_of_a_graph_tell_its_layouts(tmp_path):
         helper.make_node("Gather", ["/words/table", "i"], ["f"]),
         helper.make_node("MatMul", ["x", "tied"], ["g"]),
         helper.make_node("Gather", ["tied", "i"], ["h"]),
+        helper.make_node("Gather", ["columns", "i"], ["j"], axis=1),
     ]
     tensors = [numpy_helper.from_array(leaf, name) for name, leaf in arrays.items()]
     onnx.save(helper.make_model(helper.make_graph(nodes, "g", [], [], tensors)), tmp_path / "m.onnx")
     with pytest.raises(ValueError, match=r"give specs=\{'tied': \.\.\.\} of the shape \[4, 4\]"):  # Used in two ways.
         layouts_of(tmp_path / "m.onnx")
-    assert layouts_of(tmp_path / "m.onnx", specs={"tied": FIRST}) == {
+    with pytest.raises(ValueError, match=r"give specs=\{'columns': \.\.\.\}"):  # A row is no thing of its own.
+        layouts_of(tmp_path / "m.onnx", specs={"tied": FIRST})
+    assert layouts_of(tmp_path / "m.onnx", specs={"tied": FIRST, "columns": LAST}) == {
+        "columns": LAST,
         "onnx::MatMul_1": LAST,
         "fc/weight": FIRST,
         "straight/weight": LAST,
