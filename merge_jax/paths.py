@@ -206,10 +206,11 @@ def tied_paths(tree: Any) -> list[tuple[str, ...]]:
     for all biases.
     """
     import jax
+    from jax.core import Tracer
 
     paths: dict[int, list[str]] = {}
     for path, leaf in flatten(tree).items():
-        if getattr(leaf, "ndim", 0) > 1 and not isinstance(leaf, jax.core.Tracer | jax.ShapeDtypeStruct):
+        if getattr(leaf, "ndim", 0) > 1 and not isinstance(leaf, Tracer | jax.ShapeDtypeStruct):
             paths.setdefault(id(leaf), []).append(path)
     return [tuple(tied) for tied in paths.values() if len(tied) > 1]
 
