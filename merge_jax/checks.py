@@ -2,13 +2,15 @@
 
 import contextlib
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from numbers import Real
 from typing import Any
 
-from merge_jax.paths import flatten, near_misses
+from merge_jax.paths import flatten, near_misses, tied_paths
 
 __all__ = [
+    "check_arrays",
     "check_at_least_one",
     "check_below_one",
     "check_choice",
@@ -19,6 +21,7 @@ __all__ = [
     "check_number_or_schedule",
     "count_examples",
     "error_context",
+    "what_to_give",
 ]
 
 
@@ -95,13 +98,46 @@ def check_float_dtype(dtype: Any) -> None:
         raise ValueError(f"dtype must be a float type, such as jnp.bfloat16, got {dtype!r}")
 
 
+def check_arrays(role: str, tree: Any, *, numbers: bool = True) -> None:
+    """Raises ValueError for a leaf that is no array, as a function or a variable of Keras; `numbers` may pass."""
+    import jax
+    import numpy as np
+
+    accepted: tuple[type, ...] = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)
+    if numbers:
+        accepted += (bool, int, float, complex)
+    for path, leaf in flatten(tree).items():
+        if not isinstance(leaf, accepted):
+            name = f"leaf {path!r}" if path else "tree"
+            raise ValueError(f"the {role} {name} must be an array, got {type(leaf).__name__}: {what_to_give(leaf)}")
+
+
+def what_to_give(leaf: Any) -> str:
+    """Returns the end of an error message: what to give instead of a leaf that is no array of JAX or NumPy."""
+    if type(leaf).__module__.partition(".")[0] == "keras":
+        return "give the arrays of the Keras model, {v.path: v.value for v in model.trainable_variables}"
+    if hasattr(leaf, "dtype") and hasattr(leaf, "shape"):
+        return "give its numbers (jnp.asarray)"
+    return "give arrays alone; of an Equinox module, params, static = eqx.partition(module, eqx.is_inexact_array)"
+
+
 def check_learnable(role: str, params: Any) -> None:
-    """Raises ValueError for a leaf of a model that learns of which no gradient can be taken, such as a random key."""
+    """Raises ValueError for a leaf of a model that learns of which no gradient can be taken, such as a random key.
+
+    Warns:
+      UserWarning: a matrix stands at two paths, and would learn as two.
+    """
     import jax.numpy as jnp
 
+    check_arrays(role, params, numbers=False)
+    for tied in tied_paths(params):
+        warnings.warn(
+            f"the {role} leaves {tied[0]!r} and {tied[1]!r} are one array, and learn as two, which come apart: keep it "
+            "at one path of the tree and read it twice in the model",
+            stacklevel=3,
+        )
     for path, leaf in flatten(params).items():
-        dtype = getattr(leaf, "dtype", None)
-        if dtype is not None and not jnp.issubdtype(dtype, jnp.inexact):
+        if not jnp.issubdtype(dtype := leaf.dtype, jnp.inexact):
             raise ValueError(
                 f"the {role} leaf {path!r} must be an array of floats, since it is to learn, got {dtype}"
                 f"{list(leaf.shape)}: keep it apart, in the model state or in the loss function; of an NNX module,"

@@ -3,6 +3,7 @@
 import difflib
 import re
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ __all__ = [
     "replace",
     "select",
     "some_of",
+    "tied_paths",
 ]
 
 Pattern = str | re.Pattern[str]
@@ -26,7 +28,7 @@ def flatten(tree: Any) -> dict[str, Any]:
     """Returns the leaves of any pytree by path, in the tree's own order.
 
     A path joins dictionary keys and attribute names with `/`, and counts positions: `blocks/0/kernel`. A variable of
-    Flax NNX is one leaf, its array.
+    Flax NNX or a named array of haliax is one leaf, its array.
 
     >>> flatten({"dense": {"kernel": 1, "bias": 2}, "blocks": [3]})
     {'blocks/0': 3, 'dense/bias': 2, 'dense/kernel': 1}
@@ -50,11 +52,15 @@ def flatten(tree: Any) -> dict[str, Any]:
 def _leaves_with_path(tree: Any) -> Iterator[tuple[str, Any]]:
     import jax  # Most of this module is of paths alone, and options are checked with it before JAX is imported.
 
-    for key_path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_variable):
+    for key_path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_wrapper):
         path = jax.tree_util.keystr(key_path, simple=True, separator="/")
-        leaves = jax.tree.leaves(node) if _is_variable(node) else [node]
-        # A variable of NNX wraps one array, whose own name would only lengthen the path.
+        leaves = jax.tree.leaves(node) if _is_wrapper(node) else [node]
+        # Each wraps one array, whose own name would only lengthen the path.
         yield from ((path, leaf) if len(leaves) == 1 else (f"{path}/{i}", leaf) for i, leaf in enumerate(leaves))
+
+
+def _is_wrapper(node: Any) -> bool:
+    return _is_variable(node) or isinstance(node, getattr(sys.modules.get("haliax"), "NamedArray", ()))
 
 
 def _is_variable(node: Any) -> bool:
@@ -154,6 +160,9 @@ def replace(tree: Any, leaves: Mapping[str, Any]) -> Any:
 
     Raises:
       ValueError: a path names no leaf; or a module of Flax NNX with tied layers, which a new tree would untie.
+
+    Warns:
+      UserWarning: a matrix that is replaced stands at another path too, where it is not.
     """
     import jax
 
@@ -162,6 +171,14 @@ def replace(tree: Any, leaves: Mapping[str, Any]) -> Any:
     for path in leaves:
         if path not in paths:
             raise ValueError(f"unknown path {path!r}; {near_misses(path, paths)}")
+    for tied in tied_paths(tree):
+        new, old = ([path for path in tied if (path in leaves) == written] for written in (True, False))
+        if new and old:
+            warnings.warn(
+                f"the leaves {new[0]!r} and {old[0]!r} are one array, of which {new[0]!r} alone is written, so they "
+                "come apart: keep it at one path of the tree and read it twice in the model, or write both",
+                stacklevel=2,
+            )
     new_leaves = [leaves.get(path, leaf) for path, leaf in paths.items()]
     return jax.tree.unflatten(jax.tree.structure(tree), new_leaves)
 
@@ -180,6 +197,22 @@ def _check_untied(tree: Any) -> None:
                 "give the parameters that nnx.split(model, nnx.Param, ...) or nnx.state(model, nnx.Param) returns, not "
                 f"the module: {paths[id(node)]!r} and {path!r} are one variable, and in a new module they would be two"
             )
+
+
+def tied_paths(tree: Any) -> list[tuple[str, ...]]:
+    """Returns the paths of each array that stands at several of them, of matrices alone.
+
+    To JAX they are several parameters of one start. Vectors are left out: a new model may have one vector of zeros
+    for all biases.
+    """
+    import jax
+    from jax.core import Tracer
+
+    paths: dict[int, list[str]] = {}
+    for path, leaf in flatten(tree).items():
+        if getattr(leaf, "ndim", 0) > 1 and not isinstance(leaf, Tracer | jax.ShapeDtypeStruct):
+            paths.setdefault(id(leaf), []).append(path)
+    return [tuple(tied) for tied in paths.values() if len(tied) > 1]
 
 
 def near_misses(name: str, names: Iterable[str]) -> str:

@@ -1,5 +1,8 @@
 """Parameter trees of every kind, each made by its own library and run by it after a transfer."""
 
+import sys
+import types
+import warnings
 from typing import NamedTuple
 
 import equinox as eqx
@@ -14,6 +17,9 @@ from flax import nnx
 from flax.core import FrozenDict, freeze
 
 import merge_jax as mj
+from tests.checkpoints.weights.writers import keras
+
+__all__ = ["keras"]  # A fixture.
 
 SOURCE = {"w": {"kernel": jnp.arange(35.0).reshape(7, 5)}}  # A matrix [5, 7].
 X = jnp.ones((2, 4))
@@ -94,10 +100,137 @@ def test_equinox_modules():
     assert mj.layouts.matrix_spec("weight", conv.weight.shape).matrix_shape(conv.weight.shape) == (6, 18)
 
 
+class Block(eqx.Module):
+    """Holds what equinox does not mark as static: each is a leaf."""
+
+    fc: eqx.nn.Linear
+    activation: object = jax.nn.relu
+    name: str = "block"
+    count: int = 1
+    rate: float = 0.5
+
+    def __call__(self, x):
+        return self.activation(self.fc(x)) * self.count
+
+
+def block(width, seed):
+    return Block(eqx.nn.Linear(4, width, key=jax.random.key(seed)))
+
+
+def test_what_is_no_array_in_an_equinox_module_is_kept_or_refused():
+    source, target = block(8, 0), block(6, 1)
+    share = mj.share_transfer({"fc/weight": "fc/weight"})
+    merged = share.apply({}, source, target)
+    np.testing.assert_array_equal(merged.fc.weight, source.fc.weight[:6])
+    assert (merged.activation, merged.name, merged.rate) == (target.activation, "block", 0.5)
+    task, params = mj.Task(lambda *args: args, optax.sgd(0.1)), eqx.filter(target, eqx.is_array)
+    advice = r"must be an array, got {}: give arrays alone; of an Equinox module, .* = eqx.partition"
+    for role, found, trees in (
+        ("target leaf 'activation'", "custom_jvp", {"source_params": source, "target_params": target}),
+        ("target leaf 'rate'", "float", {"source_params": {}, "target_params": {"rate": 0.5}}),
+        ("source leaf 'activation'", "custom_jvp", {"source_params": source, "target_params": params}),
+        (
+            "target state leaf 'name'",
+            "str",
+            {"source_params": {}, "target_params": params, "target_state": {"name": "a"}},
+        ),
+    ):
+        with pytest.raises(ValueError, match=f"^the {role} {advice.format(found)}"):
+            mj.init_joint_state(jax.random.key(0), None, task, share, **trees)
+    with pytest.raises(ValueError, match=f"^the source: the model's leaf 'activation' {advice.format('custom_jvp')}"):
+        mj.refit({"fc/*": "fc/*"}, lambda net, x: jax.vmap(net)(x), lambda net, x: jax.vmap(net)(x), source, target, X)
+
+
+def test_the_arrays_of_equinox_modules_are_refitted():
+    (source, static), (target, rest) = (eqx.partition(block(4, seed), eqx.is_array) for seed in (0, 1))
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(64, 4)), jnp.float32)
+    made = mj.refit(
+        {"fc/*": "fc/*"},
+        lambda params, x: jax.vmap(eqx.combine(params, static))(x),
+        lambda params, x: jax.vmap(eqx.combine(params, rest))(x),
+        source,
+        target,
+        x,
+    ).variables
+    np.testing.assert_allclose(made.fc.weight, source.fc.weight, atol=1e-3)
+
+
+def test_shared_layers_of_equinox_stay_shared():
+    class Tied(eqx.Module):
+        shared: eqx.nn.Shared
+
+        def __init__(self):
+            table = eqx.nn.Embedding(5, 4, key=jax.random.key(0))
+            head = eqx.nn.Linear(4, 5, use_bias=False, key=jax.random.key(1))
+            self.shared = eqx.nn.Shared((table, head), lambda pair: pair[1].weight, lambda pair: pair[0].weight)
+
+    params, static = eqx.partition(Tied(), eqx.is_array)
+    (path,) = mj.flatten(params)
+    table, head = eqx.combine(merged_by(lpka(path), params), static).shared()
+    np.testing.assert_array_equal(table.weight, SOURCE["w"]["kernel"].T[:5, :4])
+    assert head.weight is table.weight
+
+
+def test_a_matrix_at_two_paths_is_warned_of():
+    """In a plain tree it is two parameters, which the first step of training would take apart."""
+    matrix, zeros = jnp.ones((7, 5)), jnp.zeros(5)
+    target = {"table": {"embedding": matrix, "bias": zeros}, "fc": {"kernel": matrix, "bias": zeros}}
+    share = mj.share_transfer({"fc/kernel": "w/kernel", "fc/bias": "w/bias"})
+    source = {"w": {"kernel": jnp.zeros((7, 5)), "bias": jnp.ones(5)}}
+    with pytest.warns(UserWarning, match="'fc/kernel' and 'table/embedding' are one array, of which 'fc/kernel' alone"):
+        merged = share.apply({}, source, target)
+    assert merged["table"]["embedding"] is matrix
+    mj.share_transfer({"fc/kernel": "w/kernel", "table/embedding": "w/kernel"}).apply({}, source, target)
+    task = mj.Task(lambda *args: args, optax.sgd(0.1))
+    with pytest.warns(UserWarning, match="^the target leaves .* are one array, and learn as two"):
+        mj.init_joint_state(jax.random.key(0), None, task, share, source_params=source, target_params=target)
+
+
+class NamedArray:
+    """As one of haliax: a node whose array has no name."""
+
+    def __init__(self, array, axes):
+        self.array, self.axes = array, axes
+
+
+jax.tree_util.register_pytree_node(
+    NamedArray, lambda node: ((node.array,), node.axes), lambda axes, arrays: NamedArray(*arrays, axes)
+)
+
+
+def check_named_array(weight):
+    """Its layers are torch's, `[out, in]`; by the path `weight/0` the array would be read as `[in, out]`."""
+    target = {"weight": weight}
+    assert list(mj.flatten(target)) == ["weight"]
+    merged = merged_by(lpka("weight"), target)["weight"]
+    assert merged.axes == weight.axes
+    np.testing.assert_array_equal(merged.array[:5], SOURCE["w"]["kernel"].T[:, :4])
+    task = mj.Task(lambda *args: args, optax.sgd(0.1))
+    state = mj.init_joint_state(
+        jax.random.key(0), None, task, lpka("weight"), source_params=SOURCE, target_params=target
+    )
+    np.testing.assert_array_equal(state.target.params["weight"].array, weight.array)
+
+
+def test_a_named_array_is_one_leaf(monkeypatch):
+    monkeypatch.setitem(sys.modules, "haliax", types.SimpleNamespace(NamedArray=NamedArray))
+    check_named_array(NamedArray(jnp.ones((6, 4)), ("out", "in")))
+
+
+def test_named_arrays_of_haliax():
+    """Not among the test dependencies: haliax 1.3 is not imported beside jax 0.10.2 or 0.12."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Of its use of Equinox.
+        hax = pytest.importorskip("haliax", exc_type=ImportError)
+        from haliax.nn import Linear
+    check_named_array(Linear.init(hax.Axis("in", 4), hax.Axis("out", 6), key=jax.random.key(0)).weight)
+
+
 def test_haiku_parameters():
     net = hk.without_apply_rng(hk.transform(lambda x: hk.nets.MLP([6, 3])(x)))
     target = net.init(jax.random.key(0), X)
     (path,) = mj.paths.find_paths(mj.flatten(target), "**/linear_0/w")
+    assert path == "mlp/~/linear_0/w"
     merged = merged_by(lpka(path), target)
     np.testing.assert_array_equal(merged["mlp/~/linear_0"]["w"][:, :5], SOURCE["w"]["kernel"][:4])
     assert net.apply(merged, X).shape == (2, 3)
@@ -153,6 +286,54 @@ def test_tied_layers_of_nnx_stay_tied():
     assert model.encode is model.decode
     np.testing.assert_array_equal(model.decode.kernel[...], 7)
     assert mj.share_transfer({"v": "decode/kernel"}).apply({}, net, {"v": jnp.zeros((3, 3))})["v"].any()
+
+
+def keras_net(keras, width):
+    layers = keras.layers
+    stack = [keras.Input((4,)), layers.Dense(width, name="hidden"), layers.BatchNormalization(), layers.Dense(3)]
+    return keras.Sequential(stack, name="net")
+
+
+def numbers(variables):
+    return {variable.path: variable.value for variable in variables}
+
+
+@jax.numpy_rank_promotion("allow")
+def test_a_keras_model_learns_and_its_own_arrays_live_on(keras):
+    source, target = keras_net(keras, 8), keras_net(keras, 6)
+    weights, others = target.trainable_variables, target.non_trainable_variables
+    before = np.array(weights[0].value)
+
+    def loss_fn(params, model_state, batch, key):
+        params, model_state = ([tree[v.path] for v in own] for tree, own in ((params, weights), (model_state, others)))
+        logits, model_state = target.stateless_call(params, model_state, batch["x"], training=True)
+        model_state = {v.path: value for v, value in zip(others, model_state, strict=True)}
+        return mj.cross_entropy(logits, batch["y"]).mean(), (model_state, {})
+
+    task, share = mj.Task(loss_fn, optax.sgd(0.1)), mj.share_transfer({"net/hidden/kernel": "net/hidden/kernel"})
+    state = mj.init_joint_state(
+        jax.random.key(0), None, task, share, source_params=numbers(source.trainable_variables),
+        target_params=numbers(weights), target_state=numbers(others),
+    )  # fmt: skip
+    step = jax.jit(mj.make_joint_step(None, task, share), donate_argnums=0)
+    state, _ = step(state, {"target": {"x": X, "y": jnp.arange(2)}})
+    np.testing.assert_array_equal(weights[0].value, before)
+    assert source(X).shape == target(X).shape == (2, 3)
+    copied = np.asarray(source.trainable_variables[0].value)[:, :6]
+    moved = np.abs(np.asarray(state.target.params["net/hidden/kernel"]) - copied).max()
+    assert 0 < moved < 0.3 < np.abs(before - copied).max()
+    (mean,) = (path for path in state.target.model_state if path.endswith("moving_mean"))
+    assert np.abs(state.target.model_state[mean]).max() > 0
+
+
+def test_keras_variables_are_refused_with_what_to_give(keras):
+    net, share = keras_net(keras, 6), mj.share_transfer({"0": "w/kernel"})
+    task, advice = mj.Task(lambda *args: args, optax.sgd(0.1)), r"give the arrays .*\{v.path: v.value for v in model"
+    with pytest.raises(ValueError, match=f"^the target leaf '0' must be a float array, got Variable: {advice}"):
+        share.apply({}, SOURCE, net.trainable_variables)
+    for name, params in (("leaf '0'", net.trainable_variables), ("tree", net)):
+        with pytest.raises(ValueError, match=f"^the target {name} must be an array, got .*: {advice}"):
+            mj.init_joint_state(jax.random.key(0), None, task, share, source_params=SOURCE, target_params=params)
 
 
 class Pair(NamedTuple):

@@ -14,7 +14,7 @@ import optax
 from flax import struct
 from jax import lax
 
-from merge_jax.checks import check_choice, check_learnable
+from merge_jax.checks import check_arrays, check_choice, check_learnable
 from merge_jax.paths import flatten, some_of
 from merge_jax.training.nonfinite import all_finite, select_update
 from merge_jax.training.optimizers import adapter_adamw, holds_parameters, optimizer_update
@@ -135,12 +135,14 @@ def init_joint_state(
         `transfer.init` finds wrong with the routes.
 
     Warns:
-      UserWarning: the target's optimizer keeps parameters of its own, which a transfer does not reach.
+      UserWarning: the target's optimizer keeps parameters of its own, which a transfer does not reach; or one matrix
+        stands at two paths of a model that learns.
     """
     check_tasks(source, target, transfer)
     check_learnable("target", target_params)
-    if source is not None:
-        check_learnable("source", source_params)
+    (check_arrays if source is None else check_learnable)("source", source_params)
+    check_arrays("source state", source_state)
+    check_arrays("target state", target_state)
     if writes(transfer) and holds_parameters(target.optimizer, target_params):
         warnings.warn(
             "the target's optimizer keeps parameters of its own beside the target's (as schedule-free ones, COCOB, DoG "

@@ -4,7 +4,7 @@ import functools
 import math
 import string
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import replace as changed
 from typing import Any, NamedTuple
@@ -205,8 +205,8 @@ def _count(inputs: tuple[jax.Array, ...]) -> int:
 
 
 def _followed(role: str, fn: ModelFn, variables: Params, batch: list[Any]) -> FollowedModel:
-    trace = ChannelTrace(fn, variables, batch)
     with error_context(f"the {role}"):
+        trace = ChannelTrace(fn, variables, batch)
         return FollowedModel(trace, trace.follow(variables, batch, strict=True))
 
 
@@ -214,7 +214,7 @@ def _with_state(routes: Routes, source: Params, target: Params) -> tuple[Route, 
     """Returns routes of parameters as those of whole variables, with the state of the modules that they are in."""
     named, paths = kernel_routes(routes), {"source": list(flatten(source)), "target": list(flatten(target))}
     state = {role: [path for path in own if is_state(path, own)] for role, own in paths.items()}
-    if _PARAMS not in source or _PARAMS not in target:
+    if not all(isinstance(tree, Mapping) and _PARAMS in tree for tree in (source, target)):
         return named
     found: dict[str, str] = {}
     for one in resolve(named, source[_PARAMS], target[_PARAMS]):

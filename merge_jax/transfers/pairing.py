@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from merge_jax.checks import what_to_give
 from merge_jax.layouts import MatrixSpec, matrix_spec
 from merge_jax.paths import Pattern, find_paths, flatten, is_pattern
 from merge_jax.transfers.routes import Leaves, Route, leaves_text, routed_twice
@@ -293,5 +294,5 @@ def _check_float(role: str, path: str, leaf: Any) -> None:
     # A variable of Keras has a shape and a dtype too, and is no array.
     is_array = isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
     if not is_array or not jnp.issubdtype(leaf.dtype, jnp.floating):
-        found = f"an array of {leaf.dtype}" if is_array else f"{type(leaf).__name__}: give its numbers (jnp.asarray)"
+        found = f"an array of {leaf.dtype}" if is_array else f"{type(leaf).__name__}: {what_to_give(leaf)}"
         raise ValueError(f"the {role} leaf {path!r} must be a float array, got {found}")

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend import core
 
+from merge_jax.checks import check_arrays
 from merge_jax.paths import flatten
 from merge_jax.types import Params
 
@@ -66,6 +67,7 @@ class Program:
     """
 
     def __init__(self, fn: Callable[..., Any], params: Params, inputs: Sequence[Any]):  # noqa: D107
+        check_arrays("model's", params)
         closed = jax.make_jaxpr(fn)(params, *inputs)
         self.shapes: dict[int, Any] = {}
         self.equations: list[Equation] = []

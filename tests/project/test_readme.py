@@ -4,6 +4,7 @@ import ast
 import inspect
 import re
 
+import jax
 import pytest
 
 import merge_jax as mj
@@ -30,8 +31,9 @@ def test_the_code_of_the_documents_runs(path, tmp_path, monkeypatch):
     """Blocks of one document go on from each other."""
     monkeypatch.chdir(tmp_path)
     names = {}
-    for number, code in enumerate(BLOCK.findall(path.read_text())):
-        exec(compile(code, f"{path.name}, block {number}", "exec"), names)
+    with jax.numpy_rank_promotion("allow"):  # As users have it: the layers of Keras broadcast.
+        for number, code in enumerate(BLOCK.findall(path.read_text())):
+            exec(compile(code, f"{path.name}, block {number}", "exec"), names)
 
 
 def test_the_documents_show_the_three_kinds_of_models():
