@@ -4,28 +4,27 @@ import functools
 import math
 import string
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from dataclasses import replace as changed
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 
 from merge_jax.checks import check_at_least_one, error_context
-from merge_jax.paths import flatten, replace
+from merge_jax.paths import flatten, replace, some_of
 from merge_jax.transfers.aligned import aligned_transfer
 from merge_jax.transfers.alignment_fit import ChannelChoice, directions
 from merge_jax.transfers.alignment_plan import plan_alignment
 from merge_jax.transfers.channel_trace import ChannelTrace
 from merge_jax.transfers.channels import input_moments
 from merge_jax.transfers.followed import FollowedModel
-from merge_jax.transfers.layer_sites import is_state
-from merge_jax.transfers.layerwise import kernel_routes
 from merge_jax.transfers.pairing import resolve
 from merge_jax.transfers.program import Program
 from merge_jax.transfers.refit_plan import RefitPlan, Site, plan_refit
+from merge_jax.transfers.refit_routes import routes_with_state
 from merge_jax.transfers.refit_solve import (
     add_moments,
     batch_moments,
@@ -39,14 +38,13 @@ from merge_jax.transfers.refit_solve import (
     without,
     write,
 )
-from merge_jax.transfers.routes import Route, Routes
+from merge_jax.transfers.routes import Routes
 from merge_jax.types import Adapter, Params
 
 __all__ = ["FewRowsWarning", "Refit", "refit"]
 
 _ALIGNED_ON = 512  # So many inputs suffice to estimate each layer's second moments.
 _FEW_ROWS, _ROWS_OF_UNKNOWN = 4096, 200
-_PARAMS = "params"
 _VIEWS = frozenset({"slice", "squeeze", "reshape", "transpose", "pad", "rev"})  # Free to compute again.
 
 ModelFn = Callable[..., Any]
@@ -136,7 +134,8 @@ def refit(
       axis_name: the axis of `pmap` or `shard_map` whose devices share the inputs.
 
     Raises:
-      ValueError: no inputs, or of unequal numbers; as `channel_graph` and `aligned_transfer`; nothing to solve.
+      ValueError: no inputs, or of unequal numbers; numbers that are not finite come out (under `jit` that is not
+        checked); as `channel_graph` and `aligned_transfer`; nothing to solve.
 
     Warns:
       FewRowsWarning: a layer with more unknowns than rows, whose ridge is raised by as much.
@@ -149,7 +148,7 @@ def refit(
     batch = [jax.ShapeDtypeStruct((size, *jnp.shape(one)[1:]), jnp.result_type(one)) for one in inputs]
     models = [_followed(role, fn, variables, batch) for role, fn, variables in
               (("source", source, source_variables), ("target", target, target_variables))]  # fmt: skip
-    named_routes = _with_state(routes, source_variables, target_variables)
+    named_routes = routes_with_state(routes, source_variables, target_variables)
     resolved = resolve(named_routes, source_variables, target_variables)
     alignment = plan_alignment(resolved, models[0].graph, models[1].graph)
     plan = plan_refit(alignment, *models)
@@ -169,7 +168,7 @@ def refit(
 
     def run(
         source_variables: Params, target_variables: Params, inputs: list[jax.Array], key: jax.Array
-    ) -> tuple[Params, dict[str, jax.Array]]:
+    ) -> tuple[Params, dict[str, jax.Array], jax.Array]:
         some = jax.random.permutation(key, count)[: min(_ALIGNED_ON, count)]
         moments = input_moments(source, source_variables, *(one[some] for one in inputs))
         if axis_name is not None:
@@ -191,53 +190,42 @@ def refit(
             *_in_batches(inputs, size),
             key,
         )
-        return replace(written, {path: leaves[number] for path, number in walk.target.leaves.items()}), solved
+        finite = jnp.array([jnp.isfinite(leaf).all() for leaf in leaves.values()]).all()
+        return replace(written, {path: leaves[number] for path, number in walk.target.leaves.items()}), solved, finite
 
-    variables, solved = jax.jit(run)(source_variables, target_variables, [jnp.asarray(one) for one in inputs], key)
+    given = [jnp.asarray(one) for one in inputs]
+    variables, solved, finite = jax.jit(run)(source_variables, target_variables, given, key)
+    if not isinstance(finite, Tracer) and not finite:
+        _explain(given, source_variables, target_variables)
     return Refit(variables, solved, dict(plan.kept))
 
 
 def _count(inputs: tuple[jax.Array, ...]) -> int:
+    wrong = [type(one).__name__ for one in inputs if not hasattr(one, "shape")]
+    if wrong:
+        raise ValueError(f"the refit takes its inputs as arrays, one after the other, got {', '.join(wrong)}")
     counts = {jnp.shape(one)[0] if jnp.ndim(one) else 0 for one in inputs}
     if len(counts) != 1 or not min(counts):
         raise ValueError(f"the refit needs inputs, as many of each, got {[jnp.shape(one) for one in inputs]}")
     return counts.pop()
 
 
+def _explain(inputs: list[jax.Array], source: Params, target: Params) -> NoReturn:
+    """Raises ValueError for a refit that came to numbers that are not finite, naming what had them before."""
+    before = {f"input {place}": one for place, one in enumerate(inputs)}
+    for role, variables in (("source", source), ("target", target)):
+        before |= {f"the {role}'s {path}": leaf for path, leaf in flatten(variables).items()}
+    wrong = [name for name, leaf in before.items() if not jnp.isfinite(leaf).all()]
+    raise ValueError(
+        "the refit came to numbers that are not finite: "
+        + (f"there are some in {some_of(wrong, 3)}" if wrong else "what the source or the target computes has some")
+    )
+
+
 def _followed(role: str, fn: ModelFn, variables: Params, batch: list[Any]) -> FollowedModel:
     with error_context(f"the {role}"):
         trace = ChannelTrace(fn, variables, batch)
         return FollowedModel(trace, trace.follow(variables, batch, strict=True))
-
-
-def _with_state(routes: Routes, source: Params, target: Params) -> tuple[Route, ...]:
-    """Returns routes of parameters as those of whole variables, with the state of the modules that they are in."""
-    named, paths = kernel_routes(routes), {"source": list(flatten(source)), "target": list(flatten(target))}
-    state = {role: [path for path in own if is_state(path, own)] for role, own in paths.items()}
-    if not all(isinstance(tree, Mapping) and _PARAMS in tree for tree in (source, target)):
-        return named
-    found: dict[str, str] = {}
-    for one in resolve(named, source[_PARAMS], target[_PARAMS]):
-        modules = [path.rpartition("/")[0] for path in (one.target[0], one.source[0])]
-        for path in state["target"]:
-            collection, _, rest = path.partition("/")
-            module, _, leaf = rest.rpartition("/")
-            other = f"{collection}/{modules[1]}/{leaf}"
-            if module == modules[0] and other in state["source"]:
-                found[path] = other
-    params = [_below_params(route) for route in named]
-    return (*params, *(Route(path, other) for path, other in found.items()))
-
-
-def _below_params(route: Route) -> Route:
-    def below(leaves: Any) -> Any:
-        if isinstance(leaves, tuple):
-            return tuple(map(below, leaves))
-        if not isinstance(leaves, str):
-            raise ValueError(f"the refit takes paths and globs, not the regular expression {leaves.pattern!r}")
-        return f"{_PARAMS}/{leaves}"
-
-    return changed(route, target=below(route.target), source=below(route.source))
 
 
 def _in_batches(inputs: Sequence[jax.Array], size: int) -> tuple[list[jax.Array], jax.Array]:

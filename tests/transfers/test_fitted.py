@@ -395,3 +395,24 @@ def test_biases_that_are_kept_say_so():
     model, draw = deep(lambda product, bias: jax.nn.relu(product) + bias[None])
     made = mj.refit(EVERYTHING, model, model, draw(0, 8), draw(1, 4), X, **EXACT)
     assert made.kept == {"middle/bias": "it is added, and not on the way of a layer that is solved for"}
+
+
+def test_numbers_that_are_not_finite_are_named():
+    wide, narrow = (nn.Sequential([nn.Dense(w), nn.relu, nn.Dense(3)]) for w in (6, 4))
+    x = jax.random.normal(jax.random.key(0), (50, 5))
+    source, target = (model.init(jax.random.key(1), x) for model in (wide, narrow))
+    fit = functools.partial(mj.refit, {"**": "**"}, wide.apply, narrow.apply)
+    with pytest.raises(ValueError, match="not finite: there are some in input 0$"):
+        fit(source, target, x.at[3].set(jnp.nan))
+    broken = mj.replace(source, {"params/layers_0/bias": jnp.full(6, jnp.inf)})
+    with pytest.raises(ValueError, match="not finite: there are some in the source's params/layers_0/bias$"):
+        fit(broken, target, x)
+    assert not jnp.isfinite(jax.jit(fit)(broken, target, x).variables["params"]["layers_0"]["bias"]).all()
+
+
+def test_inputs_are_arrays_one_after_the_other():
+    fit = functools.partial(mj.refit, {"**": "**"}, None, None, {}, {})
+    with pytest.raises(ValueError, match="inputs as arrays, one after the other, got dict$"):
+        fit({"image": jnp.zeros((4, 2))})
+    with pytest.raises(ValueError, match="got list$"):
+        fit([[0.0, 1.0], [1.0, 0.0]])
