@@ -103,7 +103,7 @@ def _options(run: Run) -> list[str]:
         tables[name in given][name] = json.dumps(value)
     shown = _pairs(tables[True]) if tables[True] else "<p>The command changed none.</p>"
     count = len(tables[False])
-    summary = f"<summary>The other {count}, as the preset has them</summary>"
+    summary = f"<summary>The other {count}, from the preset</summary>"
     return [shown, f"<details>\n{summary}\n{_pairs(tables[False])}\n</details>"] if count else [shown]
 
 
