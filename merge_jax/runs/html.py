@@ -24,6 +24,7 @@ th:first-child, td:first-child { text-align: left; }
 .options td { text-align: left; }
 img { max-width: 100%; }
 code, pre { background: #f5f5f5; padding: .1rem .3rem; overflow-wrap: anywhere; white-space: pre-wrap; }
+summary { cursor: pointer; }
 .notes { color: #555; font-size: .9rem; }
 @media (prefers-color-scheme: dark) {
   body { background: #1b1b1b; color: #ddd; } th, td { border-color: #444; } code, pre { background: #2b2b2b; }
@@ -49,7 +50,7 @@ def html_report(run: Run) -> str:
     if samples.exists():
         sections.append(_section("Samples", _picture(samples.read_bytes(), "png", "test images and answers")))
     sections += [
-        _section("Options", _pairs({name: json.dumps(value) for name, value in run.config.items()})),
+        _section("Options", *_options(run)),
         _section("Sessions", *(_pairs(_flat(session)) for session in run.sessions)),
         _section("Go on", _commands(run)),
     ]
@@ -92,6 +93,26 @@ def _pairs(entries: Mapping[str, str]) -> str:
         for name, value in entries.items()
     )
     return _wide('<table class="options">\n' + "\n".join(rows) + "\n</table>")
+
+
+def _options(run: Run) -> list[str]:
+    """Returns the options that the command gave, and all others folded."""
+    given = _given(run)
+    tables = {True: {}, False: {}}
+    for name, value in run.config.items():
+        tables[name in given][name] = json.dumps(value)
+    shown = _pairs(tables[True]) if tables[True] else "<p>The command changed none.</p>"
+    count = len(tables[False])
+    summary = f"<summary>The other {count}, from the preset</summary>"
+    return [shown, f"<details>\n{summary}\n{_pairs(tables[False])}\n</details>"] if count else [shown]
+
+
+def _given(run: Run) -> set[str]:
+    """Returns the options that the run was started with, by their names in the config."""
+    words = shlex.split(run.sessions[0]["command"])
+    # tyro takes `-` for `_`; `--no-x` is False for x; `--x.y` is a part of x.
+    names = {word[2:].partition("=")[0].replace("-", "_").partition(".")[0] for word in words if word[:2] == "--"}
+    return names | {name.removeprefix("no_") for name in names}
 
 
 def _flat(session: Mapping[str, Any]) -> dict[str, str]:

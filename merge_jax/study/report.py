@@ -5,7 +5,7 @@ import math
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich import box
@@ -19,7 +19,15 @@ from merge_jax.study.experiment import find_experiment
 from merge_jax.study.grid import Grid, GridRun, Row, Setting
 from merge_jax.study.statistics import Comparison, holm, paired_difference
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 __all__ = ["Measured", "write_report"]
+
+_Difference = tuple[str, float, float, bool]
+"""A row's name, its difference and standard error, and whether it is a control."""
+
+_CONTROLS = frozenset({"no_source", "itself"})  # Methods that read no source.
 
 _LEVEL = 0.01
 _MARK = "**"
@@ -302,35 +310,61 @@ def _as_markdown(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> lis
 
 def _save_differences(grid: Grid, by_setting: Mapping[str, Mapping[str, Measured]], folder: RunFolder) -> None:
     """Saves `differences.png`: the difference of each row to the first it is compared with, a panel a setting."""
+    if not grid.against:
+        return
+    against, panels = grid.against[0], {}
+    for name, rows in by_setting.items():
+        if against in rows:
+            compared = {row: one.minus(rows[against]) for row, one in rows.items() if row != against}
+            panels[name] = [
+                (row, 100 * found.mean, 100 * (found.error or 0.0), _is_control(rows[row]))
+                for row, found in compared.items()
+                if found is not None
+            ]
+    panels = {name: differences for name, differences in panels.items() if differences}
+    if panels:
+        figure = _draw_differences(panels, f"test metric minus {against} (points)")
+        figure.savefig(folder.path / "differences.png", dpi=150)
+
+
+def _is_control(one: Measured) -> bool:
+    """Returns whether a row shows what a gain is worth, and is no method to take."""
+    options = {**one.setting.options, **one.row.options}
+    return one.opponent or one.row.method in _CONTROLS or options.get("source_control", "none") != "none"
+
+
+def _draw_differences(panels: Mapping[str, Sequence[_Difference]], label: str) -> "Figure":
+    """Draws differences, best first and controls below, in a panel each: all of one scale and one spacing of rows.
+
+    Args:
+      panels: the differences of each setting, at least one.
+      label: of the common scale.
+    """
     from matplotlib.figure import Figure  # It takes half a second that --help should not.
 
-    panels = {name: rows for name, rows in by_setting.items() if grid.against and grid.against[0] in rows}
-    if not panels:
-        return
-    against = grid.against[0]
-    most = max(len(rows) for rows in panels.values())
     columns = min(3, len(panels))
-    height = -(-len(panels) // columns)
-    figure = Figure(figsize=(2 + 4 * columns, height * (1.2 + 0.25 * most)), layout="constrained")
-    axes = figure.subplots(height, columns, squeeze=False)
-    for panel in axes.flat[len(panels) :]:
-        panel.set_visible(False)
-    for panel, (name, rows) in zip(axes.flat, panels.items(), strict=False):
-        differences = {
-            row: comparison
-            for row, one in rows.items()
-            if row != against and (comparison := one.minus(rows[against])) is not None
-        }
-        for place, comparison in enumerate(differences.values()):
-            panel.errorbar(
-                100 * comparison.mean, place, xerr=100 * (comparison.error or 0.0), fmt="o", color="C0", capsize=2
-            )
-        panel.axvline(0, color="0.5", linewidth=0.8)
-        panel.set_yticks(range(len(differences)), list(differences), fontsize="small")
-        panel.set(title=name, xlabel=f"test {rows[against].metric} minus {against} (points)")
-        panel.invert_yaxis()
-        panel.grid(alpha=0.3, axis="x")
-    figure.savefig(folder.path / "differences.png", dpi=150)
+    longest_first = sorted(panels.items(), key=lambda panel: -len(panel[1]))
+    lines = [longest_first[start : start + columns] for start in range(0, len(panels), columns)]
+    heights = [max(len(rows) for _, rows in line) for line in lines]
+    figure = Figure(figsize=(2 + 4 * columns, sum(1 + 0.25 * height for height in heights)), layout="constrained")
+    axes = figure.subplots(len(lines), columns, squeeze=False, sharex=True, height_ratios=heights)
+    for line, height, row_of_axes in zip(lines, heights, axes, strict=True):
+        for panel in row_of_axes[len(line) :]:
+            panel.remove()
+        for panel, (name, rows) in zip(row_of_axes, line, strict=False):
+            ordered = sorted(rows, key=lambda row: (row[3], -row[1]))
+            for place, (_, mean, error, control) in enumerate(ordered):
+                panel.errorbar(mean, place, xerr=error, fmt="o", color="0.5" if control else "C0", capsize=2)
+            methods = sum(not row[3] for row in rows)
+            if 0 < methods < len(rows):
+                panel.axhline(methods - 0.5, color="0.5", linewidth=0.8, linestyle=":")
+            panel.axvline(0, color="0.5", linewidth=0.8)
+            panel.set_yticks(range(len(rows)), [row[0] for row in ordered], fontsize="small")
+            panel.set(title=name, ylim=(height - 0.5, -0.5))
+            panel.tick_params(labelbottom=True)
+            panel.grid(alpha=0.3, axis="x")
+    figure.supxlabel(label)
+    return figure
 
 
 def _save_sizes(grid: Grid, by_setting: Mapping[str, Mapping[str, Measured]], folder: RunFolder) -> None:

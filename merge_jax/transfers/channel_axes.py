@@ -112,7 +112,8 @@ class AxisNodes:
                 raise ValueError(
                     f"the operation {operation!r} cannot be followed: channels of {place[0]!r}, along its axis "
                     f"{place[1]}, go into it, and which leaves read them afterwards is not known. Give a function "
-                    "without it, or strict=False, by which the axes before and behind it come apart: aligned_transfer "
+                    "without it: a convolution that is flattened can be averaged over its places. Or give "
+                    "channel_graph strict=False, by which the axes before and behind it come apart: aligned_transfer "
                     "then takes them as they are where sizes are equal, and refuses them elsewhere"
                 )
 

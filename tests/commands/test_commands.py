@@ -5,6 +5,7 @@ import html.parser
 import importlib.metadata
 import importlib.util
 import json
+import re
 import shutil
 from dataclasses import replace
 
@@ -216,6 +217,18 @@ def test_a_run_is_one_page_that_needs_nothing_else(runs):
     assert f" --run-dir {run.path} --resume" in text
     assert f"merge-jax export {run.path}/checkpoints/share-seed0 one.safetensors" in text
     assert html_report(run) == source  # The same again, to the byte.
+
+
+def test_options_of_the_command_come_first_and_others_are_folded(runs):
+    run = Run.read(runs / "one")
+    command = "python -m experiments.cross_structure smoke --seeds 2 --target_rate=0.5 --source-steps 4 --no-head-first"
+    page = html_report(replace(run, sessions=[{**run.sessions[0], "command": command}]))
+    shown, _, folded = page.partition("<h2>Options</h2>")[2].partition("<h2>")[0].partition("<details>")
+    names = re.compile(r"<tr><td>(\w+)</td>")
+    given = {"seeds", "target_rate", "source_steps", "head_first"}
+    assert names.findall(shown) == [name for name in run.config if name in given]
+    assert names.findall(folded) == [name for name in run.config if name not in given]
+    assert folded.rstrip().endswith("</details>")
 
 
 def test_what_a_page_shows_is_text_and_never_markup(runs, tmp_path):

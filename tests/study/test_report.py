@@ -3,11 +3,12 @@
 import json
 import re
 
+import numpy as np
 import pytest
 
 from merge_jax.runs.folder import RunFolder
 from merge_jax.study.grid import make_runs, select
-from merge_jax.study.report import write_report
+from merge_jax.study.report import _draw_differences, write_report
 from tests.study.grids import grid_of
 
 CURVE = """
@@ -129,6 +130,19 @@ def test_numbers_and_pictures_are_saved(reported):
     }
     for name in ("differences.png", "sizes.png"):
         assert (folder / name).stat().st_size > 10_000
+
+
+def test_a_picture_has_one_scale_and_one_spacing_best_first_and_controls_below():
+    rows = [("share", 2.0, 1.0, False), ("share of noise", 9.0, 1.0, True), ("kd", 5.0, 1.0, False)]
+    panels = {"one": [("kd", -8.0, 1.0, False)], "two": rows, "three": rows[:2], "four": rows}
+    figure = _draw_differences(panels, "points")
+    assert [panel.get_title() for panel in figure.axes] == ["two", "four", "three", "one"]  # And none is empty.
+    first = figure.axes[0]
+    assert [label.get_text() for label in first.get_yticklabels()] == ["kd", "share", "share of noise"]
+    assert len({panel.get_xlim() for panel in figure.axes}) == 1
+    figure.canvas.draw()
+    spacing = {round(panel.get_window_extent().height / abs(np.subtract(*panel.get_ylim()))) for panel in figure.axes}
+    assert max(spacing) - min(spacing) <= 3  # Pixels.
 
 
 CHOOSING = """
