@@ -96,6 +96,7 @@ def test_in_bfloat16_parameters_and_outputs_stay_float32(model, initialised, inp
     assert {leaf.dtype.name for leaf in jax.tree.leaves(sown)} <= {"float32"}
 
 
+@pytest.mark.slow
 @of(*MODELS)
 def test_gradients_reach_every_leaf(model, initialised, inputs):
     def loss(params):

@@ -80,7 +80,7 @@ def check(monkeypatch, tmp_path, capsys, experiment, words, calls, least=21):
 
 @pytest.mark.parametrize(
     "case",
-    ["live", "itself", *(pytest.param(case, marks=pytest.mark.slow) for case in ("pretrained", "trajectory"))],
+    ["live", *(pytest.param(case, marks=pytest.mark.slow) for case in ("itself", "pretrained", "trajectory"))],
 )
 def test_stopped_in_the_middle_a_run_ends_as_the_unbroken_one(case, monkeypatch, tmp_path, capsys):
     calls, *options = OF_SOURCES[case]

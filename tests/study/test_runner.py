@@ -216,6 +216,7 @@ def test_a_run_begun_on_five_devices_goes_on_on_one(unbroken, tmp_path, options)
     assert_close(records(folder), records(unbroken[0]))
 
 
+@pytest.mark.slow
 def test_a_batch_that_does_not_divide_among_the_devices_is_refused(tmp_path):
     refused = start("--run-dir", tmp_path / "run", devices=8)
     assert refused.returncode == 2

@@ -21,7 +21,8 @@ def trials_of(config, **plan):
     return make_trials(cross_structure.build(config), config, SourcePlan(**{"read": lambda seed: None, **plan}))
 
 
-@pytest.mark.parametrize(("name", "unlabelled"), [pytest.param("kd_agree", 0, marks=pytest.mark.slow), ("kd", 100)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "unlabelled"), [("kd_agree", 0), ("kd", 100)])
 def test_steps_are_the_same_where_a_source_is_asked_once(name, unlabelled, monkeypatch):
     config = replace(CONFIG, methods=(name,), unlabelled=unlabelled)
     found = []

@@ -78,6 +78,7 @@ def test_a_frozen_source_may_be_an_exported_model(pretrained, tmp_path):
     assert scores(found) == scores(results)
 
 
+@pytest.mark.slow
 def test_a_trajectory_shows_every_saved_step_in_order(trajectory):
     folder, _, records = trajectory
     saved_source = folder / "checkpoints" / "source-seed0"

@@ -88,6 +88,7 @@ def test_transfers_follow_cycle_and_stop(cycle, stop, expected):
         assert (metrics["adapter/change"] > 0) == bool(transferred)
 
 
+@pytest.mark.slow
 def test_gates_are_among_the_metrics_as_the_step_used_them():
     gated = mj.lpka_transfer(helpers.ROUTES, num_layers=1, num_heads=1, attentions=("rows_rows",))
     name = f"adapter/gate/{next(iter(helpers.ROUTES))}"

@@ -114,6 +114,7 @@ def test_only_large_leaves_with_an_axis_that_divides_are_split():
     assert all(s.spec == jax.sharding.PartitionSpec() for s in jax.tree.leaves(copied))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [mj.jit_layout(mj.data_mesh(1)), mj.training.pmap_layout(1)])
 def test_a_layout_of_one_device_trains_as_jit_does(layout):
     transfer = mj.share_transfer(helpers.ROUTES)

@@ -207,6 +207,7 @@ def test_a_target_group_made_of_two_source_groups_has_a_matrix_for_each():
     )
 
 
+@pytest.mark.slow
 def test_a_joint_state_starts_from_the_fitted_adapter():
     (source, state), (target, small_state) = variables_of(LARGE), variables_of(SMALL)
     transfer = aligned(LARGE, SMALL)

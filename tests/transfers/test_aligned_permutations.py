@@ -94,7 +94,7 @@ def moved(run, variables, inputs, routes):
 
 
 @pytest.mark.parametrize(
-    "name", [name if name in ("mobilenet", "encoder") else pytest.param(name, marks=pytest.mark.slow) for name in PAIRS]
+    "name", [name if name == "mobilenet" else pytest.param(name, marks=pytest.mark.slow) for name in PAIRS]
 )
 def test_the_order_of_channels_and_heads_does_not_matter(name):
     make, inputs = PAIRS[name]

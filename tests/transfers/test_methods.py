@@ -259,6 +259,7 @@ def layers(seed, widths):
 IN_ORDER = {f"layer_{i}/{name}": f"layer_{i}/{name}" for i in range(3) for name in ("kernel", "bias")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("widths", [(3, 6, 5, 4), (3, 9, 7, 4), (4, 3, 8, 6), (2, 5, 4, 3)])
 def test_transport_is_its_loop(widths):
     source, target = layers(110, widths), layers(120, (3, 6, 5, 4))

@@ -113,6 +113,7 @@ def plans(monkeypatch):
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STREAMS)
 def test_a_stream_is_linear_where_no_operation_tells_its_channels_apart(name, plans):
     fn, expected, *more = STREAMS[name]
@@ -167,6 +168,7 @@ def test_directions_come_nearer_than_channels():
     assert error("moments") < 0.7 * error("magnitude")
 
 
+@pytest.mark.slow
 def test_what_is_chosen_is_no_function_that_is_differentiated():
     fn, source, target = STREAMS["one layer"][0], params_of(5, 8, 0), params_of(3, 6, 1)
     source["down"]["kernel"][:, 3:] = 0  # Moments of which three eigenvalues are one: 0.
