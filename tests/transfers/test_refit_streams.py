@@ -95,8 +95,13 @@ STREAMS = {
     "a product of two": (with_stream(down, lambda params, x: x * x), False),
     "numbers of channels before its end": (with_stream(down, lambda params, x: x * channels(x) + channels(x)), True),
     "numbers of channels after its end": (with_stream(down, lambda params, x: x + x * channels(x)), False),
+    "channels in a product": (
+        with_stream(down, lambda params, x: x + jnp.einsum("npc,c->npc", x, channels(x)[0, 0].astype(x.dtype))),
+        False,
+    ),
     "numbers that are added after its end": (with_stream(down, lambda params, x: x + (x + channels(x))), False),
 }
+SOME = ("a LayerNorm", "an activation", "channels in a product", "numbers of channels after its end")
 
 
 @pytest.fixture
@@ -113,8 +118,9 @@ def plans(monkeypatch):
     return made
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", STREAMS)
+@pytest.mark.parametrize(
+    "name", [name if name in SOME else pytest.param(name, marks=pytest.mark.slow) for name in STREAMS]
+)
 def test_a_stream_is_linear_where_no_operation_tells_its_channels_apart(name, plans):
     fn, expected, *more = STREAMS[name]
     routes = {path: path for path in (*ROUTES, *more)}
