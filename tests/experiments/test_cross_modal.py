@@ -1,7 +1,6 @@
 """The experiment across modalities, and the data that it takes."""
 
 import json
-import shutil
 
 import jax
 import numpy as np
@@ -143,20 +142,6 @@ def test_images_of_a_split_are_in_no_other():
         assert {int(row) for row in other.train["image"].rows} != rows[0]
         np.testing.assert_array_equal(one.test["tokens"], other.test["tokens"])
         assert isinstance(one.train["image"], Streamed)
-
-
-@pytest.mark.slow
-def test_a_run_is_resumed_to_the_bit(tmp_path):
-    options = [*RETRIEVAL, "--methods", "mergenet_warm"]
-    results, records = run("cross_modal", tmp_path / "run", *options)
-    for name in ("mergenet_warm-seed0", "source-seed0"):
-        shutil.rmtree(tmp_path / "run" / "checkpoints" / name / "4")
-    (tmp_path / "run" / "results.json").unlink()
-    again, records_again = run("cross_modal", tmp_path / "run", *options, "--resume")
-    by_run = [sorted(each, key=lambda record: (record["run"], record["step"])) for each in (records, records_again)]
-    assert by_run[0] == by_run[1]
-    assert again[0]["test_metrics"] == results[0]["test_metrics"]
-    assert again[0]["answers"] == results[0]["answers"]
 
 
 @pytest.mark.slow

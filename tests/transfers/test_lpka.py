@@ -221,7 +221,7 @@ class Double:
 
 # A case compiles four programs; shrinking one that fails would compile hundreds.
 @pytest.mark.slow
-@settings(max_examples=8, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+@settings(max_examples=4, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 @given(
     st.lists(st.builds(Sizes, edges, edges, wide_edges, wide_edges), min_size=2, max_size=3, unique=True),
     *(st.sampled_from([1, 2]), st.sampled_from(["published", "warm"]), st.integers(0, 100)),
