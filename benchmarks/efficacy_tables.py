@@ -1,5 +1,6 @@
 """The tables of docs/efficacy.md from the results that the repository keeps, docs/tables/*.json.
 
+python -m benchmarks.efficacy_tables                                   # writes docs/tables/*.txt, all tables
 python -m benchmarks.efficacy_tables cifar100                          # mean and standard error of each row, over seeds
 python -m benchmarks.efficacy_tables cifar100 --against vanilla refit  # and paired differences to these, p by Holm
 python -m benchmarks.efficacy_tables sst2 --add runs/sst2              # takes the results of a run folder in first
@@ -17,7 +18,7 @@ from typing import Any
 from merge_jax.runs import mean_and_error
 from merge_jax.study.statistics import holm, paired_difference
 
-__all__ = ["add_run", "main", "table"]
+__all__ = ["add_run", "main", "table", "written"]
 
 TABLES = Path(__file__).parent.parent / "docs" / "tables"
 _COLUMNS = {"right_after": "right after the write", "test": "after the last step"}
@@ -26,13 +27,17 @@ Row = tuple[str, float | None]
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Prints the table of a file of results, after adding runs to it where that is asked for."""
+    """Prints the table of a file of results, with runs added to it if there are any; without a file writes all tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", help="of the file in docs/tables, or a path")
+    parser.add_argument("name", nargs="?", help="of the file in docs/tables, or a path")
     parser.add_argument("--add", nargs="+", type=Path, default=[], metavar="RUN", help="run folders to take in")
     parser.add_argument("--suffix", default="", help="what is added to the names of these runs' rows")
     parser.add_argument("--against", nargs="+", default=[], metavar="ROW", help="rows to compare every other row with")
     options = parser.parse_args(arguments)
+    if options.name is None:
+        for file in TABLES.glob("*.json"):
+            file.with_suffix(".txt").write_text(written(file))
+        return
     file = Path(options.name) if options.name.endswith(".json") else TABLES / f"{options.name}.json"
     content = json.loads(file.read_text()) if file.exists() else {"runs": [], "results": []}
     for run in options.add:
@@ -40,6 +45,13 @@ def main(arguments: list[str] | None = None) -> None:
     if options.add:
         file.write_text(json.dumps(content, indent=1) + "\n")
     print(table(content["results"], options.against))
+
+
+def written(file: Path) -> str:
+    """Returns the text of a file of results that is kept beside it: its runs, and its table."""
+    content = json.loads(file.read_text())
+    runs = [f"{run['command']}\n    commit {run['commit']}, {run['date']}, jax {run['jax']}" for run in content["runs"]]
+    return "\n".join([table(content["results"], []), "", *runs, ""])
 
 
 def add_run(content: dict[str, Any], run: Path, suffix: str = "") -> dict[str, Any]:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks.efficacy_tables import TABLES, add_run, main, table
+from benchmarks.efficacy_tables import TABLES, add_run, main, table, written
 
 
 def entry(row, seed, test, right_after=None, rate=1.0):
@@ -79,7 +79,8 @@ def test_a_run_is_taken_in_once_and_its_folder_is_not_named(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("file", sorted(TABLES.glob("*.json")), ids=lambda file: file.stem)
-def test_no_row_of_a_kept_file_stands_twice(file):
+def test_kept_files_have_each_row_once_and_their_tables_beside_them(file):
+    assert file.with_suffix(".txt").read_text() == written(file)
     results = json.loads(file.read_text())["results"]
     rows = [(result["row"], result.get("target_rate"), result["seed"]) for result in results]
     assert len(set(rows)) == len(rows)
