@@ -27,7 +27,7 @@ Row = tuple[str, float | None]
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Prints the table of a file of results, with runs added to it if there are any; without a file writes all tables."""
+    """Prints the table of a file of results, with runs added to it if there are any; without a file writes all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", nargs="?", help="of the file in docs/tables, or a path")
     parser.add_argument("--add", nargs="+", type=Path, default=[], metavar="RUN", help="run folders to take in")
