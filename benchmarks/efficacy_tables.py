@@ -11,11 +11,12 @@ and after the last step. A row is a method at a rate; `--suffix` tells rows of o
 
 import argparse
 import json
+import operator
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from merge_jax.runs import mean_and_error
+from merge_jax.runs.table import format_values
 from merge_jax.study.statistics import holm, paired_difference
 
 __all__ = ["add_run", "main", "table", "written"]
@@ -110,7 +111,7 @@ def table(results: list[dict[str, Any]], against: list[str]) -> str:
                 found[_row(result)][column][result["seed"]] = 100 * result[column]
     lines = [f"| row | rate | seeds | {' | '.join(_COLUMNS.values())} |", "| --- | --- | ---: | ---: | ---: |"]
     for row, columns in found.items():
-        cells = [_number(list(columns[column].values())) for column in _COLUMNS]
+        cells = [format_values(columns[column].values()) for column in _COLUMNS]
         lines.append(f"| {row[0]} | {row[1] or ''} | {max(map(len, columns.values()))} | {' | '.join(cells)} |")
     for name in against:
         bases = [row for row in found if row[0] == name]
@@ -128,28 +129,21 @@ def _differences(found: dict[Row, dict[str, dict[int, float]]], base: Row) -> li
             seeds = sorted(columns[column].keys() & found[base][column].keys())
             if row != base and seeds:
                 pairs = [[values[column][seed] for seed in seeds] for values in (columns, found[base])]
-                compared.append((row, column, paired_difference(*pairs)))
-    adjusted = iter(holm([each.p_t for *_, each in compared if each.p_t is not None]))
+                compared.append((row, column, pairs, paired_difference(*pairs).p_t))
+    adjusted = iter(holm([p for *_, p in compared if p is not None]))
     lines = [
         f"| row - {base[0]} | rate | column | seeds | difference | p, adjusted |",
         "| --- | --- | --- | ---: | ---: | ---: |",
     ]
-    for row, column, each in compared:
-        error = "" if each.error is None else f" ± {each.error:.1f}"
-        p = "" if each.p_t is None else f"{next(adjusted):.1g}"
-        lines.append(f"| {row[0]} | {row[1] or ''} | {_COLUMNS[column]} | {each.n} | {each.mean:+.1f}{error} | {p} |")
+    for row, column, pairs, p in compared:
+        cells = [row[0], str(row[1] or ""), _COLUMNS[column], str(len(pairs[0]))]
+        cells += [format_values(map(operator.sub, *pairs), "+"), "" if p is None else f"{next(adjusted):.1g}"]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
 def _row(result: dict[str, Any]) -> Row:
     return result["row"], result.get("target_rate")
-
-
-def _number(values: list[float]) -> str:
-    if not values:
-        return ""
-    mean, error = mean_and_error(values)
-    return f"{mean:.1f}" if error is None else f"{mean:.1f} ± {error:.1f}"
 
 
 if __name__ == "__main__":

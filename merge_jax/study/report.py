@@ -14,7 +14,7 @@ from rich.table import Table
 
 from merge_jax.runs import OPPONENTS, mean_and_error
 from merge_jax.runs.folder import RunFolder
-from merge_jax.runs.table import START_NOTE, STARTS, opponent_note
+from merge_jax.runs.table import START_NOTE, STARTS, format_values, opponent_note
 from merge_jax.study.experiment import find_experiment
 from merge_jax.study.grid import Grid, GridRun, Row, Setting
 from merge_jax.study.statistics import Comparison, holm, paired_difference
@@ -225,7 +225,7 @@ def _table(
     lines = []
     for name, one in rows.items():
         columns = "target_test", *starts.values(), "target_validation"
-        line = [name, str(len(one.results)), *(_number(one.values(column, 100)) for column in columns)]
+        line = [name, str(len(one.results)), *(format_values(one.values(column, 100)) for column in columns)]
         if against is not None:
             comparison = comparisons.by_pair.get((name, against))
             line += ["", ""] if comparison is None else _compared(comparison)
@@ -243,13 +243,6 @@ def _compared(comparison: Comparison) -> list[str]:
 
 def _p(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}" if value >= 0.001 else f"{value:.0e}"
-
-
-def _number(values: Sequence[float]) -> str:
-    if not values:
-        return ""
-    mean, error = mean_and_error(values)
-    return f"{mean:.1f}" + ("" if error is None else f" ± {error:.1f}")
 
 
 def _comparison_note(grid: Grid, setting: str, rows: Mapping[str, Measured], comparisons: _Comparisons) -> str:
