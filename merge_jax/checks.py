@@ -5,16 +5,21 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from numbers import Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from merge_jax.paths import flatten, near_misses, tied_paths
+from merge_jax.paths import flatten, near_misses, some_of, tied_paths
+
+if TYPE_CHECKING:
+    import jax
 
 __all__ = [
+    "all_finite",
     "check_arrays",
     "check_at_least_one",
     "check_below_one",
     "check_choice",
     "check_entries",
+    "check_finite",
     "check_flag",
     "check_float_dtype",
     "check_learnable",
@@ -143,3 +148,22 @@ def check_learnable(role: str, params: Any) -> None:
                 f"{list(leaf.shape)}: keep it apart, in the model state or in the loss function; of an NNX module,"
                 " graph, params, rest = nnx.split(module, nnx.Param, ...)"
             )
+
+
+def all_finite(*trees: Any) -> "jax.Array":
+    """Returns whether all numbers of all leaves are finite, a boolean scalar."""
+    import jax
+    import jax.numpy as jnp
+
+    leaves = [leaf for leaf in jax.tree.leaves(trees) if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)]
+    flags = jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in leaves] or [True])
+    # The smallest by a sort, which XLA fuses with nothing. A reduction it repeats in each of the n leaves that are kept
+    # or not, and n^2 operations take minutes to compile.
+    return jnp.sort(flags)[0]
+
+
+def check_finite(name: str, tree: Any) -> None:
+    """Raises ValueError unless all numbers of all leaves are finite; the leaves that are not are named."""
+    wrong = [path for path, leaf in flatten(tree).items() if not all_finite(leaf)]
+    if wrong:
+        raise ValueError(f"{name} has numbers that are not finite in {some_of(wrong, 3)}")

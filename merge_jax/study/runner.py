@@ -11,8 +11,8 @@ from rich.console import Console
 from tqdm.auto import tqdm
 
 from merge_jax.checkpoints.orbax import CheckpointError
-from merge_jax.checkpoints.torch_files import find_weights
-from merge_jax.checkpoints.weights.load import weight_paths
+from merge_jax.checkpoints.weights.load import find_weights, weight_paths
+from merge_jax.checks import check_finite
 from merge_jax.runs import OPPONENTS, PLAN, Plan, Run
 from merge_jax.runs.folder import MetricsLog, RunFolder, check_space, numbered_folder
 from merge_jax.study.config import RunConfig
@@ -25,7 +25,7 @@ from merge_jax.study.sources import SourcePlan, control_source, plan_source, rea
 from merge_jax.study.trainer import Programs, RunStoppedError, Trainer
 from merge_jax.study.trial import Trial, make_trials
 from merge_jax.training.joint import TrainState
-from merge_jax.training.nonfinite import NumericFaultError, check_finite
+from merge_jax.training.nonfinite import NumericFaultError
 from merge_jax.training.sharding import Layout, data_mesh, jit_layout, pmap_layout
 from merge_jax.training.signals import StopSignals
 

@@ -14,9 +14,9 @@ import optax
 from flax import struct
 from jax import lax
 
-from merge_jax.checks import check_arrays, check_choice, check_learnable
+from merge_jax.checks import all_finite, check_arrays, check_choice, check_learnable
 from merge_jax.paths import flatten, some_of
-from merge_jax.training.nonfinite import all_finite, select_update
+from merge_jax.training.nonfinite import select_update
 from merge_jax.training.optimizers import adapter_adamw, holds_parameters, optimizer_update
 from merge_jax.training.packing import pack
 from merge_jax.training.schedule import TransferSteps

@@ -11,10 +11,10 @@ import optax
 from jax import lax
 from jax.core import Tracer
 
-from merge_jax.checks import check_learnable, error_context
+from merge_jax.checks import all_finite, check_learnable, error_context
 from merge_jax.objectives.features import CompareOn, FeatureObjective, disagreement, with_features
 from merge_jax.objectives.losses import name_missing_collections
-from merge_jax.training.nonfinite import NumericFaultError, all_finite
+from merge_jax.training.nonfinite import NumericFaultError
 from merge_jax.training.packing import packed
 from merge_jax.training.running_statistics import bind_axis, check_inputs, check_variables, evenly_split
 from merge_jax.transfers.base import Transfer, check_transfer

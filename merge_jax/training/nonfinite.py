@@ -9,9 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from merge_jax.paths import flatten, some_of
-
-__all__ = ["NumericFaultError", "RejectedTransfers", "SkippedUpdates", "all_finite", "check_finite", "select_update"]
+__all__ = ["NumericFaultError", "RejectedTransfers", "SkippedUpdates", "select_update"]
 
 _Tree = TypeVar("_Tree")
 
@@ -20,22 +18,6 @@ _SKIPPED = "/skipped"
 
 class NumericFaultError(ArithmeticError):
     """A model's updates were skipped so often in a row that training it further makes no sense."""
-
-
-def all_finite(*trees: Any) -> jax.Array:
-    """Returns whether all numbers of all leaves are finite, a boolean scalar."""
-    leaves = [leaf for leaf in jax.tree.leaves(trees) if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)]
-    flags = jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in leaves] or [True])
-    # The smallest by a sort, which XLA fuses with nothing. A reduction it repeats in each of the n leaves that are kept
-    # or not, and n^2 operations take minutes to compile.
-    return jnp.sort(flags)[0]
-
-
-def check_finite(name: str, tree: Any) -> None:
-    """Raises ValueError unless all numbers of all leaves are finite; the leaves that are not are named."""
-    wrong = [path for path, leaf in flatten(tree).items() if not all_finite(leaf)]
-    if wrong:
-        raise ValueError(f"{name} has numbers that are not finite in {some_of(wrong, 3)}")
 
 
 def select_update(ok: jax.Array, new: _Tree, old: _Tree) -> _Tree:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.core import Tracer
 
-from merge_jax.checks import check_at_least_one, error_context
+from merge_jax.checks import all_finite, check_at_least_one, error_context
 from merge_jax.paths import flatten, replace, some_of
 from merge_jax.transfers.aligned import aligned_transfer
 from merge_jax.transfers.alignment_fit import ChannelChoice, directions
@@ -190,7 +190,7 @@ def refit(
             *_in_batches(inputs, size),
             key,
         )
-        finite = jnp.array([jnp.isfinite(leaf).all() for leaf in leaves.values()]).all()
+        finite = all_finite(leaves)
         return replace(written, {path: leaves[number] for path, number in walk.target.leaves.items()}), solved, finite
 
     given = [jnp.asarray(one) for one in inputs]
@@ -215,7 +215,7 @@ def _explain(inputs: list[jax.Array], source: Params, target: Params) -> NoRetur
     before = {f"input {place}": one for place, one in enumerate(inputs)}
     for role, variables in (("source", source), ("target", target)):
         before |= {f"the {role}'s {path}": leaf for path, leaf in flatten(variables).items()}
-    wrong = [name for name, leaf in before.items() if not jnp.isfinite(leaf).all()]
+    wrong = [name for name, leaf in before.items() if not all_finite(leaf)]
     raise ValueError(
         "the refit came to numbers that are not finite: "
         + (f"there are some in {some_of(wrong, 3)}" if wrong else "what the source or the target computes has some")

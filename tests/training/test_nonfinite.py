@@ -9,13 +9,12 @@ import pytest
 
 import merge_jax as mj
 from merge_jax.checkpoints.orbax import Checkpoints
+from merge_jax.checks import all_finite, check_finite
 from merge_jax.training.loop import run_loop, stepwise
 from merge_jax.training.nonfinite import (
     NumericFaultError,
     RejectedTransfers,
     SkippedUpdates,
-    all_finite,
-    check_finite,
     select_update,
 )
 from tests import helpers
