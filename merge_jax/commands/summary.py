@@ -11,8 +11,7 @@ from rich.table import Table
 
 from merge_jax.checkpoints.manifest import LeafRecord, Manifest
 from merge_jax.checkpoints.orbax import Checkpoints
-from merge_jax.checkpoints.torch_files import find_weights
-from merge_jax.checkpoints.weights.load import FORMATS, find_format, weight_shapes
+from merge_jax.checkpoints.weights.load import FORMATS, find_format, find_weights, weight_shapes
 from merge_jax.checkpoints.weights.orbax_folders import is_ours
 from merge_jax.paths import find_paths
 from merge_jax.runs.checkpoint_folders import checkpoint_folders, locate_checkpoints

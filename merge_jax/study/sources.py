@@ -12,8 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from merge_jax.checkpoints.orbax import Checkpoints
-from merge_jax.checkpoints.torch_files import find_weights
-from merge_jax.checkpoints.weights.load import load_params, weight_paths
+from merge_jax.checkpoints.weights.load import find_weights, load_params, weight_paths
 from merge_jax.checks import error_context
 from merge_jax.paths import flatten
 from merge_jax.study.choices import SourceControl

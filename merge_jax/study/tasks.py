@@ -8,8 +8,7 @@ from typing import Any, get_args
 import jax
 
 import merge_jax as mj
-from merge_jax.checkpoints.torch_files import find_weights
-from merge_jax.checkpoints.weights.load import weight_paths
+from merge_jax.checkpoints.weights.load import find_weights, weight_paths
 from merge_jax.checks import check_choice
 from merge_jax.data import CaptionSet, QuestionSet, TextSet, VisualQuestionSet, WordPiece
 from merge_jax.data.text.tokens import MODEL_VOCABULARIES

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import merge_jax as mj
-from merge_jax.checkpoints.torch_files import find_weights, load_torch
-from merge_jax.checkpoints.weights.load import weight_paths
+from merge_jax.checkpoints.torch_files import load_torch
+from merge_jax.checkpoints.weights.load import find_weights, weight_paths
 from merge_jax.models import (
     EfficientNetLite,
     EfficientNetStage,

@@ -3,8 +3,7 @@
 import os
 from collections.abc import Mapping
 
-from merge_jax.checkpoints.torch_files import find_weights
-from merge_jax.checkpoints.weights.load import Select, open_leaves
+from merge_jax.checkpoints.weights.load import Select, find_weights, open_leaves
 from merge_jax.layouts import MatrixSpec, is_kernel_name, is_table, matrix_spec
 from merge_jax.paths import Pattern, find_paths
 

