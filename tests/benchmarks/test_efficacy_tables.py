@@ -27,6 +27,14 @@ def test_rows_have_mean_and_error_and_differences_are_paired():
     assert "| refit | 1.0 | right after the write | 3 | +50.0 ± 0.0 |  |" in lines
 
 
+def test_p_is_adjusted_for_the_comparisons_of_the_table():
+    more = [entry("aligned", seed, 0.50 + 0.02 * seed + gain) for seed, gain in enumerate((0.05, 0.02, 0.08))]
+    lines = table([*RESULTS, *more], ["vanilla"]).splitlines()
+    # Of t = 20.8 p is 0.0023, the smaller of two: doubled. Of t = 5 / sqrt(3) it is 0.1, and stays.
+    assert "| refit | 1.0 | after the last step | 3 | +12.0 ± 0.6 | 0.005 |" in lines
+    assert "| aligned | 1.0 | after the last step | 3 | +5.0 ± 1.7 | 0.1 |" in lines
+
+
 def test_bad_rows_are_refused():
     with pytest.raises(ValueError, match="other is 0 of the rows, not one: refit, source_lr, vanilla"):
         table(RESULTS, ["other"])
