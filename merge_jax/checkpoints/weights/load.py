@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -206,7 +207,7 @@ def _fitted(file: Path, found: Mapping[str, jax.ShapeDtypeStruct], like: Params)
         if there != here:
             problems.append(f"{path} is {there}, the model's is {here}")
     if problems:
-        there, here = (sum(int(np.size(leaf)) for leaf in leaves.values()) for leaves in (found, wanted))
+        there, here = (sum(math.prod(leaf.shape) for leaf in leaves.values()) for leaves in (found, wanted))
         raise ValueError(
             f"{file} does not fit the model: {some_of(sorted(problems), 10, '; ')} ({there:,} numbers in the file,"
             f" {here:,} in the model)"
