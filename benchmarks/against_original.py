@@ -196,7 +196,10 @@ def _vit_of_flax(library: Any) -> Iterator[_Outputs]:
     yield _Outputs("32 pixels", expected[0] if isinstance(expected, tuple) else expected, found)
     back = mj.models.to_flax(loaded.variables, library)
     shared = back.keys() & params.keys()
-    changed = [*(back.keys() ^ params.keys()), *(name for name in shared if not np.array_equal(back[name], params[name]))]
+    changed = [
+        *(back.keys() ^ params.keys()),
+        *(name for name in shared if not np.array_equal(back[name], params[name])),
+    ]
     if changed:
         raise SystemExit(f"tensors are others on the way back: {changed[:3]}")
 
