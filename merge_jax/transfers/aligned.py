@@ -143,7 +143,9 @@ def aligned_transfer(
             new = {str(leaf.axes[i].pair) for i in leaf.making} - seen
             seen |= new
             matrices = _matrices(leaf, adapter)
-            size = sum(adapter["outputs"][name].size for name in new) + sum(one.size for one in matrices[len(leaf.making) :])
+            size = sum(adapter["outputs"][name].size for name in new) + sum(
+                one.size for one in matrices[len(leaf.making) :]
+            )
             leaves = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in leaf.shapes]
             flops = count_flops(functools.partial(_aligned_leaf, leaf), matrices, *leaves)
             found[number] = RouteCost("outputs", size, flops)

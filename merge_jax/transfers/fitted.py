@@ -4,7 +4,7 @@ import functools
 import math
 import string
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
@@ -24,6 +24,7 @@ from merge_jax.transfers.followed import FollowedModel
 from merge_jax.transfers.host_leaves import any_on_host, on_device
 from merge_jax.transfers.pairing import resolve
 from merge_jax.transfers.program import Program
+from merge_jax.transfers.refit_batches import in_batches, stacked
 from merge_jax.transfers.refit_plan import RefitPlan, Site, plan_refit
 from merge_jax.transfers.refit_routes import routes_with_state
 from merge_jax.transfers.refit_solve import (
@@ -195,7 +196,7 @@ def refit(
             wanted,
             dict(zip(walk.source.leaves.values(), flatten(source_variables).values(), strict=True)),
             dict(zip(walk.target.leaves.values(), flatten(written).values(), strict=True)),
-            *_in_batches(inputs, size),
+            *in_batches(inputs, size),
             key,
         )
         finite = all_finite(leaves)
@@ -236,15 +237,6 @@ def _followed(role: str, fn: ModelFn, variables: Params, batch: list[Any]) -> Fo
     with error_context(f"the {role}"):
         trace = ChannelTrace(fn, variables, batch)
         return FollowedModel(trace, trace.follow(variables, batch, strict=True))
-
-
-def _in_batches(inputs: Sequence[jax.Array], size: int) -> tuple[list[jax.Array], jax.Array]:
-    """Returns the inputs as `[batches, B, ...]` and weights `[batches, B]`; what fills the last batch has weight 0."""
-    count = jnp.shape(inputs[0])[0]
-    batches = math.ceil(count / size)
-    places = jnp.arange(batches * size)
-    weights = (places < count).astype(jnp.float32).reshape(batches, size)
-    return [jnp.asarray(one)[places % count].reshape(batches, size, *jnp.shape(one)[1:]) for one in inputs], weights
 
 
 @dataclass(frozen=True)
@@ -304,14 +296,14 @@ class _Walk:
         keys: jax.Array,
         after: jax.Array,
     ) -> tuple[dict[int, jax.Array], jax.Array, dict[int, jax.Array], dict[int, jax.Array], jax.Array]:
-        """Returns the leaves that a site writes, how well it was solved, and what is kept of both models for the next."""
+        """Returns the leaves that a site writes, how well it was solved, and what of both models is kept."""
         unknowns = [(one, slope(self.target, site, one, leaves)) for one in site.unknowns]
         priors = [matrix(self.target, one, leaves) * (scale[None] if site.dense else 1) for one, scale in unknowns]
         gather = functools.partial(self._gather, site, adapter, source_leaves, leaves, source_kept, kept)
         # What was known before and is needed again stays where it is.
         known = [{one: rows for one, rows in of.items() if one in ones}
                  for of, ones in ((source_values, source_kept), (values, kept))]  # fmt: skip
-        moments, made = _stacked(gather, no_moments(site), (source_values, values, weights, keys), after)
+        moments, made = stacked(gather, no_moments(site), (source_values, values, weights, keys), after)
         source_values, values = ({**old, **new} for old, new in zip(known, made, strict=True))
         solution = solve(site, moments, jnp.concatenate(priors), self._valid(site, adapter), self.ridge)
         new = write(self.target, site, leaves, solution, moments)
@@ -426,26 +418,6 @@ class _Walk:
             kept = {value for value in kept & program.data if program.makers.get(value, -1) <= reached}
             found.append(_without_views(program, kept))
         return found
-
-
-def _stacked(fn: Callable[[Any, Any], tuple[Any, Any]], carry: Any, rows: Any, after: jax.Array) -> tuple[Any, Any]:
-    """Returns what `lax.scan(fn, carry, rows)` does; memory for its stacks is taken once the number `after` is known.
-
-    Of scans in a row XLA takes the memory of all at once on a CPU, since the zeros that stacks start as can be had
-    before all else.
-    """
-    count = len(jax.tree.leaves(rows)[0])
-    first = jax.tree.map(lambda one: jax.ShapeDtypeStruct(one.shape[1:], one.dtype), rows)
-    made = jax.eval_shape(fn, carry, first)[1]
-    start = lax.stop_gradient(after)  # All of it is overwritten.
-    stacks = jax.tree.map(lambda one: jnp.full((count, *one.shape), start, one.dtype), made)
-
-    def step(i: jax.Array, state: tuple[Any, Any]) -> tuple[Any, Any]:
-        carry, stacks = state
-        carry, made = fn(carry, jax.tree.map(lambda one: one[i], rows))
-        return carry, jax.tree.map(lambda stack, one: stack.at[i].set(one), stacks, made)
-
-    return lax.fori_loop(0, count, step, (carry, stacks))
 
 
 def _without_views(program: Program, kept: set[int]) -> frozenset[int]:
