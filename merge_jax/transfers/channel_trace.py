@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from merge_jax.transfers.channel_axes import AxisNodes, ChannelGraph
+from merge_jax.transfers.host_leaves import any_on_host, on_device
 from merge_jax.transfers.program import CALLS, Constant, Equation, Program
 from merge_jax.types import Params
 
@@ -99,7 +100,11 @@ class ChannelTrace(AxisNodes):
         return graph
 
     def run(self, params: Params, inputs: Sequence[Any], on_sum: OnSum) -> list[Any]:
-        """Evaluates the function, and hands over each sum over axes that are of a leaf, or of two values."""
+        """Evaluates the function, and hands over each sum over axes that are of a leaf, or of two values.
+
+        Outside of `jit`, a value is kept until it was read for the last time, and leaves of NumPy are put on the device
+        where they are read.
+        """
         program, leaves = self.program, jax.tree.leaves(params)
         known = {
             number: Value(leaf, self._leaves[path], True)
@@ -115,12 +120,19 @@ class ChannelTrace(AxisNodes):
         def read(one: int | Constant) -> Value:
             return Value(one.value, self._fresh(np.ndim(one.value)), True) if isinstance(one, Constant) else known[one]
 
-        for equation in program.equations:
-            values = [read(one) for one in equation.inputs]
-            made = self._follow(equation, values, equation.run([one.value for one in values]), on_sum)
-            known |= dict(zip(equation.outputs, made, strict=True))
-            self._carried += [one.nodes for one in made]
         self.nodes = {number: one.nodes for number, one in known.items()}
+        for place, equation in enumerate(program.equations):
+            values = [read(one) for one in equation.inputs]
+            operands = [one.value for one in values]
+            results = equation.run(on_device(operands))
+            if any_on_host(operands):  # Or what is dispatched and not yet done would hold the leaves after it.
+                jax.block_until_ready(results)
+            made = self._follow(equation, values, results, on_sum)
+            known |= dict(zip(equation.outputs, made, strict=True))
+            self.nodes |= {number: one.nodes for number, one in zip(equation.outputs, made, strict=True)}
+            self._carried += [one.nodes for one in made]
+            for number in program.last_read.get(place, ()):
+                del known[number]
         return [read(one).value for one in program.outputs]
 
     def _follow(self, eqn: Equation, values: Sequence[Value], results: Sequence[Any], on_sum: OnSum) -> list[Value]:
