@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from merge_jax.checkpoints.safetensors import leaf_paths, leaf_shapes, load_safetensors, read_json
+from merge_jax.checkpoints.safetensors import leaf_paths, leaf_shapes, load_safetensors
+from merge_jax.checkpoints.shards import read_json
 from merge_jax.checks import check_at_least_one
 from merge_jax.models.transformer import TextEncoder
 from merge_jax.models.vit_files import CLASS_TOKEN, PATCH, POSITION, check_patches, positions_of, torch_layout

@@ -16,12 +16,13 @@ from merge_jax.checkpoints.safetensors import select_paths
 from merge_jax.checkpoints.weights.flax_files import FLAX
 from merge_jax.checkpoints.weights.foreign import explain
 from merge_jax.checkpoints.weights.gguf_files import GGUF
+from merge_jax.checkpoints.weights.index_files import INDEX
 from merge_jax.checkpoints.weights.keras_files import HDF5, KERAS
 from merge_jax.checkpoints.weights.npz_files import NPZ
 from merge_jax.checkpoints.weights.onnx_files import ONNX
 from merge_jax.checkpoints.weights.orbax_folders import ORBAX
 from merge_jax.checkpoints.weights.safetensors_files import SAFETENSORS
-from merge_jax.checkpoints.weights.stored import Format, Stored
+from merge_jax.checkpoints.weights.stored import HEAD, Format, Stored
 from merge_jax.checkpoints.weights.torch_files import TORCH
 from merge_jax.paths import Pattern, flatten, near_misses, some_of
 from merge_jax.types import Params
@@ -37,12 +38,11 @@ __all__ = [
     "weight_shapes",
 ]
 
-FORMATS: tuple[Format, ...] = (SAFETENSORS, TORCH, KERAS, HDF5, NPZ, GGUF, ORBAX, FLAX, ONNX)
+FORMATS: tuple[Format, ...] = (SAFETENSORS, INDEX, TORCH, KERAS, HDF5, NPZ, GGUF, ORBAX, FLAX, ONNX)
 """All formats, those with the surest marks first."""
 
 _PACKAGE = "package:"
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")  # Of the files that packages bring.
-_HEAD = 4096  # Bytes that say which format a file has.
 
 Select = Pattern | Sequence[Pattern] | None
 
@@ -180,7 +180,7 @@ def find_format(file: Path) -> Format:
     head = b""
     if not file.is_dir():
         with file.open("rb") as opened:
-            head = opened.read(_HEAD)
+            head = opened.read(HEAD)
     for kind in FORMATS:
         if kind.detect(file, head):
             return kind
