@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
+from merge_jax.checkpoints.names import without_prefix
 from merge_jax.checkpoints.weights.load import load_weights
 from merge_jax.checks import check_at_least_one, check_choice
 from merge_jax.layouts import matrix_spec
@@ -23,9 +24,9 @@ __all__ = [
     "FlaxLibrary",
     "check_patches",
     "from_flax",
+    "from_timm",
     "is_vit",
     "positions_of",
-    "take_timm",
     "to_flax",
     "torch_layout",
     "vision_transformer_of",
@@ -217,9 +218,12 @@ def is_vit(leaves: Mapping[str, Any]) -> bool:
     return not leaves.keys().isdisjoint({_ENCODER + PATCH, f"params/{PATCH}"})
 
 
-def take_timm(path: Any, tensors: Mapping[str, Any], variables: Any, resize_positions: bool) -> PretrainedVariables:
-    """Returns a vision transformer's variables with tensors of timm; see `from_flax`."""
-    return _take(path, tensors, variables, "timm", resize_positions)
+def from_timm(path: Any, variables: Any, resize_positions: bool) -> PretrainedVariables:
+    """Returns a vision transformer's variables with the weights of timm; see `from_flax`."""
+    library, tensors = _read(path)
+    if library != "timm":
+        raise ValueError(f"{path} has the names of {library}, {some_of(map(repr, tensors), 3)}: from_flax reads it")
+    return _take(path, tensors, variables, library, resize_positions)
 
 
 def write_timm(variables: Any, num_channels: int) -> dict[str, np.ndarray]:
@@ -291,11 +295,12 @@ def positions_of(path: Any, table: Any, rows: int, side: int, *, resize: bool, t
 
 def _read(path: str | os.PathLike[str]) -> tuple[str, dict[str, Any]]:
     """Returns whose names the tensors of a file have, most of them, and the tensors by these names."""
-    tensors = flatten(load_weights(path))
-    tensors = {name.removeprefix("params/"): tensor for name, tensor in tensors.items()}
-    dotted = {name.replace("/", "."): tensor for name, tensor in tensors.items()}
+    found = {name.removeprefix("params/"): tensor for name, tensor in flatten(load_weights(path)).items()}
+    for library in (*_FLAX, "timm"):
+        found = without_prefix(path, found, {name.replace(".", "/") for name in _wanted(_names_of(library))})
+    dotted = {name.replace("/", "."): tensor for name, tensor in found.items()}
     return max(
-        [*((library, tensors) for library in _FLAX), ("timm", dotted)],
+        [*((library, found) for library in _FLAX), ("timm", dotted)],
         key=lambda one: len(_wanted(_names_of(one[0])) & one[1].keys()),
     )
 

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from merge_jax.checkpoints.names import put
+from merge_jax.checkpoints.names import put, without_prefix
 from merge_jax.checkpoints.safetensors import select_paths
 from merge_jax.checkpoints.weights.flax_files import FLAX
 from merge_jax.checkpoints.weights.foreign import explain
@@ -62,7 +62,7 @@ def load_weights(path: str | os.PathLike[str], select: Select = None, like: Para
       path: of a file or folder, or `package:NAME` for the one file of weights in an installed package.
       select: paths or patterns of the leaves to read, over paths with `/`.
       like: a tree of arrays or shapes: the result has its structure, and every leaf has its shape and dtype. Of a file
-        whose leaves are all in `params`, it may be what is in it.
+        whose leaves are all in `params`, or in what wraps a PyTorch model (`module`), it may be what is in it.
 
     Raises:
       FileNotFoundError: there is no such file or folder, or a part of it is missing.
@@ -200,6 +200,7 @@ def _fitted(file: Path, found: Mapping[str, jax.ShapeDtypeStruct], like: Params)
     if not any(path.startswith("params/") for path in wanted):
         bare = {path.removeprefix("params/"): name for path, name in names.items() if path.startswith("params/")}
         names = bare if len(bare) == len(names) else names
+    names = without_prefix(file, names, wanted)
     problems = [f"{path} is missing; {near_misses(path, names)}" for path in wanted.keys() - names.keys()]
     problems += [f"{path} is there, but not in the model" for path in names.keys() - wanted.keys()]
     for path in wanted.keys() & names.keys():
