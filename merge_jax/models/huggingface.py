@@ -1,5 +1,6 @@
 """Weights of BERT, DistilBERT and ViT between Hugging Face's files and the models here; one table for both ways."""
 
+import math
 import os
 import re
 from collections.abc import Collection, Iterable, Mapping
@@ -15,11 +16,20 @@ from merge_jax.checkpoints.shards import read_json
 from merge_jax.checkpoints.weights.load import load_weights, weight_paths, weight_shapes
 from merge_jax.checks import check_at_least_one
 from merge_jax.models.transformer import TextEncoder
+from merge_jax.models.vit import VisionTransformer
 from merge_jax.models.vit_files import CLASS_TOKEN, PATCH, POSITION, check_patches, positions_of, torch_layout
 from merge_jax.paths import flatten, near_misses, replace, some_of
 from merge_jax.types import Params
 
-__all__ = ["Loaded", "check_huggingface", "from_huggingface", "text_encoder_of", "to_huggingface"]
+__all__ = [
+    "Loaded",
+    "check_huggingface",
+    "from_huggingface",
+    "is_vit_of_huggingface",
+    "text_encoder_of",
+    "to_huggingface",
+    "vit_encoder_of",
+]
 
 
 class Loaded(NamedTuple):
@@ -222,6 +232,39 @@ def text_encoder_of(path: str | os.PathLike[str], **options: Any) -> TextEncoder
         max_length=size("embeddings/position/embedding", 0),
         num_segments=size("embeddings/segment/embedding", 0) if architecture is _BERT else 0,
         **options,
+    )
+
+
+def is_vit_of_huggingface(path: str | os.PathLike[str]) -> bool:
+    """Whether a file of weights has the names that Hugging Face gives a vision transformer."""
+    return _bare(_name(_VIT, PATCH)) in _by_bare_names(path, dict.fromkeys(weight_paths(path)))
+
+
+def vit_encoder_of(
+    path: str | os.PathLike[str], num_heads: int | None, image_size: int | None, options: Mapping[str, Any]
+) -> VisionTransformer:
+    """Returns the encoder that a file of a ViT of Hugging Face is of; see `vision_transformer_of`."""
+    shapes = {name: leaf.shape for name, leaf in _by_bare_names(path, weight_shapes(path)).items()}
+    ranks = {PATCH: 4, "layer_0/up/kernel": 2, POSITION: 3}
+    names = {leaf: _bare(_name(_VIT, leaf)) for leaf in ranks}
+    for leaf, name in names.items():
+        if len(shapes.get(name, ())) != ranks[leaf]:
+            raise ValueError(f"{path} lacks the tensor {name!r} of {ranks[leaf]} axes; {near_misses(name, shapes)}")
+    config = _config(path)
+    heads = config.get(_VIT.heads, num_heads)
+    if not isinstance(heads, int):
+        raise ValueError(f"no tensor of {path} tells its number of heads: put its config.json beside it")
+    if num_heads not in (None, heads):
+        raise ValueError(f"num_heads is {num_heads}, {_config_file(path)} has {heads}")
+    (width, _, side, _), (hidden, _), (_, rows, _) = (shapes[name] for name in names.values())
+    return VisionTransformer(
+        image_size=math.isqrt(rows - 1) * side if image_size is None else image_size,
+        patch_size=side,
+        width=width,
+        num_layers=_layers(shapes)[_VIT.name],
+        num_heads=heads,
+        hidden=hidden,
+        **{"epsilon": config.get("layer_norm_eps", 1e-12), **options},
     )
 
 
