@@ -19,8 +19,8 @@ GROUPS: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "source": (
         "The network that gives, and its training.",
-        ("source_model", "source_task", "source_steps", "source_epochs", "source_learning_rate", "snapshots",
-         "source_weights", "source_text_weights", "source_vision_weights", "fit_source_head"),
+        ("source_model", "source_heads", "source_task", "source_steps", "source_epochs", "source_learning_rate",
+         "snapshots", "source_weights", "source_text_weights", "source_vision_weights", "fit_source_head"),
     ),
     "target": (
         "The network that receives, and its training.",

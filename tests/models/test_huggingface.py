@@ -196,7 +196,7 @@ def test_a_file_that_does_not_fit_is_refused(architecture, options, message, tmp
 def test_another_model_is_told_before_numbers_are_read(architecture, options, message, tmp_path, monkeypatch):
     path = write(tmp_path, tensors_of("bert", None))
     path.with_name("config.json").write_text('{"num_attention_heads": 2}')
-    monkeypatch.setattr(huggingface, "load_safetensors", lambda path: pytest.fail("numbers are read"))
+    monkeypatch.setattr(huggingface, "load_weights", lambda path: pytest.fail("numbers are read"))
     with pytest.raises(ValueError, match=message):
         models.from_huggingface(path, params_of(model_of(architecture, None, **options)))
 

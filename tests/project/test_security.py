@@ -20,7 +20,7 @@ import pytest
 
 import merge_jax as mj
 from merge_jax.checkpoints.orbax import Checkpoints
-from merge_jax.checkpoints.safetensors import read_json as read_json_beside_weights
+from merge_jax.checkpoints.shards import read_json as read_json_beside_weights
 from merge_jax.data import (
     WordPiece,
     load_clevr,
