@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from merge_jax.checkpoints.errors import DamagedStepError, PrunedStepError, first_line
+from merge_jax.checkpoints.errors import DamagedStepError, PrunedStepError, first_line, naming_file
 from merge_jax.checkpoints.lock import is_locked
 from merge_jax.checkpoints.manifest import Manifest, differing_leaves
 from merge_jax.checkpoints.trees import placed_shapes, unwrap_variables
@@ -38,6 +38,7 @@ class OrbaxSteps:
     def __init__(self, folder: Path, keep: int | None, read_only: bool):
         """Lists the steps of a folder that is there; see `Checkpoints`."""
         self._read_only = read_only
+        self._saving: tuple[int, Any] | None = None
         self._checkpointer = _retry_listing(
             lambda: ocp.training.Checkpointer(
                 str(folder),
@@ -189,25 +190,48 @@ class OrbaxSteps:
 
     def write(self, state: Any, manifest: Manifest) -> None:
         """Begins to write a step, and removes those that do not stay."""
+        self._end_save()
         step = manifest.step
         if manifest.score is not None:
             self.scores[step] = manifest.score
         try:
-            with _ORBAX:
+            with _ORBAX, naming_file(self.folder):
                 saved = self._checkpointer.save_async(step, state, custom_metadata={_MANIFEST: manifest.to_json()})
             if saved is None:
                 raise RuntimeError(f"Orbax did not save step {step} in {self.folder}, and does not say why")
+            self._saving = step, saved
         except BaseException:
             self.scores.pop(step, None)  # No step that is not there may be the best.
             raise
 
     def wait(self) -> None:
         """Waits until what is being written is on disk, and raises what went wrong."""
+        self._end_save()
         self._checkpointer.wait()
 
     def close(self) -> None:
         """Waits, and ends Orbax's threads."""
-        self._checkpointer.close()
+        try:
+            self._end_save()
+        finally:
+            self._checkpointer.close()
+
+    def _end_save(self) -> None:
+        """Waits for the save in flight, and raises what went wrong.
+
+        Orbax 0.12.8 starts a thread and an event loop (three open files) for each save, and ends them only where its
+        result is asked for: not with its `wait`, nor with its `close`.
+        """
+        saving, self._saving = self._saving, None
+        if saving is None:
+            return
+        step, response = saving
+        try:
+            with naming_file(self.folder):
+                response.result()
+        except BaseException:
+            self.scores.pop(step, None)
+            raise
 
 
 class _NewestAndBest:
