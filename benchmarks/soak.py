@@ -4,11 +4,11 @@
     python -m benchmarks.soak --hours 2 --other-python OTHER_ENVIRONMENT/bin/python   # resumed under another JAX too
     python -m benchmarks.soak_table runs/benchmarks/soak.json                         # the table of its figures
 
-First a process saves 10,000 times, and its memory and open files are measured. Then, until the time is over, a tiny
-pair is trained in processes of their own, and each is killed (`kill -9`), asked to stop (SIGTERM), given a full disk,
-batches with NaN, a damaged newest checkpoint, files of other dates and a clock that jumps, a second writer, or another
-version of JAX. After each event the run is resumed: its state has to be that of an undisturbed run, bit for bit, and
-no save that had ended may be missing. The figures are written after each event, so that a soak may be ended early.
+Until the time is over, a tiny pair is trained in processes of their own, and each is killed (`kill -9`), asked to stop
+(SIGTERM), given a full disk, batches with NaN, a damaged newest checkpoint, files of other dates and a clock that
+jumps, a second writer, or another version of JAX. After each event the run is resumed: its state has to be that of an
+undisturbed run, bit for bit, and no save that had ended may be missing. Beside that, one process saves 10,000 times,
+and its memory and open files are measured. The figures are written after each event, so that a soak may be ended early.
 """
 
 import contextlib
@@ -17,6 +17,7 @@ import os
 import shutil
 import signal
 import tempfile
+import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from benchmarks.report import parse_config
 from benchmarks.soak_events import EVENTS
 from benchmarks.soak_run import Soak, Tally
 from benchmarks.soak_table import table_of
+from benchmarks.torture_children import Children
 from benchmarks.torture_pair import KnownStates, compile_step, spoiled_batches_at
 from merge_jax.runs import describe_environment
 
@@ -62,14 +64,18 @@ class Config:
             raise ValueError(f"other_python must be a Python that can be run, got {self.other_python}")
 
 
-def save_often(soak: Soak, folder: Path, saves: int) -> dict[str, Any]:
-    """Saves so often in one process, and returns its memory in bytes, open files and threads over the saves."""
-    children = soak.children()
+def save_often(children: Children, folder: Path, saves: int, figures: dict[str, Any]) -> None:
+    """Saves so often in one process, and adds its memory in bytes, open files and threads to `figures` as they come."""
+    figures.update(n=saves, whole=False, sizes=[])
     children.start("save often", folder, saves=saves)
-    said = children.until("ended")
-    sizes = [dict(zip(("saves", "rss", "files", "threads"), values, strict=True)) for w, *values in said if w == "size"]
-    whole = any(line[0] == "stopped" and line[1:] == [saves, True] for line in said)
-    return {"n": saves, "whole": whole, "sizes": sizes}
+    word = ""
+    while word != "ended":
+        word, *values = children.until("size")[-1] if word != "stopped" else children.until("ended")[-1]
+        if word == "size":
+            figures["sizes"].append(dict(zip(("saves", "rss", "files", "threads"), values, strict=True)))
+            if values[0] == saves:
+                word, *values = children.until("stopped")[-1]
+                figures["whole"] = values == [saves, True]
 
 
 def disturb(soak: Soak, random: np.random.Generator, name: str) -> bool:
@@ -114,9 +120,9 @@ def main() -> None:
             part.replace(config.out)
 
         if config.saves:
-            many = save_often(soak, root / "many", config.saves)
-            shutil.rmtree(root / "many")
-            write()
+            saving = stack.enter_context(Children(root / "step", "benchmarks.soak_child", patience=config.hours * 3600))
+            options = saving, root / "many", config.saves, many
+            threading.Thread(target=save_often, args=options, daemon=True).start()
         names = [name for name in EVENTS if config.other_python is not None or name != "another JAX"]
         weights = np.array([EVENTS[name][0] for name in names])
         while time.monotonic() < until:

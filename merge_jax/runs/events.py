@@ -1,11 +1,13 @@
 """Scalars for TensorBoard, in its files of events."""
 
+import platform
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+from tensorboardX.record_writer import RecordWriter
 from tensorboardX.summary import scalar
 
 from merge_jax.checkpoints.errors import naming_file
@@ -25,20 +27,19 @@ class ScalarEvents:
     def __init__(self, folder: Path, after: int):
         """Begins a file in a folder; TensorBoard forgets what earlier ones hold of steps above `after`, if any."""
         folder.mkdir(parents=True, exist_ok=True)
-        self._folder = folder
+        self._folder, now = folder, time.time()
         with naming_file(folder):
-            self._writer = EventsWriter(str(folder / "events"))
+            self._writer = RecordWriter(str(folder / f"events.out.tfevents.{now:.6f}.{platform.node()}"))
+            self._write(Event(wall_time=now, file_version="brain.Event:2"))
             if after:
-                start = SessionLog(status=SessionLog.START)
-                self._writer.write_event(Event(step=after + 1, wall_time=time.time(), session_log=start))
+                self._write(Event(wall_time=now, step=after + 1, session_log=SessionLog(status=SessionLog.START)))
         self._flushed = time.monotonic()
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Writes scalars of a step by name; raises OSError, with the folder's name, where that fails."""
         with naming_file(self._folder):
             for name, value in values.items():
-                event = Event(step=step, wall_time=time.time(), summary=scalar(name, value))
-                self._writer.write_event(event)
+                self._write(Event(wall_time=time.time(), step=step, summary=scalar(name, value)))
             if time.monotonic() - self._flushed > _FLUSH:
                 self._writer.flush()
                 self._flushed = time.monotonic()
@@ -47,3 +48,6 @@ class ScalarEvents:
         """Writes out what is left; raises OSError as `write`."""
         with naming_file(self._folder):
             self._writer.close()
+
+    def _write(self, event: Any) -> None:
+        self._writer.write(event.SerializeToString())
