@@ -11,6 +11,8 @@ import platform
 import weakref
 from pathlib import Path
 
+from merge_jax.checkpoints.errors import naming_file
+
 __all__ = ["FolderLock", "is_locked"]
 
 _NAME = "run.lock"
@@ -40,8 +42,13 @@ class FolderLock:
             raise ValueError(
                 f"another run is writing into {folder} ({holder}): wait for it, or give another folder"
             ) from None
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, json.dumps({"pid": os.getpid(), "host": platform.node()}).encode())
+        try:
+            with naming_file(folder / name):
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, json.dumps({"pid": os.getpid(), "host": platform.node()}).encode())
+        except OSError:
+            self._close()
+            raise
 
     def release(self) -> None:
         """Lets others in; a second call does nothing."""
