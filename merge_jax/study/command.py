@@ -69,12 +69,11 @@ class Session:
         """Returns whether the study has not ended, or been called again."""
         try:
             # By opening it: other hosts' looks at a folder of NFS may be a minute old, but not what is opened.
-            content = Path(self.study, _FILE).read_text()
+            return json.loads(Path(self.study, _FILE).read_text())["token"] == self.token
         except FileNotFoundError:
             return False
-        except OSError:  # Of a disk with a moment's trouble; the next look tells.
+        except (OSError, ValueError):  # Of a disk with a moment's trouble; the next look tells.
             return True
-        return not content or self.token in content
 
     def end(self) -> None:
         """Lets runs save and stop, wherever they are."""
