@@ -76,8 +76,9 @@ class Session:
             return True
 
     def end(self) -> None:
-        """Lets runs save and stop, wherever they are."""
-        Path(self.study, _FILE).unlink(missing_ok=True)
+        """Lets runs save and stop, wherever they are; those of a later session go on."""
+        if self.goes_on():
+            Path(self.study, _FILE).unlink(missing_ok=True)
 
     def unfit(self) -> str | None:
         """Returns why this process can do none of the study's runs, if so."""

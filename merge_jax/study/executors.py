@@ -55,11 +55,13 @@ class Engine(NamedTuple):
       executor: takes them.
       run: the function that is submitted with a `Command`.
       cancel: takes back what has not begun.
+      problem: says why it answers no more, if so.
     """
 
     executor: Executor
     run: Callable[[Command], Outcome]
     cancel: Callable[[Future[Outcome]], Any] = Future.cancel
+    problem: Callable[[], str | None] = lambda: None
 
 
 def check_executor(name: str, jobs: int) -> None:
@@ -140,10 +142,20 @@ def _dask(address: str, folder: Path) -> Iterator[Engine]:
     _await_scheduler(address)
     with Client(address, timeout=_ANSWER, set_as_default=False) as client:
         _check_workers(client, address, folder)
-        # Runs have no cancel: Dask says that it has taken back one that a worker is at, and lets it go on unseen. What
-        # waits ends as soon as a worker takes it, since the session has ended. Nor are they pure: Dask would answer a
-        # run that is tried again with how it ended before.
-        yield Engine(client.get_executor(pure=False), run_command, cancel=lambda future: None)
+
+        def lost() -> str | None:
+            # Dask takes runs after its scheduler is gone too, and never says how they end.
+            gone = client.status not in ("running", "connecting")
+            return f"the Dask scheduler at {address} is lost" if gone else None
+
+        def cancel(future: Future[Outcome]) -> None:
+            # Of a run that a worker is at, Dask says that it is cancelled, and lets it go on unseen. So all are waited
+            # for: what has not begun ends as soon as a worker takes it, since the session has ended.
+            if lost():
+                future.cancel()
+
+        # Not pure: Dask would answer a run that is tried again with how it ended before.
+        yield Engine(client.get_executor(pure=False), run_command, cancel, lost)
 
 
 def _await_scheduler(address: str) -> None:

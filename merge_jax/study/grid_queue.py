@@ -21,6 +21,7 @@ from merge_jax.study.grid import GridRun
 __all__ = ["Ended", "Job", "Progress", "run_jobs"]
 
 _TRIES = 3  # Of a run that is stopped from elsewhere, or whose worker is lost.
+_LOOK = 1.0  # Seconds between looks at whether the executor still answers.
 _SEEN = 60.0  # Seconds until a host of NFS sees what another has written.
 
 
@@ -138,7 +139,7 @@ def run_jobs(left: Sequence[Job], engine: Engine, session: Session) -> Generator
                     running[future] = job
                     future.add_done_callback(ended.put)
                 with contextlib.suppress(queue.Empty):
-                    future = ended.get(block=job is None)
+                    future = ended.get(block=job is None, timeout=_LOOK)
                     job = running.pop(future)
                     outcome = _outcome(future, job)
                     tries[job.run.name] = tries.get(job.run.name, 0) + 1
@@ -150,6 +151,9 @@ def run_jobs(left: Sequence[Job], engine: Engine, session: Session) -> Generator
                     if outcome.problem is not None:
                         failed.add(job.run.name)
                     yield Ended(job, outcome)
+                problem = engine.problem()
+                if problem is not None:
+                    raise ValueError(problem)
         finally:
             _stop(running, engine, session)
 

@@ -48,17 +48,13 @@ def wait_for(condition, seconds=120):
 
 @contextlib.contextmanager
 def dask(folder, workers):
-    """A scheduler and workers on loopback; yields the address, the workers' processes, and what starts another."""
+    """A scheduler and workers on loopback; yields the address and the processes, the scheduler's first."""
 
     def start(*words):
-        log = (folder / f"dask-{len(processes)}.log").open("wb")
         command = [sys.executable, "-W", "ignore", "-m", "dask", *words, "--no-dashboard"]
-        processes.append(subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL))
+        with (folder / f"dask-{len(processes)}.log").open("wb") as log:
+            processes.append(subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL))
         return processes[-1]
-
-    def start_worker(*words):
-        local = ("--local-directory", str(folder / f"worker{len(processes)}"))
-        return start("worker", address, "--nthreads", "1", "--no-nanny", *local, *words)
 
     processes = []
     scheduler_file = folder / "scheduler.json"
@@ -66,7 +62,10 @@ def dask(folder, workers):
         start("scheduler", "--host", "127.0.0.1", "--port", "0", "--scheduler-file", str(scheduler_file))
         wait_for(lambda: scheduler_file.exists() and scheduler_file.read_text().endswith("}"))
         address = json.loads(scheduler_file.read_text())["address"]
-        yield address, [start_worker() for _ in range(workers)], start_worker
+        for _ in range(workers):
+            local = ("--local-directory", str(folder / f"worker{len(processes)}"))
+            start("worker", address, "--nthreads", "1", "--no-nanny", *local)
+        yield address, processes
     finally:
         for process in reversed(processes):
             process.kill()
