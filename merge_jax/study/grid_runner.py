@@ -40,7 +40,7 @@ _TARGET_OPTIONS = frozenset(
         *("temperature", "distillation_weight", "source_control"),
     }
 )
-_REPORT_SHARE = 50  # A report is written anew after as many times the seconds that the last one took.
+_REPORT_SHARE = 50  # A report is written again after as many times the seconds that the last one took.
 
 _README = """\
 # A study: `{command}`

@@ -10,9 +10,10 @@ from dataclasses import replace
 
 import pytest
 
+from benchmarks.simulated_study import wait_for
 from merge_jax.checkpoints.lock import FolderLock
 from merge_jax.study.command import Outcome, open_session, run_command
-from tests.study.simulated import began, command, wait_for
+from tests.study.simulated import began, command
 
 
 def test_a_run_is_done_once_and_what_is_done_stays(tmp_path):
@@ -71,7 +72,7 @@ def test_a_run_waits_for_another_that_writes_into_its_folder(tmp_path, monkeypat
     thread, outcomes = in_thread(command(tmp_path, "--seconds", "0"))
     thread.join(0.5)
     assert thread.is_alive()
-    assert not began(tmp_path / "run")
+    assert not (tmp_path / "run" / "began.jsonl").exists()
     lock.release()
     thread.join()
     assert outcomes[0].problem is None

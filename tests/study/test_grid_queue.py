@@ -9,10 +9,12 @@ from dataclasses import replace
 
 import pytest
 
+from benchmarks.simulated_study import simulated_job as job
+from benchmarks.simulated_study import wait_for
 from merge_jax.study.command import Outcome, open_session
 from merge_jax.study.executors import Engine, open_engine
 from merge_jax.study.grid_queue import Ended, Progress, run_jobs
-from tests.study.simulated import began, job, wait_for
+from tests.study.simulated import began
 
 
 class Manual:
