@@ -10,6 +10,7 @@ import pytest
 
 import merge_jax.study.grid_runner
 from merge_jax.checkpoints.orbax import Checkpoints
+from merge_jax.runs import compare
 from merge_jax.study import ablation
 from merge_jax.study.cli import main
 from merge_jax.study.sources import control_source
@@ -75,6 +76,20 @@ def test_a_study_leaves_what_a_reader_needs(little, capsys):
     assert session["command"] in (folder / "digits" / "seldom" / "README.md").read_text()
     # The source was trained once.
     assert [path.parent.parent.name for path in folder.glob("digits/*/checkpoints/source-seed0")] == ["vanilla"]
+
+
+def test_a_study_is_compared_while_it_runs(little, tmp_path):
+    """By the folders of its runs that have results so far."""
+    folder = tmp_path / "study"
+    shutil.copytree(little[0], folder)
+    (folder / "digits" / "seldom" / "results.json").unlink()
+    text = compare([folder]).text
+    assert all(name in text for name in ("vanilla", "shuffled"))
+    assert "seldom" not in text
+    for file in folder.glob("digits/*/results.json"):
+        file.unlink()
+    with pytest.raises(ValueError, match=r"no run of the study .* has results yet"):
+        compare([folder])
 
 
 def test_a_study_goes_on_where_it_was(little, tmp_path, capsys):
