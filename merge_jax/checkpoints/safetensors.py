@@ -14,7 +14,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from merge_jax.checkpoints.formats import explain_file, explain_folder
+from merge_jax.checkpoints.foreign import explain_unsafe
 from merge_jax.checkpoints.names import paths_of, put
 from merge_jax.checkpoints.shards import check_shard, only_file, parse_json, read_index
 from merge_jax.paths import Pattern, find_paths, flatten
@@ -203,7 +203,7 @@ def _weights_file(path: Path) -> Path:
             return path / name
     file = only_file(path, list(path.glob("*.safetensors.index.json")) or path.glob("*.safetensors"))
     if file is None:
-        known = explain_folder(path)
+        known = explain_unsafe(path)
         raise FileNotFoundError(
             f"the folder {path} has neither {_INDEX} nor a .safetensors file{known and f': {known}'}"
         )
@@ -244,7 +244,7 @@ def _opened(file: Path) -> Any:
     try:
         return safe_open(file, framework="np")
     except (SafetensorError, OSError) as error:
-        if known := explain_file(file):
+        if known := explain_unsafe(file):
             raise ValueError(f"{file} is no safetensors file: {known}") from None
         raise ValueError(f"{file} is truncated or no safetensors file: {error}") from None
 

@@ -11,10 +11,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from merge_jax.checkpoints.foreign import explain
 from merge_jax.checkpoints.names import put, without_prefix
 from merge_jax.checkpoints.safetensors import select_paths
 from merge_jax.checkpoints.weights.flax_files import FLAX
-from merge_jax.checkpoints.weights.foreign import explain
 from merge_jax.checkpoints.weights.gguf_files import GGUF
 from merge_jax.checkpoints.weights.index_files import INDEX
 from merge_jax.checkpoints.weights.keras_files import HDF5, KERAS
