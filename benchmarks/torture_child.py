@@ -169,9 +169,8 @@ class _Counter(struct.PyTreeNode):
     total: jax.Array
 
 
-def _peer(number: int, folder: str, address: str, process_id: int) -> None:
+def _peer(number: int, folder: str, process_id: int) -> None:
     """Trains and saves every second step with another process; process 1 sends itself a signal in its fourth step."""
-    mj.training.connect(address, 2, process_id, timeout=60)
     mesh = mj.data_mesh()
     split = NamedSharding(mesh, PartitionSpec(mj.training.DATA_AXIS))
     total = jax.make_array_from_callback((8,), split, lambda index: np.zeros(8, np.float32)[index])
@@ -210,8 +209,9 @@ def main() -> None:
         serve(Path(arguments[0]), _WORKS)
     else:
         number, folder, address, process_id = arguments
+        mj.training.connect(address, 2, int(process_id), timeout=60, answer_within=60)
         with exit_on_error(ADVICE):
-            _peer(int(number), folder, address, int(process_id))
+            _peer(int(number), folder, int(process_id))
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ _NOT_OPTIONS = {
     "run_dir": "it is that of the study",
     "resume": "it is that of the study",
     "compilation_cache": "it is that of the study",
+    "hosts": "runs of a study are of one process each",
     "coordinator": "runs of a study are of one process each",
     "num_processes": "runs of a study are of one process each",
     "process_id": "runs of a study are of one process each",
