@@ -4,7 +4,7 @@
 # Guess written down before the run: the scheduler passes pickled functions on, and needs Dask alone.
 set -euo pipefail
 folder=$(mktemp -d)
-trap 'kill -KILL $(jobs -p) 2>/dev/null || true; rm -rf "$folder"' EXIT
+trap '{ kill -KILL $(jobs -p) && wait; } 2>/dev/null; rm -rf "$folder"' EXIT
 python3 -m venv "$folder/env"
 "$folder/env/bin/pip" install --quiet dask==2026.8.0 distributed==2026.8.0
 mkdir "$folder/package"
