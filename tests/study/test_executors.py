@@ -219,7 +219,7 @@ def test_runs_on_dask_save_when_a_study_is_interrupted_or_its_scheduler_is_lost(
 def test_submitit_does_runs_and_puts_one_back_whose_time_is_up(tmp_path):
     study = tmp_path / "study"
     study.mkdir()
-    options = SlurmOptions(minutes=60)
+    options = SlurmOptions(minutes=5)  # Without a checkpoint, submitit gives up a job that short.
     with executors._slurm(options, study, cluster="local") as engine, open_session(study) as session:
         jobs = [job(study, "long", seconds=4), job(study, "bad", code=1)]
         runs = run_jobs(jobs, engine, session)
