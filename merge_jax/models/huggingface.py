@@ -15,6 +15,7 @@ from merge_jax.checkpoints.names import without_prefix
 from merge_jax.checkpoints.shards import read_json
 from merge_jax.checkpoints.weights.load import load_weights, weight_paths, weight_shapes
 from merge_jax.checks import check_at_least_one
+from merge_jax.models.key_maps import check_kept
 from merge_jax.models.transformer import TextEncoder
 from merge_jax.models.vit import VisionTransformer
 from merge_jax.models.vit_files import CLASS_TOKEN, PATCH, POSITION, check_patches, positions_of, torch_layout
@@ -26,6 +27,7 @@ __all__ = [
     "check_huggingface",
     "from_huggingface",
     "is_vit_of_huggingface",
+    "read_huggingface",
     "text_encoder_of",
     "to_huggingface",
     "vit_encoder_of",
@@ -145,7 +147,7 @@ def from_huggingface(
     Args:
       path: what `load_weights` reads, such as a file, an index of shards, or a model's folder.
       params: of a `TextEncoder`, `TextClassifier`, `SpanExtractor`, `VisionTransformer` or `ImageClassifier`, for
-        their leaves and shapes.
+        their leaves and shapes; what is kept needs values.
       epsilon: that of the model's norms; a `VisionTransformer` may have another than 1e-12.
       resize_positions: whether a vision transformer's positions of a grid of other size are resized, bicubic, as timm
         does it. Without, they are refused.
@@ -156,6 +158,15 @@ def from_huggingface(
         images or patches, shape, number of layers, number of heads, activation or epsilon; tensors that are missing or
         are no floats.
     """
+    loaded = read_huggingface(path, params, epsilon=epsilon, resize_positions=resize_positions)
+    check_kept(path, loaded.kept, flatten(params))
+    return loaded
+
+
+def read_huggingface(
+    path: str | os.PathLike[str], params: Params, *, epsilon: float = 1e-12, resize_positions: bool = False
+) -> Loaded:
+    """Returns what `from_huggingface` does; of shapes, the leaves that the file has not stay shapes."""
     check_huggingface(path, params, epsilon=epsilon)
     leaves = flatten(params)
     encoder = _encoder(leaves)

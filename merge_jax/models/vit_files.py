@@ -15,7 +15,7 @@ from merge_jax.checks import check_at_least_one, check_choice
 from merge_jax.layouts import matrix_spec
 from merge_jax.models.key_maps import Layout, Place, PretrainedVariables, take, write
 from merge_jax.models.vit import VisionTransformer
-from merge_jax.paths import flatten, some_of
+from merge_jax.paths import flatten, near_misses, some_of
 
 __all__ = [
     "CLASS_TOKEN",
@@ -170,8 +170,8 @@ def encoder_of(
         name = _name(names, leaf)
         if name is None or name not in tensors:
             raise ValueError(
-                f"{path} lacks the tensor {name!r}: it is of no ViT with a class token of timm, big_vision or"
-                f" vision_transformer; it has {some_of(map(repr, tensors), 3)}"
+                f"{path} lacks the tensor {name!r}: it is of no ViT with a class token of timm, big_vision,"
+                f" vision_transformer or Hugging Face; it has {some_of(map(repr, tensors), 3)}"
             )
         return np.shape(tensors[name])
 
@@ -314,16 +314,16 @@ def _take(path: Any, tensors: Mapping[str, Any], variables: Any, library: str, r
         raise ValueError(f"variables are of no vision transformer: they have {some_of(map(repr, whole), 3)}")
     names, leaves = _names_of(library), {_bare(leaf): shape for leaf, shape in whole.items()}
     patch, position = str(_name(names, PATCH)), names.leaves[POSITION]
-    channels = 1
-    if patch in tensors:
-        kernel = np.asarray(tensors[patch])
-        theirs = kernel if library == "timm" or kernel.ndim != 4 else kernel.transpose(3, 2, 0, 1)
-        channels = check_patches(path, theirs, leaves[PATCH].shape[0])
-        if position in tensors:
-            rows, side = leaves[POSITION].shape[0], theirs.shape[-1]
-            token = library != "big_vision"
-            table = positions_of(path, tensors[position], rows, side, resize=resize, token=token)
-            tensors = {**tensors, position: table}
+    if patch not in tensors:
+        raise ValueError(f"{path} lacks the tensors {patch!r}; {near_misses(patch, tensors)}")
+    kernel = np.asarray(tensors[patch])
+    theirs = kernel if library == "timm" or kernel.ndim != 4 else kernel.transpose(3, 2, 0, 1)
+    channels = check_patches(path, theirs, leaves[PATCH].shape[0])
+    if position in tensors:
+        rows, side = leaves[POSITION].shape[0], theirs.shape[-1]
+        token = library != "big_vision"
+        table = positions_of(path, tensors[position], rows, side, resize=resize, token=token)
+        tensors = {**tensors, position: table}
     spare = re.compile(rf"({'|'.join(names.heads)})\{names.joint}.*")
     headless = not any(leaf.startswith("classifier/") for leaf in leaves)
     return take(

@@ -73,6 +73,9 @@ def with_fitted_head(
     heads: dict[tuple[Path, int], mj.training.Head] = {}
 
     def load(path: Path, variables: dict[str, Any], seed: int | None) -> dict[str, Any]:
+        if seed is None:  # Of shapes; what the file has not is fitted later.
+            last = {name: leaf for name, leaf in mj.flatten(variables).items() if name.startswith(f"{weights.last}/")}
+            variables = mj.replace(variables, {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in last.items()})
         loaded = weights.read(path, variables)
         if not loaded.kept or seed is None:
             return loaded.variables

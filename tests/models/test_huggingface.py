@@ -138,6 +138,8 @@ def test_a_head_of_other_classes_is_kept_whole(architecture, tmp_path):
     tensors = tensors_of(architecture, "classes")
     params = params_of(model_of(architecture, "classes", classes=5))
     assert models.from_huggingface(write(tmp_path, tensors), params).kept == ("classifier/bias", "classifier/kernel")
+    with pytest.raises(ValueError, match=r"classifier/kernel in the model's shape, .*: give what model\.init"):
+        models.from_huggingface(tmp_path / "model.safetensors", jax.eval_shape(lambda: params))
     # No kernel is taken without its bias.
     del tensors["classifier.bias"]
     params = params_of(model_of(architecture, "classes"))

@@ -114,7 +114,7 @@ def test_a_vision_transformer_of_a_file_is_a_source(library, tmp_path):
     planned = sources._read_variables(model, file, shapes, None)
     assert planned["params"]["classifier"]["kernel"].shape[1] == 9
     encoder = mj.models.vision_transformer_of(file, num_heads=2, image_size=size)
-    whole = {"params": shapes.params}
+    whole = {"params": {**shapes.params, "classifier": planned["params"]["classifier"]}}
     loaded = mj.models.load_vision_transformer(file, whole, epsilon=encoder.epsilon, resize_positions=True)
     assert set(loaded.kept) == {"params/classifier/kernel", "params/classifier/bias"}
     found, expected = mj.flatten(planned["params"]["encoder"]), mj.flatten(loaded.variables["params"]["encoder"])
