@@ -13,9 +13,10 @@ from pathlib import Path
 
 from merge_jax.checkpoints.errors import naming_file
 
-__all__ = ["FolderLock", "is_locked"]
+__all__ = ["LOCK", "FolderLock", "is_locked"]
 
-_NAME = "run.lock"
+LOCK = "run.lock"
+"""Name of the file."""
 
 
 class FolderLock:
@@ -24,7 +25,7 @@ class FolderLock:
     The system holds the lock, not the file: a file that a killed process left is taken over.
     """
 
-    def __init__(self, folder: Path, name: str = _NAME):
+    def __init__(self, folder: Path, name: str = LOCK):
         """Takes the lock of a folder that is there.
 
         Raises:
@@ -58,7 +59,7 @@ class FolderLock:
 def is_locked(folder: Path) -> bool:
     """Returns whether a process holds the lock of a folder."""
     try:
-        descriptor = os.open(folder / _NAME, os.O_RDONLY)
+        descriptor = os.open(folder / LOCK, os.O_RDONLY)
     except OSError:
         return False
     try:

@@ -18,7 +18,7 @@ from typing import Any, Self
 import jax
 
 from merge_jax.checkpoints.errors import naming_file
-from merge_jax.checkpoints.lock import FolderLock
+from merge_jax.checkpoints.lock import LOCK, FolderLock
 from merge_jax.checkpoints.manifest import changes
 from merge_jax.runs.events import ScalarEvents
 
@@ -27,6 +27,8 @@ __all__ = ["MetricsLog", "RunFolder", "check_space", "describe_environment", "nu
 _RUNS = Path("runs")
 _CONFIG = "config.json"
 _CONTENTS = "contents"
+# What a process leaves that was killed as it made the folder.
+_BEFORE_CONFIG = (LOCK, f"{_CONFIG}.part")
 
 Translate = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
@@ -125,7 +127,7 @@ class RunFolder:
                     )
             elif resume:
                 raise ValueError(f"there is no run to resume in {path}: it has no config.json")
-            elif path.is_dir() and any(path.iterdir()):
+            elif path.is_dir() and any(child.name not in _BEFORE_CONFIG for child in path.iterdir()):
                 raise ValueError(
                     f"the run folder {path} is not empty, and no run: it has no config.json. Give another --run-dir"
                 )

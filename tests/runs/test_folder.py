@@ -212,6 +212,12 @@ def test_a_full_disk_ends_the_run_and_is_named(tmp_path, monkeypatch, full):
         write_to_full_disk()
 
 
+def test_a_folder_whose_process_was_killed_as_it_made_it_is_as_good_as_new(tmp_path):
+    (tmp_path / "run.lock").write_text("")
+    (tmp_path / "config.json.part").write_text('{"ste')
+    assert RunFolder.open(tmp_path, CONFIG, resume=False).read_json("config.json", {})["steps"] == 10
+
+
 def test_a_record_that_was_cut_off_is_forgotten(tmp_path):
     log = MetricsLog(RunFolder.open(tmp_path, CONFIG, resume=False))
     with log.writer("a", 0) as writer:
