@@ -49,7 +49,7 @@ def compare(paths: Sequence[Path | str], baseline: str | None = None) -> Compari
     """
     if not paths:
         raise ValueError("no run folders to compare")
-    runs = [Run.read(run) for path in paths for run in _runs_in(Path(path))]
+    runs = [run for path in paths for run in _runs_in(Path(path))]
     resolved = [run.path.resolve() for run in runs]
     twice = next((run.path for run in runs if resolved.count(run.path.resolve()) > 1), None)
     if twice is not None:
@@ -66,18 +66,18 @@ def compare(paths: Sequence[Path | str], baseline: str | None = None) -> Compari
     return Comparison(as_text([_table(runs, names, baseline)], _notes(runs, names, baseline)), draw(curves, label))
 
 
-def _runs_in(path: Path) -> list[Path]:
-    """Returns the run folders that a path stands for.
+def _runs_in(path: Path) -> list[Run]:
+    """Returns the runs that a folder stands for; of a study, those of the baseline come first.
 
     Raises:
-      ValueError: a study none of whose runs has results yet.
+      ValueError: what `Run.read` refuses, or a study none of whose runs has results yet.
     """
     if not (path / _GRID).exists():
-        return [path]
-    results = sorted(path.glob("*/*/results.json"), key=lambda file: file.stat().st_mtime)  # The first began first.
-    if not results:
+        return [Run.read(path)]
+    runs = [Run.read(results.parent) for results in path.glob("*/*/results.json")]
+    if not runs:
         raise ValueError(f"no run of the study {path} has results yet")
-    return [file.parent for file in results]
+    return sorted(runs, key=lambda run: (BASELINE not in run.methods, str(run.path)))
 
 
 def _names(runs: Sequence[Run]) -> list[str]:

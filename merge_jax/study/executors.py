@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, InvalidStateError, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -260,12 +260,12 @@ def _slurm(options: SlurmOptions, folder: Path, cluster: str = "slurm") -> Itera
         name="merge_jax",
         timeout_min=options.minutes,
         cpus_per_task=options.cpus,
-        gpus_per_node=options.gpus,
+        **({"gpus_per_node": options.gpus} if options.gpus else {}),
         slurm_partition=options.partition,
         slurm_additional_parameters={name: value for name, _, value in pairs},
     )
     with _SlurmQueue(executor) as queue:
-        yield Engine(queue, RequeuedRun())
+        yield Engine(queue, RequeuedRun(), problem=queue.problem)
 
 
 class RequeuedRun:
@@ -303,36 +303,46 @@ class _SlurmQueue(Executor):
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         self._closed.set()
         self._thread.join()
-        for future, job in self._jobs.items():
-            if future.cancelled():
-                job.cancel(check=False)
+        self._look()  # At what was cancelled meanwhile.
+
+    def problem(self) -> str | None:
+        return None if self._thread.is_alive() else "submitit failed, as is printed above"
 
     def _watch(self) -> None:
         while not self._closed.wait(_POLL):
             with self._lock:
                 new, self._new = self._new, []
-            new = [one for one in new if not one[0].cancelled()]
-            try:
-                with self._submitter.batch():
-                    jobs = [self._submitter.submit(fn, *args) for _, fn, args in new]
-            except Exception as error:  # What sbatch refuses.
-                for future, *_ in new:
-                    future.set_exception(error)
-            else:
-                self._jobs |= zip((future for future, *_ in new), jobs, strict=True)
-            for future, job in list(self._jobs.items()):
-                if future.cancelled():
-                    del self._jobs[future]
-                    job.cancel(check=False)
-                elif job.done():
-                    del self._jobs[future]
-                    _settle(future, job)
-                elif not future.running() and job.state == "RUNNING":
-                    future.set_running_or_notify_cancel()
+            self._submit([one for one in new if not one[0].cancelled()])
+            self._look()
+
+    def _submit(self, new: Sequence[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]]]) -> None:
+        try:
+            with self._submitter.batch():
+                jobs = [self._submitter.submit(fn, *args) for _, fn, args in new]
+        except Exception as error:  # What sbatch refuses.
+            for future, *_ in new:
+                _settle(future, error)
+        else:
+            self._jobs |= zip((future for future, *_ in new), jobs, strict=True)
+
+    def _look(self) -> None:
+        for future, job in list(self._jobs.items()):
+            if future.cancelled():
+                del self._jobs[future]
+                job.cancel(check=False)
+            elif job.done():
+                del self._jobs[future]
+                try:
+                    _settle(future, job.result())
+                except Exception as error:
+                    _settle(future, error)
+            elif not future.running() and job.state == "RUNNING":
+                future.set_running_or_notify_cancel()
 
 
-def _settle(future: "Future[Any]", job: "Job[Any]") -> None:
-    try:
-        future.set_result(job.result())
-    except Exception as error:
-        future.set_exception(error)
+def _settle(future: "Future[Any]", end: Any) -> None:
+    with contextlib.suppress(InvalidStateError):  # It was cancelled meanwhile.
+        if isinstance(end, Exception):
+            future.set_exception(end)
+        else:
+            future.set_result(end)

@@ -233,3 +233,18 @@ def test_submitit_does_runs_and_puts_one_back_whose_time_is_up(tmp_path):
     assert ended == {"long": None, "bad": "a simulated failure"}
     first, second = began(long)
     assert first["done"] == 0 < second["done"]
+
+
+def test_what_a_run_asks_of_slurm(tmp_path, monkeypatch):
+    """And what sbatch refuses is the run's failure."""
+    for name, code in {"srun": "", "sbatch": f'cp "$1" {tmp_path}/asked; echo no such account >&2; exit 1'}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{code}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    options = SlurmOptions(partition="short", minutes=7, cpus=3, gpus=1, other=("account=physics",))
+    with open_engine("slurm", [set()], tmp_path, options, None) as engine, open_session(tmp_path) as session:
+        (ended,) = run_jobs([job(tmp_path, "one")], engine, session)
+    assert "no such account" in ended.outcome.problem
+    asked = (tmp_path / "asked").read_text()
+    wanted = ("partition=short", "time=7", "cpus-per-task=3", "gpus-per-node=1", "account=physics")
+    assert all(f"#SBATCH --{word}\n" in asked for word in wanted)
