@@ -26,7 +26,7 @@ def mobile(width):
 
 
 def text(width, heads=4):
-    encoder = mj.models.TextEncoder(20, width, 2, heads, 2 * width, 8, num_segments=0, separator=19)
+    encoder = mj.models.TextEncoder(20, width, 1, heads, 2 * width, 8, num_segments=0, separator=19)
     return mj.models.TextClassifier(encoder, 3)
 
 
