@@ -6,7 +6,12 @@ import time
 from pathlib import Path
 
 # Tests compile far more than they compute: without LLVM's optimisations they take two thirds of the time.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# Without the emitters of fusions that jaxlib 0.10 has by default, programs compile in three quarters of the time; later
+# versions ignore the option.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",
+)
 
 # Many tests, and the programs that they start, compile the same: what one has compiled, all others read, and the next
 # session too. Set here, in the process that starts those that run the tests; `pytest --cache-clear` empties it.

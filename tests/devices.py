@@ -14,7 +14,7 @@ from pathlib import Path
 if __name__ == "__main__":
     _, out, devices, modes, *others = sys.argv
     local = int(devices) // (int(others[1]) if others else 1)
-    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={local} --xla_backend_optimization_level=0"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={local}"
 
 import jax
 import numpy as np
