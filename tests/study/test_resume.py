@@ -26,10 +26,9 @@ OF_SOURCES = {
 }
 # A source that is trained first has three calls of its own; the fourth is the method's first.
 CASES = {
-    "pretrained": ((1, 3), "cross_structure", "mergenet_warm", *PRETRAINED),
     "trajectory": ((4,), "cross_task", "mergenet_warm", *PRETRAINED, "--source", "trajectory", "--snapshots", "2"),
     "live": ((1,), "cross_modal", "mergenet_warm", "--source", "live"),
-    "itself": ((1,), "self_transfer", "mergenet_warm"),
+    "itself": ((1,), "self_transfer", "mergenet_warm_tf_kd"),
 }
 
 
