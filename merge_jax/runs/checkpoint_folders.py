@@ -20,6 +20,11 @@ def locate_checkpoints(path: Path) -> tuple[Path, int | None]:
     Raises:
       ValueError: there is no such folder, or it has no checkpoints; what is there is named.
     """
+    if path.is_file():
+        raise ValueError(
+            f"{path} is a file, and checkpoints are folders: of a file of weights, merge-jax convert {path} FILE makes a"
+            " safetensors file"
+        )
     if not path.is_dir():
         parent = path.parent
         there = [str(child) for child in parent.iterdir() if child.is_dir()] if parent.is_dir() else []
