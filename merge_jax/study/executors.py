@@ -123,7 +123,7 @@ def _hold_to(cores: set[int]) -> None:
 
 
 class _Here(Executor):
-    """Does what is submitted at once, in the thread that submits it: signals are heard in the main one alone."""
+    """Does what is submitted at once, in the thread that submits it: signals reach the main one alone."""
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         future: Future[Any] = Future()

@@ -62,7 +62,7 @@ def test_a_run_saves_when_its_worker_is_killed(tmp_path):
         FolderLock(tmp_path / "run")
     worker.kill()
     worker.wait()
-    wait_for(lambda: "which is saved" in (tmp_path / "run.log").read_text())
+    wait_for(lambda: "which is saved" in (tmp_path / "run.log").read_text(), seconds=30)
 
 
 def test_a_run_waits_for_another_that_writes_into_its_folder(tmp_path, monkeypatch):

@@ -57,7 +57,7 @@ def test_runs_that_read_a_source_wait_for_the_one_that_trains_it(tmp_path, done)
     with open_session(tmp_path) as session:
         runs = run_jobs(jobs_with_sources(tmp_path), Engine(manual, None), session)
         ended = []
-        thread = threading.Thread(target=lambda: ended.extend(runs))
+        thread = threading.Thread(target=lambda: ended.extend(runs), daemon=True)
         thread.start()
         wait_for(lambda: set(manual.futures) == {"first", "other"})
         manual.end("other")
