@@ -20,6 +20,7 @@ from merge_jax.transfers.base import Step, Transfer
 from merge_jax.transfers.channel_axes import ChannelGraph
 from merge_jax.transfers.describe import RouteCost, count_flops
 from merge_jax.transfers.layerwise import kernel_routes
+from merge_jax.transfers.merged_axes import apart
 from merge_jax.transfers.pairing import ResolvedRoute, resolve
 from merge_jax.transfers.routed import LeavesByPath, routed_transfer
 from merge_jax.transfers.routes import Routes
@@ -130,7 +131,9 @@ def aligned_transfer(
         for leaf in plan.leaves:
             target_view, source_view = leaf.views
             arranged = target_view.arrange(targets[leaf.target]), source_view.arrange(sources[leaf.source])
-            new_leaves[leaf.target] = target_view.restore(_aligned_leaf(leaf, adapter, *arranged))
+            target, source = (one.reshape(shape) for one, shape in zip(arranged, leaf.shapes, strict=True))
+            new = _aligned_leaf(leaf, adapter, target, source).reshape(arranged[0].shape)
+            new_leaves[leaf.target] = target_view.restore(new)
         return new_leaves
 
     def costs(plan: AlignmentPlan) -> dict[int, RouteCost]:
@@ -148,7 +151,8 @@ def aligned_transfer(
     def fit(moments: Mapping[str, jax.Array], source_params: Params, target_params: Params) -> Adapter:
         plan = plan_routes(resolve(named_routes, source_params, target_params))
         _check_memory(plan)
-        return fitted_adapter(plan, source_graph, moments, flatten(source_params), choice, key)
+        leaves = apart(flatten(source_params), source_graph.factors)
+        return fitted_adapter(plan, source_graph, moments, leaves, choice, key)
 
     transfer = routed_transfer(named_routes, plan_routes, move, start=start, costs=costs)
     return dataclasses.replace(transfer, fit=fit)

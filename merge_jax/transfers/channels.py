@@ -38,7 +38,7 @@ def channel_graph(fn: Callable[..., Any], params: Params, *inputs: Any, strict: 
       ValueError: leaves that cannot be named, as `flatten`; `strict` and channels that a leaf makes, or a leaf itself,
         in an operation that cannot be followed.
     """
-    return ChannelTrace(fn, params, inputs).follow(params, inputs, strict=strict)
+    return ChannelTrace.followed(fn, params, inputs, strict=strict)[1]
 
 
 def input_moments(fn: Callable[..., Any], params: Params, *inputs: Any) -> dict[str, jax.Array]:
@@ -46,8 +46,9 @@ def input_moments(fn: Callable[..., Any], params: Params, *inputs: Any) -> dict[
 
     `{leaf path: X^T X / N}`, with `X [N, n]` the inputs of the layer whose kernel is the leaf: one row for each
     example and place, summed over all calls of the layer. It is `[n, n]`; `[h, d, h, d]` of a leaf that is summed over
-    along two axes together, as the last kernel of an attention is. A leaf that is summed over along other axes in
-    other places, such as the one kernel of a tied autoencoder, has none: the moments are those of its channel groups.
+    along two axes together, as the last kernel of an attention is. Of flattened maps the places are rows. A leaf that
+    is summed over along other axes in other places, such as the one kernel of a tied autoencoder, has none: the moments
+    are those of its channel groups.
 
     `{channel group: (Q^T Q / N) * (K^T K / M)}`, entry by entry, for values `Q [N, d]` and `K [M, d]` that are
     multiplied and are no leaves, such as queries and keys: the moments of the products `q_i k_i` that are summed, for
@@ -61,14 +62,15 @@ def input_moments(fn: Callable[..., Any], params: Params, *inputs: Any) -> dict[
     Raises:
       ValueError: leaves that cannot be named, as `flatten`.
     """
-    trace = ChannelTrace(fn, params, inputs)
-    graph = trace.follow(params, inputs)
+    trace, graph = ChannelTrace.followed(fn, params, inputs, strict=False)
     found: dict[str, list[tuple[tuple[int, ...], jax.Array]]] = {}
 
     def take(one: Sum) -> None:
         if one.path is not None:
-            moments = _moments(one.entering[0].value, one.places[0])
-            found.setdefault(one.path, []).append((one.axes, moments))
+            wanted = graph.moment_axes(one.path)
+            kept = [pair for pair in zip(one.axes, one.places[0], strict=True) if pair[0] in wanted]
+            axes, places = zip(*kept or zip(one.axes, one.places[0], strict=True), strict=True)
+            found.setdefault(one.path, []).append((axes, _moments(one.entering[0].value, places)))
             return
         group = trace.channel_group(one.entering[0].nodes[one.places[0][0]])
         if len(one.places[0]) > 1 or group not in graph.hidden:

@@ -21,6 +21,7 @@ from merge_jax.transfers.alignment_plan import plan_alignment
 from merge_jax.transfers.channel_trace import ChannelTrace
 from merge_jax.transfers.channels import input_moments
 from merge_jax.transfers.followed import FollowedModel
+from merge_jax.transfers.merged_axes import apart
 from merge_jax.transfers.pairing import resolve
 from merge_jax.transfers.program import Program
 from merge_jax.transfers.refit_plan import RefitPlan, Site, plan_refit
@@ -174,24 +175,28 @@ def refit(
         if axis_name is not None:
             moments = lax.pmean(moments, axis_name)
         adapter = fit_transfer(moments, source_variables, target_variables)
+        source_leaves = apart(flatten(source_variables), models[0].graph.factors)
         wanted = adapter
         if choice == "moments":
             adapter, wanted = directions(
-                alignment, plan.streams.pairs, models[0].graph, moments, flatten(source_variables), adapter
+                alignment, plan.streams.pairs, models[0].graph, moments, source_leaves, adapter
             )
         written = transfer.apply(adapter, source_variables, target_variables)
         if plan.streams.tables and wanted is not adapter:
             turned = flatten(transfer.apply(wanted, source_variables, target_variables))
             written = replace(written, {path: turned[path] for path in plan.streams.tables})
+        apart_leaves = apart(flatten(written), models[1].graph.factors)
         leaves, solved = walk.run(
             wanted,
-            dict(zip(walk.source.leaves.values(), flatten(source_variables).values(), strict=True)),
-            dict(zip(walk.target.leaves.values(), flatten(written).values(), strict=True)),
+            {number: source_leaves[path] for path, number in walk.source.leaves.items()},
+            {number: apart_leaves[path] for path, number in walk.target.leaves.items()},
             *_in_batches(inputs, size),
             key,
         )
         finite = all_finite(leaves)
-        return replace(written, {path: leaves[number] for path, number in walk.target.leaves.items()}), solved, finite
+        shapes = {path: jnp.shape(leaf) for path, leaf in flatten(written).items()}
+        made = {path: leaves[number].reshape(shapes[path]) for path, number in walk.target.leaves.items()}
+        return replace(written, made), solved, finite
 
     given = [jnp.asarray(one) for one in inputs]
     variables, solved, finite = jax.jit(run)(source_variables, target_variables, given, key)
@@ -224,8 +229,7 @@ def _explain(inputs: list[jax.Array], source: Params, target: Params) -> NoRetur
 
 def _followed(role: str, fn: ModelFn, variables: Params, batch: list[Any]) -> FollowedModel:
     with error_context(f"the {role}"):
-        trace = ChannelTrace(fn, variables, batch)
-        return FollowedModel(trace, trace.follow(variables, batch, strict=True))
+        return FollowedModel(*ChannelTrace.followed(fn, variables, batch, strict=True))
 
 
 def _in_batches(inputs: Sequence[jax.Array], size: int) -> tuple[list[jax.Array], jax.Array]:
@@ -303,7 +307,8 @@ class _Walk:
         rows = jnp.arange(site.rows) if site.rows <= limit else jax.random.randint(key, (limit,), 0, site.rows)
         chosen = None if site.rows <= limit else rows
         x = entering(self.target, site, known, leaves, chosen)
-        wanted = channel_rows(self._in_target(site, adapter, found[site.source_end]), site.channel_axes, chosen)
+        wanted = self._in_target(site, adapter, found[site.source_end].reshape(site.source_shape))
+        wanted = channel_rows(wanted, site.channel_axes, chosen)
         rest = end_rows(self.target, site, without(self.target, site, known), chosen)
         of_rows = weights[rows // site.stride % len(weights)]
         total = (lambda one: one) if self.axis_name is None else functools.partial(lax.psum, axis_name=self.axis_name)
