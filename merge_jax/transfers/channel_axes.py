@@ -9,6 +9,15 @@ from merge_jax.transfers.merged_axes import Factors, TiedAxes
 
 __all__ = ["AxisNodes", "ChannelGraph"]
 
+_LOOP = "Give a function without the loop: a Python loop over layers or steps, each with leaves of its own"
+_PARTS = "Give a function whose parts have a common size, such as 32 and 64 channels, or that adds them"
+_INSTEAD = {
+    **dict.fromkeys(("scan", "while"), _LOOP),
+    **dict.fromkeys(("concatenate", "split", "slice"), _PARTS),
+    "conv_general_dilated in groups": "Give a function with convolutions of one group, or of one channel in each",
+}
+"""What to do about an operation that cannot be followed."""
+
 
 @dataclass(frozen=True)
 class ChannelGraph:
@@ -137,10 +146,10 @@ class AxisNodes(TiedAxes):
             if place is not None and not self._is_place(*place):
                 raise ValueError(
                     f"the operation {operation!r} cannot be followed: channels of {place[0]!r}, along its axis "
-                    f"{place[1]}, go into it, and which leaves read them afterwards is not known. Give a function "
-                    "without it. Or give "
-                    "channel_graph strict=False, by which the axes before and behind it come apart: aligned_transfer "
-                    "then takes them as they are where sizes are equal, and refuses them elsewhere"
+                    f"{place[1]}, go into it, and which leaves read them afterwards is not known. "
+                    f"{_INSTEAD.get(operation, 'Give a function without it')}. Or give channel_graph strict=False, by "
+                    "which the axes before and behind it come apart: aligned_transfer then takes them as they are "
+                    "where sizes are equal, and refuses them elsewhere"
                 )
 
     def _is_place(self, path: str, axis: int) -> bool:

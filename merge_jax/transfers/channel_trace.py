@@ -1,20 +1,23 @@
 """A computation, followed axis by axis: what each operation of JAX ties, makes, consumes or loses."""
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from merge_jax.paths import flatten
-from merge_jax.transfers.channel_axes import AxisNodes, ChannelGraph
+from merge_jax.transfers.channel_axes import ChannelGraph
+from merge_jax.transfers.channel_sums import OnSum, SummedAxes, Value
+from merge_jax.transfers.layer_sites import varying_axes
 from merge_jax.transfers.merged_axes import Factors, apart
 from merge_jax.transfers.program import CALLS, Constant, Equation, Program
 from merge_jax.types import Params
 
-__all__ = ["FOLLOWED", "ChannelTrace", "Sum"]
+__all__ = ["FOLLOWED", "ChannelTrace"]
 
 _REDUCTIONS = {
     *("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or", "reduce_xor"),
@@ -22,7 +25,20 @@ _REDUCTIONS = {
 }
 _BY_ENTRY = {
     *("add", "add_any", "sub", "mul", "div", "rem", "max", "min", "pow", "integer_pow", "atan2", "nextafter"),
-    *("neg", "sign", "abs", "floor", "ceil", "round", "square", "sqrt", "rsqrt", "cbrt", "is_finite"),
+    *(
+        "neg",
+        "sign",
+        "abs",
+        "floor",
+        "ceil",
+        "round",
+        "square",
+        "one_minus_square",
+        "sqrt",
+        "rsqrt",
+        "cbrt",
+        "is_finite",
+    ),
     *("exp", "exp2", "log", "expm1", "log1p", "tanh", "logistic", "erf", "erfc", "erf_inv", "lgamma", "digamma"),
     *("sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "asinh", "acosh", "atanh"),
     *("eq", "ne", "lt", "le", "gt", "ge", "and", "or", "xor", "not", "select_n", "clamp"),
@@ -32,6 +48,7 @@ _BY_ENTRY = {
 _FORMS = {
     *("dot_general", "conv_general_dilated", "transpose", "broadcast_in_dim", "reshape", "squeeze", "expand_dims"),
     *("gather", "scatter", "scatter-add", "scatter-mul", "dynamic_update_slice", "concatenate"),
+    *("stack", "unstack", "tile"),
 }
 _Axes = Callable[[Mapping[str, Any], Sequence[int], Sequence[int]], Iterable[int]]
 # Of what mixes, reorders or cuts entries along some axes: those, from its parameters, the old shape and the new.
@@ -57,35 +74,7 @@ FOLLOWED = frozenset(
 """Names of the primitives that are followed (`cond` where it asks for the platform alone)."""
 
 
-class Value(NamedTuple):
-    """A value of the computation with the node of each of its axes; whether it is made of leaves or constants alone."""
-
-    value: Any
-    nodes: tuple[int, ...]
-    from_leaves: bool = False
-    constant: bool = False
-
-
-class Sum(NamedTuple):
-    """A sum over axes of a leaf and of what enters there, or of two values that are no leaves.
-
-    Attributes:
-      path: of the leaf; None where there is none.
-      axes: of the leaf that are summed over, in their order.
-      entering: what enters the leaf, or both values.
-      places: the axes of each of them that are summed over.
-    """
-
-    path: str | None
-    axes: tuple[int, ...]
-    entering: tuple[Value, ...]
-    places: tuple[tuple[int, ...], ...]
-
-
-OnSum = Callable[[Sum], None]
-
-
-class ChannelTrace(AxisNodes):
+class ChannelTrace(SummedAxes):
     """A traced function whose axes are followed."""
 
     def __init__(
@@ -136,7 +125,8 @@ class ChannelTrace(AxisNodes):
         def read(one: int | Constant) -> Value:
             if not isinstance(one, Constant):
                 return known[one]
-            return Value(one.value, self._fresh(np.shape(one.value)), True, True)
+            fixed = frozenset(varying_axes(program, one))
+            return Value(one.value, self._fresh(np.shape(one.value)), from_leaves=True, fixed=fixed)
 
         for equation in program.equations:
             values = [read(one) for one in equation.inputs]
@@ -163,8 +153,12 @@ class ChannelTrace(AxisNodes):
                 for one in values:
                     self._lose(eqn.name, one.nodes)
                     self._touch(one.nodes)
-        constant = all(one.constant for one in values)
-        return [Value(result, own, from_leaves, constant) for result, own in zip(results, nodes, strict=True)]
+        constant = all(one.fixed is not None for one in values)
+        made = zip(results, nodes, eqn.outputs, strict=True)
+        return [
+            Value(result, own, from_leaves, frozenset(varying_axes(self.program, number)) if constant else None)
+            for result, own, number in made
+        ]
 
     def _nodes(
         self, eqn: Equation, values: Sequence[Value], new_shapes: Sequence[tuple[int, ...]], on_sum: OnSum
@@ -193,6 +187,14 @@ class ChannelTrace(AxisNodes):
             return [self._written(name, values[:2], range(len(shape)), range(len(shape)))]
         if name == "concatenate":
             return [self._joined(values, params["dimension"], new_shape)]
+        if name == "stack":
+            return [self._stacked(values, params["axis"], new_shape)]
+        if name == "unstack":
+            return [tuple(node for axis, node in enumerate(nodes) if axis != params["axis"])] * len(new_shapes)
+        if name == "tile":
+            return [self._tiled(nodes, params["reps"])]
+        if name in ("slice", "split") and (parts := self._cut_out(params, values[0], shape, new_shapes)):
+            return parts
         if name in _ALONG:
             operands = values if len(values) == len(new_shapes) else [values[0]] * len(new_shapes)
             return [
@@ -244,13 +246,68 @@ class ChannelTrace(AxisNodes):
         return new_nodes
 
     def _joined(self, values: Sequence[Value], axis: int, shape: Sequence[int]) -> tuple[int, ...]:
-        nodes = self._by_entry(values, shape, skip=axis)
+        """Channels that are concatenated are tied, in pieces of the size that divides all parts."""
+        nodes = list(self._by_entry(values, shape, skip=axis))
         if len(values) > 1:
             lost = tuple(one.nodes[axis] for one in values)
-            self._lose("concatenate", lost)
-            if all(one.from_leaves for one in values):
+            from_leaves = all(one.from_leaves for one in values)
+            unit = math.gcd(*self.sizes(lost))
+            pieces = [] if from_leaves or unit == 1 else self._pieces("concatenate", lost, unit)
+            if pieces:
+                for piece in pieces[1:]:
+                    self._tie(pieces[0], piece)
+                nodes[axis] = self._merged((*self._fresh((shape[axis] // unit,)), *self.atoms(pieces[0])))
+            else:
+                self._lose("concatenate", lost)
+            if from_leaves:
                 self._cut((nodes[axis],), lost)
-        return nodes
+        return tuple(nodes)
+
+    def _stacked(self, values: Sequence[Value], axis: int, shape: Sequence[int]) -> tuple[int, ...]:
+        along = [
+            one._replace(
+                value=jnp.expand_dims(one.value, axis),
+                nodes=(*one.nodes[:axis], *self._fresh((1,)), *one.nodes[axis:]),
+            )
+            for one in values
+        ]
+        return self._by_entry(along, shape, skip=axis)
+
+    def _tiled(self, nodes: Sequence[int], counts: Sequence[int]) -> tuple[int, ...]:
+        return tuple(
+            node if count == 1 else self._merged((*self._fresh((count,)), *self.atoms(node)))
+            for node, count in zip(nodes, counts, strict=True)
+        )
+
+    def _pieces(self, operation: str, nodes: Sequence[int], unit: int) -> list[int]:
+        """Returns the nodes of the pieces of one size that axes are cut into; none where one cannot be."""
+        cut = [
+            ((None, node), []) if self._sizes[node] == unit else
+            self._regrouped((node,), self.sizes((node,)), (self._sizes[node] // unit, unit))
+            for node in nodes
+        ]  # fmt: skip
+        if any(lost for _, lost in cut):
+            return []
+        self._lose(operation, (which for (which, _), _ in cut if which is not None))
+        return [piece for (_, piece), _ in cut]
+
+    def _cut_out(self, params: Any, value: Value, shape: Sequence[int], new_shapes: Sequence[Sequence[int]]) -> Any:
+        """Returns the nodes of parts of a value, cut along one axis at multiples of one size; None for any others."""
+        axes = [axis for axis, size in enumerate(shape) if size != new_shapes[0][axis]]
+        if value.from_leaves or len(axes) != 1 or any(one != 1 for one in params.get("strides") or ()):
+            return None
+        (axis,) = axes
+        ends = params["limit_indices"][axis : axis + 1] if "limit_indices" in params else ()
+        unit = math.gcd(shape[axis], *(new[axis] for new in new_shapes), *ends)
+        pieces = [] if unit == 1 else self._pieces("slice", value.nodes[axis : axis + 1], unit)
+        if not pieces:
+            return None
+        (piece,), parts = pieces, []
+        for new in new_shapes:
+            count = new[axis] // unit
+            own = self._tied(piece) if count == 1 else self._merged((*self._fresh((count,)), *self.atoms(piece)))
+            parts.append((*value.nodes[:axis], own, *value.nodes[axis + 1 :]))
+        return parts
 
     def _without(self, operation: str, value: Value, axes: Iterable[int], new_shape: Sequence[int]) -> tuple[int, ...]:
         """Returns the nodes of a value, new ones for those axes, whose entries are no longer what they were."""
@@ -320,6 +377,10 @@ class ChannelTrace(AxisNodes):
         numbers, (x, kernel) = params["dimension_numbers"], values
         in_axis, (out_axis, kernel_in) = numbers.lhs_spec[1], numbers.rhs_spec[:2]
         nodes = list(self._fresh(new_shape))
+        # Places have an order, by which other layers may know them.
+        self._bound.update(
+            (nodes[axis] for axis in numbers.out_spec[2:]), (x.nodes[axis] for axis in numbers.lhs_spec[2:])
+        )
         nodes[numbers.out_spec[0]] = self._tied(x.nodes[numbers.lhs_spec[0]])
         feature_groups, channels = params["feature_group_count"], jnp.shape(kernel.value)[out_axis]
         depthwise = feature_groups == channels == jnp.shape(x.value)[in_axis]
@@ -334,68 +395,6 @@ class ChannelTrace(AxisNodes):
             self._make(kernel.nodes[out_axis])
             self._lose("conv_general_dilated in groups", (x.nodes[in_axis], kernel.nodes[out_axis]))
         return tuple(nodes)
-
-    def _sum_over(
-        self, a: Value, left: Sequence[int], b: Value, right: Sequence[int], matched: Sequence[int], on_sum: OnSum
-    ) -> None:
-        """Ties the axes of two values that are summed over together; `matched` are those that stay, one by one."""
-        for axis, other in zip(left, right, strict=True):
-            self._meet(a, a.nodes[axis], b, b.nodes[other])
-        (a, left), (b, right) = self._summed_apart(a, left, b, right)
-        nodes = [[one.nodes[axis] for axis in axes] for one, axes in ((a, left), (b, right))]
-        places = [[self._leaf_axes.get(node) for node in own] for own in nodes]
-        matched = [atom for node in matched for atom in self.atoms(node)]
-        self._consumed.update(nodes[0])
-        beside = [(*nodes[0][:i], *nodes[0][i + 1 :]) for i in range(len(left))]
-        if a.from_leaves and b.from_leaves:  # The product of two leaves is a kernel of which each has made a part.
-            for node in (*nodes[0], *nodes[1]):
-                self._make(node)
-        elif any(places[0]) or any(places[1]):
-            for leaf_places, entering, axes in ((places[1], a, left), (places[0], b, right)):
-                for path in dict.fromkeys(place[0] for place in leaf_places if place):
-                    at = sorted(
-                        (place[1], axis)
-                        for place, axis in zip(leaf_places, axes, strict=True)
-                        if place and place[0] == path
-                    )
-                    summed, entered = zip(*at, strict=True)
-                    self._summed.setdefault(path, set()).update(summed)
-                    on_sum(Sum(path, summed, (entering,), (entered,)))
-        elif left:
-            beside = [(*others, *matched) for others in beside]
-            on_sum(Sum(None, (), (a, b), (tuple(left), tuple(right))))
-        self._beside += zip(nodes[0], beside, strict=True)
-
-    def _meet(self, a: Value, node: int, b: Value, other: int) -> None:
-        """Ties axes of two values that are summed over together, and notes whether that binds them."""
-        # The oldest stands for all: an input does where nothing has tied its axis to a leaf before.
-        for pair in [(node, other), *self._matched(node, other)]:
-            if any(map(self._is_leaf, pair)):
-                atoms = {atom for one in pair for atom in self.atoms(one)}
-                self._bound.update(atom for atom in atoms if self._root(atom) in self._inputs)
-            if a.constant or b.constant:  # A fixed matrix, such as that of a resized image, has its own order.
-                self._bound.update(pair)
-            for one in pair:
-                self._touch(self._parts.get(one, ()))
-        self._tie(node, other)
-
-    def _summed_apart(
-        self, a: Value, left: Sequence[int], b: Value, right: Sequence[int]
-    ) -> tuple[tuple[Value, list[int]], tuple[Value, list[int]]]:
-        """Returns two values with the merged axes apart that they are summed over along, and all such axes."""
-        found: list[tuple[Value, list[int]]] = []
-        for one, axes, of, others in ((a, left, b, right), (b, right, a, left)):
-            nodes = list(zip(axes, (one.nodes[i] for i in axes), (of.nodes[i] for i in others), strict=True))
-            split = {axis for axis, *pair in nodes if len(self.atoms(pair[0])) == len(self.atoms(pair[1])) > 1
-                     and self._leaf_axes.keys().isdisjoint(pair)}  # fmt: skip
-            own = [self.atoms(node) if axis in split else (node,) for axis, node in enumerate(one.nodes)]
-            starts = list(itertools.accumulate(map(len, own), initial=0))
-            flat = tuple(itertools.chain.from_iterable(own))
-            shape = [self._sizes[node] for node in flat]
-            value = one.value.reshape(shape) if split else one.value
-            places = [place for axis in axes for place in range(starts[axis], starts[axis + 1])]
-            found.append((one._replace(value=value, nodes=flat), places))
-        return found[0], found[1]
 
 
 def _refined(factors: Factors | None, found: Factors) -> Factors:

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from merge_jax.transfers.channel_axes import ChannelGraph
-from merge_jax.transfers.channel_trace import ChannelTrace, Sum
+from merge_jax.transfers.channel_sums import Sum
+from merge_jax.transfers.channel_trace import ChannelTrace
 from merge_jax.types import Params
 
 __all__ = ["channel_graph", "input_moments"]
