@@ -162,7 +162,7 @@ def _leaf(
             pair = _name(target_group, source_group, pairs)
             if pairs.setdefault(pair, found) != found:
                 raise ValueError(f"{target!r} and {source!r} are of other layouts: their heads are along other axes")
-        elif sizes[0] != sizes[1] and merged and target_group not in target_graph.consumed - target_graph.hidden:
+        elif sizes[0] != sizes[1] and _is_merged(t, factors[0]) and _is_merged(s, factors[1]):
             raise ValueError(_unlike_places((target, source), shapes, (t, s)))
         elif sizes[0] != sizes[1]:  # Nothing but their number says which entry is which.
             why = _bound("target", target_group, target_graph) or _bound("source", source_group, source_graph)
@@ -185,6 +185,11 @@ def _factors(view: KernelView, path: str, graph: ChannelGraph) -> Factors:
     ):
         raise ValueError(f"the channel graph is of another model: {path!r} is {found} there, here {shape}")
     return found
+
+
+def _is_merged(axis: int, factors: Factors) -> bool:
+    """Returns whether an axis of a leaf with merged axes apart is one of these."""
+    return [len(own) > 1 for own in factors for _ in own][axis]
 
 
 def _unlike_places(paths: tuple[str, str], shapes: tuple[tuple[int, ...], ...], axes: tuple[int, int]) -> str:

@@ -275,7 +275,9 @@ class ChannelTrace(SummedAxes):
 
     def _tiled(self, nodes: Sequence[int], counts: Sequence[int]) -> tuple[int, ...]:
         return tuple(
-            node if count == 1 else self._merged((*self._fresh((count,)), *self.atoms(node)))
+            node
+            if count == 1
+            else self._merged((*self._fresh((count,)), *(one for one in self.atoms(node) if self._sizes[one] > 1)))
             for node, count in zip(nodes, counts, strict=True)
         )
 

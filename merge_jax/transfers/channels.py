@@ -23,10 +23,13 @@ def channel_graph(fn: Callable[..., Any], params: Params, *inputs: Any, strict: 
     `jax.ShapeDtypeStruct`s. It is any JAX function of a parameter tree, such as
     `lambda params, x: model.apply({"params": params, **state}, x, train=False)`; no library of layers is asked. What
     ties axes: sums and products entry by entry, products of matrices, convolutions, and the lookup of embeddings.
-    Channels do not go through reshapes that split or merge them, concatenation, slices, padding, sums and sorting along
-    them, groups of a convolution, loops (`nn.scan`), nor any operation that is not known. Not seen is where channels
-    have an order of their own by a constant, as with fixed sines of positions. Our choice; Git Re-Basin
-    (arXiv:2209.04836) writes down by hand for each model what is found here.
+    Through reshapes they go as factors: a kernel that reads flattened maps is one of places and channels, and a leaf
+    whose channels are normalised in groups is one of groups and channels in each (`ChannelGraph.factors`). Where they
+    are concatenated, split or cut, they are tied in pieces of the largest size that divides all parts. They do not go
+    through parts without such a size, padding, sums and sorting along them, groups of a convolution, loops (`nn.scan`),
+    nor any operation that is not known. Not seen is where channels have an order of their own by a constant that is
+    added, as with fixed sines of positions. Our choice; Git Re-Basin (arXiv:2209.04836) writes down by hand for each
+    model what is found here.
 
     Args:
       fn: the model.

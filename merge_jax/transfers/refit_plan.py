@@ -267,9 +267,8 @@ def _dense_inputs(target: FollowedModel, layer: Layer, rows: int, channels: Sequ
         count = math.prod(size for axis, size in enumerate(x) if axis not in summed)
     else:
         numbers = equation.params["dimension_numbers"]
-        dilated = any(one != 1 for one in equation.params["lhs_dilation"] or ())
-        if dilated or equation.params["batch_group_count"] != 1:
-            raise Unsolvable("it is a transposed convolution")
+        if equation.params["batch_group_count"] != 1:
+            raise Unsolvable("it is a convolution of groups of examples")
         made = program.shapes[layer.starts[0]].shape
         inputs = (*numbers.rhs_spec[2:], numbers.rhs_spec[1])
         count = math.prod(made) // made[numbers.out_spec[1]]

@@ -149,7 +149,9 @@ def _entering_dense(program: Program, unknown: Unknown, values: Values, rows: ja
         return flat if rows is None else flat[rows]
     params, numbers = equation.params, equation.params["dimension_numbers"]
     x = x.transpose(numbers.lhs_spec[0], *numbers.lhs_spec[2:], numbers.lhs_spec[1])
-    x = lax.pad(x, jnp.float32(0), [(0, 0, 0), *((*one, 0) for one in params["padding"]), (0, 0, 0)])
+    between = params["lhs_dilation"] or (1,) * len(params["padding"])  # Above 1 in a transposed convolution.
+    around = [(*one, step - 1) for one, step in zip(params["padding"], between, strict=True)]
+    x = lax.pad(x, jnp.float32(0), [(0, 0, 0), *around, (0, 0, 0)])
     made = program.shapes[unknown.layer.starts[0]].shape
     sizes = [made[axis] for axis in numbers.out_spec[2:]]
     kernel = program.shapes[next(one for one in equation.reads if one not in program.data)].shape
