@@ -147,7 +147,7 @@ class Walk:
                     f"{site.name} has {site.num_unknowns} unknowns and {rows} rows to solve them from: the ridge is "
                     f"raised {site.num_unknowns / rows:.3g} times; give more inputs",
                     FewRowsWarning,
-                    stacklevel=4,
+                    stacklevel=3,
                 )
 
     def _most_rows(self, site: Site) -> int:
