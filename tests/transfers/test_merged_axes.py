@@ -1,6 +1,6 @@
 """Axes that a model merges, splits or joins: their channels are followed, aligned and refitted; places are not."""
 
-import functools
+from collections import OrderedDict
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import merge_jax as mj
+from merge_jax.transfers import refit_program
 from merge_jax.transfers.merged_axes import apart_shape, common_factors, merged_from
 
 RNG = np.random.default_rng(0)
@@ -205,34 +206,28 @@ def test_a_refit_solves_both_ways_and_comes_nearer_than_alignment():
     assert left[0] < 0.6 * left[1]
 
 
-def test_a_second_refit_of_the_same_functions_and_shapes_traces_nothing():
-    calls = []
+def test_a_second_refit_of_the_same_functions_and_shapes_compiles_nothing(monkeypatch):
+    monkeypatch.setattr(refit_program, "_programs", programs := OrderedDict())
 
     def run(params, x):
-        calls.append(x)
         return jnp.tanh(x @ params["first"]["kernel"]) @ params["last"]["kernel"]
 
-    def refit(seed, rows=40):
+    def refit(seed, fn=run):
         source, target = draw(seed, first=(5, 8), last=(8, 3)), draw(seed + 1, first=(5, 4), last=(4, 3))
-        x = jnp.asarray(np.random.default_rng(seed).normal(size=(rows, 5)), jnp.float32)
-        return mj.refit(EVERYTHING, run, run, source, target, x, key=jax.random.key(seed)).variables
+        x = jnp.asarray(np.random.default_rng(seed).normal(size=(40, 5)), jnp.float32)
+        return mj.refit(EVERYTHING, fn, fn, source, target, x, key=jax.random.key(seed)).variables["last"]["kernel"]
 
-    first, count = refit(0), len(calls)
+    refit(0)
     second = refit(7)
-    assert len(calls) == count
-    fresh = functools.partial(run)  # Another function, which is compiled anew.
-    assert not np.allclose(first["last"]["kernel"], second["last"]["kernel"])
-    source, target = draw(7, first=(5, 8), last=(8, 3)), draw(8, first=(5, 4), last=(4, 3))
-    x = jnp.asarray(np.random.default_rng(7).normal(size=(40, 5)), jnp.float32)
-    other = mj.refit(EVERYTHING, fresh, fresh, source, target, x, key=jax.random.key(7)).variables
-    assert len(calls) > count
-    np.testing.assert_allclose(second["last"]["kernel"], other["last"]["kernel"], rtol=1e-5)
+    (kept,) = programs.values()
+    assert kept.run._cache_size() == 1
+    other = refit(7, lambda *of: run(*of))  # Another function is another program.
+    assert len(programs) == 2
+    np.testing.assert_allclose(second, other, rtol=1e-5)
 
 
 def test_functions_with_large_arrays_in_them_are_not_kept(monkeypatch):
-    from merge_jax.transfers import refit_program
-
-    monkeypatch.setattr(refit_program, "_programs", programs := type(refit_program._programs)())
+    monkeypatch.setattr(refit_program, "_programs", programs := OrderedDict())
     monkeypatch.setattr(refit_program, "_MOST_CONSTANTS", 100)
     params, x = draw(0, first=(5, 4), last=(4, 3)), jnp.ones((8, 5))
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (params, params, [x]))
