@@ -3,11 +3,12 @@
     python -m benchmarks.torture_child serve STEP_FILE
     python -m benchmarks.torture_child peer SIGNAL FOLDER COORDINATOR PROCESS_ID
 
-`serve` imports all there is to import and then forks a child for each line `WORK FOLDER` that it reads. Nothing has
-been computed by then, so JAX has neither a device nor a thread, and a child is as good as a new process, without the
-seconds that importing takes. What children have to say are lines of JSON.
+`serve` imports all there is to import and then forks a child for each line `[WORK, FOLDER, OPTIONS]` that it reads.
+Nothing has been computed by then, so JAX has neither a device nor a thread, and a child is as good as a new process,
+without the seconds that importing takes. What children have to say are lines of JSON.
 """
 
+import functools
 import json
 import os
 import sys
@@ -30,12 +31,13 @@ from benchmarks.torture_files import flip_each
 from benchmarks.torture_pair import batches_at, digest, joint_step, load_step, shapes
 from merge_jax.training.distributed import exit_on_error
 
-__all__ = ["main"]
+__all__ = ["main", "say", "serve"]
 
 _PAUSE = 0.002  # Seconds between steps, as data takes them.
 
 
-def _say(word: str, *values: Any) -> None:
+def say(word: str, *values: Any) -> None:
+    """Writes a message to whoever reads this process."""
     os.write(1, (json.dumps([word, *values]) + "\n").encode())  # Atomic: it is short.
 
 
@@ -49,7 +51,7 @@ def _train(folder: Path, step_file: Path) -> None:
             step += 1
             checkpoints.save(step, state)
             checkpoints.wait()
-            _say("finished", step)
+            say("finished", step)
 
 
 def _run(folder: Path, step_file: Path) -> None:
@@ -63,7 +65,7 @@ def _run(folder: Path, step_file: Path) -> None:
 
     def advance(state: mj.JointState, first: int, count: int) -> tuple[mj.JointState, Any]:
         state, metrics = by_steps(state, first, count)
-        _say("reached", first + count)
+        say("reached", first + count)
         return state, metrics
 
     with mj.Checkpoints(folder) as checkpoints, mj.StopSignals() as signals:
@@ -78,7 +80,7 @@ def _run(folder: Path, step_file: Path) -> None:
             checkpoint_every=100,
             should_stop=signals.should_stop,
         )
-    _say("stopped", int(state.step), digest(state))
+    say("stopped", int(state.step), digest(state))
     raise SystemExit(128 + (signals.received or 0))
 
 
@@ -90,7 +92,7 @@ def _go_on(folder: Path, step_file: Path) -> None:
         step, state = _restore(checkpoints)
     for i in range(step, 10):
         state, _ = advance(state, batches_at(i))
-    _say("done", int(state.step), digest(state))
+    say("done", int(state.step), digest(state))
 
 
 def _write_too(folder: Path, step_file: Path) -> None:
@@ -102,14 +104,14 @@ def _write_too(folder: Path, step_file: Path) -> None:
         message = ""
     except ValueError as error:
         message = str(error)
-    _say("refused", message, time.perf_counter() - start)
+    say("refused", message, time.perf_counter() - start)
 
 
 def _flip(folder: Path, step_file: Path) -> None:
     """Flips bits of a saved step, each on its own, and restores it."""
     del step_file
     for effect in flip_each(folder):
-        _say("flipped", effect)
+        say("flipped", effect)
 
 
 def _restore(checkpoints: mj.Checkpoints) -> tuple[int, mj.JointState]:
@@ -119,7 +121,7 @@ def _restore(checkpoints: mj.Checkpoints) -> tuple[int, mj.JointState]:
         restored = checkpoints.restore_latest(shapes()[0])
     if restored is None:
         raise ValueError(f"nothing is saved in {checkpoints.folder}")
-    _say("restored", restored[0], digest(restored[1]))
+    say("restored", restored[0], digest(restored[1]))
     return restored
 
 
@@ -132,23 +134,24 @@ _WORKS: Mapping[str, Callable[[Path, Path], None]] = {
 }
 
 
-def _serve(step_file: Path) -> None:
+def serve(step_file: Path, works: Mapping[str, Callable[..., None]]) -> None:
+    """Forks a child for each line of standard input: a list of the name of a work, its folder and its options."""
     shapes()  # Traced once, for all children.
     tasks = Path("/proc/self/task")
     if tasks.exists() and len(list(tasks.iterdir())) > 1:
         raise RuntimeError("there are other threads already, which a fork would lose")
-    _say("ready")
+    say("ready")
     for line in sys.stdin:
-        work, folder = json.loads(line)
+        work, folder, options = json.loads(line)
         child = os.fork()
         if child == 0:
-            os._exit(_code_of(lambda work=_WORKS[work], folder=folder: work(Path(folder), step_file)))
+            os._exit(_code_of(functools.partial(works[work], Path(folder), step_file, **options)))
         _, status = os.waitpid(child, 0)
-        _say("ended", os.waitstatus_to_exitcode(status))
+        say("ended", os.waitstatus_to_exitcode(status))
 
 
 def _code_of(work: Callable[[], None]) -> int:
-    _say("pid", os.getpid())
+    say("pid", os.getpid())
     try:
         work()
     except SystemExit as end:
@@ -166,9 +169,8 @@ class _Counter(struct.PyTreeNode):
     total: jax.Array
 
 
-def _peer(number: int, folder: str, address: str, process_id: int) -> None:
+def _peer(number: int, folder: str, process_id: int) -> None:
     """Trains and saves every second step with another process; process 1 sends itself a signal in its fourth step."""
-    mj.training.connect(address, 2, process_id, timeout=60)
     mesh = mj.data_mesh()
     split = NamedSharding(mesh, PartitionSpec(mj.training.DATA_AXIS))
     total = jax.make_array_from_callback((8,), split, lambda index: np.zeros(8, np.float32)[index])
@@ -183,7 +185,7 @@ def _peer(number: int, folder: str, address: str, process_id: int) -> None:
     def batches(step: int) -> dict[str, Any]:
         if step == 3 and process_id == 1:
             checkpoints.wait()
-            _say("gone", time.time())
+            say("gone", time.time())
             os.kill(os.getpid(), number)
         return {}
 
@@ -204,11 +206,12 @@ def main() -> None:
     """Does what the command line says."""
     role, *arguments = sys.argv[1:]
     if role == "serve":
-        _serve(Path(arguments[0]))
+        serve(Path(arguments[0]), _WORKS)
     else:
         number, folder, address, process_id = arguments
+        mj.training.connect(address, 2, int(process_id), timeout=60, answer_within=60)
         with exit_on_error(ADVICE):
-            _peer(int(number), folder, address, int(process_id))
+            _peer(int(number), folder, int(process_id))
 
 
 if __name__ == "__main__":

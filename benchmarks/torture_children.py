@@ -28,9 +28,18 @@ _ENVIRONMENT = {
 class Children:
     """A process that forks children, one at a time, and what they say; a context manager."""
 
-    def __init__(self, step_file: Path):
-        """Starts it; `step_file` is what `compile_step` wrote."""
-        self._process = start_program("serve", str(step_file), stdin=subprocess.PIPE, start_new_session=True)
+    def __init__(
+        self,
+        step_file: Path,
+        program: str = "benchmarks.torture_child",
+        python: str = sys.executable,
+        patience: float = PATIENCE,
+    ):
+        """Starts it; `step_file` is what `compile_step` wrote, `patience` the seconds that a child may take."""
+        self._process = start_program(
+            "serve", str(step_file), program=program, python=python, stdin=subprocess.PIPE, start_new_session=True
+        )
+        self._patience = patience
         self._noise: list[str] = []
         self._watch: threading.Timer | None = None
 
@@ -45,12 +54,12 @@ class Children:
         self._kill_all()
         self._process.communicate()
 
-    def start(self, work: str, folder: Path) -> int:
-        """Starts a child, one of the works of `torture_child`, and returns its process id."""
-        self._watch = threading.Timer(PATIENCE, self._kill_all)
+    def start(self, work: str, folder: Path, **options: Any) -> int:
+        """Starts a child, one of the works of its program, and returns its process id."""
+        self._watch = threading.Timer(self._patience, self._kill_all)
         self._watch.start()
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps([work, str(folder)]) + "\n")
+        self._process.stdin.write(json.dumps([work, str(folder), options]) + "\n")
         self._process.stdin.flush()
         return self.until("pid")[-1][1]
 
@@ -81,10 +90,12 @@ class Children:
         return "".join(self._noise[-20:])
 
 
-def start_program(*arguments: str, **options: Any) -> subprocess.Popen[str]:
-    """Starts `benchmarks.torture_child`."""
+def start_program(
+    *arguments: str, program: str = "benchmarks.torture_child", python: str = sys.executable, **options: Any
+) -> subprocess.Popen[str]:
+    """Starts a program of this package."""
     return subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.torture_child", *arguments],
+        [python, "-m", program, *arguments],
         cwd=_ROOT,
         env={**os.environ, **_ENVIRONMENT},
         stdout=subprocess.PIPE,

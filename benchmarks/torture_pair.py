@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,17 @@ from jax.experimental import serialize_executable
 import merge_jax as mj
 from merge_jax.data.images.augment import crop_flip_rotate
 
-__all__ = ["KnownStates", "batches_at", "compile_step", "digest", "initial_state", "joint_step", "load_step", "shapes"]
+__all__ = [
+    "KnownStates",
+    "batches_at",
+    "compile_step",
+    "digest",
+    "initial_state",
+    "joint_step",
+    "load_step",
+    "shapes",
+    "spoiled_batches_at",
+]
 
 _IMAGE = (6, 6, 1)
 _CLASSES = 3
@@ -85,6 +96,15 @@ def batches_at(step: int) -> dict[str, dict[str, np.ndarray]]:
     return {"source": batch(2 * step), "target": batch(2 * step + 1)}
 
 
+def spoiled_batches_at(step: int) -> dict[str, dict[str, np.ndarray]]:
+    """Returns the batches of a step; a twentieth of the sources', and of the targets', have NaN in one image."""
+    batches, random = batches_at(step), np.random.default_rng([step, 1])
+    for batch in batches.values():
+        if random.random() < 0.05:
+            batch["image"][random.integers(len(batch["image"]))] = np.nan
+    return batches
+
+
 @functools.cache
 def shapes() -> tuple[Any, Any]:
     """Returns the shapes of `(state, metrics)`; nothing is computed, so no device is used."""
@@ -126,9 +146,10 @@ def digest(tree: Any) -> str:
 class KnownStates:
     """The digests of the states of an unbroken run, taken as far as they are asked for; threads may share it."""
 
-    def __init__(self, step: Any):
-        """Takes the compiled step."""
+    def __init__(self, step: Any, batches: Callable[[int], Any] = batches_at):
+        """Takes the compiled step, and what returns the batches of a step."""
         self._step = step
+        self._batches = batches
         self._state = initial_state()
         self._digests = [digest(self._state)]
         self._lock = threading.Lock()
@@ -137,6 +158,6 @@ class KnownStates:
         """Returns the digest of the state after so many steps."""
         with self._lock:
             while len(self._digests) <= step:
-                self._state, _ = self._step(self._state, batches_at(len(self._digests) - 1))
+                self._state, _ = self._step(self._state, self._batches(len(self._digests) - 1))
                 self._digests.append(digest(self._state))
             return self._digests[step]

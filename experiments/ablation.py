@@ -3,6 +3,7 @@
     python -m experiments.ablation smoke             # one tiny setting; a minute or two, shows that it works
     python -m experiments.ablation digits            # across structures on digits, with controls of the source
     python -m experiments.ablation digits --jobs 2   # two runs at a time, each on its share of the cores
+    python -m experiments.ablation digits --executor dask:10.0.0.1:8786   # by the workers of a Dask scheduler
     python -m experiments.ablation my_grid.toml      # your own grid
     python -m experiments.ablation digits --resume   # go on with the last one
     python -m experiments.ablation --help

@@ -92,8 +92,10 @@ class Config(study.TransferOptions, study.RunConfig):
     """Labelled images that the target learns from, or None for all; the source has all."""
     augment: bool = False
     """Crop, mirror and rotate both models' training images at random."""
-    source_model: study.ImageModelName = "small_resnet"
-    """The network that gives."""
+    source_model: study.ImageModelName | study.FileModelName = "small_resnet"
+    """The network that gives; vit_of_file is the vision transformer that --source-from is of."""
+    source_heads: int | None = None
+    """Attention heads of vit_of_file, which files of timm do not tell."""
     target_model: study.ImageModelName | study.VisionModelName = "small_mobilenet_v2"
     """The network that receives; a vision transformer learns by AdamW."""
     stages: int = 3
@@ -127,6 +129,8 @@ class Config(study.TransferOptions, study.RunConfig):
         check_below_one(momentum=self.momentum)
         if self.validation < 0:
             raise ValueError(f"validation must be 0 or more, got {self.validation}")
+        if self.source_heads is not None and self.source_model != "vit_of_file":
+            raise ValueError(f"source_heads is for source_model vit_of_file, got {self.source_model}")
         if not 1 <= self.stages <= 3:
             raise ValueError(f"stages must lie in [1, 3], got {self.stages}")
 
@@ -293,7 +297,12 @@ def build(config: Config) -> "study.Scenario":
     )
     # A source that is read has no labels of its own: where its last layer is to be fitted, it has the target's.
     source_labels = config.labels if config.source == "frozen" else None
-    source = classifier(config.source_model, learning_rate=config.learning_rate, labels=source_labels)
+    if config.source_model == "vit_of_file":
+        source_from = config.source_from if config.source == "frozen" else None
+        heads = config.source_heads
+        source = study.vit_of_file(source_from, data, num_heads=heads, labels=source_labels, dtype=config.dtype)
+    else:
+        source = classifier(config.source_model, learning_rate=config.learning_rate, labels=source_labels)
     target = classifier(
         config.target_model,
         learning_rate=config.target_learning_rate or config.learning_rate,

@@ -89,7 +89,7 @@ def train(folder, mode, number):
 
 def main():
     if others:
-        mj.training.connect(others[0], int(others[1]), int(others[2]), timeout=60)
+        mj.training.connect(others[0], int(others[1]), int(others[2]), timeout=60, answer_within=60)
     assert len(jax.devices()) == int(devices)
     for mode in modes.split(","):
         train(Path(out), mode.rstrip("0123456789"), int(mode.lstrip("abcdefghijklmnopqrstuvwxyz")))

@@ -22,7 +22,6 @@ mode, folder, address, process_id = sys.argv[1:]
 
 
 def main():
-    mj.training.connect(address, 2, int(process_id), timeout=60)
     mesh = mj.data_mesh()
     split = NamedSharding(mesh, PartitionSpec("data"))
     total = jax.make_array_from_callback((8,), split, lambda index: np.zeros(8, np.float32)[index])
@@ -39,6 +38,9 @@ def main():
             time.sleep(0.05)
             if step == 2 and process_id == "1":
                 os.kill(os.getpid(), signal.SIGTERM)
+        elif mode == "frozen":
+            if step == 3 and process_id == "0":
+                os.kill(os.getpid(), signal.SIGSTOP)
         elif step == 3 and process_id == "1":
             if mode == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -71,8 +73,8 @@ class _Waiting:
 
 
 if __name__ == "__main__":
+    mj.training.connect(address, 2, int(process_id), timeout=60, answer_within=60)
     if mode == "refused":
-        mj.training.connect(address, 2, int(process_id), timeout=60)
         problem = ValueError("the folder is full") if process_id == "0" else None
         try:
             await_all(problem)

@@ -11,9 +11,12 @@ import platform
 import weakref
 from pathlib import Path
 
-__all__ = ["FolderLock", "is_locked"]
+from merge_jax.checkpoints.errors import naming_file
 
-_NAME = "run.lock"
+__all__ = ["LOCK", "FolderLock", "is_locked"]
+
+LOCK = "run.lock"
+"""Name of the file."""
 
 
 class FolderLock:
@@ -22,7 +25,7 @@ class FolderLock:
     The system holds the lock, not the file: a file that a killed process left is taken over.
     """
 
-    def __init__(self, folder: Path, name: str = _NAME):
+    def __init__(self, folder: Path, name: str = LOCK):
         """Takes the lock of a folder that is there.
 
         Raises:
@@ -40,8 +43,13 @@ class FolderLock:
             raise ValueError(
                 f"another run is writing into {folder} ({holder}): wait for it, or give another folder"
             ) from None
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, json.dumps({"pid": os.getpid(), "host": platform.node()}).encode())
+        try:
+            with naming_file(folder / name):
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, json.dumps({"pid": os.getpid(), "host": platform.node()}).encode())
+        except OSError:
+            self._close()
+            raise
 
     def release(self) -> None:
         """Lets others in; a second call does nothing."""
@@ -51,7 +59,7 @@ class FolderLock:
 def is_locked(folder: Path) -> bool:
     """Returns whether a process holds the lock of a folder."""
     try:
-        descriptor = os.open(folder / _NAME, os.O_RDONLY)
+        descriptor = os.open(folder / LOCK, os.O_RDONLY)
     except OSError:
         return False
     try:

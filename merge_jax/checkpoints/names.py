@@ -1,11 +1,15 @@
 """The names of tensors in files of weights as paths of one tree, and what of a name leads out of a folder."""
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import Any, TypeVar
 
-__all__ = ["check_inside", "check_paths", "leaves_of", "paths_of", "put"]
+from merge_jax.paths import some_of
 
+__all__ = ["check_inside", "check_paths", "leaves_of", "paths_of", "put", "without_prefix"]
+
+_Leaf = TypeVar("_Leaf")
 _DEEPEST = 100  # Parts of a name; a tree of thousands of levels would end the program.
 
 
@@ -65,6 +69,42 @@ def leaves_of(tree: Any, file: Path, path: str = "") -> dict[str, Any]:
                 raise ValueError(f"{file} has two tensors with the path {leaf_path!r}")
             leaves[leaf_path] = leaf
     return leaves
+
+
+def without_prefix(
+    file: Any, leaves: Mapping[str, _Leaf], wanted: Collection[str], bare: Callable[[str], str] = lambda path: path
+) -> dict[str, _Leaf]:
+    """Returns leaves by their paths without what all of them begin with and a model's do not, such as `module`.
+
+    So wrap a model `DistributedDataParallel` (`module`), `torch.compile` (`_orig_mod`) and what has it as an attribute
+    (`model`). Nothing is left out where a leaf is wanted by its whole path, or fewer than half of the wanted are found.
+
+    Args:
+      file: for errors.
+      leaves: by path.
+      wanted: the model's paths.
+      bare: gives a path of the file as one of the model.
+
+    Raises:
+      ValueError: some leaves begin so, and others do not.
+    """
+    if any(bare(path) in wanted for path in leaves):
+        return dict(leaves)
+    cuts = [(path[: i + 1], path[i + 1 :]) for path in leaves for i, letter in enumerate(path) if letter == "/"]
+    counts = Counter(start for start, rest in cuts if bare(rest) in wanted)
+    prefix, count = max(counts.items(), key=lambda one: one[1], default=("", 0))
+    if 2 * count < len(wanted):
+        return dict(leaves)
+    others = [path for path in leaves if not path.startswith(prefix)]
+    if others:
+        *nodes, _ = prefix.split("/")
+        part = "".join(f"[{node!r}]" for node in nodes)
+        raise ValueError(
+            f"{file} has tensors of the model under {prefix!r}, and beside them {some_of(map(repr, others), 3)}: make a"
+            f" file of the former, mj.save_safetensors('new.safetensors', mj.load_weights({str(file)!r},"
+            f" {prefix + '**'!r}){part})"
+        )
+    return {path.removeprefix(prefix): leaf for path, leaf in leaves.items()}
 
 
 def check_inside(name: str, file: Path, what: str) -> None:

@@ -24,7 +24,7 @@ from merge_jax.checkpoints.errors import (
     list_damage,
     refusal,
 )
-from merge_jax.checkpoints.formats import is_orbax
+from merge_jax.checkpoints.foreign import is_orbax
 from merge_jax.checkpoints.lock import FolderLock
 from merge_jax.checkpoints.manifest import Manifest, RunFingerprint, changes, environment_of, misfits, specs_of
 from merge_jax.checkpoints.steps import OrbaxSteps

@@ -1,6 +1,5 @@
 """Weights in safetensors files: any model's, without its code; and a merged target back into such a file."""
 
-import json
 import mmap
 import os
 import stat
@@ -15,16 +14,16 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from merge_jax.checkpoints.formats import explain_file, explain_folder
-from merge_jax.checkpoints.names import check_inside, paths_of, put
-from merge_jax.paths import Pattern, find_paths, flatten, near_misses
+from merge_jax.checkpoints.foreign import explain_unsafe
+from merge_jax.checkpoints.names import paths_of, put
+from merge_jax.checkpoints.shards import check_shard, only_file, parse_json, read_index
+from merge_jax.paths import Pattern, find_paths, flatten
 from merge_jax.types import Params
 
 __all__ = [
     "leaf_paths",
     "leaf_shapes",
     "load_safetensors",
-    "read_json",
     "read_leaves",
     "save_safetensors",
     "select_paths",
@@ -202,40 +201,26 @@ def _weights_file(path: Path) -> Path:
     for name in (_INDEX, _SINGLE):
         if (path / name).exists():
             return path / name
-    files = sorted(path.glob("*.safetensors.index.json")) or sorted(path.glob("*.safetensors"))
-    if not files:
-        known = explain_folder(path)
+    file = only_file(path, list(path.glob("*.safetensors.index.json")) or path.glob("*.safetensors"))
+    if file is None:
+        known = explain_unsafe(path)
         raise FileNotFoundError(
             f"the folder {path} has neither {_INDEX} nor a .safetensors file{known and f': {known}'}"
         )
-    if len(files) > 1:
-        raise ValueError(
-            f"the folder {path} has several files of weights, name one: {', '.join(f.name for f in files)}"
-        )
-    return files[0]
+    return file
 
 
 def _read_index(file: Path) -> dict[str, Path]:
     """Returns the shard of each tensor by name."""
-    try:
-        weight_map = _json(file.read_text("utf-8"), file)["weight_map"]
-        if not all(isinstance(text, str) for pair in weight_map.items() for text in pair):
-            raise TypeError
-    except (KeyError, TypeError, AttributeError, UnicodeDecodeError):
-        raise ValueError(f"{file} is no index of shards: it needs a 'weight_map' of names to files") from None
-    for shard in dict.fromkeys(weight_map.values()):
-        check_inside(shard, file, "shard")
-    return {name: file.parent / shard for name, shard in weight_map.items()}
+    index = read_index(file)
+    twice = next((name for name, shards in index.items() if len(shards) != 1), None)
+    if twice is not None:
+        raise ValueError(f"{file} must name one shard for {twice!r}, found {len(index[twice])}")
+    return {name: shard for name, (shard,) in index.items()}
 
 
 def _check_shard(shard: Path, shard_of: Mapping[str, Path]) -> None:
-    """Raises ValueError where a shard does not hold just what is expected of it."""
-    found, expected = set(_names(shard)), {name for name, file in shard_of.items() if file == shard}
-    if missing := sorted(expected - found):
-        raise ValueError(f"{shard} lacks the tensor {missing[0]!r}; {near_misses(missing[0], found)}")
-    if surplus := sorted(found - expected):
-        where = f"the index has it in {shard_of[surplus[0]].name}" if surplus[0] in shard_of else "the index has it not"
-        raise ValueError(f"{shard} holds the tensor {surplus[0]!r}, but {where}")
+    check_shard(shard, _names(shard), {name: (file,) for name, file in shard_of.items()})
 
 
 def _names(file: Path) -> list[str]:
@@ -250,7 +235,7 @@ def _header(file: Path) -> tuple[dict[str, Any], int]:
     with file.open("rb") as handle:
         (size,) = struct.unpack("<Q", handle.read(8))
         # The library takes the last of two tensors of one name without a word.
-        return _json(handle.read(size).decode("utf-8"), file), 8 + size
+        return parse_json(handle.read(size).decode("utf-8"), file), 8 + size
 
 
 def _opened(file: Path) -> Any:
@@ -259,7 +244,7 @@ def _opened(file: Path) -> Any:
     try:
         return safe_open(file, framework="np")
     except (SafetensorError, OSError) as error:
-        if known := explain_file(file):
+        if known := explain_unsafe(file):
             raise ValueError(f"{file} is no safetensors file: {known}") from None
         raise ValueError(f"{file} is truncated or no safetensors file: {error}") from None
 
@@ -282,30 +267,3 @@ def _tensor(mapped: mmap.mmap, start: int, shard: Path, name: str, entry: Any) -
     except (ValueError, TypeError) as error:
         raise ValueError(f"the tensor {name!r} of {shard} cannot be read: {error}") from None
     return array if array.flags.aligned else array.copy()
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Returns the object that a JSON file beside weights holds; raises ValueError where it is none."""
-    try:
-        content = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is no JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} must hold a JSON object, got {type(content).__name__}")
-    return content
-
-
-def _json(text: str, file: Path) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        entries = dict(pairs)
-        if len(entries) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise ValueError(f"{file} has the name {twice!r} twice")
-        return entries
-
-    try:
-        # No number is read of it, and Python reads none of thousands of digits.
-        return json.loads(text, object_pairs_hook=unique, parse_int=float)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{file} is no JSON: {error}") from None

@@ -8,13 +8,13 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from merge_jax.checkpoints.errors import DamagedStepError, PrunedStepError, first_line
+from merge_jax.checkpoints.errors import DamagedStepError, PrunedStepError, first_line, naming_file
 from merge_jax.checkpoints.lock import is_locked
 from merge_jax.checkpoints.manifest import Manifest, differing_leaves
 from merge_jax.checkpoints.trees import placed_shapes, unwrap_variables
@@ -29,6 +29,7 @@ _MANIFEST = "manifest"
 # Orbax saves into one folder at a time in a process; there may be several.
 _ORBAX = threading.Lock()
 _LISTINGS = 10  # How often steps are listed again.
+_PATIENCE = 60.0  # Seconds after which nobody has waited too long.
 _PRUNING = 2.0  # Seconds that a writer may take to remove the files of one step.
 
 
@@ -38,6 +39,8 @@ class OrbaxSteps:
     def __init__(self, folder: Path, keep: int | None, read_only: bool):
         """Lists the steps of a folder that is there; see `Checkpoints`."""
         self._read_only = read_only
+        self._saving: _Saving | None = None
+        self._told: BaseException | None = None
         self._checkpointer = _retry_listing(
             lambda: ocp.training.Checkpointer(
                 str(folder),
@@ -189,25 +192,66 @@ class OrbaxSteps:
 
     def write(self, state: Any, manifest: Manifest) -> None:
         """Begins to write a step, and removes those that do not stay."""
-        step = manifest.step
+        self._end_save()
+        step, begun = manifest.step, time.monotonic()
         if manifest.score is not None:
             self.scores[step] = manifest.score
         try:
-            with _ORBAX:
+            with _ORBAX, naming_file(self.folder):
                 saved = self._checkpointer.save_async(step, state, custom_metadata={_MANIFEST: manifest.to_json()})
             if saved is None:
                 raise RuntimeError(f"Orbax did not save step {step} in {self.folder}, and does not say why")
+            self._saving = _Saving(step, saved, begun)
         except BaseException:
             self.scores.pop(step, None)  # No step that is not there may be the best.
             raise
 
     def wait(self) -> None:
         """Waits until what is being written is on disk, and raises what went wrong."""
+        self._end_save()
         self._checkpointer.wait()
 
     def close(self) -> None:
         """Waits, and ends Orbax's threads."""
-        self._checkpointer.close()
+        try:
+            self._end_save()
+        finally:
+            try:
+                self._checkpointer.close()
+            except BaseException as error:
+                if repr(error) != repr(self._told):  # Orbax raises again what it has told of a save.
+                    raise
+
+    def _end_save(self) -> None:
+        """Waits for the save in flight, and raises what went wrong.
+
+        Orbax 0.12.8 starts a thread and an event loop (three open files) for each save, and ends them only where its
+        result is asked for: not with its `wait`, nor with its `close`.
+        """
+        saving, self._saving = self._saving, None
+        if saving is None:
+            return
+        try:
+            with naming_file(self.folder):
+                saving.response.result()
+        except BaseException as error:
+            self.scores.pop(saving.step, None)
+            self._told = error
+            # Orbax counts its patience, minutes, by a clock that may be set.
+            if isinstance(error, TimeoutError) and time.monotonic() - saving.begun < _PATIENCE:
+                raise TimeoutError(
+                    f"step {saving.step} was not saved in {self.folder}: the clock was set while it was written, which"
+                    " Orbax takes for waiting too long; what was saved before is whole"
+                ) from error
+            raise
+
+
+class _Saving(NamedTuple):
+    """A save in flight: its step, Orbax's response, and when it began by a clock that is never set."""
+
+    step: int
+    response: Any
+    begun: float
 
 
 class _NewestAndBest:

@@ -50,6 +50,8 @@ def open_torch(file: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """
     if not file.is_file():
         raise FileNotFoundError(f"there is no file {file}")
+    if file.suffix == ".json":
+        raise ValueError(f"{file} is an index of shards: mj.load_weights reads them")
     try:
         import torch  # pyright: ignore[reportMissingImports]  # Not at the top: it is optional.
     except ImportError:

@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     command("run", "run an experiment: merge-jax run EXPERIMENT [PRESET] [OPTIONS]; without words, list them")
 
     compare = command("compare", "tables and overlaid curves of one or more run folders; one alone is its own table")
-    compare.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder")
+    compare.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder, or that of a study")
     compare.add_argument(
         "--baseline", metavar="METHOD", help="method of the first RUN to compare with (vanilla, or its first method)"
     )

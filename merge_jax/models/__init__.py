@@ -38,7 +38,8 @@ with epy.lazy_api_imports(globals()):
         small_distilbert,
     )
     from merge_jax.models.vit import ImageClassifier, VisionTransformer, small_vit, tiny_vit, vit_base
-    from merge_jax.models.vit_files import from_flax, to_flax, vision_transformer_of
+    from merge_jax.models.vit_files import from_flax, to_flax
+    from merge_jax.models.vit_sources import load_vision_transformer, vision_transformer_of
 
 __all__ = [
     "DualEncoder",
@@ -62,6 +63,7 @@ __all__ = [
     "from_huggingface",
     "from_pytorch",
     "initialize",
+    "load_vision_transformer",
     "minilm",
     "minilm_half",
     "mobilenet_v2",

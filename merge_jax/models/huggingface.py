@@ -1,5 +1,6 @@
 """Weights of BERT, DistilBERT and ViT between Hugging Face's files and the models here; one table for both ways."""
 
+import math
 import os
 import re
 from collections.abc import Collection, Iterable, Mapping
@@ -10,14 +11,27 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from merge_jax.checkpoints.safetensors import leaf_paths, leaf_shapes, load_safetensors, read_json
+from merge_jax.checkpoints.names import without_prefix
+from merge_jax.checkpoints.shards import read_json
+from merge_jax.checkpoints.weights.load import load_weights, weight_paths, weight_shapes
 from merge_jax.checks import check_at_least_one
+from merge_jax.models.key_maps import check_kept
 from merge_jax.models.transformer import TextEncoder
+from merge_jax.models.vit import VisionTransformer
 from merge_jax.models.vit_files import CLASS_TOKEN, PATCH, POSITION, check_patches, positions_of, torch_layout
 from merge_jax.paths import flatten, near_misses, replace, some_of
 from merge_jax.types import Params
 
-__all__ = ["Loaded", "check_huggingface", "from_huggingface", "text_encoder_of", "to_huggingface"]
+__all__ = [
+    "Loaded",
+    "check_huggingface",
+    "from_huggingface",
+    "is_vit_of_huggingface",
+    "read_huggingface",
+    "text_encoder_of",
+    "to_huggingface",
+    "vit_encoder_of",
+]
 
 
 class Loaded(NamedTuple):
@@ -131,25 +145,34 @@ def from_huggingface(
     file, heads, activation and the epsilon of the norms are compared with it, since no tensor would tell.
 
     Args:
-      path: what `load_safetensors` reads: a file, an index of shards, or a model's folder.
+      path: what `load_weights` reads, such as a file, an index of shards, or a model's folder.
       params: of a `TextEncoder`, `TextClassifier`, `SpanExtractor`, `VisionTransformer` or `ImageClassifier`, for
-        their leaves and shapes.
+        their leaves and shapes; what is kept needs values.
       epsilon: that of the model's norms; a `VisionTransformer` may have another than 1e-12.
       resize_positions: whether a vision transformer's positions of a grid of other size are resized, bicubic, as timm
         does it. Without, they are refused.
 
     Raises:
-      FileNotFoundError: as `load_safetensors`.
-      ValueError: as `load_safetensors`; params of another model; a file of another architecture, vocabulary, size of
+      FileNotFoundError: as `load_weights`.
+      ValueError: as `load_weights`; params of another model; a file of another architecture, vocabulary, size of
         images or patches, shape, number of layers, number of heads, activation or epsilon; tensors that are missing or
         are no floats.
     """
+    loaded = read_huggingface(path, params, epsilon=epsilon, resize_positions=resize_positions)
+    check_kept(path, loaded.kept, flatten(params))
+    return loaded
+
+
+def read_huggingface(
+    path: str | os.PathLike[str], params: Params, *, epsilon: float = 1e-12, resize_positions: bool = False
+) -> Loaded:
+    """Returns what `from_huggingface` does; of shapes, the leaves that the file has not stay shapes."""
     check_huggingface(path, params, epsilon=epsilon)
     leaves = flatten(params)
     encoder = _encoder(leaves)
     ours = _architecture(leaves, encoder)
     names = {leaf: _bare(_name(ours, leaf.removeprefix(encoder))) for leaf in leaves}
-    tensors = {_bare(name.replace("/", ".")): tensor for name, tensor in flatten(load_safetensors(path)).items()}
+    tensors = _by_bare_names(path, flatten(load_weights(path)))
     in_encoder = [leaf for leaf in leaves if leaf.startswith(encoder)]
     num_channels = 1
     if ours is _VIT:
@@ -183,15 +206,15 @@ def text_encoder_of(path: str | os.PathLike[str], **options: Any) -> TextEncoder
     it, which alone tells the number of heads.
 
     Args:
-      path: what `load_safetensors` reads: a file, an index of shards, or a model's folder.
+      path: what `load_weights` reads, such as a file, an index of shards, or a model's folder.
       options: other attributes of `TextEncoder`, such as `separator`.
 
     Raises:
-      FileNotFoundError: as `load_safetensors`.
-      ValueError: as `load_safetensors`; weights of another architecture, tensors that are missing, or no `config.json`
+      FileNotFoundError: as `load_weights`.
+      ValueError: as `load_weights`; weights of another architecture, tensors that are missing, or no `config.json`
         with the number of heads.
     """
-    shapes = {_bare(leaf.replace("/", ".")): tensor.shape for leaf, tensor in leaf_shapes(path).items()}
+    shapes = {name: leaf.shape for name, leaf in _by_bare_names(path, weight_shapes(path)).items()}
     counts = _layers(shapes)
     architecture = next((one for one in (_BERT, _DISTILBERT) if counts[one.name]), None)
     if architecture is None:
@@ -223,6 +246,39 @@ def text_encoder_of(path: str | os.PathLike[str], **options: Any) -> TextEncoder
     )
 
 
+def is_vit_of_huggingface(path: str | os.PathLike[str]) -> bool:
+    """Whether a file of weights has the names that Hugging Face gives a vision transformer."""
+    return _bare(_name(_VIT, PATCH)) in _by_bare_names(path, dict.fromkeys(weight_paths(path)))
+
+
+def vit_encoder_of(
+    path: str | os.PathLike[str], num_heads: int | None, image_size: int | None, options: Mapping[str, Any]
+) -> VisionTransformer:
+    """Returns the encoder that a file of a ViT of Hugging Face is of; see `vision_transformer_of`."""
+    shapes = {name: leaf.shape for name, leaf in _by_bare_names(path, weight_shapes(path)).items()}
+    ranks = {PATCH: 4, "layer_0/up/kernel": 2, POSITION: 3}
+    names = {leaf: _bare(_name(_VIT, leaf)) for leaf in ranks}
+    for leaf, name in names.items():
+        if len(shapes.get(name, ())) != ranks[leaf]:
+            raise ValueError(f"{path} lacks the tensor {name!r} of {ranks[leaf]} axes; {near_misses(name, shapes)}")
+    config = _config(path)
+    heads = config.get(_VIT.heads, num_heads)
+    if not isinstance(heads, int):
+        raise ValueError(f"no tensor of {path} tells its number of heads: put its config.json beside it")
+    if num_heads not in (None, heads):
+        raise ValueError(f"num_heads is {num_heads}, {_config_file(path)} has {heads}")
+    (width, _, side, _), (hidden, _), (_, rows, _) = (shapes[name] for name in names.values())
+    return VisionTransformer(
+        image_size=math.isqrt(rows - 1) * side if image_size is None else image_size,
+        patch_size=side,
+        width=width,
+        num_layers=_layers(shapes)[_VIT.name],
+        num_heads=heads,
+        hidden=hidden,
+        **{"epsilon": config.get("layer_norm_eps", 1e-12), **options},
+    )
+
+
 def check_huggingface(path: str | os.PathLike[str], params: Params, *, epsilon: float = 1e-12) -> None:
     """Raises what `from_huggingface` does, as far as the names of tensors and the configuration tell; reads no numbers.
 
@@ -237,7 +293,7 @@ def check_huggingface(path: str | os.PathLike[str], params: Params, *, epsilon: 
     leaves = flatten(params)
     encoder = _encoder(leaves)
     ours = _architecture(leaves, encoder)
-    tensors = {_bare(leaf.replace("/", ".")) for leaf in leaf_paths(path)}
+    tensors = _by_bare_names(path, dict.fromkeys(weight_paths(path)))
     queries = [leaf for leaf in leaves if leaf.endswith("/query/kernel")]
     _check_architecture(path, ours, tensors, num_layers=len(queries))
     _check_config(path, ours, num_heads=leaves[queries[0]].shape[1], epsilon=epsilon)
@@ -312,6 +368,18 @@ def _bare(name: str) -> str:
         number, module, kind = newer.groups()
         name = f"encoder.layer.{number}.{_NEWER.get(module, module)}.{kind}"
     return re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name))
+
+
+def _by_bare_names(path: Any, leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the leaves of a file by their bare names, without what a wrapped model has before all of them."""
+
+    def bare(leaf: str) -> str:
+        return _bare(leaf.replace("/", "."))
+
+    embeddings = [_name(_BERT, _WORDS), _name(_VIT, PATCH)]
+    for name in map(_bare, embeddings):
+        leaves = without_prefix(path, leaves, {name}, bare)
+    return {bare(leaf): tensor for leaf, tensor in leaves.items()}
 
 
 def _check_architecture(path: Any, ours: _Architecture, names: Collection[str], num_layers: int) -> None:

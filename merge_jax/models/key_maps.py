@@ -1,15 +1,16 @@
 """Leaves by the names and in the layout of another library: taken from its tensors, and written as them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from merge_jax.layouts import MatrixSpec, as_matrix, from_matrix
 from merge_jax.paths import flatten, near_misses, replace, some_of
 
-__all__ = ["Layout", "Place", "PretrainedVariables", "take", "write"]
+__all__ = ["Layout", "Place", "PretrainedVariables", "check_kept", "take", "write"]
 
 
 class Layout(NamedTuple):
@@ -89,7 +90,7 @@ def take(
     Args:
       path: of the file, for errors.
       tensors: of the file, by name.
-      variables: of the model, or their shapes; leaves keep their dtype.
+      variables: of the model, or their shapes where none is kept; leaves keep their dtype.
       places: of all leaves.
       last: what the paths of the last layer begin with. It keeps its values where the file has none.
       class_axis: the axis of the last layer's tensors along which the classes are.
@@ -123,7 +124,19 @@ def take(
     surplus = [name for name in left if name not in known and not spare(name)]
     if surplus:
         raise ValueError(f"{path} has the tensors {some_of(map(repr, surplus), 3)}, which are no leaf's of the model")
-    return PretrainedVariables(replace(variables, taken), tuple(leaf for leaf in places if leaf not in wanted), left)
+    kept_leaves = tuple(leaf for leaf in places if leaf not in wanted)
+    check_kept(path, kept_leaves, leaves)
+    return PretrainedVariables(replace(variables, taken), kept_leaves, left)
+
+
+def check_kept(path: Any, kept: Iterable[str], leaves: Mapping[str, Any]) -> None:
+    """Raises ValueError where a leaf that is to keep its values has a shape alone."""
+    shapes = [leaf for leaf in kept if isinstance(leaves[leaf], jax.ShapeDtypeStruct)]
+    if shapes:
+        raise ValueError(
+            f"{path} does not have {some_of(shapes, 3)} in the model's shape, so they keep their values, but are"
+            " shapes: give what model.init returns"
+        )
 
 
 def write(variables: Any, places: Mapping[str, Place]) -> dict[str, np.ndarray]:

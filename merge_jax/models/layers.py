@@ -74,9 +74,8 @@ class Layers:
 class Conv(nn.Module):
     """A convolution without a bias, kernel `[size, size, in, out]`, on `[B, H, W, in]`.
 
-    On a CPU it is the product of all windows with the kernel as a matrix: inside a compiled loop XLA leaves the
-    convolutions of the gradients in an order of axes for which it has no fast code there, and they take tens of times
-    longer.
+    On a CPU it is the product of all windows with the kernel as a matrix. Inside a compiled loop XLA gives the
+    gradient's convolutions an order of axes for which it has no fast code there; they take tens of times longer.
     """
 
     features: int

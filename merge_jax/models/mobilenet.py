@@ -129,9 +129,9 @@ def mobilenet_v2(num_classes: int = 100, **options: Any) -> MobileNetV2:
 def mobilenet_v2_half(num_classes: int = 100, **options: Any) -> MobileNetV2:
     """Returns the MobileNetV2 of the literature on distillation, of half width; 812,836 parameters at 100 classes.
 
-    Expansion 6, width 0.5 (but 1280 channels before the pooling), a 3x3 stem with stride 2, no biases, and `relu`
-    that is not clipped, as in RepDistiller (Tian et al., arXiv:1910.10699) and its followers, who call it
-    MobileNetV2. Options are the other attributes of `MobileNetV2`, such as `dtype`.
+    As in RepDistiller (Tian et al., arXiv:1910.10699) and its followers, who call it MobileNetV2: expansion 6, width
+    0.5 but for the 1280 channels before the pooling, a 3x3 stem with stride 2, no biases, and a `relu` that is not
+    clipped. Options are the other attributes of `MobileNetV2`, such as `dtype`.
     """
     stages = (
         InvertedResidualStage(1, 8, 1, 1),

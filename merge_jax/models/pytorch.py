@@ -8,11 +8,12 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from merge_jax.checkpoints.names import without_prefix
 from merge_jax.checkpoints.weights.load import load_weights
 from merge_jax.checks import check_at_least_one, check_choice
 from merge_jax.layouts import matrix_spec
 from merge_jax.models.key_maps import Layout, Place, PretrainedVariables, take, write
-from merge_jax.models.vit_files import is_vit, take_timm, write_timm
+from merge_jax.models.vit_files import from_timm, is_vit, write_timm
 from merge_jax.paths import flatten, natural_order
 
 __all__ = ["Library", "PretrainedVariables", "from_pytorch", "to_pytorch"]
@@ -96,10 +97,11 @@ def from_pytorch(
     cannot be distinguished from the plain one.
 
     Every tensor is taken, with the statistics of BatchNorm, or named as left. The last layer keeps its values where the
-    file has none, or one of another number of classes. Leaves keep the dtype of `variables`.
+    file has none, or one of another number of classes. Leaves keep the dtype of `variables`. What all names begin with
+    before those of the library, such as `module.` of `DistributedDataParallel`, is left out.
 
     Args:
-      path: of a `.safetensors` file (or folder) or a `.pth` file of PyTorch's state dict, or `package:NAME`.
+      path: as `load_weights`: of a `.safetensors` file (or folder), a `.pth` file of PyTorch's state dict, or another.
       variables: of the model, or their shapes.
       resize_positions: whether a vision transformer's positions of a grid of other size are resized, bicubic, as timm
         does it. Without, they are refused.
@@ -110,10 +112,13 @@ def from_pytorch(
         shape or no floats; variables of another model.
     """
     leaves = flatten(variables)
-    tensors = {name.replace("/", "."): tensor for name, tensor in flatten(load_weights(path)).items()}
     if is_vit(leaves):
-        return take_timm(path, tensors, variables, resize_positions)
+        return from_timm(path, variables, resize_positions)
     maps = [_places(leaves, library) for library in _libraries(leaves)]
+    found = flatten(load_weights(path))
+    for of in maps:
+        found = without_prefix(path, found, {place.name.replace(".", "/") for place in of.values()})
+    tensors = {name.replace("/", "."): tensor for name, tensor in found.items()}
     places = max(maps, key=lambda of: len(tensors.keys() & {place.name for place in of.values()}))
     return take(path, tensors, variables, places, last=_LAST, spare=lambda name: name.endswith(_COUNTER))
 

@@ -3,18 +3,19 @@
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 
-from merge_jax.checkpoints.weights.load import load_weights
+from merge_jax.checkpoints.names import without_prefix
+from merge_jax.checkpoints.weights.load import load_weights, weight_shapes
 from merge_jax.checks import check_at_least_one, check_choice
 from merge_jax.layouts import matrix_spec
 from merge_jax.models.key_maps import Layout, Place, PretrainedVariables, take, write
 from merge_jax.models.vit import VisionTransformer
-from merge_jax.paths import flatten, some_of
+from merge_jax.paths import flatten, near_misses, some_of
 
 __all__ = [
     "CLASS_TOKEN",
@@ -22,13 +23,14 @@ __all__ = [
     "POSITION",
     "FlaxLibrary",
     "check_patches",
+    "encoder_of",
     "from_flax",
+    "from_timm",
     "is_vit",
+    "library_of",
     "positions_of",
-    "take_timm",
     "to_flax",
     "torch_layout",
-    "vision_transformer_of",
     "write_timm",
 ]
 
@@ -157,33 +159,19 @@ def to_flax(
     return tensors
 
 
-def vision_transformer_of(
-    path: str | os.PathLike[str], *, num_heads: int | None = None, image_size: int | None = None, **options: Any
+def encoder_of(
+    path: str | os.PathLike[str], num_heads: int | None, image_size: int | None, options: Mapping[str, Any]
 ) -> VisionTransformer:
-    """Returns the encoder that a file of weights is of, with its sizes, its epsilon and its gelu.
-
-    The file is of a ViT of timm, big_vision or google-research/vision_transformer.
-
-    Args:
-      path: as of `from_pytorch` and `from_flax`.
-      num_heads: of each attention, which files of timm do not tell.
-      image_size: height and width of the images; those of the file by default. For others, its positions are read with
-        `resize_positions=True`.
-      options: other attributes of `VisionTransformer`.
-
-    Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: the file cannot be read or is of none of these, or nothing tells the number of heads.
-    """
-    library, tensors = _read(path)
+    """Returns the encoder that a file is of, but for those of Hugging Face; see `vision_transformer_of`."""
+    library, tensors = _read(path, weight_shapes)
     names, torch = _names_of(library), library == "timm"
 
     def shape(leaf: str) -> tuple[int, ...]:
         name = _name(names, leaf)
         if name is None or name not in tensors:
             raise ValueError(
-                f"{path} lacks the tensor {name!r}: it is of no ViT with a class token of timm, big_vision or"
-                f" vision_transformer; it has {some_of(map(repr, tensors), 3)}"
+                f"{path} lacks the tensor {name!r}: it is of no ViT with a class token of timm, big_vision,"
+                f" vision_transformer or Hugging Face; it has {some_of(map(repr, tensors), 3)}"
             )
         return np.shape(tensors[name])
 
@@ -217,9 +205,12 @@ def is_vit(leaves: Mapping[str, Any]) -> bool:
     return not leaves.keys().isdisjoint({_ENCODER + PATCH, f"params/{PATCH}"})
 
 
-def take_timm(path: Any, tensors: Mapping[str, Any], variables: Any, resize_positions: bool) -> PretrainedVariables:
-    """Returns a vision transformer's variables with tensors of timm; see `from_flax`."""
-    return _take(path, tensors, variables, "timm", resize_positions)
+def from_timm(path: Any, variables: Any, resize_positions: bool) -> PretrainedVariables:
+    """Returns a vision transformer's variables with the weights of timm; see `from_flax`."""
+    library, tensors = _read(path)
+    if library != "timm":
+        raise ValueError(f"{path} has the names of {library}, {some_of(map(repr, tensors), 3)}: from_flax reads it")
+    return _take(path, tensors, variables, library, resize_positions)
 
 
 def write_timm(variables: Any, num_channels: int) -> dict[str, np.ndarray]:
@@ -289,13 +280,21 @@ def positions_of(path: Any, table: Any, rows: int, side: int, *, resize: bool, t
     return np.concatenate([first, grid.astype(table.dtype)])[None]
 
 
-def _read(path: str | os.PathLike[str]) -> tuple[str, dict[str, Any]]:
-    """Returns whose names the tensors of a file have, most of them, and the tensors by these names."""
-    tensors = flatten(load_weights(path))
-    tensors = {name.removeprefix("params/"): tensor for name, tensor in tensors.items()}
-    dotted = {name.replace("/", "."): tensor for name, tensor in tensors.items()}
+def library_of(path: str | os.PathLike[str]) -> str:
+    """Returns whose names the tensors of a file have, most of them."""
+    return _read(path, weight_shapes)[0]
+
+
+def _read(
+    path: str | os.PathLike[str], load: Callable[[Any], Mapping[str, Any]] = lambda path: flatten(load_weights(path))
+) -> tuple[str, dict[str, Any]]:
+    """Returns whose names the tensors of a file have, most of them, and the tensors (or shapes) by these names."""
+    found = {name.removeprefix("params/"): tensor for name, tensor in load(path).items()}
+    for library in (*_FLAX, "timm"):
+        found = without_prefix(path, found, {name.replace(".", "/") for name in _wanted(_names_of(library))})
+    dotted = {name.replace("/", "."): tensor for name, tensor in found.items()}
     return max(
-        [*((library, tensors) for library in _FLAX), ("timm", dotted)],
+        [*((library, found) for library in _FLAX), ("timm", dotted)],
         key=lambda one: len(_wanted(_names_of(one[0])) & one[1].keys()),
     )
 
@@ -315,16 +314,16 @@ def _take(path: Any, tensors: Mapping[str, Any], variables: Any, library: str, r
         raise ValueError(f"variables are of no vision transformer: they have {some_of(map(repr, whole), 3)}")
     names, leaves = _names_of(library), {_bare(leaf): shape for leaf, shape in whole.items()}
     patch, position = str(_name(names, PATCH)), names.leaves[POSITION]
-    channels = 1
-    if patch in tensors:
-        kernel = np.asarray(tensors[patch])
-        theirs = kernel if library == "timm" or kernel.ndim != 4 else kernel.transpose(3, 2, 0, 1)
-        channels = check_patches(path, theirs, leaves[PATCH].shape[0])
-        if position in tensors:
-            rows, side = leaves[POSITION].shape[0], theirs.shape[-1]
-            token = library != "big_vision"
-            table = positions_of(path, tensors[position], rows, side, resize=resize, token=token)
-            tensors = {**tensors, position: table}
+    if patch not in tensors:
+        raise ValueError(f"{path} lacks the tensors {patch!r}; {near_misses(patch, tensors)}")
+    kernel = np.asarray(tensors[patch])
+    theirs = kernel if library == "timm" or kernel.ndim != 4 else kernel.transpose(3, 2, 0, 1)
+    channels = check_patches(path, theirs, leaves[PATCH].shape[0])
+    if position in tensors:
+        rows, side = leaves[POSITION].shape[0], theirs.shape[-1]
+        token = library != "big_vision"
+        table = positions_of(path, tensors[position], rows, side, resize=resize, token=token)
+        tensors = {**tensors, position: table}
     spare = re.compile(rf"({'|'.join(names.heads)})\{names.joint}.*")
     headless = not any(leaf.startswith("classifier/") for leaf in leaves)
     return take(

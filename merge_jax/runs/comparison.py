@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Comparison", "compare"]
 
+_GRID = "grid.toml"  # What the folder of a study has, and that of a run has not.
+
 
 class Comparison(NamedTuple):
     """Runs side by side: a text for people, and the picture of their curves."""
@@ -37,7 +39,7 @@ def compare(paths: Sequence[Path | str], baseline: str | None = None) -> Compari
     """Returns runs side by side; one run alone is its own table.
 
     Args:
-      paths: the run folders.
+      paths: the run folders; that of a study stands for all of its runs that have results so far.
       baseline: the method of the first run that all others are compared with, paired by seed; `vanilla` by default, or
         the first method where there is none.
 
@@ -47,7 +49,7 @@ def compare(paths: Sequence[Path | str], baseline: str | None = None) -> Compari
     """
     if not paths:
         raise ValueError("no run folders to compare")
-    runs = [Run.read(path) for path in paths]
+    runs = [run for path in paths for run in _runs_in(Path(path))]
     resolved = [run.path.resolve() for run in runs]
     twice = next((run.path for run in runs if resolved.count(run.path.resolve()) > 1), None)
     if twice is not None:
@@ -62,6 +64,20 @@ def compare(paths: Sequence[Path | str], baseline: str | None = None) -> Compari
     names = _names(runs)
     curves, label = overlaid(dict(zip(names, runs, strict=True)))
     return Comparison(as_text([_table(runs, names, baseline)], _notes(runs, names, baseline)), draw(curves, label))
+
+
+def _runs_in(path: Path) -> list[Run]:
+    """Returns the runs that a folder stands for; of a study, those of the baseline come first.
+
+    Raises:
+      ValueError: what `Run.read` refuses, or a study none of whose runs has results yet.
+    """
+    if not (path / _GRID).exists():
+        return [Run.read(path)]
+    runs = [Run.read(results.parent) for results in path.glob("*/*/results.json")]
+    if not runs:
+        raise ValueError(f"no run of the study {path} has results yet")
+    return sorted(runs, key=lambda run: (BASELINE not in run.methods, str(run.path)))
 
 
 def _names(runs: Sequence[Run]) -> list[str]:

@@ -16,16 +16,19 @@ from pathlib import Path
 from typing import Any, Self
 
 import jax
-from tensorboardX import SummaryWriter
 
-from merge_jax.checkpoints.lock import FolderLock
+from merge_jax.checkpoints.errors import naming_file
+from merge_jax.checkpoints.lock import LOCK, FolderLock
 from merge_jax.checkpoints.manifest import changes
+from merge_jax.runs.events import ScalarEvents
 
 __all__ = ["MetricsLog", "RunFolder", "check_space", "describe_environment", "numbered_folder"]
 
 _RUNS = Path("runs")
 _CONFIG = "config.json"
 _CONTENTS = "contents"
+# What a process leaves that was killed as it made the folder.
+_BEFORE_CONFIG = (LOCK, f"{_CONFIG}.part")
 
 Translate = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
@@ -124,7 +127,7 @@ class RunFolder:
                     )
             elif resume:
                 raise ValueError(f"there is no run to resume in {path}: it has no config.json")
-            elif path.is_dir() and any(path.iterdir()):
+            elif path.is_dir() and any(child.name not in _BEFORE_CONFIG for child in path.iterdir()):
                 raise ValueError(
                     f"the run folder {path} is not empty, and no run: it has no config.json. Give another --run-dir"
                 )
@@ -147,7 +150,8 @@ class RunFolder:
         if jax.process_index() > 0:
             return
         part = self.path / f"{name}.part"
-        part.write_text(content)
+        with naming_file(part):
+            part.write_text(content)
         os.replace(part, self.path / name)
 
     def read_json(self, name: str, default: Any) -> Any:
@@ -189,19 +193,16 @@ class MetricsLog:
     def writer(self, run: str, step: int) -> "RunWriter":
         """Returns the writer of one run, which goes on after `step` (0 for a new one)."""
         self.rewind(run, step)
-        events = SummaryWriter(
-            str(self._folder.path / "tensorboard" / run),
-            purge_step=step + 1 if step else None,
-            flush_secs=10,
-            write_to_disk=jax.process_index() == 0,
-        )
+        if jax.process_index() > 0:
+            return RunWriter(self._path, run, None)
+        events = ScalarEvents(self._folder.path / "tensorboard" / run, step)
         return RunWriter(self._path, run, events)
 
 
 class RunWriter:
     """Writes the metrics of one run; a context manager."""
 
-    def __init__(self, path: Path, run: str, events: SummaryWriter):
+    def __init__(self, path: Path, run: str, events: ScalarEvents | None):
         """Use `MetricsLog.writer`."""
         self._path, self._run, self._events = path, run, events
 
@@ -211,17 +212,17 @@ class RunWriter:
 
     def __exit__(self, *unused: object) -> None:
         """Writes out what is left."""
-        self._events.close()
+        if self._events is not None:
+            self._events.close()
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Writes one record. JSON has no word for a number that is not finite, so it stands as a string there."""
-        if jax.process_index() > 0:
+        if self._events is None:  # Only process 0 writes.
             return
         values = {k: v if math.isfinite(v) else str(v) for k, v in metrics.items()}
-        with self._path.open("a") as file:
+        with naming_file(self._path), self._path.open("a") as file:
             file.write(json.dumps({"run": self._run, "step": step, **values}) + "\n")
-        for name, value in metrics.items():
-            self._events.add_scalar(name, value, step)
+        self._events.write(step, metrics)
 
 
 @contextlib.contextmanager

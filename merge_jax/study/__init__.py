@@ -8,6 +8,7 @@ from etils import epy
 
 with epy.lazy_api_imports(globals()):
     from merge_jax.study.choices import (
+        FileModelName,
         ImageModelName,
         ImageTaskName,
         ImageTextTaskName,
@@ -48,11 +49,13 @@ with epy.lazy_api_imports(globals()):
     from merge_jax.study.scenario import Method, Scenario, Schedule, StartFn
     from merge_jax.study.tasks import TaskSpec, make_models, routes_by_depth, routes_to_lower_half
     from merge_jax.study.texts import TextData, adamw
+    from merge_jax.study.vit_source import vit_of_file
 
 __all__ = [
     "BY_DEPTH",
     "TASKS",
     "Architecture",
+    "FileModelName",
     "ImageData",
     "ImageModelName",
     "ImageTaskName",
@@ -99,4 +102,5 @@ __all__ = [
     "side_by_side",
     "tf_kd_objective",
     "vision_classifier",
+    "vit_of_file",
 ]

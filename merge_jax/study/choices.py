@@ -4,6 +4,7 @@ from typing import Literal
 
 __all__ = [
     "OPPONENTS",
+    "FileModelName",
     "ImageModelName",
     "ImageTaskName",
     "ImageTextTaskName",
@@ -40,6 +41,10 @@ ImageModelName = Literal[
 
 VisionModelName = Literal["small_vit", "tiny_vit", "vit_base"]
 """The vision transformers of `merge_jax.models`."""
+
+FileModelName = Literal["vit_of_file"]
+"""`vit_of_file` is the vision transformer that `--source-from` is of: of timm, big_vision, google-research or Hugging
+Face."""
 
 TextModelName = Literal["small_bert", "small_distilbert", "minilm", "minilm_half", "bert_base", "distilbert_base"]
 """The encoders of `merge_jax.models`, each with the head of its task."""

@@ -97,13 +97,17 @@ def main(
         config = parse(presets, module, description or "", arguments)
         config.check()
         # JAX is imported only for options that are right.
+        import jax
+
         from merge_jax.training.distributed import await_all, connect, exit_on_error
 
         use_cache(config.compilation_cache)
-        if config.coordinator is not None:
+        if config.hosts:
+            connect()
+        elif config.coordinator is not None:
             print(f"waiting for all {config.num_processes} processes at {config.coordinator}", file=sys.stderr)
             connect(config.coordinator, config.num_processes, config.process_id)
-        if config.process_id > 0:  # Process 0 speaks for all.
+        if config.process_id > 0 or (config.hosts and jax.process_index() > 0):  # Process 0 speaks for all.
             sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
     except (ValueError, TimeoutError) as error:
         _refuse(error)

@@ -18,7 +18,7 @@ __all__ = ["RunConfig", "check_types", "run_options"]
 # They say where and how far a run goes on, not what it is: a resumed run may have others.
 _NOT_IDENTIFYING = (
     *("run_dir", "resume", "compilation_cache"),
-    *("devices", "parallel", "shard_state", "coordinator", "num_processes", "process_id"),
+    *("devices", "parallel", "shard_state", "hosts", "coordinator", "num_processes", "process_id"),
 )
 
 
@@ -65,6 +65,9 @@ class RunConfig:
     """How they share it: jit splits one program, pmap runs one a device."""
     shard_state: bool = False
     """Split parameters, optimizer and adapter over the devices too, for models that one of them cannot hold."""
+    hosts: bool = False
+    """A cluster has started several processes with this command (Slurm, Kubernetes, Cloud TPU, Open MPI), and JAX finds
+    them by itself."""
     coordinator: str | None = None
     """host:port of process 0, where several processes run this together, each with the same command."""
     num_processes: int = 1
@@ -124,7 +127,9 @@ class RunConfig:
             raise ValueError("several processes need all of coordinator, num_processes and process_id")
         if not 0 <= self.process_id < self.num_processes:
             raise ValueError(f"process_id must lie in [0, {self.num_processes}), got {self.process_id}")
-        if self.coordinator is not None and self.run_dir is None:
+        if self.hosts and self.coordinator is not None:
+            raise ValueError("hosts lets JAX find all processes: leave out coordinator, num_processes and process_id")
+        if (self.hosts or self.coordinator is not None) and self.run_dir is None:
             raise ValueError("several processes need a run_dir that all of them see")
 
     @property

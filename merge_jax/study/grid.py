@@ -15,6 +15,7 @@ from merge_jax.checks import check_choice, error_context
 from merge_jax.paths import some_of
 from merge_jax.study.choices import OPPONENTS
 from merge_jax.study.config import check_types
+from merge_jax.study.executors import SlurmOptions
 from merge_jax.study.experiment import load_experiment
 from merge_jax.training.compilation_cache import CacheChoice
 
@@ -29,6 +30,7 @@ _NOT_OPTIONS = {
     "run_dir": "it is that of the study",
     "resume": "it is that of the study",
     "compilation_cache": "it is that of the study",
+    "hosts": "runs of a study are of one process each",
     "coordinator": "runs of a study are of one process each",
     "num_processes": "runs of a study are of one process each",
     "process_id": "runs of a study are of one process each",
@@ -46,8 +48,11 @@ class Options:
     """Folder of the study; by default a new numbered one in runs/."""
     resume: bool = False
     """Go on with the study in --run-dir, or with the last numbered one: what is done stays."""
+    executor: str = "local"
+    """Where runs are done: local, on this machine; dask:HOST:PORT, by the workers of a Dask scheduler; slurm, as jobs
+    of Slurm."""
     jobs: int = 1
-    """Runs at a time, each in a process on its share of the cores."""
+    """Of the local executor, runs at a time, each in a process on its share of the cores; one at a time needs none."""
     seeds: int | None = None
     """Number of seeds instead of the grid's."""
     only: tuple[str, ...] = ()
@@ -63,6 +68,8 @@ class Options:
     compilation_cache: CacheChoice = "default"
     """Where compiled programs are kept for later runs: none, or a folder, which may grow to 512 MiB. By default that of
     JAX_COMPILATION_CACHE_DIR, or one in the user's cache folder."""
+    slurm: SlurmOptions = field(default_factory=SlurmOptions)
+    """What each run asks of Slurm."""
 
 
 @dataclass(frozen=True)

@@ -6,23 +6,23 @@ import contextlib
 import itertools
 import os
 import shlex
-import signal
-import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import NamedTuple
 
 from merge_jax.checks import error_context
 from merge_jax.runs.folder import RunFolder, numbered_folder
 from merge_jax.study.cli import parse
+from merge_jax.study.command import Command, Outcome, last_line, open_session
 from merge_jax.study.config import RunConfig, run_options
 from merge_jax.study.contents import current_options, run_identity
-from merge_jax.study.experiment import find_experiment, find_grid, load_experiment
+from merge_jax.study.executors import Engine, check_executor, open_engine
+from merge_jax.study.experiment import find_grid, load_experiment
 from merge_jax.study.grid import Grid, GridRun, Options, make_runs, read_grid, select
+from merge_jax.study.grid_queue import Job, Progress, run_jobs
 from merge_jax.study.options import TransferOptions
 from merge_jax.study.report import write_report
 from merge_jax.study.runner import check_run, prepare_run
@@ -40,8 +40,7 @@ _TARGET_OPTIONS = frozenset(
         *("temperature", "distillation_weight", "source_control"),
     }
 )
-_PATIENCE = 30.0  # Seconds that an interrupted process has to save and end.
-
+_REPORT_SHARE = 50  # A report is written again after as many times the seconds that the last one took.
 
 _README = """\
 # A study: `{command}`
@@ -56,90 +55,50 @@ Go on after an interruption with the command above and `--resume --run-dir` this
 """
 
 
-@dataclass(frozen=True)
-class _Job:
-    """A run of the study.
-
-    Attributes:
-      run: of the grid.
-      alone: its config with a source of its own.
-      config: its config, whose source may be that of the run `base`.
-      arguments: words of its command line.
-      base: the name of the run that trains the source it reads; None for one of its own, or none.
-    """
-
-    run: GridRun
-    alone: RunConfig
-    config: RunConfig
-    arguments: tuple[str, ...]
-    base: str | None
-
-    @property
-    def folder(self) -> RunFolder:
-        assert self.config.run_dir is not None
-        return RunFolder(self.config.run_dir)
-
-    @property
-    def log(self) -> Path:
-        path = self.folder.path
-        return path.with_name(f"{path.name}.log")
-
-    @property
-    def begun(self) -> bool:
-        return (self.folder.path / "config.json").exists()
-
-    @property
-    def done(self) -> bool:
-        return len(self.folder.read_json("results.json", [])) == self.config.seeds * len(self.run.rows)
-
-    @property
-    def command(self) -> list[str]:
-        return ["python", "-m", find_experiment(self.run.setting.experiment), *self.arguments]
-
-
-class _Ended(NamedTuple):
-    """A run that has ended, after so many seconds, with a problem or without."""
-
-    job: _Job
-    seconds: float
-    problem: str | None
-
-
 def run_study(options: Options) -> None:
     """Checks, runs and reports; what is wrong with grid or options is one line on standard error and exit code 2.
 
     A run that fails is named, and the others go on; then the exit code is 1.
     """
-    if options.jobs > 1:
+    if options.jobs > 1 or options.executor != "local":
         # Several processes share an accelerator: none may take all of its memory.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    try:
-        use_cache(options.compilation_cache)
-        shares = _shares(options.jobs)
-        path = find_grid(options.grid)
-        grid = read_grid(path, options.seeds)
-        runs = make_runs(grid, apart=options.apart)
-        with numbered_folder(f"ablation-{grid.name}", options.resume, given=options.run_dir) as run_dir:
-            jobs = [
-                replace(job, config=replace(job.config, compilation_cache=options.compilation_cache))
-                for job in _make_jobs(runs, select(runs, options.only), run_dir)
-            ]
-            _check(jobs, traced=options.traced)
-            if options.dry_run:
-                for job in jobs:
-                    print(shlex.join(job.command))
-                return
-            folder = RunFolder.open(run_dir, {"grid": grid.name}, resume=options.resume)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    folder.write_text("README.md", _README.format(command=folder.read_json("environment.json", [])[0]["command"]))
-    folder.write_text("grid.toml", path.read_text())
-    try:
-        failed = _run_all(jobs, shares, grid, runs, folder)
-    except KeyboardInterrupt:
-        print(f"\ninterrupted; the same command with --resume --run-dir {run_dir} goes on", file=sys.stderr)
-        raise SystemExit(130) from None
+    with contextlib.ExitStack() as stack:
+        try:
+            check_executor(options.executor, options.jobs)
+            use_cache(options.compilation_cache)
+            shares = _shares(options.jobs)
+            path = find_grid(options.grid)
+            grid = read_grid(path, options.seeds)
+            runs = make_runs(grid, apart=options.apart)
+            with numbered_folder(f"ablation-{grid.name}", options.resume, given=options.run_dir) as run_dir:
+                jobs = [
+                    replace(job, config=replace(job.config, compilation_cache=options.compilation_cache))
+                    for job in _make_jobs(runs, select(runs, options.only), run_dir)
+                ]
+                if options.dry_run:
+                    _check(jobs, traced=options.traced)
+                    for job in jobs:
+                        print(shlex.join(job.words))
+                    return
+                opened = open_engine(options.executor, shares, run_dir, options.slurm, _run_here)
+                engine = stack.enter_context(opened)
+                _check(jobs, traced=options.traced)
+                folder = RunFolder.open(run_dir, {"grid": grid.name}, resume=options.resume)
+        except (ValueError, ImportError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
+        folder.write_text("README.md", _README.format(command=folder.read_json("environment.json", [])[0]["command"]))
+        folder.write_text("grid.toml", path.read_text())
+        go_on = f"the same command with --resume --run-dir {run_dir} goes on"
+        try:
+            failed = _run_all(jobs, engine, grid, runs, folder)
+        except KeyboardInterrupt:
+            print(f"\ninterrupted; {go_on}", file=sys.stderr)
+            raise SystemExit(130) from None
+        except ValueError as error:
+            print(f"\nerror: {error}; {go_on}", file=sys.stderr)
+            raise SystemExit(1) from None
     print(write_report(grid, runs, folder))
     print(f"run folder: {run_dir}")
     if failed:
@@ -160,7 +119,7 @@ def _shares(jobs: int) -> list[set[int]]:
     return [set(cores[first:last]) for first, last in itertools.pairwise(bounds)]
 
 
-def _make_jobs(runs: Sequence[GridRun], chosen: Sequence[GridRun], run_dir: Path) -> list[_Job]:
+def _make_jobs(runs: Sequence[GridRun], chosen: Sequence[GridRun], run_dir: Path) -> list[Job]:
     """Returns the chosen runs, with those that train a source that they read, in the order of the grid.
 
     Raises:
@@ -180,7 +139,7 @@ def _make_jobs(runs: Sequence[GridRun], chosen: Sequence[GridRun], run_dir: Path
                 arguments += ["--source", "frozen", "--source-from", str(run_dir / base)]
             config = _parsed(run, arguments, run_dir)
             words = (*arguments, "--run-dir", str(run_dir / run.name))
-            jobs.append(_Job(run, alone[run.name], config, words, base))
+            jobs.append(Job(run, alone[run.name], config, words, base))
     return jobs
 
 
@@ -222,7 +181,7 @@ def _build(run: GridRun, config: RunConfig) -> Scenario:
         return load_experiment(run.setting.experiment).build(config)
 
 
-def _check(jobs: Sequence[_Job], *, traced: bool) -> None:
+def _check(jobs: Sequence[Job], *, traced: bool) -> None:
     """Raises ValueError for a run that cannot be, or that its folder holds with other options."""
     for job in jobs:
         source = job.config.source_from
@@ -238,141 +197,55 @@ def _check(jobs: Sequence[_Job], *, traced: bool) -> None:
                 check_run(scenario, job.alone)
 
 
-def _run_all(
-    jobs: Sequence[_Job], shares: Sequence[set[int]], grid: Grid, runs: Sequence[GridRun], folder: RunFolder
-) -> list[str]:
-    """Runs what is not done yet, reports after each run, and returns the names of those that failed."""
+def _run_all(jobs: Sequence[Job], engine: Engine, grid: Grid, runs: Sequence[GridRun], folder: RunFolder) -> list[str]:
+    """Runs what is not done yet, reports as runs end, and returns the names of those that failed."""
     left = [job for job in jobs if not job.done]
     rows = sum(len(job.run.rows) for job in jobs)
     print(f"{len(jobs)} runs of {rows} rows: {len(jobs) - len(left)} done, {len(left)} to do")
     if left:
         print(f"what a run prints is in {folder.path}/<setting>/<row>.log", flush=True)
     failed = []
-    ended = _one_by_one(left) if len(shares) == 1 else _side_by_side(left, shares)
-    with contextlib.closing(ended):
-        for number, (job, seconds, problem) in enumerate(ended, 1):
-            rows = ", ".join(row.name for row in job.run.rows)
-            outcome = f"{seconds:.0f} s" if problem is None else f"failed, see {job.log}: {problem}"
-            print(f"{job.run.setting.name}: {rows}: {outcome}; {len(left) - number} to do", flush=True)
-            if problem is not None:
-                failed.append(job.run.name)
-            write_report(grid, runs, folder)
+    progress, due = Progress(left), 0.0
+    with open_session(folder.path) as session, contextlib.closing(run_jobs(left, engine, session)) as ended:
+        for one in ended:
+            print(progress.line(one), flush=True)
+            if one.outcome.problem is not None:
+                failed.append(one.job.run.name)
+            start = time.monotonic()
+            if start >= due:
+                write_report(grid, runs, folder)
+                due = time.monotonic() + _REPORT_SHARE * (time.monotonic() - start)
     return failed
 
 
-def _one_by_one(left: Sequence[_Job]) -> Generator[_Ended, None, None]:
-    """Runs in this process."""
-    failed: set[str] = set()
-    for job in left:
-        start = time.perf_counter()
-        problem = _lacks(job, failed) or _run_here(job)
-        if problem is not None:
-            failed.add(job.run.name)
-        yield _Ended(job, time.perf_counter() - start, problem)
-
-
-def _run_here(job: _Job) -> str | None:
-    """Returns what went wrong in a run, if anything."""
-    job.log.parent.mkdir(parents=True, exist_ok=True)
-    with job.log.open("a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+def _run_here(command: Command) -> Outcome:
+    """Does a run in this process."""
+    start, log = time.perf_counter(), Path(command.log)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    problem = None
+    with log.open("a") as output, contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         try:
-            config = replace(job.config, resume=job.begun)
-            run = prepare_run(_build(job.run, config), config)
-            _write_command(job)
+            module, folder = load_experiment(command.module), RunFolder(Path(command.run_dir))
+            config = parse(module.PRESETS, command.module, "", command.words)
+            config = replace(config, resume=(folder.path / "config.json").exists())
+            run = prepare_run(module.build(config), config)
+            _write_command(folder, command)
             run()
         except SystemExit as left:
             if left.code not in (1, 2):  # Of an interruption.
                 raise KeyboardInterrupt from None
-            return _last_line(job.log)
+            problem = last_line(log)
         except Exception as error:
             traceback.print_exc()
-            return str(error) or type(error).__name__
-    return None
+            problem = str(error) or type(error).__name__
+    return Outcome(time.perf_counter() - start, problem)
 
 
-def _write_command(job: _Job) -> None:
+def _write_command(folder: RunFolder, command: Command) -> None:
     """Lets the folder of a run name the command of that, and not of the study."""
-    sessions = job.folder.read_json("environment.json", [])
-    readme = job.folder.path / "README.md"
-    job.folder.write_text("README.md", readme.read_text().replace(sessions[-1]["command"], shlex.join(job.command)))
-    sessions[-1]["command"] = shlex.join(job.command)
-    job.folder.write_json("environment.json", sessions)
-
-
-def _side_by_side(left: Sequence[_Job], shares: Sequence[set[int]]) -> Generator[_Ended, None, None]:
-    """Runs in as many processes as there are shares of the cores; those that train a source for others go first."""
-    waiting = sorted(left, key=lambda job: job.base is not None)
-    running: dict[int, tuple[_Job, subprocess.Popen[bytes], float]] = {}
-    failed: set[str] = set()
-    terminated = signal.signal(signal.SIGTERM, signal.default_int_handler)  # Nothing is left running behind.
-    try:
-        while waiting or running:
-            for slot, cores in enumerate(shares):
-                busy = {job.run.name for job, *_ in running.values()} | {job.run.name for job in waiting}
-                ready = next((job for job in waiting if job.base not in busy), None)
-                if slot in running or ready is None:
-                    continue
-                waiting.remove(ready)
-                problem = _lacks(ready, failed)
-                if problem is None:
-                    running[slot] = (ready, _start(ready, cores), time.perf_counter())
-                else:
-                    failed.add(ready.run.name)
-                    yield _Ended(ready, 0.0, problem)
-            for slot, (job, process, start) in list(running.items()):
-                if process.poll() is not None:
-                    del running[slot]
-                    problem = None if process.returncode == 0 else _last_line(job.log)
-                    if problem is not None:
-                        failed.add(job.run.name)
-                    yield _Ended(job, time.perf_counter() - start, problem)
-            time.sleep(0.1)
-    finally:
-        _stop([process for _, process, _ in running.values()])
-        signal.signal(signal.SIGTERM, terminated)
-
-
-def _start(job: _Job, cores: set[int]) -> subprocess.Popen[bytes]:
-    """Starts the command of a run on some of the cores, with its output in the log."""
-    job.log.parent.mkdir(parents=True, exist_ok=True)
-    cache = job.config.compilation_cache  # Of the study, so not of the run's own command.
-    command = [sys.executable, *job.command[1:]]
-    command += ["--resume"] * job.begun + ["--compilation-cache", str(cache)] * (cache != "default")
-    paths = [path or os.getcwd() for path in sys.path]  # What can be imported here can be there.
-    everything = os.sched_getaffinity(0) if cores else set()
-    with job.log.open("ab") as log:
-        try:
-            if cores:
-                os.sched_setaffinity(0, cores)  # A process has those of its parent from its first instruction on.
-            return subprocess.Popen(
-                command,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-                start_new_session=True,  # An interruption comes from here, once.
-            )
-        finally:
-            if cores:
-                os.sched_setaffinity(0, everything)
-
-
-def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Interrupts processes, and terminates those that do not hear it: in the background, it may be ignored."""
-    for process in processes:
-        process.send_signal(signal.SIGINT)
-    for process in processes:
-        try:
-            process.wait(_PATIENCE)
-        except subprocess.TimeoutExpired:
-            process.terminate()
-            process.wait()
-
-
-def _lacks(job: _Job, failed: set[str]) -> str | None:
-    return f"the run that trains its source, {job.base}, failed" if job.base in failed else None
-
-
-def _last_line(log: Path) -> str:
-    lines = [line.strip() for line in log.read_text(errors="replace").replace("\r", "\n").splitlines()]
-    return next((line for line in reversed(lines) if line), "it printed nothing")
+    sessions = folder.read_json("environment.json", [])
+    words = shlex.join(["python", "-m", command.module, *command.words])
+    readme = folder.path / "README.md"
+    folder.write_text("README.md", readme.read_text().replace(sessions[-1]["command"], words))
+    sessions[-1]["command"] = words
+    folder.write_json("environment.json", sessions)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import merge_jax as mj
-from merge_jax.checkpoints.safetensors import read_json
+from merge_jax.checkpoints.shards import read_json
 from merge_jax.checks import check_choice
 from merge_jax.data import (
     Arrays,

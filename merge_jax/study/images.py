@@ -30,7 +30,7 @@ from merge_jax.data import (
 from merge_jax.study.choices import ImageModelName, ImageTaskName, LearningRateSchedule, VisionModelName
 from merge_jax.study.model import StudyModel, classifier
 from merge_jax.study.model_code import model_code
-from merge_jax.study.pretrained import with_fitted_head
+from merge_jax.study.pretrained import OF_PYTORCH, Weights, with_fitted_head
 from merge_jax.study.texts import adamw
 
 __all__ = [
@@ -56,6 +56,10 @@ _scene_shapes = lru_cache(maxsize=2)(scene_shapes)
 _DIGITS = {"digits": (load_digits, 8), "shifted_digits": (load_shifted_digits, 10)}
 
 
+Pixels = tuple[tuple[float, ...], tuple[float, ...]]
+"""Mean and standard deviation of each channel."""
+
+
 @dataclass(frozen=True)
 class ImageData:
     """Images to train, validate and test on.
@@ -72,7 +76,7 @@ class ImageData:
     splits: Callable[[int], Splits]
     shape: tuple[int, int, int]
     num_classes: int
-    pixels: tuple[tuple[float, ...], tuple[float, ...]] | None
+    pixels: Pixels | None
 
 
 def load_images(
@@ -200,6 +204,8 @@ def image_classifier(
     unlabelled: int = 0,
     augment: bool = False,
     attention: Mapping[str, str] = MappingProxyType({}),
+    pixels: Pixels | None = None,
+    weights: Weights = OF_PYTORCH,
 ) -> StudyModel:
     """Returns a model that learns to classify images.
 
@@ -212,10 +218,12 @@ def image_classifier(
       unlabelled: how many others it has without their labels, see `StudyModel.pool`.
       augment: crop, mirror and rotate its training images at random.
       attention: its attention blocks, see `StudyModel`.
+      pixels: mean and deviation of the channels that its pretrained weights want; the module's own `pixels` by default.
+      weights: how these are read, where there are `pixels`.
     """
 
+    own = getattr(module, "pixels", None) if pixels is None else pixels  # Of what pretrained weights are known of.
     pixels, pretrained = data.pixels, None
-    own = getattr(module, "pixels", None)  # Of networks that pretrained weights are known of.
     if own is not None and pixels is not None and data.shape[-1] == 3:
         # Pretrained weights want the scale of their own images, and a target that takes them over wants it too.
         pixels = own
@@ -231,7 +239,7 @@ def image_classifier(
         apply=apply,
     )
     if own is not None:
-        pretrained = with_fitted_head(apply, lambda seed: model.splits(seed).train, data.num_classes)
+        pretrained = with_fitted_head(apply, lambda seed: model.splits(seed).train, data.num_classes, weights)
     shape = ", ".join(map(str, data.shape))
     images = f"images [N, {shape}], {'float32 in [0, 1]' if data.pixels is None else 'uint8'}"
     return replace(

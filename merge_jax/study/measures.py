@@ -20,9 +20,9 @@ class Measures(NamedTuple):
     """What is read of a target on the test split, beside its last metrics; models are compiled once for both.
 
     Attributes:
-      start: `(target, seed) -> {"test", "reset", "probe"}` before its first step: the metric that it is judged by, as
-        it stands; the same with the statistics of BatchNorm that the training inputs give, since a write moves
-        parameters alone, None without such statistics; and the probe of that.
+      start: `(target, seed) -> {"test", "reset", "probe"}` before its first step. `test` is its metric as it stands.
+        `reset` is the same with BatchNorm's statistics of the training inputs, since a write moves parameters alone;
+        None without such statistics. `probe` is the probe of that.
       end: `(target, seed) -> the probe`, as the target stands.
 
     A probe is the accuracy of a logistic regression on its features, fitted to the labelled training examples (see

@@ -59,10 +59,10 @@ class StudyModel:
       attention: its attention blocks as a pattern of paths, by what they attend to: `vision`, `text`.
       augment: changes its batches at random while it trains; None for batches as they are.
       load: `(path, params) -> params` from a file of weights, where `params` is the model as it starts.
-      load_pretrained: `(path, variables, seed) -> variables` from a file of another library, where variables are
-        `{"params": ..., **model_state}` as the model starts, and what the file lacks, such as a last layer for the
-        labels at hand, is fitted to the seed's training examples; for no seed it is checked to fit, and variables may
-        be shapes. None for `load`, which knows parameters alone.
+      load_pretrained: `(path, variables, seed) -> variables` from a file of another library. Variables are
+        `{"params": ..., **model_state}` as the model starts. What the file lacks, such as a last layer for the labels
+        at hand, is fitted to the seed's training examples. For no seed it is only checked to fit, and variables may be
+        shapes. None for `load`, which knows parameters alone.
       sample_images: test images that it is shown with; None for a model of other things.
       code: lines of Python that make it, see `model_code`; empty where there are none.
       head_penalty: of logistic regressions on its features, see `merge_jax.fit_head`.

@@ -19,8 +19,8 @@ GROUPS: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "source": (
         "The network that gives, and its training.",
-        ("source_model", "source_task", "source_steps", "source_epochs", "source_learning_rate", "snapshots",
-         "source_weights", "source_text_weights", "source_vision_weights", "fit_source_head"),
+        ("source_model", "source_heads", "source_task", "source_steps", "source_epochs", "source_learning_rate",
+         "snapshots", "source_weights", "source_text_weights", "source_vision_weights", "fit_source_head"),
     ),
     "target": (
         "The network that receives, and its training.",
@@ -48,7 +48,7 @@ GROUPS: dict[str, tuple[str, tuple[str, ...]]] = {
     "output": ("Reports, checkpoints, compiled programs.", ("report_every", "checkpoint_every", "compilation_cache")),
     "device": (
         "Several devices and processes.",
-        ("devices", "parallel", "shard_state", "coordinator", "num_processes", "process_id"),
+        ("devices", "parallel", "shard_state", "hosts", "coordinator", "num_processes", "process_id"),
     ),
 }  # fmt: skip
 """By name, what a group holds and its options in their order. What stands in none is of the group `scenario`."""

@@ -2,23 +2,38 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 import merge_jax as mj
 from merge_jax.data import Arrays
+from merge_jax.models.key_maps import PretrainedVariables
 from merge_jax.objectives.evaluation import of_all_rows
 from merge_jax.types import ModelApply
 
-__all__ = ["fitted_head", "read_features", "with_fitted_head"]
+__all__ = ["OF_PYTORCH", "Weights", "fitted_head", "read_features", "with_fitted_head"]
 
-_LAST = ("params/fc/kernel", "params/fc/bias")
 _AT_ONCE = 200
 _PENALTY = 100.0
 """Of features of unit variance; our choice: of 10 to 10,000 the best for 2,000 images of CIFAR-100 on validation, from
 64 pixels on (`docs/weights.md`), and of 1 to 1,000 within a point for 500 texts of AG News."""
+
+
+class Weights(NamedTuple):
+    """How the weights of a pretrained network are read.
+
+    Attributes:
+      read: `(path, variables) -> PretrainedVariables`.
+      last: the path of the last layer.
+    """
+
+    read: Callable[[Path, dict[str, Any]], PretrainedVariables]
+    last: str
+
+
+OF_PYTORCH = Weights(mj.models.from_pytorch, "params/fc")
 
 
 def read_features(apply: ModelApply, variables: Mapping[str, Any], inputs: np.ndarray) -> np.ndarray:
@@ -42,9 +57,9 @@ def fitted_head(
 
 
 def with_fitted_head(
-    apply: ModelApply, examples: Callable[[int], Arrays], num_classes: int
+    apply: ModelApply, examples: Callable[[int], Arrays], num_classes: int, weights: Weights = OF_PYTORCH
 ) -> Callable[[Path, dict[str, Any], int | None], dict[str, Any]]:
-    """Returns `StudyModel.load_pretrained` of a network that `merge_jax.models.from_pytorch` reads.
+    """Returns `StudyModel.load_pretrained` of a network whose weights are read so.
 
     Where the file has as many classes as the model, its last layer is taken; otherwise one is fitted to the features of
     the seed's training examples. These are all that the source sees of the labels.
@@ -53,17 +68,22 @@ def with_fitted_head(
       apply: the model's apply function, of images as in the examples.
       examples: `seed -> labelled examples`.
       num_classes: of the model.
+      weights: how they are read.
     """
     heads: dict[tuple[Path, int], mj.training.Head] = {}
 
     def load(path: Path, variables: dict[str, Any], seed: int | None) -> dict[str, Any]:
-        loaded = mj.models.from_pytorch(path, variables)
+        if seed is None:  # Of shapes; what the file has not is fitted later.
+            last = {name: leaf for name, leaf in mj.flatten(variables).items() if name.startswith(f"{weights.last}/")}
+            variables = mj.replace(variables, {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in last.items()})
+        loaded = weights.read(path, variables)
         if not loaded.kept or seed is None:
             return loaded.variables
         if (path, seed) not in heads:  # A run asks once to check, and once to train.
             train = examples(seed)
             images = np.asarray(train["image"])
             heads[path, seed] = fitted_head(apply, loaded.variables, images, train["label"], num_classes)
-        return mj.replace(loaded.variables, dict(zip(_LAST, heads[path, seed], strict=True)))
+        names = (f"{weights.last}/{name}" for name in mj.training.Head._fields)
+        return mj.replace(loaded.variables, dict(zip(names, heads[path, seed], strict=True)))
 
     return load

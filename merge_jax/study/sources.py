@@ -200,13 +200,14 @@ def _read_variables(role: StudyModel, path: Path, start: TrainState, seed: int |
     variables = {"params": start.params, **start.model_state}
     try:
         leaves = weight_paths(path)
+        ours = flatten(start.params).keys()
+        found = {leaf.removeprefix("params/") for leaf in leaves}
+        # Some names are the same everywhere, such as fc/bias; big_vision has its own in params.
+        if role.load_pretrained is not None and 2 * len(ours & found) < len(ours):
+            return role.load_pretrained(path, variables, seed)
         if any(leaf.startswith("params/") for leaf in leaves):
             # With its model state, as `merge-jax export` writes it.
             return dict(load_params(path, variables))
-        ours = flatten(start.params).keys()
-        # Some names are the same everywhere, such as fc/bias.
-        if role.load_pretrained is not None and 2 * len(ours & set(leaves)) < len(ours):
-            return role.load_pretrained(path, variables, seed)
         return {**variables, "params": role.load(path, start.params)}
     except (OSError, ImportError) as error:
         raise ValueError(f"the source cannot be read: {error}") from None

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 
 import merge_jax as mj
-from merge_jax.models.huggingface import Loaded, check_huggingface
+from merge_jax.models.huggingface import Loaded, check_huggingface, read_huggingface
 
 __all__ = ["check_weights", "read_weights", "weights_error", "with_weights"]
 
@@ -27,7 +27,7 @@ def weights_error() -> Iterator[None]:
     """Raises ValueError for weights that cannot be read."""
     try:
         yield
-    except OSError as error:
+    except (OSError, ImportError) as error:
         raise ValueError(f"the weights cannot be read: {error}") from None
 
 
@@ -50,7 +50,7 @@ def read_weights(path: Path, params: Any, fitted: str | None = None) -> Loaded:
     """
     try:
         with weights_error():
-            loaded = mj.models.from_huggingface(path, params)
+            loaded = read_huggingface(path, params)
     except ValueError as error:
         if "vocabulary" not in str(error):
             raise

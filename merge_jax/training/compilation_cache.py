@@ -30,10 +30,10 @@ def default_folder() -> Path:
 def use_cache(choice: CacheChoice) -> None:
     """Lets JAX read and keep compiled programs; call it before anything is compiled.
 
-    By default they are in the folder that the environment (`JAX_COMPILATION_CACHE_DIR`) or the program has given JAX,
-    whose size is left to JAX, or else in `default_folder()`; where that cannot be written, a warning on standard error
-    says so, and nothing is kept. What else the environment says of JAX's cache stays (`JAX_ENABLE_COMPILATION_CACHE`,
-    `JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS`, `JAX_COMPILATION_CACHE_MAX_SIZE`).
+    By default they are in the folder that the environment (`JAX_COMPILATION_CACHE_DIR`) or the program has given JAX.
+    Its size is left to JAX. Where none is given, they are in `default_folder()`. If that cannot be written, a warning
+    on standard error says so, and nothing is kept. Other settings of JAX's cache stay as the environment has them
+    (`JAX_ENABLE_COMPILATION_CACHE`, `JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS`, `JAX_COMPILATION_CACHE_MAX_SIZE`).
 
     Raises:
       ValueError: the folder that is named cannot be written.

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import socket
+import subprocess
 import sys
 import time
 import traceback
@@ -15,27 +16,51 @@ from jax.experimental import multihost_utils
 __all__ = ["await_all", "connect", "exit_on_error"]
 
 _GO = b"go"
-_HEARTBEAT = 20  # Seconds without a sign of life after which the others end; compiling does not stop it.
 _SHUTDOWN = 10  # Seconds to wait for the others at the end; by default it is 300.
+# Prints its first argument, unless a line comes before its input ends.
+_LAST_WORDS = 'read line || printf "%s\\n" "$0" >&2'
 
 
-def connect(address: str, num_processes: int, process_id: int, *, timeout: float = 300.0) -> None:
+def connect(
+    address: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    *,
+    timeout: float = 300.0,
+    answer_within: float = 10.0,
+    lost_after: int = 8,
+) -> None:
     """Makes this process one of several that run the same program; call it before anything uses a device.
 
-    The processes meet first, by a connection of ours: where one is missing, `jax.distributed.initialize` aborts the
-    others at its timeout (SIGABRT, no exception, no name; jax 0.10 and 0.12), and names no port that is taken. Later,
-    when one dies, the others end within seconds; see `exit_on_error`.
+    Without arguments, JAX finds the others by itself where a cluster has started them: Slurm, Kubernetes with
+    `pip install kubernetes` (GKE with GPUs), Cloud TPU (GKE too), Open MPI.
+
+    With an address, the processes meet first, by a connection of ours: where one is missing,
+    `jax.distributed.initialize` aborts the others at its timeout (SIGABRT, no exception, no name; jax 0.10 and 0.12),
+    and names no port that is taken. Later, when one is lost, the others end within seconds; see `exit_on_error`.
 
     Args:
       address: `host:port` of process 0, on which the others find it.
       num_processes: how many there are.
       process_id: which this is, from 0.
       timeout: seconds to wait for the others.
+      answer_within: seconds that process 0 has to answer at the address.
+      lost_after: seconds without a sign of life after which a process counts as lost; work does not stop the signs, a
+        machine that is frozen does.
 
     Raises:
-      ValueError: a malformed address, a number out of range, or a port that process 0 cannot have.
+      ValueError: a malformed address, a number out of range, a port that process 0 cannot have, some of the arguments
+        without the others, or no cluster.
       TimeoutError: process 0 could not be reached, or not all others came, in time.
     """
+    if address is None or num_processes is None or process_id is None:
+        if (address, num_processes, process_id) != (None, None, None):
+            raise ValueError(
+                "processes meet by all of address, num_processes and process_id, or by none of them in a cluster, got"
+                f" {address!r}, {num_processes} and {process_id}"
+            )
+        _join(None, None, None, timeout, lost_after)
+        return
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 2**16:
         raise ValueError(f"the coordinator's address must be host:port, got {address!r}")
@@ -47,19 +72,30 @@ def connect(address: str, num_processes: int, process_id: int, *, timeout: float
         who = f"process{'es' * (len(missing) > 1)} {', '.join(map(str, sorted(missing)))}"
         if missing:
             raise TimeoutError(f"{who} of {num_processes} did not come to {address} within {timeout:g} s")
-    elif not _await_coordinator(host, int(port), process_id, deadline):
-        raise TimeoutError(
-            f"process {process_id} of {num_processes} found no coordinator at {address} within {timeout:g} s, "
-            "or not all others came to it"
+    else:
+        _await_coordinator(host, int(port), process_id, num_processes, deadline, timeout, answer_within)
+    _join(address, num_processes, process_id, timeout, lost_after)
+
+
+def _join(
+    address: str | None, num_processes: int | None, process_id: int | None, timeout: float, lost_after: int
+) -> None:
+    try:
+        jax.distributed.initialize(
+            address,
+            num_processes,
+            process_id,
+            initialization_timeout=max(30, int(timeout)),
+            heartbeat_timeout_seconds=lost_after,
+            shutdown_timeout_seconds=_SHUTDOWN,
         )
-    jax.distributed.initialize(
-        address,
-        num_processes,
-        process_id,
-        initialization_timeout=max(30, int(timeout)),
-        heartbeat_timeout_seconds=_HEARTBEAT,
-        shutdown_timeout_seconds=_SHUTDOWN,
-    )
+    except (ValueError, RuntimeError) as error:
+        if address is not None:
+            raise
+        raise ValueError(
+            f"JAX finds no cluster that has started this process ({error}): start it by srun, in a Kubernetes job"
+            " (pip install kubernetes), on Cloud TPU or by mpirun, or give the address, number and id of the processes"
+        ) from None
 
 
 def await_all(problem: Exception | None) -> None:
@@ -81,11 +117,16 @@ def exit_on_error(advice: str) -> Iterator[None]:
     """Ends one of several processes at once on an error; alone, errors pass as they are.
 
     An error that unwinds would wait for the other processes, which wait for it, for minutes. The others see that it is
-    gone: at their next exchange of numbers, or when its heartbeat stops.
+    gone: at their next exchange of numbers, or when its signs of life stop. Then JAX aborts them, and nothing of Python
+    runs any more, so that the message comes from a small process (`sh`) that waits for this one to end.
+
+    Enter it after `connect`.
 
     Args:
       advice: what to do, printed after the error.
     """
+    # Asking JAX how many there are would start its devices.
+    keeper = _keep_last_words(advice) if jax.distributed.is_initialized() else None
     try:
         yield
     except Exception as error:
@@ -94,13 +135,32 @@ def exit_on_error(advice: str) -> Iterator[None]:
         traceback.print_exc()
         first = str(error).partition("\n")[0][:200]
         print(
-            f"error: process {jax.process_index()} of {jax.process_count()} cannot go on, or another one has gone "
-            f"({type(error).__name__}: {first}); {advice}",
+            f"error: {_who()} cannot go on, or another one has gone ({type(error).__name__}: {first}); {advice}",
             file=sys.stderr,
             flush=True,
         )
         sys.stdout.flush()
+        if keeper is not None:
+            keeper.communicate(b"\n")
         os._exit(1)
+    finally:
+        if keeper is not None:
+            keeper.communicate(b"\n")
+
+
+def _keep_last_words(advice: str) -> subprocess.Popen[bytes]:
+    """Starts a process that prints our message once this one has ended without writing a line to it."""
+    message = f"error: {_who()} was ended from outside, or by JAX as another one has gone; {advice}"
+    return subprocess.Popen(
+        ["sh", "-c", _LAST_WORDS, message],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,  # Ctrl-C is not for it.
+    )
+
+
+def _who() -> str:
+    return f"process {jax.process_index()} of {jax.process_count()}"
 
 
 def _await_others(port: int, num_processes: int, deadline: float) -> set[int]:
@@ -131,16 +191,28 @@ def _await_others(port: int, num_processes: int, deadline: float) -> set[int]:
     return missing
 
 
-def _await_coordinator(host: str, port: int, process_id: int, deadline: float) -> bool:
-    """Waits until process 0 has seen all others."""
-    while (left := deadline - time.monotonic()) > 0:
+def _await_coordinator(
+    host: str, port: int, process_id: int, num_processes: int, deadline: float, timeout: float, answer_within: float
+) -> None:
+    """Waits until process 0 has seen all others; raises TimeoutError where it does not answer, or they do not come."""
+    who, answered = f"process {process_id} of {num_processes}", False
+    no_answer = min(deadline, time.monotonic() + answer_within)
+    problem: OSError | None = None
+    while (left := (deadline if answered else no_answer) - time.monotonic()) > 0:
         try:
             with socket.create_connection((host, port), timeout=min(1, left)) as connection:
+                answered = True
                 connection.sendall(str(process_id).encode())
-                connection.settimeout(left)
+                connection.settimeout(max(0.1, deadline - time.monotonic()))
                 if connection.recv(len(_GO)) == _GO:
-                    return True
-        except OSError:
-            pass
+                    return
+        except OSError as error:
+            problem = error
         time.sleep(0.1)
-    return False
+    if not answered:
+        waited = min(answer_within, timeout)
+        raise TimeoutError(
+            f"{who} found no coordinator at {host}:{port} within {waited:g} s ({problem}): start process 0 first, or"
+            " mend the address"
+        )
+    raise TimeoutError(f"{who} has waited {timeout:g} s at {host}:{port}, and not all others came")

@@ -25,11 +25,13 @@ _AUGMENTATION = 2**32 - 1  # No step's number: steps are int32.
 def make_epoch(step_fn: JointStep) -> Epoch:
     """Returns a pure function that takes `count` steps in one loop: `(state, arrays, indices, count) -> (state, sums)`.
 
-    `arrays` holds all examples of each role, `{role: {entry: [N, ...]}}`, and stays on the device; `indices`,
-    `{role: [n, B]}` with `n >= count`, says which of them make the batch of each step; only the first `count` rows
-    are read, so that one compilation serves every count up to `n`. The sums are those of the step's metrics, float32.
-    Nothing but the indices comes from the host. Jit it with the state donated; it can be vmapped over seeds
-    (`over_seeds`) and laid over devices (`jit_layout`, `pmap_layout`).
+    - `arrays`, `{role: {entry: [N, ...]}}`: all examples of each role. They stay on the device.
+    - `indices`, `{role: [n, B]}` with `n >= count`: the examples of each step's batch. Only the first `count` rows are
+      read, so one compilation serves every count up to `n`. Nothing else comes from the host.
+    - `sums`: the step's metrics, summed over the steps, float32.
+
+    Jit it with the state donated. It can be vmapped over seeds (`over_seeds`) and laid over devices (`jit_layout`,
+    `pmap_layout`).
     """
 
     step_fn = jax.jit(step_fn, inline=True)  # For its trace alone, which both its uses below then share.

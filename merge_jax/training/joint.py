@@ -194,29 +194,34 @@ def make_joint_step(
 
     At step `i`, with `T` and `S` the parameters of target and source as they stand:
 
-    1. if the step transfers, `i % cycle == 0` and `i < stop * num_steps`: `T' = transfer(adapter, S, T)`, otherwise
-       `T' = T` (self-learning); `TransferSteps(cycle, stop, num_steps)` says which steps those are;
-    2. the source takes a gradient step on its batch, unless it is frozen;
-    3. the target takes one on its batch from `T'`; its optimizer's state is left alone by the transfer;
-    4. if step 1 transferred, the adapter takes one along `(d T' / d adapter)^T c`, where the cotangent `c` is
+    1. If the step transfers, `i % cycle == 0` and `i < stop * num_steps`, `T' = transfer(adapter, S, T)`. Otherwise
+       `T' = T` (self-learning). `TransferSteps(cycle, stop, num_steps)` says which steps those are.
+    2. The source takes a gradient step on its batch, unless it is frozen.
+    3. The target takes one on its batch from `T'`. The transfer does not touch its optimizer's state.
+    4. If step 1 transferred, the adapter takes one along `(d T' / d adapter)^T c`, where the cotangent `c` is
 
        - `exact`: `dL_target / dT'`, the true gradient of the target's loss through the transfer (our choice;
          the target's own backward pass serves both);
-       - `surrogate`: `T' - T_after_step_3`, as published and as in hypernetwork training: the output is drawn
-         to where the target's optimizer went.
+       - `surrogate`: `T' - T_after_step_3`, as published and as in hypernetwork training. It draws the output to
+         where the target's optimizer went.
 
-    Numeric faults are contained (our choice): where the loss, the gradient or the optimizer's update of a model is
-    not finite, that model keeps its parameters, model state and optimizer state bit for bit, as if it had not had the
-    step, and without a transfer that was written at it; where a transfer gives numbers that are not finite, or
-    `|T'| > largest_growth * max(|T|, |S|)`, it is rejected and the target learns from `T`. The adapter learns only from
-    a transfer that was written and a target that has learned.
+    Numeric faults are contained (our choice):
 
-    Metrics are a flat dict of scalars: `source/...` and `target/...` for the loss and what each loss function
-    reports; `source/skipped`, `target/skipped` and `adapter/skipped`, 1 where an update was skipped, else 0; and
-    `adapter/transferred` (1 where `T'` was written and stayed), `adapter/rejected` (1 or 0), `adapter/change`
-    (`|T' - T| / |T|`, or `|T'|` where `T` is 0), `adapter/norm` and `adapter/norm_before` (`|T'|` and `|T|`) and
-    `adapter/gradient_norm` (before clipping), which are 0 where nothing was to be transferred, and what the transfer
-    has to `monitor`: `adapter/gate/<target path>` for learned gates, `adapter/gate` and `adapter/weight` for schedules.
+    - If the loss, the gradient or the update of a model is not finite, the model keeps its parameters, model state and
+      optimizer state bit for bit. A transfer that was written at this step is taken back.
+    - If a transfer gives numbers that are not finite, or `|T'| > largest_growth * max(|T|, |S|)`, it is rejected, and
+      the target learns from `T`.
+    - The adapter learns only from a transfer that was written and a target that has learned.
+
+    Metrics are a flat dict of scalars. Those of the adapter are 0 at a step that does not transfer:
+
+    - `source/...` and `target/...`: the loss, and what each loss function reports;
+    - `source/skipped`, `target/skipped`, `adapter/skipped`: 1 where an update was skipped, else 0;
+    - `adapter/transferred`, `adapter/rejected`: 1 where `T'` was written and stayed, or was rejected, else 0;
+    - `adapter/change`: `|T' - T| / |T|`, or `|T'|` where `T` is 0;
+    - `adapter/norm`, `adapter/norm_before`, `adapter/gradient_norm`: `|T'|`, `|T|`, and the norm before clipping;
+    - what the transfer has to `monitor`: `adapter/gate/<target path>` of learned gates, `adapter/gate` and
+      `adapter/weight` of schedules.
 
     Args:
       source: the source's task; None freezes the source, and its batch is not needed.

@@ -23,6 +23,7 @@ with epy.lazy_api_imports(globals()):
     from merge_jax.transfers.routes import Route
     from merge_jax.transfers.rows import Rows
     from merge_jax.transfers.sharing import share_transfer
+    from merge_jax.transfers.vocabulary import match_vocabulary
     from merge_jax.transfers.weight_selection import weight_selection_transfer
 
 __all__ = [
@@ -52,6 +53,7 @@ __all__ = [
     "lpka_network",
     "lpka_transfer",
     "match",
+    "match_vocabulary",
     "mlp_transfer",
     "optimal_transport_transfer",
     "parameter_generator_transfer",

@@ -19,6 +19,7 @@ from merge_jax.transfers.alignment_plan import AlignedLeaf, AlignmentPlan, plan_
 from merge_jax.transfers.base import Step, Transfer
 from merge_jax.transfers.channel_axes import ChannelGraph
 from merge_jax.transfers.describe import RouteCost, count_flops
+from merge_jax.transfers.host_leaves import any_on_host, on_device
 from merge_jax.transfers.layerwise import kernel_routes
 from merge_jax.transfers.merged_axes import apart
 from merge_jax.transfers.pairing import ResolvedRoute, resolve
@@ -129,11 +130,12 @@ def aligned_transfer(
         _check_adapter(adapter, plan)
         new_leaves = {}
         for leaf in plan.leaves:
-            target_view, source_view = leaf.views
-            arranged = target_view.arrange(targets[leaf.target]), source_view.arrange(sources[leaf.source])
-            target, source = (one.reshape(shape) for one, shape in zip(arranged, leaf.shapes, strict=True))
-            new = _aligned_leaf(leaf, adapter, target, source).reshape(arranged[0].shape)
-            new_leaves[leaf.target] = target_view.restore(new)
+            given = _matrices(leaf, adapter), targets[leaf.target], sources[leaf.source]
+            if any_on_host(given[2], given):
+                made = _new_leaf_apart(leaf.nameless(), *on_device(given))
+                new_leaves[leaf.target] = jax.block_until_ready(made)
+            else:
+                new_leaves[leaf.target] = _new_leaf(leaf, *given)
         return new_leaves
 
     def costs(plan: AlignmentPlan) -> dict[int, RouteCost]:
@@ -141,11 +143,13 @@ def aligned_transfer(
         for number, leaf in enumerate(plan.leaves):
             new = {str(leaf.axes[i].pair) for i in leaf.making} - seen
             seen |= new
-            matrices = [adapter["outputs"][name] for name in new]
-            matrices += [adapter["inputs"][leaf.input_name]] if leaf.reading else []
+            matrices = _matrices(leaf, adapter)
+            size = sum(adapter["outputs"][name].size for name in new) + sum(
+                one.size for one in matrices[len(leaf.making) :]
+            )
             leaves = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in leaf.shapes]
-            flops = count_flops(functools.partial(_aligned_leaf, leaf), adapter, *leaves)
-            found[number] = RouteCost("outputs", sum(matrix.size for matrix in matrices), flops)
+            flops = count_flops(functools.partial(_aligned_leaf, leaf), matrices, *leaves)
+            found[number] = RouteCost("outputs", size, flops)
         return found
 
     def fit(moments: Mapping[str, jax.Array], source_params: Params, target_params: Params) -> Adapter:
@@ -158,18 +162,33 @@ def aligned_transfer(
     return dataclasses.replace(transfer, fit=fit)
 
 
-def _aligned_leaf(leaf: AlignedLeaf, adapter: Adapter, target: jax.Array, source: jax.Array) -> jax.Array:
+def _matrices(leaf: AlignedLeaf, adapter: Adapter) -> list[jax.Array]:
+    """Returns the matrices of the adapter that make a leaf: those of its channels, then that of what it reads."""
+    read = [adapter["inputs"][leaf.input_name]] if leaf.reading else []
+    return [*(adapter["outputs"][str(leaf.axes[i].pair)] for i in leaf.making), *read]
+
+
+def _new_leaf(leaf: AlignedLeaf, matrices: list[jax.Array], target: jax.Array, source: jax.Array) -> jax.Array:
     """Returns the new target leaf."""
+    target_view, source_view = leaf.views
+    arranged = target_view.arrange(target), source_view.arrange(source)
+    apart_leaves = [one.reshape(shape) for one, shape in zip(arranged, leaf.shapes, strict=True)]
+    return target_view.restore(_aligned_leaf(leaf, matrices, *apart_leaves).reshape(arranged[0].shape))
+
+
+_new_leaf_apart = jax.jit(_new_leaf, static_argnums=0)
+
+
+def _aligned_leaf(leaf: AlignedLeaf, matrices: list[jax.Array], target: jax.Array, source: jax.Array) -> jax.Array:
+    """Returns the new target leaf, with its rows arranged and merged axes apart, as those that are given."""
     order = [[getattr(axis, role) for axis in leaf.axes] for role in ("target", "source")]
     permutations = [(*channels, *window) for channels, window in zip(order, leaf.windows, strict=True)]
     given, old = source.astype(jnp.float32).transpose(permutations[1]), target.transpose(permutations[0])
     every, reading = tuple(range(len(leaf.axes))), leaf.reading
     matrix_axes, _, _ = subscripts(leaf, leaf.making)
-    matrices = [adapter["outputs"][str(leaf.axes[i].pair)] for i in leaf.making]
     if reading:
         _, target_axes, source_axes = subscripts(leaf, reading)
         matrix_axes.append(target_axes + source_axes)
-        matrices.append(adapter["inputs"][leaf.input_name])
     _, after, before = subscripts(leaf, every)
     before = "".join(before[i] if axis.pair is not None else after[i] for i, axis in enumerate(leaf.axes))
     # The highest precision, since a product with the identity is to give back the source exactly.

@@ -177,7 +177,7 @@ def _group_moments(
             found.append(entering)
         else:
             # What each channel adds to the outputs, in which no other axis has an order.
-            kernel = jnp.moveaxis(leaves[path].astype(jnp.float32), axes, range(count))
+            kernel = jnp.moveaxis(jnp.asarray(leaves[path], jnp.float32), axes, range(count))
             kernel = kernel.reshape(*kernel.shape[:count], -1)
             added = jnp.einsum(
                 f"{left}{right},{left}z,{right}z->{left[number]}{right[number]}", entering, kernel, kernel
@@ -204,8 +204,9 @@ def _magnitudes(plan: AlignmentPlan, name: str, source: Mapping[str, jax.Array])
             if axis.pair == name:
                 kept = [axis.source] if axis.around is None else [leaf.axes[axis.around].source, axis.source]
                 rest = tuple(i for i in range(len(leaf.shapes[1])) if i not in kept)
-                squares = jnp.square(source[leaf.source].astype(jnp.float32)).sum(rest)
+                squares = jnp.square(jnp.asarray(source[leaf.source], jnp.float32)).sum(rest)
                 total += squares if kept == sorted(kept) else squares.T
+                jax.block_until_ready(total)  # Of a source on the host, one leaf at a time is on the device.
     return total
 
 

@@ -66,6 +66,11 @@ class AlignedLeaf(NamedTuple):
         """The name that the matrix of what it reads has in the adapter."""
         return f"{self.target}:{','.join(str(self.axes[i].target) for i in self.reading)}"
 
+    def nameless(self) -> "AlignedLeaf":
+        """Returns it without names, which is equal for leaves that are made alike."""
+        axes = tuple(axis._replace(pair=None if axis.pair is None else "") for axis in self.axes)
+        return self._replace(target="", source="", axes=axes)
+
 
 class GroupPair(NamedTuple):
     """A channel group of the target and one of the source.

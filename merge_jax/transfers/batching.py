@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from merge_jax.paths import flatten, near_misses
+from merge_jax.transfers.host_leaves import any_on_host, on_device
 from merge_jax.transfers.network import Sizes
 from merge_jax.transfers.pairing import ResolvedRoute
 from merge_jax.types import Adapter
@@ -177,6 +178,8 @@ def run_batch(
 ) -> dict[str, jax.Array]:
     """Returns the new leaves of a batch's routes by path: `move(params, target leaves, source leaves)` of each.
 
+    Routes from leaves on the host run one after the other, so that a device holds the leaves of one.
+
     Args:
       batch: the routes.
       move: of one route.
@@ -185,17 +188,40 @@ def run_batch(
       params: parameters of the batch's adapter, stacked where it has several routes and they share none.
       shared: whether all routes have the same parameters.
     """
+    own_params = not shared and len(batch.routes) > 1
+    given = [sources[path] for route in batch.routes for path in route.source]
+    if any_on_host(given, params, [targets[path] for route in batch.routes for path in route.target]):
+        return _run_apart(batch, move, sources, targets, params, own_params)
     own, alike = stack_leaves(batch, sources, targets)
-    if shared or len(batch.routes) == 1:
-        alike["params"] = params
-    else:
-        own["params"] = params
+    (own if own_params else alike)["params"] = params
 
     def move_one(route: Mapping[str, Any]) -> tuple[jax.Array, ...]:
         given = {**alike, **route}
         return move(given["params"], given["target"], given["source"])
 
     return unstack_leaves(batch, map_routes(move_one, own), targets)
+
+
+def _run_apart(
+    batch: RouteBatch,
+    move: Callable[..., tuple[jax.Array, ...]],
+    sources: Mapping[str, jax.Array],
+    targets: Mapping[str, jax.Array],
+    params: Adapter,
+    own_params: bool,
+) -> dict[str, jax.Array]:
+    """Returns what `run_batch` does, with the leaves of one route on the device at a time."""
+    move_one, new = jax.jit(move), {}
+    for number, route in enumerate(batch.routes):
+        used = jax.tree.map(lambda leaf, number=number: leaf[number], params) if own_params else params
+        target, source = (
+            on_device(tuple(leaves[path] for path in paths))
+            for leaves, paths in ((targets, route.target), (sources, route.source))
+        )
+        moved = [leaf.astype(old.dtype) for leaf, old in zip(move_one(used, target, source), target, strict=True)]
+        # What is dispatched and not yet done would hold the leaves of the routes after it.
+        new |= zip(route.target, jax.block_until_ready(moved), strict=True)
+    return new
 
 
 def adapter_entry(name: str, adapter: Adapter, expected: Any) -> Adapter:

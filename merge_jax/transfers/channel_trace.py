@@ -12,6 +12,7 @@ import numpy as np
 from merge_jax.paths import flatten
 from merge_jax.transfers.channel_axes import ChannelGraph
 from merge_jax.transfers.channel_sums import OnSum, SummedAxes, Value
+from merge_jax.transfers.host_leaves import any_on_host, on_device
 from merge_jax.transfers.layer_sites import varying_axes
 from merge_jax.transfers.merged_axes import Factors, apart
 from merge_jax.transfers.program import CALLS, Constant, Equation, Program
@@ -112,7 +113,11 @@ class ChannelTrace(SummedAxes):
         return trace, graph
 
     def run(self, params: Params, inputs: Sequence[Any], on_sum: OnSum) -> list[Any]:
-        """Evaluates the function, and hands over each sum over axes that are of a leaf, or of two values."""
+        """Evaluates the function, and hands over each sum over axes that are of a leaf, or of two values.
+
+        Outside of `jit`, a value is kept until it was read for the last time, and leaves of NumPy are put on the device
+        where they are read.
+        """
         program, leaves = self.program, self._apart(params)
         known = {number: Value(leaves[path], self._leaves[path], True) for path, number in program.leaves.items()}
         known |= {
@@ -128,12 +133,19 @@ class ChannelTrace(SummedAxes):
             fixed = frozenset(varying_axes(program, one))
             return Value(one.value, self._fresh(np.shape(one.value)), from_leaves=True, fixed=fixed)
 
-        for equation in program.equations:
-            values = [read(one) for one in equation.inputs]
-            made = self._follow(equation, values, equation.run([one.value for one in values]), on_sum)
-            known |= dict(zip(equation.outputs, made, strict=True))
-            self._carried += [one.nodes for one in made]
         self.nodes = {number: one.nodes for number, one in known.items()}
+        for place, equation in enumerate(program.equations):
+            values = [read(one) for one in equation.inputs]
+            operands = [one.value for one in values]
+            results = equation.run(on_device(operands))
+            if any_on_host(operands):  # Or what is dispatched and not yet done would hold the leaves after it.
+                jax.block_until_ready(results)
+            made = self._follow(equation, values, results, on_sum)
+            known |= dict(zip(equation.outputs, made, strict=True))
+            self.nodes |= {number: one.nodes for number, one in zip(equation.outputs, made, strict=True)}
+            self._carried += [one.nodes for one in made]
+            for number in program.last_read.get(place, ()):
+                del known[number]
         return [read(one).value for one in program.outputs]
 
     def _apart(self, params: Params) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from jax.core import Tracer
 from merge_jax.checks import all_finite, check_arrays, check_at_least_one
 from merge_jax.paths import flatten, some_of
 from merge_jax.transfers.alignment_fit import ChannelChoice
+from merge_jax.transfers.host_leaves import any_on_host
 from merge_jax.transfers.pairing import resolve
 from merge_jax.transfers.refit_program import ModelFn, RefitOptions, prepared
 from merge_jax.transfers.refit_routes import routes_with_state
@@ -119,7 +120,8 @@ def refit(
     traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(arguments))
     made = prepared(source, target, named_routes, arguments[:3], options, keep=not traced)
     made.walk.check_rows(min(batch_size, count))
-    variables, solved, finite = made.run(*arguments)
+    run = made.run if any_on_host(*arguments) else made.compiled
+    variables, solved, finite = run(*arguments)
     if not isinstance(finite, Tracer) and not finite:
         _explain(given, source_variables, target_variables)
     return Refit(variables, solved, dict(made.kept))

@@ -1,7 +1,7 @@
 """A function as one list of JAX's operations: calls are inlined, and any value can be computed from others."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -100,18 +100,27 @@ class Program:
     def evaluate(self, known: Mapping[int, Any], wanted: Iterable[int]) -> dict[int, Any]:
         """Returns the known values along with those that are wanted, and all that these were computed by."""
         values = dict(known)
-        needed, equations = set(wanted) - values.keys(), []
+        equations, needed = self._needed(values.keys(), wanted)
+        if needed:
+            raise AssertionError(f"values {sorted(needed)} are neither known nor computed")
+        for equation in equations:
+            operands = [one.value if isinstance(one, Constant) else values[one] for one in equation.inputs]
+            values |= dict(zip(equation.outputs, equation.run(operands), strict=True))
+        return values
+
+    def leaves_for(self, known: Collection[int], wanted: Iterable[int]) -> set[int]:
+        """Returns the numbers of the leaves that values are computed from, where others are known."""
+        return self._needed(known, wanted)[1].intersection(self.leaves.values())
+
+    def _needed(self, known: Collection[int], wanted: Iterable[int]) -> tuple[list[Equation], set[int]]:
+        """Returns the equations by which values are computed from those that are known, and what else these read."""
+        needed, equations = set(wanted) - set(known), []
         for equation in reversed(self.equations):
             if needed.intersection(equation.outputs):
                 equations.append(equation)
                 needed.difference_update(equation.outputs)
-                needed.update(set(equation.reads) - values.keys())
-        if needed:
-            raise AssertionError(f"values {sorted(needed)} are neither known nor computed")
-        for equation in reversed(equations):
-            operands = [one.value if isinstance(one, Constant) else values[one] for one in equation.inputs]
-            values |= dict(zip(equation.outputs, equation.run(operands), strict=True))
-        return values
+                needed.update(set(equation.reads) - set(known))
+        return equations[::-1], needed
 
     def ancestors(self, values: Iterable[int]) -> set[int]:
         """Returns the values and all that they are computed from."""
@@ -140,6 +149,15 @@ class Program:
         for one in self.outputs:
             if not isinstance(one, Constant):
                 found[one].append(-1)
+        return found
+
+    @cached_property
+    def last_read(self) -> dict[int, list[int]]:
+        """`{the place of an equation: values that nothing reads after it}`, but for the outputs."""
+        found: dict[int, list[int]] = {}
+        for value, places in self.users.items():
+            if -1 not in places:
+                found.setdefault(max(places, default=self.makers.get(value, -1)), []).append(value)
         return found
 
     @cached_property

@@ -2,7 +2,7 @@
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +21,7 @@ from merge_jax.transfers.followed import FollowedModel
 from merge_jax.transfers.merged_axes import apart
 from merge_jax.transfers.pairing import resolve
 from merge_jax.transfers.program import Constant
+from merge_jax.transfers.refit_batches import in_batches
 from merge_jax.transfers.refit_plan import plan_refit
 from merge_jax.transfers.refit_walk import Walk
 from merge_jax.transfers.routes import Route
@@ -49,11 +50,12 @@ class RefitOptions(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """A refit of two models: what it walks, what it keeps and why, and the compiled function.
+    """A refit of two models: what it walks, what it keeps and why, and the function, which may be compiled.
 
     Attributes:
       walk: of both models.
       kept: as in `Refit`.
+      compiled: `run`, compiled where it was called.
       run: of source variables, target variables, inputs and a key; returns the target's, `solved`, and whether all is
         finite.
       constants: bytes of the arrays that the models have as constants.
@@ -62,6 +64,7 @@ class Prepared(NamedTuple):
     walk: Walk
     kept: Mapping[str, str]
     run: _Run
+    compiled: Any
     constants: int
 
 
@@ -136,16 +139,17 @@ def _prepare(
         wanted = adapter
         if choice == "moments":
             adapter, wanted = directions(alignment, plan.streams.pairs, graphs[0], moments, source_leaves, adapter)
+        del moments
         written = transfer.apply(adapter, source_variables, target_variables)
         if plan.streams.tables and wanted is not adapter:
             turned = flatten(transfer.apply(wanted, source_variables, target_variables))
             written = replace(written, {path: turned[path] for path in plan.streams.tables})
         target_leaves = apart(flatten(written), graphs[1].factors)
         leaves, solved = walk.run(
-            wanted,
+            {"outputs": wanted["outputs"]},
             {number: source_leaves[path] for path, number in walk.source.leaves.items()},
             {number: target_leaves[path] for path, number in walk.target.leaves.items()},
-            *_in_batches(inputs, size),
+            *in_batches(inputs, size),
             key,
         )
         finite = all_finite(leaves)
@@ -155,18 +159,9 @@ def _prepare(
 
     operands = [one for program in programs for equation in program.equations for one in equation.inputs]
     constants = sum(np.asarray(one.value).nbytes for one in operands if isinstance(one, Constant))
-    return Prepared(walk, plan.kept, jax.jit(run), constants)
+    return Prepared(walk, plan.kept, run, jax.jit(run), constants)
 
 
 def _followed(role: str, fn: ModelFn, variables: Params, batch: list[Any]) -> FollowedModel:
     with error_context(f"the {role}"):
         return FollowedModel(*ChannelTrace.followed(fn, variables, batch, strict=True))
-
-
-def _in_batches(inputs: Sequence[jax.Array], size: int) -> tuple[list[jax.Array], jax.Array]:
-    """Returns the inputs as `[batches, B, ...]` and weights `[batches, B]`; what fills the last batch has weight 0."""
-    count = jnp.shape(inputs[0])[0]
-    batches = math.ceil(count / size)
-    places = jnp.arange(batches * size)
-    weights = (places < count).astype(jnp.float32).reshape(batches, size)
-    return [jnp.asarray(one)[places % count].reshape(batches, size, *jnp.shape(one)[1:]) for one in inputs], weights

@@ -4,7 +4,6 @@ import functools
 import math
 import string
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from merge_jax.transfers.host_leaves import any_on_host, on_device
 from merge_jax.transfers.program import Program
+from merge_jax.transfers.refit_batches import stacked
 from merge_jax.transfers.refit_plan import RefitPlan, Site
 from merge_jax.transfers.refit_solve import (
     add_moments,
@@ -65,24 +66,50 @@ class Walk:
         source_values = dict(zip(self.source.inputs, inputs, strict=True))
         values = dict(zip(self.target.inputs, inputs, strict=True))
         source_kept, kept, solved = self._source_kept(), self._target_kept(), {}
-        after = jnp.zeros(())
+        apart, after = any_on_host(source_leaves, leaves, inputs), jnp.zeros(())
         for number, site in enumerate(self.plan.sites):
-            unknowns = [(one, slope(self.target, site, one, leaves)) for one in site.unknowns]
-            priors = [matrix(self.target, one, leaves) * (scale[None] if site.dense else 1) for one, scale in unknowns]
-            gather = functools.partial(
-                self._gather, site, adapter, source_leaves, dict(leaves), source_kept[number], kept[number]
-            )
             keys = jax.random.split(jax.random.fold_in(key, number), len(weights))
-            # What was known before and is needed again stays where it is.
-            known = [{one: rows for one, rows in of.items() if one in ones}
-                     for of, ones in ((source_values, source_kept[number]), (values, kept[number]))]  # fmt: skip
-            moments, made = _stacked(gather, no_moments(site), (source_values, values, weights, keys), after)
-            source_values, values = ({**old, **new} for old, new in zip(known, made, strict=True))
-            after = moments.weight
-            solution = solve(site, moments, jnp.concatenate(priors), self._valid(site, adapter), self.ridge)
-            leaves = write(self.target, site, leaves, solution, moments)
-            solved |= {one.layer.leaf: solution.r2 for one in site.unknowns}
+            step = functools.partial(self._step, site, source_kept[number], kept[number])
+            wanted = {site.source_end, *source_kept[number]}
+            used = {one: source_leaves[one] for one in self.source.leaves_for(source_values, wanted)}
+            if apart:
+                step, used = jax.jit(step), on_device(used)
+            written, r2, source_values, values, after = step(
+                adapter, used, leaves, source_values, values, weights, keys, after
+            )
+            leaves = {**leaves, **written}
+            solved |= {one.layer.leaf: r2 for one in site.unknowns}
+            if apart:
+                jax.block_until_ready(after)
         return leaves, solved
+
+    def _step(
+        self,
+        site: Site,
+        source_kept: frozenset[int],
+        kept: frozenset[int],
+        adapter: Adapter,
+        source_leaves: dict[int, jax.Array],
+        leaves: dict[int, jax.Array],
+        source_values: dict[int, jax.Array],
+        values: dict[int, jax.Array],
+        weights: jax.Array,
+        keys: jax.Array,
+        after: jax.Array,
+    ) -> tuple[dict[int, jax.Array], jax.Array, dict[int, jax.Array], dict[int, jax.Array], jax.Array]:
+        """Returns the leaves that a site writes, how well it was solved, and what of both models is kept."""
+        unknowns = [(one, slope(self.target, site, one, leaves)) for one in site.unknowns]
+        priors = [matrix(self.target, one, leaves) * (scale[None] if site.dense else 1) for one, scale in unknowns]
+        gather = functools.partial(self._gather, site, adapter, source_leaves, leaves, source_kept, kept)
+        # What was known before and is needed again stays where it is.
+        known = [{one: rows for one, rows in of.items() if one in ones}
+                 for of, ones in ((source_values, source_kept), (values, kept))]  # fmt: skip
+        moments, made = stacked(gather, no_moments(site), (source_values, values, weights, keys), after)
+        source_values, values = ({**old, **new} for old, new in zip(known, made, strict=True))
+        solution = solve(site, moments, jnp.concatenate(priors), self._valid(site, adapter), self.ridge)
+        new = write(self.target, site, leaves, solution, moments)
+        written = {number: leaf for number, leaf in new.items() if leaf is not leaves[number]}
+        return written, solution.r2, source_values, values, moments.weight
 
     def _gather(
         self,
@@ -193,26 +220,6 @@ class Walk:
             kept = {value for value in kept & program.data if program.makers.get(value, -1) <= reached}
             found.append(_without_views(program, kept))
         return found
-
-
-def _stacked(fn: Callable[[Any, Any], tuple[Any, Any]], carry: Any, rows: Any, after: jax.Array) -> tuple[Any, Any]:
-    """Returns what `lax.scan(fn, carry, rows)` does; memory for its stacks is taken once the number `after` is known.
-
-    Of scans in a row XLA takes the memory of all at once on a CPU, since the zeros that stacks start as can be had
-    before all else.
-    """
-    count = len(jax.tree.leaves(rows)[0])
-    first = jax.tree.map(lambda one: jax.ShapeDtypeStruct(one.shape[1:], one.dtype), rows)
-    made = jax.eval_shape(fn, carry, first)[1]
-    start = lax.stop_gradient(after)  # All of it is overwritten.
-    stacks = jax.tree.map(lambda one: jnp.full((count, *one.shape), start, one.dtype), made)
-
-    def step(i: jax.Array, state: tuple[Any, Any]) -> tuple[Any, Any]:
-        carry, stacks = state
-        carry, made = fn(carry, jax.tree.map(lambda one: one[i], rows))
-        return carry, jax.tree.map(lambda stack, one: stack.at[i].set(one), stacks, made)
-
-    return lax.fori_loop(0, count, step, (carry, stacks))
 
 
 def _without_views(program: Program, kept: set[int]) -> frozenset[int]:

@@ -287,7 +287,8 @@ def _unlike(target: End, source: End, target_rows: _NamedRows, source_rows: _Nam
     (path, *_), (source_path, *_) = target[0], source[0]
     if target_rows.kind == "rows":
         how = (
-            "rows=mj.Rows.by_name(source_names, target_names) for words, "
+            "rows=mj.match_vocabulary(source_tokens, target_tokens) for words, "
+            "rows=mj.Rows.by_name(source_names, target_names) for labels, "
             "rows=mj.Rows.of_grids(source_grid, target_grid) "
             "for places in images, or rows='first' for row i from row i, as for positions in a text"
         )

@@ -18,6 +18,7 @@ import pytest
 
 import merge_jax as mj
 from benchmarks import scale
+from benchmarks.collectives import received_bytes
 from tests import ROOT
 
 pytestmark = pytest.mark.slow
@@ -64,11 +65,26 @@ def placements(state):
     return {"alike": alike, "num_split": num_split}
 
 
+def gathered_in_a_loop():
+    """What 8 devices receive where a matrix of 4 KiB that is split is multiplied whole in five rounds."""
+    mesh = mj.data_mesh(8)
+    split, whole = (jax.NamedSharding(mesh, jax.P(*axes)) for axes in (("data",), ()))
+
+    def rounds(x):
+        gather = lambda _, x: jax.lax.with_sharding_constraint(  # noqa: E731
+            jax.lax.with_sharding_constraint(x, whole) @ x, split
+        )
+        return jax.lax.fori_loop(0, 5, gather, x)
+
+    x = jax.ShapeDtypeStruct((32, 32), np.float32, sharding=split)
+    return received_bytes(jax.jit(rounds).lower(x).compile().as_text(), 8)
+
+
 def main(out):
     jax.config.update("jax_num_cpu_devices", 8)
     pair = tiny_pair()
     steps = {number: scale.compile_step(pair, number, batch_size=BATCH, length=LENGTH) for number in (1, 2, 8)}
-    found = {"bytes": {}, "placements": {}}
+    found = {"bytes": {}, "placements": {}, "received": gathered_in_a_loop()}
     for number, step in steps.items():
         memory = step.compiled.memory_analysis()
         found["bytes"][number] = {
@@ -138,6 +154,10 @@ def test_moments_lie_as_their_parameters_do(found, when):
     assert [path for path, alike in placements["alike"].items() if not alike] == []
     # Two of each: three kernels of a model; of the adapter one that is large, and the vector of all others.
     assert placements["num_split"] == {"source": 6, "target": 6, "adapter": 4}
+
+
+def test_collectives_of_a_loop_are_counted_in_the_compiler_s_text(found):
+    assert found["received"] == {"all-gather": 5 * 32 * 32 * 4 * 7 / 8}
 
 
 def test_what_was_restored_is_what_was_saved(found):

@@ -1,5 +1,8 @@
+import errno
+import os
 import shutil
 import threading
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import chex
@@ -64,24 +67,45 @@ def test_buffers_given_away_after_a_save_are_saved_as_they_were(tmp_path, monkey
 
 
 @pytest.mark.parametrize("ask", ["wait", "save", "close"])
-def test_what_went_wrong_while_writing_is_told_by_what_comes_next(tmp_path, monkeypatch, ask):
+@pytest.mark.parametrize("when", ["at once", "in the background"])
+def test_what_went_wrong_while_writing_is_told_by_what_comes_next(tmp_path, monkeypatch, ask, when):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, {"x": jnp.ones(3)}, score=0.5)
     checkpoints.wait()
 
     def full(*unused, **options):
-        raise OSError("no space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")  # As a write says it, without a name.
 
-    monkeypatch.setattr(checkpoints._steps._checkpointer, "save_async", full)
+    failing = {"at once": full, "in the background": lambda *unused, **options: SimpleNamespace(result=full)}
+    monkeypatch.setattr(checkpoints._steps._checkpointer, "save_async", failing[when])
     checkpoints.save(2, {"x": jnp.ones(3)}, score=0.9)
-    following = {"wait": checkpoints.wait, "close": checkpoints.close}
-    following["save"] = lambda: checkpoints.save(3, {"x": jnp.ones(3)})
-    with pytest.raises(OSError, match="no space left on device"):
+
+    def save_more():  # Where the first save fails in the background, the second one finds that as it begins to write.
+        checkpoints.save(3, {"x": jnp.ones(3)})
+        checkpoints.save(4, {"x": jnp.ones(3)})
+
+    following = {"wait": checkpoints.wait, "close": checkpoints.close, "save": save_more}
+    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}'"):
         following[ask]()
+    assert checkpoints.best_step == 1
     checkpoints.close()
     with Checkpoints(tmp_path) as again:
         assert again.steps == (1,)
         assert again.best_step == 1
+
+
+def test_saves_leave_no_threads_and_no_open_files(tmp_path):
+    def held():
+        return threading.active_count(), len(os.listdir("/proc/self/fd"))
+
+    with Checkpoints(tmp_path) as checkpoints:
+        for step in range(1, 8):
+            checkpoints.save(step, {"x": jnp.ones(3)})
+            if step == 2:  # The threads of the folder itself are there.
+                checkpoints.wait()
+                before = held()
+        checkpoints.wait()
+        assert held() == before
 
 
 def test_a_step_that_was_not_saved_is_not_the_best(tmp_path, monkeypatch):

@@ -208,10 +208,10 @@ def test_a_file_has_the_permissions_that_the_umask_gives(umask, tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("m.msgpack", r"\(\.msgpack, Flax\) are not read here: mj\.load_weights\('.*m\.msgpack'\) reads those"),
-        ("m.h5", r"\(\.h5, Keras\) are not read here: .*, and merge-jax convert .*m\.h5 new\.safetensors makes"),
-        ("m.pth", r"\(\.pth, PyTorch\) are not read"),
-        ("m.safetensors", "it is the pointer of Git LFS to one; git lfs pull fetches the file itself"),
+        ("m.msgpack", r"\(\.msgpack\) are not read here: mj\.load_weights\('.*m\.msgpack'\) reads those"),
+        ("m.h5", r"\(\.h5\) are not read here: .*, and merge-jax convert .*m\.h5 new\.safetensors makes"),
+        ("m.pth", r"\(\.pth\) are not read"),
+        ("m.safetensors", "it is the pointer of Git LFS to a file; git lfs pull fetches the file itself"),
     ],
 )
 def test_a_file_of_another_format_is_called_by_its_name_with_what_to_do(name, message, tmp_path):
@@ -256,7 +256,7 @@ ONE = '{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "truncated or no safetensors file"),
+        (b"", "no safetensors file: it is empty"),
         (b"12345", "truncated or no safetensors file"),
         (header(f'{{"a":{ONE}}}', b"\0" * 3), "truncated or no safetensors file"),
         (header(f'{{"a":{ONE}}}', b"\0" * 5), "truncated or no safetensors file"),

@@ -28,10 +28,16 @@ LITTLE += ["--checkpoint-every", "4", "--methods", "vanilla", "share"]
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Two runs that differ in an option, and what the first one printed."""
+    """Two runs; the second is the first one's seed 0, as if of another cycle."""
     folder = tmp_path_factory.mktemp("runs")
     run("cross_structure", folder / "one", *LITTLE)
-    run("cross_structure", folder / "two", *LITTLE, "--cycle", "2", "--seeds", "1")
+    shutil.copytree(folder / "one", folder / "two")
+    for name, options in (("config", {"cycle": 2, "seeds": 1}), ("plan", {"seeds": 1})):
+        file = folder / "two" / f"{name}.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | options))
+    for name in ("results", "opponents"):
+        file = folder / "two" / f"{name}.json"
+        file.write_text(json.dumps([row for row in json.loads(file.read_text()) if row["seed"] == 0]))
     return folder
 
 

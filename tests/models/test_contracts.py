@@ -22,6 +22,8 @@ MODELS = {
 }
 # One of each encoder and of each head.
 UNLIKE = ("vit", "bert", "distilbert, spans", "answerer", "dual")
+# Their encoders are those of the others.
+SLOW = ("distilbert, spans", "answerer")
 ENCODERS = ("encoder", "image_encoder", "text_encoder")
 LAST = {
     "vit": "classifier",
@@ -36,7 +38,7 @@ def of(*names):
     def row(name):
         model, initialised, inputs = MODELS[name]
         # Those of two encoders compile for as long as all others.
-        slow = pytest.mark.slow if len(names) > len(UNLIKE) and inputs is PAIRS else ()
+        slow = pytest.mark.slow if names == UNLIKE and name in SLOW else ()
         return pytest.param(model, initialised, inputs, id=name, marks=slow)
 
     return pytest.mark.parametrize(("model", "initialised", "inputs"), list(map(row, names)))

@@ -138,6 +138,8 @@ def test_a_head_of_other_classes_is_kept_whole(architecture, tmp_path):
     tensors = tensors_of(architecture, "classes")
     params = params_of(model_of(architecture, "classes", classes=5))
     assert models.from_huggingface(write(tmp_path, tensors), params).kept == ("classifier/bias", "classifier/kernel")
+    with pytest.raises(ValueError, match=r"classifier/kernel in the model's shape, .*: give what model\.init"):
+        models.from_huggingface(tmp_path / "model.safetensors", jax.eval_shape(lambda: params))
     # No kernel is taken without its bias.
     del tensors["classifier.bias"]
     params = params_of(model_of(architecture, "classes"))
@@ -196,7 +198,7 @@ def test_a_file_that_does_not_fit_is_refused(architecture, options, message, tmp
 def test_another_model_is_told_before_numbers_are_read(architecture, options, message, tmp_path, monkeypatch):
     path = write(tmp_path, tensors_of("bert", None))
     path.with_name("config.json").write_text('{"num_attention_heads": 2}')
-    monkeypatch.setattr(huggingface, "load_safetensors", lambda path: pytest.fail("numbers are read"))
+    monkeypatch.setattr(huggingface, "load_weights", lambda path: pytest.fail("numbers are read"))
     with pytest.raises(ValueError, match=message):
         models.from_huggingface(path, params_of(model_of(architecture, None, **options)))
 

@@ -121,6 +121,8 @@ def test_a_last_layer_that_is_not_there_or_of_other_classes_is_kept(tmp_path):
         assert (set(loaded.kept), set(loaded.left)) == ({"params/fc/kernel", "params/fc/bias"}, set(left))
         assert float(loaded.variables["params"]["fc"]["kernel"].min()) == 7
         assert float(loaded.variables["params"]["stem"]["kernel"].max()) < 7
+        with pytest.raises(ValueError, match=r"fc/kernel in the model's shape, .*: give what model\.init"):
+            from_pytorch(write(tmp_path, tensors), shapes_of("basic"))
 
 
 @pytest.mark.parametrize(

@@ -311,7 +311,7 @@ def test_what_no_tensor_tells_has_to_be_given(tmp_path):
     with pytest.raises(ValueError, match=r"num_heads is 4, .* has 2"):
         vision_transformer_of(path, num_heads=4)
     for tensors in ({"fc.weight": np.ones((2, 2))}, without("cls")(tensors_of("big_vision"))):
-        with pytest.raises(ValueError, match="it is of no ViT with a class token of timm, big_vision or vision_trans"):
+        with pytest.raises(ValueError, match="it is of no ViT with a class token of timm, big_vision, vision_trans"):
             vision_transformer_of(write(tmp_path, tensors))
 
 

@@ -98,7 +98,7 @@ def test_the_loss_is_the_tasks_and_the_disagreement():
 @pytest.mark.slow
 def test_the_adapter_learns_from_the_features():
     source, target, (of_source, of_target), batch = models()
-    transfer = mj.lpka_transfer({"first/kernel": "first/kernel"}, num_layers=1, output="residual")
+    transfer = mj.linear_operator_transfer({"first/kernel": "first/kernel"})
     teacher = mj.features_teacher(source.apply, ["features"])
 
     def gradient(weight):
@@ -113,7 +113,7 @@ def test_the_adapter_learns_from_the_features():
             target_params=of_target["params"],
             target_state=split(of_target)[1],
         )
-        step = mj.make_joint_step(None, task, transfer, cycle=1, teacher=teacher)
+        step = jax.jit(mj.make_joint_step(None, task, transfer, cycle=1, teacher=teacher))
         return step(state, {"target": batch})[1]["adapter/gradient_norm"]
 
     assert gradient(100.0) > 3 * gradient(0.0)

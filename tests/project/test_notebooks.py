@@ -14,7 +14,6 @@ from contextlib import contextmanager
 
 import nbformat
 import pytest
-from nbclient import NotebookClient
 
 from tests import ROOT
 
@@ -42,6 +41,8 @@ def environment():
 
 def execute(path, folder):
     """Runs a notebook in a folder, a new kernel each; raises where a cell does."""
+    from nbclient import NotebookClient  # Of the extra `dev`, which the default tests do without.
+
     notebook = nbformat.read(path, as_version=4)
     with environment():
         client = NotebookClient(

@@ -20,7 +20,7 @@ import pytest
 
 import merge_jax as mj
 from merge_jax.checkpoints.orbax import Checkpoints
-from merge_jax.checkpoints.safetensors import read_json as read_json_beside_weights
+from merge_jax.checkpoints.shards import read_json as read_json_beside_weights
 from merge_jax.data import (
     WordPiece,
     load_clevr,
@@ -155,14 +155,14 @@ def test_pickled_weights_are_refused_by_name(suffix, trap, tmp_path):
     if suffix not in (".pt", ".bin") or importlib.util.find_spec("torch"):
         with pytest.raises(ValueError, match=refusal):
             mj.load_weights(file, like=like)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, ImportError), match=rf"{refusal}|read by PyTorch, which is not installed"):
         from_huggingface(
             file, {"layer_0": {"attention": {"query": {"kernel": np.ones((4, 2, 2), np.float32)}}}, **_ENCODER}
         )
     # Under another name its content is none of weights; beside others it is not looked at.
     other = tmp_path / "model.safetensors"
     other.write_bytes(file.read_bytes())
-    with pytest.raises(ValueError, match="truncated or no safetensors file"):
+    with pytest.raises(ValueError, match=r"no safetensors file: (it is (a pick|one a)|.*\(a zip archive\) are not)"):
         mj.load_safetensors(other)
     other.unlink()
     with pytest.raises(FileNotFoundError, match="has neither"):

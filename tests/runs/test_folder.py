@@ -1,11 +1,16 @@
 import json
 import math
+import os
 import re
+import struct
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
+from merge_jax.runs import events
 from merge_jax.runs import folder as runs
 from merge_jax.runs.folder import MetricsLog, RunFolder, check_space, numbered_folder
 
@@ -163,6 +168,54 @@ def test_metrics_are_one_record_a_report_and_rewind_to_a_step(tmp_path):
         {"run": "b", "step": 10, "target/loss": "nan"},
     ]
     assert list((tmp_path / "tensorboard" / "a").iterdir())
+
+
+def events_of(path):
+    """The events of a file of TensorBoard: each has its length in 8 bytes, a sum of 4, itself, and a sum of 4."""
+    content, found = path.read_bytes(), []
+    while content:
+        (length,) = struct.unpack("Q", content[:8])
+        found.append(Event.FromString(content[12 : 12 + length]))
+        content = content[length + 16 :]
+    return found
+
+
+def test_events_are_scalars_and_those_of_a_later_start_hide_what_went_after_it(tmp_path):
+    log = MetricsLog(RunFolder.open(tmp_path, CONFIG, resume=False))
+    with log.writer("a", 5) as writer:
+        writer.write(6, {"target/loss": 1.5, "source/loss": 2.0})
+    (file,) = (tmp_path / "tensorboard" / "a").iterdir()
+    version, start, *scalars = events_of(file)
+    assert version.file_version == "brain.Event:2"
+    assert (start.step, start.session_log.status) == (6, SessionLog.START)
+    found = [(event.step, value.tag, value.simple_value) for event in scalars for value in event.summary.value]
+    assert found == [(6, "target/loss", 1.5), (6, "source/loss", 2.0)]
+
+
+@pytest.mark.parametrize("full", ["events", "records"])
+def test_a_full_disk_ends_the_run_and_is_named(tmp_path, monkeypatch, full):
+    """By tensorboardX's own writer it was the eleventh scalar that waited for ever."""
+    monkeypatch.setattr(events, "_FLUSH", 0)
+    log = MetricsLog(RunFolder.open(tmp_path, CONFIG, resume=False))
+    message = rf"No space left on device: '{'/dev/full' if full == 'records' else tmp_path / 'tensorboard' / 'a'}'"
+
+    def write_to_full_disk():
+        with log.writer("a", 0) as writer:
+            if full == "records":
+                monkeypatch.setattr(writer, "_path", Path("/dev/full"))
+            else:
+                with open("/dev/full", "wb") as device:
+                    os.dup2(device.fileno(), writer._events._writer._writer.fileno())
+            writer.write(1, {f"loss {i}": 1.0 for i in range(30)})
+
+    with pytest.raises(OSError, match=message):
+        write_to_full_disk()
+
+
+def test_a_folder_whose_process_was_killed_as_it_made_it_is_as_good_as_new(tmp_path):
+    (tmp_path / "run.lock").write_text("")
+    (tmp_path / "config.json.part").write_text('{"ste')
+    assert RunFolder.open(tmp_path, CONFIG, resume=False).read_json("config.json", {})["steps"] == 10
 
 
 def test_a_record_that_was_cut_off_is_forgotten(tmp_path):

@@ -4,17 +4,13 @@ import json
 import os
 import shlex
 import shutil
-import signal
-import subprocess
-import sys
-import time
-from types import SimpleNamespace
 
 import jax
 import pytest
 
 import merge_jax.study.grid_runner
 from merge_jax.checkpoints.orbax import Checkpoints
+from merge_jax.runs import compare
 from merge_jax.study import ablation
 from merge_jax.study.cli import main
 from merge_jax.study.sources import control_source
@@ -82,6 +78,22 @@ def test_a_study_leaves_what_a_reader_needs(little, capsys):
     assert [path.parent.parent.name for path in folder.glob("digits/*/checkpoints/source-seed0")] == ["vanilla"]
 
 
+def test_a_study_is_compared_while_it_runs(little, tmp_path):
+    """By the folders of its runs that have results so far."""
+    folder = tmp_path / "study"
+    shutil.copytree(little[0], folder)
+    (folder / "digits" / "seldom" / "results.json").unlink()
+    text = compare([folder]).text
+    rows = [line.split()[:2] for line in text.splitlines() if line.lstrip().startswith(("vanilla ", "shuffled "))]
+    assert rows[0] == ["vanilla", "vanilla"]
+    assert ["shuffled", "share"] in rows
+    assert "seldom" not in text
+    for file in folder.glob("digits/*/results.json"):
+        file.unlink()
+    with pytest.raises(ValueError, match=r"no run of the study .* has results yet"):
+        compare([folder])
+
+
 def test_a_study_goes_on_where_it_was(little, tmp_path, capsys):
     """In whatever folder: what is done stays, a run that was begun goes on, and one that is missing is run."""
     folder, path, results = little
@@ -109,98 +121,6 @@ def test_a_run_in_a_process_of_its_own_gives_what_one_in_this_does(little, tmp_p
     _, path, results = little
     found = study(path, tmp_path / "study", "--jobs", "2", "--only", "vanilla")
     assert scores(found) == {key: value for key, value in scores(results).items() if key[0] in ("vanilla", "share")}
-
-
-@two_cores
-@pytest.mark.parametrize(
-    ("slow", "failing", "expected"),
-    [
-        ("vanilla", None, ["vanilla", "longer", "longest", "shuffled", "seldom"]),
-        ("longer", None, ["vanilla", "longer", "longest", "shuffled", "seldom"]),
-        ("longer", "vanilla", ["vanilla", "longer", "longest"]),
-    ],
-)
-def test_of_two_jobs_those_that_train_a_source_come_first(
-    slow, failing, expected, tmp_path, untraced, monkeypatch, capsys
-):
-    """Those that read it wait until it is there, and are not run where it failed."""
-    begun, at_once = [], []
-
-    def start(one, cores):
-        name = one.folder.path.name
-        ended = {other for other, process in begun if process.poll() is not None}
-        at_once.append(len(begun) - len(ended) + 1)
-        assert one.base is None or one.base.removeprefix("digits/") in ended
-        one.log.parent.mkdir(parents=True, exist_ok=True)
-        one.log.write_text("half\r\nthe last line\n")
-        code = f"import time, sys; time.sleep({1 if name == slow else 0}); sys.exit({int(name == failing)})"
-        begun.append((name, subprocess.Popen([sys.executable, "-S", "-c", code])))
-        return begun[-1][1]
-
-    monkeypatch.setattr(merge_jax.study.grid_runner, "_start", start)
-    monkeypatch.setattr(merge_jax.study.grid_runner, "write_report", lambda *arguments: "")
-    rows = "[rows.{}]\nmethod = 'share'\noptions = {{ source_steps = {} }}\n"
-    path = write(tmp_path, LITTLE + rows.format("longer", 6) + rows.format("longest", 8))
-    words = [str(path), "--run-dir", str(tmp_path / "study"), "--jobs", "2"]
-    if failing is None:
-        ablation.main("experiments.ablation", None, words)
-    else:
-        with pytest.raises(SystemExit) as stopped:
-            ablation.main("experiments.ablation", None, words)
-        assert stopped.value.code == 1
-        printed = capsys.readouterr().out
-        assert "vanilla.log: the last line" in printed
-        assert printed.count("the run that trains its source, digits/vanilla, failed") == 2
-    assert [name for name, _ in begun] == expected
-    assert max(at_once) == 2
-
-
-@two_cores
-@pytest.mark.parametrize("heard", [True, False])
-def test_processes_end_with_a_study_that_is_interrupted(heard, tmp_path, untraced, monkeypatch):
-    begun = []
-    disposition = "default_int_handler" if heard else "SIG_IGN"
-    code = f"import signal, time; signal.signal(signal.SIGINT, signal.{disposition}); print(flush=True); time.sleep(60)"
-
-    def start(one, cores):
-        process = subprocess.Popen(
-            [sys.executable, "-S", "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-        )
-        process.stdout.readline()  # Now it hears, or not.
-        process.stdout.close()
-        begun.append(process)
-        return process
-
-    def interrupt(seconds):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(merge_jax.study.grid_runner, "_start", start)
-    monkeypatch.setattr(merge_jax.study.grid_runner, "_PATIENCE", 10 if heard else 0.2)
-    monkeypatch.setattr(
-        merge_jax.study.grid_runner, "time", SimpleNamespace(sleep=interrupt, perf_counter=time.perf_counter)
-    )
-    handler = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(SystemExit) as stopped:
-        study(write(tmp_path, LITTLE), tmp_path / "study", "--jobs", "2")
-    assert stopped.value.code == 130
-    assert [process.poll() for process in begun] == [-signal.SIGINT if heard else -signal.SIGTERM]
-    assert signal.getsignal(signal.SIGTERM) is handler
-
-
-def test_a_process_is_held_to_its_cores_from_the_start(tmp_path):
-    if not hasattr(os, "sched_getaffinity"):
-        pytest.skip("processes cannot be held to cores here")
-    before = os.sched_getaffinity(0)
-    core = max(before)
-    one = SimpleNamespace(
-        config=SimpleNamespace(compilation_cache="default"),
-        log=tmp_path / "run.log",
-        command=["python", "-c", "import os; print(os.sched_getaffinity(0))"],
-        begun=False,
-    )
-    assert merge_jax.study.grid_runner._start(one, {core}).wait() == 0
-    assert one.log.read_text().strip() == f"{{{core}}}"
-    assert os.sched_getaffinity(0) == before
 
 
 def test_cores_are_shared_among_jobs(monkeypatch):

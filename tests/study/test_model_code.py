@@ -1,10 +1,12 @@
 import importlib
 import typing
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 import merge_jax as mj
 from merge_jax.study.choices import ImageModelName, VisionModelName
@@ -60,3 +62,31 @@ def test_the_code_computes_what_the_model_does():
     _, apply = made(model_code(model, {"jnp.zeros((1, 8, 8, 3))": "images"}, pixels))
     expected = mj.on_pixels(model.apply, *pixels)(variables, images)
     np.testing.assert_allclose(apply(variables, images), expected, rtol=1e-5, atol=1e-6)
+
+
+class Own(nn.Module):
+    activation: Callable = nn.relu
+    norm: nn.Module | None = None
+
+    @nn.compact
+    def __call__(self, x):
+        return self.activation(nn.Dense(3)(self.norm(x)))
+
+
+def test_a_model_of_ones_own_is_imported_from_where_it_is():
+    model = Own(nn.gelu, nn.LayerNorm(use_bias=False))
+    code = model_code(model, {"jnp.zeros((1, 4))": "numbers"})
+    like, apply = made(code)
+    variables = jitted_init(model, 0, jnp.zeros((1, 4)))
+    assert shapes(like) == shapes(variables)
+    np.testing.assert_array_equal(apply(variables, jnp.ones((2, 4))), model.apply(variables, jnp.ones((2, 4))))
+    assert "from tests.study.test_model_code import Own\n" in code
+    assert "mj.models" not in code
+
+
+def test_a_class_that_no_import_reaches_is_told():
+    class Hidden(Own):
+        pass
+
+    code = model_code(Hidden(norm=nn.LayerNorm()), {"jnp.zeros((1, 4))": "numbers"})
+    assert ".Hidden is of tests.study.test_model_code; no import reaches it." in code

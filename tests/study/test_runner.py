@@ -191,17 +191,7 @@ def test_a_run_with_mergenet_of_another_version_is_another_run():
 
 
 @pytest.mark.slow
-def test_an_image_classifier_of_one_family_gives_to_one_of_another(tmp_path):
-    words = ["smoke", "--steps", "4", "--source-steps", "4", "--report-every", "2", "--checkpoint-every", "4"]
-    words += ["--num-heads", "1", "--methods", "kd", "mergenet_warm"]
-    results, found = run("cross_structure", tmp_path / "run", *words)
-    assert [result["method"] for result in results] == ["kd", "mergenet_warm"]
-    assert found[-1]["adapter/gate/fc/kernel"] != 0
-    assert all(np.isfinite(record["target/loss"]) for record in found)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("options", [(), ("--parallel", "pmap"), ("--shard-state",)])
+@pytest.mark.parametrize("options", [("--parallel", "pmap"), ("--shard-state",)])
 def test_a_run_begun_on_five_devices_goes_on_on_one(unbroken, tmp_path, options):
     folder = tmp_path / "run"
     stopped = start(*TEN_STEPS, "--run-dir", folder, *options, program=("-c", INTERRUPTED), devices=5)
@@ -227,7 +217,7 @@ def test_a_batch_that_does_not_divide_among_the_devices_is_refused(tmp_path):
 SMALL_NETWORKS = [
     *("--source-model", "small_resnet", "--target-model", "small_mobilenet_v2", "--stages", "1"),
     *("--routes", "fc/kernel=fc/kernel", "--num-layers", "1", "--num-heads", "1", "--seeds", "1"),
-    *("--epochs", "2", "--batch-size", "4"),
+    *("--epochs", "2", "--batch-size", "4", "--cycle", "1", "--stop", "1.0"),
 ]
 
 
@@ -239,9 +229,10 @@ def test_the_short_preset_trains_on_an_archive_of_cifar100(tmp_path):
     results, found = run(
         *("cross_structure", tmp_path / "run", "short", "--data-dir", tmp_path / "data"),
         *("--validation", "0", "--image-size", "8", *SMALL_NETWORKS),
-        *("--methods", "vanilla", "rkd", "dkd", "nkd", "mergenet_warm_kd", "--dtype", "bfloat16"),
+        *("--methods", "dkd", "mergenet_warm_nkd", "--dtype", "bfloat16"),
     )
-    assert [result["method"] for result in results] == ["vanilla", "rkd", "dkd", "nkd", "mergenet_warm_kd"]
+    assert [result["method"] for result in results] == ["dkd", "mergenet_warm_nkd"]
+    assert found[-1]["adapter/gate/fc/kernel"] != 0
     steps = sorted({record["step"] for record in found})
     assert len(steps) == 2
     assert steps[1] == 2 * steps[0]
@@ -255,7 +246,7 @@ def test_a_folder_of_images_is_data_too(tmp_path, capsys):
     run(
         *("cross_structure", tmp_path / "run", "--data", tmp_path / "images"),
         *("--validation", "0", "--labels", "None", *SMALL_NETWORKS),
-        *("--methods", "vanilla", "--report-every", "1", "--checkpoint-every", "1"),
+        *("--methods", "vanilla", "--source", "live", "--report-every", "1", "--checkpoint-every", "1"),
     )
     assert "vanilla" in capsys.readouterr().out
 

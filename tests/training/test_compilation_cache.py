@@ -10,11 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 
-import merge_jax.study.grid_runner
 from experiments import cross_structure
 from merge_jax.commands import doctor
 from merge_jax.study.cli import main, parse
 from merge_jax.study.contents import run_identity
+from merge_jax.study.grid_queue import Job
 from merge_jax.training import compilation_cache
 
 _COMPILES = """
@@ -134,15 +134,12 @@ def test_the_cache_is_no_part_of_what_a_run_is():
 @pytest.mark.parametrize(
     ("choice", "options"), [("default", []), ("none", ["--compilation-cache", "none"])], ids=["default", "none"]
 )
-def test_the_processes_of_a_study_have_its_cache(choice, options, tmp_path, monkeypatch):
-    commands = []
-    monkeypatch.setattr(
-        merge_jax.study.grid_runner.subprocess, "Popen", lambda command, **options: commands.append(command)
-    )
-    config = SimpleNamespace(compilation_cache=choice)
-    one = SimpleNamespace(config=config, log=tmp_path / "log", command=["python", "-m", "m", "smoke"], begun=False)
-    merge_jax.study.grid_runner._start(one, set())
-    assert commands[0][1:] == ["-m", "m", "smoke", *options]
+def test_the_processes_of_a_study_have_its_cache(choice, options, tmp_path):
+    config = SimpleNamespace(compilation_cache=choice, run_dir=tmp_path)
+    run = SimpleNamespace(setting=SimpleNamespace(experiment="tests.tiny"))
+    one = Job(run, config, config, ("smoke",), None)
+    assert one.command(None).words == ("smoke", *options)
+    assert one.words == ["python", "-m", "tests.tiny", "smoke"]
 
 
 def test_the_doctor_tries_the_cache(monkeypatch, tmp_path):

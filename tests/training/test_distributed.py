@@ -2,6 +2,7 @@ import socket
 import threading
 import time
 
+import jax
 import pytest
 
 import merge_jax as mj
@@ -27,8 +28,27 @@ def test_a_wrong_address_or_number_is_refused(arguments, message):
 
 def test_a_coordinator_that_is_not_there_is_named_in_time():
     address = f"localhost:{helpers.free_port()}"
-    with pytest.raises(TimeoutError, match=rf"process 1 of 2 found no coordinator at {address} within 0.3 s"):
-        mj.training.connect(address, 2, 1, timeout=0.3)
+    message = rf"process 1 of 2 found no coordinator at {address} within 0.3 s \(.*refused\): start process 0 first"
+    with pytest.raises(TimeoutError, match=message):
+        mj.training.connect(address, 2, 1, answer_within=0.3)
+
+
+def test_a_coordinator_that_answers_is_waited_for_as_long_as_the_others_may_take():
+    with socket.create_server(("localhost", 0)) as server:
+        address = f"localhost:{server.getsockname()[1]}"
+        with pytest.raises(TimeoutError, match=rf"process 1 of 3 has waited 0.5 s at {address}, and not all others"):
+            mj.training.connect(address, 3, 1, timeout=0.5, answer_within=0.2)
+
+
+def test_where_no_cluster_is_found_or_half_of_an_address_is_given_it_is_refused(monkeypatch):
+    def initialize(*unused, **options):
+        raise ValueError("coordinator_address should be defined.")  # As JAX says it; nothing is asked of this machine.
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    with pytest.raises(ValueError, match=r"JAX finds no cluster .* \(coordinator_address should be defined.\): .*srun"):
+        mj.training.connect()
+    with pytest.raises(ValueError, match=r"by all of address, num_processes and process_id, .* got 'a:1', 2 and None"):
+        mj.training.connect("a:1", 2)
 
 
 def test_processes_that_do_not_come_are_named():
@@ -49,7 +69,8 @@ def test_processes_meet_whoever_comes_first_and_strangers_are_passed_over():
     deadline = time.monotonic() + 20
 
     def join(process_id):
-        came.append((process_id, _await_coordinator("localhost", port, process_id, deadline)))
+        _await_coordinator("localhost", port, process_id, 3, deadline, 20, 20)
+        came.append(process_id)
 
     threads = [threading.Thread(target=join, args=(process_id,)) for process_id in (1, 2)]
     threads[0].start()  # Before process 0 listens.
@@ -67,5 +88,5 @@ def test_processes_meet_whoever_comes_first_and_strangers_are_passed_over():
         threads[1].start()
         for thread in (*threads, zero):
             thread.join(timeout=20)
-    assert sorted(came) == [(1, True), (2, True)]
+    assert sorted(came) == [1, 2]
     assert gathered == [set()]

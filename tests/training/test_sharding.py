@@ -38,13 +38,15 @@ def outcomes(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def outcomes_of_two(outcomes, tmp_path_factory):
-    """The same of two processes, which also read what one process of eight devices saved."""
-    out, address = tmp_path_factory.mktemp("processes"), f"localhost:{helpers.free_port()}"
+def outcomes_of_processes(outcomes, tmp_path_factory):
+    """The same of two processes, then of four; each reads what those before saved, the first one process of eight."""
+    out = tmp_path_factory.mktemp("processes")
     finish(start(out, 8, "jit8"))
-    pair = [start(out, 2, "jit2", address, 2, process_id) for process_id in (0, 1)]
-    for process in pair:
-        finish(process)
+    for number, modes in ((2, "jit2,sharded2"), (4, "sharded4")):
+        address = f"localhost:{helpers.free_port()}"
+        group = [start(out, number, modes, address, number, process_id) for process_id in range(number)]
+        for process in group:
+            finish(process)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", mj.checkpoints.NotBitExactWarning)
         devices.train(out, "again", 1)
@@ -59,11 +61,14 @@ def test_many_devices_give_the_losses_of_one(outcomes, name):
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_losses_of_one_and_read_and_write_what_one_does(outcomes_of_two):
-    found, expected = (outcomes_of_two[name]["losses"] for name in ("jit2", "jit1"))
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
-    for reader, writer in (("jit2", "jit8"), ("again1", "jit2")):
-        assert outcomes_of_two[reader]["restored"][f"checkpoints-{writer}"] == [5, 5, True]
+def test_processes_give_the_losses_of_one_and_read_and_write_what_other_numbers_of_them_do(outcomes_of_processes):
+    found = {name: outcomes_of_processes[name] for name in ("jit1", "jit2", "sharded2", "sharded4", "again1")}
+    for name in ("jit2", "sharded2", "sharded4"):
+        np.testing.assert_allclose(found[name]["losses"], found["jit1"]["losses"], rtol=1e-5, atol=1e-5)
+    assert [found[name]["share"] for name in ("jit2", "sharded2", "sharded4")] == [1, 1 / 2, 1 / 4]
+    pairs = [("jit2", "jit8"), ("sharded4", "jit2"), ("sharded4", "sharded2"), ("again1", "sharded4")]
+    for reader, writer in pairs:
+        assert found[reader]["restored"][f"checkpoints-{writer}"] == [5, 5, True]
 
 
 def test_training_moves_the_losses_and_the_adapter_learns_at_every_second_step(outcomes):

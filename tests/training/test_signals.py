@@ -115,11 +115,10 @@ def test_without_a_signal_the_last_step_is_the_last(tmp_path):
         assert checkpoints.steps == (10, 20)
 
 
-def pair(mode, folder):
-    """What two processes that run tests/peers.py together ended with and printed, and how long it took."""
+def start_pair(mode, folder):
+    """Two processes that run tests/peers.py together."""
     address = f"localhost:{helpers.free_port()}"
-    begun = time.monotonic()
-    both = [
+    return [
         subprocess.Popen(
             [sys.executable, "-m", "tests.peers", mode, str(folder), address, str(process_id)],
             cwd=ROOT,
@@ -129,6 +128,12 @@ def pair(mode, folder):
         )
         for process_id in (0, 1)
     ]
+
+
+def pair(mode, folder):
+    """What two processes ended with and printed, and how long it took."""
+    begun = time.monotonic()
+    both = start_pair(mode, folder)
     outputs = [process.communicate(timeout=200)[0] for process in both]
     return [process.returncode for process in both], outputs, time.monotonic() - begun
 
@@ -158,6 +163,23 @@ def test_where_one_of_two_dies_the_other_ends_in_seconds_and_says_why(tmp_path, 
         step, state = checkpoints.restore_latest(Counter(jax.numpy.int32(0), jax.numpy.zeros(8)))
     assert step == 2
     np.testing.assert_array_equal(state.total, np.full(8, 2.0))
+    if mode == "killed":  # It has no time to say so itself.
+        assert "error: process 1 of 2 was ended from outside" in outputs[1]
+        assert "start both again" in outputs[1]
+
+
+@pytest.mark.slow
+def test_where_process_0_is_frozen_the_other_is_aborted_and_our_message_comes_all_the_same(tmp_path):
+    frozen, other = start_pair("frozen", tmp_path)
+    try:
+        output, _ = other.communicate(timeout=100)
+    finally:
+        frozen.kill()
+        frozen.communicate()
+    assert other.returncode == -signal.SIGABRT, output
+    assert "error: process 1 of 2 was ended from outside, or by JAX as another one has gone; start both" in output
+    with pytest.warns(NotBitExactWarning), Checkpoints(tmp_path, read_only=True) as checkpoints:
+        assert checkpoints.restore_latest(Counter(jax.numpy.int32(0), jax.numpy.zeros(8)))[0] == 2
 
 
 @pytest.mark.slow

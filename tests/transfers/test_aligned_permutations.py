@@ -29,12 +29,10 @@ PAIRS = {
         ),
         (IMAGES,),
     ),
-    "vit": (lambda size: mj.models.ImageClassifier(SEEN[size], 3), (IMAGES,)),
     "encoder": (TEXT.get, (TOKENS,)),
     "narrow heads": (lambda size: ENCODER(8 * size, 1, 2, 12 * size), (TOKENS,)),
     "one head": (lambda size: ENCODER(8 * size, 1, size**2, 12 * size), (TOKENS,)),
     "text": (lambda size: mj.models.TextClassifier(TEXT[size], 3), (TOKENS,)),
-    "spans": (lambda size: mj.models.SpanExtractor(TEXT[size]), (TOKENS,)),
     "answers": (lambda size: mj.models.VisualAnswerer(SEEN[size], TEXT[size], 3, 1, 2), (IMAGES, TOKENS)),
     "retrieval": (lambda size: mj.models.DualEncoder(SEEN[size], TEXT[size], 6), (IMAGES, TOKENS)),
 }

@@ -97,14 +97,13 @@ TABLE = {
     "lpka published form": lambda: Row(
         mj.lpka_transfer(DENSE, num_layers=1, num_heads=2, output="published"), OF_DENSE
     ),
-    "lpka residual, shared": lambda: Row(lpka(DENSE, output="residual", shared=True), OF_DENSE),
+    "lpka residual, shared, rank": lambda: Row(lpka(DENSE, output="residual", shared=True, rank=3), OF_DENSE),
     "lpka warm": lambda: Row(lpka(DENSE, output="warm"), OF_DENSE),
     "lpka of two shapes": lambda: Row(lpka({**ONE, "norm/0": "dense/1/kernel"}), (*OF_ONE, "norm/0")),
     "lpka of a pattern, in chunks": lambda: Row(lpka({"dense/*/kernel": "dense/1/kernel"}, max_scores=30), OF_DENSE),
     "lpka of several leaves, narrow": lambda: Row(
         lpka({"dense/0/kernel": "dense/*/kernel"}, max_width=4, max_hidden=3), OF_ONE
     ),
-    "lpka rank": lambda: Row(lpka(DENSE, rank=3, output="residual"), OF_DENSE),
     "lpka convolution, gate fixed": lambda: Row(lpka(CONV, view="convolution", gate=0.5, output="residual"), OF_CONV),
     "lpka attention": lambda: Row(lpka(ATTENTION, view="attention", output="published"), OF_ATTENTION),
     "lpka gate on a schedule, without norms and dropout": lambda: Row(
@@ -161,11 +160,9 @@ TABLE = {
 # Without jit an LPKA is hundreds of programs: one row of it is run so.
 WITHOUT_JIT = [name for name in TABLE if not name.startswith("lpka") or name == "lpka of a pattern, in chunks"]
 
-# So are seeds side by side of two rows more; of the others in the tests that take long.
-SIDE_BY_SIDE = [
-    pytest.param(name, marks=[] if name in (*WITHOUT_JIT, "lpka warm", "lpka attention") else pytest.mark.slow)
-    for name in TABLE
-]
+# Of each kind of transfer and of combinator that can hold a seed's numbers apart, one.
+SIDE_BY_SIDE = ["lpka warm", "lpka attention", "mlp", "weight selection", "linear operators", "parameter generator"]
+SIDE_BY_SIDE += ["optimal transport", "aligned", "chain", "several sources", "without source", "replayed"]
 
 every_row = pytest.mark.parametrize("name", TABLE)
 

@@ -220,7 +220,7 @@ def test_a_second_refit_of_the_same_functions_and_shapes_compiles_nothing(monkey
     refit(0)
     second = refit(7)
     (kept,) = programs.values()
-    assert kept.run._cache_size() == 1
+    assert kept.compiled._cache_size() == 1
     other = refit(7, lambda *of: run(*of))  # Another function is another program.
     assert len(programs) == 2
     np.testing.assert_allclose(second, other, rtol=1e-5)

@@ -69,7 +69,7 @@ REFUSING = {
 def test_words_are_not_matched_by_their_number(name):
     transfer = REFUSING[name]({PATH: PATH})
     with pytest.raises(
-        ValueError, match=r"^give Route\('word/embedding', .*\) rows=mj.Rows.by_name.* has 6 rows, .* 5, and"
+        ValueError, match=r"^give Route\('word/embedding', .*\) rows=mj.match_vocabulary.* has 6 rows, .* 5, and"
     ):
         transfer.init(jax.random.key(0), SOURCE, TARGET)
 
@@ -238,9 +238,28 @@ def test_a_vision_transformer_takes_positions_and_patches_of_another():
     np.testing.assert_array_equal(merged[position][0], mj.flatten(source)[position][0, :4])
 
 
+def test_tokens_of_two_vocabularies_meet_in_padded_tables_too():
+    source, target = ["[PAD]", "the", "##s", "##ing"], {"the": 2, "##ing": 1, "[PAD]": 0, "cat": 3}
+    rows = mj.match_vocabulary(source, target, source_rows=6, target_rows=8)
+    assert (rows.made, rows.counts) == ((0, 1, 2), (8, 6))
+    table = {"word": {"embedding": jnp.arange(12.0).reshape(6, 2)}}
+    merged = mj.share_transfer([mj.Route(PATH, PATH, rows=rows)]).apply(
+        {}, table, {"word": {"embedding": -jnp.ones((8, 2))}}
+    )
+    expected = [[0, 1], [6, 7], [2, 3], *[[-1, -1]] * 5]
+    np.testing.assert_array_equal(merged["word"]["embedding"], expected)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: mj.match_vocabulary(["a", "a"], ["a"]), "'a' appears twice among those of the source"),
+        (
+            lambda: mj.match_vocabulary(["ing", "##ing"], ["ing", "Ġing"]),
+            "that of the source marks the inside of words by '##' and that of the target marks their starts by 'Ġ'",
+        ),
+        (lambda: mj.match_vocabulary(["ing", "▁a"], ["ing"]), "that of the target marks neither"),
+        (lambda: mj.match_vocabulary(["a", "b"], ["a"], source_rows=1), "source_rows is 1, but the source has 2"),
         (lambda: mj.Rows.by_name(["a", "a"], ["a"]), "'a' appears twice among those of the source"),
         (lambda: mj.Rows.by_name(["a"], ["b"]), "must have a name in common"),
         (lambda: mj.Rows.by_index([0, 3], 3), "those of 3 rows of the source, or -1; got 3"),

@@ -1,6 +1,7 @@
 """GGUF: weights of llama.cpp; what is quantised comes as float32, axes in the order of PyTorch."""
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,28 +10,37 @@ import jax.numpy as jnp
 import numpy as np
 
 from merge_jax.checkpoints.names import paths_of
+from merge_jax.checkpoints.shards import only_file
 from merge_jax.checkpoints.weights.stored import Format, Stored, needing, reading
 
 __all__ = ["GGUF"]
 
 _PLAIN = {"F16": "float16", "F32": "float32", "F64": "float64", "BF16": "bfloat16"}
+_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 _PLAIN |= {f"I{bits}": f"int{bits}" for bits in (8, 16, 32, 64)}
 
 
 def _detect(path: Path, head: bytes) -> bool:
-    del path
-    return head.startswith(b"GGUF")
+    return head.startswith(b"GGUF") or (path.is_dir() and any(path.glob("*.gguf")))
 
 
 def _open(path: Path) -> Stored:
+    files = list(path.glob("*.gguf"))
+    path = only_file(path, [file for file in files if not _is_later_part(file)] or files[:1]) or path
     try:
         import gguf  # pyright: ignore[reportMissingImports]  # Not at the top: it is optional.
     except ImportError:
         raise needing(path, "gguf", "gguf") from None
-    # The library computes with the numbers of a broken header, and NumPy warns of them before it raises.
-    with reading(path, "GGUF file"), np.errstate(all="ignore"):
-        reader = gguf.GGUFReader(path)
-        tensors = {str(tensor.name): tensor for tensor in reader.tensors}
+    parts = _parts(path, gguf.GGUFReader)
+    tensors: dict[str, Any] = {}
+    turned: set[str] = set()
+    for part, reader in parts.items():
+        for tensor in reader.tensors:
+            name = str(tensor.name)
+            if name in tensors:
+                raise ValueError(f"{part} has the tensor {name!r}, which another part of it has too")
+            tensors[name] = tensor
+            turned |= {name} if reader.byte_order != "I" else set()
     tensors = {leaf: tensors[name] for name, leaf in paths_of(tensors, path).items()}
 
     def shape(tensor: Any) -> jax.ShapeDtypeStruct:
@@ -42,7 +52,7 @@ def _open(path: Path) -> Stored:
         arrays = {}
         for leaf in paths:
             tensor, kind = tensors[leaf], tensors[leaf].tensor_type.name
-            if reader.byte_order != "I" and tensor.data.dtype == np.uint8:
+            if str(tensor.name) in turned and tensor.data.dtype == np.uint8:
                 raise ValueError(
                     f"{path} is of a machine with another order of bytes, and {tensor.name!r} is {kind}, whose blocks"
                     " are not read so: turn the file, gguf-convert-endian FILE little"
@@ -55,6 +65,56 @@ def _open(path: Path) -> Stored:
         return arrays
 
     return Stored(tuple(tensors), lambda paths: {leaf: shape(tensors[leaf]) for leaf in paths}, read)
+
+
+def _parts(path: Path, read: Callable[[Path], Any]) -> dict[Path, Any]:
+    """Returns the reader of a file, or of all files of a split model, which is named by any of them.
+
+    Raises:
+      FileNotFoundError: one of them is missing.
+      ValueError: one is broken, or is no part of the same model.
+    """
+
+    def opened(part: Path) -> Any:
+        # The library computes with the numbers of a broken header, and NumPy warns of them before it raises.
+        with reading(part, "GGUF file"), np.errstate(all="ignore"):
+            return read(part)
+
+    reader = opened(path)
+    count = _number(path, reader, "split.count")
+    if count in (None, 1):
+        return {path: reader}
+    name = _PART.fullmatch(path.name)
+    if name is None or int(name[3]) != count:
+        raise ValueError(
+            f"{path} is one of {count} parts of a model, and is not called so: give them back their names,"
+            f" NAME-00001-of-{count:05d}.gguf"
+        )
+    parts = {}
+    for i in range(count):
+        part = path.with_name(f"{name[1]}-{i + 1:05d}-of-{count:05d}.gguf")
+        if not part.is_file():
+            raise FileNotFoundError(f"the file {part} is missing, one of the {count} parts of {path}")
+        parts[part] = opened(part)
+        place = _number(part, parts[part], "split.no"), _number(part, parts[part], "split.count")
+        if place != (i, count):
+            raise ValueError(f"{part} says that it is part {place[0]} (from 0) of {place[1]}, expected {i} of {count}")
+    found = sum(len(reader.tensors) for reader in parts.values())
+    total = _number(path, reader, "split.tensors.count")
+    if total not in (None, found):
+        raise ValueError(f"{path} is of {total} tensors in {count} parts, which hold {found}")
+    return parts
+
+
+def _number(path: Path, reader: Any, key: str) -> int | None:
+    field = reader.get_field(key)
+    with reading(path, f"GGUF file: {key} is no number"):
+        return None if field is None else int(field.contents())
+
+
+def _is_later_part(file: Path) -> bool:
+    name = _PART.fullmatch(file.name)
+    return name is not None and int(name[2]) > 1
 
 
 GGUF = Format("GGUF", _detect, _open)

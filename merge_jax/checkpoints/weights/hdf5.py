@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +13,20 @@ import numpy as np
 from merge_jax.checkpoints.weights.archives import open_archive
 from merge_jax.checkpoints.weights.stored import needing, reading
 
-__all__ = ["Group", "read_arrays", "read_groups"]
+__all__ = ["Array", "Group", "join_groups", "read_arrays", "read_groups"]
 
 _LARGEST_RATIO = 1032  # As of a zip; HDF5 compresses no better.
 _DEEPEST = 100
 _ATTRIBUTES = ("name", "layer_names", "weight_names")
 _BLOCK = 2**20
+
+
+class Array(NamedTuple):
+    """An array: its file, its place in it, shape and dtype."""
+
+    file: Path
+    place: str
+    shape: jax.ShapeDtypeStruct
 
 
 @dataclass(frozen=True)
@@ -28,7 +36,7 @@ class Group:
     place: str
     attributes: Mapping[str, Any]
     groups: Mapping[str, "Group"]
-    arrays: Mapping[str, jax.ShapeDtypeStruct]
+    arrays: Mapping[str, Array]
 
 
 def read_groups(path: Path, member: str) -> Group:
@@ -47,10 +55,31 @@ def read_groups(path: Path, member: str) -> Group:
         return _group(file, path, set())
 
 
-def read_arrays(path: Path, member: str, places: Sequence[str]) -> list[np.ndarray]:
-    """Returns arrays of a file that `read_groups` has read, by their places; bfloat16 lies in it as bytes."""
-    with _opened(path, member) as file:
-        return [np.asarray(file[place]) for place in places]
+def join_groups(groups: Sequence[Group]) -> Group:
+    """Returns the groups of several files as those of one.
+
+    Raises:
+      ValueError: two files have an array at one place.
+    """
+    arrays: dict[str, Array] = {}
+    for array in (found for group in groups for found in group.arrays.values()):
+        name = array.place.rpartition("/")[2]
+        if name in arrays:
+            raise ValueError(f"{arrays[name].file} and {array.file} both have {array.place!r}")
+        arrays[name] = array
+    names = dict.fromkeys(name for group in groups for name in group.groups)
+    inside = {name: join_groups([group.groups[name] for group in groups if name in group.groups]) for name in names}
+    attributes = {name: value for group in groups for name, value in group.attributes.items()}
+    return Group(groups[0].place, attributes, inside, arrays)
+
+
+def read_arrays(arrays: Sequence[Array], member: str) -> list[np.ndarray]:
+    """Returns arrays that `read_groups` has found, one file after another; bfloat16 lies in it as bytes."""
+    found: dict[Array, np.ndarray] = {}
+    for path in dict.fromkeys(array.file for array in arrays):
+        with _opened(path, member) as file:
+            found |= {array: np.asarray(file[array.place]) for array in arrays if array.file == path}
+    return [found[array] for array in arrays]
 
 
 @contextmanager
@@ -88,7 +117,7 @@ def _group(node: Any, path: Path, seen: set[Any]) -> Group:
         if hasattr(child, "keys"):
             groups[name] = _group(child, path, seen)
         else:
-            arrays[name] = _shape(child, path)
+            arrays[name] = Array(path, child.name, _shape(child, path))
     attributes = {name: node.attrs[name] for name in _ATTRIBUTES if name in node.attrs}
     return Group(node.name, attributes, groups, arrays)
 

@@ -11,8 +11,9 @@ import jax
 import numpy as np
 
 from merge_jax.checkpoints.names import paths_of
+from merge_jax.checkpoints.shards import check_shard, index_ending, only_file, read_index
 from merge_jax.checkpoints.weights.archives import member_names, open_archive
-from merge_jax.checkpoints.weights.hdf5 import Group, read_arrays, read_groups
+from merge_jax.checkpoints.weights.hdf5 import Array, Group, join_groups, read_arrays, read_groups
 from merge_jax.checkpoints.weights.keras_layers import Config, class_of, name_of, spec_of, sublayers, variables_of
 from merge_jax.checkpoints.weights.stored import Format, Stored, reading
 from merge_jax.paths import some_of
@@ -23,6 +24,7 @@ _CONFIG, _WEIGHTS = "config.json", "model.weights.h5"
 _VARIABLES, _LAYERS = "vars", "layers"
 _OPTIMIZERS = ("optimizer", "optimizer_weights")
 _OLDER, _OLDER_LAYERS, _OLDER_WEIGHTS = "model_weights", "layer_names", "weight_names"
+_INDEX, _MAGIC = "*.weights.json", b"\x89HDF\r\n\x1a\n"
 _LARGEST_CONFIG = 100_000_000
 
 
@@ -31,18 +33,21 @@ class _Variable:
     """A variable of a layer.
 
     Attributes:
-      place: in the file.
+      array: in the file.
       path: in the model.
       known: whether all of the path is the model's, and no part of it the file's.
       kind: the class of its layer.
-      shape: and dtype.
     """
 
-    place: str
+    array: Array
     path: str
     known: bool
     kind: str
-    shape: jax.ShapeDtypeStruct
+
+    @property
+    def shape(self) -> jax.ShapeDtypeStruct:
+        """And its dtype."""
+        return self.array.shape
 
 
 @dataclass(frozen=True)
@@ -61,8 +66,9 @@ def _detect_keras(path: Path, head: bytes) -> bool:
 
 
 def _detect_hdf5(path: Path, head: bytes) -> bool:
-    del path
-    return head.startswith(b"\x89HDF\r\n\x1a\n")
+    if path.is_dir():
+        return any(path.glob(_INDEX))
+    return head.startswith(_MAGIC) or index_ending(path, head) == ".h5"
 
 
 def _open_keras(path: Path) -> Stored:
@@ -73,15 +79,37 @@ def _open_keras(path: Path) -> Stored:
             raise ValueError(f"{path} claims a {_CONFIG} over the limit of {_LARGEST_CONFIG} bytes")
         with reading(path, "model of Keras"):
             config = json.loads(archive.read(_CONFIG))
-    return _open(path, config if isinstance(config, dict) else None)
+    return _open(path, read_groups(path, _WEIGHTS), config if isinstance(config, dict) else None)
 
 
 def _open_hdf5(path: Path) -> Stored:
-    return _open(path, None)
+    file = only_file(path, path.glob(_INDEX)) or path
+    with file.open("rb") as opened:
+        is_one = opened.read(len(_MAGIC)) == _MAGIC
+    return _open(file, read_groups(file, _WEIGHTS) if is_one else _read_shards(file), None)
 
 
-def _open(path: Path, config: Config | None) -> Stored:
-    root = read_groups(path, _WEIGHTS)
+def _read_shards(file: Path) -> Group:
+    """Returns the groups of all shards of an index, which names groups of variables."""
+    index, found = read_index(file), []
+    for shard in dict.fromkeys(shard for shards in index.values() for shard in shards):
+        if not shard.is_file():
+            raise FileNotFoundError(f"the file {shard} is missing, which {file} names")
+        root = read_groups(shard, _WEIGHTS)
+        check_shard(shard, _groups_of_arrays(root), index)
+        found.append(root)
+    return join_groups(found) if found else Group("/", {}, {}, {})
+
+
+def _groups_of_arrays(group: Group) -> Iterator[str]:
+    """Yields the places of the groups that hold arrays."""
+    if group.arrays:
+        yield group.place
+    for inside in group.groups.values():
+        yield from _groups_of_arrays(inside)
+
+
+def _open(path: Path, root: Group, config: Config | None) -> Stored:
     older = root.groups.get(_OLDER, root)
     if _OLDER_LAYERS in older.attributes:
         found = list(_older_variables(older, path))
@@ -91,7 +119,7 @@ def _open(path: Path, config: Config | None) -> Stored:
     if not found:
         raise ValueError(f"{path} has no weights of Keras: its groups are {some_of(root.groups, 5) or 'none'}")
     counts = Counter(one.path for one in found)
-    by_name = {one.path if counts[one.path] == 1 else one.place.strip("/"): one for one in found}
+    by_name = {one.path if counts[one.path] == 1 else one.array.place.strip("/"): one for one in found}
     leaves = {leaf: by_name[name] for name, leaf in paths_of(by_name, path).items()}
     unknown = [leaf for leaf, one in leaves.items() if not one.known or counts[one.path] > 1]
     if unknown:
@@ -102,7 +130,7 @@ def _open(path: Path, config: Config | None) -> Stored:
         )
 
     def read(paths: Sequence[str]) -> Mapping[str, np.ndarray]:
-        arrays = read_arrays(path, _WEIGHTS, [leaves[leaf].place for leaf in paths])
+        arrays = read_arrays([leaves[leaf].array for leaf in paths], _WEIGHTS)
         return {leaf: array.view(leaves[leaf].shape.dtype) for leaf, array in zip(paths, arrays, strict=True)}
 
     specs = {leaf: spec_of(one.kind, leaf.rpartition("/")[2], len(one.shape.shape)) for leaf, one in leaves.items()}
@@ -115,11 +143,14 @@ def _variables(group: Group, layer: _Layer) -> Iterator[_Variable]:
     own = group.groups.get(_VARIABLES)
     if own is not None:
         places = sorted(own.arrays, key=lambda place: (len(place), place))  # 0, 1, ..., 10.
+        if all(map(str.isdecimal, places)) and places != [str(i) for i in range(len(places))]:
+            file = own.arrays[places[0]].file
+            raise ValueError(f"{file} has the variables {', '.join(places)} of {own.place}, and lacks those between")
         names = variables_of(layer.kind, layer.config, len(places))
         known = layer.known and names is not None
         for place, name in zip(places, names or places, strict=True):
             path = "/".join((*layer.names, name))
-            yield _Variable(f"{own.place}/{place}", path, known, layer.kind, own.arrays[place])
+            yield _Variable(own.arrays[place], path, known, layer.kind)
     for place, child in group.groups.items():
         if place == _LAYERS:
             configs = sublayers(layer.config)
@@ -164,8 +195,7 @@ def _older_variables(root: Group, path: Path) -> Iterator[_Variable]:
                 raise ValueError(f"{path} lacks the weight {name!r} of the layer {layer!r}")
             # Before the layer's own name may be that of the model.
             bare = name.removesuffix(":0").partition(f"{layer}/")[2] or name.removesuffix(":0")
-            place, kind = f"{inner.place}/{last}", class_of(layer, None)
-            yield _Variable(place, f"{layer}/{bare}", True, kind, inner.arrays[last])
+            yield _Variable(inner.arrays[last], f"{layer}/{bare}", True, class_of(layer, None))
 
 
 KERAS = Format("Keras", _detect_keras, _open_keras)

@@ -11,17 +11,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from merge_jax.checkpoints.names import put
+from merge_jax.checkpoints.foreign import explain
+from merge_jax.checkpoints.names import put, without_prefix
 from merge_jax.checkpoints.safetensors import select_paths
 from merge_jax.checkpoints.weights.flax_files import FLAX
-from merge_jax.checkpoints.weights.foreign import explain
 from merge_jax.checkpoints.weights.gguf_files import GGUF
+from merge_jax.checkpoints.weights.index_files import INDEX
 from merge_jax.checkpoints.weights.keras_files import HDF5, KERAS
 from merge_jax.checkpoints.weights.npz_files import NPZ
 from merge_jax.checkpoints.weights.onnx_files import ONNX
 from merge_jax.checkpoints.weights.orbax_folders import ORBAX
 from merge_jax.checkpoints.weights.safetensors_files import SAFETENSORS
-from merge_jax.checkpoints.weights.stored import Format, Stored
+from merge_jax.checkpoints.weights.stored import HEAD, Format, Stored
 from merge_jax.checkpoints.weights.torch_files import TORCH
 from merge_jax.paths import Pattern, flatten, near_misses, some_of
 from merge_jax.types import Params
@@ -37,12 +38,11 @@ __all__ = [
     "weight_shapes",
 ]
 
-FORMATS: tuple[Format, ...] = (SAFETENSORS, TORCH, KERAS, HDF5, NPZ, GGUF, ORBAX, FLAX, ONNX)
+FORMATS: tuple[Format, ...] = (SAFETENSORS, INDEX, TORCH, KERAS, HDF5, NPZ, GGUF, ORBAX, FLAX, ONNX)
 """All formats, those with the surest marks first."""
 
 _PACKAGE = "package:"
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")  # Of the files that packages bring.
-_HEAD = 4096  # Bytes that say which format a file has.
 
 Select = Pattern | Sequence[Pattern] | None
 
@@ -62,7 +62,7 @@ def load_weights(path: str | os.PathLike[str], select: Select = None, like: Para
       path: of a file or folder, or `package:NAME` for the one file of weights in an installed package.
       select: paths or patterns of the leaves to read, over paths with `/`.
       like: a tree of arrays or shapes: the result has its structure, and every leaf has its shape and dtype. Of a file
-        whose leaves are all in `params`, it may be what is in it.
+        whose leaves are all in `params`, or in what wraps a PyTorch model (`module`), it may be what is in it.
 
     Raises:
       FileNotFoundError: there is no such file or folder, or a part of it is missing.
@@ -180,7 +180,7 @@ def find_format(file: Path) -> Format:
     head = b""
     if not file.is_dir():
         with file.open("rb") as opened:
-            head = opened.read(_HEAD)
+            head = opened.read(HEAD)
     for kind in FORMATS:
         if kind.detect(file, head):
             return kind
@@ -200,6 +200,7 @@ def _fitted(file: Path, found: Mapping[str, jax.ShapeDtypeStruct], like: Params)
     if not any(path.startswith("params/") for path in wanted):
         bare = {path.removeprefix("params/"): name for path, name in names.items() if path.startswith("params/")}
         names = bare if len(bare) == len(names) else names
+    names = without_prefix(file, names, wanted)
     problems = [f"{path} is missing; {near_misses(path, names)}" for path in wanted.keys() - names.keys()]
     problems += [f"{path} is there, but not in the model" for path in names.keys() - wanted.keys()]
     for path in wanted.keys() & names.keys():

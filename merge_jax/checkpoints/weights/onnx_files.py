@@ -1,6 +1,7 @@
-"""ONNX: the initialisers of a graph; the operations that they are handed to say how each is a matrix."""
+"""ONNX: initialisers and constants of a graph; the operations that they are handed to say how each is a matrix."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 from merge_jax.checkpoints.names import check_inside, paths_of
 from merge_jax.checkpoints.weights.stored import Format, Stored, needing, reading
 from merge_jax.layouts import MatrixSpec
+from merge_jax.paths import some_of
 
 __all__ = ["ONNX"]
 
@@ -29,21 +31,35 @@ def _open(path: Path) -> Stored:
     except ImportError:
         raise needing(path, "onnx", "onnx") from None
     with reading(path, "model of ONNX"):
-        graph = onnx.load(path, load_external_data=False).graph
-    tensors: dict[str, Any] = {}
-    for tensor in graph.initializer:
-        if not isinstance(tensor.name, str):  # Bytes, where they are no text.
-            raise ValueError(f"{path} has the name {tensor.name!r}, which is no text")
-        if tensor.name in tensors:
-            raise ValueError(f"{path} has the name {tensor.name!r} twice")
-        tensors[tensor.name] = tensor
-        for entry in tensor.external_data:
-            if entry.key == "location":
-                check_inside(entry.value, path, "file of weights")
-    if graph.sparse_initializer:
-        raise ValueError(f"{path} has sparse initialisers, which are not read: make them dense before the export")
+        model = onnx.load(path, load_external_data=False)
+        graph = model.graph
+        inner = [function.node for function in model.functions]
+        constants = list(_constants(graph.node, onnx.helper, path))
+        tensors: dict[str, Any] = {}
+        for name, tensor in [*((tensor.name, tensor) for tensor in graph.initializer), *constants]:
+            if not isinstance(name, str):  # Bytes, where they are no text.
+                raise ValueError(f"{path} has the name {name!r}, which is no text")
+            if name in tensors:
+                raise ValueError(f"{path} has the name {name!r} twice")
+            tensors[name] = tensor
+            for entry in tensor.external_data:
+                if entry.key == "location":
+                    check_inside(entry.value, path, "file of weights")
+        if graph.sparse_initializer:
+            raise ValueError(f"{path} has sparse initialisers, which are not read: make them dense before the export")
+        inside = [name for nodes in (graph.node, *inner) for name in _inside(nodes, onnx.helper, path)]
+        inside += [name for nodes in inner for name, _ in _constants(nodes, onnx.helper, path)]
+    if inside:
+        warnings.warn(
+            f"{path} has the tensors {some_of(map(repr, inside), 5)} in branches, loops or functions of its graph: they"
+            " are not read",
+            stacklevel=5,
+        )
     if not tensors:
-        raise ValueError(f"{path} has no initialisers: the model was exported without its parameters")
+        raise ValueError(
+            f"{path} has no initialisers and no constants that are weights: the model was exported without its"
+            " parameters"
+        )
     leaves = {leaf: name for name, leaf in _paths(tensors, path).items()}
 
     def shapes(paths: Sequence[str]) -> Mapping[str, jax.ShapeDtypeStruct]:
@@ -53,7 +69,7 @@ def _open(path: Path) -> Stored:
             with reading(path, "model of ONNX"):
                 dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
             if dtype.hasobject:
-                raise ValueError(f"{path} has texts in {tensor.name!r}: leave it out with select")
+                raise ValueError(f"{path} has texts in {leaves[leaf]!r}: leave it out with select")
             found[leaf] = jax.ShapeDtypeStruct(tuple(tensor.dims), dtype)
         return found
 
@@ -68,6 +84,35 @@ def _open(path: Path) -> Stored:
         specs[name] = spec if specs.get(name, spec) == spec else None
     known = {leaf: specs[name] for leaf, name in leaves.items() if specs.get(name) is not None}
     return Stored(tuple(leaves), shapes, read, known, names_tell=False)
+
+
+def _constants(nodes: Iterable[Any], helper: Any, path: Path) -> Iterator[tuple[str, Any]]:
+    """Yields the name and the tensor of each `Constant` that may be a weight: no scalar, no vector of integers.
+
+    These are the shapes, axes and factors of operations.
+    """
+    for node in nodes:
+        for attribute in node.attribute if node.op_type == "Constant" else ():
+            if attribute.name == "sparse_value":
+                raise ValueError(f"{path} has the sparse constant {node.output[0]!r}, which is not read: make it dense")
+            tensor = attribute.t
+            if attribute.name == "value_floats":
+                tensor = helper.make_tensor("", 1, [len(attribute.floats)], attribute.floats)  # 1: float32.
+            elif attribute.name != "value":
+                continue
+            dtype = np.dtype(helper.tensor_dtype_to_np_dtype(tensor.data_type))
+            if not dtype.hasobject and len(tensor.dims) > (dtype.kind in "iub"):
+                yield node.output[0], tensor
+
+
+def _inside(nodes: Iterable[Any], helper: Any, path: Path) -> Iterator[str]:
+    """Yields the names of initialisers and constants in the graphs that nodes have for branches and loops."""
+    for node in nodes:
+        for attribute in node.attribute:
+            for graph in [attribute.g, *attribute.graphs]:
+                yield from (tensor.name for tensor in graph.initializer)
+                yield from (name for name, _ in _constants(graph.node, helper, path))
+                yield from _inside(graph.node, helper, path)
 
 
 def _paths(names: Mapping[str, Any], path: Path) -> dict[str, str]:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from merge_jax.checkpoints.formats import is_orbax
+from merge_jax.checkpoints.foreign import is_orbax
 from merge_jax.checkpoints.names import check_paths, leaves_of
 from merge_jax.checkpoints.weights.stored import Format, Stored, reading
 from merge_jax.checkpoints.weights.training_state import model_part

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from merge_jax.checkpoints.safetensors import leaf_paths, leaf_shapes, read_leaves
+from merge_jax.checkpoints.shards import index_ending
 from merge_jax.checkpoints.weights.stored import Format, Stored
 from merge_jax.paths import flatten
 
@@ -12,8 +13,8 @@ __all__ = ["SAFETENSORS"]
 def _detect(path: Path, head: bytes) -> bool:
     if path.is_dir():
         return any(path.glob("*.safetensors")) or any(path.glob("*.safetensors.index.json"))
-    # Eight bytes of length, then an object of JSON; an index is one object.
-    return (head[4:9] == b"\0\0\0\0{") or path.name.endswith(".safetensors.index.json") or b'"weight_map"' in head
+    # Eight bytes of length, then an object of JSON.
+    return head[4:9] == b"\0\0\0\0{" or index_ending(path, head) == ".safetensors"
 
 
 def _open(path: Path) -> Stored:

@@ -10,7 +10,10 @@ import numpy as np
 
 from merge_jax.layouts import MatrixSpec
 
-__all__ = ["Format", "Stored", "needing", "reading"]
+__all__ = ["HEAD", "Format", "Stored", "needing", "reading"]
+
+HEAD = 4096
+"""First bytes of a file, which say its format."""
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,12 @@ from merge_jax.checkpoints.weights.stored import Format, Stored
 __all__ = ["TORCH"]
 
 _OLDER = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # What files begin with that are no zip.
+_IN_FOLDERS = "pytorch_model.bin"
 
 
 def _detect(path: Path, head: bytes) -> bool:
+    if path.is_dir():
+        return (path / _IN_FOLDERS).is_file()
     if not head.startswith(b"PK\3\4"):
         return head.startswith(_OLDER)
     names = member_names(path, head)
@@ -22,7 +25,9 @@ def _detect(path: Path, head: bytes) -> bool:
 
 
 def _open(path: Path) -> Stored:
-    tensors, model = open_torch(path)  # Of a newer file, mapped: no number is read.
+    tensors, model = open_torch(
+        path / _IN_FOLDERS if path.is_dir() else path
+    )  # Of a newer file, mapped: no number is read.
 
     def shape(name: str) -> jax.ShapeDtypeStruct:
         tensor = tensors[name]

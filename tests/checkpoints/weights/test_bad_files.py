@@ -104,7 +104,7 @@ def zip_of(content):
         ),
         (lambda content: b"version https://git-lfs.github.com/spec/v1\n", "it is the pointer of Git LFS to a file"),
         (lambda content: b"\x1c\0\0\0TFL3\0\0", "it is a model of TensorFlow Lite"),
-        (lambda content: b"hello, world", "holds no weights of a format that is read (safetensors, PyTorch, "),
+        (lambda content: b"hello, world", "holds no weights of a format that is read (safetensors, index of shards, "),
     ],
 )
 def test_what_is_no_weights_is_called_by_its_name(change, message, tmp_path):
@@ -116,8 +116,8 @@ def test_what_is_no_weights_is_called_by_its_name(change, message, tmp_path):
 def test_folders_without_weights_are_called_by_their_names(tmp_path):
     assert "holds no weights of a format" in refusal(tmp_path)
     assert "there is no file or folder" in refusal(tmp_path / "none", FileNotFoundError)
-    (tmp_path / "pytorch_model.bin").touch()
-    assert refusal(tmp_path).endswith("ONNX): name one of its files: pytorch_model.bin")
+    (tmp_path / "weights.bin").touch()
+    assert refusal(tmp_path).endswith("ONNX): name one of its files: weights.bin")
     (tmp_path / "saved_model.pb").touch()
     assert "it is a SavedModel of TensorFlow" in refusal(tmp_path)
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)

@@ -335,7 +335,8 @@ def test_bfloat16_of_keras(keras, tmp_path):
 def test_every_format_has_a_writer_here():
     names = {kind.name for kind in importlib.import_module("merge_jax.checkpoints.weights.load").FORMATS}
     assert names == {
-        *("safetensors", "PyTorch", "Keras", "HDF5 of Keras", "npz", "GGUF", "Orbax", "Flax msgpack", "ONNX")
+        "index of shards",
+        *("safetensors", "PyTorch", "Keras", "HDF5 of Keras", "npz", "GGUF", "Orbax", "Flax msgpack", "ONNX"),
     }
 
 

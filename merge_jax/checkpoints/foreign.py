@@ -1,11 +1,12 @@
-"""What a file is that is not read as weights, and what to do with it."""
+"""What a file or folder is that is not read as weights, and what to do with it."""
 
+import contextlib
 from pathlib import Path
 
 from merge_jax.checkpoints.weights.archives import member_names
 from merge_jax.paths import some_of
 
-__all__ = ["explain"]
+__all__ = ["explain", "explain_unsafe", "is_orbax"]
 
 _PICKLE = (
     "a pickle, and reading one runs code: where you trust it, unpickle it there and save its arrays,"
@@ -22,6 +23,8 @@ _BY_HEAD = {
     b"<": "a page of the web or XML: what was downloaded is not the file itself",
 }
 _TFLITE, _TAR = b"TFL3", b"ustar"
+_ORBAX = ("_CHECKPOINT_METADATA", "_METADATA")  # In every checkpoint of its newer and of its older interface.
+_LONGEST = 512  # Bytes that tell all of these.
 
 
 def explain(path: Path, head: bytes) -> str:
@@ -50,3 +53,31 @@ def explain(path: Path, head: bytes) -> str:
             return "it is a zip archive that is truncated"
         return f"it is a zip archive of {', '.join(names[:3])}: unpack it first"
     return ""
+
+
+def explain_unsafe(path: Path) -> str:
+    """Returns what `load_safetensors` is told to read but does not, and what to do with it; empty where not known."""
+    if path.is_dir():
+        if any(is_orbax(step) for step in (path, *path.iterdir()) if step.name.isdigit()):
+            return f"it is of checkpoints; of those of merge_jax, merge-jax export {path} FILE makes a file"
+        return (
+            "it is a checkpoint of Orbax; make a file of it: mj.save_safetensors('new.safetensors',"
+            f" mj.load_weights({str(path)!r}))"
+            if is_orbax(path)
+            else ""
+        )
+    head = b""
+    with contextlib.suppress(OSError), path.open("rb") as opened:
+        head = opened.read(_LONGEST)
+    kind = "a zip archive" if path.suffix.lower() in ("", ".safetensors") else path.suffix
+    if head.startswith(b"PK") or kind == path.suffix:
+        return (
+            f"weights of other formats ({kind}) are not read here: mj.load_weights({str(path)!r}) reads those"
+            f" that it knows, and merge-jax convert {path} new.safetensors makes a file of them"
+        )
+    return explain(path, head)
+
+
+def is_orbax(folder: Path) -> bool:
+    """Returns whether a folder is one checkpoint that Orbax has written."""
+    return any((folder / name).exists() for name in _ORBAX)

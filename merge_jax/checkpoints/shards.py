@@ -1,0 +1,96 @@
+"""Weights in several files, and the index that says which tensor is in which."""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from merge_jax.checkpoints.names import check_inside
+from merge_jax.paths import near_misses
+
+__all__ = ["check_shard", "index_ending", "only_file", "parse_json", "read_index", "read_json"]
+
+_MAP = "weight_map"
+_ENDINGS = {".bin.index.json": ".bin", ".weights.json": ".h5"}
+
+
+def read_index(file: Path) -> dict[str, tuple[Path, ...]]:
+    """Returns the shard of each name in an index; Keras names the variables of one layer together, in several.
+
+    Raises:
+      ValueError: it is no index, or a shard's name leads out of its folder.
+    """
+    try:
+        weight_map = parse_json(file.read_text("utf-8"), file)[_MAP]
+        shards = {name: [named] if isinstance(named, str) else named for name, named in weight_map.items()}
+        if not all(isinstance(shard, str) for named in shards.values() for shard in named):
+            raise TypeError
+    except (KeyError, TypeError, AttributeError, UnicodeDecodeError):
+        raise ValueError(f"{file} is no index of shards: it needs a 'weight_map' of names to files") from None
+    for shard in dict.fromkeys(shard for named in shards.values() for shard in named):
+        check_inside(shard, file, "shard")
+    return {name: tuple(file.parent / shard for shard in named) for name, named in shards.items()}
+
+
+def check_shard(shard: Path, found: Iterable[str], index: Mapping[str, tuple[Path, ...]]) -> None:
+    """Raises ValueError where a shard does not hold just the names that an index has in it."""
+    names, expected = set(found), {name for name, shards in index.items() if shard in shards}
+    if missing := sorted(expected - names):
+        raise ValueError(f"{shard} lacks the tensor {missing[0]!r}; {near_misses(missing[0], names)}")
+    if surplus := sorted(names - expected):
+        elsewhere = index.get(surplus[0])
+        where = f"the index has it in {elsewhere[0].name}" if elsewhere else "the index has it not"
+        raise ValueError(f"{shard} holds the tensor {surplus[0]!r}, but {where}")
+
+
+def index_ending(path: Path, head: bytes) -> str | None:
+    """Returns how the names of the shards end in a file that is an index, None for any other file.
+
+    Of an index that cannot be read, its own name says it.
+    """
+    named = path.name.endswith((".index.json", *_ENDINGS))
+    if path.is_dir() or not (named or (head.lstrip().startswith(b"{") and f'"{_MAP}"'.encode() in head)):
+        return None
+    try:
+        return next(shard.suffix for shards in read_index(path).values() for shard in shards)
+    except (ValueError, StopIteration):
+        return next((suffix for ending, suffix in _ENDINGS.items() if path.name.endswith(ending)), ".safetensors")
+
+
+def only_file(folder: Path, files: Iterable[Path]) -> Path | None:
+    """Returns the one file of weights in a folder, None where there is none; raises ValueError for several."""
+    found = sorted(files)
+    if len(found) > 1:
+        raise ValueError(
+            f"the folder {folder} has several files of weights, name one: {', '.join(file.name for file in found)}"
+        )
+    return found[0] if found else None
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Returns the object that a JSON file beside weights holds; raises ValueError where it is none."""
+    try:
+        content = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is no JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} must hold a JSON object, got {type(content).__name__}")
+    return content
+
+
+def parse_json(text: str, file: Path) -> dict[str, Any]:
+    """Returns the JSON of a file of weights, in which no name may stand twice; whole numbers are not read."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        entries = dict(pairs)
+        if len(entries) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"{file} has the name {twice!r} twice")
+        return entries
+
+    try:
+        # No number is read of it, and Python reads none of thousands of digits.
+        return json.loads(text, object_pairs_hook=unique, parse_int=float)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{file} is no JSON: {error}") from None

@@ -1,0 +1,207 @@
+"""The runs of a study in an executor: each as soon as the run that trains its source is done."""
+
+import contextlib
+import queue
+import signal
+import threading
+import time
+from collections.abc import Generator, Sequence
+from concurrent.futures import CancelledError, Future, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from merge_jax.runs.folder import RunFolder
+from merge_jax.study.command import PATIENCE, Command, Outcome, Session
+from merge_jax.study.config import RunConfig
+from merge_jax.study.executors import Engine
+from merge_jax.study.experiment import find_experiment
+from merge_jax.study.grid import GridRun
+
+__all__ = ["Ended", "Job", "Progress", "run_jobs"]
+
+_TRIES = 3  # Of a run that is stopped from elsewhere, or whose worker is lost.
+_LOOK = 1.0  # Seconds between looks at whether the executor still answers.
+_SEEN = 60.0  # Seconds until a host of NFS sees what another has written.
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run of the study.
+
+    Attributes:
+      run: of the grid.
+      alone: its config with a source of its own.
+      config: its config, whose source may be that of the run `base`.
+      arguments: words of its command line.
+      base: the name of the run that trains the source it reads; None for one of its own, or none.
+    """
+
+    run: GridRun
+    alone: RunConfig
+    config: RunConfig
+    arguments: tuple[str, ...]
+    base: str | None
+
+    @property
+    def folder(self) -> RunFolder:
+        """The folder of the run."""
+        assert self.config.run_dir is not None
+        return RunFolder(self.config.run_dir)
+
+    @property
+    def log(self) -> Path:
+        """The file with what the run prints."""
+        path = self.folder.path
+        return path.with_name(f"{path.name}.log")
+
+    @property
+    def begun(self) -> bool:
+        """Whether the folder holds the run."""
+        return (self.folder.path / "config.json").exists()
+
+    @property
+    def done(self) -> bool:
+        """Whether every row and seed has its result."""
+        return len(self.folder.read_json("results.json", [])) == self.config.seeds * len(self.run.rows)
+
+    @property
+    def words(self) -> list[str]:
+        """The command line by which the user can do the run alone."""
+        return ["python", "-m", find_experiment(self.run.setting.experiment), *self.arguments]
+
+    def command(self, session: Session) -> Command:
+        """Returns the run as plain data."""
+        cache = self.config.compilation_cache  # Of the study, so not of the run's own command.
+        extra = () if cache == "default" else ("--compilation-cache", str(cache))
+        _, _, module, *words = self.words
+        return Command(module, (*words, *extra), str(self.folder.path), str(self.log), session)
+
+
+class Ended(NamedTuple):
+    """A run that has ended, and how."""
+
+    job: Job
+    outcome: Outcome
+
+
+class Progress:
+    """What is left of a study, and for how long: by the rows that ended since it began."""
+
+    def __init__(self, jobs: Sequence[Job]):
+        """Begins to count the time."""
+        self._left = list(jobs)
+        self._rows = 0
+        self._start = time.monotonic()
+
+    def line(self, ended: Ended) -> str:
+        """Returns the line of a run that has ended."""
+        job, outcome = ended
+        self._left.remove(job)
+        self._rows += 0 if outcome.problem else len(job.run.rows)
+        rows = ", ".join(row.name for row in job.run.rows)
+        how = f"{outcome.seconds:.0f} s" if outcome.problem is None else f"failed, see {job.log}: {outcome.problem}"
+        return f"{job.run.setting.name}: {rows}: {how}; {len(self._left)} to do{self._expected()}"
+
+    def _expected(self) -> str:
+        left = sum(len(job.run.rows) for job in self._left)
+        if not left or not self._rows:
+            return ""
+        minutes = (time.monotonic() - self._start) / self._rows * left / 60
+        return f", about {minutes:.0f} min" if minutes >= 1.5 else f", about {60 * minutes:.0f} s"
+
+
+def run_jobs(left: Sequence[Job], engine: Engine, session: Session) -> Generator[Ended, None, None]:
+    """Submits runs and yields each as it ends; those that train a source for others go first.
+
+    One that is stopped from elsewhere, or whose worker is lost, is submitted again. When this is interrupted or closed,
+    what waits is cancelled, and what runs saves and ends.
+
+    Raises:
+      ValueError: a worker is unfit, or the executor takes no more runs.
+    """
+    waiting = sorted(left, key=lambda job: job.base is not None)
+    running: dict[Future[Outcome], Job] = {}
+    tries: dict[str, int] = {}
+    failed: set[str] = set()
+    ended: queue.SimpleQueue[Future[Outcome]] = queue.SimpleQueue()
+    with _sigterm_as_interrupt():
+        try:
+            while waiting or running:
+                job = _next(waiting, list(running.values()))
+                if job is not None and job.base in failed:
+                    waiting.remove(job)
+                    failed.add(job.run.name)
+                    yield Ended(job, Outcome(0.0, f"the run that trains its source, {job.base}, failed"))
+                elif job is not None:
+                    waiting.remove(job)
+                    future = _submit(engine, job, session)
+                    running[future] = job
+                    future.add_done_callback(ended.put)
+                with contextlib.suppress(queue.Empty):
+                    future = ended.get(block=job is None, timeout=_LOOK)
+                    job = running.pop(future)
+                    outcome = _outcome(future, job)
+                    tries[job.run.name] = tries.get(job.run.name, 0) + 1
+                    if outcome.unfit:
+                        raise ValueError(outcome.problem)
+                    if outcome.stopped and tries[job.run.name] < _TRIES:
+                        waiting.insert(0, job)
+                        continue
+                    if outcome.problem is not None:
+                        failed.add(job.run.name)
+                    yield Ended(job, outcome)
+                problem = engine.problem()
+                if problem is not None:
+                    raise ValueError(problem)
+        finally:
+            _stop(running, engine, session)
+
+
+def _next(waiting: Sequence[Job], running: Sequence[Job]) -> Job | None:
+    """Returns the first run that waits for no other."""
+    busy = {job.run.name for jobs in (waiting, running) for job in jobs}
+    return next((job for job in waiting if job.base not in busy), None)
+
+
+def _submit(engine: Engine, job: Job, session: Session) -> Future[Outcome]:
+    try:
+        return engine.executor.submit(engine.run, job.command(session))
+    except Exception as error:
+        raise ValueError(f"the executor takes no more runs: {error}") from error
+
+
+def _outcome(future: Future[Outcome], job: Job) -> Outcome:
+    """Returns how a run ended; what it says must be in its folder."""
+    try:
+        outcome = future.result()
+    except (Exception, CancelledError) as error:  # Of the executor: runs raise nothing.
+        lines = str(error).strip().splitlines() or [""]
+        return Outcome(0.0, f"its worker was lost: {type(error).__name__}: {lines[-1]}", stopped=True)
+    until = time.monotonic() + _SEEN
+    while outcome.problem is None and not job.done:
+        if time.monotonic() > until:
+            return outcome._replace(problem=f"it ended well, but its results are not in {job.folder.path}")
+        time.sleep(1)
+    return outcome
+
+
+def _stop(running: dict[Future[Outcome], Job], engine: Engine, session: Session) -> None:
+    """Ends the session, cancels what waits, and lets what runs save."""
+    session.end()
+    for future in running:
+        engine.cancel(future)
+    wait(running, PATIENCE + 10)
+
+
+@contextlib.contextmanager
+def _sigterm_as_interrupt() -> Generator[None, None, None]:
+    """Lets SIGTERM interrupt, so that nothing is left running behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,62 @@
+"""A vision transformer with the weights of a file, as the frozen source of a scenario."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+import merge_jax as mj
+from merge_jax.checkpoints.weights.load import find_weights
+from merge_jax.study.images import VISION_ATTENTION, ImageData, image_classifier
+from merge_jax.study.model import StudyModel
+from merge_jax.study.pretrained import Weights
+from merge_jax.study.texts import adamw
+
+__all__ = ["vit_of_file"]
+
+_PIXELS = ((0.5,) * 3, (0.5,) * 3)  # Of Google, Hugging Face and most of timm; no tensor tells.
+
+
+def vit_of_file(
+    path: Path | None,
+    data: ImageData,
+    *,
+    num_heads: int | None,
+    labels: int | None,
+    dtype: Any = jnp.float32,
+) -> StudyModel:
+    """Returns the vision transformer that a file is of, for images of a set; its positions are resized to their size.
+
+    Its last layer is the file's where that has as many classes, and is fitted otherwise, see `with_fitted_head`.
+
+    Args:
+      path: of the file, as `merge_jax.models.vision_transformer_of`.
+      data: its images.
+      num_heads: as `vision_transformer_of`.
+      labels: how many of the images its last layer is fitted to; None for all.
+      dtype: of the computation.
+
+    Raises:
+      ValueError: no path, a file of no vision transformer that is known, or images that its patches do not fill.
+    """
+    if path is None:
+        raise ValueError("source_model vit_of_file is a file's network: give --source frozen --source-from FILE")
+    file, (height, width, channels) = find_weights(path), data.shape
+    encoder = mj.models.vision_transformer_of(file, num_heads=num_heads, image_size=height, dtype=jnp.dtype(dtype))
+    if height != width or height % encoder.patch_size or channels != 3:
+        raise ValueError(
+            f"{path} has patches of {encoder.patch_size}x{encoder.patch_size} pixels of 3 channels, which do not fill"
+            f" images of {height}x{width}x{channels}: give --image-size a multiple of {encoder.patch_size}"
+        )
+    read = partial(mj.models.load_vision_transformer, epsilon=encoder.epsilon, resize_positions=True)
+    return image_classifier(
+        "vit_of_file",
+        mj.models.ImageClassifier(encoder, data.num_classes),
+        data,
+        optimizer=partial(adamw, 1e-3),  # It is never trained.
+        labels=labels,
+        attention={"vision": VISION_ATTENTION},
+        pixels=_PIXELS,
+        weights=Weights(read, "params/classifier"),
+    )
