@@ -86,7 +86,7 @@ def prepared(
     To `keep` is to look for it among the last ones and to leave it there, as `jax.jit` does with what it compiles. Not
     kept are functions that cannot be hashed, and those with arrays of more than 1 MB in them, which would live on.
     """
-    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), leaf.dtype), arguments)
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), arguments)
     leaves, tree = jax.tree.flatten(shapes)
     settings = jax.config.jax_default_matmul_precision, jax.config.jax_enable_x64
     name = source, target, routes, tuple(leaves), tree, options, settings
