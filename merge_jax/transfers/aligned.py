@@ -21,6 +21,7 @@ from merge_jax.transfers.channel_axes import ChannelGraph
 from merge_jax.transfers.describe import RouteCost, count_flops
 from merge_jax.transfers.host_leaves import any_on_host, on_device
 from merge_jax.transfers.layerwise import kernel_routes
+from merge_jax.transfers.merged_axes import apart
 from merge_jax.transfers.pairing import ResolvedRoute, resolve
 from merge_jax.transfers.routed import LeavesByPath, routed_transfer
 from merge_jax.transfers.routes import Routes
@@ -154,7 +155,8 @@ def aligned_transfer(
     def fit(moments: Mapping[str, jax.Array], source_params: Params, target_params: Params) -> Adapter:
         plan = plan_routes(resolve(named_routes, source_params, target_params))
         _check_memory(plan)
-        return fitted_adapter(plan, source_graph, moments, flatten(source_params), choice, key)
+        leaves = apart(flatten(source_params), source_graph.factors)
+        return fitted_adapter(plan, source_graph, moments, leaves, choice, key)
 
     transfer = routed_transfer(named_routes, plan_routes, move, start=start, costs=costs)
     return dataclasses.replace(transfer, fit=fit)
@@ -169,15 +171,16 @@ def _matrices(leaf: AlignedLeaf, adapter: Adapter) -> list[jax.Array]:
 def _new_leaf(leaf: AlignedLeaf, matrices: list[jax.Array], target: jax.Array, source: jax.Array) -> jax.Array:
     """Returns the new target leaf."""
     target_view, source_view = leaf.views
-    made = _aligned_leaf(leaf, matrices, target_view.arrange(target), source_view.arrange(source))
-    return target_view.restore(made)
+    arranged = target_view.arrange(target), source_view.arrange(source)
+    apart_leaves = [one.reshape(shape) for one, shape in zip(arranged, leaf.shapes, strict=True)]
+    return target_view.restore(_aligned_leaf(leaf, matrices, *apart_leaves).reshape(arranged[0].shape))
 
 
 _new_leaf_apart = jax.jit(_new_leaf, static_argnums=0)
 
 
 def _aligned_leaf(leaf: AlignedLeaf, matrices: list[jax.Array], target: jax.Array, source: jax.Array) -> jax.Array:
-    """Returns the new target leaf, with its rows arranged as those of the target and the source that are given."""
+    """Returns the new target leaf, with its rows arranged and merged axes apart, as those that are given."""
     order = [[getattr(axis, role) for axis in leaf.axes] for role in ("target", "source")]
     permutations = [(*channels, *window) for channels, window in zip(order, leaf.windows, strict=True)]
     given, old = source.astype(jnp.float32).transpose(permutations[1]), target.transpose(permutations[0])

@@ -147,7 +147,7 @@ def _reconstructed(
 
 def _checked(path: str, graph: ChannelGraph, moments: Mapping[str, jax.Array], shape: tuple[int, ...]) -> jax.Array:
     """Returns the moments of what enters a leaf of the source."""
-    sizes = tuple(shape[axis] for axis in graph.summed_axes(path))
+    sizes = tuple(shape[axis] for axis in graph.moment_axes(path))
     if moments[path].shape != sizes * 2:
         raise ValueError(f"moments of {path!r} must be {sizes * 2}, got {moments[path].shape}")
     return moments[path]
@@ -162,7 +162,7 @@ def _group_moments(
         products = moments[group]
         found.append(products if apart or products.ndim == 2 else products.sum(0))
     for path, leaf_groups in graph.channel_groups.items():
-        axes = graph.summed_axes(path)
+        axes = graph.moment_axes(path)
         summed = [leaf_groups[axis] for axis in axes]
         if path not in moments or group not in summed:
             continue
@@ -188,7 +188,7 @@ def _group_moments(
 
 def _leaf_moments(leaf: AlignedLeaf, graph: ChannelGraph, moments: Mapping[str, jax.Array]) -> jax.Array:
     """Returns the moments of the inputs that one matrix of the adapter reads, `[*inputs, *inputs]`."""
-    axes = graph.summed_axes(leaf.source)
+    axes = graph.moment_axes(leaf.source)
     read = [leaf.axes[i].source for i in leaf.reading]
     left, right = string.ascii_lowercase[: len(axes)], string.ascii_uppercase[: len(axes)]
     same = "".join(right[i] if axis in read else left[i] for i, axis in enumerate(axes))

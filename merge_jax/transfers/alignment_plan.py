@@ -1,10 +1,14 @@
 """What an alignment ties: for routes of two models, the axes of each leaf and the pairs of channel groups."""
 
+import itertools
+import math
 import string
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from merge_jax.layouts import MatrixSpec
 from merge_jax.transfers.channel_axes import ChannelGraph
+from merge_jax.transfers.merged_axes import Factors, apart_shape
 from merge_jax.transfers.pairing import ResolvedRoute
 from merge_jax.transfers.views import KernelView
 
@@ -35,7 +39,10 @@ class AlignedAxis(NamedTuple):
 
 
 class AlignedLeaf(NamedTuple):
-    """A routed leaf: its paths, views and shapes with rows arranged, its axes of channels, and those of the windows."""
+    """A routed leaf: its paths, views and shapes, its axes of channels, and those of the windows.
+
+    Shapes have rows arranged and merged axes apart, and axes are theirs.
+    """
 
     target: str
     source: str
@@ -118,13 +125,20 @@ def _leaf(
     views = route.target_view, route.source_view
     assert isinstance(views[0], KernelView)  # The view attention is refused.
     assert isinstance(views[1], KernelView)
-    shapes = views[0].arranged_shapes[0], views[1].arranged_shapes[0]
-    specs = views[0].specs[0], views[1].specs[0]
+    arranged = _arranged_apart(views[1], source, source_graph)
+    factors = _factors(views[0], target, target_graph), _factors(views[1], source, source_graph)
+    shapes = (
+        apart_shape(views[0].arranged_shapes[0], factors[0]),
+        apart_shape(views[1].arranged_shapes[0], factors[1]),
+    )
+    specs = _spec_apart(views[0].specs[0], factors[0]), _spec_apart(views[1].specs[0], factors[1])
+    merged = any(len(own) > 1 for of in factors for own in of)
     channels = [sorted((*spec.rows, *spec.inputs)) for spec in specs]
     if len(channels[0]) != len(channels[1]):
         raise ValueError(
             f"{target!r} of shape {shapes[0]} has {len(channels[0])} axes of channels, "
             f"{source!r} of shape {shapes[1]} has {len(channels[1])}: they cannot be paired"
+            + ("; where a model merges or splits axes of channels, these shapes have them apart" if merged else "")
         )
     leaf_groups = target_graph.leaf_groups(target), source_graph.leaf_groups(source)
     for named_axes, shape, path in zip(leaf_groups, shapes, (target, source), strict=True):
@@ -132,7 +146,6 @@ def _leaf(
             raise ValueError(
                 f"the channel graph is of another model: {path!r} has {len(named_axes)} axes there, here {len(shape)}"
             )
-    arranged = () if views[1].arrangement is None else views[1].arrangement.axes
     places = list(zip(*channels, strict=True))
     group_pairs = [(leaf_groups[0][t], leaf_groups[1][s]) for t, s in places]
     axes = []
@@ -154,6 +167,8 @@ def _leaf(
             pair = _name(target_group, source_group, pairs)
             if pairs.setdefault(pair, found) != found:
                 raise ValueError(f"{target!r} and {source!r} are of other layouts: their heads are along other axes")
+        elif sizes[0] != sizes[1] and _is_merged(t, factors[0]) and _is_merged(s, factors[1]):
+            raise ValueError(_unlike_places((target, source), shapes, (t, s)))
         elif sizes[0] != sizes[1]:  # Nothing but their number says which entry is which.
             why = _bound("target", target_group, target_graph) or _bound("source", source_group, source_graph)
             raise ValueError(
@@ -163,6 +178,52 @@ def _leaf(
             )
         axes.append(AlignedAxis(t, s, pair, around, contracted, t not in target_graph.both[target], sizes))
     return AlignedLeaf(target, source, (views[0], views[1]), shapes, tuple(axes), (specs[0].window, specs[1].window))
+
+
+def _factors(view: KernelView, path: str, graph: ChannelGraph) -> Factors:
+    """Returns what the axes of a leaf are merged from."""
+    shape, found = view.arranged_shapes[0], graph.factors.get(path)
+    if found is None:
+        return tuple((size,) for size in shape)
+    if len(found) != len(shape) or any(
+        len(own) > 1 and math.prod(own) != size for own, size in zip(found, shape, strict=True)
+    ):
+        raise ValueError(f"the channel graph is of another model: {path!r} is {found} there, here {shape}")
+    return found
+
+
+def _is_merged(axis: int, factors: Factors) -> bool:
+    """Returns whether an axis of a leaf with merged axes apart is one of these."""
+    return [len(own) > 1 for own in factors for _ in own][axis]
+
+
+def _unlike_places(paths: tuple[str, str], shapes: tuple[tuple[int, ...], ...], axes: tuple[int, int]) -> str:
+    return (
+        f"{paths[0]!r} of the target is {shapes[0]} with merged axes apart, {paths[1]!r} of the source {shapes[1]}: "
+        f"{shapes[0][axes[0]]} places along axis {axes[0]} cannot be paired with {shapes[1][axes[1]]} along axis "
+        f"{axes[1]}. Places meet one by one. Give the target inputs, strides or pooling by which its maps are of the "
+        "source's size, average over the places in both models, or leave out the route"
+    )
+
+
+def _arranged_apart(view: KernelView, path: str, graph: ChannelGraph) -> tuple[int, ...]:
+    """Returns the axes along which a route arranges the rows of the source, with merged axes apart."""
+    axes = () if view.arrangement is None else view.arrangement.axes
+    factors = graph.factors.get(path, ())
+    if any(len(own) > 1 for axis, own in enumerate(factors) if axis in axes):
+        raise ValueError(f"the rows of {path!r} are channels at places, which a route cannot arrange: leave out rows=")
+    starts = list(itertools.accumulate(map(len, factors), initial=0))
+    return tuple(starts[axis] for axis in axes) if factors else tuple(axes)
+
+
+def _spec_apart(spec: MatrixSpec, factors: Factors) -> MatrixSpec:
+    """Returns how a leaf with merged axes apart is a matrix."""
+    starts = list(itertools.accumulate(map(len, factors), initial=0))
+
+    def places(axes: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(itertools.chain.from_iterable(range(starts[axis], starts[axis + 1]) for axis in axes))
+
+    return MatrixSpec(places(spec.rows), places(spec.inputs), places(spec.window))
 
 
 def _name(target_group: str, source_group: str, pairs: Mapping[str, GroupPair]) -> str:

@@ -2,14 +2,21 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-import numpy as np
-
-from merge_jax.paths import flatten, near_misses
-from merge_jax.types import Params
+from merge_jax.paths import near_misses
+from merge_jax.transfers.merged_axes import Factors, TiedAxes
 
 __all__ = ["AxisNodes", "ChannelGraph"]
+
+_LOOP = "Give a function without the loop: a Python loop over layers or steps, each with leaves of its own"
+_PARTS = "Give a function whose parts have a common size, such as 32 and 64 channels, or that adds them"
+_INSTEAD = {
+    **dict.fromkeys(("scan", "while"), _LOOP),
+    **dict.fromkeys(("concatenate", "split", "slice"), _PARTS),
+    "conv_general_dilated in groups": "Give a function with convolutions of one group, or of one channel in each",
+}
+"""What to do about an operation that cannot be followed."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +36,9 @@ class ChannelGraph:
       within: `{channel group: the group around it}` of hidden groups that are only met inside of one channel of
         another, as the channels of an attention are in its heads. Those of one head may change places without those of
         the next.
+      factors: `{leaf path: for each axis the sizes of those that it is merged from}`, of the leaves that have channels
+        in a merged axis: `((4, 4, 16), (10,))` of a dense kernel `[256, 10]` that reads flattened maps. Everything
+        here is of such a leaf with these axes apart, `[4, 4, 16, 10]`.
     """
 
     channel_groups: Mapping[str, tuple[str, ...]]
@@ -37,6 +47,7 @@ class ChannelGraph:
     consumed: frozenset[str]
     hidden: frozenset[str]
     within: Mapping[str, str]
+    factors: Mapping[str, Factors] = field(default_factory=dict)
 
     def leaf_groups(self, path: str) -> tuple[str, ...]:
         """Returns the channel groups of a leaf.
@@ -54,24 +65,33 @@ class ChannelGraph:
         """Returns the axes of a leaf that are summed over anywhere, in their order."""
         return tuple(sorted((*self.inputs[path], *self.both[path])))
 
+    def moment_axes(self, path: str) -> tuple[int, ...]:
+        """Returns the axes of a leaf that `input_moments` has: of flattened maps those of channels, not of places."""
+        summed, groups = self.summed_axes(path), self.channel_groups[path]
+        channels = tuple(axis for axis in summed if groups[axis] in self.hidden)
+        return channels if path in self.factors and channels else summed
 
-class AxisNodes:
+
+class AxisNodes(TiedAxes):
     """The axes of leaves and of values as nodes, what ties them, and what is known of them."""
 
-    def __init__(self, params: Params):  # noqa: D107
-        self._parents: list[int] = []
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], factors: Mapping[str, Factors]):
+        """Takes the shapes of the leaves, those with merged axes in the shapes that have these apart."""
+        super().__init__()
         self._consumed: set[int] = set()
         self._made: set[int] = set()
         self._touched: set[int] = set()  # Of leaves that are used where they cannot be followed.
-        self._inputs: set[int] = set()
         self._bound: set[int] = set()  # Of leaves that are looked up, or sum over what comes from outside.
+        self._hidden: set[int] = set()
         self._summed: dict[str, set[int]] = {}
         # Of each sum over a node: the nodes that are summed over or matched along with it.
         self._beside: list[tuple[int, tuple[int, ...]]] = []
         self._carried: list[tuple[int, ...]] = []
         self._lost: list[tuple[str, int]] = []
         self._parts: dict[int, tuple[int, ...]] = {}  # Of an axis that is made of lost ones of a leaf: those.
-        self._leaves = {path: self._fresh(len(np.shape(leaf))) for path, leaf in flatten(params).items()}
+        self._origins: dict[int, int] = {}  # Of what a model has split an axis of a leaf into: that.
+        self._leaf_factors = factors
+        self._leaves = {path: self._fresh(shape) for path, shape in shapes.items()}
         self._leaf_axes = {
             node: (path, axis) for path, nodes in self._leaves.items() for axis, node in enumerate(nodes)
         }
@@ -90,46 +110,70 @@ class AxisNodes:
             summed = sorted(self._summed.get(path, ()))
             inputs[path] = tuple(axis for axis in summed if nodes[axis] not in self._made)
             both[path] = tuple(axis for axis in summed if nodes[axis] in self._made)
-        consumed, made, bound = (self._groups(nodes) for nodes in (self._consumed, self._made, self._bound))
-        hidden = frozenset((consumed & made) - bound)
-        return ChannelGraph(channel_groups, inputs, both, frozenset(consumed), hidden, self._within(hidden))
+        consumed, made, bound = (self._roots(nodes) for nodes in (self._consumed, self._made, self._bound))
+        # Of a merged axis that is one group, its factors may be hidden, and then it is to come apart.
+        self._hidden = {root for root in (consumed & made) - bound if len(self.atoms(root)) == 1}
+        hidden = frozenset(self._names[root] for root in self._hidden if root in self._names)
+        groups = frozenset(self._groups(self._consumed))
+        return ChannelGraph(channel_groups, inputs, both, groups, hidden, self._within(hidden), self._leaf_factors)
+
+    def merged(self) -> dict[str, Factors]:
+        """Returns the factors of the leaves with hidden channels in axes that are merged, once the graph is known."""
+        found = {}
+        for path, nodes in self._leaves.items():
+            atoms = [self.atoms(node) for node in nodes]
+            apart = [len(own) > 1 and not self._hidden.isdisjoint(map(self._root, own)) for own in atoms]
+            if any(apart):
+                found[path] = tuple(
+                    tuple(self._sizes[one] for one in (own if split else (node,)))
+                    for node, own, split in zip(nodes, atoms, apart, strict=True)
+                )
+        return found
 
     def channel_group(self, node: int) -> str:
         """Returns the name of a node's channel group once the graph is known; empty where no leaf has it."""
         return self._names.get(self._root(node), "")
 
-    def same_axis(self, node: int, other: int) -> bool:
-        """Returns whether the axes of two nodes are tied."""
-        return self._root(node) == self._root(other)
-
     def check(self) -> None:
         """Raises ValueError where channels that leaves make, or leaves themselves, were lost."""
         places: dict[int, tuple[str, int]] = {}
         for node in sorted(self._made | self._touched):
-            places.setdefault(self._root(node), self._leaf_axes[node])
-        for operation, node in self._lost:
-            if (place := places.get(self._root(node))) is not None:
+            for one in (node, *self.atoms(node)):
+                places.setdefault(self._root(one), self._leaf_axes[node])
+        lost = [(operation, one) for operation, node in self._lost for one in (node, *self.atoms(node))]
+        for operation, node in [*lost, *(("reshape", node) for node in self._conflicts)]:
+            place = places.get(self._root(node))
+            if place is not None and not self._is_place(*place):
                 raise ValueError(
                     f"the operation {operation!r} cannot be followed: channels of {place[0]!r}, along its axis "
-                    f"{place[1]}, go into it, and which leaves read them afterwards is not known. Give a function "
-                    "without it: a convolution that is flattened can be averaged over its places. Or give "
-                    "channel_graph strict=False, by which the axes before and behind it come apart: aligned_transfer "
-                    "then takes them as they are where sizes are equal, and refuses them elsewhere"
+                    f"{place[1]}, go into it, and which leaves read them afterwards is not known. "
+                    f"{_INSTEAD.get(operation, 'Give a function without it')}. Or give channel_graph strict=False, by "
+                    "which the axes before and behind it come apart: aligned_transfer then takes them as they are "
+                    "where sizes are equal, and refuses them elsewhere"
                 )
 
-    def _root(self, node: int) -> int:
-        while self._parents[node] != node:
-            self._parents[node] = node = self._parents[self._parents[node]]
-        return node
+    def _is_place(self, path: str, axis: int) -> bool:
+        """Returns whether an axis of a leaf was merged with one of channels, and has none: it is taken as it is."""
+        start = 0
+        for sizes in self._leaf_factors.get(path, ()):
+            nodes = self._leaves[path][start : start + len(sizes)]
+            if start <= axis < start + len(sizes):
+                others = {self._root(node) for node in nodes}
+                return self._root(self._leaves[path][axis]) not in self._hidden and not others.isdisjoint(self._hidden)
+            start += len(sizes)
+        return False
+
+    def _roots(self, nodes: Iterable[int]) -> set[int]:
+        return {self._root(one) for node in nodes for one in (node, *self.atoms(node))}
 
     def _groups(self, nodes: Iterable[int]) -> set[str]:
-        return {self.channel_group(node) for node in nodes} - {""}
+        return {self._names.get(root, "") for root in self._roots(nodes)} - {""}
 
     def _within(self, hidden: frozenset[str]) -> dict[str, str]:
         """Returns the channel group around each one: every value with a channel of one has one of the other."""
         around: dict[str, set[str]] = {}
         for nodes in self._carried:
-            counts = Counter(map(self.channel_group, nodes))
+            counts = Counter(self.channel_group(one) for node in nodes for one in self.atoms(node))
             beside = {group for group, count in counts.items() if count == 1 and group in hidden}
             for group in counts.keys() & hidden:
                 around[group] = around.get(group, beside) & (beside - {group})
@@ -142,32 +186,18 @@ class AxisNodes:
         single = {group: min(others) for group, others in around.items() if len(others) == 1}
         return {group: other for group, other in single.items() if single.get(other) != group or other < group}
 
-    def _fresh(self, count: int) -> tuple[int, ...]:
-        first = len(self._parents)
-        self._parents += range(first, first + count)
-        return tuple(range(first, first + count))
-
-    def _tie(self, node: int, other: int) -> None:
-        # The older one stands for both, so that channel groups are named in the order of the leaves.
-        older, newer = sorted((self._root(node), self._root(other)))
-        self._parents[newer] = older
-
-    def _tied(self, node: int, from_leaves: bool = False) -> int:
-        """Returns a new node that is tied to one, an axis of another value; that one itself where all is of leaves."""
-        if from_leaves:
-            return node
-        (fresh,) = self._fresh(1)
-        self._tie(node, fresh)
-        return fresh
-
     def _make(self, node: int) -> None:
         """Notes that channels are made along an axis, where it is of a leaf."""
-        if node in self._leaf_axes:
-            self._made.add(node)
+        for one in (node, *self.atoms(node)):
+            self._made.update({one, self._origins.get(one, one)} & self._leaf_axes.keys())
         self._touch(self._parts.get(node, ()))
 
+    def _is_leaf(self, node: int) -> bool:
+        """Returns whether an axis is one of a leaf, or merged from such."""
+        return node in self._leaf_axes or all(atom in self._leaf_axes for atom in self.atoms(node))
+
     def _touch(self, nodes: Iterable[int]) -> None:
-        self._touched.update(node for node in nodes if node in self._leaf_axes)
+        self._touched.update(one for node in nodes for one in (node, *self.atoms(node)) if one in self._leaf_axes)
 
     def _cut(self, nodes: Iterable[int], lost: Iterable[int]) -> None:
         """Notes that axes of something made of leaves are what became of axes that were lost."""

@@ -1,18 +1,24 @@
 """A computation, followed axis by axis: what each operation of JAX ties, makes, consumes or loses."""
 
+import itertools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from merge_jax.transfers.channel_axes import AxisNodes, ChannelGraph
+from merge_jax.paths import flatten
+from merge_jax.transfers.channel_axes import ChannelGraph
+from merge_jax.transfers.channel_sums import OnSum, SummedAxes, Value
 from merge_jax.transfers.host_leaves import any_on_host, on_device
+from merge_jax.transfers.layer_sites import varying_axes
+from merge_jax.transfers.merged_axes import Factors, apart
 from merge_jax.transfers.program import CALLS, Constant, Equation, Program
 from merge_jax.types import Params
 
-__all__ = ["FOLLOWED", "ChannelTrace", "Sum"]
+__all__ = ["FOLLOWED", "ChannelTrace"]
 
 _REDUCTIONS = {
     *("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or", "reduce_xor"),
@@ -20,7 +26,20 @@ _REDUCTIONS = {
 }
 _BY_ENTRY = {
     *("add", "add_any", "sub", "mul", "div", "rem", "max", "min", "pow", "integer_pow", "atan2", "nextafter"),
-    *("neg", "sign", "abs", "floor", "ceil", "round", "square", "sqrt", "rsqrt", "cbrt", "is_finite"),
+    *(
+        "neg",
+        "sign",
+        "abs",
+        "floor",
+        "ceil",
+        "round",
+        "square",
+        "one_minus_square",
+        "sqrt",
+        "rsqrt",
+        "cbrt",
+        "is_finite",
+    ),
     *("exp", "exp2", "log", "expm1", "log1p", "tanh", "logistic", "erf", "erfc", "erf_inv", "lgamma", "digamma"),
     *("sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "asinh", "acosh", "atanh"),
     *("eq", "ne", "lt", "le", "gt", "ge", "and", "or", "xor", "not", "select_n", "clamp"),
@@ -30,6 +49,7 @@ _BY_ENTRY = {
 _FORMS = {
     *("dot_general", "conv_general_dilated", "transpose", "broadcast_in_dim", "reshape", "squeeze", "expand_dims"),
     *("gather", "scatter", "scatter-add", "scatter-mul", "dynamic_update_slice", "concatenate"),
+    *("stack", "unstack", "tile"),
 }
 _Axes = Callable[[Mapping[str, Any], Sequence[int], Sequence[int]], Iterable[int]]
 # Of what mixes, reorders or cuts entries along some axes: those, from its parameters, the old shape and the new.
@@ -55,49 +75,42 @@ FOLLOWED = frozenset(
 """Names of the primitives that are followed (`cond` where it asks for the platform alone)."""
 
 
-class Value(NamedTuple):
-    """A value of the computation with the node of each of its axes, and whether it is made of leaves alone."""
-
-    value: Any
-    nodes: tuple[int, ...]
-    from_leaves: bool = False
-
-
-class Sum(NamedTuple):
-    """A sum over axes of a leaf and of what enters there, or of two values that are no leaves.
-
-    Attributes:
-      path: of the leaf; None where there is none.
-      axes: of the leaf that are summed over, in their order.
-      entering: what enters the leaf, or both values.
-      places: the axes of each of them that are summed over.
-    """
-
-    path: str | None
-    axes: tuple[int, ...]
-    entering: tuple[Value, ...]
-    places: tuple[tuple[int, ...], ...]
-
-
-OnSum = Callable[[Sum], None]
-
-
-class ChannelTrace(AxisNodes):
+class ChannelTrace(SummedAxes):
     """A traced function whose axes are followed."""
 
-    def __init__(self, fn: Callable[..., Any], params: Params, inputs: Sequence[Any]):  # noqa: D107
-        super().__init__(params)
-        self.program = Program(fn, params, inputs)
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        params: Params,
+        inputs: Sequence[Any],
+        factors: Mapping[str, Factors] | None = None,
+    ):
+        """Takes a function of a tree and inputs, and the factors of leaves whose merged axes are to be apart."""
+        self.factors = factors or {}
+        super().__init__({path: jnp.shape(leaf) for path, leaf in self._apart(params).items()}, self.factors)
+        self.program = Program(fn, params, inputs, self.factors)
         self.nodes: dict[int, tuple[int, ...]] = {}
         """The nodes of the axes of each value of the program, once it was followed."""
 
-    def follow(self, params: Params, inputs: Sequence[Any], *, strict: bool = False) -> ChannelGraph:
-        """Follows the function for shapes alone, and returns what is tied; `strict` refuses what `check` does."""
-        jax.eval_shape(lambda params, *inputs: self.run(params, inputs, lambda _: None), params, *inputs)
-        graph = self.graph()
+    @classmethod
+    def followed(
+        cls, fn: Callable[..., Any], params: Params, inputs: Sequence[Any], *, strict: bool
+    ) -> tuple["ChannelTrace", ChannelGraph]:
+        """Follows a function for shapes alone; returns the trace and what is tied. `strict` refuses what `check` does.
+
+        Where channels turn out to be in merged axes of leaves, it is followed once more with these apart.
+        """
+        factors: dict[str, Factors] = {}
+        while True:
+            trace = cls(fn, params, inputs, factors)
+            jax.eval_shape(lambda params, *inputs, to=trace: to.run(params, inputs, lambda _: None), params, *inputs)
+            graph = trace.graph()
+            if not (more := trace.merged()):
+                break
+            factors = factors | {path: _refined(factors.get(path), found) for path, found in more.items()}
         if strict:
-            self.check()
-        return graph
+            trace.check()
+        return trace, graph
 
     def run(self, params: Params, inputs: Sequence[Any], on_sum: OnSum) -> list[Any]:
         """Evaluates the function, and hands over each sum over axes that are of a leaf, or of two values.
@@ -105,20 +118,20 @@ class ChannelTrace(AxisNodes):
         Outside of `jit`, a value is kept until it was read for the last time, and leaves of NumPy are put on the device
         where they are read.
         """
-        program, leaves = self.program, jax.tree.leaves(params)
-        known = {
-            number: Value(leaf, self._leaves[path], True)
-            for (path, number), leaf in zip(program.leaves.items(), leaves, strict=True)
-        }
+        program, leaves = self.program, self._apart(params)
+        known = {number: Value(leaves[path], self._leaves[path], True) for path, number in program.leaves.items()}
         known |= {
-            number: Value(leaf, self._fresh(jnp.ndim(leaf)))
+            number: Value(leaf, self._fresh(jnp.shape(leaf)))
             for number, leaf in zip(program.inputs, jax.tree.leaves(tuple(inputs)), strict=True)
         }
         self._inputs.update(node for number in program.inputs for node in known[number].nodes)
         self._carried += [one.nodes for one in known.values()]
 
         def read(one: int | Constant) -> Value:
-            return Value(one.value, self._fresh(np.ndim(one.value)), True) if isinstance(one, Constant) else known[one]
+            if not isinstance(one, Constant):
+                return known[one]
+            fixed = frozenset(varying_axes(program, one))
+            return Value(one.value, self._fresh(np.shape(one.value)), from_leaves=True, fixed=fixed)
 
         self.nodes = {number: one.nodes for number, one in known.items()}
         for place, equation in enumerate(program.equations):
@@ -135,6 +148,9 @@ class ChannelTrace(AxisNodes):
                 del known[number]
         return [read(one).value for one in program.outputs]
 
+    def _apart(self, params: Params) -> dict[str, Any]:
+        return apart(flatten(params), self.factors)
+
     def _follow(self, eqn: Equation, values: Sequence[Value], results: Sequence[Any], on_sum: OnSum) -> list[Value]:
         """Returns the results with the nodes of their axes."""
         if eqn.name == "optimization_barrier":
@@ -144,12 +160,17 @@ class ChannelTrace(AxisNodes):
             self._nodes(eqn, values, [jnp.shape(result) for result in results], on_sum) if values and results else None
         )
         if nodes is None:
-            nodes = [self._fresh(jnp.ndim(result)) for result in results]
+            nodes = [self._fresh(jnp.shape(result)) for result in results]
             if results:  # A leaf that goes in whole might make channels there.
                 for one in values:
                     self._lose(eqn.name, one.nodes)
                     self._touch(one.nodes)
-        return [Value(result, own, from_leaves) for result, own in zip(results, nodes, strict=True)]
+        constant = all(one.fixed is not None for one in values)
+        made = zip(results, nodes, eqn.outputs, strict=True)
+        return [
+            Value(result, own, from_leaves, frozenset(varying_axes(self.program, number)) if constant else None)
+            for result, own, number in made
+        ]
 
     def _nodes(
         self, eqn: Equation, values: Sequence[Value], new_shapes: Sequence[tuple[int, ...]], on_sum: OnSum
@@ -161,7 +182,7 @@ class ChannelTrace(AxisNodes):
         if name == "dot_general":
             return [self._product(params["dimension_numbers"], values, on_sum)]
         if name == "conv_general_dilated" and params["batch_group_count"] == 1:
-            return [self._convolution(params, values, on_sum)]
+            return [self._convolution(params, values, new_shape, on_sum)]
         if name == "transpose":
             return [tuple(nodes[axis] for axis in params["permutation"])]
         if name == "broadcast_in_dim":
@@ -178,10 +199,18 @@ class ChannelTrace(AxisNodes):
             return [self._written(name, values[:2], range(len(shape)), range(len(shape)))]
         if name == "concatenate":
             return [self._joined(values, params["dimension"], new_shape)]
+        if name == "stack":
+            return [self._stacked(values, params["axis"], new_shape)]
+        if name == "unstack":
+            return [tuple(node for axis, node in enumerate(nodes) if axis != params["axis"])] * len(new_shapes)
+        if name == "tile":
+            return [self._tiled(nodes, params["reps"])]
+        if name in ("slice", "split") and (parts := self._cut_out(params, values[0], shape, new_shapes)):
+            return parts
         if name in _ALONG:
             operands = values if len(values) == len(new_shapes) else [values[0]] * len(new_shapes)
             return [
-                self._without(name, one, _ALONG[name](params, jnp.shape(one.value), new))
+                self._without(name, one, _ALONG[name](params, jnp.shape(one.value), new), new)
                 for one, new in zip(operands, new_shapes, strict=True)
             ]
         if name in _BY_ENTRY and all(_broadcasts(one, new_shape) for one in shapes):
@@ -194,56 +223,109 @@ class ChannelTrace(AxisNodes):
         arrays = [one for one in arrays if jnp.size(one.value) > 1] or arrays
         if len(arrays) == 1 and jnp.shape(arrays[0].value) == shape:
             return arrays[0].nodes  # A leaf that is cast or scaled is a leaf still.
-        nodes, from_leaves = list(self._fresh(len(shape))), all(one.from_leaves for one in values)
+        nodes, from_leaves = list(self._fresh(shape)), all(one.from_leaves for one in values)
         for axis, node in enumerate(nodes):
             for one in arrays:
                 if axis != skip and jnp.shape(one.value)[axis] == shape[axis]:
                     self._tie(node, one.nodes[axis])
-                    if from_leaves and one.nodes[axis] in self._leaf_axes:
+                    if from_leaves and self._is_leaf(one.nodes[axis]):
                         nodes[axis] = one.nodes[axis]  # A kernel that other leaves scale is that kernel still.
         return tuple(nodes)
 
     def _placed(
         self, nodes: Sequence[int], shape: Sequence[int], places: Sequence[int], new_shape: Sequence[int]
     ) -> tuple[int, ...]:
-        placed = list(self._fresh(len(new_shape)))
+        placed = list(self._fresh(new_shape))
         for node, size, place in zip(nodes, shape, places, strict=True):
             if size == new_shape[place]:
                 placed[place] = node
         return tuple(placed)
 
     def _reshaped(self, value: Value, shape: Sequence[int], new_shape: Sequence[int]) -> tuple[int, ...]:
-        """Axes that are neither split nor merged keep their nodes; axes of size 1 come and go."""
-        new_nodes, kept = list(self._fresh(len(new_shape))), set()
+        """Merged and split axes keep their nodes as factors; axes of size 1 come and go."""
         added = len(new_shape) - len(shape)
         if tuple(new_shape) == (
             *(1,) * added,
             *shape,
         ):  # An axis of size 1, a single head, is known by its place alone.
-            return (*new_nodes[:added], *value.nodes)
-        ends = {end: (axis, size) for axis, (end, size) in enumerate(_ends(shape)) if size > 1}
-        for axis, (end, size) in enumerate(_ends(new_shape)):
-            if size > 1 and end in ends and ends[end][1] == size:
-                kept.add(ends[end][0])
-                new_nodes[axis] = value.nodes[ends[end][0]]
-        lost = tuple(value.nodes[axis] for axis, size in enumerate(shape) if size > 1 and axis not in kept)
+            return (*self._fresh((1,) * added), *value.nodes)
+        new_nodes, lost = self._regrouped(value.nodes, shape, new_shape)
         self._lose("reshape", lost)
         if value.from_leaves:
             self._cut(set(new_nodes).difference(value.nodes), lost)
-        return tuple(new_nodes)
+            leaf_nodes = [node for node in value.nodes if node in self._leaf_axes]
+            self._origins |= {atom: node for node in leaf_nodes for atom in self.atoms(node) if atom != node}
+        return new_nodes
 
     def _joined(self, values: Sequence[Value], axis: int, shape: Sequence[int]) -> tuple[int, ...]:
-        nodes = self._by_entry(values, shape, skip=axis)
+        """Channels that are concatenated are tied, in pieces of the size that divides all parts."""
+        nodes = list(self._by_entry(values, shape, skip=axis))
         if len(values) > 1:
             lost = tuple(one.nodes[axis] for one in values)
-            self._lose("concatenate", lost)
-            if all(one.from_leaves for one in values):
+            from_leaves = all(one.from_leaves for one in values)
+            unit = math.gcd(*self.sizes(lost))
+            pieces = [] if from_leaves or unit == 1 else self._pieces("concatenate", lost, unit)
+            if pieces:
+                for piece in pieces[1:]:
+                    self._tie(pieces[0], piece)
+                nodes[axis] = self._merged((*self._fresh((shape[axis] // unit,)), *self.atoms(pieces[0])))
+            else:
+                self._lose("concatenate", lost)
+            if from_leaves:
                 self._cut((nodes[axis],), lost)
-        return nodes
+        return tuple(nodes)
 
-    def _without(self, operation: str, value: Value, axes: Iterable[int]) -> tuple[int, ...]:
+    def _stacked(self, values: Sequence[Value], axis: int, shape: Sequence[int]) -> tuple[int, ...]:
+        along = [
+            one._replace(
+                value=jnp.expand_dims(one.value, axis),
+                nodes=(*one.nodes[:axis], *self._fresh((1,)), *one.nodes[axis:]),
+            )
+            for one in values
+        ]
+        return self._by_entry(along, shape, skip=axis)
+
+    def _tiled(self, nodes: Sequence[int], counts: Sequence[int]) -> tuple[int, ...]:
+        return tuple(
+            node
+            if count == 1
+            else self._merged((*self._fresh((count,)), *(one for one in self.atoms(node) if self._sizes[one] > 1)))
+            for node, count in zip(nodes, counts, strict=True)
+        )
+
+    def _pieces(self, operation: str, nodes: Sequence[int], unit: int) -> list[int]:
+        """Returns the nodes of the pieces of one size that axes are cut into; none where one cannot be."""
+        cut = [
+            ((None, node), []) if self._sizes[node] == unit else
+            self._regrouped((node,), self.sizes((node,)), (self._sizes[node] // unit, unit))
+            for node in nodes
+        ]  # fmt: skip
+        if any(lost for _, lost in cut):
+            return []
+        self._lose(operation, (which for (which, _), _ in cut if which is not None))
+        return [piece for (_, piece), _ in cut]
+
+    def _cut_out(self, params: Any, value: Value, shape: Sequence[int], new_shapes: Sequence[Sequence[int]]) -> Any:
+        """Returns the nodes of parts of a value, cut along one axis at multiples of one size; None for any others."""
+        axes = [axis for axis, size in enumerate(shape) if size != new_shapes[0][axis]]
+        if value.from_leaves or len(axes) != 1 or any(one != 1 for one in params.get("strides") or ()):
+            return None
+        (axis,) = axes
+        ends = params["limit_indices"][axis : axis + 1] if "limit_indices" in params else ()
+        unit = math.gcd(shape[axis], *(new[axis] for new in new_shapes), *ends)
+        pieces = [] if unit == 1 else self._pieces("slice", value.nodes[axis : axis + 1], unit)
+        if not pieces:
+            return None
+        (piece,), parts = pieces, []
+        for new in new_shapes:
+            count = new[axis] // unit
+            own = self._tied(piece) if count == 1 else self._merged((*self._fresh((count,)), *self.atoms(piece)))
+            parts.append((*value.nodes[:axis], own, *value.nodes[axis + 1 :]))
+        return parts
+
+    def _without(self, operation: str, value: Value, axes: Iterable[int], new_shape: Sequence[int]) -> tuple[int, ...]:
         """Returns the nodes of a value, new ones for those axes, whose entries are no longer what they were."""
-        axes, fresh = set(axes), self._fresh(len(value.nodes))
+        axes, fresh = set(axes), self._fresh(new_shape)
         lost = [axis for axis in axes if jnp.shape(value.value)[axis] > 1]
         self._lose(operation, (value.nodes[axis] for axis in lost))
         if value.from_leaves:
@@ -252,7 +334,7 @@ class ChannelTrace(AxisNodes):
         return tuple(fresh[axis] if axis in axes else node for axis, node in enumerate(value.nodes))
 
     def _gathered(self, params: Any, value: Value, shape: Sequence[int], new_shape: Sequence[int]) -> tuple[int, ...]:
-        numbers, gathered, nodes = params["dimension_numbers"], list(self._fresh(len(new_shape))), value.nodes
+        numbers, gathered, nodes = params["dimension_numbers"], list(self._fresh(new_shape)), value.nodes
         gone = {*numbers.collapsed_slice_dims, *getattr(numbers, "operand_batching_dims", ())}
         kept = [axis for axis in range(len(shape)) if axis not in gone]
         whole = {axis for axis in kept if params["slice_sizes"][axis] == shape[axis]}
@@ -286,7 +368,7 @@ class ChannelTrace(AxisNodes):
         self._lose(
             operation, (node for place, node in enumerate(update.nodes) if place not in {two for _, two in whole})
         )
-        return self._without(operation, value, set(range(len(shape))).difference(axis for axis, _ in whole))
+        return self._without(operation, value, set(range(len(shape))).difference(axis for axis, _ in whole), shape)
 
     def _product(self, numbers: Any, values: Sequence[Value], on_sum: OnSum) -> tuple[int, ...]:
         ((left, right), (left_batch, right_batch)), (a, b) = numbers, values
@@ -303,10 +385,16 @@ class ChannelTrace(AxisNodes):
             self._tied(node, from_leaves) for node in (*(a.nodes[axis] for axis in left_batch), *free, *other_free)
         )
 
-    def _convolution(self, params: Any, values: Sequence[Value], on_sum: OnSum) -> tuple[int, ...]:
+    def _convolution(
+        self, params: Any, values: Sequence[Value], new_shape: Sequence[int], on_sum: OnSum
+    ) -> tuple[int, ...]:
         numbers, (x, kernel) = params["dimension_numbers"], values
         in_axis, (out_axis, kernel_in) = numbers.lhs_spec[1], numbers.rhs_spec[:2]
-        nodes = list(self._fresh(len(x.nodes)))
+        nodes = list(self._fresh(new_shape))
+        # Places have an order, by which other layers may know them.
+        self._bound.update(
+            (nodes[axis] for axis in numbers.out_spec[2:]), (x.nodes[axis] for axis in numbers.lhs_spec[2:])
+        )
         nodes[numbers.out_spec[0]] = self._tied(x.nodes[numbers.lhs_spec[0]])
         feature_groups, channels = params["feature_group_count"], jnp.shape(kernel.value)[out_axis]
         depthwise = feature_groups == channels == jnp.shape(x.value)[in_axis]
@@ -322,43 +410,13 @@ class ChannelTrace(AxisNodes):
             self._lose("conv_general_dilated in groups", (x.nodes[in_axis], kernel.nodes[out_axis]))
         return tuple(nodes)
 
-    def _sum_over(
-        self, a: Value, left: Sequence[int], b: Value, right: Sequence[int], matched: Sequence[int], on_sum: OnSum
-    ) -> None:
-        """Ties the axes of two values that are summed over together; `matched` are those that stay, one by one."""
-        nodes = [[one.nodes[axis] for axis in axes] for one, axes in ((a, left), (b, right))]
-        places = [[self._leaf_axes.get(node) for node in own] for own in nodes]
-        for node, other in zip(*nodes, strict=True):
-            # The oldest stands for all: an input does where nothing has tied its axis to a leaf before.
-            if {self._root(node), self._root(other)} & self._inputs:
-                self._bound.update({node, other} & self._leaf_axes.keys())
-            self._tie(node, other)
-            self._touch((*self._parts.get(node, ()), *self._parts.get(other, ())))
-        self._consumed.update(nodes[0])
-        beside = [tuple(nodes[0][:i] + nodes[0][i + 1 :]) for i in range(len(left))]
-        if a.from_leaves and b.from_leaves:  # The product of two leaves is a kernel of which each has made a part.
-            for node in (*nodes[0], *nodes[1]):
-                self._make(node)
-        elif any(places[0]) or any(places[1]):
-            for leaf_places, entering, axes in ((places[1], a, left), (places[0], b, right)):
-                for path in dict.fromkeys(place[0] for place in leaf_places if place):
-                    at = sorted(
-                        (place[1], axis)
-                        for place, axis in zip(leaf_places, axes, strict=True)
-                        if place and place[0] == path
-                    )
-                    summed, entered = zip(*at, strict=True)
-                    self._summed.setdefault(path, set()).update(summed)
-                    on_sum(Sum(path, summed, (entering,), (entered,)))
-        elif left:
-            beside = [(*others, *matched) for others in beside]
-            on_sum(Sum(None, (), (a, b), (tuple(left), tuple(right))))
-        self._beside += zip(nodes[0], beside, strict=True)
 
-
-def _ends(shape: Sequence[int]) -> list[tuple[int, int]]:
-    """Returns for each axis how many entries there are up to its end, along with its size."""
-    return list(zip(np.cumprod(np.asarray(shape, np.int64)).tolist(), shape, strict=True))
+def _refined(factors: Factors | None, found: Factors) -> Factors:
+    """Returns the factors of a whole leaf, where `found` are those of it with its factors apart."""
+    if factors is None:
+        return found
+    rest = iter(found)
+    return tuple(tuple(itertools.chain.from_iterable(next(rest) for _ in own)) for own in factors)
 
 
 def _broadcasts(shape: Sequence[int], result: Sequence[int]) -> bool:

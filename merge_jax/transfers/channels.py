@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from merge_jax.transfers.channel_axes import ChannelGraph
-from merge_jax.transfers.channel_trace import ChannelTrace, Sum
+from merge_jax.transfers.channel_sums import Sum
+from merge_jax.transfers.channel_trace import ChannelTrace
 from merge_jax.types import Params
 
 __all__ = ["channel_graph", "input_moments"]
@@ -22,10 +23,13 @@ def channel_graph(fn: Callable[..., Any], params: Params, *inputs: Any, strict: 
     `jax.ShapeDtypeStruct`s. It is any JAX function of a parameter tree, such as
     `lambda params, x: model.apply({"params": params, **state}, x, train=False)`; no library of layers is asked. What
     ties axes: sums and products entry by entry, products of matrices, convolutions, and the lookup of embeddings.
-    Channels do not go through reshapes that split or merge them, concatenation, slices, padding, sums and sorting along
-    them, groups of a convolution, loops (`nn.scan`), nor any operation that is not known. Not seen is where channels
-    have an order of their own by a constant, as with fixed sines of positions. Our choice; Git Re-Basin
-    (arXiv:2209.04836) writes down by hand for each model what is found here.
+    Through reshapes they go as factors: a kernel that reads flattened maps is one of places and channels, and a leaf
+    whose channels are normalised in groups is one of groups and channels in each (`ChannelGraph.factors`). Where they
+    are concatenated, split or cut, they are tied in pieces of the largest size that divides all parts. They do not go
+    through parts without such a size, padding, sums and sorting along them, groups of a convolution, loops (`nn.scan`),
+    nor any operation that is not known. Not seen is where channels have an order of their own by a constant that is
+    added, as with fixed sines of positions. Our choice; Git Re-Basin (arXiv:2209.04836) writes down by hand for each
+    model what is found here.
 
     Args:
       fn: the model.
@@ -38,7 +42,7 @@ def channel_graph(fn: Callable[..., Any], params: Params, *inputs: Any, strict: 
       ValueError: leaves that cannot be named, as `flatten`; `strict` and channels that a leaf makes, or a leaf itself,
         in an operation that cannot be followed.
     """
-    return ChannelTrace(fn, params, inputs).follow(params, inputs, strict=strict)
+    return ChannelTrace.followed(fn, params, inputs, strict=strict)[1]
 
 
 def input_moments(fn: Callable[..., Any], params: Params, *inputs: Any) -> dict[str, jax.Array]:
@@ -46,8 +50,9 @@ def input_moments(fn: Callable[..., Any], params: Params, *inputs: Any) -> dict[
 
     `{leaf path: X^T X / N}`, with `X [N, n]` the inputs of the layer whose kernel is the leaf: one row for each
     example and place, summed over all calls of the layer. It is `[n, n]`; `[h, d, h, d]` of a leaf that is summed over
-    along two axes together, as the last kernel of an attention is. A leaf that is summed over along other axes in
-    other places, such as the one kernel of a tied autoencoder, has none: the moments are those of its channel groups.
+    along two axes together, as the last kernel of an attention is. Of flattened maps the places are rows. A leaf that
+    is summed over along other axes in other places, such as the one kernel of a tied autoencoder, has none: the moments
+    are those of its channel groups.
 
     `{channel group: (Q^T Q / N) * (K^T K / M)}`, entry by entry, for values `Q [N, d]` and `K [M, d]` that are
     multiplied and are no leaves, such as queries and keys: the moments of the products `q_i k_i` that are summed, for
@@ -61,14 +66,15 @@ def input_moments(fn: Callable[..., Any], params: Params, *inputs: Any) -> dict[
     Raises:
       ValueError: leaves that cannot be named, as `flatten`.
     """
-    trace = ChannelTrace(fn, params, inputs)
-    graph = trace.follow(params, inputs)
+    trace, graph = ChannelTrace.followed(fn, params, inputs, strict=False)
     found: dict[str, list[tuple[tuple[int, ...], jax.Array]]] = {}
 
     def take(one: Sum) -> None:
         if one.path is not None:
-            moments = _moments(one.entering[0].value, one.places[0])
-            found.setdefault(one.path, []).append((one.axes, moments))
+            wanted = graph.moment_axes(one.path)
+            kept = [pair for pair in zip(one.axes, one.places[0], strict=True) if pair[0] in wanted]
+            axes, places = zip(*kept or zip(one.axes, one.places[0], strict=True), strict=True)
+            found.setdefault(one.path, []).append((axes, _moments(one.entering[0].value, places)))
             return
         group = trace.channel_group(one.entering[0].nodes[one.places[0][0]])
         if len(one.places[0]) > 1 or group not in graph.hidden:

@@ -1,60 +1,23 @@
 """Refit: after an aligned write, every layer of the target is solved to compute what the source's does."""
 
-import functools
-import math
-import string
-import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.core import Tracer
 
-from merge_jax.checks import all_finite, check_at_least_one, error_context
-from merge_jax.paths import flatten, replace, some_of
-from merge_jax.transfers.aligned import aligned_transfer
-from merge_jax.transfers.alignment_fit import ChannelChoice, directions
-from merge_jax.transfers.alignment_plan import plan_alignment
-from merge_jax.transfers.channel_trace import ChannelTrace
-from merge_jax.transfers.channels import input_moments
-from merge_jax.transfers.followed import FollowedModel
-from merge_jax.transfers.host_leaves import any_on_host, on_device
+from merge_jax.checks import all_finite, check_arrays, check_at_least_one
+from merge_jax.paths import flatten, some_of
+from merge_jax.transfers.alignment_fit import ChannelChoice
+from merge_jax.transfers.host_leaves import any_on_host
 from merge_jax.transfers.pairing import resolve
-from merge_jax.transfers.program import Program
-from merge_jax.transfers.refit_batches import in_batches, stacked
-from merge_jax.transfers.refit_plan import RefitPlan, Site, plan_refit
+from merge_jax.transfers.refit_program import ModelFn, RefitOptions, prepared
 from merge_jax.transfers.refit_routes import routes_with_state
-from merge_jax.transfers.refit_solve import (
-    add_moments,
-    batch_moments,
-    channel_rows,
-    end_rows,
-    entering,
-    matrix,
-    no_moments,
-    slope,
-    solve,
-    without,
-    write,
-)
+from merge_jax.transfers.refit_walk import FewRowsWarning
 from merge_jax.transfers.routes import Routes
-from merge_jax.types import Adapter, Params
+from merge_jax.types import Params
 
 __all__ = ["FewRowsWarning", "Refit", "refit"]
-
-_ALIGNED_ON = 512  # So many inputs suffice to estimate each layer's second moments.
-_FEW_ROWS, _ROWS_OF_UNKNOWN = 4096, 200
-_VIEWS = frozenset({"slice", "squeeze", "reshape", "transpose", "pad", "rev"})  # Free to compute again.
-
-ModelFn = Callable[..., Any]
-"""`(variables, *inputs) -> outputs`, in evaluation mode."""
-
-
-class FewRowsWarning(UserWarning):
-    """A layer has more unknowns than rows to solve them from, so that the ridge was raised."""
 
 
 class Refit(NamedTuple):
@@ -146,69 +109,22 @@ def refit(
     check_at_least_one(batch_size=batch_size, max_rows=max_rows)
     if not 0 < ridge < float("inf"):
         raise ValueError(f"ridge must be above 0, got {ridge}")
-    size = min(batch_size, count)
-    batch = [jax.ShapeDtypeStruct((size, *jnp.shape(one)[1:]), jnp.result_type(one)) for one in inputs]
-    models = [_followed(role, fn, variables, batch) for role, fn, variables in
-              (("source", source, source_variables), ("target", target, target_variables))]  # fmt: skip
+    check_arrays("source's", source_variables)
+    check_arrays("target's", target_variables)
     named_routes = routes_with_state(routes, source_variables, target_variables)
-    resolved = resolve(named_routes, source_variables, target_variables)
-    alignment = plan_alignment(resolved, models[0].graph, models[1].graph)
-    plan = plan_refit(alignment, *models)
-    if not plan.sites:
-        reasons = "; ".join(f"{path}: {why}" for path, why in plan.kept.items())
-        raise ValueError(f"no layer of the target can be solved. {reasons}")
-    key = jax.random.key(0) if key is None else key
-    graphs = models[0].graph, models[1].graph
-    transfer = aligned_transfer(named_routes, *graphs, choice=choice, key=key if choice == "random" else None)
-    source_program, target_program = (one.trace.program for one in models)
-    batches = math.ceil(count / size)
-    walk = _Walk(source_program, target_program, plan, ridge, max_rows, axis_name, batches, count)
-    walk.check_rows(size)
-
-    fit_transfer = transfer.fit
-    assert fit_transfer is not None  # The aligned one has it.
-
-    def align(
-        source_variables: Params, target_variables: Params, inputs: list[jax.Array], key: jax.Array
-    ) -> tuple[Params, Adapter]:
-        some = jax.random.permutation(key, count)[: min(_ALIGNED_ON, count)]
-        moments = input_moments(source, source_variables, *(one[some] for one in inputs))
-        if axis_name is not None:
-            moments = lax.pmean(moments, axis_name)
-        adapter = fit_transfer(moments, source_variables, target_variables)
-        wanted = adapter
-        if choice == "moments":
-            adapter, wanted = directions(
-                alignment, plan.streams.pairs, models[0].graph, moments, flatten(source_variables), adapter
-            )
-        del moments
-        written = transfer.apply(adapter, source_variables, target_variables)
-        if plan.streams.tables and wanted is not adapter:
-            turned = flatten(transfer.apply(wanted, source_variables, target_variables))
-            written = replace(written, {path: turned[path] for path in plan.streams.tables})
-        return written, {"outputs": wanted["outputs"]}
-
-    def run(
-        source_variables: Params, target_variables: Params, inputs: list[jax.Array], key: jax.Array
-    ) -> tuple[Params, dict[str, jax.Array], jax.Array]:
-        written, wanted = align(source_variables, target_variables, inputs, key)
-        leaves, solved = walk.run(
-            wanted,
-            dict(zip(walk.source.leaves.values(), flatten(source_variables).values(), strict=True)),
-            dict(zip(walk.target.leaves.values(), flatten(written).values(), strict=True)),
-            *in_batches(inputs, size),
-            key,
-        )
-        finite = all_finite(leaves)
-        return replace(written, {path: leaves[number] for path, number in walk.target.leaves.items()}), solved, finite
-
+    resolve(named_routes, source_variables, target_variables)  # Refuses and warns; the rest needs shapes alone.
     given = [jnp.asarray(one) for one in inputs]
-    apart = any_on_host(source_variables, target_variables, given, key)
-    compute = run if apart else jax.jit(run)
-    variables, solved, finite = compute(source_variables, target_variables, given, key)
+    key = jax.random.key(0) if key is None else key
+    arguments = source_variables, target_variables, given, key
+    options = RefitOptions(ridge, batch_size, max_rows, choice, axis_name)
+    traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(arguments))
+    made = prepared(source, target, named_routes, arguments[:3], options, keep=not traced)
+    made.walk.check_rows(min(batch_size, count))
+    run = made.run if any_on_host(*arguments) else made.compiled
+    variables, solved, finite = run(*arguments)
     if not isinstance(finite, Tracer) and not finite:
         _explain(given, source_variables, target_variables)
-    return Refit(variables, solved, dict(plan.kept))
+    return Refit(variables, solved, dict(made.kept))
 
 
 def _count(inputs: tuple[jax.Array, ...]) -> int:
@@ -231,211 +147,3 @@ def _explain(inputs: list[jax.Array], source: Params, target: Params) -> NoRetur
         "the refit came to numbers that are not finite: "
         + (f"there are some in {some_of(wrong, 3)}" if wrong else "what the source or the target computes has some")
     )
-
-
-def _followed(role: str, fn: ModelFn, variables: Params, batch: list[Any]) -> FollowedModel:
-    with error_context(f"the {role}"):
-        trace = ChannelTrace(fn, variables, batch)
-        return FollowedModel(trace, trace.follow(variables, batch, strict=True))
-
-
-@dataclass(frozen=True)
-class _Walk:
-    """Both computations, site after site: what all batches are at one depth is kept, and nothing else."""
-
-    source: Program
-    target: Program
-    plan: RefitPlan
-    ridge: float
-    max_rows: int
-    axis_name: str | None
-    batches: int
-    num_inputs: int
-
-    def run(
-        self,
-        adapter: Adapter,
-        source_leaves: dict[int, jax.Array],
-        leaves: dict[int, jax.Array],
-        inputs: list[jax.Array],
-        weights: jax.Array,
-        key: jax.Array,
-    ) -> tuple[dict[int, jax.Array], dict[str, jax.Array]]:
-        """Returns the target's leaves and how well each site was solved."""
-        source_values = dict(zip(self.source.inputs, inputs, strict=True))
-        values = dict(zip(self.target.inputs, inputs, strict=True))
-        source_kept, kept, solved = self._source_kept(), self._target_kept(), {}
-        apart, after = any_on_host(source_leaves, leaves, inputs), jnp.zeros(())
-        for number, site in enumerate(self.plan.sites):
-            keys = jax.random.split(jax.random.fold_in(key, number), len(weights))
-            step = functools.partial(self._step, site, source_kept[number], kept[number])
-            wanted = {site.source_end, *source_kept[number]}
-            used = {one: source_leaves[one] for one in self.source.leaves_for(source_values, wanted)}
-            if apart:
-                step, used = jax.jit(step), on_device(used)
-            written, r2, source_values, values, after = step(
-                adapter, used, leaves, source_values, values, weights, keys, after
-            )
-            leaves = {**leaves, **written}
-            solved |= {one.layer.leaf: r2 for one in site.unknowns}
-            if apart:
-                jax.block_until_ready(after)
-        return leaves, solved
-
-    def _step(
-        self,
-        site: Site,
-        source_kept: frozenset[int],
-        kept: frozenset[int],
-        adapter: Adapter,
-        source_leaves: dict[int, jax.Array],
-        leaves: dict[int, jax.Array],
-        source_values: dict[int, jax.Array],
-        values: dict[int, jax.Array],
-        weights: jax.Array,
-        keys: jax.Array,
-        after: jax.Array,
-    ) -> tuple[dict[int, jax.Array], jax.Array, dict[int, jax.Array], dict[int, jax.Array], jax.Array]:
-        """Returns the leaves that a site writes, how well it was solved, and what of both models is kept."""
-        unknowns = [(one, slope(self.target, site, one, leaves)) for one in site.unknowns]
-        priors = [matrix(self.target, one, leaves) * (scale[None] if site.dense else 1) for one, scale in unknowns]
-        gather = functools.partial(self._gather, site, adapter, source_leaves, leaves, source_kept, kept)
-        # What was known before and is needed again stays where it is.
-        known = [{one: rows for one, rows in of.items() if one in ones}
-                 for of, ones in ((source_values, source_kept), (values, kept))]  # fmt: skip
-        moments, made = stacked(gather, no_moments(site), (source_values, values, weights, keys), after)
-        source_values, values = ({**old, **new} for old, new in zip(known, made, strict=True))
-        solution = solve(site, moments, jnp.concatenate(priors), self._valid(site, adapter), self.ridge)
-        new = write(self.target, site, leaves, solution, moments)
-        written = {number: leaf for number, leaf in new.items() if leaf is not leaves[number]}
-        return written, solution.r2, source_values, values, moments.weight
-
-    def _gather(
-        self,
-        site: Site,
-        adapter: Adapter,
-        source_leaves: dict[int, jax.Array],
-        leaves: dict[int, jax.Array],
-        source_kept: frozenset[int],
-        kept: frozenset[int],
-        moments: Any,
-        batch: Any,
-    ) -> tuple[Any, Any]:
-        """Adds one batch to the moments of a site, and returns what is kept of it for the next."""
-        source_values, values, weights, key = batch
-        found = self.source.evaluate({**source_leaves, **source_values}, {site.source_end, *source_kept})
-        entered = {one for unknown in site.unknowns for one in unknown.layer.meets.reads if one in self.target.data}
-        needed = entered if site.dense else set[int]()
-        known = self.target.evaluate({**leaves, **values}, {*needed, *kept})
-        limit = math.ceil(self._most_rows(site) / self.batches)
-        rows = jnp.arange(site.rows) if site.rows <= limit else jax.random.randint(key, (limit,), 0, site.rows)
-        chosen = None if site.rows <= limit else rows
-        x = entering(self.target, site, known, leaves, chosen)
-        wanted = channel_rows(self._in_target(site, adapter, found[site.source_end]), site.channel_axes, chosen)
-        rest = end_rows(self.target, site, without(self.target, site, known), chosen)
-        of_rows = weights[rows // site.stride % len(weights)]
-        total = (lambda one: one) if self.axis_name is None else functools.partial(lax.psum, axis_name=self.axis_name)
-        moments = add_moments(moments, batch_moments(x, wanted - rest, wanted, of_rows, total))
-        made = (source_kept - source_values.keys(), found), (kept - values.keys(), known)
-        return moments, tuple({one: of[one] for one in ones} for ones, of in made)
-
-    def _in_target(self, site: Site, adapter: Adapter, value: jax.Array) -> jax.Array:
-        """Returns a value of the source at the channels that the target has."""
-        letters, large = string.ascii_lowercase[: value.ndim], list(string.ascii_lowercase[: value.ndim])
-        matrices, names = [], []
-        for axis, place in zip(site.pairs, site.channel_axes, strict=True):
-            if axis.name is not None:
-                large[place] = letters[place].upper()
-                around = "" if axis.around is None else letters[site.channel_axes[axis.around]]
-                matrices.append(adapter["outputs"][axis.name])
-                names.append(f"{around}{letters[place]}{large[place]}")
-        equation = f"{','.join([*names, ''.join(large)])}->{letters}"
-        return jnp.einsum(equation, *matrices, value.astype(jnp.float32), precision=lax.Precision.HIGHEST)
-
-    def _valid(self, site: Site, adapter: Adapter) -> jax.Array:
-        """Returns which channels of a site have one of the source, bool `[m]`."""
-        valid = jnp.ones(site.channels, bool)
-        for number, axis in enumerate(site.pairs):
-            if axis.name is not None:
-                chosen = jnp.any(adapter["outputs"][axis.name] != 0, -1)
-                places = [number] if axis.around is None else [axis.around, number]
-                chosen = chosen if places == sorted(places) else chosen.T
-                valid &= jnp.expand_dims(chosen, [i for i in range(valid.ndim) if i not in places])
-        return valid.reshape(-1)
-
-    def check_rows(self, size: int) -> None:
-        """Warns of sites with fewer rows than unknowns; a batch has so many inputs."""
-        for site in self.plan.sites:
-            rows = min(self._most_rows(site), site.rows // size * self.num_inputs)
-            if rows < site.num_unknowns:
-                warnings.warn(
-                    f"{site.name} has {site.num_unknowns} unknowns and {rows} rows to solve them from: the ridge is "
-                    f"raised {site.num_unknowns / rows:.3g} times; give more inputs",
-                    FewRowsWarning,
-                    stacklevel=3,
-                )
-
-    def _most_rows(self, site: Site) -> int:
-        """Returns how many rows are taken at most; of a channel with a few numbers of its own, fewer are enough."""
-        few = max(_FEW_ROWS, _ROWS_OF_UNKNOWN * site.num_unknowns)
-        return self.max_rows if site.dense else min(self.max_rows, few)
-
-    def _target_kept(self) -> list[frozenset[int]]:
-        """Returns for each site the target's values that later sites need."""
-        program, sites = self.target, self.plan.sites
-        written = {path: number for number, site in enumerate(sites) for path in site.leaves}
-
-        def level(value: int) -> int:
-            return max((written[path] for path in program.leaves_of[value] if path in written), default=-1)
-
-        levels = {value: level(value) for equation in program.equations for value in equation.outputs}
-        found = []
-        for number in range(len(sites)):
-            needed = program.ancestors(site.end for site in sites[number:])
-            kept = {
-                value
-                for equation in program.equations
-                if needed.intersection(equation.outputs) and levels[equation.outputs[0]] >= number
-                for value in equation.reads
-                if value in program.data and levels.get(value, -1) < number
-            }
-            found.append(_without_views(program, kept))
-        return found
-
-    def _source_kept(self) -> list[frozenset[int]]:
-        """Returns the same of the source: what was computed by the end of a site and is read after it."""
-        program, ends = self.source, [site.source_end for site in self.plan.sites]
-        found, reached = [], -1
-        for number, end in enumerate(ends):
-            reached, later = max(reached, program.makers[end]), ends[number + 1 :]
-            needed = program.ancestors(later)
-            kept = {
-                value
-                for place, equation in enumerate(program.equations)
-                if place > reached and needed.intersection(equation.outputs)
-                for value in equation.reads
-            } | set(later)
-            kept = {value for value in kept & program.data if program.makers.get(value, -1) <= reached}
-            found.append(_without_views(program, kept))
-        return found
-
-
-def _without_views(program: Program, kept: set[int]) -> frozenset[int]:
-    """Returns the values to keep. Those cut out of one value are replaced by it, where together they are larger.
-
-    A depthwise convolution reads its input once for each place of its window, each time sliced again.
-    """
-    kept, changes = set(kept), True
-    while changes:
-        changes = False
-        views: dict[int, set[int]] = {}
-        for value in kept:
-            place = program.makers.get(value)
-            equation = None if place is None else program.equations[place]
-            if equation is not None and equation.name in _VIEWS:
-                (whole,) = (one for one in equation.reads if one in program.data)
-                views.setdefault(whole, set()).add(value)
-        for whole, cut in views.items():
-            if whole in kept or sum(map(program.size, cut)) > program.size(whole):
-                kept, changes = (kept - cut) | {whole}, True
-    return frozenset(kept)

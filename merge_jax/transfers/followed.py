@@ -40,11 +40,11 @@ class FollowedModel:
 
     @functools.cached_property
     def channel_axes(self) -> dict[str, dict[int, list[int]]]:
-        """`{channel group: {value: its axes of these channels}}`, of the values that have any."""
+        """`{channel group: {value: its axes of these channels, merged ones too}}`, of the values that have any."""
         found: dict[str, dict[int, list[int]]] = {}
         for value, nodes in self.trace.nodes.items():
             for axis, node in enumerate(nodes):
-                if group := self.trace.channel_group(node):
+                for group in {self.trace.channel_group(one) for one in (node, *self.trace.atoms(node))} - {""}:
                     found.setdefault(group, {}).setdefault(value, []).append(axis)
         return found
 
@@ -58,13 +58,28 @@ class FollowedModel:
         ]
         return found[0] if len(found) == 1 else None
 
-    def places(self, value: int, groups: Sequence[str]) -> tuple[int, ...]:
-        """Returns the axes of a value that are of these channel groups, one each.
+    def places(self, value: int, groups: Sequence[str]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Returns the shape of a value with merged axes of these channel groups apart, and the axis of each group.
 
         Raises:
           Unsolvable: a group that no axis has, or several.
         """
-        found = [self.trace.channel_group(node) for node in self.trace.nodes[value]]
-        if any(found.count(group) != 1 for group in groups):
+        sizes, names = [], []
+        for node, size in zip(self.trace.nodes[value], self.trace.program.shapes[value].shape, strict=True):
+            atoms = self.trace.atoms(node)
+            own = [self.trace.channel_group(atom) for atom in atoms]
+            if len(atoms) > 1 and not set(groups).isdisjoint(own):
+                sizes += self.trace.sizes(atoms)
+                names += own
+            else:
+                sizes.append(size)
+                names.append(self.trace.channel_group(node))
+        if any(names.count(group) != 1 for group in groups):
             raise Unsolvable("its channels cannot be distinguished from other axes where it ends")
-        return tuple(found.index(group) for group in groups)
+        return tuple(sizes), tuple(names.index(group) for group in groups)
+
+    def whole_axes(self, value: int, groups: Sequence[str]) -> set[int]:
+        """Returns the axes of a value that are of these channel groups alone."""
+        nodes = enumerate(self.trace.nodes[value])
+        return {axis for axis, node in nodes
+                if {self.trace.channel_group(atom) for atom in self.trace.atoms(node)} <= {*groups}}  # fmt: skip

@@ -5,9 +5,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from merge_jax.transfers.merged_axes import merged_from
 from merge_jax.transfers.program import Constant, Equation, Program
 
-__all__ = ["VIEWS", "Layer", "Norm", "Unsolvable", "find_layer", "is_dense", "is_state", "varying_axes"]
+__all__ = ["VIEWS", "Layer", "Norm", "Unsolvable", "find_layer", "is_dense", "is_state", "merged_axes", "varying_axes"]
 
 _ALIASES = {"convert_element_type", "copy", "copy_p", "stop_gradient", "optimization_barrier"}
 _MOVES = {"broadcast_in_dim", "reshape", "squeeze", "expand_dims", "slice", "transpose", "neg"}
@@ -75,7 +76,8 @@ def find_layer(program: Program, leaf: str) -> Layer:
         raise Unsolvable("nothing that is computed from the inputs meets it")
     equations = [program.equations[place] for place in meets]
     dense = [one for one in equations if is_dense(one)]
-    if dense and (len(equations) > 1 or [linear[one] for one in dense[0].reads if one in linear] != ["whole"]):
+    read = [one for one in dense[0].reads if one in linear] if dense else []
+    if dense and (len(equations) > 1 or len(read) != 1 or merged_axes(program, leaf, read[0]) is None):
         raise Unsolvable("it is used in several places, or reshaped before it is used")
     if all(one.name in ("add", "add_any", "sub") for one in equations):
         raise Unsolvable("it is added, and not on the way of a layer that is solved for")
@@ -114,8 +116,26 @@ def varying_axes(program: Program, one: int | Constant) -> set[int]:
     return set().union(*inner) if all(other in ((), shape) for other in shapes) else every
 
 
+def merged_axes(program: Program, leaf: str, value: int) -> list[tuple[int, ...]] | None:
+    """Returns for each axis of a value the axes of a leaf that it is merged from; None where it is not that leaf."""
+    number = program.leaves[leaf]
+    if value == number:
+        return [(axis,) for axis in range(len(program.shapes[number].shape))]
+    equation = program.equations[program.makers[value]] if value in program.makers else None
+    if equation is None or equation.name not in {"reshape", *_ALIASES} or len(equation.reads) != 1:
+        return None
+    before = merged_axes(program, leaf, equation.reads[0])
+    if before is None or equation.name != "reshape":
+        return before
+    found = merged_from(program.shapes[equation.reads[0]].shape, program.shapes[value].shape)
+    return None if found is None else [tuple(axis for one in own for axis in before[one]) for own in found]
+
+
 def _linear_in(program: Program, leaf: str) -> dict[int, str]:
-    """Returns the values made of leaves alone that are linear in one: `whole` where they are that leaf as it is."""
+    """Returns the values made of leaves alone that are linear in one: `whole` where they are that leaf as it is.
+
+    Axes of it may be merged.
+    """
     found = {program.leaves[leaf]: "whole"}
     for equation in program.equations:
         if any(value in program.data for value in equation.outputs):
@@ -126,7 +146,8 @@ def _linear_in(program: Program, leaf: str) -> dict[int, str]:
         scaled = len(read) == 1 and (equation.name == "mul" or (equation.name == "div" and equation.inputs[0] in found))
         scaled = scaled and not any(leaf in program.leaves_of[value] for value in equation.reads if value not in found)
         if read and (alias or moved or scaled):
-            found[equation.outputs[0]] = found[read[0]] if alias else "made"
+            whole = alias or merged_axes(program, leaf, equation.outputs[0]) is not None
+            found[equation.outputs[0]] = found[read[0]] if whole else "made"
     return found
 
 

@@ -6,10 +6,12 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.extend import core
 
 from merge_jax.checks import check_arrays
 from merge_jax.paths import flatten
+from merge_jax.transfers.merged_axes import Factors, apart
 from merge_jax.types import Params
 
 __all__ = ["CALLS", "Constant", "Equation", "Program"]
@@ -66,9 +68,27 @@ class Program:
       shapes: `{number: shape and dtype}` of all values.
     """
 
-    def __init__(self, fn: Callable[..., Any], params: Params, inputs: Sequence[Any]):  # noqa: D107
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        params: Params,
+        inputs: Sequence[Any],
+        factors: Mapping[str, Factors] | None = None,
+    ):
+        """Takes a function of a tree and inputs; leaves with merged axes are given in the shapes that have these apart.
+
+        `params` is the tree as the function reads it.
+        """
         check_arrays("model's", params)
-        closed = jax.make_jaxpr(fn)(params, *inputs)
+        given, tree = jax.tree.flatten(params)
+        shapes = [jnp.shape(leaf) for leaf in given]
+
+        def run(leaves: Sequence[Any], *inputs: Any) -> Any:
+            whole = [leaf.reshape(shape) for leaf, shape in zip(leaves, shapes, strict=True)]
+            return fn(jax.tree.unflatten(tree, whole), *inputs)
+
+        leaves = apart(flatten(params), factors or {})
+        closed = jax.make_jaxpr(run)(list(leaves.values()), *inputs) if factors else jax.make_jaxpr(fn)(params, *inputs)
         self.shapes: dict[int, Any] = {}
         self.equations: list[Equation] = []
         numbers = [self._number(var.aval) for var in closed.jaxpr.invars]

@@ -1,13 +1,15 @@
 """What a refit solves, and in which order: sites of a target, each with the end of the source that it is solved to."""
 
+import itertools
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from merge_jax.transfers.alignment_plan import AlignedLeaf, AlignmentPlan
 from merge_jax.transfers.followed import FollowedModel
-from merge_jax.transfers.layer_sites import Layer, Norm, Unsolvable, is_state, varying_axes
+from merge_jax.transfers.layer_sites import Layer, Norm, Unsolvable, is_state, merged_axes, varying_axes
 from merge_jax.transfers.program import Constant
 from merge_jax.transfers.refit_streams import Streams, find_streams
 
@@ -56,7 +58,9 @@ class Site:
       unknowns: the leaves.
       end: the value of the target that they end in.
       source_end: the value of the source that this is solved to.
-      channel_axes: of both values.
+      shapes: `{value: shape}` of the target's values with channels, merged axes of these apart.
+      source_shape: the same of the source's end.
+      channel_axes: of both values, with merged axes apart.
       channels: sizes of these axes, of the target's value.
       pairs: what each of them is in the alignment.
       rows: how many places a batch has, all examples together.
@@ -66,6 +70,8 @@ class Site:
     unknowns: tuple[Unknown, ...]
     end: int
     source_end: int
+    shapes: Mapping[int, tuple[int, ...]]
+    source_shape: tuple[int, ...]
     channel_axes: tuple[int, ...]
     channels: tuple[int, ...]
     pairs: tuple[ChannelAxis, ...]
@@ -163,7 +169,8 @@ def _site(
         return None
     first = sites[0]
     unknowns = tuple(unknown for site in sites for unknown in site.unknowns)
-    return replace(first, unknowns=unknowns)
+    shapes = {value: shape for site in sites for value, shape in site.shapes.items()}
+    return replace(first, unknowns=unknowns, shapes=shapes)
 
 
 def _one_site(
@@ -184,13 +191,13 @@ def _one_site(
         axes = [one for one in leaf.axes if not one.contracted]
     groups = [target.graph.channel_groups[leaf.target][one.target] for one in axes]
     source_groups = [source.graph.channel_groups[leaf.source][one.source] for one in axes]
-    places = target.places(layer.end, groups)
-    if not axes or places != source.places(source_layer.end, source_groups):
+    shape, places = target.places(layer.end, groups)
+    source_shape, source_places = source.places(source_layer.end, source_groups)
+    if not axes or places != source_places:
         raise Unsolvable("its channels lie along other axes in the source")
     order = sorted(range(len(axes)), key=lambda i: places[i])
     axes, groups = [axes[i] for i in order], [groups[i] for i in order]
     program = target.trace.program
-    shape, source_shape = program.shapes[layer.end].shape, source.trace.program.shapes[source_layer.end].shape
     rows, source_rows = (
         tuple(size for axis, size in enumerate(one) if axis not in places) for one in (shape, source_shape)
     )
@@ -201,7 +208,9 @@ def _one_site(
         raise Unsolvable("its examples lie along another axis in the source")
     stride = math.prod(rows) // program.shapes[program.inputs[0]].shape[0]
     if batch is not None:
-        stride = math.prod(size for axis, size in enumerate(shape) if axis > batch and axis not in places)
+        before = math.prod(program.shapes[layer.end].shape[: batch + 1])  # Merged axes are behind or before it.
+        ends = list(itertools.accumulate(shape, operator.mul))
+        stride = math.prod(size for axis, size in enumerate(shape) if ends[axis] > before and axis not in places)
     if not stride:
         raise Unsolvable("it ends in fewer rows than there are examples")
     leaf_shape, channels = leaf.shapes[0], [one.target for one in axes]
@@ -214,21 +223,21 @@ def _one_site(
         _check_slope(target, layer, groups)
     bias = _bias(target, layer, [group for axis, group in zip(channels, groups, strict=True) if leaf_shape[axis] > 1])
     norm = layer.norm if bias is not None and layer.biases[bias] else None
-    unknown = Unknown(
-        layer,
-        (*inputs, *channels),
-        math.prod(leaf_shape[axis] for axis in inputs),
-        target.places(layer.starts[0], groups) if layer.scaled else (),
-        target.places(norm.normed, groups) if layer.scaled and norm else (),
-        bias,
-        norm,
-    )
+    shapes, start_axes, normed_axes = {layer.end: shape}, (), ()
+    if layer.scaled:
+        shapes[layer.starts[0]], start_axes = target.places(layer.starts[0], groups)
+        if norm:
+            shapes[norm.normed], normed_axes = target.places(norm.normed, groups)
+    count = math.prod(leaf_shape[axis] for axis in inputs)
+    unknown = Unknown(layer, (*inputs, *channels), count, start_axes, normed_axes, bias, norm)
     sizes = tuple(shape[axis] for axis in sorted(places))
     pairs = tuple(
         ChannelAxis(one.pair, None if one.around is None else axes.index(leaf.axes[one.around])) for one in axes
     )
     channel_axes = tuple(sorted(places))
-    return Site((unknown,), layer.end, source_layer.end, channel_axes, sizes, pairs, math.prod(rows), stride)
+    rows = math.prod(rows)
+    ends = layer.end, source_layer.end
+    return Site((unknown,), *ends, shapes, source_shape, channel_axes, sizes, pairs, rows, stride)
 
 
 def _bias(target: FollowedModel, layer: Layer, channels: Sequence[str]) -> str | None:
@@ -258,16 +267,18 @@ def _dense_inputs(target: FollowedModel, layer: Layer, rows: int, channels: Sequ
         count = math.prod(size for axis, size in enumerate(x) if axis not in summed)
     else:
         numbers = equation.params["dimension_numbers"]
-        dilated = any(one != 1 for one in equation.params["lhs_dilation"] or ())
-        if dilated or equation.params["batch_group_count"] != 1:
-            raise Unsolvable("it is a transposed convolution")
+        if equation.params["batch_group_count"] != 1:
+            raise Unsolvable("it is a convolution of groups of examples")
         made = program.shapes[layer.starts[0]].shape
         inputs = (*numbers.rhs_spec[2:], numbers.rhs_spec[1])
         count = math.prod(made) // made[numbers.out_spec[1]]
     if count != rows:
         raise Unsolvable("it ends at other places than where it meets the data")
     _check_order(target, layer, channels)
-    return tuple(inputs)
+    kernel = next(one for one in equation.reads if one not in program.data)
+    merged = merged_axes(program, layer.leaf, kernel)
+    assert merged is not None  # find_layer
+    return tuple(itertools.chain.from_iterable(merged[axis] for axis in inputs))
 
 
 def _check_slope(target: FollowedModel, layer: Layer, channels: Sequence[str]) -> None:
@@ -277,7 +288,7 @@ def _check_slope(target: FollowedModel, layer: Layer, channels: Sequence[str]) -
         equation = program.equations[program.makers[value]]
         if equation.name in ("mul", "div"):
             beside = [one for one in equation.inputs if isinstance(one, Constant) or one not in program.data]
-            if not varying_axes(program, beside[0]) <= set(target.places(value, channels)):
+            if not varying_axes(program, beside[0]) <= target.whole_axes(value, channels):
                 raise Unsolvable("what it makes is scaled, and not alike at all places")
 
 
@@ -287,7 +298,7 @@ def _check_order(target: FollowedModel, layer: Layer, channels: Sequence[str]) -
     for value in layer.values:
         equation = program.equations[program.makers[value]]
         if equation.name == "transpose" and value not in layer.starts:
-            groups = [target.trace.channel_group(node) for node in target.trace.nodes[equation.reads[0]]]
-            rows = [axis for axis in equation.params["permutation"] if groups[axis] not in channels]
+            whole = target.whole_axes(equation.reads[0], channels)
+            rows = [axis for axis in equation.params["permutation"] if axis not in whole]
             if rows != sorted(rows):
                 raise Unsolvable("its rows change places before it ends")

@@ -149,10 +149,12 @@ def _entering_dense(program: Program, unknown: Unknown, values: Values, rows: ja
         return flat if rows is None else flat[rows]
     params, numbers = equation.params, equation.params["dimension_numbers"]
     x = x.transpose(numbers.lhs_spec[0], *numbers.lhs_spec[2:], numbers.lhs_spec[1])
-    x = lax.pad(x, jnp.float32(0), [(0, 0, 0), *((*one, 0) for one in params["padding"]), (0, 0, 0)])
+    between = params["lhs_dilation"] or (1,) * len(params["padding"])  # Above 1 in a transposed convolution.
+    around = [(*one, step - 1) for one, step in zip(params["padding"], between, strict=True)]
+    x = lax.pad(x, jnp.float32(0), [(0, 0, 0), *around, (0, 0, 0)])
     made = program.shapes[unknown.layer.starts[0]].shape
     sizes = [made[axis] for axis in numbers.out_spec[2:]]
-    kernel = program.shapes[program.leaves[unknown.layer.leaf]].shape
+    kernel = program.shapes[next(one for one in equation.reads if one not in program.data)].shape
     taps = []
     for tap in itertools.product(*(range(kernel[axis]) for axis in numbers.rhs_spec[2:])):
         steps = zip(tap, params["rhs_dilation"], params["window_strides"], sizes, strict=True)
@@ -165,7 +167,8 @@ def _entering_dense(program: Program, unknown: Unknown, values: Values, rows: ja
 
 def end_rows(program: Program, site: Site, values: Values, rows: jax.Array | None = None) -> jax.Array:
     """Returns the end of a site as rows of channels `[r, m]`, float32, computed from these values."""
-    return channel_rows(program.evaluate(values, [site.end])[site.end], site.channel_axes, rows)
+    end = program.evaluate(values, [site.end])[site.end]
+    return channel_rows(end.reshape(site.shapes[site.end]), site.channel_axes, rows)
 
 
 def channel_rows(value: jax.Array, axes: tuple[int, ...], rows: jax.Array | None = None) -> jax.Array:
@@ -261,14 +264,15 @@ def _along(
     if unknown is not None:
         start, axes = unknown.layer.starts[0], axes if wanted == site.end else unknown.normed_axes
         if vector is not None:
-            shape = program.shapes[start].shape
+            shape = site.shapes[start]
             sizes = [1] * len(shape)
             for axis, size in zip(unknown.start_axes, site.channels, strict=True):
                 sizes[axis] = size
             order = sorted(range(len(unknown.start_axes)), key=lambda i: unknown.start_axes[i])
             spread = vector.reshape(site.channels).transpose(order).reshape(sizes)
-            known[start] = jnp.broadcast_to(spread, shape).astype(program.shapes[start].dtype)
-    return channel_rows(program.evaluate(known, [wanted])[wanted], axes)[0]
+            one = program.shapes[start]
+            known[start] = jnp.broadcast_to(spread, shape).astype(one.dtype).reshape(one.shape)
+    return channel_rows(program.evaluate(known, [wanted])[wanted].reshape(site.shapes[wanted]), axes)[0]
 
 
 def write(program: Program, site: Site, leaves: Values, solution: Solution, moments: Moments) -> dict[int, jax.Array]:

@@ -1,6 +1,7 @@
 """Refit: what it solves for, that it gives back what can be given back, and what it refuses."""
 
 import functools
+from collections import OrderedDict
 
 import flax.linen as nn
 import jax
@@ -10,7 +11,7 @@ import pytest
 
 import merge_jax as mj
 from merge_jax.models.mobilenet import InvertedResidualStage
-from merge_jax.transfers import fitted, refit_solve
+from merge_jax.transfers import refit_program, refit_solve, refit_walk
 from merge_jax.transfers.fitted import FewRowsWarning
 from tests.helpers import jitted_init
 
@@ -112,8 +113,9 @@ def test_what_is_solved_and_what_is_kept():
 
 def test_of_the_input_of_a_depthwise_convolution_no_shifted_copy_is_kept(monkeypatch):
     walks = []
-    monkeypatch.setattr(fitted._Walk, "check_rows", lambda walk, size: walks.append(walk))
-    monkeypatch.setattr(fitted._Walk, "run", lambda walk, adapter, source, target, *inputs: (target, {}))
+    monkeypatch.setattr(refit_program, "_programs", OrderedDict())
+    monkeypatch.setattr(refit_walk.Walk, "check_rows", lambda walk, size: walks.append(walk))
+    monkeypatch.setattr(refit_walk.Walk, "run", lambda walk, adapter, source, target, *inputs: (target, {}))
     refit_pair("mobilenet")
     for kept in (walks[0]._source_kept(), walks[0]._target_kept()):
         # The input and what goes around the block; not its nine shifts too.
@@ -136,6 +138,7 @@ def test_deeper_models_need_no_more_memory():
 @pytest.mark.slow
 def test_places_of_a_window_enter_one_by_one(monkeypatch):
     made = refitted("mobilenet")
+    monkeypatch.setattr(refit_program, "_programs", OrderedDict())
     monkeypatch.setattr(refit_solve, "_starts_by_tap", lambda *_: [])
     slow = refit_pair("mobilenet")
     assert slow.solved.keys() == made.solved.keys()

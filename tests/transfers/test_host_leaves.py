@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import merge_jax as mj
-from merge_jax.transfers import fitted
+from merge_jax.transfers import refit_walk
 from merge_jax.transfers.host_leaves import on_device
 
 WIDTH, SMALL, DEPTH = 96, 64, 3
@@ -113,7 +113,7 @@ def test_a_refit_reads_the_source_layer_by_layer(mapped, monkeypatch):
         most = max(most, sum(one().nbytes for one in alive if one() is not None))
         return put
 
-    monkeypatch.setattr(fitted, "on_device", counted)
+    monkeypatch.setattr(refit_walk, "on_device", counted)
     inputs = jnp.asarray(np.random.default_rng(2).normal(size=(512, 8)), jnp.float32)
     start = jax.tree.map(lambda leaf: 0.5 * jnp.asarray(leaf) + 0.1, mapped)
     made = mj.refit(EVERYTHING, model, model, mapped, start, inputs, ridge=1e-5)

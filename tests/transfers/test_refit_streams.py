@@ -1,6 +1,7 @@
 """Streams that only linear layers make and read: which they are, and that the refit takes directions of them."""
 
 import functools
+from collections import OrderedDict
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import pytest
 
 import merge_jax as mj
 from merge_jax.models.mobilenet import InvertedResidualStage
-from merge_jax.transfers import fitted
+from merge_jax.transfers import refit_program, refit_walk
 from tests.helpers import jitted_init
 from tests.transfers.test_fitted import TOKENS, text
 
@@ -107,14 +108,15 @@ SOME = ("a LayerNorm", "an activation", "channels in a product", "numbers of cha
 @pytest.fixture
 def plans(monkeypatch):
     """Collects the plans of refits, of which nothing is solved."""
-    made, plan_refit = [], fitted.plan_refit
+    made, plan_refit = [], refit_program.plan_refit
 
     def plan(*of):
         made.append(plan_refit(*of))
         return made[-1]
 
-    monkeypatch.setattr(fitted, "plan_refit", plan)
-    monkeypatch.setattr(fitted._Walk, "run", lambda walk, adapter, source, target, *inputs: (target, {}))
+    monkeypatch.setattr(refit_program, "plan_refit", plan)
+    monkeypatch.setattr(refit_program, "_programs", OrderedDict())
+    monkeypatch.setattr(refit_walk.Walk, "run", lambda walk, adapter, source, target, *inputs: (target, {}))
     return made
 
 

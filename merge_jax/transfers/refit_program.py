@@ -1,0 +1,167 @@
+"""The compiled program of a refit, kept for the next one of the same functions and shapes."""
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from merge_jax.checks import all_finite, error_context
+from merge_jax.paths import flatten, replace
+from merge_jax.transfers.aligned import aligned_transfer
+from merge_jax.transfers.alignment_fit import ChannelChoice, directions
+from merge_jax.transfers.alignment_plan import plan_alignment
+from merge_jax.transfers.channel_trace import ChannelTrace
+from merge_jax.transfers.channels import input_moments
+from merge_jax.transfers.followed import FollowedModel
+from merge_jax.transfers.merged_axes import apart
+from merge_jax.transfers.pairing import resolve
+from merge_jax.transfers.program import Constant
+from merge_jax.transfers.refit_batches import in_batches
+from merge_jax.transfers.refit_plan import plan_refit
+from merge_jax.transfers.refit_walk import Walk
+from merge_jax.transfers.routes import Route
+from merge_jax.types import Params
+
+__all__ = ["ModelFn", "Prepared", "RefitOptions", "prepared"]
+
+_ALIGNED_ON = 512  # So many inputs suffice to estimate each layer's second moments.
+_MOST_KEPT = 8
+_MOST_CONSTANTS = 1_000_000
+
+ModelFn = Callable[..., Any]
+"""`(variables, *inputs) -> outputs`, in evaluation mode."""
+
+_Run = Callable[[Params, Params, list[jax.Array], jax.Array], tuple[Params, dict[str, jax.Array], jax.Array]]
+
+
+class RefitOptions(NamedTuple):
+    """The options of `refit` that its program depends on."""
+
+    ridge: float
+    batch_size: int
+    max_rows: int
+    choice: ChannelChoice
+    axis_name: str | None
+
+
+class Prepared(NamedTuple):
+    """A refit of two models: what it walks, what it keeps and why, and the function, which may be compiled.
+
+    Attributes:
+      walk: of both models.
+      kept: as in `Refit`.
+      compiled: `run`, compiled where it was called.
+      run: of source variables, target variables, inputs and a key; returns the target's, `solved`, and whether all is
+        finite.
+      constants: bytes of the arrays that the models have as constants.
+    """
+
+    walk: Walk
+    kept: Mapping[str, str]
+    run: _Run
+    compiled: Any
+    constants: int
+
+
+_programs: OrderedDict[Any, Prepared] = OrderedDict()
+"""The last ones, by functions, routes, shapes and options; see `prepared`."""
+
+
+def prepared(
+    source: ModelFn,
+    target: ModelFn,
+    routes: tuple[Route, ...],
+    arguments: tuple[Params, Params, list[jax.Array]],
+    options: RefitOptions,
+    *,
+    keep: bool,
+) -> Prepared:
+    """Returns the refit of two functions for arguments of these shapes.
+
+    To `keep` is to look for it among the last ones and to leave it there, as `jax.jit` does with what it compiles. Not
+    kept are functions that cannot be hashed, and those with arrays of more than 1 MB in them, which would live on.
+    """
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), arguments)
+    leaves, tree = jax.tree.flatten(shapes)
+    settings = jax.config.jax_default_matmul_precision, jax.config.jax_enable_x64
+    name = source, target, routes, tuple(leaves), tree, options, settings
+    try:
+        found = _programs.pop(name, None) if keep else None
+    except TypeError:
+        found, keep = None, False
+    made = found or _prepare(source, target, routes, shapes, options)
+    if keep and made.constants <= _MOST_CONSTANTS:
+        _programs[name] = made
+        while len(_programs) > _MOST_KEPT:
+            _programs.popitem(last=False)
+    return made
+
+
+def _prepare(
+    source: ModelFn,
+    target: ModelFn,
+    routes: tuple[Route, ...],
+    shapes: tuple[Params, Params, list[jax.ShapeDtypeStruct]],
+    options: RefitOptions,
+) -> Prepared:
+    ridge, batch_size, max_rows, choice, axis_name = options
+    source_shapes, target_shapes, inputs = shapes
+    count = inputs[0].shape[0]
+    size = min(batch_size, count)
+    batch = [jax.ShapeDtypeStruct((size, *one.shape[1:]), one.dtype) for one in inputs]
+    models = _followed("source", source, source_shapes, batch), _followed("target", target, target_shapes, batch)
+    graphs = models[0].graph, models[1].graph
+    alignment = plan_alignment(resolve(routes, source_shapes, target_shapes), *graphs)
+    plan = plan_refit(alignment, *models)
+    if not plan.sites:
+        reasons = "; ".join(f"{path}: {why}" for path, why in plan.kept.items())
+        raise ValueError(f"no layer of the target can be solved. {reasons}")
+    programs = models[0].trace.program, models[1].trace.program
+    walk = Walk(*programs, plan, ridge, max_rows, axis_name, math.ceil(count / size), count)
+
+    def run(
+        source_variables: Params, target_variables: Params, inputs: list[jax.Array], key: jax.Array
+    ) -> tuple[Params, dict[str, jax.Array], jax.Array]:
+        transfer = aligned_transfer(routes, *graphs, choice=choice, key=key if choice == "random" else None)
+        fit_transfer = transfer.fit
+        assert fit_transfer is not None  # The aligned one has it.
+        some = jax.random.permutation(key, count)[: min(_ALIGNED_ON, count)]
+        moments = input_moments(source, source_variables, *(one[some] for one in inputs))
+        if axis_name is not None:
+            moments = lax.pmean(moments, axis_name)
+        adapter = fit_transfer(moments, source_variables, target_variables)
+        source_leaves = apart(flatten(source_variables), graphs[0].factors)
+        wanted = adapter
+        if choice == "moments":
+            adapter, wanted = directions(alignment, plan.streams.pairs, graphs[0], moments, source_leaves, adapter)
+        del moments
+        written = transfer.apply(adapter, source_variables, target_variables)
+        if plan.streams.tables and wanted is not adapter:
+            turned = flatten(transfer.apply(wanted, source_variables, target_variables))
+            written = replace(written, {path: turned[path] for path in plan.streams.tables})
+        target_leaves = apart(flatten(written), graphs[1].factors)
+        leaves, solved = walk.run(
+            {"outputs": wanted["outputs"]},
+            {number: source_leaves[path] for path, number in walk.source.leaves.items()},
+            {number: target_leaves[path] for path, number in walk.target.leaves.items()},
+            *in_batches(inputs, size),
+            key,
+        )
+        finite = all_finite(leaves)
+        whole = {path: jnp.shape(leaf) for path, leaf in flatten(written).items()}
+        made = {path: leaves[number].reshape(whole[path]) for path, number in walk.target.leaves.items()}
+        return replace(written, made), solved, finite
+
+    operands = [one for program in programs for equation in program.equations for one in equation.inputs]
+    constants = sum(np.asarray(one.value).nbytes for one in operands if isinstance(one, Constant))
+    return Prepared(walk, plan.kept, run, jax.jit(run), constants)
+
+
+def _followed(role: str, fn: ModelFn, variables: Params, batch: list[Any]) -> FollowedModel:
+    with error_context(f"the {role}"):
+        return FollowedModel(*ChannelTrace.followed(fn, variables, batch, strict=True))
