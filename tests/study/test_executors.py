@@ -236,6 +236,7 @@ def test_submitit_does_runs_and_puts_one_back_whose_time_is_up(tmp_path):
         os.kill(parent_of(began(long)[0]["pid"]), signal.SIGUSR2)
         ended |= {one.job.folder.path.name: one.outcome.problem for one in runs}
     assert ended == {"long": None, "bad": "a simulated failure"}
+    assert len(list((study / "slurm").glob("*_submitted.pkl"))) == 2  # The same job goes on, not another.
     first, second = began(long)
     assert first["done"] == 0 < second["done"]
 
