@@ -174,13 +174,18 @@ def test_a_dask_worker_that_is_killed_gives_its_run_to_another(tmp_path):
     ):
         wait_for(lambda: len(engine.executor._client.nthreads()) == 2)
         bad, short = job(study, "bad", code=1), job(study, "short")
-        runs = run_jobs([job(study, "long", seconds=8), short, job(study, "reads", base="short"), bad], engine, session)
-        ended = [next(runs) for _ in range(3)]
+        jobs = [job(study, "long", seconds=10), short, job(study, "reads", base="short"), bad]
         long = study / "set" / "long"
-        wait_for((long / "saved.json").exists)
-        worker = parent_of(began(long)[0]["pid"])
-        next(process for process in processes if process.pid == worker).kill()
-        ended += runs
+
+        def kill():
+            wait_for((long / "saved.json").exists)
+            worker = parent_of(began(long)[0]["pid"])
+            next(process for process in processes if process.pid == worker).kill()
+
+        killer = threading.Thread(target=kill)
+        killer.start()
+        ended = list(run_jobs(jobs, engine, session))
+        killer.join()
     problems = {one.job.folder.path.name: one.outcome.problem for one in ended}
     assert problems == {"short": None, "reads": None, "bad": "a simulated failure", "long": None}
     first, second = began(long)
@@ -231,6 +236,7 @@ def test_submitit_does_runs_and_puts_one_back_whose_time_is_up(tmp_path):
         os.kill(parent_of(began(long)[0]["pid"]), signal.SIGUSR2)
         ended |= {one.job.folder.path.name: one.outcome.problem for one in runs}
     assert ended == {"long": None, "bad": "a simulated failure"}
+    assert len(list((study / "slurm").glob("*_submitted.pkl"))) == 2  # The same job goes on, not another.
     first, second = began(long)
     assert first["done"] == 0 < second["done"]
 
