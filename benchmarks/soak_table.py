@@ -1,6 +1,7 @@
 """The figures of `benchmarks.soak` as the table of docs/long_runs.md.
 
-python -m benchmarks.soak_table runs/benchmarks/soak.json
+python -m benchmarks.soak_table runs/benchmarks/soak.json                     # prints it
+python -m benchmarks.soak_table runs/benchmarks/soak.json docs/long_runs.md   # puts it into its place there
 """
 
 import json
@@ -9,7 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["table_of"]
+__all__ = ["put", "table_of"]
+
+_BEGIN, _END = "<!-- soak -->", "<!-- end of soak -->"
 
 
 def table_of(content: Mapping[str, Any]) -> str:
@@ -33,9 +36,9 @@ def table_of(content: Mapping[str, Any]) -> str:
     environment, seconds = content["environment"], content["seconds"]
     lines += [
         "",
-        f"Seed {content['config']['seed']}, {seconds / 3600:.2g} h, {environment['cpu_count']} CPU cores, jax "
-        f"{environment['versions']['jax']}, {environment['date'][:10]}, commit {environment['commit']}; "
-        f"{figures.get('kills in a save', 0)} kills fell into a save; full disk: {content['full_disk']}.",
+        f"Seed {content['config']['seed']}, {seconds / 3600:.3g} h, {environment['cpu_count']} CPU cores, jax "
+        f"{environment['versions']['jax']}, {environment['date'][:10]}, commit {environment['commit']}.",
+        f"{figures.get('kills in a save', 0)} kills fell into a save. The full disk was {content['full_disk']}.",
     ]
     return "\n".join(lines)
 
@@ -54,5 +57,18 @@ def _sizes(saves: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     ]
 
 
+def put(table: str, document: Path) -> None:
+    """Replaces what stands between the two marks of a document; raises ValueError where they are not there."""
+    before, begin, rest = document.read_text().partition(_BEGIN)
+    _, end, after = rest.partition(_END)
+    if not begin or not end:
+        raise ValueError(f"{document} has no place for the table, between {_BEGIN} and {_END}")
+    document.write_text(f"{before}{begin}\n\n{table}\n\n{end}{after}")
+
+
 if __name__ == "__main__":
-    print(table_of(json.loads(Path(sys.argv[1]).read_text())))
+    figures, *documents = sys.argv[1:]
+    made = table_of(json.loads(Path(figures).read_text()))
+    print(made)
+    for name in documents:
+        put(made, Path(name))

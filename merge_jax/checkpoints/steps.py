@@ -219,7 +219,7 @@ class OrbaxSteps:
             try:
                 self._checkpointer.close()
             except BaseException as error:
-                if repr(error) != repr(self._told):  # Orbax raises again what it has told of a save.
+                if repr(error) != repr(self._told):  # Orbax raises again what went wrong with a save.
                     raise
 
     def _end_save(self) -> None:

@@ -94,6 +94,20 @@ def test_what_went_wrong_while_writing_is_told_by_what_comes_next(tmp_path, monk
         assert again.best_step == 1
 
 
+def test_a_clock_that_was_set_during_a_save_is_named_once(tmp_path, monkeypatch):
+    def late(*unused, **options):
+        raise TimeoutError("ChainedFuture completed 2/3 futures but timed out after 3600.00 seconds.")
+
+    checkpoints = Checkpoints(tmp_path)
+    orbax = checkpoints._steps._checkpointer
+    monkeypatch.setattr(orbax, "save_async", lambda *unused, **options: SimpleNamespace(result=late))
+    checkpoints.save(2, {"x": jnp.ones(3)})
+    with pytest.raises(TimeoutError, match=f"step 2 was not saved in {tmp_path}: the clock was set while it was"):
+        checkpoints.wait()
+    monkeypatch.setattr(type(orbax), "close", late)  # As Orbax does: what went wrong comes again.
+    checkpoints.close()
+
+
 def test_saves_leave_no_threads_and_no_open_files(tmp_path):
     def held():
         return threading.active_count(), len(os.listdir("/proc/self/fd"))
