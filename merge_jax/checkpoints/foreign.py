@@ -56,7 +56,7 @@ def explain(path: Path, head: bytes) -> str:
 
 
 def explain_unsafe(path: Path) -> str:
-    """Returns what `load_safetensors` is told to read but does not, and what to do with it; empty where not known."""
+    """Returns what `load_safetensors` is asked to read but does not, and what to do with it; empty where not known."""
     if path.is_dir():
         if any(is_orbax(step) for step in (path, *path.iterdir()) if step.name.isdigit()):
             return f"it is of checkpoints; of those of merge_jax, merge-jax export {path} FILE makes a file"

@@ -10,12 +10,12 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, InvalidStateError, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from merge_jax.checks import check_at_least_one, check_choice
 from merge_jax.study.command import Command, Outcome, package_versions, run_command
+from merge_jax.study.grid import SlurmOptions
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -23,29 +23,13 @@ if TYPE_CHECKING:
     from submitit import Job
     from submitit.helpers import DelayedSubmission
 
-__all__ = ["Engine", "SlurmOptions", "check_executor", "open_engine"]
+__all__ = ["Engine", "check_executor", "open_engine"]
 
 _ADDRESS = re.compile(r"(?:(?:tcp|tls|ws|wss|ucx)://)?(?:[\w.-]+|\[[0-9A-Fa-f:.]+\]):\d{1,5}")
 _FORMS = "local, slurm, or dask:HOST:PORT as `dask scheduler` prints it, such as dask:tcp://10.0.0.1:8786"
 _ANSWER = 10.0  # Seconds in which a scheduler must answer.
 _POLL = 1.0  # Seconds between looks at jobs of Slurm.
 _REQUEUES = 100  # Each goes on from the last checkpoint.
-
-
-@dataclass(frozen=True, kw_only=True)
-class SlurmOptions:
-    """What each run asks of Slurm."""
-
-    partition: str | None = None
-    """Where runs are queued; by default Slurm's own choice."""
-    minutes: int = 240
-    """Time limit of a run. One that needs longer is saved, goes back into the queue, and goes on."""
-    cpus: int = 4
-    """Cores of a run."""
-    gpus: int = 0
-    """GPUs of a run."""
-    other: tuple[str, ...] = ()
-    """Other options of sbatch, as name=value: account=physics mem=16G."""
 
 
 class Engine(NamedTuple):

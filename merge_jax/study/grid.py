@@ -15,11 +15,10 @@ from merge_jax.checks import check_choice, error_context
 from merge_jax.paths import some_of
 from merge_jax.study.choices import OPPONENTS
 from merge_jax.study.config import check_types
-from merge_jax.study.executors import SlurmOptions
 from merge_jax.study.experiment import load_experiment
 from merge_jax.training.compilation_cache import CacheChoice
 
-__all__ = ["Grid", "GridRun", "Options", "Row", "Setting", "make_runs", "read_grid", "select"]
+__all__ = ["Grid", "GridRun", "Options", "Row", "Setting", "SlurmOptions", "make_runs", "read_grid", "select"]
 
 _NOT_IN_NAMES = re.compile(r"[^\w=+. -]")
 _NAME = re.compile(r"[\w=+][\w=+. -]*")
@@ -36,6 +35,22 @@ _NOT_OPTIONS = {
     "process_id": "runs of a study are of one process each",
 }
 _Made = TypeVar("_Made")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlurmOptions:
+    """What each run asks of Slurm."""
+
+    partition: str | None = None
+    """Where runs are queued; by default Slurm's own choice."""
+    minutes: int = 240
+    """Time limit of a run. One that needs longer is saved, goes back into the queue, and goes on."""
+    cpus: int = 4
+    """Cores of a run."""
+    gpus: int = 0
+    """GPUs of a run."""
+    other: tuple[str, ...] = ()
+    """Other options of sbatch, as name=value: account=physics mem=16G."""
 
 
 @dataclass(frozen=True, kw_only=True)

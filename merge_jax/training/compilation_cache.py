@@ -32,7 +32,7 @@ def use_cache(choice: CacheChoice) -> None:
 
     By default they are in the folder that the environment (`JAX_COMPILATION_CACHE_DIR`) or the program has given JAX.
     Its size is left to JAX. Where none is given, they are in `default_folder()`. If that cannot be written, a warning
-    on standard error says so, and nothing is kept. Other settings of JAX's cache stay as the environment has them
+    on standard error says so, and nothing is kept. The environment's other settings of JAX's cache stay
     (`JAX_ENABLE_COMPILATION_CACHE`, `JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS`, `JAX_COMPILATION_CACHE_MAX_SIZE`).
 
     Raises:

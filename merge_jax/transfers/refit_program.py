@@ -88,7 +88,7 @@ def prepared(
     """
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), arguments)
     leaves, tree = jax.tree.flatten(shapes)
-    settings = jax.config.jax_default_matmul_precision, jax.config.jax_enable_x64
+    settings = tuple(getattr(jax.config, name) for name in ("jax_default_matmul_precision", "jax_enable_x64"))
     name = source, target, routes, tuple(leaves), tree, options, settings
     try:
         found = _programs.pop(name, None) if keep else None

@@ -16,7 +16,8 @@ from benchmarks.simulated_study import simulated_job as job
 from benchmarks.simulated_study import wait_for
 from merge_jax.study import ablation, executors
 from merge_jax.study.command import open_session
-from merge_jax.study.executors import SlurmOptions, check_executor, open_engine
+from merge_jax.study.executors import check_executor, open_engine
+from merge_jax.study.grid import SlurmOptions
 from merge_jax.study.grid_queue import run_jobs
 from tests.study.grids import LITTLE, write
 from tests.study.simulated import began
