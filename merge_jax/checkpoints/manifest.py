@@ -30,6 +30,7 @@ __all__ = [
     "differing_leaves",
     "environment_of",
     "misfits",
+    "same",
     "specs_of",
 ]
 
@@ -125,9 +126,14 @@ class Manifest:
         return cls(content["step"], leaves, content["facts"], content["environment"], content["score"])
 
 
+def same(tree: Any) -> Any:
+    """Returns a tree as it is; a function of its own, since JAX keeps something of each that it has traced."""
+    return tree
+
+
 def specs_of(tree: Any) -> dict[str, LeafRecord]:
     """Returns shape and dtype of each leaf, by path, of arrays or of shapes."""
-    keys = jax.eval_shape(lambda tree: tree, tree)
+    keys = jax.eval_shape(same, tree)
     pairs = zip(flatten(keys).items(), flatten(jax.eval_shape(_without_keys, keys)).values(), strict=True)
     return {
         path: LeafRecord(tuple(leaf.shape), str(leaf.dtype), key="" if leaf.dtype == key.dtype else str(key.dtype))
