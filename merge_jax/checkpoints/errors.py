@@ -1,7 +1,6 @@
 """What is wrong with saved steps: the errors that users see, those between the modules, and how they are worded."""
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from merge_jax.checkpoints.manifest import NO_MANIFEST
@@ -14,7 +13,6 @@ __all__ = [
     "PrunedStepError",
     "first_line",
     "list_damage",
-    "naming_file",
     "refusal",
 ]
 
@@ -43,17 +41,6 @@ def first_line(error: Exception) -> str:
     """Returns the first line of an error's message, of which Orbax writes many, after the error's type."""
     line = next((line for line in str(error).splitlines() if line.strip()), "")[:200]
     return line if type(error) is ValueError else f"{type(error).__name__}: {line}"
-
-
-@contextlib.contextmanager
-def naming_file(path: Path) -> Iterator[None]:
-    """Gives an OSError that names no file the name of one: a write says that no space is left, and not where."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno is None or error.filename is not None:
-            raise
-        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def list_damage(folder: Path, damaged: Mapping[int, str]) -> str:

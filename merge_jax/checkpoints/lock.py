@@ -4,19 +4,22 @@ Not by the library filelock: a second writer is refused with the process and hos
 without keeping a writer out and without making a file; filelock's lock has no holder's name and no such question.
 """
 
+import contextlib
 import fcntl
 import json
 import os
 import platform
+import time
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
-from merge_jax.checkpoints.errors import naming_file
-
-__all__ = ["LOCK", "FolderLock", "is_locked"]
+__all__ = ["LOCK", "FolderLock", "is_locked", "naming_file"]
 
 LOCK = "run.lock"
 """Name of the file."""
+
+_WRITTEN = 1.0  # Seconds within which the holder of a lock has written down who it is.
 
 
 class FolderLock:
@@ -38,7 +41,7 @@ class FolderLock:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = _read_holder(os.read(descriptor, 1024))
+            holder = _read_holder(descriptor)
             self._close()
             raise ValueError(
                 f"another run is writing into {folder} ({holder}): wait for it, or give another folder"
@@ -71,9 +74,25 @@ def is_locked(folder: Path) -> bool:
     return False
 
 
-def _read_holder(content: bytes) -> str:
+@contextlib.contextmanager
+def naming_file(path: Path) -> Iterator[None]:
+    """Gives an OSError that names no file the name of one: a write says that no space is left, and not where."""
     try:
-        holder = json.loads(content)
-        return f"process {holder['pid']} on {holder['host']}"
-    except (ValueError, KeyError, TypeError):
-        return "an unknown process"
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _read_holder(descriptor: int) -> str:
+    """Returns who has a lock; one who has just taken it is given a moment to write that down."""
+    until = time.monotonic() + _WRITTEN
+    while True:
+        try:
+            holder = json.loads(os.pread(descriptor, 1024, 0))
+            return f"process {holder['pid']} on {holder['host']}"
+        except (ValueError, KeyError, TypeError):
+            if time.monotonic() > until:
+                return "an unknown process"
+        time.sleep(0.01)

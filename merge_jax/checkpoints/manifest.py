@@ -30,6 +30,7 @@ __all__ = [
     "differing_leaves",
     "environment_of",
     "misfits",
+    "shapes_of",
     "specs_of",
 ]
 
@@ -125,10 +126,15 @@ class Manifest:
         return cls(content["step"], leaves, content["facts"], content["environment"], content["score"])
 
 
+# Made once: `jax.eval_shape` keeps something of each call, half a KiB.
+shapes_of = jax.jit(lambda tree: tree).eval_shape
+"""Returns a tree of arrays or shapes as one of shapes."""
+
+
 def specs_of(tree: Any) -> dict[str, LeafRecord]:
     """Returns shape and dtype of each leaf, by path, of arrays or of shapes."""
-    keys = jax.eval_shape(lambda tree: tree, tree)
-    pairs = zip(flatten(keys).items(), flatten(jax.eval_shape(_without_keys, keys)).values(), strict=True)
+    keys = shapes_of(tree)
+    pairs = zip(flatten(keys).items(), flatten(_shapes_without_keys(keys)).values(), strict=True)
     return {
         path: LeafRecord(tuple(leaf.shape), str(leaf.dtype), key="" if leaf.dtype == key.dtype else str(key.dtype))
         for (path, key), leaf in pairs
@@ -230,6 +236,9 @@ def _without_keys(tree: Any) -> Any:
         return jax.random.key_data(leaf) if is_key else leaf
 
     return jax.tree.map(numbers, tree)
+
+
+_shapes_without_keys = jax.jit(_without_keys).eval_shape
 
 
 def _arrays(tree: Any) -> Iterator[tuple[str, Any]]:

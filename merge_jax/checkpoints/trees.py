@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import tensorstore
 
+from merge_jax.checkpoints.manifest import shapes_of
 from merge_jax.paths import flatten, some_of
 
 __all__ = ["check_saveable", "copy_to_host", "placed_shapes", "unwrap_variables"]
@@ -64,7 +65,7 @@ def _check_no_nnx_list(state: Any) -> None:
 def _dtype_in_jax(array: np.ndarray | np.generic) -> np.dtype | None:
     """Returns the dtype that an array of NumPy has in JAX; None for one that it does not take."""
     try:
-        return jax.eval_shape(lambda array: array, array).dtype
+        return shapes_of(array).dtype
     except TypeError:
         return None
 
@@ -91,7 +92,7 @@ def placed_shapes(tree: _Tree) -> _Tree:
         sharding = getattr(leaf, "sharding", None) or default
         return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
 
-    return jax.tree.map(placed, jax.eval_shape(lambda tree: tree, tree), tree)
+    return jax.tree.map(placed, shapes_of(tree), tree)
 
 
 def unwrap_variables(node: Any, leaves: Collection[str], path: str = "") -> Any:

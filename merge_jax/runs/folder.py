@@ -17,8 +17,7 @@ from typing import Any, Self
 
 import jax
 
-from merge_jax.checkpoints.errors import naming_file
-from merge_jax.checkpoints.lock import LOCK, FolderLock
+from merge_jax.checkpoints.lock import LOCK, FolderLock, naming_file
 from merge_jax.checkpoints.manifest import changes
 from merge_jax.runs.events import ScalarEvents
 

@@ -32,10 +32,6 @@ ROWS = {
         refused("cross_structure", "--hosts", "--coordinator", "a:1", "--num-processes", "2", "--run-dir", "runs/x"),
         "hosts lets JAX find all processes: leave out coordinator, num_processes and process_id",
     ),
-    "hosts without a folder": (
-        refused("cross_structure", "--hosts"),
-        "several processes need a run_dir that all of them see",
-    ),
     "processes 0": (
         refused("cross_structure", "--num-processes", "0"),
         "num_processes must be a whole number of at least 1, got 0",
