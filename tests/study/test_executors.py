@@ -222,6 +222,7 @@ def test_runs_on_dask_save_when_a_study_is_interrupted_or_its_scheduler_is_lost(
     assert not (study / "set" / "waits.log").exists()
 
 
+@pytest.mark.slow
 def test_submitit_does_runs_and_puts_one_back_whose_time_is_up(tmp_path):
     study = tmp_path / "study"
     study.mkdir()
