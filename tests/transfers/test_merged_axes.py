@@ -226,6 +226,23 @@ def test_a_second_refit_of_the_same_functions_and_shapes_compiles_nothing(monkey
     np.testing.assert_allclose(second, other, rtol=1e-5)
 
 
+def test_functions_with_traced_arrays_or_keys_in_them_are_refitted_and_not_kept(monkeypatch):
+    monkeypatch.setattr(refit_program, "_programs", programs := OrderedDict())
+    source, target = draw(0, first=(5, 4), last=(4, 3)), draw(1, first=(5, 2), last=(2, 3))
+    x, seed = jnp.asarray(np.random.default_rng(0).normal(size=(40, 5)), jnp.float32), jax.random.key(0)
+
+    def refit(scale):
+        def run(params, x):
+            x = x * scale + jax.random.normal(seed, (1, 5))
+            return jnp.tanh(x @ params["first"]["kernel"]) @ params["last"]["kernel"]
+
+        return mj.refit(EVERYTHING, run, run, source, target, x).variables["last"]["kernel"]
+
+    made = jax.jit(refit)(2.0)
+    assert not programs
+    np.testing.assert_allclose(made, refit(2.0), rtol=1e-4, atol=1e-5)
+
+
 def test_functions_with_large_arrays_in_them_are_not_kept(monkeypatch):
     monkeypatch.setattr(refit_program, "_programs", programs := OrderedDict())
     monkeypatch.setattr(refit_program, "_MOST_CONSTANTS", 100)
