@@ -238,10 +238,10 @@ def _bound(role: str, group: str, graph: ChannelGraph) -> str:
     if group in graph.hidden:
         return ""
     if group in graph.consumed:
-        return f"those of the {role} come from outside of it, as tokens and pixels do"
+        return f"those of the {role} come from outside of it, as tokens and pixels do, or meet constants of an order"
     return (
-        f"nothing in the {role} that can be followed reads those, as it is with labels and tokens, and where channels "
-        "are split, merged or looped over"
+        f"nothing in the {role} that can be followed reads those, as it is with labels and tokens, with the angles of "
+        "rotary positions, and where channels are split, merged or looped over"
     )
 
 

@@ -153,8 +153,10 @@ class AxisNodes(TiedAxes):
                 )
 
     def _is_place(self, path: str, axis: int) -> bool:
-        """Returns whether an axis of a leaf was merged with one of channels, and has none: it is taken as it is."""
-        start = 0
+        """Returns whether an axis of a leaf has no free channels, by what it is merged with: it is taken as it is."""
+        parts, start = self._roots(self.atoms(self._leaves[path][axis])), 0
+        if len(parts) > 1 and parts.isdisjoint(self._hidden) and not parts.isdisjoint(self._roots(self._bound)):
+            return True
         for sizes in self._leaf_factors.get(path, ()):
             nodes = self._leaves[path][start : start + len(sizes)]
             if start <= axis < start + len(sizes):

@@ -225,6 +225,8 @@ class ChannelTrace(SummedAxes):
             return arrays[0].nodes  # A leaf that is cast or scaled is a leaf still.
         nodes, from_leaves = list(self._fresh(shape)), all(one.from_leaves for one in values)
         for axis, node in enumerate(nodes):
+            if any(axis in (one.fixed or ()) for one in arrays):
+                self._bound.add(node)  # By the order of a constant, such as the angles of rotary positions.
             for one in arrays:
                 if axis != skip and jnp.shape(one.value)[axis] == shape[axis]:
                     self._tie(node, one.nodes[axis])

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
+from jax.core import Tracer
 
 from merge_jax.checks import all_finite, error_context
 from merge_jax.paths import flatten, replace
@@ -58,14 +58,14 @@ class Prepared(NamedTuple):
       compiled: `run`, compiled where it was called.
       run: of source variables, target variables, inputs and a key; returns the target's, `solved`, and whether all is
         finite.
-      constants: bytes of the arrays that the models have as constants.
+      constants: bytes of the arrays that the models have as constants; infinite where one is traced.
     """
 
     walk: Walk
     kept: Mapping[str, str]
     run: _Run
     compiled: Any
-    constants: int
+    constants: float
 
 
 _programs: OrderedDict[Any, Prepared] = OrderedDict()
@@ -158,8 +158,10 @@ def _prepare(
         return replace(written, made), solved, finite
 
     operands = [one for program in programs for equation in program.equations for one in equation.inputs]
-    constants = sum(np.asarray(one.value).nbytes for one in operands if isinstance(one, Constant))
-    return Prepared(walk, plan.kept, run, jax.jit(run), constants)
+    constants = [one.value for one in operands if isinstance(one, Constant)]
+    held = sum(math.prod(jnp.shape(one)) * jnp.result_type(one).itemsize for one in constants)
+    of_a_trace = any(isinstance(one, Tracer) for one in constants)
+    return Prepared(walk, plan.kept, run, jax.jit(run), math.inf if of_a_trace else held)
 
 
 def _followed(role: str, fn: ModelFn, variables: Params, batch: list[Any]) -> FollowedModel:

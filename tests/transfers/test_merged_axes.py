@@ -163,6 +163,28 @@ def test_places_of_a_convolution_and_of_a_fixed_matrix_are_bound():
     assert not mj.channel_graph(run, {"a": jnp.ones((4, 6)), "b": jnp.ones((4, 2))}, TOKENS).hidden
 
 
+def rotary(params, x):
+    q, k, v = (x @ params[name]["kernel"] for name in "qkv")
+    angles = jnp.arange(5.0)[None, :, None] / 10.0 ** jnp.arange(q.shape[-1] // 2)[None, None]
+
+    def turned(x):
+        a, b = jnp.split(x, 2, -1)
+        return jnp.concatenate(
+            [a * jnp.cos(angles) - b * jnp.sin(angles), a * jnp.sin(angles) + b * jnp.cos(angles)], -1
+        )
+
+    return jax.nn.softmax(turned(q) @ turned(k).swapaxes(1, 2)) @ v @ params["out"]["kernel"]
+
+
+def test_channels_that_meet_constants_of_an_order_are_bound():
+    params = draw(0, q=(4, 4), k=(4, 4), v=(4, 6), out=(6, 3))
+    graph = mj.channel_graph(rotary, params, TOKENS)
+    assert graph.hidden == {graph.channel_groups["v/kernel"][1]} == {graph.channel_groups["out/kernel"][0]}
+    wider = mj.channel_graph(rotary, wide := draw(1, q=(4, 8), k=(4, 8), v=(4, 6), out=(6, 3)), TOKENS)
+    with pytest.raises(ValueError, match=r"'k/kernel' has 8 entries .* has 4 .*angles of rotary positions"):
+        mj.aligned_transfer(EVERYTHING, graph, wider).init(jax.random.key(0), params, wide)
+
+
 def test_a_pruned_target_has_the_rows_of_the_chosen_channels_at_all_places():
     fn, x, source, _ = MODELS["flattened"]
     target = draw(1, conv=(3, 3, 2, 2), fc=(32, 5))
@@ -224,6 +246,23 @@ def test_a_second_refit_of_the_same_functions_and_shapes_compiles_nothing(monkey
     other = refit(7, lambda *of: run(*of))  # Another function is another program.
     assert len(programs) == 2
     np.testing.assert_allclose(second, other, rtol=1e-5)
+
+
+def test_functions_with_traced_arrays_or_keys_in_them_are_refitted_and_not_kept(monkeypatch):
+    monkeypatch.setattr(refit_program, "_programs", programs := OrderedDict())
+    source, target = draw(0, first=(5, 4), last=(4, 3)), draw(1, first=(5, 2), last=(2, 3))
+    x, seed = jnp.asarray(np.random.default_rng(0).normal(size=(40, 5)), jnp.float32), jax.random.key(0)
+
+    def refit(scale):
+        def run(params, x):
+            x = x * scale + jax.random.normal(seed, (1, 5))
+            return jnp.tanh(x @ params["first"]["kernel"]) @ params["last"]["kernel"]
+
+        return mj.refit(EVERYTHING, run, run, source, target, x).variables["last"]["kernel"]
+
+    made = jax.jit(refit)(2.0)
+    assert not programs
+    np.testing.assert_allclose(made, refit(2.0), rtol=1e-4, atol=1e-5)
 
 
 def test_functions_with_large_arrays_in_them_are_not_kept(monkeypatch):
