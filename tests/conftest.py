@@ -2,6 +2,7 @@ import contextlib
 import gc
 import itertools
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -23,6 +24,11 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 # Tracing makes millions of objects that live on: to look at them again and again took Python's collector a fifth of the
 # time.
 gc.set_threshold(100_000, 50, 1000)
+
+# Who starts tests in the background may let them ignore these, and all processes that they start.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 
 # ruff: noqa: E402
 import jax

@@ -137,7 +137,7 @@ def test_what_is_no_array_in_an_equinox_module_is_kept_or_refused():
     ):
         with pytest.raises(ValueError, match=f"^the {role} {advice.format(found)}"):
             mj.init_joint_state(jax.random.key(0), None, task, share, **trees)
-    with pytest.raises(ValueError, match=f"^the source: the model's leaf 'activation' {advice.format('custom_jvp')}"):
+    with pytest.raises(ValueError, match=f"^the source's leaf 'activation' {advice.format('custom_jvp')}"):
         mj.refit({"fc/*": "fc/*"}, lambda net, x: jax.vmap(net)(x), lambda net, x: jax.vmap(net)(x), source, target, X)
 
 
