@@ -20,8 +20,9 @@ def routes_with_state(routes: Routes, source: Params, target: Params) -> tuple[R
     """Returns routes of parameters as those of whole variables, with the state of the modules that they are in."""
     named, paths = kernel_routes(routes), {"source": list(flatten(source)), "target": list(flatten(target))}
     state = {role: [path for path in own if is_state(path, own)] for role, own in paths.items()}
-    if not all(isinstance(tree, Mapping) and _PARAMS in tree for tree in (source, target)):
-        return named
+    wrapped = [isinstance(tree, Mapping) and _PARAMS in tree for tree in (source, target)]
+    if not all(wrapped):  # Of one that is bare there is no state that could be paired.
+        return tuple(_below_params(route, *wrapped) for route in named) if any(wrapped) else named
     found: dict[str, str] = {}
     for one in resolve(named, source[_PARAMS], target[_PARAMS]):
         modules = [path.rpartition("/")[0] for path in (one.target[0], one.source[0])]
@@ -35,12 +36,16 @@ def routes_with_state(routes: Routes, source: Params, target: Params) -> tuple[R
     return (*params, *(Route(path, other) for path, other in found.items()))
 
 
-def _below_params(route: Route) -> Route:
+def _below_params(route: Route, source: bool = True, target: bool = True) -> Route:
     def below(leaves: Any) -> Any:
         if isinstance(leaves, tuple):
             return tuple(map(below, leaves))
         if not isinstance(leaves, str):
             raise ValueError(f"the refit takes paths and globs, not the regular expression {leaves.pattern!r}")
-        return f"{_PARAMS}/{leaves}"
+        return leaves if leaves.startswith(f"{_PARAMS}/") else f"{_PARAMS}/{leaves}"
 
-    return changed(route, target=below(route.target), source=below(route.source))
+    return changed(
+        route,
+        target=below(route.target) if target else route.target,
+        source=below(route.source) if source else route.source,
+    )
