@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.experimental import serialize_executable
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 import merge_jax as mj
 from merge_jax.data.images.augment import crop_flip_rotate
@@ -116,10 +117,12 @@ def compile_step(path: Path) -> Any:
     # What is read from a compilation cache cannot be written again: another process finds none of its functions.
     cached = jax.config.jax_enable_compilation_cache  # pyright: ignore[reportAttributeAccessIssue]
     jax.config.update("jax_enable_compilation_cache", False)
+    reset_cache()  # JAX asks once, at the first program, whether there is one.
     try:
         compiled = jax.jit(joint_step).lower(shapes()[0], batches_at(0)).compile()
     finally:
         jax.config.update("jax_enable_compilation_cache", cached)
+        reset_cache()
     path.write_bytes(serialize_executable.serialize(compiled)[0])
     return compiled
 

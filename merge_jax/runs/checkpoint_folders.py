@@ -27,9 +27,10 @@ def locate_checkpoints(path: Path) -> tuple[Path, int | None]:
         )
     if not path.is_dir():
         parent = path.parent
-        there = [str(child) for child in parent.iterdir()] if parent.is_dir() else []
         kind = "file" if path.suffix else "folder"
-        raise ValueError(f"there is no {kind} {path}; {near_misses(str(path), there)}")
+        there = parent.iterdir() if parent.is_dir() else ()
+        alike = [str(child) for child in there if child.is_dir() == (kind == "folder")]
+        raise ValueError(f"there is no {kind} {path}; {near_misses(str(path), alike)}")
     if path.name.isdigit():
         return path.parent, int(path.name)
     if any(child.is_dir() and child.name.isdigit() for child in path.iterdir()):

@@ -1,6 +1,7 @@
 """Alignment goes by what channels do: a source whose channels changed places gives the target the same function."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -169,11 +170,14 @@ def graph(steps, scale):
 def test_random_graphs_are_followed_or_refused(steps):
     (of_source, source, mixed), (of_target, target, _) = graph(steps, 1), graph(steps, 2)
     x = jnp.asarray(np.random.default_rng(0).normal(size=(24, 4, 3)), jnp.float32)
-    if mixed:
-        with pytest.raises(ValueError, match=f"operation '({'|'.join(mixed)})' cannot be followed"):
-            mj.channel_graph(of_source, source, {}, x)
-        return
-    changes = moved([of_source, of_target], [(source, {}), (target, {})], (x,), {"**": "**"})
+    try:
+        if mj.channel_graph(of_source, source, {}, x).factors:
+            return  # Of merged axes, which test_merged_axes has.
+        changes = moved([of_source, of_target], [(source, {}), (target, {})], (x,), {"**": "**"})
+    except ValueError as error:
+        if re.search(f"operation '({'|'.join(mixed)})' cannot be followed", str(error)) and mixed:
+            return
+        raise
     assert max(changes) < 1e-4
 
 
