@@ -143,7 +143,7 @@ def _dask(address: str, folder: Path) -> Iterator[Engine]:
 
 
 def _await_scheduler(address: str) -> None:
-    """Raises ValueError unless a Dask scheduler answers; `Client` waits for ever on what accepts, and says nothing."""
+    """Raises ValueError unless a Dask scheduler answers in time; `Client` may wait longer than its timeout."""
     from distributed.comm.core import connect
     from distributed.security import Security
 
