@@ -96,6 +96,7 @@ def test_a_frozen_source_needs_neither_examples_nor_indices():
     assert_close(state, states[STEPS])
 
 
+@pytest.mark.slow
 def test_an_augmented_epoch_gives_what_single_augmented_steps_give_and_goes_on_where_it_stopped():
     augment = {"source": with_noise, "target": with_noise}
     step = mj.augmented(helpers.joint_step(SHARE, cycle=2), augment)

@@ -73,7 +73,8 @@ def difference(variables, name):
     return float(np.mean(np.square(run(target)(variables, inputs) - wanted)) / np.var(wanted))
 
 
-@pytest.mark.parametrize("name", SLOW)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PAIRS)
 def test_a_target_of_the_source_s_size_computes_what_it_does(name):
     source, _, inputs = PAIRS[name]
     variables = variables_of(name, "source")

@@ -198,6 +198,7 @@ def mobile(blocks, width, **options):
     return mj.models.MobileNetV2(stages, 4, stem_width=width, head_width=4 * width, **options)
 
 
+@pytest.mark.slow
 def test_a_block_more_reaches_the_end_of_a_stage_again():
     """The rows that the next kernel takes are its own: the end of a stage is one value with that of any block."""
     images = jnp.asarray(RNG.normal(size=(40, 8, 8, 1)), jnp.float32)
