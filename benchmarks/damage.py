@@ -89,7 +89,10 @@ DAMAGE = {
     "a state nobody may read": Damage(lambda newest: (newest / "state").chmod(0), "."),
     "no tree": Damage(lambda newest: (newest / "state" / "_METADATA").unlink(), "."),
     "a tree cut short": Damage(lambda newest: os.truncate(newest / "state" / "_METADATA", 50), "."),
-    "no shapes": Damage(lambda newest: shutil.rmtree(newest / "state" / "array_metadatas"), None, 3),
+    # Nothing else says which leaves are random keys.
+    "no shapes": Damage(
+        lambda newest: shutil.rmtree(newest / "state" / "array_metadatas"), "came back as uint32, not as key<fry>", 2
+    ),
     "no placements": Damage(lambda newest: (newest / "state" / "_sharding").unlink(), None, 3),
     "no index": Damage(lambda newest: (newest / "state" / "manifest.ocdbt").unlink(), "."),
     "an index cut short": Damage(lambda newest: os.truncate(newest / "state" / "manifest.ocdbt", 20), "."),

@@ -132,7 +132,14 @@ class OrbaxSteps:
                 except Exception:
                     raise error from None
 
-        return self._compared(manifest, load, partial=partial)
+        def load_typed() -> _Tree:
+            loaded = load()
+            for (path, leaf), shape in zip(flatten(loaded).items(), flatten(wanted).values(), strict=True):
+                if leaf.dtype != shape.dtype:  # Orbax gives the numbers of a random key whose description is damaged.
+                    raise ValueError(f"{path} came back as {leaf.dtype}, not as {shape.dtype}")
+            return loaded
+
+        return self._compared(manifest, load_typed, partial=partial)
 
     def _load_as_saved(self, step: int, wanted: _Tree) -> _Tree:
         """Returns the leaves of a tree by their paths, whatever containers and empty nodes they were saved in."""

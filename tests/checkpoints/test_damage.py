@@ -269,3 +269,23 @@ def test_a_full_disk_loses_nothing_that_was_saved(tmp_path):
     if "Operation not permitted" in done.stderr or "permission denied" in done.stderr:
         pytest.skip("nothing may be mounted here")
     assert done.stdout.splitlines() == ["stopped ValueError", "1"], done.stderr[-2000:]
+
+
+def test_a_random_key_that_comes_back_as_its_numbers_is_damage(tmp_path, monkeypatch):
+    state = {"key": jax.random.key(0)}
+    with Checkpoints(tmp_path) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, state)
+        checkpoints.wait()
+        steps = checkpoints._steps
+        load = steps._checkpointer.load
+
+        def damaged(step, *wanted):
+            found = load(step, *wanted)
+            return {"key": jax.random.key_data(found["key"])} if step == 2 else found
+
+        monkeypatch.setattr(steps._checkpointer, "load", damaged)
+        with pytest.warns(DamagedCheckpointWarning, match=r"key came back as uint32, not as key<fry>"):
+            step, restored = checkpoints.restore_latest(state)
+    assert step == 1
+    assert restored["key"].dtype == state["key"].dtype
