@@ -212,11 +212,7 @@ def _weights_file(path: Path) -> Path:
 
 def _read_index(file: Path) -> dict[str, Path]:
     """Returns the shard of each tensor by name."""
-    index = read_index(file)
-    twice = next((name for name, shards in index.items() if len(shards) != 1), None)
-    if twice is not None:
-        raise ValueError(f"{file} must name one shard for {twice!r}, found {len(index[twice])}")
-    return {name: shard for name, (shard,) in index.items()}
+    return {name: shard for name, (shard,) in read_index(file, single=True).items()}
 
 
 def _check_shard(shard: Path, shard_of: Mapping[str, Path]) -> None:

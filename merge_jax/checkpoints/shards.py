@@ -14,11 +14,11 @@ _MAP = "weight_map"
 _ENDINGS = {".bin.index.json": ".bin", ".weights.json": ".h5"}
 
 
-def read_index(file: Path) -> dict[str, tuple[Path, ...]]:
-    """Returns the shard of each name in an index; Keras names the variables of one layer together, in several.
+def read_index(file: Path, *, single: bool = False) -> dict[str, tuple[Path, ...]]:
+    """Returns the shards of each name in an index; Keras names the variables of one layer together, in several.
 
     Raises:
-      ValueError: it is no index, or a shard's name leads out of its folder.
+      ValueError: it is no index, a shard's name leads out of its folder, or a name has several where `single` is asked.
     """
     try:
         weight_map = parse_json(file.read_text("utf-8"), file)[_MAP]
@@ -29,6 +29,9 @@ def read_index(file: Path) -> dict[str, tuple[Path, ...]]:
         raise ValueError(f"{file} is no index of shards: it needs a 'weight_map' of names to files") from None
     for shard in dict.fromkeys(shard for named in shards.values() for shard in named):
         check_inside(shard, file, "shard")
+    several = next((name for name, named in shards.items() if len(named) != 1), None)
+    if single and several is not None:
+        raise ValueError(f"{file} must name one shard for {several!r}, found {len(shards[several])}")
     return {name: tuple(file.parent / shard for shard in named) for name, named in shards.items()}
 
 

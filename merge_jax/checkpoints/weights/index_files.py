@@ -24,12 +24,9 @@ def _detect(path: Path, head: bytes) -> bool:
 
 def _open(path: Path) -> Stored:
     file = only_file(path, path.glob(_IN_FOLDERS)) or path  # The glob of a file finds nothing.
-    index = read_index(file)
+    index = read_index(file, single=True)
     paths = paths_of(index, file)
     shards = {paths[name]: found for name, found in index.items()}
-    several = next((name for name, found in index.items() if len(found) != 1), None)
-    if several is not None:
-        raise ValueError(f"{file} must name one shard for {several!r}, found {len(index[several])}")
 
     def by_shard(leaves: Sequence[str], of: Callable[[Stored, list[str]], Mapping[str, Any]]) -> dict[str, Any]:
         """Returns what a function gives of each shard that holds one of the leaves; only these are opened."""
