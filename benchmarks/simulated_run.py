@@ -10,6 +10,7 @@ import signal
 import time
 from pathlib import Path
 
+from merge_jax.checkpoints.files import write_whole
 from merge_jax.checkpoints.lock import FolderLock
 
 __all__ = ["main"]
@@ -41,21 +42,15 @@ def main() -> None:
         while (left := until - time.monotonic()) > 0:
             time.sleep(min(left, _STEP))
             if options.seconds > 10 * _STEP:
-                _write(saved, options.seconds - max(until - time.monotonic(), 0))
+                write_whole(saved, json.dumps(options.seconds - max(until - time.monotonic(), 0)))
     except KeyboardInterrupt:
         print(f"stopped after {options.seconds - until + time.monotonic():.1f} s, which is saved", flush=True)
         raise SystemExit(128 + signal.SIGTERM) from None
     if options.code:
         print("a simulated failure", flush=True)
         raise SystemExit(options.code)
-    _write(folder / "results.json", [{"seconds": options.seconds}])
+    write_whole(folder / "results.json", json.dumps([{"seconds": options.seconds}]))
     lock.release()
-
-
-def _write(path: Path, content: object) -> None:
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(content))
-    os.replace(part, path)
 
 
 if __name__ == "__main__":

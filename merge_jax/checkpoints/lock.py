@@ -4,17 +4,17 @@ Not by the library filelock: a second writer is refused with the process and hos
 without keeping a writer out and without making a file; filelock's lock has no holder's name and no such question.
 """
 
-import contextlib
 import fcntl
 import json
 import os
 import platform
 import time
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["LOCK", "FolderLock", "is_locked", "naming_file"]
+from merge_jax.checkpoints.files import naming_file
+
+__all__ = ["LOCK", "FolderLock", "is_locked"]
 
 LOCK = "run.lock"
 """Name of the file."""
@@ -72,17 +72,6 @@ def is_locked(folder: Path) -> bool:
     finally:
         os.close(descriptor)
     return False
-
-
-@contextlib.contextmanager
-def naming_file(path: Path) -> Iterator[None]:
-    """Gives an OSError that names no file the name of one: a write says that no space is left, and not where."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno is None or error.filename is not None:
-            raise
-        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _read_holder(descriptor: int) -> str:

@@ -15,7 +15,8 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from merge_jax.checkpoints.errors import DamagedStepError, PrunedStepError, first_line
-from merge_jax.checkpoints.lock import is_locked, naming_file
+from merge_jax.checkpoints.files import naming_file
+from merge_jax.checkpoints.lock import is_locked
 from merge_jax.checkpoints.manifest import Manifest, differing_leaves
 from merge_jax.checkpoints.trees import placed_shapes, unwrap_variables
 from merge_jax.paths import flatten, some_of

@@ -10,7 +10,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[re
 from tensorboardX.record_writer import RecordWriter
 from tensorboardX.summary import scalar
 
-from merge_jax.checkpoints.lock import naming_file
+from merge_jax.checkpoints.files import naming_file
 
 __all__ = ["ScalarEvents"]
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import datetime
-import importlib.metadata
 import json
 import math
 import os
@@ -17,9 +16,11 @@ from typing import Any, Self
 
 import jax
 
-from merge_jax.checkpoints.lock import LOCK, FolderLock, naming_file
+from merge_jax.checkpoints.files import naming_file, write_whole
+from merge_jax.checkpoints.lock import LOCK, FolderLock
 from merge_jax.checkpoints.manifest import changes
 from merge_jax.runs.events import ScalarEvents
+from merge_jax.runs.versions import installed_versions
 
 __all__ = ["MetricsLog", "RunFolder", "check_space", "describe_environment", "numbered_folder"]
 
@@ -148,10 +149,7 @@ class RunFolder:
         """Writes a file of the folder atomically; only process 0 writes."""
         if jax.process_index() > 0:
             return
-        part = self.path / f"{name}.part"
-        with naming_file(part):
-            part.write_text(content)
-        os.replace(part, self.path / name)
+        write_whole(self.path / name, content)
 
     def read_json(self, name: str, default: Any) -> Any:
         """Returns the content of a file of the folder, or `default` where there is none."""
@@ -283,12 +281,6 @@ def check_space(folder: Path, needed: int) -> None:
 
 def describe_environment() -> dict[str, Any]:
     """Returns the environment of a run: command, date, versions, devices, commit."""
-    versions = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "not installed"
     return {
         "command": _command(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -296,7 +288,7 @@ def describe_environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu_count": os.cpu_count(),
         "devices": [device.device_kind for device in jax.devices()],
-        "versions": versions,
+        "versions": installed_versions(_PACKAGES),
         "commit": _commit(),
     }
 

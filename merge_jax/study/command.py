@@ -5,7 +5,6 @@ It may be called any number of times: what is done stays done, and what was begu
 
 import contextlib
 import datetime
-import importlib.metadata
 import json
 import os
 import platform
@@ -19,7 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from merge_jax.checkpoints.files import write_whole
 from merge_jax.checkpoints.lock import is_locked
+from merge_jax.runs.versions import installed_versions
 
 __all__ = ["PATIENCE", "Command", "Outcome", "Session", "last_line", "open_session", "package_versions", "run_command"]
 
@@ -115,9 +116,7 @@ class Command:
 def open_session(study: Path) -> Iterator[Session]:
     """Begins a session of the study in a folder; runs of an earlier one save and stop, as all do at its end."""
     session = Session(str(study.absolute()), uuid.uuid4().hex, os.getcwd(), package_versions())
-    file, part = study / _FILE, study / f"{_FILE}.part"
-    part.write_text(json.dumps({"token": session.token, "pid": os.getpid(), "host": platform.node()}))
-    os.replace(part, file)
+    write_whole(study / _FILE, json.dumps({"token": session.token, "pid": os.getpid(), "host": platform.node()}))
     try:
         yield session
     finally:
@@ -126,13 +125,7 @@ def open_session(study: Path) -> Iterator[Session]:
 
 def package_versions() -> dict[str, str]:
     """Returns the versions of what figures depend on, as installed here."""
-    versions = {}
-    for name in _PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    return versions
+    return installed_versions(_PACKAGES)
 
 
 def run_command(command: Command) -> Outcome:
