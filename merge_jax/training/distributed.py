@@ -214,6 +214,6 @@ def _await_coordinator(
         waited = min(answer_within, timeout)
         raise TimeoutError(
             f"{who} found no coordinator at {host}:{port} within {waited:g} s ({problem}): start process 0 first, or"
-            "  correct the address"
+            " correct the address"
         )
     raise TimeoutError(f"{who} has waited {timeout:g} s at {host}:{port}, and not all others came")
