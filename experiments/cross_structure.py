@@ -93,9 +93,9 @@ class Config(study.TransferOptions, study.RunConfig):
     augment: bool = False
     """Crop, mirror and rotate both models' training images at random."""
     source_model: study.ImageModelName | study.FileModelName = "small_resnet"
-    """The network that gives; vit_of_file is the vision transformer that --source-from is of."""
+    """The network that gives; vit_of_file is the vision transformer in the file that --source-from names."""
     source_heads: int | None = None
-    """Attention heads of vit_of_file, which files of timm do not tell."""
+    """Attention heads of vit_of_file; files of timm do not have their number."""
     target_model: study.ImageModelName | study.VisionModelName = "small_mobilenet_v2"
     """The network that receives; a vision transformer learns by AdamW."""
     stages: int = 3

@@ -194,7 +194,7 @@ PRESETS = {
         agree=CIFAR_AGREE,
     ),
     "pretrained": replace(_PRETRAINED, **_MINUTES),
-    # Another family: nothing to align, and features that can agree all the same.
+    # Another family: blocks paired by depth, and features that can agree.
     "pretrained_distilbert": replace(
         _PRETRAINED,
         **_MINUTES,

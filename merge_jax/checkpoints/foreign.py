@@ -28,7 +28,7 @@ _LONGEST = 512  # Bytes that tell all of these.
 
 
 def explain(path: Path, head: bytes) -> str:
-    """Returns what a file or folder is that none of the formats is, and what to do with it; empty where not known."""
+    """Returns what a file or folder of no known format is, and what to do with it; empty if not known."""
     if path.is_dir():
         if (path / "checkpoints").is_dir():
             return "it is the folder of a run: name one in its checkpoints, such as checkpoints/METHOD-seed0"
@@ -56,10 +56,10 @@ def explain(path: Path, head: bytes) -> str:
 
 
 def explain_unsafe(path: Path) -> str:
-    """Returns what `load_safetensors` is asked to read but does not, and what to do with it; empty where not known."""
+    """Returns what a path is that `load_safetensors` does not read, and what to do with it; empty if not known."""
     if path.is_dir():
         if any(is_orbax(step) for step in (path, *path.iterdir()) if step.name.isdigit()):
-            return f"it is of checkpoints; of those of merge_jax, merge-jax export {path} FILE makes a file"
+            return f"it holds checkpoints; if they are of merge_jax, merge-jax export {path} FILE makes a file of one"
         return (
             "it is a checkpoint of Orbax; make a file of it: mj.save_safetensors('new.safetensors',"
             f" mj.load_weights({str(path)!r}))"

@@ -42,7 +42,7 @@ def check_shard(shard: Path, found: Iterable[str], index: Mapping[str, tuple[Pat
         raise ValueError(f"{shard} lacks the tensor {missing[0]!r}; {near_misses(missing[0], names)}")
     if surplus := sorted(names - expected):
         elsewhere = index.get(surplus[0])
-        where = f"the index has it in {elsewhere[0].name}" if elsewhere else "the index has it not"
+        where = f"the index has it in {elsewhere[0].name}" if elsewhere else "the index does not name it"
         raise ValueError(f"{shard} holds the tensor {surplus[0]!r}, but {where}")
 
 

@@ -134,8 +134,8 @@ def check_kept(path: Any, kept: Iterable[str], leaves: Mapping[str, Any]) -> Non
     shapes = [leaf for leaf in kept if isinstance(leaves[leaf], jax.ShapeDtypeStruct)]
     if shapes:
         raise ValueError(
-            f"{path} does not have {some_of(shapes, 3)} in the model's shape, so they keep their values, but are"
-            " shapes: give what model.init returns"
+            f"{path} does not have {some_of(shapes, 3)} in the model's shape, so they keep their values, but have"
+            " shapes alone: give what model.init returns"
         )
 
 

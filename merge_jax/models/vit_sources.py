@@ -15,20 +15,20 @@ __all__ = ["load_vision_transformer", "vision_transformer_of"]
 def vision_transformer_of(
     path: str | os.PathLike[str], *, num_heads: int | None = None, image_size: int | None = None, **options: Any
 ) -> VisionTransformer:
-    """Returns the encoder that a file of weights is of, with its sizes, its epsilon and its gelu.
+    """Returns the encoder of a file of weights, with its sizes, its epsilon and its gelu.
 
     The file is of a ViT of timm, big_vision, google-research/vision_transformer or Hugging Face. No numbers are read.
 
     Args:
       path: as of `from_pytorch`, `from_flax` and `from_huggingface`.
-      num_heads: of each attention, which files of timm do not tell, and those of Hugging Face in `config.json` alone.
-      image_size: height and width of the images; those of the file by default. For others, its positions are read with
-        `resize_positions=True`.
+      num_heads: of each attention. Files of timm do not have it, and those of Hugging Face only in `config.json`.
+      image_size: height and width of the images in pixels; those of the file by default. For others, read its positions
+        with `resize_positions=True`.
       options: other attributes of `VisionTransformer`.
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: the file cannot be read or is of none of these, or nothing tells the number of heads.
+      ValueError: the file cannot be read, it is of none of these, or the number of heads is not known.
     """
     if is_vit_of_huggingface(path):
         return vit_encoder_of(path, num_heads, image_size, options)

@@ -43,8 +43,8 @@ VisionModelName = Literal["small_vit", "tiny_vit", "vit_base"]
 """The vision transformers of `merge_jax.models`."""
 
 FileModelName = Literal["vit_of_file"]
-"""`vit_of_file` is the vision transformer that `--source-from` is of: of timm, big_vision, google-research or Hugging
-Face."""
+"""`vit_of_file` is the vision transformer whose file `--source-from` names: one of timm, big_vision,
+google-research/vision_transformer or Hugging Face."""
 
 TextModelName = Literal["small_bert", "small_distilbert", "minilm", "minilm_half", "bert_base", "distilbert_base"]
 """The encoders of `merge_jax.models`, each with the head of its task."""

@@ -66,8 +66,8 @@ class RunConfig:
     shard_state: bool = False
     """Split parameters, optimizer and adapter over the devices too, for models that one of them cannot hold."""
     hosts: bool = False
-    """A cluster has started several processes with this command (Slurm, Kubernetes, Cloud TPU, Open MPI), and JAX finds
-    them by itself."""
+    """This command runs in several processes that a cluster has started (Slurm, Kubernetes, Cloud TPU, Open MPI): JAX
+    finds them by itself."""
     coordinator: str | None = None
     """host:port of process 0, where several processes run this together, each with the same command."""
     num_processes: int = 1

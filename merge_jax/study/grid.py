@@ -67,7 +67,7 @@ class Options:
     """Where runs are done: local, on this machine; dask:HOST:PORT, by the workers of a Dask scheduler; slurm, as jobs
     of Slurm."""
     jobs: int = 1
-    """Of the local executor, runs at a time, each in a process on its share of the cores; one at a time needs none."""
+    """Runs at a time of the local executor. Each of several has a process of its own on its share of the cores."""
     seeds: int | None = None
     """Number of seeds instead of the grid's."""
     only: tuple[str, ...] = ()

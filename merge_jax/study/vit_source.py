@@ -26,7 +26,7 @@ def vit_of_file(
     labels: int | None,
     dtype: Any = jnp.float32,
 ) -> StudyModel:
-    """Returns the vision transformer that a file is of, for images of a set; its positions are resized to their size.
+    """Returns a file's vision transformer for the images of a data set; its positions are resized to their size.
 
     Its last layer is the file's where that has as many classes, and is fitted otherwise, see `with_fitted_head`.
 

@@ -35,18 +35,19 @@ def connect(
     Without arguments, JAX finds the others by itself where a cluster has started them: Slurm, Kubernetes with
     `pip install kubernetes` (GKE with GPUs), Cloud TPU (GKE too), Open MPI.
 
-    With an address, the processes meet first, by a connection of ours: where one is missing,
+    With an address, the processes first meet by a connection of ours, which names what is missing. Alone,
     `jax.distributed.initialize` aborts the others at its timeout (SIGABRT, no exception, no name; jax 0.10 and 0.12),
-    and names no port that is taken. Later, when one is lost, the others end within seconds; see `exit_on_error`.
+    and does not name a port that is taken. Later, when one is lost, the others end within seconds; see
+    `exit_on_error`.
 
     Args:
       address: `host:port` of process 0, on which the others find it.
       num_processes: how many there are.
       process_id: which this is, from 0.
       timeout: seconds to wait for the others.
-      answer_within: seconds that process 0 has to answer at the address.
-      lost_after: seconds without a sign of life after which a process counts as lost; work does not stop the signs, a
-        machine that is frozen does.
+      answer_within: seconds within which process 0 must answer at the address.
+      lost_after: seconds without a sign of life after which a process counts as lost. A busy process still gives them,
+        a frozen machine does not.
 
     Raises:
       ValueError: a malformed address, a number out of range, a port that process 0 cannot have, some of the arguments
@@ -213,6 +214,6 @@ def _await_coordinator(
         waited = min(answer_within, timeout)
         raise TimeoutError(
             f"{who} found no coordinator at {host}:{port} within {waited:g} s ({problem}): start process 0 first, or"
-            " mend the address"
+            " correct the address"
         )
     raise TimeoutError(f"{who} has waited {timeout:g} s at {host}:{port}, and not all others came")

@@ -201,7 +201,7 @@ def _unlike_places(paths: tuple[str, str], shapes: tuple[tuple[int, ...], ...], 
     return (
         f"{paths[0]!r} of the target is {shapes[0]} with merged axes apart, {paths[1]!r} of the source {shapes[1]}: "
         f"{shapes[0][axes[0]]} places along axis {axes[0]} cannot be paired with {shapes[1][axes[1]]} along axis "
-        f"{axes[1]}. Places meet one by one. Give the target inputs, strides or pooling by which its maps are of the "
+        f"{axes[1]}. Places meet one by one. Give the target inputs, strides or pooling that make its maps the "
         "source's size, average over the places in both models, or leave out the route"
     )
 
@@ -238,7 +238,10 @@ def _bound(role: str, group: str, graph: ChannelGraph) -> str:
     if group in graph.hidden:
         return ""
     if group in graph.consumed:
-        return f"those of the {role} come from outside of it, as tokens and pixels do, or meet constants of an order"
+        return (
+            f"those of the {role} come from outside of it, as tokens and pixels do, or meet constants of an order, "
+            "such as running statistics that the function does not take as an input"
+        )
     return (
         f"nothing in the {role} that can be followed reads those, as it is with labels and tokens, with the angles of "
         "rotary positions, and where channels are split, merged or looped over"

@@ -20,7 +20,7 @@ def match_vocabulary(
 ) -> Rows:
     """Returns the rows of two word embeddings that are the same token, by its string: `rows=` of a `Route`.
 
-    A token that the source has not keeps its row. Strings are compared as they are, with their capitals.
+    A target token that the source lacks keeps its row. Strings are compared exactly, capitals included.
 
     >>> match_vocabulary(["the", "cat", "sat"], {"a": 0, "cat": 1, "the": 2}).made
     (1, 2)
@@ -28,18 +28,21 @@ def match_vocabulary(
     Args:
       source: tokens of the source in the order of their numbers, or the numbers by token (`tokenizer.get_vocab()`).
       target: the same of the target's.
-      source_rows: of the source's table, where it has more rows than tokens, as padded ones do; as many by default.
-      target_rows: the same of the target's.
+      source_rows: rows of the source's table, if it is padded to more than its tokens; by default as many as tokens.
+      target_rows: the same of the target's table.
 
     Raises:
-      ValueError: a token that appears twice, numbers that are not 0, 1, ..., no token in common, fewer rows than
-        tokens, or vocabularies that mark words in unlike ways, in which one string is not one token.
+      ValueError: a token that appears twice, numbers that are not 0, 1, ..., no shared token, fewer rows than tokens,
+        or vocabularies that mark words in unlike ways, as `##ing` and `Ġthe` do.
     """
     matched = Rows.by_name(source, target)
     marks = {"source": _mark(source), "target": _mark(target)}
     if marks["source"] != marks["target"]:
-        how = " and ".join(f"that of the {role} marks {_MARKS.get(mark, 'neither')}" for role, mark in marks.items())
-        raise ValueError(f"bring both vocabularies to one form: {how}, so that one string is not one token")
+        how = ", ".join(f"the {role}'s marks {_MARKS.get(mark, 'neither')}" for role, mark in marks.items())
+        raise ValueError(
+            f"the vocabularies mark words in unlike ways ({how}), so that one string is not one token: convert one to"
+            " the form of the other"
+        )
     target_size, source_size = matched.counts
     for role, rows, size in (("source", source_rows, source_size), ("target", target_rows, target_size)):
         if rows is not None and rows < size:

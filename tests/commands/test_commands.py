@@ -399,7 +399,7 @@ def assert_equal_leaves(found, expected):
 def test_a_file_of_weights_is_converted_and_not_exported(tmp_path, capsys):
     (tmp_path / "m.npz").write_bytes(b"PK")
     message = refused(capsys, "export", tmp_path / "m.npz", tmp_path / "new.safetensors")
-    assert "m.npz is a file, and checkpoints are folders: of a file of weights, merge-jax convert " in message
+    assert "m.npz is a file, and checkpoints are folders: if it holds weights, merge-jax convert " in message
 
 
 def test_what_cannot_be_exported_is_named(runs, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Axes that a model merges, splits or joins: their channels are followed, aligned and refitted; places are not."""
 
 from collections import OrderedDict
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -183,6 +184,25 @@ def test_channels_that_meet_constants_of_an_order_are_bound():
     wider = mj.channel_graph(rotary, wide := draw(1, q=(4, 8), k=(4, 8), v=(4, 6), out=(6, 3)), TOKENS)
     with pytest.raises(ValueError, match=r"'k/kernel' has 8 entries .* has 4 .*angles of rotary positions"):
         mj.aligned_transfer(EVERYTHING, graph, wider).init(jax.random.key(0), params, wide)
+
+
+def test_statistics_that_a_function_captures_bind_its_channels_and_an_input_does_not():
+    def run(params, x, mean):
+        return jnp.tanh(x @ params["a"]["kernel"] - mean) @ params["b"]["kernel"]
+
+    small, wide = (draw(0, a=(4, size), b=(size, 3)) for size in (4, 6))
+    means = [jnp.arange(size).reshape(1, 1, -1) for size in (4.0, 6.0)]
+    free = mj.channel_graph(run, small, TOKENS, means[0])
+    assert free.hidden == {free.channel_groups["a/kernel"][1]}
+    bound = [
+        mj.channel_graph(partial(run, mean=mean), params, TOKENS)
+        for params, mean in zip((small, wide), means, strict=True)
+    ]
+    assert not bound[0].hidden
+    with pytest.raises(
+        ValueError, match=r"has 6 entries .* has 4 .*running statistics that the function does not take"
+    ):
+        mj.aligned_transfer(EVERYTHING, *bound).init(jax.random.key(0), small, wide)
 
 
 def test_a_pruned_target_has_the_rows_of_the_chosen_channels_at_all_places():

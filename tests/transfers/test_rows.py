@@ -256,9 +256,9 @@ def test_tokens_of_two_vocabularies_meet_in_padded_tables_too():
         (lambda: mj.match_vocabulary(["a", "a"], ["a"]), "'a' appears twice among those of the source"),
         (
             lambda: mj.match_vocabulary(["ing", "##ing"], ["ing", "Ġing"]),
-            "that of the source marks the inside of words by '##' and that of the target marks their starts by 'Ġ'",
+            "the source's marks the inside of words by '##', the target's marks their starts by 'Ġ'",
         ),
-        (lambda: mj.match_vocabulary(["ing", "▁a"], ["ing"]), "that of the target marks neither"),
+        (lambda: mj.match_vocabulary(["ing", "▁a"], ["ing"]), "the target's marks neither"),
         (lambda: mj.match_vocabulary(["a", "b"], ["a"], source_rows=1), "source_rows is 1, but the source has 2"),
         (lambda: mj.Rows.by_name(["a", "a"], ["a"]), "'a' appears twice among those of the source"),
         (lambda: mj.Rows.by_name(["a"], ["b"]), "must have a name in common"),

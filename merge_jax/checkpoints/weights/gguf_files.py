@@ -87,7 +87,7 @@ def _parts(path: Path, read: Callable[[Path], Any]) -> dict[Path, Any]:
     name = _PART.fullmatch(path.name)
     if name is None or int(name[3]) != count:
         raise ValueError(
-            f"{path} is one of {count} parts of a model, and is not called so: give them back their names,"
+            f"{path} is one of {count} parts of a model, but its name does not say which: rename the parts to"
             f" NAME-00001-of-{count:05d}.gguf"
         )
     parts = {}

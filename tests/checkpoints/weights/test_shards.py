@@ -75,7 +75,7 @@ def test_shards_that_do_not_hold_what_the_index_says_are_refused(tmp_path):
     (tmp_path / "both.msgpack").write_bytes(both)
     where = f"the index has it in {index['scale']}"
     assert f"'scale', but {where}" in refusal({**index, "is_on": "both.msgpack"})
-    assert "holds the tensor 'scale', but the index has it not" in refusal({"is_on": "both.msgpack"})
+    assert "holds the tensor 'scale', but the index does not name it" in refusal({"is_on": "both.msgpack"})
     for place in ("../x.msgpack", "/x.msgpack", "a/../../x.msgpack"):
         assert "which is not inside its folder" in refusal({**index, "scale": place})
     assert "must name one shard for 'scale', found 2" in refusal({**index, "scale": [index["scale"], "x.msgpack"]})
@@ -149,7 +149,9 @@ def test_parts_of_gguf_are_one_model(tmp_path):
     other = shutil.copy(parts[0], tmp_path / "other.gguf")
     with pytest.raises(ValueError, match=r"several files of weights, name one: m-00001-of-00003\.gguf, other\.gguf"):
         mj.load_weights(tmp_path)
-    with pytest.raises(ValueError, match=r"other\.gguf is one of 3 parts of a model, and is not called so"):
+    with pytest.raises(
+        ValueError, match=r"other\.gguf is one of 3 parts of a model, but its name does not say which: rename the parts"
+    ):
         mj.load_weights(other)
     shutil.copy(parts[0], parts[1])
     with pytest.raises(ValueError, match=r"m-00002-of-00003\.gguf says that it is part 0 \(from 0\) of 3, expected 1"):
