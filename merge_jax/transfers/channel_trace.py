@@ -13,7 +13,6 @@ from merge_jax.paths import flatten
 from merge_jax.transfers.channel_axes import ChannelGraph
 from merge_jax.transfers.channel_sums import OnSum, SummedAxes, Value
 from merge_jax.transfers.host_leaves import any_on_host, on_device
-from merge_jax.transfers.layer_sites import varying_axes
 from merge_jax.transfers.merged_axes import Factors, apart
 from merge_jax.transfers.program import CALLS, Constant, Equation, Program
 from merge_jax.types import Params
@@ -130,7 +129,7 @@ class ChannelTrace(SummedAxes):
         def read(one: int | Constant) -> Value:
             if not isinstance(one, Constant):
                 return known[one]
-            fixed = frozenset(varying_axes(program, one))
+            fixed = program.varying_axes(one)
             return Value(one.value, self._fresh(np.shape(one.value)), from_leaves=True, fixed=fixed)
 
         self.nodes = {number: one.nodes for number, one in known.items()}
@@ -168,7 +167,7 @@ class ChannelTrace(SummedAxes):
         constant = all(one.fixed is not None for one in values)
         made = zip(results, nodes, eqn.outputs, strict=True)
         return [
-            Value(result, own, from_leaves, frozenset(varying_axes(self.program, number)) if constant else None)
+            Value(result, own, from_leaves, self.program.varying_axes(number) if constant else None)
             for result, own, number in made
         ]
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend import core
 
 from merge_jax.checks import check_arrays
@@ -179,6 +180,43 @@ class Program:
                 found.update(equation.outputs)
         return frozenset(found)
 
+    def varying_axes(self, one: int | Constant) -> frozenset[int]:
+        """Returns the axes along which a value that does not depend on the inputs may differ."""
+        return _long_axes(np.shape(one.value)) if isinstance(one, Constant) else self._varying[one]
+
+    @cached_property
+    def _varying(self) -> dict[int, frozenset[int]]:
+        found = {number: _long_axes(self.shapes[number].shape) for number in self.leaves.values()}
+        for equation in self.equations:
+            if self.data.isdisjoint(equation.outputs):
+                inner = [
+                    _long_axes(np.shape(one.value)) if isinstance(one, Constant) else found[one]
+                    for one in equation.inputs
+                ]
+                for value in equation.outputs:
+                    found[value] = self._varying_of(equation, inner, self.shapes[value].shape)
+        return found
+
+    def _varying_of(
+        self, equation: Equation, inner: Sequence[frozenset[int]], shape: tuple[int, ...]
+    ) -> frozenset[int]:
+        """Returns the axes along which a result of an equation may differ, from those of its operands."""
+        every = _long_axes(shape)
+        if not inner:  # As of `iota`.
+            return every
+        shapes = [
+            np.shape(one.value) if isinstance(one, Constant) else self.shapes[one].shape for one in equation.inputs
+        ]
+        if equation.name == "broadcast_in_dim":
+            places = equation.params["broadcast_dimensions"]
+            return frozenset(places[axis] for axis in inner[0])
+        if equation.name in ("reshape", "squeeze", "expand_dims"):
+            old, new = sorted(_long_axes(shapes[0])), sorted(every)
+            if [shapes[0][axis] for axis in old] == [shape[axis] for axis in new]:
+                return frozenset(axis for before, axis in zip(old, new, strict=True) if before in inner[0])
+            return every if inner[0] else frozenset()
+        return frozenset().union(*inner) if all(other in ((), shape) for other in shapes) else every
+
     def _number(self, aval: Any) -> int:
         number = len(self.shapes)
         self.shapes[number] = jax.ShapeDtypeStruct(aval.shape, aval.dtype)
@@ -210,6 +248,11 @@ class Program:
                 self.equations.append(Equation(eqn.primitive, eqn.params, inputs, tuple(outputs)))
             known |= dict(zip(eqn.outvars, outputs, strict=True))
         return [read(var) for var in jaxpr.outvars]
+
+
+def _long_axes(shape: Sequence[int]) -> frozenset[int]:
+    """Returns the axes with several entries."""
+    return frozenset(axis for axis, size in enumerate(shape) if size > 1)
 
 
 def _inner(params: Mapping[str, Any]) -> Any:
