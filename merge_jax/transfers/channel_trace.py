@@ -14,7 +14,7 @@ from merge_jax.transfers.channel_axes import ChannelGraph
 from merge_jax.transfers.channel_sums import OnSum, SummedAxes, Value
 from merge_jax.transfers.host_leaves import any_on_host, on_device
 from merge_jax.transfers.merged_axes import Factors, apart
-from merge_jax.transfers.program import CALLS, Constant, Equation, Program
+from merge_jax.transfers.program import BY_ENTRY, CALLS, Constant, Equation, Program
 from merge_jax.types import Params
 
 __all__ = ["FOLLOWED", "ChannelTrace"]
@@ -22,28 +22,6 @@ __all__ = ["FOLLOWED", "ChannelTrace"]
 _REDUCTIONS = {
     *("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or", "reduce_xor"),
     *("argmax", "argmin"),
-}
-_BY_ENTRY = {
-    *("add", "add_any", "sub", "mul", "div", "rem", "max", "min", "pow", "integer_pow", "atan2", "nextafter"),
-    *(
-        "neg",
-        "sign",
-        "abs",
-        "floor",
-        "ceil",
-        "round",
-        "square",
-        "one_minus_square",
-        "sqrt",
-        "rsqrt",
-        "cbrt",
-        "is_finite",
-    ),
-    *("exp", "exp2", "log", "expm1", "log1p", "tanh", "logistic", "erf", "erfc", "erf_inv", "lgamma", "digamma"),
-    *("sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "asinh", "acosh", "atanh"),
-    *("eq", "ne", "lt", "le", "gt", "ge", "and", "or", "xor", "not", "select_n", "clamp"),
-    *("shift_left", "shift_right_logical", "shift_right_arithmetic", "population_count", "stop_gradient"),
-    *("convert_element_type", "reduce_precision", "copy", "copy_p", "name", "sharding_constraint", "pvary"),
 }
 _FORMS = {
     *("dot_general", "conv_general_dilated", "transpose", "broadcast_in_dim", "reshape", "squeeze", "expand_dims"),
@@ -69,7 +47,7 @@ _ALONG: Mapping[str, _Axes] = {
 }
 
 FOLLOWED = frozenset(
-    {*CALLS, *_REDUCTIONS, *_BY_ENTRY, *_FORMS, *_ALONG, "optimization_barrier", "cond", "platform_index", "iota"}
+    {*CALLS, *_REDUCTIONS, *BY_ENTRY, *_FORMS, *_ALONG, "optimization_barrier", "cond", "platform_index", "iota"}
 )
 """Names of the primitives that are followed (`cond` where it asks for the platform alone)."""
 
@@ -212,7 +190,7 @@ class ChannelTrace(SummedAxes):
                 self._without(name, one, _ALONG[name](params, jnp.shape(one.value), new), new)
                 for one, new in zip(operands, new_shapes, strict=True)
             ]
-        if name in _BY_ENTRY and all(_broadcasts(one, new_shape) for one in shapes):
+        if name in BY_ENTRY and all(_broadcasts(one, new_shape) for one in shapes):
             return [self._by_entry(values, new_shape)]
         return None
 

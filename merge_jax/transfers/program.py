@@ -15,7 +15,7 @@ from merge_jax.paths import flatten
 from merge_jax.transfers.merged_axes import Factors, apart
 from merge_jax.types import Params
 
-__all__ = ["CALLS", "Constant", "Equation", "Program"]
+__all__ = ["BY_ENTRY", "CALLS", "Constant", "Equation", "Program"]
 
 CALLS = frozenset(
     {
@@ -24,6 +24,18 @@ CALLS = frozenset(
     }
 )
 """Names of the primitives that call another function, and are inlined."""
+BY_ENTRY = frozenset(
+    {
+        *("add", "add_any", "sub", "mul", "div", "rem", "max", "min", "pow", "integer_pow", "atan2", "nextafter"),
+        *("neg", "sign", "abs", "floor", "ceil", "round", "square", "one_minus_square", "sqrt", "rsqrt", "cbrt"),
+        *("exp", "exp2", "log", "expm1", "log1p", "tanh", "logistic", "erf", "erfc", "erf_inv", "lgamma", "digamma"),
+        *("sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "asinh", "acosh", "atanh", "is_finite"),
+        *("eq", "ne", "lt", "le", "gt", "ge", "and", "or", "xor", "not", "select_n", "clamp"),
+        *("shift_left", "shift_right_logical", "shift_right_arithmetic", "population_count", "stop_gradient"),
+        *("convert_element_type", "reduce_precision", "copy", "copy_p", "name", "sharding_constraint", "pvary"),
+    }
+)
+"""Names of the primitives whose results have at each place what they make of the operands there."""
 
 
 class Constant(NamedTuple):
@@ -215,7 +227,8 @@ class Program:
             if [shapes[0][axis] for axis in old] == [shape[axis] for axis in new]:
                 return frozenset(axis for before, axis in zip(old, new, strict=True) if before in inner[0])
             return every if inner[0] else frozenset()
-        return frozenset().union(*inner) if all(other in ((), shape) for other in shapes) else every
+        by_entry = equation.name in BY_ENTRY and all(other in ((), shape) for other in shapes)
+        return frozenset().union(*inner) if by_entry else every
 
     def _number(self, aval: Any) -> int:
         number = len(self.shapes)
