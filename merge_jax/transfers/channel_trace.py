@@ -107,8 +107,7 @@ class ChannelTrace(SummedAxes):
         def read(one: int | Constant) -> Value:
             if not isinstance(one, Constant):
                 return known[one]
-            fixed = program.varying_axes(one)
-            return Value(one.value, self._fresh(np.shape(one.value)), from_leaves=True, fixed=fixed)
+            return Value(one.value, self._bind(self._fresh(np.shape(one.value)), one), from_leaves=True)
 
         self.nodes = {number: one.nodes for number, one in known.items()}
         for place, equation in enumerate(program.equations):
@@ -142,12 +141,15 @@ class ChannelTrace(SummedAxes):
                 for one in values:
                     self._lose(eqn.name, one.nodes)
                     self._touch(one.nodes)
-        constant = all(one.fixed is not None for one in values)
-        made = zip(results, nodes, eqn.outputs, strict=True)
-        return [
-            Value(result, own, from_leaves, self.program.varying_axes(number) if constant else None)
-            for result, own, number in made
-        ]
+        for own, number in zip(nodes, eqn.outputs, strict=True):
+            if number not in self.program.data and not self.program.leaves_of[number]:
+                self._bind(own, number)
+        return [Value(result, own, from_leaves) for result, own in zip(results, nodes, strict=True)]
+
+    def _bind(self, nodes: tuple[int, ...], constant: int | Constant) -> tuple[int, ...]:
+        """Returns the nodes of a constant. Its order binds what it meets, as the angles of rotary positions do."""
+        self._bound.update(nodes[axis] for axis in self.program.varying_axes(constant))
+        return nodes
 
     def _nodes(
         self, eqn: Equation, values: Sequence[Value], new_shapes: Sequence[tuple[int, ...]], on_sum: OnSum
@@ -202,8 +204,6 @@ class ChannelTrace(SummedAxes):
             return arrays[0].nodes  # A leaf that is cast or scaled is a leaf still.
         nodes, from_leaves = list(self._fresh(shape)), all(one.from_leaves for one in values)
         for axis, node in enumerate(nodes):
-            if any(axis in (one.fixed or ()) for one in arrays):
-                self._bound.add(node)  # By the order of a constant, such as the angles of rotary positions.
             for one in arrays:
                 if axis != skip and jnp.shape(one.value)[axis] == shape[axis]:
                     self._tie(node, one.nodes[axis])
@@ -250,6 +250,8 @@ class ChannelTrace(SummedAxes):
                 nodes[axis] = self._merged((*self._fresh((shape[axis] // unit,)), *self.atoms(pieces[0])))
             else:
                 self._lose("concatenate", lost)
+                if not self._bound.isdisjoint(lost):
+                    self._bound.add(nodes[axis])
             if from_leaves:
                 self._cut((nodes[axis],), lost)
         return tuple(nodes)
