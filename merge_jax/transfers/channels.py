@@ -21,15 +21,15 @@ def channel_graph(fn: Callable[..., Any], params: Params, *inputs: Any, strict: 
 
     `fn(params, *inputs)` is traced for shapes alone and nothing is computed, so that both may be arrays or
     `jax.ShapeDtypeStruct`s. It is any JAX function of a parameter tree, such as
-    `lambda params, x: model.apply({"params": params, **state}, x, train=False)`; no library of layers is asked. What
-    ties axes: sums and products entry by entry, products of matrices, convolutions, and the lookup of embeddings.
+    `lambda params, state, x: model.apply({"params": params, **state}, x, train=False)`; no library of layers is asked.
+    What ties axes: sums and products entry by entry, products of matrices, convolutions, and the lookup of embeddings.
     Through reshapes they go as factors: a kernel that reads flattened maps is one of places and channels, and a leaf
     whose channels are normalised in groups is one of groups and channels in each (`ChannelGraph.factors`). Where they
     are concatenated, split or cut, they are tied in pieces of the largest size that divides all parts. They do not go
     through parts without such a size, padding, sums and sorting along them, groups of a convolution, loops (`nn.scan`),
-    nor any operation that is not known. Not seen is where channels have an order of their own by a constant that is
-    added, as with fixed sines of positions. Our choice; Git Re-Basin (arXiv:2209.04836) writes down by hand for each
-    model what is found here.
+    nor any operation that is not known. A constant that differs along an axis, as fixed sines of positions do, has
+    an order, and binds what meets it there: so does state that a function closes over. Our choice; Git Re-Basin
+    (arXiv:2209.04836) writes down by hand for each model what is found here.
 
     Args:
       fn: the model.
