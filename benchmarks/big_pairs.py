@@ -30,7 +30,7 @@ import numpy as np
 import optax
 
 import merge_jax as mj
-from benchmarks.large_route import give_back, peak_bytes
+from benchmarks.memory import bytes_of, give_back, peak_bytes
 from benchmarks.report import parse_config, report
 from merge_jax.checks import check_at_least_one
 from merge_jax.models import TextClassifier, bert_base, distilbert_base
@@ -239,7 +239,7 @@ def measure(name: PairName, method: Method, devices: str, batch_size: str, rank:
     if method != "refit":
         state = program.arguments[0]
         parts = {role: getattr(state, role) for role in ("source", "target", "adapter")}
-        found["state MiB"] = {role: _bytes(part) / _MIB for role, part in parts.items()}
+        found["state MiB"] = {role: bytes_of(part) / _MIB for role, part in parts.items()}
         found["adapter parameters"] = sum(leaf.size for leaf in jax.tree.leaves(state.adapter.params))
     if number == 1:
         arguments = _draw(program.arguments)
@@ -251,10 +251,6 @@ def measure(name: PairName, method: Method, devices: str, batch_size: str, rank:
         leaves = [leaf for leaf in jax.tree.leaves(made) if jnp.issubdtype(leaf.dtype, jnp.floating)]
         found["finite"] = bool(all(jnp.all(jnp.isfinite(leaf)) for leaf in leaves))
     return found
-
-
-def _bytes(tree: Any) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 import merge_jax as mj
+from benchmarks.memory import memory_now
 
 __all__ = ["main", "measure"]
 
@@ -47,21 +48,15 @@ def measure(reader: str, path: str) -> dict[str, float]:
     """Returns seconds, bytes of the leaves and of memory beyond those before, of reading a file and summing it."""
     mj.load_weights(path, select="tiny")  # What is imported with the first call is none of the second's.
     Path("/proc/self/clear_refs").write_text("5")  # The highest memory is the present one.
-    before, start = _memory("VmRSS"), time.perf_counter()
+    before, start = memory_now("VmRSS"), time.perf_counter()
     leaves = _READERS[reader](path)
     for leaf in leaves.values():
         leaf.sum(dtype=np.float64)
     return {
         "seconds": time.perf_counter() - start,
         "bytes": sum(leaf.nbytes for leaf in leaves.values()),
-        "memory": _memory("VmHWM") - before,
+        "memory": memory_now("VmHWM") - before,
     }
-
-
-def _memory(kind: str) -> int:
-    """Returns the memory of this process in bytes, now (VmRSS) or at its highest (VmHWM); on Linux alone."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(kind))
 
 
 def main(arguments: list[str] | None = None) -> None:
