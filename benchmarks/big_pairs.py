@@ -15,8 +15,6 @@ of the process, Python and XLA's compiler included; CPU seconds are of all threa
 """
 
 import json
-import subprocess
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,6 +28,7 @@ import numpy as np
 import optax
 
 import merge_jax as mj
+from benchmarks.apart import measure_apart
 from benchmarks.memory import bytes_of, give_back, peak_bytes
 from benchmarks.report import parse_config, report
 from merge_jax.checks import check_at_least_one
@@ -41,7 +40,6 @@ PairName = Literal["bert", "resnet"]
 Method = Literal["lpka", "aligned", "refit"]
 
 _MIB = 2**20
-_MEASURE = "import json, sys; from benchmarks.big_pairs import measure; print(json.dumps(measure(*sys.argv[1:])))"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,9 +261,7 @@ def main() -> None:
         for method in config.methods:
             for number in config.devices if method != "refit" else (1,):
                 words = [name, method, str(number), str(config.batch_size), str(config.rank)]
-                command = [sys.executable, "-W", "ignore", "-c", _MEASURE, *words]
-                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-                found = json.loads(done.stdout)
+                found = measure_apart("benchmarks.big_pairs", *words)
                 cells = [f"{found[kind]:,.0f}" if kind in found else "" for kind in kinds]
                 rows.append((name, method, str(number), *cells))
                 figures.append({"pair": name, "method": method, "devices": number, **found})

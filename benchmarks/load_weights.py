@@ -6,9 +6,6 @@ summed, so that every number is read.
 """
 
 import argparse
-import json
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -20,12 +17,12 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 import merge_jax as mj
+from benchmarks.apart import measure_apart
 from benchmarks.memory import memory_now
 
 __all__ = ["main", "measure"]
 
 _LEAVES = 8
-_READ = "import json, sys; from benchmarks.load_weights import measure; print(json.dumps(measure(*sys.argv[1:])))"
 
 
 def _save_msgpack(leaves: dict[str, np.ndarray], path: Path) -> None:
@@ -90,10 +87,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _median(reader: str, path: Path, repetitions: int) -> dict[str, float]:
     """Returns the median of each figure, over processes that have read nothing before."""
-    words = [sys.executable, "-W", "ignore", "-c", _READ, reader, str(path)]
-    runs = [
-        json.loads(subprocess.run(words, capture_output=True, text=True, check=True).stdout) for _ in range(repetitions)
-    ]
+    runs = [measure_apart("benchmarks.load_weights", reader, str(path)) for _ in range(repetitions)]
     return {name: float(np.median([run[name] for run in runs])) for name in runs[0]}
 
 

@@ -13,8 +13,6 @@ largest leaf three times: of the source, the old target and the new one.
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -28,6 +26,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 import merge_jax as mj
+from benchmarks.apart import measure_apart
 from benchmarks.memory import bytes_of, memory_now
 from merge_jax.models import TextEncoder
 
@@ -36,7 +35,6 @@ __all__ = ["main", "measure"]
 _METHODS, _WAYS = ("copies", "aligned", "fitted", "refit"), ("streamed", "loaded")
 _SIZES = {"base": (30522, 768, 12, 3072, 512), "small": (2000, 128, 4, 512, 64)}
 _TARGET_LAYERS, _SHARD_LAYERS = {"base": 6, "small": 2}, 4
-_MEASURE = "import json, sys; from benchmarks.stream_source import measure; print(json.dumps(measure(*sys.argv[1:])))"
 _MIB = 2**20
 
 
@@ -159,11 +157,7 @@ def main(arguments: list[str] | None = None) -> None:
                 sums = set()
                 for way in options.ways:
                     words = [folder, options.size, str(layers), method, way, str(options.texts)]
-                    command = [sys.executable, "-W", "ignore", "-c", _MEASURE, *words]
-                    done = subprocess.run(command, capture_output=True, text=True, check=False)
-                    if done.returncode:
-                        raise SystemExit(done.stderr)
-                    one = json.loads(done.stdout)
+                    one = measure_apart("benchmarks.stream_source", *words)
                     sums.add(float(f"{one['sum']:.4g}"))
                     mebibytes = [f"{one[name] / _MIB:.0f}" for name in ("source", "memory", "bound")]
                     ratio = f"{one['memory'] / one['source']:.2f}"
