@@ -15,8 +15,6 @@ of the process, Python and XLA's compiler included; CPU seconds are of all threa
 """
 
 import json
-import subprocess
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,7 +28,8 @@ import numpy as np
 import optax
 
 import merge_jax as mj
-from benchmarks.large_route import give_back, peak_bytes
+from benchmarks.apart import measure_apart
+from benchmarks.memory import bytes_of, give_back, peak_bytes
 from benchmarks.report import parse_config, report
 from merge_jax.checks import check_at_least_one
 from merge_jax.models import TextClassifier, bert_base, distilbert_base
@@ -41,7 +40,6 @@ PairName = Literal["bert", "resnet"]
 Method = Literal["lpka", "aligned", "refit"]
 
 _MIB = 2**20
-_MEASURE = "import json, sys; from benchmarks.big_pairs import measure; print(json.dumps(measure(*sys.argv[1:])))"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,7 +237,7 @@ def measure(name: PairName, method: Method, devices: str, batch_size: str, rank:
     if method != "refit":
         state = program.arguments[0]
         parts = {role: getattr(state, role) for role in ("source", "target", "adapter")}
-        found["state MiB"] = {role: _bytes(part) / _MIB for role, part in parts.items()}
+        found["state MiB"] = {role: bytes_of(part) / _MIB for role, part in parts.items()}
         found["adapter parameters"] = sum(leaf.size for leaf in jax.tree.leaves(state.adapter.params))
     if number == 1:
         arguments = _draw(program.arguments)
@@ -253,10 +251,6 @@ def measure(name: PairName, method: Method, devices: str, batch_size: str, rank:
     return found
 
 
-def _bytes(tree: Any) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
 def main() -> None:
     """Runs the benchmark."""
     presets = {"default": Config(), "devices": Config(methods=("lpka", "aligned"), devices=(1, 2, 4, 8), batch_size=8)}
@@ -267,9 +261,7 @@ def main() -> None:
         for method in config.methods:
             for number in config.devices if method != "refit" else (1,):
                 words = [name, method, str(number), str(config.batch_size), str(config.rank)]
-                command = [sys.executable, "-W", "ignore", "-c", _MEASURE, *words]
-                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-                found = json.loads(done.stdout)
+                found = measure_apart("benchmarks.big_pairs", *words)
                 cells = [f"{found[kind]:,.0f}" if kind in found else "" for kind in kinds]
                 rows.append((name, method, str(number), *cells))
                 figures.append({"pair": name, "method": method, "devices": number, **found})

@@ -10,8 +10,6 @@ outputs.
 
 import contextlib
 import ctypes
-import gc
-import resource
 import statistics
 import sys
 import time
@@ -22,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import merge_jax as mj
+from benchmarks.memory import bytes_of, give_back, peak_bytes
 from benchmarks.report import parse_config, report
 
 
@@ -46,19 +45,6 @@ class Config:
         """Raises ValueError for an option out of range."""
         if self.repetitions < 1:
             raise ValueError(f"repetitions must be at least 1, got {self.repetitions}")
-
-
-def peak_bytes() -> int:
-    """Returns the highest resident memory of this process so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak  # In KiB everywhere but on macOS.
-
-
-def give_back() -> None:
-    """Gives the memory that is free back to the system, where the C library is GNU's, which keeps some otherwise."""
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def main() -> None:
@@ -107,8 +93,8 @@ def main() -> None:
     mebibytes = {
         "peak of the process": peak_bytes(),
         "before the first array": before,
-        "adapter": sum(leaf.nbytes for leaf in jax.tree.leaves(adapter)),
-        "both matrices": sum(leaf.nbytes for leaf in jax.tree.leaves((source, target))),
+        "adapter": bytes_of(adapter),
+        "both matrices": bytes_of((source, target)),
         "temporaries": memory.temp_size_in_bytes if memory else 0,
     }
     rows = [(name, f"{value / 2**20:.0f}") for name, value in mebibytes.items()]

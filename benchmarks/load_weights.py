@@ -6,9 +6,6 @@ summed, so that every number is read.
 """
 
 import argparse
-import json
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -20,11 +17,12 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 import merge_jax as mj
+from benchmarks.apart import measure_apart
+from benchmarks.memory import memory_now
 
 __all__ = ["main", "measure"]
 
 _LEAVES = 8
-_READ = "import json, sys; from benchmarks.load_weights import measure; print(json.dumps(measure(*sys.argv[1:])))"
 
 
 def _save_msgpack(leaves: dict[str, np.ndarray], path: Path) -> None:
@@ -47,21 +45,15 @@ def measure(reader: str, path: str) -> dict[str, float]:
     """Returns seconds, bytes of the leaves and of memory beyond those before, of reading a file and summing it."""
     mj.load_weights(path, select="tiny")  # What is imported with the first call is none of the second's.
     Path("/proc/self/clear_refs").write_text("5")  # The highest memory is the present one.
-    before, start = _memory("VmRSS"), time.perf_counter()
+    before, start = memory_now("VmRSS"), time.perf_counter()
     leaves = _READERS[reader](path)
     for leaf in leaves.values():
         leaf.sum(dtype=np.float64)
     return {
         "seconds": time.perf_counter() - start,
         "bytes": sum(leaf.nbytes for leaf in leaves.values()),
-        "memory": _memory("VmHWM") - before,
+        "memory": memory_now("VmHWM") - before,
     }
-
-
-def _memory(kind: str) -> int:
-    """Returns the memory of this process in bytes, now (VmRSS) or at its highest (VmHWM); on Linux alone."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(kind))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -95,10 +87,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _median(reader: str, path: Path, repetitions: int) -> dict[str, float]:
     """Returns the median of each figure, over processes that have read nothing before."""
-    words = [sys.executable, "-W", "ignore", "-c", _READ, reader, str(path)]
-    runs = [
-        json.loads(subprocess.run(words, capture_output=True, text=True, check=True).stdout) for _ in range(repetitions)
-    ]
+    runs = [measure_apart("benchmarks.load_weights", reader, str(path)) for _ in range(repetitions)]
     return {name: float(np.median([run[name] for run in runs])) for name in runs[0]}
 
 

@@ -29,6 +29,7 @@ from jax.sharding import AbstractMesh
 
 import merge_jax as mj
 from benchmarks.collectives import received_bytes
+from benchmarks.memory import bytes_of
 from benchmarks.report import parse_config, report
 from merge_jax.checks import check_at_least_one
 from merge_jax.training.sharding import DATA_AXIS, state_shardings
@@ -142,11 +143,6 @@ def plan_state(source: Decoder, target: Decoder, routing: Routing, rank: int) ->
 
     state = jax.eval_shape(init, jax.random.key(0), source.shapes(), target.shapes())
     return Plan(state, tasks, transfer)
-
-
-def bytes_of(tree: Any) -> int:
-    """Returns the bytes of all leaves."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 class Held(NamedTuple):

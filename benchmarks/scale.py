@@ -23,6 +23,7 @@ from jax.stages import Compiled
 from tqdm.auto import tqdm
 
 import merge_jax as mj
+from benchmarks.memory import bytes_of
 from benchmarks.report import parse_config, report
 from merge_jax.checks import check_at_least_one
 from merge_jax.models import TextClassifier, TextEncoder, bert_base, distilbert_base
@@ -158,11 +159,6 @@ def compile_step(pair: Pair, num_devices: int, *, batch_size: int, length: int) 
     return Step(lowered.compile(compiler_options={"xla_backend_optimization_level": "0"}), state)
 
 
-def mebibytes_of(tree: Any) -> float:
-    """Returns the size of all leaves in MiB."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)) / _MEBIBYTE
-
-
 def main() -> None:
     """Runs the benchmark."""
     presets = {"default": Config(), **{name: Config(pairs=(name,)) for name in get_args(PairName)}}
@@ -187,7 +183,7 @@ def main() -> None:
             ratios = [f"{mebibytes[kind] / first[kind]:.3f}" for kind in ("argument", "temp")]
             rows.append((name, str(number), cells[0], ratios[0], cells[1], ratios[1], cells[2], f"{seconds:.0f}"))
             figures.append({"pair": name, "devices": number, "mebibytes": mebibytes, "compile_seconds": seconds})
-            parts = {role: mebibytes_of(getattr(state, role)) for role in ("source", "target", "adapter")}
+            parts = {role: bytes_of(getattr(state, role)) / _MEBIBYTE for role in ("source", "target", "adapter")}
             progress.update()
         sizes.append(f"{name}: " + ", ".join(f"{role} {size:.0f} MiB" for role, size in parts.items()))
     progress.close()

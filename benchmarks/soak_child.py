@@ -22,6 +22,7 @@ import jax
 import numpy as np
 
 import merge_jax as mj
+from benchmarks.memory import memory_now
 from benchmarks.torture_child import say, serve
 from benchmarks.torture_pair import digest, initial_state, joint_step, load_step, shapes, spoiled_batches_at
 from merge_jax.runs import MetricsLog, RunFolder
@@ -184,9 +185,8 @@ def _save_often(folder: Path, step_file: Path, *, saves: int, samples: int = 20)
 
 
 def _say_size(step: int) -> None:
-    status = Path("/proc/self/status").read_text().splitlines()
-    found = {line.partition(":")[0]: line.split()[1] for line in status if line.startswith(("VmRSS", "Threads"))}
-    say("size", step, int(found["VmRSS"]) * 1024, len(os.listdir("/proc/self/fd")), int(found["Threads"]))
+    files, threads = (len(os.listdir(f"/proc/self/{kind}")) for kind in ("fd", "task"))
+    say("size", step, memory_now("VmRSS"), files, threads)
 
 
 if __name__ == "__main__":

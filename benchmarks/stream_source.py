@@ -13,8 +13,6 @@ largest leaf three times: of the source, the old target and the new one.
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -28,6 +26,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 import merge_jax as mj
+from benchmarks.apart import measure_apart
+from benchmarks.memory import bytes_of, memory_now
 from merge_jax.models import TextEncoder
 
 __all__ = ["main", "measure"]
@@ -35,7 +35,6 @@ __all__ = ["main", "measure"]
 _METHODS, _WAYS = ("copies", "aligned", "fitted", "refit"), ("streamed", "loaded")
 _SIZES = {"base": (30522, 768, 12, 3072, 512), "small": (2000, 128, 4, 512, 64)}
 _TARGET_LAYERS, _SHARD_LAYERS = {"base": 6, "small": 2}, 4
-_MEASURE = "import json, sys; from benchmarks.stream_source import measure; print(json.dumps(measure(*sys.argv[1:])))"
 _MIB = 2**20
 
 
@@ -83,13 +82,7 @@ class _Peak:
 
     def _look(self) -> None:
         while not self._done.wait(0.002):
-            self.bytes = max(self.bytes, own_memory())
-
-
-def own_memory() -> int:
-    """Returns the bytes that this process has of its own: without pages of mapped files."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+            self.bytes = max(self.bytes, memory_now("RssAnon"))
 
 
 def measure(folder: str, size: str, layers: str, method: str, way: str, batch: str) -> dict[str, float]:
@@ -100,7 +93,7 @@ def measure(folder: str, size: str, layers: str, method: str, way: str, batch: s
     routes = mj.match(shapes, target_shapes, source="**", target="**")
     tokens = jnp.asarray(np.random.default_rng(0).integers(1, 1000, (int(batch), 32)), jnp.int32)
     transfer, extra = _transfer(method, routes, (source_model, target_model), (shapes, target_shapes), tokens)
-    before, cpu = own_memory(), time.process_time()
+    before, cpu = memory_now("RssAnon"), time.process_time()
     with _Peak() as peak:
         source = mj.load_weights(folder, like=shapes)
         if way == "loaded":
@@ -109,15 +102,11 @@ def measure(folder: str, size: str, layers: str, method: str, way: str, batch: s
     sizes = [leaf.nbytes for leaf in jax.tree.leaves(target)]
     return {
         "memory": peak.bytes - before,
-        "source": _bytes(shapes),
+        "source": bytes_of(shapes),
         "bound": sum(sizes) + 3 * max(sizes) + extra,
         "cpu": time.process_time() - cpu,
         "sum": float(sum(jnp.abs(leaf).sum() for leaf in jax.tree.leaves(made))),
     }
-
-
-def _bytes(shapes: Any) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
 
 
 def _transfer(
@@ -133,11 +122,11 @@ def _transfer(
         return lambda source, target: transfer.apply({}, source, target), 0
     graphs = [mj.channel_graph(apply(model), one, tokens) for model, one in zip(models, shapes, strict=True)]
     aligned = mj.aligned_transfer(routes, *graphs)
-    adapter = _bytes(jax.eval_shape(aligned.init, jax.random.key(0), *shapes))
+    adapter = bytes_of(jax.eval_shape(aligned.init, jax.random.key(0), *shapes))
     if method == "aligned":
         init = aligned.init
         return lambda source, target: aligned.apply(init(jax.random.key(0), source, target), source, target), adapter
-    extra = adapter + _bytes(jax.eval_shape(lambda one: mj.input_moments(apply(models[0]), one, tokens), shapes[0]))
+    extra = adapter + bytes_of(jax.eval_shape(lambda one: mj.input_moments(apply(models[0]), one, tokens), shapes[0]))
 
     def fitted(source: Any, target: Any) -> Any:
         assert aligned.fit is not None
@@ -168,11 +157,7 @@ def main(arguments: list[str] | None = None) -> None:
                 sums = set()
                 for way in options.ways:
                     words = [folder, options.size, str(layers), method, way, str(options.texts)]
-                    command = [sys.executable, "-W", "ignore", "-c", _MEASURE, *words]
-                    done = subprocess.run(command, capture_output=True, text=True, check=False)
-                    if done.returncode:
-                        raise SystemExit(done.stderr)
-                    one = json.loads(done.stdout)
+                    one = measure_apart("benchmarks.stream_source", *words)
                     sums.add(float(f"{one['sum']:.4g}"))
                     mebibytes = [f"{one[name] / _MIB:.0f}" for name in ("source", "memory", "bound")]
                     ratio = f"{one['memory'] / one['source']:.2f}"

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from merge_jax.layouts import MatrixSpec
 from merge_jax.transfers.channel_axes import ChannelGraph
-from merge_jax.transfers.merged_axes import Factors, apart_shape
+from merge_jax.transfers.merged_axes import Factors, apart_axes, apart_shape
 from merge_jax.transfers.pairing import ResolvedRoute
 from merge_jax.transfers.views import KernelView
 
@@ -125,8 +125,8 @@ def _leaf(
     views = route.target_view, route.source_view
     assert isinstance(views[0], KernelView)  # The view attention is refused.
     assert isinstance(views[1], KernelView)
-    arranged = _arranged_apart(views[1], source, source_graph)
     factors = _factors(views[0], target, target_graph), _factors(views[1], source, source_graph)
+    arranged = _arranged_apart(views[1], source, factors[1])
     shapes = (
         apart_shape(views[0].arranged_shapes[0], factors[0]),
         apart_shape(views[1].arranged_shapes[0], factors[1]),
@@ -206,22 +206,21 @@ def _unlike_places(paths: tuple[str, str], shapes: tuple[tuple[int, ...], ...], 
     )
 
 
-def _arranged_apart(view: KernelView, path: str, graph: ChannelGraph) -> tuple[int, ...]:
+def _arranged_apart(view: KernelView, path: str, factors: Factors) -> tuple[int, ...]:
     """Returns the axes along which a route arranges the rows of the source, with merged axes apart."""
     axes = () if view.arrangement is None else view.arrangement.axes
-    factors = graph.factors.get(path, ())
-    if any(len(own) > 1 for axis, own in enumerate(factors) if axis in axes):
+    places = apart_axes(factors)
+    if any(len(places[axis]) > 1 for axis in axes):
         raise ValueError(f"the rows of {path!r} are channels at places, which a route cannot arrange: leave out rows=")
-    starts = list(itertools.accumulate(map(len, factors), initial=0))
-    return tuple(starts[axis] for axis in axes) if factors else tuple(axes)
+    return tuple(places[axis][0] for axis in axes)
 
 
 def _spec_apart(spec: MatrixSpec, factors: Factors) -> MatrixSpec:
     """Returns how a leaf with merged axes apart is a matrix."""
-    starts = list(itertools.accumulate(map(len, factors), initial=0))
+    found = apart_axes(factors)
 
     def places(axes: tuple[int, ...]) -> tuple[int, ...]:
-        return tuple(itertools.chain.from_iterable(range(starts[axis], starts[axis + 1]) for axis in axes))
+        return tuple(itertools.chain.from_iterable(found[axis] for axis in axes))
 
     return MatrixSpec(places(spec.rows), places(spec.inputs), places(spec.window))
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from merge_jax.paths import near_misses
-from merge_jax.transfers.merged_axes import Factors, TiedAxes
+from merge_jax.transfers.merged_axes import Factors, TiedAxes, apart_axes
 
 __all__ = ["AxisNodes", "ChannelGraph"]
 
@@ -81,7 +81,9 @@ class AxisNodes(TiedAxes):
         self._consumed: set[int] = set()
         self._made: set[int] = set()
         self._touched: set[int] = set()  # Of leaves that are used where they cannot be followed.
-        self._bound: set[int] = set()  # Of leaves that are looked up, or sum over what comes from outside.
+        self._bound: set[int] = (
+            set()
+        )  # Of leaves that are looked up or sum over what comes from outside, and of constants.
         self._hidden: set[int] = set()
         self._summed: dict[str, set[int]] = {}
         # Of each sum over a node: the nodes that are summed over or matched along with it.
@@ -154,15 +156,14 @@ class AxisNodes(TiedAxes):
 
     def _is_place(self, path: str, axis: int) -> bool:
         """Returns whether an axis of a leaf has no free channels, by what it is merged with: it is taken as it is."""
-        parts, start = self._roots(self.atoms(self._leaves[path][axis])), 0
+        nodes = self._leaves[path]
+        parts = self._roots(self.atoms(nodes[axis]))
         if len(parts) > 1 and parts.isdisjoint(self._hidden) and not parts.isdisjoint(self._roots(self._bound)):
             return True
-        for sizes in self._leaf_factors.get(path, ()):
-            nodes = self._leaves[path][start : start + len(sizes)]
-            if start <= axis < start + len(sizes):
-                others = {self._root(node) for node in nodes}
-                return self._root(self._leaves[path][axis]) not in self._hidden and not others.isdisjoint(self._hidden)
-            start += len(sizes)
+        for axes in apart_axes(self._leaf_factors.get(path, ())):
+            if axis in axes:
+                others = {self._root(nodes[one]) for one in axes}
+                return self._root(nodes[axis]) not in self._hidden and not others.isdisjoint(self._hidden)
         return False
 
     def _roots(self, nodes: Iterable[int]) -> set[int]:

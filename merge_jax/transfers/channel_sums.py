@@ -10,12 +10,11 @@ __all__ = ["OnSum", "Sum", "SummedAxes", "Value"]
 
 
 class Value(NamedTuple):
-    """A value with the node of each axis, whether it is made of leaves alone, and where a constant's entries differ."""
+    """A value with the node of each axis, and whether it is made of leaves and constants alone."""
 
     value: Any
     nodes: tuple[int, ...]
     from_leaves: bool = False
-    fixed: frozenset[int] | None = None
 
 
 class Sum(NamedTuple):
@@ -45,9 +44,7 @@ class SummedAxes(AxisNodes):
     ) -> None:
         """Ties the axes of two values that are summed over together; `matched` are those that stay, one by one."""
         for axis, other in zip(left, right, strict=True):
-            # A fixed matrix, such as that of a resized image, has its own order.
-            ordered = axis in (a.fixed or ()) or other in (b.fixed or ())
-            self._meet(a.nodes[axis], b.nodes[other], ordered=ordered)
+            self._meet(a.nodes[axis], b.nodes[other])
         (a, left), (b, right) = self._summed_apart(a, left, b, right)
         nodes = [[one.nodes[axis] for axis in axes] for one, axes in ((a, left), (b, right))]
         places = [[self._leaf_axes.get(node) for node in own] for own in nodes]
@@ -73,15 +70,13 @@ class SummedAxes(AxisNodes):
             on_sum(Sum(None, (), (a, b), (tuple(left), tuple(right))))
         self._beside += zip(nodes[0], beside, strict=True)
 
-    def _meet(self, node: int, other: int, *, ordered: bool) -> None:
+    def _meet(self, node: int, other: int) -> None:
         """Ties axes of two values that are summed over together, and notes whether that binds them."""
         # The oldest stands for all: an input does where nothing has tied its axis to a leaf before.
         for pair in [(node, other), *self._matched(node, other)]:
             if any(map(self._is_leaf, pair)):
                 atoms = {atom for one in pair for atom in self.atoms(one)}
                 self._bound.update(atom for atom in atoms if self._root(atom) in self._inputs)
-            if ordered:
-                self._bound.update(pair)
             for one in pair:
                 self._touch(self._parts.get(one, ()))
         self._tie(node, other)

@@ -13,9 +13,8 @@ from merge_jax.paths import flatten
 from merge_jax.transfers.channel_axes import ChannelGraph
 from merge_jax.transfers.channel_sums import OnSum, SummedAxes, Value
 from merge_jax.transfers.host_leaves import any_on_host, on_device
-from merge_jax.transfers.layer_sites import varying_axes
 from merge_jax.transfers.merged_axes import Factors, apart
-from merge_jax.transfers.program import CALLS, Constant, Equation, Program
+from merge_jax.transfers.program import BY_ENTRY, CALLS, Constant, Equation, Program
 from merge_jax.types import Params
 
 __all__ = ["FOLLOWED", "ChannelTrace"]
@@ -23,28 +22,6 @@ __all__ = ["FOLLOWED", "ChannelTrace"]
 _REDUCTIONS = {
     *("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or", "reduce_xor"),
     *("argmax", "argmin"),
-}
-_BY_ENTRY = {
-    *("add", "add_any", "sub", "mul", "div", "rem", "max", "min", "pow", "integer_pow", "atan2", "nextafter"),
-    *(
-        "neg",
-        "sign",
-        "abs",
-        "floor",
-        "ceil",
-        "round",
-        "square",
-        "one_minus_square",
-        "sqrt",
-        "rsqrt",
-        "cbrt",
-        "is_finite",
-    ),
-    *("exp", "exp2", "log", "expm1", "log1p", "tanh", "logistic", "erf", "erfc", "erf_inv", "lgamma", "digamma"),
-    *("sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "asinh", "acosh", "atanh"),
-    *("eq", "ne", "lt", "le", "gt", "ge", "and", "or", "xor", "not", "select_n", "clamp"),
-    *("shift_left", "shift_right_logical", "shift_right_arithmetic", "population_count", "stop_gradient"),
-    *("convert_element_type", "reduce_precision", "copy", "copy_p", "name", "sharding_constraint", "pvary"),
 }
 _FORMS = {
     *("dot_general", "conv_general_dilated", "transpose", "broadcast_in_dim", "reshape", "squeeze", "expand_dims"),
@@ -70,7 +47,7 @@ _ALONG: Mapping[str, _Axes] = {
 }
 
 FOLLOWED = frozenset(
-    {*CALLS, *_REDUCTIONS, *_BY_ENTRY, *_FORMS, *_ALONG, "optimization_barrier", "cond", "platform_index", "iota"}
+    {*CALLS, *_REDUCTIONS, *BY_ENTRY, *_FORMS, *_ALONG, "optimization_barrier", "cond", "platform_index", "iota"}
 )
 """Names of the primitives that are followed (`cond` where it asks for the platform alone)."""
 
@@ -130,8 +107,7 @@ class ChannelTrace(SummedAxes):
         def read(one: int | Constant) -> Value:
             if not isinstance(one, Constant):
                 return known[one]
-            fixed = frozenset(varying_axes(program, one))
-            return Value(one.value, self._fresh(np.shape(one.value)), from_leaves=True, fixed=fixed)
+            return Value(one.value, self._bind(self._fresh(np.shape(one.value)), one), from_leaves=True)
 
         self.nodes = {number: one.nodes for number, one in known.items()}
         for place, equation in enumerate(program.equations):
@@ -165,12 +141,15 @@ class ChannelTrace(SummedAxes):
                 for one in values:
                     self._lose(eqn.name, one.nodes)
                     self._touch(one.nodes)
-        constant = all(one.fixed is not None for one in values)
-        made = zip(results, nodes, eqn.outputs, strict=True)
-        return [
-            Value(result, own, from_leaves, frozenset(varying_axes(self.program, number)) if constant else None)
-            for result, own, number in made
-        ]
+        for own, number in zip(nodes, eqn.outputs, strict=True):
+            if number not in self.program.data and not self.program.leaves_of[number]:
+                self._bind(own, number)
+        return [Value(result, own, from_leaves) for result, own in zip(results, nodes, strict=True)]
+
+    def _bind(self, nodes: tuple[int, ...], constant: int | Constant) -> tuple[int, ...]:
+        """Returns the nodes of a constant. Its order binds what it meets, as the angles of rotary positions do."""
+        self._bound.update(nodes[axis] for axis in self.program.varying_axes(constant))
+        return nodes
 
     def _nodes(
         self, eqn: Equation, values: Sequence[Value], new_shapes: Sequence[tuple[int, ...]], on_sum: OnSum
@@ -213,7 +192,7 @@ class ChannelTrace(SummedAxes):
                 self._without(name, one, _ALONG[name](params, jnp.shape(one.value), new), new)
                 for one, new in zip(operands, new_shapes, strict=True)
             ]
-        if name in _BY_ENTRY and all(_broadcasts(one, new_shape) for one in shapes):
+        if name in BY_ENTRY and all(_broadcasts(one, new_shape) for one in shapes):
             return [self._by_entry(values, new_shape)]
         return None
 
@@ -225,8 +204,6 @@ class ChannelTrace(SummedAxes):
             return arrays[0].nodes  # A leaf that is cast or scaled is a leaf still.
         nodes, from_leaves = list(self._fresh(shape)), all(one.from_leaves for one in values)
         for axis, node in enumerate(nodes):
-            if any(axis in (one.fixed or ()) for one in arrays):
-                self._bound.add(node)  # By the order of a constant, such as the angles of rotary positions.
             for one in arrays:
                 if axis != skip and jnp.shape(one.value)[axis] == shape[axis]:
                     self._tie(node, one.nodes[axis])
@@ -273,6 +250,8 @@ class ChannelTrace(SummedAxes):
                 nodes[axis] = self._merged((*self._fresh((shape[axis] // unit,)), *self.atoms(pieces[0])))
             else:
                 self._lose("concatenate", lost)
+                if not self._bound.isdisjoint(lost):
+                    self._bound.add(nodes[axis])
             if from_leaves:
                 self._cut((nodes[axis],), lost)
         return tuple(nodes)

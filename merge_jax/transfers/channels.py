@@ -27,10 +27,10 @@ def channel_graph(fn: Callable[..., Any], params: Params, *inputs: Any, strict: 
     whose channels are normalised in groups is one of groups and channels in each (`ChannelGraph.factors`). Where they
     are concatenated, split or cut, they are tied in pieces of the largest size that divides all parts. They do not go
     through parts without such a size, padding, sums and sorting along them, groups of a convolution, loops (`nn.scan`),
-    nor any operation that is not known. Channels that meet a constant with a number for each, such as rotary angles or
-    fixed sines of positions, have an order and are not free. Running statistics that `fn` captures are such a constant
-    too, so give them as an input. Our choice; Git Re-Basin (arXiv:2209.04836) writes down by hand for each model what
-    is found here.
+    nor any operation that is not known. A constant that differs along an axis, such as rotary angles or fixed sines of
+    positions, has an order, and binds the channels that meet it. Running statistics that `fn` captures are such a
+    constant too, so give them as an input. Our choice; Git Re-Basin (arXiv:2209.04836) writes down by hand for each
+    model what is found here.
 
     Args:
       fn: the model.

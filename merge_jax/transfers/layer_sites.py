@@ -3,12 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-import numpy as np
-
 from merge_jax.transfers.merged_axes import merged_from
-from merge_jax.transfers.program import Constant, Equation, Program
+from merge_jax.transfers.program import Equation, Program
 
-__all__ = ["VIEWS", "Layer", "Norm", "Unsolvable", "find_layer", "is_dense", "is_state", "merged_axes", "varying_axes"]
+__all__ = ["VIEWS", "Layer", "Norm", "Unsolvable", "find_layer", "is_dense", "is_state", "merged_axes"]
 
 _ALIASES = {"convert_element_type", "copy", "copy_p", "stop_gradient", "optimization_barrier"}
 _MOVES = {"broadcast_in_dim", "reshape", "squeeze", "expand_dims", "slice", "transpose", "neg"}
@@ -93,27 +91,6 @@ def find_layer(program: Program, leaf: str) -> Layer:
     values = frozenset({end, *(value for way, _ in ways for _, value in way)})
     norm = _norm(program, last)
     return Layer(leaf, bool(dense), starts, equations[0], end, values, _biases(program, last, norm), norm, scaled)
-
-
-def varying_axes(program: Program, one: int | Constant) -> set[int]:
-    """Returns the axes along which a value that does not depend on the inputs may differ."""
-    shape = np.shape(one.value) if isinstance(one, Constant) else program.shapes[one].shape
-    every = {axis for axis, size in enumerate(shape) if size > 1}
-    place = None if isinstance(one, Constant) else program.makers.get(one)
-    if place is None or not every or not program.equations[place].inputs:  # A leaf, a number, or `iota`.
-        return every
-    equation = program.equations[place]
-    inner = [varying_axes(program, other) for other in equation.inputs]
-    shapes = [np.shape(o.value) if isinstance(o, Constant) else program.shapes[o].shape for o in equation.inputs]
-    if equation.name == "broadcast_in_dim":
-        places = equation.params["broadcast_dimensions"]
-        return {places[axis] for axis in inner[0]}
-    if equation.name in ("reshape", "squeeze", "expand_dims"):
-        old = [axis for axis, size in enumerate(shapes[0]) if size > 1]
-        if [shapes[0][axis] for axis in old] == [shape[axis] for axis in sorted(every)]:
-            return {new for axis, new in zip(old, sorted(every), strict=True) if axis in inner[0]}
-        return every if inner[0] else set()
-    return set().union(*inner) if all(other in ((), shape) for other in shapes) else every
 
 
 def merged_axes(program: Program, leaf: str, value: int) -> list[tuple[int, ...]] | None:

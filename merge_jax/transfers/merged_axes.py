@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-__all__ = ["Factors", "TiedAxes", "apart", "apart_shape", "common_factors", "merged_from"]
+__all__ = ["Factors", "TiedAxes", "apart", "apart_axes", "apart_shape", "common_factors", "merged_from"]
 
 Factors = tuple[tuple[int, ...], ...]
 """For each axis of a leaf, the sizes of the axes that it is made of, the slowest first; of one, its own size."""
@@ -20,6 +20,16 @@ def apart_shape(shape: Sequence[int], factors: Factors | None) -> tuple[int, ...
         found if len(found) > 1 else (size,) for size, found in zip(shape, factors, strict=True)
     )  # fmt: skip
     return tuple(itertools.chain.from_iterable(own))
+
+
+def apart_axes(factors: Factors) -> list[tuple[int, ...]]:
+    """Returns for each axis of a leaf the axes that it is with merged axes apart.
+
+    >>> apart_axes(((4, 4, 16), (10,)))
+    [(0, 1, 2), (3,)]
+    """
+    ends = list(itertools.accumulate(map(len, factors), initial=0))
+    return [tuple(range(start, end)) for start, end in itertools.pairwise(ends)]
 
 
 def apart(leaves: Mapping[str, Any], factors: Mapping[str, Factors]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend import core
 
 from merge_jax.checks import check_arrays
@@ -14,7 +15,7 @@ from merge_jax.paths import flatten
 from merge_jax.transfers.merged_axes import Factors, apart
 from merge_jax.types import Params
 
-__all__ = ["CALLS", "Constant", "Equation", "Program"]
+__all__ = ["BY_ENTRY", "CALLS", "Constant", "Equation", "Program"]
 
 CALLS = frozenset(
     {
@@ -23,6 +24,18 @@ CALLS = frozenset(
     }
 )
 """Names of the primitives that call another function, and are inlined."""
+BY_ENTRY = frozenset(
+    {
+        *("add", "add_any", "sub", "mul", "div", "rem", "max", "min", "pow", "integer_pow", "atan2", "nextafter"),
+        *("neg", "sign", "abs", "floor", "ceil", "round", "square", "one_minus_square", "sqrt", "rsqrt", "cbrt"),
+        *("exp", "exp2", "log", "expm1", "log1p", "tanh", "logistic", "erf", "erfc", "erf_inv", "lgamma", "digamma"),
+        *("sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "asinh", "acosh", "atanh", "is_finite"),
+        *("eq", "ne", "lt", "le", "gt", "ge", "and", "or", "xor", "not", "select_n", "clamp"),
+        *("shift_left", "shift_right_logical", "shift_right_arithmetic", "population_count", "stop_gradient"),
+        *("convert_element_type", "reduce_precision", "copy", "copy_p", "name", "sharding_constraint", "pvary"),
+    }
+)
+"""Names of the primitives whose results have at each place what they make of the operands there."""
 
 
 class Constant(NamedTuple):
@@ -179,6 +192,44 @@ class Program:
                 found.update(equation.outputs)
         return frozenset(found)
 
+    def varying_axes(self, one: int | Constant) -> frozenset[int]:
+        """Returns the axes along which a value that does not depend on the inputs may differ."""
+        return _long_axes(np.shape(one.value)) if isinstance(one, Constant) else self._varying[one]
+
+    @cached_property
+    def _varying(self) -> dict[int, frozenset[int]]:
+        found = {number: _long_axes(self.shapes[number].shape) for number in self.leaves.values()}
+        for equation in self.equations:
+            if self.data.isdisjoint(equation.outputs):
+                inner = [
+                    _long_axes(np.shape(one.value)) if isinstance(one, Constant) else found[one]
+                    for one in equation.inputs
+                ]
+                for value in equation.outputs:
+                    found[value] = self._varying_of(equation, inner, self.shapes[value].shape)
+        return found
+
+    def _varying_of(
+        self, equation: Equation, inner: Sequence[frozenset[int]], shape: tuple[int, ...]
+    ) -> frozenset[int]:
+        """Returns the axes along which a result of an equation may differ, from those of its operands."""
+        every = _long_axes(shape)
+        if not inner:  # As of `iota`.
+            return every
+        shapes = [
+            np.shape(one.value) if isinstance(one, Constant) else self.shapes[one].shape for one in equation.inputs
+        ]
+        if equation.name == "broadcast_in_dim":
+            places = equation.params["broadcast_dimensions"]
+            return frozenset(places[axis] for axis in inner[0])
+        if equation.name in ("reshape", "squeeze", "expand_dims"):
+            old, new = sorted(_long_axes(shapes[0])), sorted(every)
+            if [shapes[0][axis] for axis in old] == [shape[axis] for axis in new]:
+                return frozenset(axis for before, axis in zip(old, new, strict=True) if before in inner[0])
+            return every if inner[0] else frozenset()
+        by_entry = equation.name in BY_ENTRY and all(other in ((), shape) for other in shapes)
+        return frozenset().union(*inner) if by_entry else every
+
     def _number(self, aval: Any) -> int:
         number = len(self.shapes)
         self.shapes[number] = jax.ShapeDtypeStruct(aval.shape, aval.dtype)
@@ -210,6 +261,11 @@ class Program:
                 self.equations.append(Equation(eqn.primitive, eqn.params, inputs, tuple(outputs)))
             known |= dict(zip(eqn.outvars, outputs, strict=True))
         return [read(var) for var in jaxpr.outvars]
+
+
+def _long_axes(shape: Sequence[int]) -> frozenset[int]:
+    """Returns the axes with several entries."""
+    return frozenset(axis for axis, size in enumerate(shape) if size > 1)
 
 
 def _inner(params: Mapping[str, Any]) -> Any:

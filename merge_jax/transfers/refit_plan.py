@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from merge_jax.transfers.alignment_plan import AlignedLeaf, AlignmentPlan
 from merge_jax.transfers.followed import FollowedModel
-from merge_jax.transfers.layer_sites import Layer, Norm, Unsolvable, is_state, merged_axes, varying_axes
+from merge_jax.transfers.layer_sites import Layer, Norm, Unsolvable, is_state, merged_axes
 from merge_jax.transfers.program import Constant
 from merge_jax.transfers.refit_streams import Streams, find_streams
 
@@ -288,7 +288,7 @@ def _check_slope(target: FollowedModel, layer: Layer, channels: Sequence[str]) -
         equation = program.equations[program.makers[value]]
         if equation.name in ("mul", "div"):
             beside = [one for one in equation.inputs if isinstance(one, Constant) or one not in program.data]
-            if not varying_axes(program, beside[0]) <= target.whole_axes(value, channels):
+            if not program.varying_axes(beside[0]) <= target.whole_axes(value, channels):
                 raise Unsolvable("what it makes is scaled, and not alike at all places")
 
 

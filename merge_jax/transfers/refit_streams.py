@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from merge_jax.transfers.alignment_plan import AlignmentPlan
 from merge_jax.transfers.followed import FollowedModel
-from merge_jax.transfers.layer_sites import VIEWS, Layer, Unsolvable, is_dense, varying_axes
+from merge_jax.transfers.layer_sites import VIEWS, Layer, Unsolvable, is_dense
 from merge_jax.transfers.program import Constant, Equation
 
 __all__ = ["Streams", "find_streams"]
@@ -153,7 +153,7 @@ class _Stream:
     def _is_uniform(self, equation: Equation) -> bool:
         """Returns whether operands that do not depend on the inputs are the same for all channels."""
         axes = self._axes.get(equation.outputs[0], ())
-        return not any({*axes} & varying_axes(self._program, one) for one in self._others(equation))
+        return not any({*axes} & self._program.varying_axes(one) for one in self._others(equation))
 
     def _is_flat(self, equation: Equation) -> bool:
         """Returns whether an operation makes of what is the same for all channels what is so again."""

@@ -205,6 +205,30 @@ def test_statistics_that_a_function_captures_bind_its_channels_and_an_input_does
         mj.aligned_transfer(EVERYTHING, *bound).init(jax.random.key(0), small, wide)
 
 
+CONSTANT = jnp.asarray(RNG.normal(size=(4, 6)), jnp.float32)
+
+
+@pytest.mark.parametrize(
+    "meet",
+    [
+        lambda y, x: jnp.einsum("npc,c->npc", y, CONSTANT[0]),
+        lambda y, x: y + jnp.einsum("np,c->npc", x[..., 0], CONSTANT[0]),
+        lambda y, x: y + x @ CONSTANT,
+        lambda y, x: y + CONSTANT[jnp.argmax(x, -1)],
+        lambda y, x: y.at[:, 0].set(CONSTANT[0]),
+        lambda y, x: jnp.concatenate([y, jnp.broadcast_to(CONSTANT[0], y.shape)], -1)[..., :6],
+    ],
+)
+def test_a_constant_binds_channels_wherever_it_meets_them(meet):
+    def run(params, x):
+        return meet(x @ params["a"], x) @ params["b"]
+
+    params = {"a": jnp.ones((4, 6)), "b": jnp.ones((6, 2))}
+    assert not mj.channel_graph(run, params, TOKENS, strict=False).hidden
+    alike = mj.channel_graph(lambda p, x: jnp.einsum("npc,c->npc", x @ p["a"], jnp.ones(6)) @ p["b"], params, TOKENS)
+    assert alike.hidden == {"a:1"}
+
+
 def test_a_pruned_target_has_the_rows_of_the_chosen_channels_at_all_places():
     fn, x, source, _ = MODELS["flattened"]
     target = draw(1, conv=(3, 3, 2, 2), fc=(32, 5))

@@ -99,7 +99,7 @@ STREAMS = {
     "numbers of channels after its end": (with_stream(down, lambda params, x: x + x * channels(x)), None),
     "channels in a product": (
         with_stream(down, lambda params, x: x + jnp.einsum("npc,c->npc", x, channels(x)[0, 0].astype(x.dtype))),
-        False,
+        None,
     ),
     "numbers that are added after its end": (with_stream(down, lambda params, x: x + (x + channels(x))), None),
 }
