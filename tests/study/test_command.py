@@ -46,8 +46,11 @@ def test_a_run_saves_when_its_study_ends_or_is_called_again(tmp_path):
 def test_a_run_that_is_stopped_from_elsewhere_may_go_on(tmp_path):
     thread, outcomes = in_thread(command(tmp_path, "--seconds", "60"))
     wait_for((tmp_path / "run" / "saved.json").exists)
-    os.kill(began(tmp_path / "run")[0]["pid"], signal.SIGTERM)
+    pid = began(tmp_path / "run")[0]["pid"]
+    os.kill(pid, signal.SIGUSR2)  # Of Slurm, to all processes of a job: not for the run.
+    os.kill(pid, signal.SIGTERM)
     thread.join()
+    assert outcomes[0].problem.endswith("which is saved")
     assert outcomes[0].stopped
 
 
