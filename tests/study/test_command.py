@@ -1,5 +1,6 @@
 """A run as plain data: done in a process of its own, begun again where it was, and stopped with its study."""
 
+import contextlib
 import json
 import os
 import signal
@@ -105,9 +106,10 @@ def test_a_failure_is_its_last_line_and_a_kill_its_signal(tmp_path):
 
 
 def test_a_session_ends_with_its_study(tmp_path):
-    with open_session(tmp_path) as first:
-        assert first.goes_on()
-        with open_session(tmp_path) as second:
+    with contextlib.ExitStack() as later:
+        with open_session(tmp_path) as first:
+            assert first.goes_on()
+            second = later.enter_context(open_session(tmp_path))
             assert not first.goes_on()
-            assert second.goes_on()
+        assert second.goes_on()  # It does not end with an earlier one.
     assert not second.goes_on()
