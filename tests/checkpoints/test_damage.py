@@ -18,7 +18,7 @@ import pytest
 from benchmarks.damage import DAMAGE, array_file, flip
 from merge_jax.checkpoints.lock import FolderLock
 from merge_jax.checkpoints.manifest import Manifest, _seal
-from merge_jax.checkpoints.orbax import Checkpoints, DamagedCheckpointWarning
+from merge_jax.checkpoints.orbax import CheckpointError, Checkpoints, DamagedCheckpointWarning
 from tests import ROOT
 
 # Orbax leaves tasks behind when a file that it reads is damaged, and Python says so when it finds them.
@@ -287,5 +287,7 @@ def test_a_random_key_that_comes_back_as_its_numbers_is_damage(tmp_path, monkeyp
         monkeypatch.setattr(steps._checkpointer, "load", damaged)
         with pytest.warns(DamagedCheckpointWarning, match=r"key came back as uint32, not as key<fry>"):
             step, restored = checkpoints.restore_latest(state)
+        with pytest.raises(CheckpointError, match=r"key came back as uint32, not as key<fry>"):
+            checkpoints.restore_arrays(2)
     assert step == 1
     assert restored["key"].dtype == state["key"].dtype

@@ -65,6 +65,7 @@ def test_what_is_like_a_wrapped_file_has_its_bare_names(tmp_path):
     with pytest.raises(ValueError, match=line):
         mj.load_weights(tmp_path / "n.safetensors", like=leaves)
     assert mj.load_weights(tmp_path / "n.safetensors", "module/**", like=leaves).keys() == {"fc"}
-    other = {"fc": {"weight": leaves["fc"]["weight"]}, "conv": leaves, "norm": leaves}
-    with pytest.raises(ValueError, match="conv/fc/bias is missing; did you mean"):
-        mj.load_weights(tmp_path / "m.safetensors", like=other)
+    half = {**leaves, "conv": leaves}  # Of fewer than half, the names are those of the file.
+    for other, name in ((half, "fc/bias"), ({**half, "norm": np.ones(2)}, "module/_orig_mod/fc/bias")):
+        with pytest.raises(ValueError, match=f"conv/fc/bias is missing; did you mean '{name}'"):
+            mj.load_weights(tmp_path / "m.safetensors", like=other)

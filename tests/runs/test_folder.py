@@ -1,3 +1,4 @@
+import contextlib
 import json
 import math
 import os
@@ -199,17 +200,16 @@ def test_a_full_disk_ends_the_run_and_is_named(tmp_path, monkeypatch, full):
     log = MetricsLog(RunFolder.open(tmp_path, CONFIG, resume=False))
     message = rf"No space left on device: '{'/dev/full' if full == 'records' else tmp_path / 'tensorboard' / 'a'}'"
 
-    def write_to_full_disk():
-        with log.writer("a", 0) as writer:
-            if full == "records":
-                monkeypatch.setattr(writer, "_path", Path("/dev/full"))
-            else:
-                with open("/dev/full", "wb") as device:
-                    os.dup2(device.fileno(), writer._events._writer._writer.fileno())
-            writer.write(1, {f"loss {i}": 1.0 for i in range(30)})
-
+    writer = log.writer("a", 0)
+    if full == "records":
+        monkeypatch.setattr(writer, "_path", Path("/dev/full"))
+    else:
+        with open("/dev/full", "wb") as device:
+            os.dup2(device.fileno(), writer._events._writer._writer.fileno())
     with pytest.raises(OSError, match=message):
-        write_to_full_disk()
+        writer.write(1, {f"loss {i}": 1.0 for i in range(30)})
+    with pytest.raises(OSError, match=message) if full == "events" else contextlib.nullcontext():
+        writer.__exit__()  # What is left could not be written either.
 
 
 def test_a_folder_whose_process_was_killed_as_it_made_it_is_as_good_as_new(tmp_path):

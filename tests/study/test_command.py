@@ -1,5 +1,6 @@
 """A run as plain data: done in a process of its own, begun again where it was, and stopped with its study."""
 
+import contextlib
 import json
 import os
 import signal
@@ -46,8 +47,11 @@ def test_a_run_saves_when_its_study_ends_or_is_called_again(tmp_path):
 def test_a_run_that_is_stopped_from_elsewhere_may_go_on(tmp_path):
     thread, outcomes = in_thread(command(tmp_path, "--seconds", "60"))
     wait_for((tmp_path / "run" / "saved.json").exists)
-    os.kill(began(tmp_path / "run")[0]["pid"], signal.SIGTERM)
+    pid = began(tmp_path / "run")[0]["pid"]
+    os.kill(pid, signal.SIGUSR2)  # Of Slurm, to all processes of a job: not for the run.
+    os.kill(pid, signal.SIGTERM)
     thread.join()
+    assert outcomes[0].problem.endswith("which is saved")
     assert outcomes[0].stopped
 
 
@@ -102,9 +106,10 @@ def test_a_failure_is_its_last_line_and_a_kill_its_signal(tmp_path):
 
 
 def test_a_session_ends_with_its_study(tmp_path):
-    with open_session(tmp_path) as first:
-        assert first.goes_on()
-        with open_session(tmp_path) as second:
+    with contextlib.ExitStack() as later:
+        with open_session(tmp_path) as first:
+            assert first.goes_on()
+            second = later.enter_context(open_session(tmp_path))
             assert not first.goes_on()
-            assert second.goes_on()
+        assert second.goes_on()  # It does not end with an earlier one.
     assert not second.goes_on()

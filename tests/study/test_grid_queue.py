@@ -139,10 +139,13 @@ def test_an_interruption_cancels_what_waits_and_saves_what_runs(number, tmp_path
     shares = [set(), set()]
     with open_session(tmp_path) as session, open_engine("local", shares, tmp_path, None, None) as engine:
         one_at_a_time = ThreadPoolExecutor(1)
+        begun = []
+        run = lambda command: (begun.append(command.run_dir), engine.run(command))[1]  # noqa: E731
         interrupter.start()
         with pytest.raises(KeyboardInterrupt), one_at_a_time:
-            list(run_jobs(jobs, engine._replace(executor=one_at_a_time), session))
+            list(run_jobs(jobs, engine._replace(executor=one_at_a_time, run=run), session))
     interrupter.join()
+    assert begun == [str(tmp_path / "set" / "runs")]
     assert "which is saved" in (tmp_path / "set" / "runs.log").read_text()
     assert not (tmp_path / "set" / "waits.log").exists()
     assert signal.getsignal(signal.SIGTERM) is handler

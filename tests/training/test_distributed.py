@@ -1,11 +1,13 @@
 import socket
 import threading
 import time
+from types import SimpleNamespace
 
 import jax
 import pytest
 
 import merge_jax as mj
+from merge_jax.training import distributed
 from merge_jax.training.distributed import _await_coordinator, _await_others
 from tests import helpers
 
@@ -26,11 +28,15 @@ def test_a_wrong_address_or_number_is_refused(arguments, message):
         mj.training.connect(*arguments)
 
 
-def test_a_coordinator_that_is_not_there_is_named_in_time():
+def test_a_coordinator_that_is_not_there_is_named_in_time(monkeypatch):
+    now = [0.0]
+    clock = SimpleNamespace(monotonic=lambda: now[0], sleep=lambda seconds: now.append(now.pop() + seconds))
+    monkeypatch.setattr(distributed, "time", clock)
     address = f"localhost:{helpers.free_port()}"
     message = rf"process 1 of 2 found no coordinator at {address} within 0.3 s \(.*refused\): start process 0 first"
     with pytest.raises(TimeoutError, match=message):
         mj.training.connect(address, 2, 1, answer_within=0.3)
+    assert now[0] < 1  # And not the 300 s in which others may come.
 
 
 def test_a_coordinator_that_answers_is_waited_for_as_long_as_the_others_may_take():

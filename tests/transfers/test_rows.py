@@ -248,6 +248,8 @@ def test_tokens_of_two_vocabularies_meet_in_padded_tables_too():
     )
     expected = [[0, 1], [6, 7], [2, 3], *[[-1, -1]] * 5]
     np.testing.assert_array_equal(merged["word"]["embedding"], expected)
+    letters = [chr(number) for number in range(97, 122)]
+    assert mj.match_vocabulary([*letters, "Ġ"], letters).made == tuple(range(25))  # There it is a letter as others.
 
 
 @pytest.mark.parametrize(
