@@ -13,6 +13,7 @@ from merge_jax.study.model import StudyModel, inputs_of
 from merge_jax.study.options import TransferOptions
 from merge_jax.study.scenario import StartFn
 from merge_jax.transfers.alignment_fit import ChannelChoice
+from merge_jax.transfers.layerwise import kernel_routes
 from merge_jax.types import Batch, ModelApply
 
 __all__ = ["prepare_start", "refit_start"]
@@ -31,6 +32,7 @@ def refit_start(
     weight 0.5 to 0.9, make up for it: of few images, most of what the source can tell lies between them. Our choice.
     """
     source_apply, target_apply = _applies("refit", source, target)
+    routes = kernel_routes(routes)  # Refused now, and not when the first seed starts.
 
     @jax.jit
     def run(source_variables: Any, target_variables: Any, inputs: list[jax.Array], key: jax.Array) -> Any:

@@ -223,6 +223,11 @@ def test_options_of_a_read_source_are_for_one(words, message):
         parse(cross_task.PRESETS, "", "", words).check()
 
 
+def test_a_refit_by_whole_attention_is_refused_before_anything_is_compiled():
+    with pytest.raises(ValueError, match="has the view 'attention'.*route the kernels of query, key, value and output"):
+        build(*LITTLE, "--methods", "refit")
+
+
 def test_a_head_is_fitted_to_labels_of_texts_alone(tmp_path):
     options = ["--source", "frozen", "--source-from", tmp_path, "--fit-source-head"]
     with pytest.raises(ValueError, match="a last layer is fitted to the labels of texts: qa has none to fit it to"):
