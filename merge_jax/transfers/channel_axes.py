@@ -81,9 +81,8 @@ class AxisNodes(TiedAxes):
         self._consumed: set[int] = set()
         self._made: set[int] = set()
         self._touched: set[int] = set()  # Of leaves that are used where they cannot be followed.
-        self._bound: set[int] = (
-            set()
-        )  # Of leaves that are looked up or sum over what comes from outside, and of constants.
+        # Of leaves that are looked up or sum over what comes from outside, and of constants.
+        self._bound: set[int] = set()
         self._hidden: set[int] = set()
         self._summed: dict[str, set[int]] = {}
         # Of each sum over a node: the nodes that are summed over or matched along with it.
