@@ -13,7 +13,8 @@ from merge_jax.study.model import StudyModel, inputs_of
 from merge_jax.study.options import TransferOptions
 from merge_jax.study.scenario import StartFn
 from merge_jax.transfers.alignment_fit import ChannelChoice
-from merge_jax.transfers.layerwise import kernel_routes
+from merge_jax.transfers.pairing import resolve
+from merge_jax.transfers.refit_routes import routes_with_state
 from merge_jax.types import Batch, ModelApply
 
 __all__ = ["prepare_start", "refit_start"]
@@ -32,7 +33,8 @@ def refit_start(
     weight 0.5 to 0.9, make up for it: of few images, most of what the source can tell lies between them. Our choice.
     """
     source_apply, target_apply = _applies("refit", source, target)
-    routes = kernel_routes(routes)  # Refused now, and not when the first seed starts.
+    shapes = _shapes(source), _shapes(target)
+    resolve(routes_with_state(routes, *shapes), *shapes)  # Refused now, and not when the first seed starts.
 
     @jax.jit
     def run(source_variables: Any, target_variables: Any, inputs: list[jax.Array], key: jax.Array) -> Any:
@@ -94,6 +96,11 @@ def _applies(name: str, source: StudyModel, target: StudyModel) -> tuple[ModelAp
 
 def _variables(state: mj.TrainState) -> dict[str, Any]:
     return {"params": state.params, **state.model_state}
+
+
+def _shapes(model: StudyModel) -> dict[str, Any]:
+    params, model_state = jax.eval_shape(model.init, jax.random.key(0))
+    return {"params": params, **model_state}
 
 
 def _trained(variables: dict[str, Any]) -> mj.TrainState:

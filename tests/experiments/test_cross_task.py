@@ -223,9 +223,13 @@ def test_options_of_a_read_source_are_for_one(words, message):
         parse(cross_task.PRESETS, "", "", words).check()
 
 
-def test_a_refit_by_whole_attention_is_refused_before_anything_is_compiled():
-    with pytest.raises(ValueError, match="has the view 'attention'.*route the kernels of query, key, value and output"):
-        build(*LITTLE, "--methods", "refit")
+@pytest.mark.parametrize(("route", "message"), [
+    ("encoder/layer_0/attention=encoder/layer_0/attention", "route the kernels of query, key, value and output one by"),
+    ("encoder/layer_9/up/*=encoder/layer_0/up/*", "encoder/layer_9"),
+])  # fmt: skip
+def test_a_refit_by_routes_that_do_not_fit_is_refused_before_anything_is_compiled(route, message):
+    with pytest.raises(ValueError, match=message):
+        build(*LITTLE, "--methods", "refit", "--routes", route)
 
 
 def test_a_head_is_fitted_to_labels_of_texts_alone(tmp_path):
