@@ -121,9 +121,9 @@ class RunConfig:
                 f"got {self.checkpoint_every} and {self.report_every}"
             )
         if self.source_epochs is not None and self.epochs is None:
-            raise ValueError("source_epochs is given without epochs: lengths are in steps or in epochs, not in both")
+            raise ValueError("source_epochs is given without epochs: give lengths either in steps or in epochs")
         if self.shard_state and self.parallel == "pmap":
-            raise ValueError("shard_state is for jit: pmap keeps a copy of all on every device")
+            raise ValueError("shard_state needs --parallel jit: pmap keeps a full copy on every device")
         if (self.num_processes > 1) != (self.coordinator is not None):
             raise ValueError("several processes need all of coordinator, num_processes and process_id")
         if not 0 <= self.process_id < self.num_processes:
@@ -131,7 +131,7 @@ class RunConfig:
         if self.hosts and self.coordinator is not None:
             raise ValueError("hosts lets JAX find all processes: leave out coordinator, num_processes and process_id")
         if (self.hosts or self.coordinator is not None) and self.run_dir is None:
-            raise ValueError("several processes need a run_dir that all of them see")
+            raise ValueError("several processes need a run_dir that all of them can access")
 
     @property
     def axis_name(self) -> str | None:

@@ -200,7 +200,7 @@ def read_grid(path: Path, seeds: int | None = None) -> Grid:
     _check_once("a row appears twice", (row.name for row in rows))
     for row in rows:
         if row.name in OPPONENTS:
-            raise ValueError(f"the row {row.name!r} has the name of an opponent, which every table has: take another")
+            raise ValueError(f"the row {row.name!r} has the name of an opponent, which every table has: choose another")
     for name in file.against:
         check_choice("row in against", name, [*dict.fromkeys(row.shown for row in rows), *OPPONENTS])
     _check_once("a row appears twice in against", file.against)
