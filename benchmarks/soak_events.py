@@ -76,7 +76,7 @@ def sigterm(soak: Soak, random: Random, event: str = "sigterm", **options: objec
     time.sleep(random.uniform(0, 1))
     said += end(children, child, signal.SIGTERM)
     soak.take(said)
-    if event == "clock" and soak.refusal(said, event, ("was not saved in", "the clock was set")):
+    if event == "clock" and soak.refusal(said, event, ("was not saved in", "the system clock changed")):
         return
     if said[-1] != ["ended", 128 + signal.SIGTERM]:
         soak.tally.note(f"{event}: it ended with {said[-3:]}")
@@ -237,7 +237,7 @@ def all_damaged(soak: Soak, random: Random) -> None:
         children = soak.children()
         children.start("train", folder)
         said = children.until("ended")
-        words = ("CheckpointError", "damaged checkpoint", "there is no other to go back to")
+        words = ("CheckpointError", "damaged checkpoint", "there is no other step to restore")
         if steps and not soak.refusal(said, "all damaged", words):
             soak.tally.silent += 1
             soak.tally.note(f"all damaged: it went on: {said[-3:]}")

@@ -21,24 +21,24 @@ def table_of(content: Mapping[str, Any]) -> str:
     listed = ", ".join(f"{count} {name}" for name, count in content["events"].items())
     rows = [
         (f"events: {listed}", sum(content["events"].values()), "-"),
-        ("saves that were known to have ended", content["finished"], "-"),
+        ("saves known to have finished", content["finished"], "-"),
         ("resumed and compared with an undisturbed run", content["resumed"], "-"),
         ("finished saves lost", content["lost"], "0"),
-        ("silent changes", content["silent"], "0"),
+        ("undetected changes", content["silent"], "0"),
         ("refusals with a clear message", sum(content["refused"].values()), "-"),
-        ("refusals without one", content["unclear"], "0"),
-        ("events given up: a process hung, or worse", figures.get("events given up", 0), "0"),
+        ("refusals without a clear message", content["unclear"], "0"),
+        ("events given up because a process hung, or worse", figures.get("events given up", 0), "0"),
         ("resumed with incomplete metrics", figures.get("incomplete metrics", 0), "0"),
         *_sizes(content["saves"]),
     ]
-    lines = ["| what was counted | result | aimed for |", "| --- | --- | --- |"]
+    lines = ["| count | result | goal |", "| --- | --- | --- |"]
     lines += [f"| {' | '.join(map(str, row))} |" for row in rows]
     environment, seconds = content["environment"], content["seconds"]
     lines += [
         "",
         f"Seed {content['config']['seed']}, {seconds / 3600:.3g} h, {environment['cpu_count']} CPU cores, jax "
         f"{environment['versions']['jax']}, {environment['date'][:10]}, commit {environment['commit']}.",
-        f"{figures.get('kills in a save', 0)} kills fell into a save. The full disk was {content['full_disk']}.",
+        f"{figures.get('kills in a save', 0)} kills came during a save. The full disk was {content['full_disk']}.",
     ]
     return "\n".join(lines)
 
@@ -52,8 +52,8 @@ def _sizes(saves: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     at = ", ".join(f"{size['saves']:,}" for size in chosen)
     return [
         (f"memory (MiB) after {at} saves", ", ".join(f"{size['rss'] / 2**20:.0f}" for size in chosen), "flat"),
-        ("open files then", ", ".join(str(size["files"]) for size in chosen), "flat"),
-        ("threads then", ", ".join(str(size["threads"]) for size in chosen), "flat"),
+        ("open files at the same times", ", ".join(str(size["files"]) for size in chosen), "flat"),
+        ("threads at the same times", ", ".join(str(size["threads"]) for size in chosen), "flat"),
     ]
 
 

@@ -1,8 +1,8 @@
-"""What a transfer did to the target: how far it went, how much of the copy is left, what its layers agree on.
+"""What a transfer did to the target: how far it moved, how much of the copy is left, how similar its layers are.
 
     python -m experiments.anatomy cross_structure runs/cross_structure-001
 
-Reads the last checkpoints of a run of cross_structure or cross_task, and trains nothing. For each method, over seeds:
+Reads the last checkpoints of a run of cross_structure or cross_task, without training. For each method, over seeds:
 
 - moved: |T_end - T_start| / |T_start| over the leaves that have a route.
 - kept: the cosine between T_end and the source over the entries that sharing would copy. 1 where the copy is left as it

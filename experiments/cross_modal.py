@@ -1,22 +1,23 @@
-"""Across modalities: attention of a vision model gives to attention of a text model, or the reverse.
+"""Across modalities: transfer from the attention of a vision model to that of a text model, or the reverse.
 
     python -m experiments.cross_modal [PRESET] [OPTIONS]
 
     default                   questions on rendered scenes: vision to text
-    smoke                     a minute; shows that it works, not what it gains
+    smoke                     a minute; checks that all works, measures no gain
     text_to_vision            the same questions: text to vision
-    within                    inside one model: its vision to its text
-    retrieval                 scenes and captions, find one by the other
+    within                    within one model: its vision to its text
+    retrieval                 scenes and captions, each found by the other
     retrieval_text_to_vision  the same, text to vision
     paper                     VQA v2.0 with BERT and ViT, for a GPU
     paper_retrieval           MSCOCO with BERT and ViT, for a GPU
 
-The target answers questions on images (vqa) or finds captions and images by each other (retrieval). It may also be a
-model of one modality. The source is a model of images, of text, of both, or the target itself. Attention blocks of one
-modality give to blocks of the other, matched by depth. The two share no input, no label and no width.
+The target answers questions about images (vqa), or retrieves captions for images and images for captions (retrieval).
+It may also be a model of one modality. The source is a model of images, of text or of both, or the target itself.
+Routes lead from attention blocks of one modality to those of the other, matched by depth. The two share no input, label
+or width.
 
-Methods: vanilla (no transfer), share (the overlap of the source's layer is copied every few steps), and mergenet_warm.
-All of them, and results: experiments/README.md.
+Methods: vanilla (no transfer), share (copies the overlap of the source's layer every few steps), and mergenet_warm. All
+methods, with results: experiments/README.md.
 """
 
 from dataclasses import dataclass, field, replace
@@ -38,38 +39,39 @@ class Config(study.ImageTextOptions, study.TaskOptions, study.TransferOptions, s
     source_task: SourceTaskName = "shapes"
     """What the source learns; with "itself", the target is its own source."""
     direction: Direction = "vision_to_text"
-    """Which attention gives to which."""
+    """The direction of transfer between the attention blocks."""
     target_model: study.Architecture = field(default_factory=study.Architecture)
-    """The network that receives; a task of one modality has the encoder of that."""
+    """The target network; a task of one modality uses only its encoder."""
     source_model: study.Architecture = field(default_factory=lambda: study.Architecture("small_vit", "small_bert"))
-    """The network that gives."""
+    """The source network."""
     target_data: str = "synthetic"
-    """Data of the target. Of vqa: synthetic (Sort-of-CLEVR), clevr of TFDS, or a folder of VQA v2.0. Of retrieval:
-    synthetic (rendered scenes), a folder of MSCOCO, or a set of TFDS such as cifar100, whose classes are the captions.
-    Of text: as in cross_task."""
+    """Data of the target. For vqa: synthetic (Sort-of-CLEVR), clevr from TFDS, or a folder of VQA v2.0. For
+    retrieval: synthetic (rendered scenes), a folder of MSCOCO, or a TFDS data set such as cifar100, with its classes
+    as captions. For text: as in cross_task."""
     source_data: str = "synthetic"
     """Data of the source, as --target-data."""
     target_text_weights: Path | None = None
-    """Hugging Face safetensors file or folder that the target's text encoder starts from; needs --vocabulary."""
+    """Hugging Face safetensors file or folder with the initial weights of the target's text encoder; needs
+    --vocabulary."""
     source_text_weights: Path | None = None
     """The same for the source."""
     target_vision_weights: Path | None = None
-    """Hugging Face safetensors file or folder that the vision transformer of a target of images with text starts from;
-    a preprocessor_config.json beside it scales the pixels."""
+    """Hugging Face safetensors file or folder with the initial weights of the vision transformer in a target of
+    images with text. A preprocessor_config.json next to it sets the scale of the pixels."""
     source_vision_weights: Path | None = None
     """The same for the source."""
     labels: int | None = None
-    """Training images (with all their questions or captions) or texts that the target learns from, or None for all; a
-    source has all."""
+    """Training images (with all their questions or captions) or texts of the target, or None for all; a source has
+    all."""
     validation: int = 100
-    """Training images or texts of the target held out to validate on; digits always hold out 200."""
+    """Training images or texts of the target held out for validation; digits always hold out 200."""
     source_validation: int = 100
-    """The same of the source."""
+    """The same for the source."""
     image_size: int | None = 32
-    """Height and width to scale images to; None for as they are, where data of images alone allow it."""
+    """Height and width to which images are scaled; None keeps their size, if the data set of images alone allows it."""
     routes: tuple[str, ...] = (study.BY_DEPTH,)
-    """Layers that take part, as target=source, such as text_encoder/layer_0/attention=encoder/layer_1/attention; "by
-    depth" are all attention blocks of the direction."""
+    """Routes, as target=source, such as text_encoder/layer_0/attention=encoder/layer_1/attention. "by depth" pairs
+    all attention blocks in the given direction."""
 
     def check_options(self) -> None:
         """Raises ValueError for an option out of range."""

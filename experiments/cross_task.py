@@ -3,23 +3,23 @@
     python -m experiments.cross_task [PRESET] [OPTIONS]
 
     default                synthetic text: question answering to sentiment
-    smoke                  a minute; shows that it works, not what it gains
+    smoke                  a minute; checks that all works, measures no gain
     reverse                sentiment to question answering
     topic                  sentiment to topics
-    digits                 images: which digit, to odd and at least 5
+    digits                 images: classify digits, to odd and at least 5
     cifar100               images: 100 classes to their 20 groups, for a CPU
     pretrained             MiniLM to half its size, on texts of --target-data
     pretrained_distilbert  the same to a small DistilBERT
     pretrained_full        MiniLM to half its size, 1,000 steps, 128 tokens
     paper                  BERT on SQuAD to DistilBERT on IMDb, for a GPU
 
-The models share no labels, so distillation does not apply; parameters can still be moved. (A pretrained MiniLM has no
-labels: a last layer is fitted to the target's.) Each model learns from its own batches. Text models are paired by
-attention blocks, matched by depth. The options "--source-data" and "--target-data" take a set of TFDS or your own file
-instead of synthetic text.
+The models share no labels, so distillation does not apply, but parameters can still move. (A pretrained MiniLM has no
+labels: its last layer is fitted to the target's.) Each model learns from its own batches. Text models are paired by
+attention blocks, matched by depth. "--source-data" and "--target-data" accept a TFDS data set or your own file instead
+of synthetic text.
 
-Methods: vanilla (no transfer), share (the overlap of the source's layer is copied every few steps), and mergenet with
-two output forms, residual and warm. All of them, and results: experiments/README.md.
+Methods: vanilla (no transfer), share (copies the overlap of the source's layer every few steps), and mergenet with two
+output forms, residual and warm. All methods, with results: experiments/README.md.
 """
 
 from dataclasses import dataclass, replace
@@ -37,46 +37,46 @@ class Config(study.TaskOptions, study.TransferOptions, study.RunConfig):
     methods: tuple[str, ...] = ("vanilla", "share", "mergenet_residual", "mergenet_warm")
     """Methods to compare: a transfer, an objective, or both as in share_agree; see experiments/README.md."""
     source_task: tuple[study.TaskName, ...] = ("qa",)
-    """What the source learns; several tasks are several sources, one model each."""
+    """Task of the source; several tasks make several sources, one model each."""
     target_task: study.TaskName = "sentiment"
-    """What the target learns."""
+    """Task of the target."""
     source_model: study.ModelName = "small_bert"
-    """The network that gives."""
+    """The source network."""
     target_model: study.ModelName = "small_distilbert"
-    """The network that receives."""
+    """The target network."""
     source_learning_rate: float | None = None
-    """Learning rate of the source; that of both by default."""
+    """Learning rate of the source; by default --learning-rate."""
     source_data: str = "synthetic"
-    """Text of the source: synthetic; tfds for SQuAD v2 (qa), IMDb (sentiment) or AG News (topic); the name of another
-    set of TFDS; or a .tsv, .csv or .jsonl file, for qa one in the layout of SQuAD. target: the target's task, with its
-    texts and its labels, so that what the source says of them can be distilled (kd and its like)."""
+    """Text of the source: synthetic; tfds for SQuAD v2 (qa), IMDb (sentiment) or AG News (topic); the name of
+    another TFDS data set; or a .tsv, .csv or .jsonl file (for qa, in the layout of SQuAD). target: the target's
+    task, texts and labels, so that the source's outputs can be distilled (kd and its variants)."""
     target_data: str = "synthetic"
     """Text of the target, as --source-data."""
     source_test_data: Path | None = None
-    """File to test the source on, where --source-data is a file; a fifth of that by default."""
+    """Test file of the source, if --source-data is a file; by default a fifth of that file."""
     target_test_data: Path | None = None
-    """File to test the target on, as --source-test-data."""
+    """Test file of the target, as --source-test-data."""
     source_text: tuple[str, ...] = ("text",)
-    """Columns (or features) of the source's text, by name, or by number from 0 in a file without a header."""
+    """Columns (or features) with the source's text, by name; by number from 0 in a file without a header."""
     target_text: tuple[str, ...] = ("text",)
-    """Columns of the target's text."""
+    """Columns with the target's text."""
     source_label: str = "label"
-    """Column of the source's label."""
+    """Column with the source's label."""
     target_label: str = "label"
-    """Column of the target's label."""
+    """Column with the target's label."""
     source_weights: Path | None = None
-    """Hugging Face safetensors file or folder that a text source starts from."""
+    """Hugging Face safetensors file or folder with the initial weights of a text source."""
     target_weights: Path | None = None
     """The same for a text target."""
     pooler: study.PoolerName | None = None
-    """What is before a classifier of text: tanh or relu, a layer on the first token; mean of all tokens, as in sentence
-    transformers. By default tanh for BERT, relu for DistilBERT."""
+    """Pooling before a text classifier: tanh or relu, a layer on the first token; or mean over all tokens, as in
+    sentence transformers. By default tanh for BERT, relu for DistilBERT."""
     fit_source_head: bool = False
-    """Fit the last layer of a source that is read from a file of Hugging Face, where that has none of as many classes,
-    to its labelled examples: logistic regression on its features."""
+    """If the Hugging Face file of a source has no last layer with the right number of classes, fit one to the
+    labelled examples by logistic regression on its features."""
     routes: tuple[str, ...] = (study.BY_DEPTH,)
-    """Layers that take part, as target=source, such as encoder/layer_0/attention=encoder/layer_1/attention; "by depth"
-    are all attention blocks of text models."""
+    """Routes, as target=source, such as encoder/layer_0/attention=encoder/layer_1/attention. "by depth" pairs all
+    attention blocks of text models."""
 
     def check_options(self) -> None:
         """Raises ValueError for an option out of range."""

@@ -1,18 +1,18 @@
-"""Inside one model: deep layers give to shallow ones, or the reverse; the model is its own source.
+"""Within one model: transfer from deep layers to shallow ones, or the reverse; the model is its own source.
 
     python -m experiments.self_transfer [PRESET] [OPTIONS]
 
     default   a small MobileNetV2 on handwritten digits
-    smoke     a minute; shows that it works, not what it gains
+    smoke     a minute; checks that all works, measures no gain
     resnet    a small ResNet on the same
     text      a small BERT on synthetic reviews
     cifar100  MobileNetV2 at half width on CIFAR-100 at 16x16, for a CPU
     paper     MobileNetV2 on CIFAR-100, 200 epochs, for a GPU
 
-There is no other model and nothing is trained before: layers give to layers of the same network while it learns.
+There is no other model and no earlier training: parameters move between layers of one network while it learns.
 
-Methods: vanilla (no transfer), share (the overlap of the source layer is copied every few steps), tf_kd (distillation
-without a teacher), and mergenet with two output forms, residual and warm. All of them, and results:
+Methods: vanilla (no transfer), share (copies the overlap of the source layer every few steps), tf_kd (distillation
+without a teacher), and mergenet with two output forms, residual and warm. All methods, with results:
 experiments/README.md.
 """
 
@@ -33,31 +33,30 @@ class Config(study.TaskOptions, study.TransferOptions, study.RunConfig):
     """Options of the experiment."""
 
     methods: tuple[str, ...] = ("vanilla", "share", "tf_kd", "mergenet_residual", "mergenet_warm")
-    """Methods to compare: a transfer, an objective, or both as in share_agree; see experiments/README.md."""
+    """Methods to compare: a transfer, an objective, or both, as in share_agree; see experiments/README.md."""
     task: study.TaskName = "digits"
-    """What the model learns."""
+    """Task of the model."""
     model: study.ModelName = "small_mobilenet_v2"
     """The network."""
     labels: int | None = 100
-    """Training examples that it learns from, or None for all."""
+    """Labelled training examples, or None for all."""
     data: str = "synthetic"
-    """Text: synthetic; tfds for SQuAD v2 (qa), IMDb (sentiment) or AG News (topic); the name of another set of TFDS; or
-    a .tsv, .csv or .jsonl file."""
+    """Text: synthetic; tfds for SQuAD v2 (qa), IMDb (sentiment) or AG News (topic); the name of another TFDS data
+    set; or a .tsv, .csv or .jsonl file."""
     test_data: Path | None = None
-    """File to test on, where --data is a file; a fifth of that by default."""
+    """Test file, if --data is a file; by default a fifth of that file."""
     text: tuple[str, ...] = ("text",)
-    """Columns (or features) of the text, by name, or by number from 0 in a file without a header."""
+    """Columns (or features) with the text, by name; by number from 0 in a file without a header."""
     label: str = "label"
-    """Column of the label."""
+    """Column with the label."""
     weights: Path | None = None
-    """Hugging Face safetensors file or folder that a text model starts from."""
+    """Hugging Face safetensors file or folder with the initial weights of a text model."""
     routes: tuple[str, ...] = _MOBILENET
-    """Layers that take part, as shallow=deep; "by depth" are a text model's attention blocks, the upper half with the
-    lower."""
+    """Routes, as shallow=deep. "by depth" pairs a text model's attention blocks, the upper half with the lower."""
     direction: Literal["deep_to_shallow", "shallow_to_deep"] = "deep_to_shallow"
-    """Which side of each route gives."""
+    """The direction of transfer along each route."""
     learning_rate: float = 0.1
-    """Learning rate of the model: of AdamW for text, of SGD for images."""
+    """Learning rate: AdamW for text, SGD for images."""
     # There is no source to choose, to read or to train.
     source: tyro.conf.Suppress[Literal["pretrained"]] = "pretrained"
     source_from: tyro.conf.Suppress[None] = None

@@ -137,14 +137,14 @@ def check_learnable(role: str, params: Any) -> None:
     check_arrays(role, params, numbers=False)
     for tied in tied_paths(params):
         warnings.warn(
-            f"the {role} leaves {tied[0]!r} and {tied[1]!r} are one array, and learn as two, which come apart: keep it "
-            "at one path of the tree and read it twice in the model",
+            f"the {role} leaves {tied[0]!r} and {tied[1]!r} are one array, but will be trained as two and diverge: "
+            "keep it at one path of the tree and read it twice in the model",
             stacklevel=3,
         )
     for path, leaf in flatten(params).items():
         if not jnp.issubdtype(dtype := leaf.dtype, jnp.inexact):
             raise ValueError(
-                f"the {role} leaf {path!r} must be an array of floats, since it is to learn, got {dtype}"
+                f"the {role} leaf {path!r} must be an array of floats, since it is trained, got {dtype}"
                 f"{list(leaf.shape)}: keep it apart, in the model state or in the loss function; of an NNX module,"
                 " graph, params, rest = nnx.split(module, nnx.Param, ...)"
             )

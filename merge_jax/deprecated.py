@@ -88,4 +88,4 @@ def warn_renamed(old: str, new: str) -> None:
     frame, level = inspect.currentframe(), 1
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "merge_jax":
         frame, level = frame.f_back, level + 1
-    warnings.warn(f"{old} is now {new}; the old name goes with version 0.3", DeprecationWarning, level)
+    warnings.warn(f"{old} is now {new}; the old name will be removed in version 0.3", DeprecationWarning, level)

@@ -175,8 +175,8 @@ def replace(tree: Any, leaves: Mapping[str, Any]) -> Any:
         new, old = ([path for path in tied if (path in leaves) == written] for written in (True, False))
         if new and old:
             warnings.warn(
-                f"the leaves {new[0]!r} and {old[0]!r} are one array, of which {new[0]!r} alone is written, so they "
-                "come apart: keep it at one path of the tree and read it twice in the model, or write both",
+                f"the leaves {new[0]!r} and {old[0]!r} are one array, but only {new[0]!r} is written, so they will "
+                "diverge: keep it at one path of the tree and read it twice in the model, or write both",
                 stacklevel=2,
             )
     new_leaves = [leaves.get(path, leaf) for path, leaf in paths.items()]

@@ -177,12 +177,12 @@ def test_a_matrix_at_two_paths_is_warned_of():
     target = {"table": {"embedding": matrix, "bias": zeros}, "fc": {"kernel": matrix, "bias": zeros}}
     share = mj.share_transfer({"fc/kernel": "w/kernel", "fc/bias": "w/bias"})
     source = {"w": {"kernel": jnp.zeros((7, 5)), "bias": jnp.ones(5)}}
-    with pytest.warns(UserWarning, match="'fc/kernel' and 'table/embedding' are one array, of which 'fc/kernel' alone"):
+    with pytest.warns(UserWarning, match="'fc/kernel' and 'table/embedding' are one array, but only 'fc/kernel' is written"):
         merged = share.apply({}, source, target)
     assert merged["table"]["embedding"] is matrix
     mj.share_transfer({"fc/kernel": "w/kernel", "table/embedding": "w/kernel"}).apply({}, source, target)
     task = mj.Task(lambda *args: args, optax.sgd(0.1))
-    with pytest.warns(UserWarning, match="^the target leaves .* are one array, and learn as two"):
+    with pytest.warns(UserWarning, match="^the target leaves .* are one array, but will be trained as two"):
         mj.init_joint_state(jax.random.key(0), None, task, share, source_params=source, target_params=target)
 
 

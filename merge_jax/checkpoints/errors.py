@@ -26,7 +26,7 @@ class DamagedCheckpointWarning(UserWarning):
 
 
 class NotBitExactWarning(UserWarning):
-    """A run resumes under other circumstances: correct, but not equal to the last bit."""
+    """A run resumes in another environment: correct, but not bit for bit."""
 
 
 class DamagedStepError(Exception):

@@ -151,7 +151,7 @@ class Checkpoints:
             of NumPy of a dtype that JAX turns into another, an object, or what is in an `nnx.List`.
         """
         if self._read_only:
-            raise ValueError(f"{self.folder} is open to be read: leave out read_only to save")
+            raise ValueError(f"{self.folder} is open read-only: leave out read_only to save")
         check_saveable(state)
         self._move_damaged()
         latest = self.latest_step
@@ -202,7 +202,7 @@ class Checkpoints:
                     warnings.warn(message, DamagedCheckpointWarning, stacklevel=2)
                 return step, restored
         if damaged:
-            raise CheckpointError(refusal(self.folder, damaged, "; there is no other to go back to"))
+            raise CheckpointError(refusal(self.folder, damaged, "; there is no other step to restore"))
         return None
 
     def restore_best(self, state: _State) -> tuple[int, _State]:
@@ -308,7 +308,7 @@ class Checkpoints:
         if changed:
             raise CheckpointError(
                 f"step {manifest.step} in {self.folder} was saved by another run: {'; '.join(changed)}. "
-                "Go on with what it was, or take another folder"
+                "Restore the original values, or use another folder"
             )
 
     def _warn_of_changes(self, manifest: Manifest, state: Any) -> None:
@@ -317,8 +317,8 @@ class Checkpoints:
         if changed and changed != self._last_warning:  # Many steps may be read of one run.
             self._last_warning = changed
             warnings.warn(
-                f"step {manifest.step} in {self.folder} was saved under other circumstances, so what follows is not "
-                f"bit-exact: {'; '.join(changed)}",
+                f"step {manifest.step} in {self.folder} was saved in another environment, so the run will not "
+                f"continue bit for bit: {'; '.join(changed)}",
                 NotBitExactWarning,
                 stacklevel=4,
             )

@@ -161,7 +161,7 @@ def save_safetensors(
         raise ValueError(f"metadata are strings by name, got {dict(metadata)}")
     path = Path(path)
     if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} is there already; give overwrite=True to replace it")
+        raise FileExistsError(f"{path} already exists; pass overwrite=True to replace it")
     arrays = {}
     for name, leaf in flatten(params).items():
         if not isinstance(leaf, (np.ndarray, np.generic, jax.Array)):

@@ -205,7 +205,7 @@ class OrbaxSteps:
             with _ORBAX, naming_file(self.folder):
                 saved = self._checkpointer.save_async(step, state, custom_metadata={_MANIFEST: manifest.to_json()})
             if saved is None:
-                raise RuntimeError(f"Orbax did not save step {step} in {self.folder}, and does not say why")
+                raise RuntimeError(f"Orbax did not save step {step} in {self.folder}, and gave no reason")
             self._saving = _Saving(step, saved, begun)
         except BaseException:
             self.scores.pop(step, None)  # No step that is not there may be the best.
@@ -245,8 +245,8 @@ class OrbaxSteps:
             # Orbax counts its patience, minutes, by a clock that may be set.
             if isinstance(error, TimeoutError) and time.monotonic() - saving.begun < _PATIENCE:
                 raise TimeoutError(
-                    f"step {saving.step} was not saved in {self.folder}: the clock was set while it was written, which"
-                    " Orbax takes for waiting too long; what was saved before is whole"
+                    f"step {saving.step} was not saved in {self.folder}: the system clock changed while it was written,"
+                    " and Orbax took that for a timeout; earlier saves are intact"
                 ) from error
             raise
 

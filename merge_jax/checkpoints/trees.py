@@ -33,7 +33,7 @@ def check_saveable(state: Any) -> None:
     if problems:
         raise ValueError(
             f"a checkpoint holds arrays that JAX can hold: {some_of(problems, 3, '; ')}. Give jnp.asarray(...) of a"
-            " number, and keep what is no number out of the state"
+            " number, and keep anything that is not numeric out of the state"
         )
 
 

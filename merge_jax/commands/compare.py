@@ -18,7 +18,7 @@ def compare_runs(runs: Sequence[Path], baseline: str | None, out: Path | None) -
       ValueError: what `merge_jax.runs.compare` refuses, or a folder that is not empty.
     """
     if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} already exists, and nothing is overwritten: give another --out")
+        raise ValueError(f"{out} already exists and is not overwritten: choose another --out")
     comparison = compare(runs, baseline)
     print(comparison.text, end="")
     if out is None and len(runs) == 1:
@@ -31,7 +31,5 @@ def compare_runs(runs: Sequence[Path], baseline: str | None, out: Path | None) -
             with (folder / "curves.png").open("xb") as curves:
                 comparison.figure.savefig(curves, dpi=150, format="png")
         except FileExistsError as error:
-            raise ValueError(
-                f"{error.filename} already exists, and nothing is overwritten: give another --out"
-            ) from None
+            raise ValueError(f"{error.filename} already exists and is not overwritten: choose another --out") from None
     print(f"table and curves: {folder}")

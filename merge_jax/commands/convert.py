@@ -20,7 +20,7 @@ def convert(path: Path, file: Path, select: Sequence[str] | None) -> None:
     if file.suffix != ".safetensors":
         raise ValueError(f"{file} must end in .safetensors, the format that is written")
     if file.exists():
-        raise ValueError(f"{file} is there already, and nothing is overwritten: give another name")
+        raise ValueError(f"{file} already exists and is not overwritten: choose another name")
     kind = find_format(find_weights(path)).name
     tree = load_weights(path, select)
     save_safetensors(file, tree, metadata={"converted_from": kind})

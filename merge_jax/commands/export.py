@@ -38,7 +38,7 @@ def export_part(path: Path, file: Path, part: str, *, best: bool) -> None:
                 raise ValueError(f"no step in {folder} has a score: leave out --best")
         step = checkpoints.steps[-1] if step is None else step
         if file.exists():
-            raise ValueError(f"{file} is there already, and nothing is overwritten: give another name")
+            raise ValueError(f"{file} already exists and is not overwritten: choose another name")
         state = checkpoints.restore_arrays(step)
         tree = _part(state, part)
     whole = isinstance(tree, dict) and "params" in tree
@@ -59,7 +59,7 @@ def _part(state: dict[str, Any], part: str) -> Any:
         if not isinstance(node, dict) or name not in node:
             roles = {role: content for role, content in state.items() if isinstance(content, dict)}
             parts = [*roles, *(f"{role}/{name}" for role, content in roles.items() for name in content)]
-            raise ValueError(f"what is saved has no part {part!r}; {near_misses(part, parts)}")
+            raise ValueError(f"the checkpoint has no part {part!r}; {near_misses(part, parts)}")
         node = node[name]
     return node
 

@@ -9,18 +9,18 @@ from pathlib import Path
 __all__ = ["main"]
 
 _DESCRIPTION = """\
-Moves knowledge between neural networks that share nothing but numbers.
+Moves what one network has learned into another, through their parameters.
 
   merge-jax run cross_structure smoke     an experiment, with all its options
   merge-jax compare runs/a runs/b         tables and curves of run folders
-  merge-jax summary runs/a                what checkpoints or weights hold
-  merge-jax convert IN OUT                weights as a safetensors file
-  merge-jax export CHECKPOINT FILE        a trained model as a file of weights
-  merge-jax doctor                        whether this machine is ready
+  merge-jax summary runs/a                contents of checkpoints or weights
+  merge-jax convert IN OUT                weights to a safetensors file
+  merge-jax export CHECKPOINT FILE        a trained model to a weight file
+  merge-jax doctor                        checks this machine
 """
 _EXIT_CODES = """\
-exit codes: 0 done; 1 the doctor found a problem, or training failed;
-2 something given is wrong
+exit codes: 0 success; 1 the doctor found a problem, or training failed;
+2 invalid input
 """
 
 
@@ -48,61 +48,63 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="store_true", help="print the version and leave")
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    command("run", "run an experiment: merge-jax run EXPERIMENT [PRESET] [OPTIONS]; without words, list them")
+    command("run", "run an experiment: merge-jax run EXPERIMENT [PRESET] [OPTIONS]; without arguments, list them")
 
-    compare = command("compare", "tables and overlaid curves of one or more run folders; one alone is its own table")
-    compare.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder, or that of a study")
+    compare = command("compare", "compare run folders: tables and overlaid curves; of a single one, show its table")
+    compare.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder, or the folder of a study")
     compare.add_argument(
-        "--baseline", metavar="METHOD", help="method of the first RUN to compare with (vanilla, or its first method)"
+        "--baseline",
+        metavar="METHOD",
+        help="method of the first RUN as the baseline (default: vanilla, or its first method)",
     )
     compare.add_argument(
         "--out",
         type=Path,
         metavar="FOLDER",
-        help="a new folder for the table and picture (default: runs/compare-NNN, of one RUN none)",
+        help="a new folder for the table and the plot (default: runs/compare-NNN; none for a single RUN)",
     )
 
     summary = command(
         "summary",
-        "what checkpoints or a file of weights hold: steps, scores, leaves, bytes, circumstances",
+        "show the contents of checkpoints or a weight file: steps, scores, leaves, bytes, environment",
         "CHECKPOINT is a run folder, a folder of checkpoints (RUN/checkpoints/METHOD-seedN), one step in it, or weights"
         " of any format that merge_jax.load_weights reads. Patterns are globs over paths: '**/kernel', "
         "'target/params/**'.",
     )
     summary.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
-    summary.add_argument("--leaves", metavar="PATTERN", help="list the leaves that a pattern names, with their shapes")
-    summary.add_argument("--verify", action="store_true", help="read all numbers and compare them with their digests")
+    summary.add_argument("--leaves", metavar="PATTERN", help="list the leaves that match a pattern, with their shapes")
+    summary.add_argument("--verify", action="store_true", help="read all arrays and check them against their digests")
 
     export = command(
         "export",
-        "writes a trained model, by default the target, to a new .safetensors file, and prints how it is read",
-        "A role is written as params and, beside them, its model state, such as batch_stats; another part as it is. "
-        "Leaves are named by their paths with dots: merge_jax.load_params reads them into a model's variables.",
+        "write a trained model, by default the target, to a new .safetensors file, and print how to read it",
+        "target and source are written as params, with their model state, such as batch_stats; other parts are written "
+        "unchanged. Leaves are named by their paths, with dots; merge_jax.load_params reads them into a model.",
     )
     export.add_argument(
         "checkpoint", type=Path, metavar="CHECKPOINT", help="a folder of checkpoints, or one step in it"
     )
-    export.add_argument("file", type=Path, metavar="FILE", help="the .safetensors file to write; it must not be there")
+    export.add_argument("file", type=Path, metavar="FILE", help="the .safetensors file to write; it must not exist")
     export.add_argument(
         "--part",
         default="target",
         help="target, source, or a part such as target/params or adapter (default: %(default)s)",
     )
-    export.add_argument("--best", action="store_true", help="the step of the best score, not the newest")
+    export.add_argument("--best", action="store_true", help="use the step with the best score, not the newest")
 
     convert = command(
         "convert",
-        "writes weights of any format that merge_jax.load_weights reads to a new .safetensors file",
-        "Names are joined by dots, arrays stay in the layout of their library. Of a saved training state, the model's "
-        "part is written; --select takes names of the whole file.",
+        "convert weights in any format that merge_jax.load_weights reads to a new .safetensors file",
+        "Names are joined by dots; arrays keep the layout of their library. From a saved training state, only the "
+        "model is written, but --select applies to all names in the file.",
     )
     convert.add_argument("path", type=Path, metavar="IN", help="a file or folder, or package:NAME")
-    convert.add_argument("file", type=Path, metavar="OUT", help="the .safetensors file to write; it must not be there")
-    convert.add_argument("--select", nargs="+", metavar="PATTERN", help="write these leaves alone: 'encoder/**/kernel'")
+    convert.add_argument("file", type=Path, metavar="OUT", help="the .safetensors file to write; it must not exist")
+    convert.add_argument("--select", nargs="+", metavar="PATTERN", help="write only these leaves: 'encoder/**/kernel'")
 
-    command("doctor", "versions, devices, known bad combinations, compilation cache, free disk: whether all is ready")
+    command("doctor", "check versions, devices, known bad combinations, compilation cache and free disk space")
     return parser
 
 

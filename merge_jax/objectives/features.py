@@ -58,7 +58,7 @@ def cka(features: jax.Array, other: jax.Array) -> jax.Array:
       ValueError: features of different numbers of examples.
     """
     if features.shape[0] != other.shape[0]:
-        raise ValueError(f"features of the same examples are compared, got {features.shape[0]} and {other.shape[0]}")
+        raise ValueError(f"features must be of the same examples, got {features.shape[0]} and {other.shape[0]}")
     kernel, other_kernel = _kernel(features), _kernel(other)
     norms = jnp.sqrt(jnp.sum(jnp.square(kernel)) * jnp.sum(jnp.square(other_kernel)) + _EPSILON)
     return jnp.sum(kernel * other_kernel) / norms

@@ -48,7 +48,7 @@ def redundancy_suppression(
 
 def _layer(features: jax.Array, others: jax.Array, kappa: float) -> jax.Array:
     if len(features) != len(others):
-        raise ValueError(f"features of the same examples are compared, got {len(features)} and {len(others)}")
+        raise ValueError(f"features must be of the same examples, got {len(features)} and {len(others)}")
     width = min(features.shape[-1], others.shape[-1])
     own, other = (_standardised(_projected(_channels(each), width)) for each in (features, others))
     correlations = jnp.matmul(other.T, own) / len(own)

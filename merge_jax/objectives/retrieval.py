@@ -242,7 +242,7 @@ def _check_k(k: int, noun: str, size: int) -> None:
 def _check_groups(one: str, groups: np.ndarray, other: str, other_groups: np.ndarray) -> None:
     """Raises ValueError unless there are queries, and every one has a candidate of its group."""
     if not groups.size:
-        raise ValueError(f"there is no {one} to find anything by")
+        raise ValueError(f"there is no {one} to search with")
     alone = np.flatnonzero(~np.isin(groups, other_groups))
     if alone.size:
         raise ValueError(

@@ -23,7 +23,7 @@ def locate_checkpoints(path: Path) -> tuple[Path, int | None]:
     if path.is_file():
         raise ValueError(
             f"{path} is a file, and checkpoints are folders: if it holds weights, merge-jax convert {path} FILE"
-            " makes a safetensors file of them"
+            " converts it to safetensors"
         )
     if not path.is_dir():
         parent = path.parent

@@ -275,7 +275,7 @@ def check_space(folder: Path, needed: int) -> None:
     if needed - there > free:
         raise ValueError(
             f"the disk of {folder} has {free / 2**30:.3g} GiB left, and the checkpoints of this run may need "
-            f"{(needed - there) / 2**30:.3g} GiB: make room, or give another --run-dir"
+            f"{(needed - there) / 2**30:.3g} GiB: free some space, or choose another --run-dir"
         )
 
 

@@ -27,60 +27,61 @@ class RunConfig:
     """Options that every experiment has."""
 
     seeds: int = 5
-    """Number of seeds. A seed fixes splits, source, start and batches, the same for every method."""
+    """Number of seeds. Each seed fixes splits, source, initial parameters and batches, the same for every method."""
     source: Literal["pretrained", "live", "frozen", "trajectory"] = "pretrained"
-    """Pretrained: trained first, then frozen. Live: from scratch beside the target, as in the paper. Frozen: read from
-    --source-from. Trajectory: its saved steps are replayed in order, of --source-from, or trained first."""
+    """Pretrained: trained first, then frozen. Live: trained from scratch together with the target, as in the paper.
+    Frozen: read from --source-from. Trajectory: replays a source's saved checkpoints in order, from --source-from or
+    trained first."""
     source_from: Path | None = None
-    """Where a frozen source is read from: the folder of a run that trained one, weights of any format that
-    merge_jax.load_weights reads, or package:NAME, those in an installed package; for a trajectory, the folder of a
-    run."""
+    """The frozen source: the folder of a run that trained one, a weight file that merge_jax.load_weights reads, or
+    package:NAME for weights in an installed package. For a trajectory, the folder of a run."""
     snapshots: int = 8
-    """Source checkpoints to keep for --source trajectory, about. Ignored when the trajectory is read from a run."""
+    """Approximate number of source checkpoints to keep for --source trajectory. Ignored if the trajectory is read
+    from a run."""
     source_control: SourceControl = "none"
-    """A source to compare a trained one with. Random: as it starts, never trained. Shuffled: the trained entries of
-    each leaf permuted among themselves. Noise: normal numbers of each leaf's mean and deviation. Other_seed: trained on
-    the same split from another start, on other batches."""
+    """A control to compare with the trained source. Random: untrained. Shuffled: the trained entries of each leaf in
+    random order. Noise: normal values with each leaf's mean and standard deviation. Other_seed: trained on the same
+    split, with other initial parameters and batches."""
     source_steps: int = 400
-    """Steps of training the source before the transfer; a live source takes --steps instead."""
+    """Training steps of the source before the transfer; a live source uses --steps instead."""
     steps: int = 300
-    """Steps of training the target."""
+    """Training steps of the target."""
     epochs: int | None = None
-    """Epochs of training the target instead of --steps; reports and checkpoints are then counted in epochs too."""
+    """Training epochs of the target, instead of --steps; reports and checkpoints are then counted in epochs too."""
     source_epochs: int | None = None
-    """Epochs of training the source, where --epochs is given; as many as the target's by default."""
+    """Training epochs of the source, if --epochs is given; by default as many as the target's."""
     batch_size: int = 50
-    """Examples in a batch, over all devices."""
+    """Examples per batch, over all devices."""
     cycle: int = 4
-    """Steps from one transfer to the next; the steps between are self-learning."""
+    """Steps from one transfer to the next; in between, the target learns alone."""
     update: UpdateRule = "exact"
-    """What the adapter follows: the gradient of the target's loss, or the published surrogate."""
+    """How the adapter learns: by the exact gradient of the target's loss, or by the published surrogate."""
     report_every: int = 15
-    """Steps (or epochs) from one report, metrics and validation, to the next."""
+    """Steps (or epochs) between reports, which show metrics and validate."""
     checkpoint_every: int = 150
-    """Steps (or epochs) from one checkpoint to the next, a multiple of --report-every; the last is always saved."""
+    """Steps (or epochs) between checkpoints, a multiple of --report-every; the last step is always saved."""
     devices: int | None = None
-    """Devices that share each batch; all there are by default."""
+    """Number of devices that share each batch; all by default."""
     parallel: Literal["jit", "pmap"] = "jit"
-    """How they share it: jit splits one program, pmap runs one a device."""
+    """How devices share a batch: jit splits one program, pmap runs one program on each."""
     shard_state: bool = False
-    """Split parameters, optimizer and adapter over the devices too, for models that one of them cannot hold."""
+    """Also split parameters, optimizer and adapter over the devices, for models too large for one device."""
     hosts: bool = False
-    """This command runs in several processes that a cluster has started (Slurm, Kubernetes, Cloud TPU, Open MPI): JAX
-    finds them by itself."""
+    """A cluster (Slurm, Kubernetes, Cloud TPU, Open MPI) has started this command in several processes; JAX finds
+    them by itself."""
     coordinator: str | None = None
-    """host:port of process 0, where several processes run this together, each with the same command."""
+    """host:port of process 0, if several processes run the same command together."""
     num_processes: int = 1
-    """How many processes there are."""
+    """Number of processes."""
     process_id: int = 0
-    """Which of them this is, from 0."""
+    """Index of this process, from 0."""
     run_dir: Path | None = None
-    """Folder of the run; by default a new numbered one in runs/."""
+    """Folder of the run; by default a new numbered folder in runs/."""
     resume: bool = False
     """Resume from the newest checkpoints of --run-dir, or of the last numbered folder."""
     compilation_cache: CacheChoice = "default"
-    """Where compiled programs are kept for later runs: none, or a folder, which may grow to 512 MiB. By default that of
-    JAX_COMPILATION_CACHE_DIR, or one in the user's cache folder."""
+    """Where to keep compiled programs for later runs: none, or a folder, which may grow to 512 MiB. The default is
+    JAX_COMPILATION_CACHE_DIR, or a folder in the user's cache."""
 
     def check(self) -> None:
         """Raises ValueError for an option of another type or out of range.
@@ -120,9 +121,9 @@ class RunConfig:
                 f"got {self.checkpoint_every} and {self.report_every}"
             )
         if self.source_epochs is not None and self.epochs is None:
-            raise ValueError("source_epochs is given without epochs: lengths are in steps or in epochs, not in both")
+            raise ValueError("source_epochs is given without epochs: give lengths either in steps or in epochs")
         if self.shard_state and self.parallel == "pmap":
-            raise ValueError("shard_state is for jit: pmap keeps a copy of all on every device")
+            raise ValueError("shard_state needs --parallel jit: pmap keeps a full copy on every device")
         if (self.num_processes > 1) != (self.coordinator is not None):
             raise ValueError("several processes need all of coordinator, num_processes and process_id")
         if not 0 <= self.process_id < self.num_processes:
@@ -130,7 +131,7 @@ class RunConfig:
         if self.hosts and self.coordinator is not None:
             raise ValueError("hosts lets JAX find all processes: leave out coordinator, num_processes and process_id")
         if (self.hosts or self.coordinator is not None) and self.run_dir is None:
-            raise ValueError("several processes need a run_dir that all of them see")
+            raise ValueError("several processes need a run_dir that all of them can access")
 
     @property
     def axis_name(self) -> str | None:

@@ -108,7 +108,7 @@ def distillation_objectives(
 def tf_kd_objective(model: StudyModel) -> Objective:
     """Returns the distillation of a classifier of one input without a teacher; see `tf_kd_loss`."""
     if model.apply is None:
-        raise ValueError(f"tf_kd needs a model with `apply`, which {model.name} has not")
+        raise ValueError(f"tf_kd needs a model with `apply`, which {model.name} does not have")
     (entry,) = model.inputs
 
     def tf_kd(logits: jax.Array, batch: Batch) -> jax.Array:

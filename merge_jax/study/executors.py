@@ -57,7 +57,9 @@ def check_executor(name: str, jobs: int) -> None:
         check_choice("executor", name, ("local", "slurm", "dask:HOST:PORT"))
     check_at_least_one(jobs=jobs)
     if kind != "local" and jobs > 1:
-        raise ValueError(f"--jobs is for --executor local: with {kind}, as many runs go at a time as there are workers")
+        raise ValueError(
+            f"--jobs is for --executor local: with {kind}, the number of workers sets how many runs execute at a time"
+        )
 
 
 def open_engine(
@@ -195,7 +197,7 @@ def _check_workers(client: "Client", address: str, folder: Path) -> None:
         client.run_on_scheduler(importlib.metadata.version, "merge_jax")
     except importlib.metadata.PackageNotFoundError:
         raise ValueError(
-            f"the Dask scheduler at {address} has no merge_jax: it reads what is submitted, so install it there too"
+            f"the Dask scheduler at {address} has no merge_jax: it deserialises submitted runs, so install it there too"
         ) from None
     ancestor = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
     with tempfile.TemporaryDirectory(prefix=".probe-", dir=ancestor) as probe:
@@ -232,7 +234,7 @@ def _slurm(options: SlurmOptions, folder: Path, cluster: str = "slurm") -> Itera
         ) from None
     check_at_least_one(minutes=options.minutes, cpus=options.cpus)
     if cluster == "slurm" and not shutil.which("sbatch"):
-        raise ValueError("there is no sbatch on this machine: call the study on one from which Slurm takes jobs")
+        raise ValueError("there is no sbatch on this machine: start the study on a machine that can submit Slurm jobs")
     pairs = [pair.partition("=") for pair in options.other]
     for name, equals, value in pairs:
         if not (name and equals and value):

@@ -39,16 +39,16 @@ _Made = TypeVar("_Made")
 
 @dataclass(frozen=True, kw_only=True)
 class SlurmOptions:
-    """What each run asks of Slurm."""
+    """What each run requests from Slurm."""
 
     partition: str | None = None
-    """Where runs are queued; by default Slurm's own choice."""
+    """Slurm partition; by default Slurm's choice."""
     minutes: int = 240
-    """Time limit of a run. One that needs longer is saved, goes back into the queue, and goes on."""
+    """Time limit of a run. A longer run is saved, queued again, and continues."""
     cpus: int = 4
-    """Cores of a run."""
+    """Cores per run."""
     gpus: int = 0
-    """GPUs of a run."""
+    """GPUs per run."""
     other: tuple[str, ...] = ()
     """Other options of sbatch, as name=value: account=physics mem=16G."""
 
@@ -60,31 +60,27 @@ class Options:
     grid: tyro.conf.Positional[str]
     """Name of a grid in experiments/grids/, or the path of a .toml file."""
     run_dir: Path | None = None
-    """Folder of the study; by default a new numbered one in runs/."""
+    """Folder of the study; by default a new numbered folder in runs/."""
     resume: bool = False
-    """Go on with the study in --run-dir, or with the last numbered one: what is done stays."""
+    """Continue the study in --run-dir, or the last numbered one. Finished runs are kept."""
     executor: str = "local"
-    """Where runs are done: local, on this machine; dask:HOST:PORT, by the workers of a Dask scheduler; slurm, as jobs
-    of Slurm."""
+    """Where runs execute: local; dask:HOST:PORT, the workers of a Dask scheduler; or slurm, as Slurm jobs."""
     jobs: int = 1
-    """Runs at a time of the local executor. Each of several has a process of its own on its share of the cores."""
+    """Number of local runs at a time. If several, each has a separate process and its share of the cores."""
     seeds: int | None = None
     """Number of seeds instead of the grid's."""
     only: tuple[str, ...] = ()
-    """Only runs with a setting, a row, or a setting/row that one of these globs matches; rows that share a run, and
-    the run that trains their source, come along."""
+    """Only settings, rows or setting/row pairs that match one of these globs, and the runs that they depend on."""
     apart: bool = False
-    """A run for each row, also where rows with the same options could share one: for machines with many cores, since
-    more of them run at a time. Sources are shared all the same, and results are the same."""
+    """One run for each row, even if rows could share one, so more run at a time. Results do not change."""
     traced: bool = True
-    """Trace every run before the first trains, some seconds a row, so that errors show now and not in an hour."""
+    """Trace every run before the first one trains (seconds per row), so errors show early."""
     dry_run: bool = False
-    """Check all, print the commands of the runs, and train nothing."""
+    """Check everything and print the runs' commands, without training."""
     compilation_cache: CacheChoice = "default"
-    """Where compiled programs are kept for later runs: none, or a folder, which may grow to 512 MiB. By default that of
-    JAX_COMPILATION_CACHE_DIR, or one in the user's cache folder."""
+    """Where to keep compiled programs (up to 512 MiB): default, none, or a folder."""
     slurm: SlurmOptions = field(default_factory=SlurmOptions)
-    """What each run asks of Slurm."""
+    """What each run requests from Slurm."""
 
 
 @dataclass(frozen=True)
@@ -204,7 +200,7 @@ def read_grid(path: Path, seeds: int | None = None) -> Grid:
     _check_once("a row appears twice", (row.name for row in rows))
     for row in rows:
         if row.name in OPPONENTS:
-            raise ValueError(f"the row {row.name!r} has the name of an opponent, which every table has: take another")
+            raise ValueError(f"the row {row.name!r} has the name of an opponent, which every table has: choose another")
     for name in file.against:
         check_choice("row in against", name, [*dict.fromkeys(row.shown for row in rows), *OPPONENTS])
     _check_once("a row appears twice in against", file.against)

@@ -168,7 +168,7 @@ def _submit(engine: Engine, job: Job, session: Session) -> Future[Outcome]:
     try:
         return engine.executor.submit(engine.run, job.command(session))
     except Exception as error:
-        raise ValueError(f"the executor takes no more runs: {error}") from error
+        raise ValueError(f"the executor accepts no more runs: {error}") from error
 
 
 def _outcome(future: Future[Outcome], job: Job) -> Outcome:

@@ -370,7 +370,7 @@ def _splits_by_image(
         )
     if images is not None and not 1 <= images <= left:
         raise ValueError(
-            f"labels, how many images are learned from, must lie in [1, {left}], what {name} has beside {validation} to"
+            f"labels, the number of training images, must lie in [1, {left}], what {name} has beside {validation} to"
             f" validate, got {images}; None is all"
         )
 

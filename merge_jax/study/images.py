@@ -387,7 +387,7 @@ def make_vision_encoder(
     check_choice("vision model", model, get_args(VisionModelName))
     if model == "vit_base":
         if image_size != 224 or attributes:
-            raise ValueError("vit_base has sizes of its own, with patches of 16: give it images of --image-size 224")
+            raise ValueError("vit_base has fixed sizes, with patches of 16: use --image-size 224")
         return mj.models.vit_base(**options)
     attributes = {"patch_size": max(1, image_size // 4), **attributes}
     check_at_least_one(patch_size=attributes["patch_size"])

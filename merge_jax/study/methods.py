@@ -141,7 +141,7 @@ def _make_schedule(config: RunConfig, source_examples: int, target_examples: int
         if learns and examples < config.batch_size:
             raise ValueError(
                 f"batch_size is {config.batch_size}, but the {role} learns from {examples} examples: a batch would"
-                " have some of them twice"
+                " repeat some of them"
             )
     if config.epochs is None:
         source, target = (
@@ -188,7 +188,7 @@ def make_methods(
     def alignment() -> Alignment:
         if source is None or source.apply is None or target.apply is None or isinstance(routes, Mapping):
             raise ValueError(
-                "a method with aligned needs one source that is a model of its own, and a target with `apply`"
+                "a method with aligned needs one source that is a separate model, and a target with `apply`"
             )
         return align(source, target, routes)
 
@@ -203,7 +203,7 @@ def make_methods(
 
     def started(name: str, make: StartFactory) -> _Moves:
         if source is None or isinstance(routes, Mapping):
-            raise ValueError(f"a method with {name} needs one source that is a model of its own")
+            raise ValueError(f"a method with {name} needs one source that is a separate model")
         return _Moves(mj.identity_transfer(), 0.0, start=make(source, target, routes))
 
     def by_routes(make: TransferFactory) -> Callable[[], _Moves]:
@@ -268,7 +268,7 @@ def _check_own_names(
     for kind, names in (("transfer", transfers), ("start", starts), ("objective", objectives)):
         for name in names:
             if name in taken or any(name.startswith(f"{other}_") for other in taken if other):
-                raise ValueError(f"the {kind} {name!r} has the name of a method that is there already: take another")
+                raise ValueError(f"the {kind} {name!r} has the name of an existing method: choose another")
         taken |= names.keys()
     for name, objective in objectives.items():
         if not isinstance(objective, Objective):
@@ -343,7 +343,7 @@ def _with_agreement(
       ValueError: no layers that could agree, or a model that cannot be looked into.
     """
     if source is None or source.apply is None or target.apply is None:
-        raise ValueError("a method with agree needs one source that is a model of its own")
+        raise ValueError("a method with agree needs one source that is a separate model")
     if not options.agree:
         raise ValueError("a method with agree needs layers: --agree target=source, such as stage1_0=stage1_0")
     target_layers, source_layers = zip(*options.agreeing_layers(), strict=True)

@@ -14,32 +14,32 @@ _Options = TypeVar("_Options")
 
 GROUPS: dict[str, tuple[str, tuple[str, ...]]] = {
     "common": (
-        "What people change first.",
+        "The options that you change first.",
         ("methods", "seeds", "steps", "labels", "data", "source", "source_from", "source_control", "run_dir", "resume"),
     ),
     "source": (
-        "The network that gives, and its training.",
+        "The source network and its training.",
         ("source_model", "source_heads", "source_task", "source_steps", "source_epochs", "source_learning_rate",
          "snapshots", "source_weights", "source_text_weights", "source_vision_weights", "fit_source_head"),
     ),
     "target": (
-        "The network that receives, and its training.",
+        "The target network and its training.",
         ("target_model", "model", "target_task", "task", "epochs", "batch_size", "learning_rate",
          "target_learning_rate", "target_rate", "learning_rate_schedule", "momentum", "head_first", "head_penalty",
          "target_weights", "target_text_weights", "target_vision_weights", "weights", "pooler", "stages", "dtype"),
     ),
     "transfer": (
-        "What moves, when, and the adapters.",
+        "What is transferred and when; the adapters.",
         ("routes", "direction", "cycle", "stop", "update", "prepare_steps", "prepare_rate", "adapter_routes",
          "adapter_learning_rate", "adapter_schedule", "num_layers", "num_heads", "capped", "attention_dropout",
          "feed_forward_dropout"),
     ),
     "objective": (
-        "What the target learns from the source beside its labels.",
+        "What the target learns from the source, besides its labels.",
         ("agree", "agreement", "compare_on", "temperature", "distillation_weight", "unlabelled"),
     ),
     "data": (
-        "Examples of both networks.",
+        "Training and test data of both networks.",
         ("target_data", "source_data", "test_data", "target_test_data", "source_test_data", "text", "target_text",
          "source_text", "label", "target_label", "source_label", "data_dir", "validation", "source_validation",
          "image_size", "augment", "max_length", "too_long", "vocabulary", "vocabulary_size", "num_shapes",
@@ -47,7 +47,7 @@ GROUPS: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "output": ("Reports, checkpoints, compiled programs.", ("report_every", "checkpoint_every", "compilation_cache")),
     "device": (
-        "Several devices and processes.",
+        "Multiple devices and processes.",
         ("devices", "parallel", "shard_state", "hosts", "coordinator", "num_processes", "process_id"),
     ),
 }  # fmt: skip
@@ -65,7 +65,7 @@ def parse_grouped(preset: _Options, arguments: Sequence[str], prog: str, descrip
     hints, texts = get_type_hints(kind, include_extras=True), _texts(kind)
     groups = [(name, text, [one for one in members if one in fields]) for name, (text, members) in GROUPS.items()]
     grouped = {one for *_, members in groups for one in members}
-    groups.insert(1, ("scenario", "Options of this scenario alone.", [one for one in fields if one not in grouped]))
+    groups.insert(1, ("scenario", "Options of this scenario only.", [one for one in fields if one not in grouped]))
 
     def option(name: str) -> tuple[str, Any, Any]:
         shown = tyro.conf.arg(prefix_name=False, help=texts.get(name))  # --steps, not --common.steps.

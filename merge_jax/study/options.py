@@ -35,19 +35,19 @@ class TransferOptions:
     """Options of the transfer, and of what the target learns from the source beside it."""
 
     methods: tuple[str, ...] = ("vanilla", "share", "mergenet_warm")
-    """Methods to compare: a transfer, an objective, or both as in share_agree; see experiments/README.md."""
+    """Methods to compare: a transfer, an objective, or both, as in share_agree; see experiments/README.md."""
     routes: tuple[str, ...] = ("**=**",)
-    """Layers that take part, as target=source; see merge_jax.Route for patterns. By default all of one name."""
+    """Routes, as target=source; merge_jax.Route explains patterns. By default, all leaves with equal names."""
     stop: float = 0.1
-    """Fraction of the run after which share and mergenet stop and the target learns alone."""
+    """Fraction of the run after which share and mergenet stop, and the target learns alone."""
     adapter_routes: tuple[str, ...] = ()
-    """Routes of mergenet's adapters, as target=source, if not all of --routes."""
+    """Routes of mergenet's adapters, as target=source; by default, all of --routes."""
     num_layers: int = 1
-    """Layers of each route's LPKA."""
+    """Number of layers of each route's LPKA."""
     num_heads: int = 8
-    """Heads of each attention."""
+    """Heads of each attention in the LPKA."""
     capped: bool = True
-    """Cap the widths of the LPKA as lpka_transfer does; without, they are the published ones."""
+    """Cap the widths of the LPKA, as lpka_transfer does; --no-capped uses the published widths."""
     attention_dropout: float = 0.1
     """Dropout on the attention weights of each LPKA."""
     feed_forward_dropout: float = 0.2
@@ -55,30 +55,32 @@ class TransferOptions:
     adapter_learning_rate: float = 1e-2
     """Learning rate of the adapter's AdamW."""
     adapter_schedule: Literal["constant", "cosine"] = "constant"
-    """Course of that rate; cosine falls to 0 after the first 2 percent of the run, as published."""
+    """Schedule of the adapter's learning rate. Cosine is constant for 2 percent of the run, then falls to 0, as
+    published."""
     agree: tuple[str, ...] = ()
-    """Layers whose features are to agree, as target=source, in the methods with agree in their names; see
+    """Layers whose features should agree, as target=source, for methods with agree in their names; see
     merge_jax.feature_agreement."""
     agreement: float = 20.0
-    """Weight of the features' disagreement in the target's loss."""
+    """Weight of the feature disagreement in the target's loss."""
     unlabelled: int = 0
-    """Training inputs that methods have without labels, beside the labelled ones: on all of these inputs, aligned is
-    fitted, and agree, kd and kd_mixed compare."""
+    """Number of unlabelled training inputs, in addition to the labelled ones. Methods that need no labels use both:
+    aligned, refit and prepare, and the comparisons of agree, kd and kd_mixed."""
     head_first: bool = False
-    """Fit the target's last layer to its labelled examples before the first step, after what the method writes, in
-    every method alike: a logistic regression on its features. Transfers then leave that layer to the target."""
+    """Before the first step, after any write, fit the target's last layer to its labelled examples by logistic
+    regression. This applies to every method; transfers then leave out that layer."""
     head_penalty: float = 1.0
-    """Penalty of logistic regressions: last layers that are fitted first, probes, opponents. More where features and
+    """Penalty of the logistic regressions for fitted last layers, probes and baselines. Use more if features and
     classes are many and examples few."""
     prepare_steps: int = 100
-    """Steps of prepare, which draws the target's features to the source's before the first step."""
+    """Steps of prepare, which pulls the target's features toward the source's before the first step."""
     prepare_rate: float = 1e-2
     """Initial learning rate of prepare."""
     target_rate: float = 1.0
-    """Factor on the target's learning rate, in every method alike; to choose one for each on validation, see `choose`
-    in grids."""
+    """Factor on the target's learning rate, for every method. To choose one for each method on validation, see
+    `choose` in grids."""
     compare_on: Literal["mixed", "plain"] = "mixed"
-    """What features are compared on: means of neighbouring images (text as it is), or the batch itself."""
+    """Inputs on which features are compared: means of neighbouring images (for text, the batch itself), or the batch
+    itself."""
 
     def check_options(self) -> None:
         """Raises ValueError for an option out of range."""
@@ -112,26 +114,26 @@ class TaskOptions:
     """Options of models that learn a task by its name."""
 
     labels: int | None = 200
-    """Training examples that the target learns from, or None for all; a source has all."""
+    """Labelled training examples of the target, or None for all; a source has all."""
     validation: int = 300
-    """Training examples held out to validate on; digits always hold out 200."""
+    """Training examples held out for validation; digits always hold out 200."""
     data_dir: Path | None = None
-    """Folder of TFDS; archives in its downloads/manual/ are used instead of a download."""
+    """Folder of TFDS; archives in its downloads/manual/ replace a download."""
     max_length: int = 40
-    """Tokens of a text, or of a question and its passage."""
+    """Maximum number of tokens of a text, or of a question and its passage."""
     too_long: Literal["truncate", "error"] = "truncate"
-    """What to do with longer ones: cut and count them, or refuse."""
+    """What to do with longer texts: cut and count them, or raise an error."""
     vocabulary: Path | None = None
-    """BERT's vocab.txt or a tokenizer.json; by default that of the run in --source-from, or one that is learned from
-    the training texts of all models. A run keeps its own as vocabulary.json."""
+    """A BERT vocab.txt or a tokenizer.json. By default that of the run in --source-from, or one learned from all
+    training texts. A run saves its vocabulary as vocabulary.json."""
     vocabulary_size: int = 1000
-    """Tokens of a vocabulary that is learned."""
+    """Number of tokens of a learned vocabulary."""
     image_size: int | None = None
-    """Height and width to scale images to; None for as they are."""
+    """Height and width to which images are scaled; None keeps their size."""
     stages: int = 3
     """Stages of small image networks, 1 to 3."""
     learning_rate: float = 1e-3
-    """Learning rate of the models: of AdamW for text, of SGD for images."""
+    """Learning rate of both models: AdamW for text, SGD for images."""
 
     def check_options(self) -> None:
         """Raises ValueError for an option out of range."""
@@ -146,13 +148,13 @@ class ImageTextOptions:
     """Options of models that learn a task of images with text."""
 
     num_shapes: int = 2
-    """Shapes on each image of synthetic questions, 2 to 6; with 6, as published, small models learn for long."""
+    """Shapes on each image of synthetic questions, 2 to 6; with 6, as published, small models take long to learn."""
     num_answers: int = 3129
-    """How many of the commonest training answers a model chooses from."""
+    """Number of the most common training answers that a model chooses from."""
     uncovered: Literal["error", "skip"] = "error"
-    """What to do with training questions none of whose answers are among these."""
+    """What to do with training questions that have none of these answers."""
     unreadable: Literal["error", "skip"] = "error"
-    """What to do with images that are missing or cannot be read: refuse, or leave out, name and count them."""
+    """What to do with missing or unreadable images: raise an error, or skip, name and count them."""
 
     def check_options(self) -> None:
         """Raises ValueError for an option out of range."""
@@ -164,21 +166,21 @@ class Architecture:
     """A model's encoders and what joins them."""
 
     vision: VisionModelName = "tiny_vit"
-    """The encoder of images."""
+    """The image encoder."""
     text: TextModelName = "small_distilbert"
-    """The encoder of text."""
+    """The text encoder."""
     layers: int | None = None
-    """Layers of a small encoder; its own number by default."""
+    """Layers of a small encoder; by default its usual number."""
     width: int | None = None
-    """Width of a small encoder; its own by default."""
+    """Width of a small encoder; by default its usual width."""
     patch_size: int | None = None
     """Height and width of a small vision encoder's patches; a quarter of the image by default."""
     fusion_layers: int = 2
-    """Layers in which the words look at the image, for vqa."""
+    """Cross-attention layers from words to the image, for vqa."""
     dropout: float = 0.0
-    """Dropout of both encoders and of those layers."""
+    """Dropout in both encoders and in those layers."""
     embedding_size: int = 32
-    """Size of the vectors that images and captions become, for retrieval."""
+    """Size of the embeddings of images and captions, for retrieval."""
 
     @property
     def vision_attributes(self) -> dict[str, Any]:

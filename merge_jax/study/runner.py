@@ -124,7 +124,9 @@ def check_run(scenario: Scenario, config: RunConfig) -> Checked:
             check_finite(f"the source of seed {seed}", source_plan.read(seed).params)
     trials = make_trials(scenario, config, source_plan)
     if config.axis_name != scenario.axis_name:
-        raise ValueError(f"{scenario.name} is not made for --parallel pmap: take --parallel jit, which splits any run")
+        raise ValueError(
+            f"{scenario.name} does not support --parallel pmap: use --parallel jit, which can split any run"
+        )
     if config.parallel == "pmap":
         layout = pmap_layout(config.devices)
     else:

@@ -65,7 +65,7 @@ def plan_source(scenario: Scenario, config: RunConfig) -> SourcePlan:
     if role is None:
         if config.source_control != "none":
             raise ValueError(
-                f"a target that is its own source has none to control: leave out source_control {config.source_control}"
+                f"a target that is its own source has no control: leave out source_control {config.source_control}"
             )
         return SourcePlan()
     start = partial(_start, role)

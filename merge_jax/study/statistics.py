@@ -39,7 +39,9 @@ def paired_difference(values: Sequence[float], others: Sequence[float]) -> Compa
       ValueError: no values, or not as many of either.
     """
     if len(values) != len(others) or not len(values):
-        raise ValueError(f"paired values must be as many of either, one or more; got {len(values)} and {len(others)}")
+        raise ValueError(
+            f"paired values must be two equally long, nonempty sequences; got {len(values)} and {len(others)}"
+        )
     differences = np.round(np.asarray(values, float) - np.asarray(others, float), _DECIMALS)
     n = len(differences)
     mean, error = mean_and_error(differences.tolist())

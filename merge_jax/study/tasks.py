@@ -175,7 +175,7 @@ def _check_modality(spec: TaskSpec) -> None:
         return
     model = f"{spec.encoder[0]} ({spec.task})"
     if spec.weights is not None and spec.task not in _TEXT_TASKS:
-        raise ValueError(f"the weights {spec.weights} are of a text encoder, which {model} has not")
+        raise ValueError(f"the weights {spec.weights} are of a text encoder, which {model} does not have")
     if spec.vision_weights is not None:
         raise ValueError(
             f"the weights {spec.vision_weights} are for the vision transformer of a model of images with text, which"

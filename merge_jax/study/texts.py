@@ -195,7 +195,7 @@ def make_text_encoder(
     name, small = (model, model.startswith("small_")) if sizes is None else (str(sizes), False)
     if attributes and not small:
         hint = "" if sizes is not None else ", or take a small model"
-        raise ValueError(f"{name} has sizes of its own: leave out {', '.join(attributes)}{hint}")
+        raise ValueError(f"{name} has fixed sizes: leave out {', '.join(attributes)}{hint}")
     vocab_size, separator = (2, 1) if tokens is None else (tokens.vocab_size, tokens.separator)
     if sizes is not None:
         with weights_error():
@@ -398,7 +398,7 @@ def _check_classes(name: str, texts: LabelledTexts, classes: Sequence[str]) -> N
     counts = np.bincount(texts.labels, minlength=len(classes))
     rare = [f"{one!r} has {count}" for one, count in zip(classes, counts, strict=True) if count < 3]
     if rare:
-        raise ValueError(f"each class of {name} needs three texts or more to learn from; {', '.join(rare)}")
+        raise ValueError(f"each class of {name} needs at least three texts; {', '.join(rare)}")
 
 
 def _check_sizes(name: str, size: int, validation: int, labels: int | None) -> None:
@@ -408,6 +408,6 @@ def _check_sizes(name: str, size: int, validation: int, labels: int | None) -> N
         )
     if labels is not None and not 1 <= labels <= size - validation:
         raise ValueError(
-            f"labels, how many examples are learned from, must lie in [1, {size - validation}], what {name} has beside"
-            f" {validation} to validate, got {labels}; None is all"
+            f"labels, the number of labelled training examples, must lie in [1, {size - validation}], as {name} keeps"
+            f" {validation} for validation, got {labels}; None is all"
         )

@@ -72,7 +72,7 @@ def connect(
         missing = _await_others(int(port), num_processes, deadline)
         who = f"process{'es' * (len(missing) > 1)} {', '.join(map(str, sorted(missing)))}"
         if missing:
-            raise TimeoutError(f"{who} of {num_processes} did not come to {address} within {timeout:g} s")
+            raise TimeoutError(f"{who} of {num_processes} did not connect to {address} within {timeout:g} s")
     else:
         _await_coordinator(host, int(port), process_id, num_processes, deadline, timeout, answer_within)
     _join(address, num_processes, process_id, timeout, lost_after)
@@ -110,7 +110,7 @@ def await_all(problem: Exception | None) -> None:
     having = multihost_utils.process_allgather(np.array(problem is not None))
     if problem is None and having.any():
         who = ", ".join(str(i) for i in np.flatnonzero(having))
-        raise ValueError(f"this process could go on, but process {who} cannot: see what it says")
+        raise ValueError(f"this process could continue, but process {who} cannot: see its message")
 
 
 @contextlib.contextmanager
@@ -216,4 +216,4 @@ def _await_coordinator(
             f"{who} found no coordinator at {host}:{port} within {waited:g} s ({problem}): start process 0 first, or"
             " correct the address"
         )
-    raise TimeoutError(f"{who} has waited {timeout:g} s at {host}:{port}, and not all others came")
+    raise TimeoutError(f"{who} waited {timeout:g} s at {host}:{port}, but not all other processes connected")

@@ -140,11 +140,11 @@ def _check_targets(targets: jax.Array, size: int, num_classes: int | None) -> in
     if outside.size:
         raise ValueError(f"labels must lie in [0, {classes}), got {outside[0]} ({outside.size} are outside)")
     if size < classes:
-        raise ValueError(f"{size} examples cannot tell {classes} classes apart: give one of each at least")
+        raise ValueError(f"{size} examples cannot cover {classes} classes: give at least one of each")
     absent = sorted(set(range(classes)) - set(labels.tolist()))
     if absent:
         warnings.warn(
-            f"no example has label {some_of(list(map(str, absent)), 5)}: the head will not name it", stacklevel=3
+            f"no example has label {some_of(list(map(str, absent)), 5)}: the head will never predict it", stacklevel=3
         )
     return classes
 

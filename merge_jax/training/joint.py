@@ -145,9 +145,9 @@ def init_joint_state(
     check_arrays("target state", target_state)
     if writes(transfer) and holds_parameters(target.optimizer, target_params):
         warnings.warn(
-            "the target's optimizer keeps parameters of its own beside the target's (as schedule-free ones, COCOB, DoG "
-            "and Prodigy do): it may take back what a transfer writes, or be led astray by it. Take another "
-            "optimizer, or a residual transfer in make_reparameterised_step, which writes nothing",
+            "the target's optimizer stores its own copy of the parameters (as schedule-free ones, COCOB, DoG and "
+            "Prodigy do): it may undo what a transfer writes, or diverge after it. Use another optimizer, or a residual"
+            " transfer in make_reparameterised_step, which writes nothing",
             stacklevel=2,
         )
     adapter_optimizer = adapter_optimizer or adapter_adamw()

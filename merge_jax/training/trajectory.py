@@ -104,7 +104,7 @@ def replayed(transfer: Transfer, replay: Replay) -> Transfer:
 
     def snapshot(source_params: Params, step: Step) -> tuple[Params, Any]:
         if step is None:
-            raise ValueError("the source is replayed by the step: name it, as in transfer.apply(..., step=step)")
+            raise ValueError("a replayed source needs the step: pass it, as in transfer.apply(..., step=step)")
         number = replay(step)
         return _snapshot(source_params, number), number
 

@@ -235,8 +235,8 @@ def _check_memory(plan: AlignmentPlan) -> None:
     if free is not None and total > free / 2:
         name, largest = max(matrices.items(), key=lambda item: item[1].size)
         raise ValueError(
-            f"the adapter takes {total / 1e9:.3g} GB, more than half of the {free / 1e9:.3g} GB that are free; most of "
-            f"that has {name!r}, of {largest.shape}. Leave out the routes to leaves with these channels"
+            f"the adapter takes {total / 1e9:.3g} GB, more than half of the {free / 1e9:.3g} GB that are free; its "
+            f"largest matrix is {name!r}, of {largest.shape}. Leave out the routes to leaves with these channels"
         )
 
 
@@ -247,7 +247,7 @@ def _check_adapter(adapter: Adapter, plan: AlignmentPlan) -> None:
         for name, matrix in expected.items():
             if name not in found:
                 raise ValueError(
-                    f"the adapter has nothing for {name!r}; was it made for other routes or models? "
+                    f"the adapter has no entry for {name!r}; was it made for other routes or models? "
                     f"{near_misses(name, found)}"
                 )
             if found[name].shape != matrix.shape:

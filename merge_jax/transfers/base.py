@@ -194,7 +194,7 @@ def schedule_value(schedule: optax.ScalarOrSchedule, step: Step, noun: str) -> A
     if not callable(schedule):
         return schedule
     if step is None:
-        raise ValueError(f"{noun} follows a schedule: name the step, as in transfer.apply(..., step=step)")
+        raise ValueError(f"{noun} follows a schedule: pass the step, as in transfer.apply(..., step=step)")
     return schedule(step)
 
 

@@ -232,7 +232,7 @@ def adapter_entry(name: str, adapter: Adapter, expected: Any) -> Adapter:
     """
     if name not in adapter:
         raise ValueError(
-            f"the adapter has nothing for the route to {name!r}; was it made for other routes or models? "
+            f"the adapter has no entry for the route to {name!r}; was it made for other routes or models? "
             f"{near_misses(name, adapter)}"
         )
     wanted, found = (

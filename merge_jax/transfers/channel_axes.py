@@ -146,11 +146,11 @@ class AxisNodes(TiedAxes):
             place = places.get(self._root(node))
             if place is not None and not self._is_place(*place):
                 raise ValueError(
-                    f"the operation {operation!r} cannot be followed: channels of {place[0]!r}, along its axis "
-                    f"{place[1]}, go into it, and which leaves read them afterwards is not known. "
-                    f"{_INSTEAD.get(operation, 'Give a function without it')}. Or give channel_graph strict=False, by "
-                    "which the axes before and behind it come apart: aligned_transfer then takes them as they are "
-                    "where sizes are equal, and refuses them elsewhere"
+                    f"the operation {operation!r} cannot be followed: its input has the channels of {place[0]!r}, "
+                    f"along axis {place[1]}, and it is unknown which leaves read them afterwards. "
+                    f"{_INSTEAD.get(operation, 'Give a function without it')}. Or pass strict=False to channel_graph, "
+                    "which separates the axes before and after it: aligned_transfer then copies them unchanged if "
+                    "their sizes are equal, and refuses them otherwise"
                 )
 
     def _is_place(self, path: str, axis: int) -> bool:

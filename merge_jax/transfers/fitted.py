@@ -144,6 +144,10 @@ def _explain(inputs: list[jax.Array], source: Params, target: Params) -> NoRetur
         before |= {f"the {role}'s {path}": leaf for path, leaf in flatten(variables).items()}
     wrong = [name for name, leaf in before.items() if not all_finite(leaf)]
     raise ValueError(
-        "the refit came to numbers that are not finite: "
-        + (f"there are some in {some_of(wrong, 3)}" if wrong else "what the source or the target computes has some")
+        "the refit is not finite: "
+        + (
+            f"there are non-finite values in {some_of(wrong, 3)}"
+            if wrong
+            else "the source or the target computes non-finite values"
+        )
     )

@@ -34,7 +34,7 @@ def kernel_routes(routes: Routes) -> tuple[Route, ...]:
     for route in named_routes:
         if route.view == "attention":
             raise ValueError(
-                f"the route to {route.target!r} has the view 'attention', which this transfer has not; "
+                f"the route to {route.target!r} has the view 'attention', which this transfer does not support; "
                 "route the kernels of query, key, value and output one by one"
             )
     return named_routes

@@ -211,7 +211,7 @@ def error_context(route: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"the route to {route!r} cannot be had: {error}") from None
+        raise ValueError(f"the route to {route!r} cannot be applied: {error}") from None
 
 
 def linen_network(module: nn.Module) -> Network:

@@ -40,8 +40,8 @@ def match_vocabulary(
     if marks["source"] != marks["target"]:
         how = ", ".join(f"the {role}'s marks {_MARKS.get(mark, 'neither')}" for role, mark in marks.items())
         raise ValueError(
-            f"the vocabularies mark words in unlike ways ({how}), so that one string is not one token: convert one to"
-            " the form of the other"
+            f"the vocabularies mark words differently ({how}), so that one string is not one token: convert one to"
+            " the other's form"
         )
     target_size, source_size = matched.counts
     for role, rows, size in (("source", source_rows, source_size), ("target", target_rows, target_size)):

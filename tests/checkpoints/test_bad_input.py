@@ -111,7 +111,7 @@ ROWS = {
     ),
     "weights: none in a folder of theirs": (
         refused("cross_task", "--target-weights", "TMP"),
-        re.compile(r"TMP holds no weights of a format that is read \(safetensors, .*\)"),
+        re.compile(r"TMP is not a weight file in a supported format \(safetensors, .*\)"),
     ),
 }
 

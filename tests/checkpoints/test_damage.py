@@ -130,7 +130,7 @@ def test_where_all_steps_are_damaged_each_is_named_and_nothing_starts_anew(folde
     os.truncate(folder / "3" / "_CHECKPOINT_METADATA", 9)
     message = (
         r"damaged checkpoints in .*: step 3: it has no manifest; step 2: .*; step 1: model/kernel changed since it was "
-        r"saved; there is no other to go back to"
+        r"saved; there is no other step to restore"
     )
     with Checkpoints(folder, keep=None) as checkpoints, pytest.raises(ValueError, match=message):
         checkpoints.restore_latest(state_of(0))
@@ -206,7 +206,7 @@ def test_one_writer_at_a_time_and_any_number_of_readers(folder):
             Checkpoints(folder)
         with Checkpoints(folder, read_only=True) as reader:
             assert reader.restore_latest(state_of(0))[0] == 3
-            with pytest.raises(ValueError, match="is open to be read"):
+            with pytest.raises(ValueError, match="is open read-only"):
                 reader.save(4, state_of(4))
         checkpoints.save(4, state_of(4))
     with Checkpoints(folder) as checkpoints:

@@ -115,7 +115,9 @@ def test_a_clock_that_was_set_during_a_save_is_named_once(tmp_path, monkeypatch)
     orbax = checkpoints._steps._checkpointer
     monkeypatch.setattr(orbax, "save_async", lambda *unused, **options: SimpleNamespace(result=late))
     checkpoints.save(2, {"x": jnp.ones(3)})
-    with pytest.raises(TimeoutError, match=f"step 2 was not saved in {tmp_path}: the clock was set while it was"):
+    with pytest.raises(
+        TimeoutError, match=f"step 2 was not saved in {tmp_path}: the system clock changed while it was"
+    ):
         checkpoints.wait()
     monkeypatch.setattr(type(orbax), "close", late)  # As Orbax does: what went wrong comes again.
     checkpoints.close()
@@ -279,7 +281,7 @@ def test_every_way_to_restore_refuses_other_facts(tmp_path, way):
     facts = {"data": "abc", "batch_size": 50, "seed": 0}
     with Checkpoints(tmp_path, facts=facts) as checkpoints:
         checkpoints.save(1, state, score=0.5)
-    message = r"step 1 in .* was saved by another run: batch_size was 50, is 20; data was 'abc', is 'abd'\. Go on"
+    message = r"step 1 in .* was saved by another run: batch_size was 50, is 20; data was 'abc', is 'abd'\. Restore"
     with (
         Checkpoints(tmp_path, facts={**facts, "data": "abd", "batch_size": 20}, read_only=True) as checkpoints,
         pytest.raises(CheckpointError, match=message),
@@ -300,7 +302,7 @@ def test_every_way_to_restore_tells_of_other_circumstances_once(tmp_path, way, m
     with Checkpoints(tmp_path, read_only=True) as checkpoints:
         restore = restoring(checkpoints, state)[way]
         with pytest.warns(
-            NotBitExactWarning, match="so what follows is not bit-exact: threads was 16, is 3$"
+            NotBitExactWarning, match="so the run will not continue bit for bit: threads was 16, is 3$"
         ) as caught:
             restore()
         assert caught[0].filename == __file__

@@ -126,7 +126,7 @@ def test_a_comparison_that_is_written_meanwhile_is_not_overwritten(tmp_path, cap
 
     monkeypatch.setattr(merge_jax.commands.compare, "compare", slow)
     message = refused(capsys, "compare", "one", "two", "--out", tmp_path / "out")
-    assert f"{tmp_path}/out/table.txt already exists, and nothing is overwritten: give another --out" in message
+    assert f"{tmp_path}/out/table.txt already exists and is not overwritten: choose another --out" in message
     assert (tmp_path / "out" / "table.txt").read_text() == "of another"
     assert not (tmp_path / "out" / "curves.png").exists()
 
@@ -161,7 +161,7 @@ def test_what_cannot_be_compared_is_named(runs, tmp_path, capsys):
     message = refused(capsys, "compare", runs / "one", "--baseline", "shared")
     assert message == f"{runs / 'one'} has no method 'shared'; did you mean 'share'?"
     message = refused(capsys, "compare", runs / "one", "--out", runs)
-    assert message == f"{runs} already exists, and nothing is overwritten: give another --out"
+    assert message == f"{runs} already exists and is not overwritten: choose another --out"
     broken = tmp_path / "broken"
     for name, content, expected in (
         ("results.json", "[]", "no method of the run {} has ended yet: resume it first"),
@@ -408,11 +408,11 @@ def test_what_cannot_be_exported_is_named(runs, tmp_path, capsys):
         "must end in .safetensors, the format that is written"
     )
     message = refused(capsys, "export", cell, file, "--part", "target/param")
-    assert message.startswith("what is saved has no part 'target/param'; did you mean 'target/params'")
+    assert message.startswith("the checkpoint has no part 'target/param'; did you mean 'target/params'")
     assert "it is a run, name one of" in refused(capsys, "export", runs / "one", file)
     assert "leave out --best" in refused(capsys, "export", cell / "4", file, "--best")
     file.write_text("mine")
-    assert refused(capsys, "export", cell, file).endswith("nothing is overwritten: give another name")
+    assert refused(capsys, "export", cell, file).endswith("is not overwritten: choose another name")
     assert file.read_text() == "mine"
 
 
@@ -424,7 +424,7 @@ def test_weights_of_others_become_a_file_of_safetensors(tmp_path, capsys):
         f"{tmp_path / 'm.bin'} (Flax msgpack): 1 leaves, 6 numbers: {out}\n"
     )
     assert_equal_leaves(mj.load_safetensors(out), {"params": tree["params"]})
-    assert refused(capsys, "convert", tmp_path / "m.bin", out).endswith("nothing is overwritten: give another name")
+    assert refused(capsys, "convert", tmp_path / "m.bin", out).endswith("is not overwritten: choose another name")
     assert "must end in .safetensors" in refused(capsys, "convert", tmp_path / "m.bin", tmp_path / "m.npz")
     said(capsys, "convert", tmp_path / "m.bin", tmp_path / "step.safetensors", "--select", "step")
     assert_equal_leaves(mj.load_safetensors(tmp_path / "step.safetensors"), {"step": tree["step"]})

@@ -268,7 +268,7 @@ ROWS = {
     ),
     "fewer rows than a batch": (
         refused("cross_structure", "--labels", "20", "--batch-size", "32"),
-        "batch_size is 32, but the target learns from 20 examples: a batch would have some of them twice",
+        "batch_size is 32, but the target learns from 20 examples: a batch would repeat some of them",
     ),
     "fewer labels than classes": (
         refused("cross_structure", "--labels", "5"),

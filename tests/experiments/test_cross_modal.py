@@ -255,7 +255,7 @@ def test_captions_that_are_too_long_are_counted_or_refused(capsys):
         (["--target-data", "./none"], "none"),
         (
             ["--labels", "9999"],
-            r"labels, how many images are learned from, must lie in \[1, 3980\], what sort_of_clevr",
+            r"labels, the number of training images, must lie in \[1, 3980\], what sort_of_clevr",
         ),
         (
             ["--source-task", "itself", "--validation", "4000"],
@@ -264,7 +264,7 @@ def test_captions_that_are_too_long_are_counted_or_refused(capsys):
         (["--image-size", "None"], "vqa needs --image-size, which its images are scaled to"),
         (["--target-model.patch-size", "5"], "patches of 5 do not fill images of 16x16"),
         (["--target-model.vision", "vit_base"], "vit_base has sizes of its own"),
-        (["--target-model.text", "bert_base"], "bert_base has sizes of its own: leave out num_layers, or take a small"),
+        (["--target-model.text", "bert_base"], "bert_base has fixed sizes: leave out num_layers, or take a small"),
         (
             ["--target-task", "retrieval", "--validation", "9"],
             r"--validation: scene_captions has, held out of its training images, 9 images and 9 captions; recall among "

@@ -331,7 +331,7 @@ def test_bad_options_are_refused_by_name(tmp_path):
     for options, message in [
         (
             ["--labels", "9999"],
-            r"labels, how many examples are learned from, must lie in \[1, 1980\], what synthetic_reviews has beside",
+            r"labels, the number of labelled training examples, must lie in \[1, 1980\], as synthetic_reviews keeps",
         ),
         (
             ["--validation", "5000"],

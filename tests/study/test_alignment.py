@@ -80,5 +80,5 @@ def test_a_source_that_is_many_or_the_model_itself_is_refused():
         cross_task.PRESETS["digits"], source_task=("digits", "parity"), routes=("fc/kernel=fc/kernel",), agree=()
     )
     for module, config in ((cross_task, several), (self_transfer, self_transfer.PRESETS["default"])):
-        with pytest.raises(ValueError, match="a method with aligned needs one source that is a model of its own"):
+        with pytest.raises(ValueError, match="a method with aligned needs one source that is a separate model"):
             module.build(replace(config, methods=("aligned",)))

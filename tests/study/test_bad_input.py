@@ -158,7 +158,7 @@ ROWS = {
     ),
     "epochs and steps": (
         refused("cross_structure", "--source-epochs", "2"),
-        "source_epochs is given without epochs: lengths are in steps or in epochs, not in both",
+        "source_epochs is given without epochs: give lengths either in steps or in epochs",
     ),
     "a control of a live source": (
         refused("cross_structure", "--source", "live", "--source-control", "random"),
@@ -178,7 +178,7 @@ ROWS = {
     ),
     "pmap and parts": (
         refused("cross_structure", "--parallel", "pmap", "--shard-state"),
-        "shard_state is for jit: pmap keeps a copy of all on every device",
+        "shard_state needs --parallel jit: pmap keeps a full copy on every device",
     ),
     # Sources.
     "source: not named": (

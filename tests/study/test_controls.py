@@ -175,5 +175,5 @@ def test_a_source_of_another_seed_is_trained_and_not_read(tmp_path):
 
 def test_a_target_that_is_its_own_source_has_none_to_control():
     config = parse(self_transfer.PRESETS, "", "", ["smoke", "--source-control", "noise"])
-    with pytest.raises(ValueError, match="its own source has none to control: leave out source_control noise"):
+    with pytest.raises(ValueError, match="its own source has no control: leave out source_control noise"):
         check_run(self_transfer.build(config), config)

@@ -115,7 +115,7 @@ def test_the_control_itself_reads_the_target_alone():
         (
             cross_task.build,
             replace(cross_task.PRESETS["smoke"], methods=("share_agree",), source_task=("digits", "parity")),
-            "needs one source that is a model of its own",
+            "needs one source that is a separate model",
         ),
         (self_transfer.build, replace(self_transfer.PRESETS["smoke"], methods=("agree",)), "needs one source"),
     ],

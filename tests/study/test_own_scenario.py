@@ -50,7 +50,7 @@ def own(**options):
 @pytest.mark.parametrize("kind", ["transfers", "objectives"])
 def test_a_name_that_means_another_method_is_refused(kind, name):
     value = mj.share_transfer if kind == "transfers" else study.Objective(loss=None)
-    with pytest.raises(ValueError, match=f"the {kind[:-1]} '{name}' has the name of a method that is there already"):
+    with pytest.raises(ValueError, match=f"the {kind[:-1]} '{name}' has the name of an existing method"):
         own(**{kind: {name: value}})
 
 

@@ -202,7 +202,7 @@ def test_a_run_begun_on_five_devices_goes_on_on_one(unbroken, tmp_path, options)
     assert stopped.returncode == 130, stopped.stderr
     done = start(*TEN_STEPS, "--run-dir", folder, "--resume")
     assert done.returncode == 0, done.stderr
-    assert "what follows is not bit-exact: devices was 5, is 1" in done.stderr
+    assert "the run will not continue bit for bit: devices was 5, is 1" in done.stderr
     assert_close(records(folder), records(unbroken[0]))
 
 

@@ -42,7 +42,7 @@ def test_a_coordinator_that_is_not_there_is_named_in_time(monkeypatch):
 def test_a_coordinator_that_answers_is_waited_for_as_long_as_the_others_may_take():
     with socket.create_server(("localhost", 0)) as server:
         address = f"localhost:{server.getsockname()[1]}"
-        with pytest.raises(TimeoutError, match=rf"process 1 of 3 has waited 0.5 s at {address}, and not all others"):
+        with pytest.raises(TimeoutError, match=rf"process 1 of 3 waited 0.5 s at {address}, but not all other"):
             mj.training.connect(address, 3, 1, timeout=0.5, answer_within=0.2)
 
 
@@ -59,7 +59,7 @@ def test_where_no_cluster_is_found_or_half_of_an_address_is_given_it_is_refused(
 
 def test_processes_that_do_not_come_are_named():
     address = f"localhost:{helpers.free_port()}"
-    with pytest.raises(TimeoutError, match=rf"processes 1, 2 of 3 did not come to {address} within 0.3 s"):
+    with pytest.raises(TimeoutError, match=rf"processes 1, 2 of 3 did not connect to {address} within 0.3 s"):
         mj.training.connect(address, 3, 0, timeout=0.3)
 
 

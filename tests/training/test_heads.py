@@ -79,7 +79,7 @@ def test_inside_of_other_programs():
 
 def test_a_class_without_an_example_is_told():
     labels = np.where(LABELS == 3, 4, LABELS)
-    with pytest.warns(UserWarning, match="no example has label 3: the head will not name it"):
+    with pytest.warns(UserWarning, match="no example has label 3: the head will never predict it"):
         head = mj.fit_head(FEATURES, labels)
     assert not (np.argmax(head(FEATURES), 1) == 3).any()
 
@@ -99,7 +99,7 @@ def test_no_convergence_is_told():
         ({"targets": np.eye(10, dtype=int)[LABELS]}, "of one-hot labels, take argmax"),
         ({"num_classes": 9}, r"labels must lie in \[0, 9\), got 9"),
         ({"targets": LABELS - 1}, r"labels must lie in \[0, 9\), got -1"),
-        ({"num_classes": 400}, "300 examples cannot tell 400 classes apart"),
+        ({"num_classes": 400}, "300 examples cannot cover 400 classes"),
         ({"targets": FEATURES, "num_classes": 3}, "num_classes is 3, and there are 64 logits"),
         ({"penalty": 0.0}, "penalty must be a finite number above 0, got 0.0"),
         ({"weights": np.ones(3)}, r"weights must be \[300\]"),

@@ -296,7 +296,7 @@ def test_what_cannot_learn_is_refused_by_its_leaf_before_a_step(leaf):
     task, same = mj.Task(loss, optax.sgd(0.1)), mj.identity_transfer()
     params, plain = {"fc": {"w": jnp.ones(2), "x": leaf}}, {"fc": {"w": jnp.ones(2)}}
     message = (
-        r"the {} leaf 'fc/x' must be an array of floats, since it is to learn, got .*\]: keep it apart.* nnx\.split\("
+        r"the {} leaf 'fc/x' must be an array of floats, since it is trained, got .*\]: keep it apart.* nnx\.split\("
     )
     for role, source, source_params, target_params in (("target", None, {}, params), ("source", task, params, plain)):
         with pytest.raises(ValueError, match=message.format(role)):

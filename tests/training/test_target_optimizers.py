@@ -50,7 +50,7 @@ def test_optimizers_that_keep_parameters_are_told_from_those_that_do_not(name):
 
 @pytest.mark.parametrize("name", ["cocob", "schedule_free"])
 def test_of_an_optimizer_that_takes_the_transfer_back_a_run_is_warned(name):
-    with pytest.warns(UserWarning, match="keeps parameters of its own beside the target's") as caught:
+    with pytest.warns(UserWarning, match="stores its own copy of the parameters") as caught:
         state, step = begun(HOLDING[name])
     assert caught[0].filename == __file__
     after, _ = step(state, {"target": {}})

@@ -43,7 +43,7 @@ def _leaves(path: Path, extension: Callable[[bytes], Any]) -> dict[str, Any]:
         if code == _COMPLEX:
             return np.asarray(complex(*msgpack.unpackb(content)))
         if code not in (_ARRAY, _SCALAR):
-            raise ValueError(f"an extension of the kind {code}, which Flax has not")
+            raise ValueError(f"an extension of the kind {code}, which Flax does not have")
         return extension(content)
 
     def collected(pairs: list[tuple[Any, Any]]) -> Any:

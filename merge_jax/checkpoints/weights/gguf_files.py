@@ -54,8 +54,8 @@ def _open(path: Path) -> Stored:
             tensor, kind = tensors[leaf], tensors[leaf].tensor_type.name
             if str(tensor.name) in turned and tensor.data.dtype == np.uint8:
                 raise ValueError(
-                    f"{path} is of a machine with another order of bytes, and {tensor.name!r} is {kind}, whose blocks"
-                    " are not read so: turn the file, gguf-convert-endian FILE little"
+                    f"{path} has another byte order than this machine, and the blocks of {tensor.name!r} ({kind}) "
+                    "cannot be swapped: convert the file, gguf-convert-endian FILE little"
                 )
             with reading(path, f"GGUF file that is read: the tensor {tensor.name!r} is {kind}"):
                 data = np.asarray(tensor.data)  # Mapped.

@@ -112,7 +112,7 @@ def _group(node: Any, path: Path, seen: set[Any]) -> Group:
     for name in node:
         # Before it is followed: it may lead into another file.
         if type(node.get(name, getlink=True)).__name__ != "HardLink":
-            raise ValueError(f"{path} has the link {name!r} in {node.name!r}, which may lead into another file")
+            raise ValueError(f"{path} has the link {name!r} in {node.name!r}, which may point to another file")
         child = node[name]
         if hasattr(child, "keys"):
             groups[name] = _group(child, path, seen)
@@ -124,10 +124,10 @@ def _group(node: Any, path: Path, seen: set[Any]) -> Group:
 
 def _shape(dataset: Any, path: Path) -> jax.ShapeDtypeStruct:
     if dataset.external or dataset.is_virtual:
-        raise ValueError(f"{path} has the numbers of {dataset.name!r} in another file")
+        raise ValueError(f"{path} stores the values of {dataset.name!r} in another file")
     is_bfloat16 = (dataset.dtype.kind, dataset.dtype.itemsize) == ("V", 2) and dataset.attrs.get("dtype") == "bfloat16"
     if dataset.dtype.kind not in "biufc" and not is_bfloat16:
-        raise ValueError(f"{path} has {dataset.dtype} in {dataset.name!r}, which are no numbers")
+        raise ValueError(f"{path} has {dataset.dtype} in {dataset.name!r}, which is not numeric")
     size = dataset.dtype.itemsize * int(np.prod(dataset.shape, dtype=object))
     if size > _LARGEST_RATIO * dataset.id.get_storage_size() + 100:
         raise ValueError(f"{path} claims {size} bytes for {dataset.name!r}, which it does not hold")

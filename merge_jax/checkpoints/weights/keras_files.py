@@ -124,8 +124,8 @@ def _open(path: Path, root: Group, config: Config | None) -> Stored:
     unknown = [leaf for leaf, one in leaves.items() if not one.known or counts[one.path] > 1]
     if unknown:
         warnings.warn(
-            f"{path} does not tell the names of {some_of(unknown, 3)}: they stand under their places in the file; a"
-            " .keras file of layers that are Keras's own tells them",
+            f"{path} does not store the names of {some_of(unknown, 3)}: they are listed by their position in the "
+            "file; a .keras file of Keras's own layers stores them",
             stacklevel=5,
         )
 

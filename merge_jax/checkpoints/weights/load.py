@@ -186,7 +186,7 @@ def find_format(file: Path) -> Format:
             return kind
     known = explain(file, head)
     raise ValueError(
-        f"{file} holds no weights of a format that is read ({', '.join(kind.name for kind in FORMATS)})"
+        f"{file} is not a weight file in a supported format ({', '.join(kind.name for kind in FORMATS)})"
         f"{known and f': {known}'}"
     )
 

@@ -52,7 +52,7 @@ def _shape(archive: zipfile.ZipFile, path: Path, name: str, size: int) -> jax.Sh
             )
         if jnp.dtype(dtype).kind == "V" and dtype is not jnp.bfloat16:
             raise ValueError(
-                f"{path} has {stored} in {name!r}, which is no dtype of numbers: NumPy wrote one it has not"
+                f"{path} has {stored} in {name!r}, which is not a numeric dtype: NumPy wrote one it has not"
             )
         # Python's whole numbers have no bound.
         if size - member.tell() != stored.itemsize * int(np.prod(shape, dtype=object)):

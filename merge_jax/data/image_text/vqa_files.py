@@ -67,7 +67,7 @@ def load_vqa(
     check_at_least_one(image_size=image_size)
     check_unreadable(unreadable)
     if isinstance(split_names, str) or len(split_names) != 2 or len(set(split_names)) != 2:
-        raise ValueError(f"split_names must be two different names, to learn from and to test on, got {split_names!r}")
+        raise ValueError(f"split_names must be two different names, for training and testing, got {split_names!r}")
     names = [kind.format(split) for split in split_names for kind in (_QUESTIONS, _ANNOTATIONS)]
     root, files = files_in(folder, names)
     for split in split_names:

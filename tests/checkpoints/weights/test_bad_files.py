@@ -104,7 +104,7 @@ def zip_of(content):
         ),
         (lambda content: b"version https://git-lfs.github.com/spec/v1\n", "it is the pointer of Git LFS to a file"),
         (lambda content: b"\x1c\0\0\0TFL3\0\0", "it is a model of TensorFlow Lite"),
-        (lambda content: b"hello, world", "holds no weights of a format that is read (safetensors, index of shards, "),
+        (lambda content: b"hello, world", "is not a weight file in a supported format (safetensors, index of shards, "),
     ],
 )
 def test_what_is_no_weights_is_called_by_its_name(change, message, tmp_path):
@@ -114,7 +114,7 @@ def test_what_is_no_weights_is_called_by_its_name(change, message, tmp_path):
 
 
 def test_folders_without_weights_are_called_by_their_names(tmp_path):
-    assert "holds no weights of a format" in refusal(tmp_path)
+    assert "is not a weight file in a supported format" in refusal(tmp_path)
     assert "there is no file or folder" in refusal(tmp_path / "none", FileNotFoundError)
     (tmp_path / "weights.bin").touch()
     assert refusal(tmp_path).endswith("ONNX): name one of its files: weights.bin")
@@ -239,12 +239,12 @@ def test_hdf5_that_claims_more_or_leads_elsewhere_is_refused(tmp_path):
         lambda group: group.create_dataset("0", (4,), "f4", external=external),
         lambda group: group.create_virtual_dataset("0", layout),
     ):
-        assert "has the numbers of '/layers/dense/vars/0' in another file" in written(write)
+        assert "stores the values of '/layers/dense/vars/0' in another file" in written(write)
     for link in (h5py.ExternalLink("other.h5", "/a"), h5py.SoftLink("/layers")):
-        assert "has the link '0' in '/layers/dense/vars', which may lead into another file" in written(
+        assert "has the link '0' in '/layers/dense/vars', which may point to another file" in written(
             lambda group, link=link: group.__setitem__("0", link)
         )
-    assert "has object in '/layers/dense/vars/0', which are no numbers" in written(
+    assert "has object in '/layers/dense/vars/0', which is not numeric" in written(
         lambda group: group.__setitem__("0", "text")
     )
     with h5py.File(tmp_path / "m.h5", "w") as file:
