@@ -1,6 +1,7 @@
 """Weights in several files, and the index that says which tensor is in which."""
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 from merge_jax.checkpoints.names import check_inside
 from merge_jax.paths import near_misses
 
-__all__ = ["check_shard", "index_ending", "only_file", "parse_json", "read_index", "read_json"]
+__all__ = ["check_shard", "index_ending", "only_file", "parse_json", "read_index", "read_json", "total_size"]
 
 _MAP = "weight_map"
 _ENDINGS = {".bin.index.json": ".bin", ".weights.json": ".h5"}
@@ -33,6 +34,13 @@ def read_index(file: Path, *, single: bool = False) -> dict[str, tuple[Path, ...
     if single and several is not None:
         raise ValueError(f"{file} must name one shard for {several!r}, found {len(shards[several])}")
     return {name: tuple(file.parent / shard for shard in named) for name, named in shards.items()}
+
+
+def total_size(file: Path) -> int | None:
+    """Returns how many bytes of weights an index says that its shards hold; None where it does not say."""
+    metadata = parse_json(file.read_text("utf-8"), file).get("metadata")
+    total = metadata.get("total_size") if isinstance(metadata, dict) else None
+    return int(total) if isinstance(total, float) and math.isfinite(total) else None
 
 
 def check_shard(shard: Path, found: Iterable[str], index: Mapping[str, tuple[Path, ...]]) -> None:

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
@@ -13,18 +13,27 @@ from merge_jax.runs import PLAN, Model, Plan
 from merge_jax.runs.checkpoint_folders import locate_checkpoints
 from merge_jax.types import Params
 
-__all__ = ["export_part"]
+__all__ = ["Names", "export_part"]
 
 
-def export_part(path: Path, file: Path, part: str, *, best: bool) -> None:
+_LOADERS = (
+    "its own model reads them: network.load_state_dict(safetensors.torch.load_file(FILE))",
+    "from_pretrained reads it as model.safetensors, beside the config.json of such a model",
+)
+Names = Literal["huggingface", "timm", "torchvision", "efficientnet_lite_pytorch"]
+"""Libraries by whose names, and in whose layouts, a model can be written."""
+
+
+def export_part(path: Path, file: Path, part: str, *, best: bool, names: Names | None = None) -> None:
     """Writes a part of the newest, best or named step to a new safetensors file, and says how it is read.
 
     A role is written as Linen has its variables: its parameters as `params`, and beside them what its model state has,
-    such as `batch_stats`. Any other part is written as it is.
+    such as `batch_stats`. Any other part is written as it is. With `names`, a role is written by that library's
+    names and in its layouts, for its own model to load.
 
     Raises:
       ValueError: there is no such checkpoint or part, it is damaged, no step has a score, or the file is there or has
-        another ending.
+        another ending; names of a library for a part that is no model, or one that it does not have.
     """
     folder, step = locate_checkpoints(path)
     if file.suffix != ".safetensors":
@@ -43,11 +52,18 @@ def export_part(path: Path, file: Path, part: str, *, best: bool) -> None:
         tree = _part(state, part)
     whole = isinstance(tree, dict) and "params" in tree
     tree = _variables(tree) if whole else tree
-    save_safetensors(file, tree, metadata={"checkpoint": f"{folder.name}/{step}/{part}"})
+    if names is not None and not whole:
+        raise ValueError(f"--names {names} is for a whole model, --part target or source; {part} is a part of one")
+    named = tree if names is None else _renamed(tree, names)
+    metadata = {} if names is None else {"format": "pt"}  # Which transformers asks for.
+    save_safetensors(file, named, metadata={"checkpoint": f"{folder.name}/{step}/{part}", **metadata})
     size = sum(leaf.size for leaf in jax.tree.leaves(tree))
     role, *rest = part.split("/")
     name = "/".join(["source" if _is_source(folder, role) else role, *rest])
     print(f"{name} of step {step}, {size:,} numbers: {file}")
+    if names is not None:
+        print(f"with the names of {names}; {_LOADERS[names == 'huggingface']}")
+        return
     model = _model(folder, part) if whole else None
     if model is not None and model.code:
         print(f"\n# {model.name}, in Python:\n{_loading(model.code, file)}")
@@ -69,6 +85,15 @@ def _variables(role: dict[str, Any]) -> Params:
     model_state = role.get("model_state", {})
     apart = not isinstance(model_state, dict) or "params" in model_state
     return {"params": role["params"], **({"model_state": model_state} if apart else model_state)}
+
+
+def _renamed(variables: Any, names: Names) -> Params:
+    """Returns a model's variables by the names and in the layout of a library."""
+    from merge_jax.models import to_huggingface, to_pytorch  # Not at the top: an export without names needs neither.
+
+    if names == "huggingface":
+        return to_huggingface(variables["params"])
+    return to_pytorch(variables, names)
 
 
 def _model(folder: Path, role: str) -> Model | None:

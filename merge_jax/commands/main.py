@@ -93,6 +93,11 @@ def _parser() -> argparse.ArgumentParser:
         help="target, source, or a part such as target/params or adapter (default: %(default)s)",
     )
     export.add_argument("--best", action="store_true", help="use the step with the best score, not the newest")
+    export.add_argument(
+        "--names",
+        choices=["huggingface", "timm", "torchvision", "efficientnet_lite_pytorch"],
+        help="write the names and layouts of this library, for its own model (default: those of merge_jax)",
+    )
 
     convert = command(
         "convert",
@@ -125,7 +130,7 @@ def _command(options: argparse.Namespace) -> None:
     elif options.command == "export":
         from merge_jax.commands.export import export_part
 
-        export_part(options.checkpoint, options.file, options.part, best=options.best)
+        export_part(options.checkpoint, options.file, options.part, best=options.best, names=options.names)
     elif options.command == "convert":
         from merge_jax.commands.convert import convert
 

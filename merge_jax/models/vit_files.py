@@ -185,6 +185,9 @@ def encoder_of(
         raise ValueError(f"no tensor of {path} tells its number of heads: give num_heads")
     if num_heads not in (None, heads):
         raise ValueError(f"num_heads is {num_heads}, {path} has {heads}")
+    check_at_least_one(num_heads=heads)
+    if table[2] % heads:
+        raise ValueError(f"num_heads is {heads}, which does not divide the width {table[2]} of {path}")
     side = patch[-1] if torch else patch[0]
     grid = math.isqrt(table[1] - (library != "big_vision"))
     block = re.compile(re.escape(names.modules["layer_{}/norm1"]).replace(r"\{\}", r"\d+") + r"\W\w+")

@@ -43,7 +43,10 @@ def vit_of_file(
     if path is None:
         raise ValueError("source_model vit_of_file is a file's network: give --source frozen --source-from FILE")
     file, (height, width, channels) = find_weights(path), data.shape
-    encoder = mj.models.vision_transformer_of(file, num_heads=num_heads, image_size=height, dtype=jnp.dtype(dtype))
+    try:
+        encoder = mj.models.vision_transformer_of(file, num_heads=num_heads, image_size=height, dtype=jnp.dtype(dtype))
+    except ValueError as error:  # The option of a command has another name.
+        raise ValueError(str(error).replace("num_heads", "--source-heads")) from None
     if height != width or height % encoder.patch_size or channels != 3:
         raise ValueError(
             f"{path} has patches of {encoder.patch_size}x{encoder.patch_size} pixels of 3 channels, which do not fill"

@@ -137,7 +137,9 @@ def test_what_is_no_source_of_a_vision_transformer_is_refused(tmp_path):
     file = vit_file(tmp_path, "timm")
     for path, data, heads, message in (
         (None, DATA, 2, "is a file's network: give --source frozen --source-from FILE"),
-        (file, DATA, None, "no tensor of .* tells its number of heads: give num_heads"),
+        (file, DATA, None, "no tensor of .* tells its number of heads: give --source-heads"),
+        (file, DATA, 3, f"--source-heads is 3, which does not divide the width {test_vit_files.WIDTH} of"),
+        (file, DATA, 0, "--source-heads must be a whole number of at least 1, got 0"),
         (file, replace(DATA, shape=(9, 9, 3)), 2, "which do not fill images of 9x9x3: give --image-size a multiple of"),
         (file, replace(DATA, shape=(8, 8, 1)), 2, "which do not fill images of 8x8x1"),
     ):

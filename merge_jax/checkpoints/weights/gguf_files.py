@@ -100,9 +100,10 @@ def _parts(path: Path, read: Callable[[Path], Any]) -> dict[Path, Any]:
         if place != (i, count):
             raise ValueError(f"{part} says that it is part {place[0]} (from 0) of {place[1]}, expected {i} of {count}")
     found = sum(len(reader.tensors) for reader in parts.values())
-    total = _number(path, reader, "split.tensors.count")
-    if total not in (None, found):
-        raise ValueError(f"{path} is of {total} tensors in {count} parts, which hold {found}")
+    for part, reader in parts.items():  # Of every part: one of them may be another model's.
+        total = _number(part, reader, "split.tensors.count")
+        if total not in (None, found):
+            raise ValueError(f"{part} is of {total} tensors in {count} parts, but those beside it hold {found} in all")
     return parts
 
 

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from merge_jax.checkpoints.names import paths_of
-from merge_jax.checkpoints.shards import check_shard, index_ending, only_file, read_index
+from merge_jax.checkpoints.shards import check_shard, index_ending, only_file, read_index, total_size
 from merge_jax.checkpoints.weights.archives import member_names, open_archive
 from merge_jax.checkpoints.weights.hdf5 import Array, Group, join_groups, read_arrays, read_groups
 from merge_jax.checkpoints.weights.keras_layers import Config, class_of, name_of, spec_of, sublayers, variables_of
@@ -96,15 +96,21 @@ def _read_shards(file: Path) -> Group:
         if not shard.is_file():
             raise FileNotFoundError(f"the file {shard} is missing, which {file} names")
         root = read_groups(shard, _WEIGHTS)
-        check_shard(shard, _groups_of_arrays(root), index)
+        check_shard(shard, (group.place for group in _groups_of_arrays(root)), index)
         found.append(root)
+    sizes = (array.shape for root in found for group in _groups_of_arrays(root) for array in group.arrays.values())
+    size, total = sum(leaf.size * leaf.dtype.itemsize for leaf in sizes), total_size(file)
+    if total is not None and size < total:  # Keras counts a boolean as a bit.
+        raise ValueError(
+            f"{file} is of {total} bytes of weights, the shards that it names hold {size}: one is left out"
+        )
     return join_groups(found) if found else Group("/", {}, {}, {})
 
 
-def _groups_of_arrays(group: Group) -> Iterator[str]:
-    """Yields the places of the groups that hold arrays."""
+def _groups_of_arrays(group: Group) -> Iterator[Group]:
+    """Yields the groups that hold arrays."""
     if group.arrays:
-        yield group.place
+        yield group
     for inside in group.groups.values():
         yield from _groups_of_arrays(inside)
 

@@ -121,6 +121,8 @@ def open_leaves(file: Path, select: Select) -> tuple[Stored, dict[str, str]]:
     """Returns an opened file, and the leaves that are wanted of it: their names, each with its path in the file."""
     kind = find_format(file)
     stored = _native(kind.open(file))
+    if not stored.paths:
+        raise ValueError(f"{file} ({kind.name}) holds no tensors: it was saved without its weights")
     if select is None and stored.model is not None:
         return stored, dict(stored.model)
     return stored, {path: path for path in select_paths(stored.paths, select)}

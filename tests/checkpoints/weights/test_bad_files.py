@@ -39,10 +39,11 @@ def refusal(path, kind=ValueError, **options):
     return str(error.value)
 
 
-def write_gguf(folder):
+def write_gguf(folder, names=("fc.weight",)):
     gguf = pytest.importorskip("gguf")
     writer = gguf.GGUFWriter(folder / "m.gguf", "llama")
-    writer.add_tensor("fc.weight", np.ones((4, 8), np.float32))
+    for name in names:
+        writer.add_tensor(name, np.ones((4, 8), np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -124,6 +125,17 @@ def test_folders_without_weights_are_called_by_their_names(tmp_path):
     assert "it is the folder of a run: name one in its checkpoints" in refusal(tmp_path / "run")
     (tmp_path / "steps" / "10").mkdir(parents=True)
     assert "10 must hold one tree of arrays, found none" in refusal(tmp_path / "steps")
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "torch", "GGUF"])
+def test_a_file_without_tensors_is_refused(kind, tmp_path):
+    if kind == "safetensors":
+        mj.save_safetensors(tmp_path / "m", {}, metadata={"format": "pt"})
+    elif kind == "torch":
+        pytest.importorskip("torch").save({}, tmp_path / "m")
+    else:
+        write_gguf(tmp_path, ()).rename(tmp_path / "m")
+    assert "holds no tensors: it was saved without its weights" in refusal(tmp_path / "m")
 
 
 class Trap:

@@ -38,8 +38,8 @@ def _npz_of(folder, path):
     return folder / "m.npz"
 
 
-def write_index(file, weight_map):
-    file.write_text(json.dumps({"metadata": {"total_size": 64}, "weight_map": weight_map}))
+def write_index(file, weight_map, total=64):
+    file.write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}))
     return file
 
 
@@ -104,7 +104,7 @@ def test_shards_of_keras_are_one_model(keras, tmp_path):
         model = keras.Sequential([keras.Input((5, 4)), both, layers.Dense(40, name="last")])
     file, shard = tmp_path / "model.weights.json", tmp_path / "model_00002.weights.h5"
     model.save_weights(file, max_shard_size=1300 / 2**30)  # Splits the variables of a layer, too.
-    names = json.loads(file.read_text())["weight_map"]
+    names, total = json.loads(file.read_text())["weight_map"], 4 * model.count_params()
     assert names["/layers/dense/vars"] == ["model_00001.weights.h5", shard.name]
     for path in (file, tmp_path):
         assert_leaves(mj.flatten(mj.load_weights(path)), keras_leaves(model))
@@ -116,6 +116,12 @@ def test_shards_of_keras_are_one_model(keras, tmp_path):
         write_index(file, {**names, **change})
         with pytest.raises(ValueError, match=message):
             mj.load_weights(file)
+    # A bias may be left out of a layer, but not of the sum.
+    write_index(file, {**names, "/layers/dense/vars": ["model_00001.weights.h5"]}, total)
+    with pytest.raises(
+        ValueError, match=rf"of {total} bytes of weights, the shards that it names hold {total - 160}: one"
+    ):
+        mj.load_weights(file)
     write_index(file, names)
     content = shard.read_bytes()
     shutil.copy(tmp_path / "model_00001.weights.h5", shard)
@@ -129,10 +135,10 @@ def test_shards_of_keras_are_one_model(keras, tmp_path):
         mj.load_weights(file)
 
 
-def write_gguf_parts(folder, **metadata):
+def write_gguf_parts(folder, layers=range(5)):
     gguf = pytest.importorskip("gguf")
     writer = gguf.GGUFWriter(folder / "m.gguf", "llama", split_max_tensors=2)
-    for i in range(5):
+    for i in layers:
         writer.add_tensor(f"blk.{i}.weight", np.full((2, 32), i, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -156,6 +162,15 @@ def test_parts_of_gguf_are_one_model(tmp_path):
     shutil.copy(parts[0], parts[1])
     with pytest.raises(ValueError, match=r"m-00002-of-00003\.gguf says that it is part 0 \(from 0\) of 3, expected 1"):
         mj.load_weights(parts[0])
+    (tmp_path / "larger").mkdir()
+    larger = write_gguf_parts(tmp_path / "larger", range(10, 16))
+    for part in (0, 1):
+        first = write_gguf_parts(tmp_path)[0]
+        shutil.copy(larger[part], parts[part])
+        with pytest.raises(
+            ValueError, match=rf"0000{part + 1}-of-00003.gguf is of 6 tensors in 3 parts, but those beside"
+        ):
+            mj.load_weights(first)
     parts[1].unlink()
     with pytest.raises(FileNotFoundError, match=r"m-00002-of-00003\.gguf is missing, one of the 3 parts of"):
         mj.load_weights(parts[2])
