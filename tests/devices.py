@@ -54,9 +54,9 @@ def initial_state():
 def train(folder, mode, number):
     """Trains on so many devices, reads what is saved there already, and saves what came out."""
     axis_name = mj.training.DATA_AXIS if mode == "pmap" else None
-    layout = (
-        mj.training.pmap_layout(number) if axis_name else mj.jit_layout(mj.data_mesh(number), sharded=mode == "sharded")
-    )
+    # The axis of the second mesh is Explicit.
+    mesh = jax.make_mesh((number,), ("data",)) if mode == "sharded" else mj.data_mesh(number)
+    layout = mj.training.pmap_layout(number) if axis_name else mj.jit_layout(mesh, sharded=mode == "sharded")
     step = mj.make_joint_step(*make_tasks(axis_name), TRANSFER, cycle=2, axis_name=axis_name)
     state = layout.put_state(initial_state())
     examples = helpers.batch(0, size=STEPS * BATCH)

@@ -143,7 +143,9 @@ def _permuted(key: jax.Array, leaf: Any) -> jax.Array:
 
 
 def _normal(key: jax.Array, leaf: Any) -> jax.Array:
-    return (jnp.mean(leaf) + jnp.std(leaf) * jax.random.normal(key, leaf.shape, leaf.dtype)).astype(leaf.dtype)
+    # In float32: normal numbers that JAX draws in bfloat16 have 128 values.
+    drawn = jax.random.normal(key, leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32))
+    return (jnp.mean(leaf) + jnp.std(leaf) * drawn).astype(leaf.dtype)
 
 
 def _source_folders(run: Path, seeds: int) -> list[Path]:

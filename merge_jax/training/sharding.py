@@ -52,6 +52,11 @@ def data_mesh(num_devices: int | None = None) -> Mesh:
     return Mesh(np.array(devices), (DATA_AXIS,), axis_types=(AxisType.Auto,))
 
 
+def _auto(mesh: Mesh) -> Mesh:
+    """Returns the mesh with axes of the type Auto; under Explicit ones of `jax.make_mesh` no compiler splits."""
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * mesh.devices.ndim)
+
+
 def _first_devices(number: int | None) -> list[Any]:
     devices = jax.devices()
     number = len(devices) if number is None else number
@@ -70,6 +75,7 @@ def state_shardings(state: _Tree, mesh: Mesh, *, sharded: bool) -> _Tree:
     compiler gathers what it needs, or works on parts and adds them up where that moves less. Moments lie as their
     parameters do, since they have their shapes. Our choice: the largest axis, so that parts stay contiguous more often.
     """
+    mesh = _auto(mesh)
 
     def placement(leaf: Any) -> NamedSharding:
         spec = PartitionSpec()
@@ -88,9 +94,10 @@ def jit_layout(mesh: Mesh, *, sharded: bool = False) -> Layout:
     The program is that of one device, so BatchNorm is over the whole batch, and no model needs to know.
 
     Args:
-      mesh: of `data_mesh`; it may span several hosts.
+      mesh: of `data_mesh`, or another with an axis `data`; it may span several hosts. Axes are taken as Auto.
       sharded: split the state over the devices too, see `state_shardings`.
     """
+    mesh = _auto(mesh)
     replicated = NamedSharding(mesh, PartitionSpec())
 
     def split(rank: int) -> NamedSharding:

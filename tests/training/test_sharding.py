@@ -119,6 +119,16 @@ def test_only_large_leaves_with_an_axis_that_divides_are_split():
     assert all(s.spec == jax.sharding.PartitionSpec() for s in jax.tree.leaves(copied))
 
 
+def test_a_mesh_whose_axes_are_explicit_is_taken_as_one_that_the_compiler_splits():
+    explicit, auto = jax.make_mesh((1,), ("data",)), jax.sharding.AxisType.Auto
+    assert explicit.axis_types != (auto,)  # Else this test shows nothing.
+    layout, tree = mj.jit_layout(explicit, sharded=True), {"large": np.zeros((3, 4096))}
+    for placed in (layout.put_state(tree), layout.put_arrays(tree), layout.put_indices(tree)):
+        assert placed["large"].sharding.mesh.axis_types == (auto,)
+    (sharding,) = jax.tree.leaves(mj.training.state_shardings(tree, explicit, sharded=True))
+    assert sharding.mesh.axis_types == (auto,)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", [mj.jit_layout(mj.data_mesh(1)), mj.training.pmap_layout(1)])
 def test_a_layout_of_one_device_trains_as_jit_does(layout):

@@ -14,7 +14,15 @@ from merge_jax.checkpoints.names import paths_of
 from merge_jax.checkpoints.shards import check_shard, index_ending, only_file, read_index, total_size
 from merge_jax.checkpoints.weights.archives import member_names, open_archive
 from merge_jax.checkpoints.weights.hdf5 import Array, Group, join_groups, read_arrays, read_groups
-from merge_jax.checkpoints.weights.keras_layers import Config, class_of, name_of, spec_of, sublayers, variables_of
+from merge_jax.checkpoints.weights.keras_layers import (
+    Config,
+    class_of,
+    name_of,
+    scaled_axis,
+    spec_of,
+    sublayers,
+    variables_of,
+)
 from merge_jax.checkpoints.weights.stored import Format, Stored, reading
 from merge_jax.paths import some_of
 
@@ -37,17 +45,33 @@ class _Variable:
       path: in the model.
       known: whether all of the path is the model's, and no part of it the file's.
       kind: the class of its layer.
+      scale: what its whole numbers are divided by, along an axis; None where they were not scaled.
     """
 
     array: Array
     path: str
     known: bool
     kind: str
+    scale: tuple[Array, int] | None = None
 
     @property
     def shape(self) -> jax.ShapeDtypeStruct:
         """And its dtype."""
-        return self.array.shape
+        shape = self.array.shape
+        return shape if self.scale is None else jax.ShapeDtypeStruct(shape.shape, np.float32)
+
+    @property
+    def parts(self) -> list[Array]:
+        """What is read for it."""
+        return [self.array] if self.scale is None else [self.array, self.scale[0]]
+
+    def numbers(self, parts: Mapping[Array, np.ndarray]) -> np.ndarray:
+        """Returns its numbers of those parts; bfloat16 comes as bytes."""
+        array, *scales = (parts[part].view(part.shape.dtype) for part in self.parts)
+        if self.scale is None:
+            return array
+        axes = tuple(axis for axis in range(array.ndim) if axis != self.scale[1])
+        return array.astype(np.float32) / np.expand_dims(scales[0].astype(np.float32), axes)
 
 
 @dataclass(frozen=True)
@@ -134,10 +158,18 @@ def _open(path: Path, root: Group, config: Config | None) -> Stored:
             "file; a .keras file of Keras's own layers stores them",
             stacklevel=5,
         )
+    quantised = [leaf for leaf, one in leaves.items() if one.shape.dtype == np.int8]
+    if quantised:
+        warnings.warn(
+            f"{path} has whole numbers of quantised layers in {some_of(quantised, 3)}, which are read as they stand: "
+            "save the model before it is quantised (of a .keras file, Dense and Embedding of int8 come as float32)",
+            stacklevel=5,
+        )
 
     def read(paths: Sequence[str]) -> Mapping[str, np.ndarray]:
-        arrays = read_arrays([leaves[leaf].array for leaf in paths], _WEIGHTS)
-        return {leaf: array.view(leaves[leaf].shape.dtype) for leaf, array in zip(paths, arrays, strict=True)}
+        wanted = [part for leaf in paths for part in leaves[leaf].parts]
+        parts = dict(zip(wanted, read_arrays(wanted, _WEIGHTS), strict=True))
+        return {leaf: leaves[leaf].numbers(parts) for leaf in paths}
 
     specs = {leaf: spec_of(one.kind, leaf.rpartition("/")[2], len(one.shape.shape)) for leaf, one in leaves.items()}
     known = {leaf: spec for leaf, spec in specs.items() if spec is not None}
@@ -152,11 +184,15 @@ def _variables(group: Group, layer: _Layer) -> Iterator[_Variable]:
         if all(map(str.isdecimal, places)) and places != [str(i) for i in range(len(places))]:
             file = own.arrays[places[0]].file
             raise ValueError(f"{file} has the variables {', '.join(places)} of {own.place}, and lacks those between")
+        scale = _scale(layer, [own.arrays[place] for place in places])
+        places = places if scale is None else places[:-1]
         names = variables_of(layer.kind, layer.config, len(places))
+        if scale is None and places and own.arrays[places[0]].shape.dtype == np.int8:
+            names = None  # The last of them is a scale, which may take the place of a bias.
         known = layer.known and names is not None
         for place, name in zip(places, names or places, strict=True):
             path = "/".join((*layer.names, name))
-            yield _Variable(own.arrays[place], path, known, layer.kind)
+            yield _Variable(own.arrays[place], path, known, layer.kind, scale if place == places[0] else None)
     for place, child in group.groups.items():
         if place == _LAYERS:
             configs = sublayers(layer.config)
@@ -167,6 +203,14 @@ def _variables(group: Group, layer: _Layer) -> Iterator[_Variable]:
             yield from _variables(child, _inside(layer, child, place, _class_inside(place, layer.kind, child), None))
         elif place != _VARIABLES:  # A list of layers, or a layer without variables and so without a name.
             yield from _variables(child, _Layer(layer.kind, None, layer.names, layer.known))
+
+
+def _scale(layer: _Layer, arrays: Sequence[Array]) -> tuple[Array, int] | None:
+    """Returns what the first variable of a layer is divided by, and its axis, where `quantize` has scaled it."""
+    axis = scaled_axis(layer.kind, layer.config)
+    if axis is None or len(arrays) < 2 or arrays[0].shape.dtype != np.int8 or len(arrays[0].shape.shape) != 2:
+        return None
+    return (arrays[-1], axis) if arrays[-1].shape.shape == arrays[0].shape.shape[axis : axis + 1] else None
 
 
 def _inside(layer: _Layer, group: Group, place: str, kind: str, config: Config | None) -> _Layer:

@@ -6,7 +6,7 @@ from typing import Any
 
 from merge_jax.layouts import MatrixSpec
 
-__all__ = ["Config", "class_of", "name_of", "spec_of", "sublayers", "variables_of"]
+__all__ = ["Config", "class_of", "mode_of", "name_of", "scaled_axis", "spec_of", "sublayers", "variables_of"]
 
 Config = Mapping[str, Any]
 """A layer in the `config.json` of a model: `class_name`, and its options in `config`."""
@@ -30,6 +30,8 @@ _VARIABLES = {
 }
 # Which option of a layer leaves a variable out.
 _OPTIONS = {"bias": "use_bias", "gamma": "scale", "beta": "center"}
+# Which axis of its matrix the last variable of a layer scales, after `quantize("int8")`.
+_SCALED_AXES = {"dense": 1, "embedding": 0}
 # What layers call those that they are made of.
 _SUBLAYERS = {
     **dict.fromkeys(("query_dense", "key_dense", "value_dense", "output_dense"), "einsum_dense"),
@@ -54,6 +56,18 @@ def name_of(config: Config | None) -> str | None:
     options = (config or {}).get("config")
     name = options.get("name") if isinstance(options, Mapping) else None
     return name if isinstance(name, str) else None
+
+
+def mode_of(config: Config | None) -> str | None:
+    """Returns how a layer was quantised by its configuration, `int8` and the like."""
+    for name in ("config", "dtype", "config", "mode"):
+        config = config.get(name) if isinstance(config, Mapping) else None
+    return config if isinstance(config, str) else None
+
+
+def scaled_axis(kind: str, config: Config | None) -> int | None:
+    """Returns the axis along which a layer's matrix was scaled to int8; None where it was not, or is not known."""
+    return _SCALED_AXES.get(kind) if mode_of(config) == "int8" else None
 
 
 def sublayers(config: Config | None) -> dict[str, Config]:

@@ -16,6 +16,7 @@ from merge_jax.paths import some_of
 __all__ = ["ONNX"]
 
 _IR_VERSION, _LARGEST_VERSION = 0x08, 0x20  # The first field of a model, a whole number below this.
+_BLOCKED = "com.microsoft.nchwc"
 _SECOND = (0x12, 0x1A, 0x22, 0x28, 0x32, 0x3A, 0x42)  # The fields that may follow it.
 
 
@@ -47,6 +48,13 @@ def _open(path: Path) -> Stored:
                     check_inside(entry.value, path, "file of weights")
         if graph.sparse_initializer:
             raise ValueError(f"{path} has sparse initialisers, which are not read: make them dense before the export")
+        blocked = [name for node in graph.node if node.domain == _BLOCKED for name in node.input if name in tensors]
+        if blocked:
+            raise ValueError(
+                f"{path} has {some_of(map(repr, blocked), 3)} in blocks of channels, as ONNX Runtime optimises a"
+                " model for a machine: give the model before that, or write it with graph_optimization_level ="
+                " ORT_ENABLE_EXTENDED"
+            )
         inside = [name for nodes in (graph.node, *inner) for name in _inside(nodes, onnx.helper, path)]
         inside += [name for nodes in inner for name, _ in _constants(nodes, onnx.helper, path)]
     if inside:
@@ -136,7 +144,7 @@ def _specs(graph: Any, ranks: Mapping[str, int]) -> Iterator[tuple[str, MatrixSp
             elif node.op_type == "Gemm" and rank == 2:
                 outputs_first = flags.get("transB", 0) if i == 1 else not flags.get("transA", 0)
                 yield name, straight if outputs_first else transposed
-            elif node.op_type == "Conv" and i == 1:
+            elif node.op_type in ("Conv", "FusedConv") and i == 1:  # The second is one of ONNX Runtime.
                 yield name, MatrixSpec((0,), (1,), window)
             elif node.op_type == "ConvTranspose" and i == 1:
                 yield name, MatrixSpec((1,), (0,), window)

@@ -334,6 +334,27 @@ def test_bfloat16_of_keras(keras, tmp_path):
     np.testing.assert_array_equal(found["fc/kernel"], np.asarray(model.weights[0].value))
 
 
+def test_layers_that_keras_has_scaled_to_int8_are_divided_by_their_scale(keras, tmp_path):
+    layers = [keras.layers.Embedding(7, 4, name="words"), keras.layers.Dense(5, name="fc")]
+    layers.append(keras.layers.Dense(3, use_bias=False, name="head"))
+    model = keras.Sequential([keras.Input((3,)), *layers])
+    expected = keras_leaves(model)
+    for layer in layers:
+        layer.quantize("int8")
+    model.save(tmp_path / "m.keras")
+    found = mj.flatten(mj.load_weights(tmp_path / "m.keras"))
+    assert found.keys() == expected.keys()
+    for path, array in expected.items():
+        assert found[path].dtype == np.float32
+        np.testing.assert_allclose(found[path], array, atol=np.abs(array).max() / 127, err_msg=path)
+    model.save_weights(tmp_path / "m.weights.h5")  # Without the configuration, which says what the numbers are.
+    with (
+        pytest.warns(UserWarning, match="does not tell the names of fc/0"),
+        pytest.warns(UserWarning, match=r"whole numbers of quantised layers in fc/0, head/0, words/0, which"),
+    ):
+        assert set(mj.load_weights(tmp_path / "m.weights.h5")["fc"]) == {"0", "1", "2"}
+
+
 def test_every_format_has_a_writer_here():
     names = {kind.name for kind in importlib.import_module("merge_jax.checkpoints.weights.load").FORMATS}
     assert names == {

@@ -69,3 +69,13 @@ def test_constants_beside_the_file_stay_in_its_folder(tmp_path):
     (tmp_path / "m.onnx").write_bytes(helper.make_model(graph).SerializeToString())
     with pytest.raises(ValueError, match="which is not inside its folder"):
         mj.load_weights(tmp_path / "m.onnx")
+
+
+def test_kernels_that_onnx_runtime_has_put_in_blocks_are_refused(tmp_path):
+    kernel, bias = tensor(np.zeros((8, 4, 3, 3), np.float32), "reorder"), tensor(np.zeros(8, np.float32), "c.bias")
+    fused = helper.make_node("FusedConv", ["x", "reorder", "c.bias"], ["y"], domain="com.microsoft", activation="Relu")
+    path = save(tmp_path / "m.onnx", [fused], [kernel, bias])
+    assert mj.checkpoints.layouts_of(path)["reorder"] == mj.MatrixSpec((0,), (1,), (2, 3))
+    blocked = helper.make_node("Conv", ["x", "reorder", "c.bias"], ["y"], domain="com.microsoft.nchwc")
+    with pytest.raises(ValueError, match=r"'reorder', 'c.bias' in blocks of channels, .*ORT_ENABLE_EXTENDED"):
+        mj.load_weights(save(tmp_path / "m.onnx", [blocked], [kernel, bias]))
