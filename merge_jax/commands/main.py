@@ -96,7 +96,8 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--names",
         choices=["huggingface", "timm", "torchvision", "efficientnet_lite_pytorch"],
-        help="write the names and layouts of this library, for its own model (default: those of merge_jax)",
+        metavar="LIBRARY",
+        help="write the names and layouts of a library, for its own model: %(choices)s (default: those of merge_jax)",
     )
 
     convert = command(

@@ -349,7 +349,7 @@ def test_layers_that_keras_has_scaled_to_int8_are_divided_by_their_scale(keras, 
         np.testing.assert_allclose(found[path], array, atol=np.abs(array).max() / 127, err_msg=path)
     model.save_weights(tmp_path / "m.weights.h5")  # Without the configuration, which says what the numbers are.
     with (
-        pytest.warns(UserWarning, match="does not tell the names of fc/0"),
+        pytest.warns(UserWarning, match="does not store the names of fc/0"),
         pytest.warns(UserWarning, match=r"whole numbers of quantised layers in fc/0, head/0, words/0, which"),
     ):
         assert set(mj.load_weights(tmp_path / "m.weights.h5")["fc"]) == {"0", "1", "2"}
