@@ -263,7 +263,7 @@ def test_captions_that_are_too_long_are_counted_or_refused(capsys):
         ),
         (["--image-size", "None"], "vqa needs --image-size, which its images are scaled to"),
         (["--target-model.patch-size", "5"], "patches of 5 do not fill images of 16x16"),
-        (["--target-model.vision", "vit_base"], "vit_base has sizes of its own"),
+        (["--target-model.vision", "vit_base"], "vit_base has fixed sizes"),
         (["--target-model.text", "bert_base"], "bert_base has fixed sizes: leave out num_layers, or take a small"),
         (
             ["--target-task", "retrieval", "--validation", "9"],

@@ -340,7 +340,7 @@ def test_bad_options_are_refused_by_name(tmp_path):
         (["--target-model", "resnet18"], "unknown text model 'resnet18'"),
         (["--target-data", tmp_path / "none.tsv"], "none.tsv"),
         (["--target-data", "none.tsv"], "none.tsv is missing or not a file"),
-        ([*own[:1], rare, *own[2:]], "each class of rare needs three texts or more to learn from; '2' has 1"),
+        ([*own[:1], rare, *own[2:]], "each class of rare needs at least three texts; '2' has 1"),
         (["--target-data", "imdb_revews"], "imdb_reviews"),
         ([*own[:-1], "grad"], "grade"),
         ([*own[:3], "sentense", *own[4:]], "sentence"),

@@ -290,7 +290,7 @@ def refusal(capsys, *arguments):
         (["--num-heads", "0"], "num_heads must be a whole number of at least 1, got 0"),
         (
             ["--num-heads", "1000", "--methods", "mergenet"],
-            "the route to 'stage1_0/conv1/kernel' cannot be had: num_heads must lie in [1, 128], the width of its",
+            "the route to 'stage1_0/conv1/kernel' cannot be applied: num_heads must lie in [1, 128], the width of its",
         ),
         (["--seeds", "0"], "seeds must be at least 1, got 0"),
         (["--labels", "5"], "between 10, one of each class, and 1197, the number there is, got 5"),
@@ -305,7 +305,7 @@ def refusal(capsys, *arguments):
         (["--source-epochs", "2"], "source_epochs is given without epochs"),
         (["--devices", "99"], "the number of devices must lie in [1, "),
         (["--devices", "99", "--parallel", "pmap"], "the number of devices must lie in [1, "),
-        (["--parallel", "pmap", "--shard-state"], "shard_state is for jit"),
+        (["--parallel", "pmap", "--shard-state"], "shard_state needs --parallel jit"),
         (["--coordinator", "localhost:80"], "need all of coordinator, num_processes and process_id"),
         (["--num-processes", "2"], "need all of coordinator, num_processes and process_id"),
         (["--validation", "-1"], "validation must be 0 or more, got -1"),
