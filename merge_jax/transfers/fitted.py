@@ -4,6 +4,7 @@ from typing import NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
+from flax.errors import ApplyScopeInvalidVariablesTypeError, ScopeCollectionNotFound
 from jax.core import Tracer
 
 from merge_jax.checks import all_finite, check_arrays, check_at_least_one
@@ -118,7 +119,15 @@ def refit(
     arguments = source_variables, target_variables, given, key
     options = RefitOptions(ridge, batch_size, max_rows, choice, axis_name)
     traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(arguments))
-    made = prepared(source, target, named_routes, arguments[:3], options, keep=not traced)
+    try:
+        made = prepared(source, target, named_routes, arguments[:3], options, keep=not traced)
+    except (ScopeCollectionNotFound, ApplyScopeInvalidVariablesTypeError) as error:
+        roles = (("source_variables", source_variables), ("target_variables", target_variables))
+        found = " and ".join(f"{role} with {some_of(list(map(repr, tree)), 3)}" for role, tree in roles)
+        raise ValueError(
+            f"a model reads a collection that it was not given: pass variables as model.init returns them, "
+            f"{{'params': ...}} and the model's state, got {found} ({error})"
+        ) from None
     made.walk.check_rows(min(batch_size, count))
     run = made.run if any_on_host(*arguments) else made.compiled
     variables, solved, finite = run(*arguments)

@@ -406,10 +406,12 @@ def test_numbers_that_are_not_finite_are_named():
     x = jax.random.normal(jax.random.key(0), (50, 5))
     source, target = (model.init(jax.random.key(1), x) for model in (wide, narrow))
     fit = functools.partial(mj.refit, {"**": "**"}, wide.apply, narrow.apply)
-    with pytest.raises(ValueError, match=r"not finite: there are some in input 0$"):
+    with pytest.raises(ValueError, match=r"not finite: there are non-finite values in input 0$"):
         fit(source, target, x.at[3].set(jnp.nan))
     broken = mj.replace(source, {"params/layers_0/bias": jnp.full(6, jnp.inf)})
-    with pytest.raises(ValueError, match=r"not finite: there are some in the source's params/layers_0/bias$"):
+    with pytest.raises(
+        ValueError, match=r"not finite: there are non-finite values in the source's params/layers_0/bias$"
+    ):
         fit(broken, target, x)
     assert not jnp.isfinite(jax.jit(fit)(broken, target, x).variables["params"]["layers_0"]["bias"]).all()
 
@@ -420,3 +422,12 @@ def test_inputs_are_arrays_one_after_the_other():
         fit({"image": jnp.zeros((4, 2))})
     with pytest.raises(ValueError, match=r"got list$"):
         fit([[0.0, 1.0], [1.0, 0.0]])
+
+
+@pytest.mark.parametrize("model", [nn.Dense(2), nn.Sequential([nn.Dense(2)])])  # Flax has an error for each.
+def test_parameters_without_their_collection_are_named(model):
+    x = jnp.zeros((4, 3))
+    variables = model.init(jax.random.key(0), x)
+    names = ", ".join(map(repr, variables["params"]))
+    with pytest.raises(ValueError, match=f"as model.init returns them, .* got source_variables with {names} and"):
+        mj.refit({"**": "**"}, model.apply, model.apply, variables["params"], variables, x)
