@@ -69,23 +69,23 @@ def find_layer(program: Program, leaf: str) -> Layer:
     meets = sorted({place for value in linear for place in program.users[value] if place >= 0})
     meets = [place for place in meets if _makes_data(program, program.equations[place])]
     if _used_otherwise(program, leaf, linear):
-        raise Unsolvable("what it is made into before it meets the data is not linear in it")
+        raise Unsolvable("it is transformed nonlinearly before it is applied to the data")
     if not meets:
-        raise Unsolvable("nothing that is computed from the inputs meets it")
+        raise Unsolvable("it is not applied to anything computed from the inputs")
     equations = [program.equations[place] for place in meets]
     dense = [one for one in equations if is_dense(one)]
     read = [one for one in dense[0].reads if one in linear] if dense else []
     if dense and (len(equations) > 1 or len(read) != 1 or merged_axes(program, leaf, read[0]) is None):
         raise Unsolvable("it is used in several places, or reshaped before it is used")
     if all(one.name in ("add", "add_any", "sub") for one in equations):
-        raise Unsolvable("it is added, and not on the way of a layer that is solved for")
+        raise Unsolvable("it is added, but not on the path from a solved layer to its output")
     if not dense and not all(_by_channel(one, linear) for one in equations):
-        raise Unsolvable(f"it meets the data in the operation {equations[0].name!r}, which is not linear in it")
+        raise Unsolvable(f"it is applied to the data by the operation {equations[0].name!r}, which is not linear in it")
     ways = [_way(program, one.outputs[0], through_data=not dense) for one in equations]
     if len({end for _, end in ways}) > 1:
         raise Unsolvable("it reaches more than one end")
     if _times_itself(ways, linear):
-        raise Unsolvable("it is multiplied with what it has made")
+        raise Unsolvable("it is multiplied with its own output")
     starts, (last, end) = tuple(one.outputs[0] for one in equations), ways[-1]
     scaled = all(_other(program, one, value) is None for one, value in last if one.name in ("mul", "div"))
     values = frozenset({end, *(value for way, _ in ways for _, value in way)})

@@ -202,7 +202,7 @@ def _one_site(
         tuple(size for axis, size in enumerate(one) if axis not in places) for one in (shape, source_shape)
     )
     if rows != source_rows:
-        raise Unsolvable(f"there it ends in {source_shape}, here in {shape}: other places")
+        raise Unsolvable(f"its output is {source_shape} in the source and {shape} here: the positions differ")
     batch, source_batch = target.examples(layer.end), source.examples(source_layer.end)
     if None not in (batch, source_batch) and batch != source_batch:
         raise Unsolvable("its examples lie along another axis in the source")
@@ -212,7 +212,7 @@ def _one_site(
         ends = list(itertools.accumulate(shape, operator.mul))
         stride = math.prod(size for axis, size in enumerate(shape) if ends[axis] > before and axis not in places)
     if not stride:
-        raise Unsolvable("it ends in fewer rows than there are examples")
+        raise Unsolvable("its output has fewer rows than there are examples")
     leaf_shape, channels = leaf.shapes[0], [one.target for one in axes]
     inputs = _dense_inputs(target, layer, math.prod(rows), groups) if layer.dense else ()
     rest = [axis for axis in range(len(leaf_shape)) if axis not in (*inputs, *channels)]
@@ -289,7 +289,7 @@ def _check_slope(target: FollowedModel, layer: Layer, channels: Sequence[str]) -
         if equation.name in ("mul", "div"):
             beside = [one for one in equation.inputs if isinstance(one, Constant) or one not in program.data]
             if not program.varying_axes(beside[0]) <= target.whole_axes(value, channels):
-                raise Unsolvable("what it makes is scaled, and not alike at all places")
+                raise Unsolvable("its output is scaled differently at different positions")
 
 
 def _check_order(target: FollowedModel, layer: Layer, channels: Sequence[str]) -> None:
@@ -301,4 +301,4 @@ def _check_order(target: FollowedModel, layer: Layer, channels: Sequence[str]) -
             whole = target.whole_axes(equation.reads[0], channels)
             rows = [axis for axis in equation.params["permutation"] if axis not in whole]
             if rows != sorted(rows):
-                raise Unsolvable("its rows change places before it ends")
+                raise Unsolvable("its rows are reordered before its output")

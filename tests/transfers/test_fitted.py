@@ -258,8 +258,8 @@ def test_an_operation_that_cannot_be_followed_is_named():
 @pytest.mark.parametrize(
     ("use", "why"),
     [
-        (lambda h, gain: (h * gain + 1) * gain, "it is multiplied with what it has made"),
-        (lambda h, gain: (h * gain) * (jnp.sin(h) * gain), "it is multiplied with what it has made"),
+        (lambda h, gain: (h * gain + 1) * gain, "it is multiplied with its own output"),
+        (lambda h, gain: (h * gain) * (jnp.sin(h) * gain), "it is multiplied with its own output"),
         (lambda h, gain: h * (gain * jnp.tanh(gain)), "what it is made into before it meets the data is not linear"),
         (lambda h, gain: h * gain + h**2 * jnp.tanh(gain), "what it is made into before it meets the data is not"),
     ],
@@ -357,7 +357,7 @@ def test_what_is_scaled_by_place_is_kept():
     source = perceptron(0, 4)
     start = jax.tree.map(lambda leaf: 0.5 * leaf, source)
     made = mj.refit(EVERYTHING, model, model, source, start, X.reshape(25, 8, 5), **EXACT)
-    assert made.kept["first/kernel"] == "what it makes is scaled, and not alike at all places"
+    assert made.kept["first/kernel"] == "its output is scaled differently at different positions"
     np.testing.assert_allclose(made.variables["first"]["kernel"], source["first"]["kernel"], rtol=1e-5)
 
 
@@ -398,7 +398,7 @@ def test_one_input_explains_no_variance():
 def test_biases_that_are_kept_say_so():
     model, draw = deep(lambda product, bias: jax.nn.relu(product) + bias[None])
     made = mj.refit(EVERYTHING, model, model, draw(0, 8), draw(1, 4), X, **EXACT)
-    assert made.kept == {"middle/bias": "it is added, and not on the way of a layer that is solved for"}
+    assert made.kept == {"middle/bias": "it is added, but not on the path from a solved layer to its output"}
 
 
 def test_numbers_that_are_not_finite_are_named():
