@@ -50,33 +50,32 @@ def fit_head(
 ) -> Head:
     """Returns the linear head that fits labels (logistic regression) or logits (ridge regression) on features.
 
-    With `z_i` the features, each centred and divided by its standard deviation over the examples, and `W`, `b` of them:
+    `z_i` are the features, centred and divided by their standard deviation over the examples; `W` and `b` act on them:
 
     - labels `[N]`, whole numbers: `min sum_i w_i CE(z_i W + b, y_i) + penalty / 2 |W|^2`, by L-BFGS from 0, until no
       entry of the gradient, divided by `sum_i w_i`, is above the tolerance;
     - logits `[N, C]`, floats: `min sum_i w_i |z_i W + b - y_i|^2 + penalty |W|^2`, in closed form.
 
-    The penalty of 1 is scikit-learn's default of either (`C=1`, `alpha=1`), behind a `StandardScaler`; the bias has
-    none. A feature whose deviation is below 1e-5 of the largest one's is left out. Standardisation is folded into
-    kernel and bias, so that the head takes features as they are. It says what
-    features are worth (a probe), and is a start for a last layer: write `kernel` and `bias` over its leaves with
-    `replace`.
+    The penalty of 1 is scikit-learn's default for both (`C=1`, `alpha=1`), after a `StandardScaler`; the bias is not
+    penalised. A feature whose deviation is below 1e-5 of the largest is ignored. Standardisation is folded into kernel
+    and bias, so the head applies to the raw features. Use it as a probe of features, or to initialise a last layer:
+    write `kernel` and `bias` over its leaves with `replace`.
 
     Args:
-      features: `[N, d]`; the mean over places of a feature map, for one.
+      features: `[N, d]`, such as the mean of a feature map over positions.
       targets: labels `[N]` in `[0, C)`, or logits `[N, C]`, such as another model's.
-      num_classes: `C`; by default the largest label and one, or as many as there are logits.
-      penalty: above 0.
+      num_classes: `C`; by default the largest label plus one, or the number of logits.
+      penalty: weight of the penalty, above 0.
       weights: of the examples, `[N]`, 0 or more; 1 each by default.
-      tolerance: of labels.
-      max_steps: of labels, the most steps of L-BFGS.
+      tolerance: for labels, the largest entry of the gradient at convergence.
+      max_steps: for labels, the maximum number of L-BFGS steps.
 
     Raises:
-      ValueError: shapes or types that do not fit, numbers that are not finite, fewer examples than classes, labels out
-        of range. Under `jit`, what only values tell is not checked, and `num_classes` must be given for labels.
+      ValueError: wrong shapes or types, non-finite values, fewer examples than classes, labels out of range. Under
+        `jit`, values are not checked, and `num_classes` is required for labels.
 
     Warns:
-      UserWarning: classes without an example, which the head never names; or no convergence.
+      UserWarning: classes without an example, which the head never predicts; or no convergence.
     """
     check_at_least_one(max_steps=max_steps)
     for name, value in (("penalty", penalty), ("tolerance", tolerance)):

@@ -120,23 +120,23 @@ def init_joint_state(
 
     Args:
       key: root of all randomness of the run.
-      source: the source's task, or None where it is frozen.
+      source: the source's task, or None if it is frozen.
       target: the target's task.
       transfer: the transfer between them; its `init` checks its routes against both trees.
       source_params: parameters of the source.
       target_params: parameters of the target.
       source_state: the source's model state; `{}` if not given.
       target_state: the target's model state; `{}` if not given.
-      adapter: to start from, such as one that `transfer.fit` has made; by default what `transfer.init` makes.
-      adapter_optimizer: the one that `make_joint_step` gets; `adapter_adamw()` if not given.
+      adapter: the initial adapter, such as one from `transfer.fit`; by default that of `transfer.init`.
+      adapter_optimizer: the same as in `make_joint_step`; `adapter_adamw()` if not given.
 
     Raises:
-      ValueError: for what is no task or no transfer, a leaf that is to learn and is no float array, and whatever
-        `transfer.init` finds wrong with the routes.
+      ValueError: not a task or not a transfer, a trained leaf that is not a float array, or an error of the routes that
+        `transfer.init` finds.
 
     Warns:
-      UserWarning: the target's optimizer keeps parameters of its own, which a transfer does not reach; or one matrix
-        stands at two paths of a model that learns.
+      UserWarning: the target's optimizer stores its own copy of the parameters, which a transfer does not reach; or one
+        matrix is at two paths of a model that is trained.
     """
     check_tasks(source, target, transfer)
     check_learnable("target", target_params)
@@ -208,9 +208,9 @@ def make_joint_step(
     Numeric faults are contained (our choice):
 
     - If the loss, the gradient or the update of a model is not finite, the model keeps its parameters, model state and
-      optimizer state bit for bit. A transfer that was written at this step is taken back.
-    - If a transfer gives numbers that are not finite, or `|T'| > largest_growth * max(|T|, |S|)`, it is rejected, and
-      the target learns from `T`.
+      optimizer state bit for bit. A transfer that was written at this step is undone.
+    - If the result of a transfer is not finite, or `|T'| > largest_growth * max(|T|, |S|)`, it is rejected, and the
+      target learns from `T`.
     - The adapter learns only from a transfer that was written and a target that has learned.
 
     Metrics are a flat dict of scalars. Those of the adapter are 0 at a step that does not transfer:

@@ -59,40 +59,42 @@ def prepare(
     """Returns the target's variables after steps toward the source's features on unlabelled inputs, before any task.
 
     `min_T D(F(T, x), G(x))` with `F` and `G` the features `[B, ...]` of the layers of target and source, and `D` the
-    objective of `feature_agreement`, the mean of `1 - cka`. Each step is one of Adam on a batch that is drawn without
-    replacement; its rate falls as a cosine to 0. The target is in training mode, so its statistics move too, and the
-    source in evaluation mode. Models may differ in all but what they read. The source's features are computed once for
-    all inputs, and held on the device, unless the batches together are fewer examples, or are changed (`compare_on`).
-    Our choice, as `feature_agreement` is.
+    objective of `feature_agreement`, the mean of `1 - cka`. Each step is a step of Adam on a batch drawn without
+    replacement; the rate follows a cosine down to 0. The target is in training mode, so its statistics change too; the
+    source is in evaluation mode. The models may differ in everything but their inputs. The source's features are
+    computed once for all inputs and kept on the device, unless all batches together have fewer examples, or
+    `compare_on` changes them. Our choice, as is `feature_agreement`.
 
-    With a `transfer`, its adapter learns, in the target's forward pass, and the target's own parameters stand; after
-    the last step it is applied once: `T' = transfer(adapter, S, T)`. On one objective and as many steps, this tells
-    what an adapter is worth against the target's own parameters.
+    With a `transfer`, its adapter is trained, in the target's forward pass, and the target's own parameters stay fixed.
+    After the last step, it is applied once: `T' = transfer(adapter, S, T)`. With the same objective and number of
+    steps, this compares an adapter with the target's own parameters.
 
-    Compiled once for models, layers, options and shapes, so for every seed and learning rate; it may be part of a
-    `jit`.
+    It compiles once for given models, layers, options and shapes, so all seeds and learning rates share a program. It
+    can be part of a `jit`.
 
     Args:
-      key: of the batches, dropout and the adapter; consumed.
-      layers: `{target's layer: source's layer}`, or such pairs; paths of submodules, as in `with_features`.
+      key: for batches, dropout and the adapter; consumed.
+      layers: `{target's layer: source's layer}`, or a sequence of such pairs; paths of submodules, as in
+        `with_features`.
       source_apply: `model.apply` of a Linen module called as `(*inputs, train=...)`.
       target_apply: that of the target.
       source_variables: `{"params": ..., **model_state}`.
       target_variables: those of the target.
-      inputs: `[N, ...]`, what both models read, in order.
-      steps: how many.
-      batch_size: examples in a batch; all where there are fewer.
-      learning_rate: of the first step.
-      objective: `disagreement`, or one of its kind, such as `merge_jax.objectives.redundancy_suppression`.
-      compare_on: what of each input of a batch both models see, such as `merge_jax.objectives.mixed`; None for the
-        inputs as they are.
+      inputs: `[N, ...]`, the inputs of both models, in order.
+      steps: number of steps.
+      batch_size: examples per batch; all of them if there are fewer.
+      learning_rate: learning rate of the first step.
+      objective: `disagreement`, or a function with the same signature, such as
+        `merge_jax.objectives.redundancy_suppression`.
+      compare_on: changes each batch of inputs before both models see it, such as `merge_jax.objectives.mixed`; None for
+        no change.
       transfer: trained instead of the target's own parameters.
       axis_name: the axis that the models' BatchNorm averages over under `pmap`, if any; here each batch is whole.
 
     Raises:
-      ValueError: fewer than two inputs, inputs of different numbers of examples, no layers or one that is not there,
+      ValueError: fewer than two inputs, inputs with different numbers of examples, no layers or an unknown one,
         variables without `params`, or a transfer that does not fit.
-      NumericFaultError: the loss or what came out is not finite; under `jit`, that is not checked.
+      NumericFaultError: the loss or the result is not finite (not checked under `jit`).
     """
     pairs = tuple(layers.items() if isinstance(layers, Mapping) else layers)
     if not pairs or not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in pairs):

@@ -27,26 +27,26 @@ def reset_statistics(
 ) -> dict[str, Any]:
     """Returns the variables with the running statistics of BatchNorm replaced by those of exactly these inputs.
 
-    Over batches `b` of `n_b` of the `N` inputs, `mean = sum_b n_b mean_b / N` and `var = sum_b n_b (var_b + (mean_b -
-    mean)^2) / N`: mean and variance of the whole, not an exponential average, whatever the momentum is. Up to
-    `batch_size` inputs are one batch, and evaluation mode then computes what training mode computes on it. Of more, the
-    layers behind the first BatchNorm see batches that are normalised by their own statistics, so theirs depend a little
-    on the batch size; batches are of equal size, to one. Dropout is off, as in evaluation mode. All else stays: other
-    collections, statistics that training mode leaves alone (as of layers that are frozen), and a model without
-    statistics as a whole. For what has been written into a model, as by a transfer, averaging or pruning; re-estimated
-    statistics as in SWA (Izmailov et al., arXiv:1803.05407).
+    With batches `b` of `n_b` of the `N` inputs, `mean = sum_b n_b mean_b / N` and `var = sum_b n_b (var_b + (mean_b -
+    mean)^2) / N`. These are mean and variance over all inputs, not an exponential average, whatever the momentum is. Up
+    to `batch_size` inputs form one batch; evaluation mode then computes what training mode computes on it. With more
+    inputs, layers after the first BatchNorm see batches that are normalised by their own statistics, so their
+    statistics depend slightly on the batch size. Batch sizes differ by at most one. Dropout is off, as in evaluation
+    mode. Nothing else changes: other collections, statistics that training mode does not update (such as those of
+    frozen layers), and models without statistics. Use it after writing weights by a transfer, averaging or pruning. It
+    re-estimates statistics as SWA does (Izmailov et al., arXiv:1803.05407).
 
     Args:
       apply: `model.apply` of a Linen module called as `(*inputs, train=True)`.
       variables: `{"params": ..., "batch_stats": ..., ...}`; statistics under other names than `mean` and `var` are
         averaged.
       inputs: the model's inputs `[N, ...]`, in order; unlabelled. They may stay on the host.
-      batch_size: the most examples in one pass.
+      batch_size: the maximum number of examples per pass.
       axis_name: the axis that the model's BatchNorm averages over under `pmap`, if any; here each batch is whole.
 
     Raises:
-      ValueError: no inputs or examples, inputs of different numbers of them, no `params`, or a model that reads a
-        collection that is not there.
+      ValueError: no inputs or examples, different numbers of examples, no `params`, or a model that reads a missing
+        collection.
     """
     size = check_inputs(inputs, batch_size=batch_size)
     check_variables("variables", variables)

@@ -41,44 +41,44 @@ def aligned_transfer(
     choice: ChannelChoice = "moments",
     key: jax.Array | None = None,
 ) -> Transfer:
-    """Returns the transfer that takes over whole channels of the source, tied over all layers that share them.
+    """Returns the transfer that copies whole channels of the source, with one choice for all layers that share them.
 
-    `T' = A S R^T` for a layer's kernel, each tap of a window on its own. `A [m, p]` makes the target's `m` channels of
-    the source's `p`, and is one matrix for all leaves that touch those channels: kernels, biases, norms, residual sums.
-    `R [m, q]` says how a layer's `q` input channels in the source are had from the target's `m`; each layer has its
-    own. So a layer of the target that gets the chosen channels computes what the source's does, as well as can be had,
-    where a copy of each layer's own block (`share_transfer`) reads channels that are not where they were.
+    `T' = A S R^T` for a layer's kernel, separately for each tap of a window. `A [m, p]` maps the source's `p` channels
+    to the target's `m`. It is one matrix for all leaves that touch those channels: kernels, biases, norms, residual
+    sums. `R [m, q]` reconstructs a layer's `q` source inputs from the target's `m`; each layer has its own. So a target
+    layer with the chosen channels as inputs approximates the source's layer as well as possible. If each layer's block
+    is copied separately (`share_transfer`), it reads channels that have moved.
 
-    Channels inside heads of attention have one `A [m, p]` for each head of the target, `[h, m, p]`, and a kernel that
-    reads heads and channels together has `R [h, m, k, q]`. Entries that are bound to what is outside of the models,
-    such as tokens, pixels and labels, have no matrix: they meet one by one.
+    Channels inside attention heads have one `A [m, p]` for each head of the target, `[h, m, p]`, and a kernel that
+    reads heads and channels together has `R [h, m, k, q]`. Axes with a meaning outside the models, such as tokens,
+    pixels and labels, have no matrix: they are paired by index.
 
-    `init` chooses channels evenly, and `A` and `R` are 0 and 1: weight selection (arXiv:2311.18823) with tied choices.
-    `fit` has the better start, from data. `A` and `R` are learned from there like any adapter; they are LiGO's
-    operators (arXiv:2303.00980), tied along the channel graph. Where the target has more channels, the source's come
-    first, what reads them does not read the others, and the rest of the target stays, so that a wider target computes
-    what the source does, where layers read channels by kernels alone: not where they are divided by a norm or a softmax
-    of them all, or multiplied with each other, as in attention with wider heads. Windows meet at their centres; what a
-    larger window has around is 0. A leaf that makes channels and is summed over along them too, such as an embedding
-    that is the last layer, has `A` for both, and 0 for channels that the source has not.
+    `init` chooses channels evenly, with entries 0 and 1 in `A` and `R`: weight selection (arXiv:2311.18823) with tied
+    choices. `fit` gives a better start, from data. `A` and `R` can then be trained like any adapter; they are LiGO's
+    operators (arXiv:2303.00980), tied along the channel graph. If the target has more channels, the source's come
+    first, layers that read them ignore the others, and the rest of the target does not change. So a wider target
+    computes what the source does if only kernels read its channels, but not if channels are divided by a norm or a
+    softmax over all of them, or multiplied with each other, as in attention with wider heads. Windows are aligned at
+    their centres; a larger window is 0 outside. A leaf that both produces channels and is contracted along them, such
+    as an embedding that is also the last layer, uses `A` for both, and is 0 for channels that the source lacks.
 
-    Route all leaves that the models have in common, norms and biases as well (`{"**": "**"}`), but for last layers of
-    other labels. It is a start: let it write once (`make_joint_step(..., stop=1 / num_steps, num_steps=...)`), since
-    each transfer overwrites what the target has learned. Our choice.
+    Route all leaves that the models share, norms and biases included (`{"**": "**"}`), except last layers with other
+    labels. Use it as a start: let it write once (`make_joint_step(..., stop=1 / num_steps, num_steps=...)`), since each
+    transfer overwrites what the target has learned. Our choice.
 
-    **The fit.** `transfer.fit(moments, source_params, target_params)` returns the adapter that keeps most of what the
-    source's layers compute, from the second moments of what enters them: those of `input_moments` on inputs such as the
-    target will see, without labels. It may be jitted. Channels are chosen one after the other, each the one from which,
-    along with those before it, all channels of the group can best be had by a linear map, over all layers that read
-    them; so they come in this order, whatever their places are. Of channels that are as good, to 1e-5 of the sum of all
-    moments, the one with the larger parameters is taken. Each layer that reads them then gets that map: with `G` the
-    second moments of its input and `c` the channels that were chosen, `R = (G_cc + r I)^-1 G_c`, with `r` 1e-4 of the
-    mean of `G_cc`'s diagonal.
+    **The fit.** `transfer.fit(moments, source_params, target_params)` returns the adapter that preserves most of what
+    the source's layers compute. It uses the second moments of their inputs: those of `input_moments`, on unlabelled
+    inputs such as the target will see. It supports `jit`. Channels are chosen greedily. Each next channel is the one
+    that, together with those before it, best reconstructs all channels of the group by a linear map, over all layers
+    that read them. The order does not depend on their positions. Among equally good channels, to 1e-5 of the sum of all
+    moments, the one with the larger parameters is chosen. Each layer that reads them then gets that map: with `G` the
+    second moments of its input and `c` the chosen channels, `R = (G_cc + r I)^-1 G_c`, with `r` 1e-4 of the mean of
+    `G_cc`'s diagonal.
 
-    Heads of attention are chosen by what they add to the output: `G [h, h]` are the moments, summed over the outputs,
-    of each head's part of the product with the last kernel. In each head that is chosen, channels of queries and keys
-    are chosen by the moments of the products that are summed, and those of values by theirs; the last kernel gets one
-    `R` for heads and channels together. Channel groups and layers without moments stay as in `init`.
+    Attention heads are chosen by what they add to the output: `G [h, h]` are the moments, summed over the outputs, of
+    each head's contribution to the product with the last kernel. In each chosen head, channels of queries and keys are
+    chosen by the moments of their summed products, and channels of values by their own moments. The last kernel gets
+    one `R` for heads and channels together. Channel groups and layers without moments stay as in `init`.
 
     Channels may be chosen otherwise, each group at once: `magnitude` takes those with the largest sum of squares over
     all leaves that the channel is tied in, which is structured pruning by groups (arXiv:2301.12900; by the L1 norm of

@@ -125,25 +125,25 @@ def _no_metrics(adapter: Adapter, source_params: Params, target_params: Params, 
 
 @dataclass(frozen=True)
 class Transfer:
-    """A transfer of knowledge as pure functions over parameter pytrees, as an Optax optimizer is.
+    """A transfer of knowledge: pure functions over parameter pytrees, like an Optax optimizer.
 
-    Every method, baseline and ablation is one factory that returns this. One of your own is `Transfer(init, apply)`;
-    its `apply` has to take both keywords, whether it uses them or not.
+    Every method, baseline and ablation is a factory that returns a `Transfer`. To make your own, call `Transfer(init,
+    apply)`; its `apply` must accept both keywords, even if it ignores them.
 
     Attributes:
       init: `(key, source_params, target_params) -> adapter`; checks the transfer against both trees.
       apply: `(adapter, source_params, target_params, *, key=None, step=None) -> new target_params`. A key turns dropout
-        on; the joint step gives its count as the step, which schedules follow. Leaves that take no part come back as
-        the same arrays.
-      describe: `(source_params, target_params) -> (RouteSummary, ...)`: what each route is and costs, then what cannot
-        be paired, from shapes alone; nothing for a transfer without routes.
-      monitor: `(adapter, source_params, target_params, *, step=None) -> scalars by name` that are worth following
-        while the adapter learns, such as its gates; nothing for most transfers.
-      fit: `(moments, source_params, target_params) -> adapter` in closed form, from what enters the source's layers;
-        None for most transfers. See `aligned_transfer`.
+        on. The joint step passes its count as `step`, for schedules. Leaves without a route are returned as the same
+        arrays.
+      describe: `(source_params, target_params) -> (RouteSummary, ...)`: each route and its cost, then the leaves that
+        cannot be paired, from shapes alone; empty for a transfer without routes.
+      monitor: `(adapter, source_params, target_params, *, step=None) -> scalars by name` to monitor during training,
+        such as gates; empty for most transfers.
+      fit: `(moments, source_params, target_params) -> adapter` in closed form, from the moments of the source's layer
+        inputs; None for most transfers. See `aligned_transfer`.
 
     Raises:
-      ValueError: an `apply` or a `monitor` that does not take the step.
+      ValueError: an `apply` or a `monitor` that does not accept the step.
     """
 
     init: InitFn

@@ -19,29 +19,28 @@ __all__ = ["channel_graph", "input_moments"]
 def channel_graph(fn: Callable[..., Any], params: Params, *inputs: Any, strict: bool = True) -> ChannelGraph:
     """Returns which axes of a model's leaves are the same channels: tied by residual sums, norms, biases and products.
 
-    `fn(params, *inputs)` is traced for shapes alone and nothing is computed, so that both may be arrays or
-    `jax.ShapeDtypeStruct`s. It is any JAX function of a parameter tree, such as
-    `lambda params, state, x: model.apply({"params": params, **state}, x, train=False)`. No library of layers is asked.
-    What ties axes: sums and products entry by entry, products of matrices, convolutions, and the lookup of embeddings.
-    Through reshapes they go as factors: a kernel that reads flattened maps is one of places and channels, and a leaf
-    whose channels are normalised in groups is one of groups and channels in each (`ChannelGraph.factors`). Where they
-    are concatenated, split or cut, they are tied in pieces of the largest size that divides all parts. They do not go
-    through parts without such a size, padding, sums and sorting along them, groups of a convolution, loops (`nn.scan`),
-    nor any operation that is not known. A constant that differs along an axis, such as rotary angles or fixed sines of
-    positions, has an order, and binds the channels that meet it. Running statistics that `fn` captures are such a
-    constant too, so give them as an input. Our choice; Git Re-Basin (arXiv:2209.04836) writes down by hand for each
-    model what is found here.
+    `fn(params, *inputs)` is traced for shapes only and nothing is computed, so arguments may be arrays or
+    `jax.ShapeDtypeStruct`s. It is any JAX function of a parameter tree, such as `lambda params, state, x:
+    model.apply({"params": params, **state}, x, train=False)`, from any library of layers. Axes are tied by elementwise
+    sums and products, matrix products, convolutions, and embedding lookups. Reshapes are followed by factors: a kernel
+    that reads flattened maps has positions and channels, and a leaf whose channels are normalised in groups has groups
+    and channels in each (`ChannelGraph.factors`). Where channels are concatenated, split or sliced, they are tied in
+    pieces of the largest size that divides all parts. Channels cannot be followed through parts without such a size,
+    padding, sums or sorting along them, grouped convolutions, loops (`nn.scan`), or unknown operations. A constant that
+    differs along an axis, such as rotary angles or fixed sines of positions, has an order, and fixes the channels that
+    are combined with it. Running statistics that `fn` captures are such a constant too, so pass them as an input. Our
+    choice; Git Re-Basin (arXiv:2209.04836) lists by hand for each model what is found here.
 
     Args:
       fn: the model.
       params: its parameters.
-      *inputs: what it reads, its state too.
-      strict: refuse channels that go where they cannot be followed. Without it their axes come apart there: those of
-        the leaves before it, and those of the leaves that read what comes out, are of two channel groups.
+      *inputs: its inputs, and its state.
+      strict: refuse channels that cannot be followed. Otherwise their axes are separated there: leaves before and after
+        that operation form two channel groups.
 
     Raises:
-      ValueError: leaves that cannot be named, as `flatten`; `strict` and channels that a leaf makes, or a leaf itself,
-        in an operation that cannot be followed.
+      ValueError: leaves that cannot be named, as in `flatten`; with `strict`, channels of a leaf, or a leaf itself, in
+        an operation that cannot be followed.
     """
     return ChannelTrace.followed(fn, params, inputs, strict=strict)[1]
 

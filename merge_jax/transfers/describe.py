@@ -44,21 +44,21 @@ class Summary:
 
 
 def summarize(transfer: Transfer, source_params: Params, target_params: Params) -> Summary:
-    """Prints what a transfer does, and returns the same.
+    """Prints a summary of a transfer, and returns it.
 
-    First a table of its routes: leaves, shapes, matrices, the block that both matrices have where it is not all of the
-    source's (all that is copied, where a transfer copies), rank, adapter parameters, cost. Then what patterns of the
-    routes name and what cannot be paired, with reasons: what `Route(..., unmatched="skip")` leaves out, and what any
-    other route is refused for as soon as it runs.
+    The first table lists the routes: leaves, shapes, matrices, the overlap of both matrices if it is not the whole
+    source (the block that a copy copies), rank, adapter parameters and cost. Then come leaves that match a pattern but
+    cannot be paired, with reasons: `Route(..., unmatched="skip")` leaves them out, and any other route raises an error
+    when it runs.
 
-    In a notebook it is an HTML table. Nothing is computed: shapes are all that is needed, so both trees may hold
-    `jax.ShapeDtypeStruct`s. The cost is the floating point operations of the matrix products of one pass; a
-    gradient takes about three times as many. Routes of one batch have one entry in the adapter, named
-    after the first of them.
+    In a notebook, the table is HTML. Nothing is computed, and only shapes are needed, so both trees may hold
+    `jax.ShapeDtypeStruct`s. The cost is the number of floating point operations of the matrix products in one pass; a
+    gradient takes about three times as many. Routes of one batch have one entry in the adapter, named after the first
+    of them.
 
     Raises:
-      ValueError: whatever `transfer.init` finds wrong with the routes, but for leaves that a pattern names and that
-        cannot be paired.
+      ValueError: an error of the routes that `transfer.init` finds, except for leaves that match a pattern but cannot
+        be paired.
     """
     rows = transfer.describe(source_params, target_params)
     summary = Summary(tuple(row for row in rows if not row.left_out), tuple(row for row in rows if row.left_out))

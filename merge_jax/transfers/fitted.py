@@ -52,59 +52,60 @@ def refit(
 ) -> Refit:
     """Returns a target that computes what the source does, layer by layer, in closed form and without labels.
 
-    They are of one family, or of two whose layers can be paired: a MobileNetV2 has the blocks of an EfficientNet-lite
-    with other windows, widths and numbers of them. A block more than the source's may have the route of its last one
-    too: it is solved for what is still missing at the end of it.
+    The two models are of one family, or of two families whose layers can be paired: a MobileNetV2 has the blocks of an
+    EfficientNet-lite, with other windows, widths and counts. An extra block of the target may also have a route from
+    the source's last block; it is solved for what is still missing at that block's end.
 
-    First `aligned_transfer` writes: channels are chosen, alike in all leaves, statistics of norms too. Then the layers
-    are walked in the order of the computation. With `X [n, d]` what enters a layer **in the target as written so far**,
-    one row for each input and place, and `T [n, m]` what the source has at the chosen channels just before what is not
-    linear, minus what the target has there without the layer,
+    First, `aligned_transfer` writes the chosen channels, consistently in all leaves, statistics of norms included. Then
+    the layers are solved in the order of the computation. `X [n, d]` is a layer's input **in the target as written so
+    far**, one row for each input and position. `T [n, m]` is the source's value at the chosen channels just before the
+    next nonlinearity, minus the target's value there without this layer. Then
 
         W = (X'X/n + r I)^-1 (X'T/n + r W0),    r = ridge tr(X'X/n) / d max(1, d/n),    b = mean T - mean X W,
 
-    centred, with `W0` the aligned kernel. So each layer makes up for what those before it got wrong. The intercept goes
-    to the bias or the norm on the way. Running statistics become those of the same inputs, and gain and bias of the
-    norm make up for them; a norm without both keeps the aligned ones.
-    **Streams**: between the blocks of a MobileNetV2 or of a transformer nothing that is not solved for acts on single
+    with centred `X` and `T`, and `W0` the aligned kernel. So each layer corrects the errors of those before it. The
+    intercept goes to the bias or to the norm that follows. Running statistics become those of the same inputs, and gain
+    and bias of the norm compensate for them; a norm without both keeps the aligned statistics.
+    **Streams**: between the blocks of a MobileNetV2 or of a transformer, nothing but solved layers acts on single
     channels. Layers and embeddings write into the stream, layers read it, and norms divide by the size of the whole. So
-    any directions would do as well as channels: there `T` is what the source has along as many orthonormal directions,
-    those of its largest second moments, turned toward the channels that were chosen (for the choice `moments`).
-    Embeddings are aligned to the same directions.
-    Kernels that end in one sum, such as the last of a residual block and its shortcut, are solved jointly. What
-    has its own numbers for each channel, the gain and bias of a LayerNorm or a depthwise kernel, is solved channel by
-    channel. The last layer, where it is routed and labels are shared, is solved to the source's logits.
+    any directions are as good as channels. There, `T` is the source's value along as many orthonormal directions, those
+    of its largest second moments, rotated toward the chosen channels (for the choice `moments`). Embeddings are aligned
+    to the same directions.
+    Kernels whose outputs are added, such as the last one of a residual block and its shortcut, are solved jointly.
+    Leaves with separate entries for each channel (gain and bias of a LayerNorm, depthwise kernels) are solved channel
+    by channel. If the last layer has a route, it is solved for the source's logits.
 
     Sources: least squares after matching (PLeaS, arXiv:2407.02447), from what enters in the merged model so far
-    (RegMean++, arXiv:2508.03121). To walk any two computations by their channel graphs is our choice, and so are the
-    directions: they keep more of such a stream than any choice of channels. (SliceGPT, arXiv:2401.15024, turns the
-    stream of one transformer to its principal components, for RMSNorm exactly.)
+    (RegMean++, arXiv:2508.03121). Our choices are to follow any two computations by their channel graphs, and the
+    directions, which keep more of such a stream than any choice of channels. (SliceGPT, arXiv:2401.15024, rotates the
+    stream of one transformer to its principal components, exactly for RMSNorm.)
 
-    It may be jitted, and differentiated with respect to both variables. Moments are gathered over batches: memory for a
-    layer is that of `X'X`, beside what all inputs are at two depths of both models, one after the other.
+    It supports `jit`, and gradients with respect to both variables. Moments are accumulated over batches. A layer needs
+    memory for `X'X`, and for the activations of all inputs at two depths of both models, one model after the other.
 
     Args:
-      routes: as `aligned_transfer`, of parameters: `{"**": "**"}` is all leaves of one path. Leave out last layers of
-        other labels.
+      routes: as in `aligned_transfer`, for parameters: `{"**": "**"}` pairs all leaves with equal paths. Leave out last
+        layers with other labels.
       source: `(variables, *inputs) -> outputs`, such as `source_model.apply`, in evaluation mode.
-      target: the same of the target.
-      source_variables: `{"params": ..., "batch_stats": ...}`, as in Flax; a tree of parameters alone will do.
-      target_variables: of the target; where nothing is routed they stay.
-      *inputs: such as the target will see, `[N, ...]`, without labels.
-      ridge: without unit; from 1e-3 to 1e-1 it changed nothing on digits.
-      batch_size: inputs in a batch.
-      max_rows: at most about so many rows of a layer are taken, drawn at random over inputs and places. Where each
-        channel has `d` numbers of its own, as in a depthwise convolution, at most `max(4096, 200 d)`.
-      key: for that; `jax.random.key(0)` by default.
-      choice: of the channels, as in `aligned_transfer`.
+      target: the same for the target.
+      source_variables: `{"params": ..., "batch_stats": ...}`, as in Flax, or a plain tree of parameters, as `source`
+        expects.
+      target_variables: those of the target; leaves without a route do not change.
+      *inputs: unlabelled inputs `[N, ...]`, such as the target will see.
+      ridge: dimensionless penalty; values from 1e-3 to 1e-1 gave equal results on digits.
+      batch_size: inputs per batch.
+      max_rows: approximate maximum of rows per layer, drawn at random over inputs and positions. If each channel has
+        `d` separate weights, as in a depthwise convolution, the maximum is at most `max(4096, 200 d)`.
+      key: for drawing these rows; `jax.random.key(0)` by default.
+      choice: how channels are chosen, as in `aligned_transfer`.
       axis_name: the axis of `pmap` or `shard_map` whose devices share the inputs.
 
     Raises:
-      ValueError: no inputs, or of unequal numbers; numbers that are not finite come out (under `jit` that is not
-        checked); as `channel_graph` and `aligned_transfer`; nothing to solve.
+      ValueError: no inputs, or unequal numbers of them; a result that is not finite (not checked under `jit`);
+        variables without a collection that a model reads; no layer to solve; as `channel_graph` and `aligned_transfer`.
 
     Warns:
-      FewRowsWarning: a layer with more unknowns than rows, whose ridge is raised by as much.
+      FewRowsWarning: a layer has more unknowns than rows, so its ridge is raised by their ratio.
     """
     count = _count(inputs)
     check_at_least_one(batch_size=batch_size, max_rows=max_rows)

@@ -39,17 +39,16 @@ def match(
 ) -> Matches:
     """Returns routes `{target path: source path}` between layers of models of different depth, in proportion.
 
-    Layers are in natural order of their paths. Target layer `i` of `n` is paired with source layer
-    `floor((i + 1/2) m / n)` of `m`, so six layers get every second one of twelve, and twelve layers share six. Where a
-    layer has several leaves, each gets its like: leaves are of one kind where their paths agree after the last
-    part with a number in it (`attention/query/kernel` of `encoder/layer_3/attention/query/kernel`). Where both
-    models have one kind only, its name does not matter.
+    Layers are in natural order of their paths. Target layer `i` of `n` is paired with source layer `floor((i + 1/2) m /
+    n)` of `m`. So six layers are paired with every second one of twelve, and twelve layers share six. If a layer has
+    several leaves, they are paired by kind: two leaves are of one kind if their paths agree after the last part that
+    contains a number (`attention/query/kernel` of `encoder/layer_3/attention/query/kernel`). If both models have only
+    one kind, its name does not matter.
 
     In the view `attention` the patterns name blocks instead of leaves.
 
-    With `unmatched="skip"`, leaves that cannot be paired get no route: kinds that the source has not, scalars,
-    integers, layouts that nothing tells, embeddings whose rows differ in number. They stand in `.left_out` of what is
-    returned, with reasons.
+    With `unmatched="skip"`, leaves that cannot be paired get no route: kinds that the source lacks, scalars, integers,
+    unknown layouts, and embeddings with different numbers of rows. `.left_out` of the result lists them with reasons.
 
     >>> import jax.numpy as jnp
     >>> layers = lambda n: {f"layer_{i}": {"kernel": jnp.ones((2, 2))} for i in range(n)}
@@ -57,8 +56,8 @@ def match(
     {'layer_0/kernel': 'layer_1/kernel', 'layer_1/kernel': 'layer_3/kernel'}
 
     Raises:
-      ValueError: a pattern that names nothing; kinds of the target's leaves that the source has not, unless they are
-        to be skipped, or nothing else.
+      ValueError: a pattern that matches nothing; kinds of target leaves that the source lacks, unless they are skipped
+        and others remain.
     """
     check_view(view)
     check_choice("way with unmatched leaves", unmatched, get_args(Unmatched))

@@ -32,30 +32,29 @@ Unmatched = Literal["error", "skip"]
 
 @dataclass(frozen=True)
 class Route:
-    """One route, or by patterns many: which target leaves are made from which source leaves.
+    """One route, or several by patterns: which target leaves are made from which source leaves.
 
-    A pattern of the target names leaves that each get a transfer of their own. A pattern of the source must then
-    name as many, which are paired in natural order (`match` pairs by depth where there are more on one side), or
-    one, which all get. One and the same pattern on both sides, such as `**`, pairs leaves of one path where there are
-    any. Where the target is one leaf, all leaves that the source's pattern names are put under each
-    other as one matrix. So are, on both sides, the leaves of a tuple: `Route(("q/kernel", "k/kernel"), "qk/kernel")`
-    splits a fused kernel. In the view `attention`, a name is that of a block with the kernels `query/kernel`,
-    `key/kernel`, `value/kernel` and `out/kernel`, and a tuple is of the paths or patterns of these four. Head `i` of
-    `h` then meets head `floor((i + 1/2) k / h)` of the source's `k`.
+    Each leaf that matches a target pattern gets a separate transfer. The source pattern must then match as many leaves,
+    which are paired in natural order (`match` pairs by depth if there are more on one side), or one leaf, which serves
+    all. The same pattern on both sides, such as `**`, pairs leaves with equal paths. If the target is one leaf, all
+    leaves that match the source pattern are stacked into one matrix. So are the leaves of a tuple, on both sides:
+    `Route(("q/kernel", "k/kernel"), "qk/kernel")` splits a fused kernel. In the view `attention`, a path names a block
+    with the kernels `query/kernel`, `key/kernel`, `value/kernel` and `out/kernel`, and a tuple gives the paths or
+    patterns of these four. Head `i` of `h` is then paired with head `floor((i + 1/2) k / h)` of the source's `k`.
 
     Attributes:
       target: leaves in the target's parameters, e.g. `stage6_2/project/kernel`.
       source: leaves in the source's parameters, e.g. `fc/kernel`.
-      target_spec: how each target leaf is a matrix; by default what `matrix_spec` says of its path and shape.
+      target_spec: how to read each target leaf as a matrix; by default from its path and shape, by `matrix_spec`.
       source_spec: the same for source leaves.
-      rank: the rank of the re-encoding, `whole` for none, or None for what the transfer has.
+      rank: the rank of the re-encoding, `whole` for none, or None for that of the transfer.
       view: what the adapter's tokens are, or None for the transfer's; see `ViewName`.
-      target_heads: heads of the target's attention, where its kernels have no axis of heads.
+      target_heads: heads of the target's attention, if its kernels have no axis of heads.
       source_heads: the same for the source.
-      rows: which row of an embedding, which pixel of a patch belongs to which, where both models have other numbers of
-        them: a `Rows`, or `first` for row `i` from row `i`. None refuses such a route.
-      unmatched: `skip` leaves out what the patterns name and what cannot be paired: no partner of the path, a scalar,
-        integers, a layout that nothing tells, rows that differ in number. `error` refuses the route. `summarize` lists
+      rows: how to pair rows of an embedding or pixels of a patch if the two models differ in their number: a `Rows`, or
+        `first` for row `i` from row `i`. None refuses such a route.
+      unmatched: `skip` leaves out leaves that match the patterns but cannot be paired: no partner with that path, a
+        scalar, integers, an unknown layout, different numbers of rows. `error` refuses the route. `summarize` lists
         them either way.
     """
 

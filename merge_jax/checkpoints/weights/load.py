@@ -48,27 +48,28 @@ Select = Pattern | Sequence[Pattern] | None
 
 
 def load_weights(path: str | os.PathLike[str], select: Select = None, like: Params | None = None) -> Params:
-    """Returns the weights of a file, of whatever format, as a tree of NumPy arrays under their own names.
+    """Returns the weights in a file of any supported format, as a tree of NumPy arrays under their original names.
 
-    Formats: safetensors, PyTorch, Orbax (and the folders of `Checkpoints`), Flax msgpack, npz, Keras, GGUF and ONNX;
-    some need an extra, which the error names. The content says which it is, not the name. A tensor's name is split at
-    its dots and slashes; arrays stay in the layout of their library, see `merge_jax.checkpoints.layouts_of`.
+    Formats: safetensors, PyTorch, Orbax (and the folders of `Checkpoints`), Flax msgpack, npz, Keras, GGUF and ONNX.
+      Some need an extra, which the error names. The format is detected from the content, not from the file name. Tensor
+      names are split at dots and slashes. Arrays keep the layout of their library; see
+      `merge_jax.checkpoints.layouts_of`.
 
-    Of a training state (Orbax, msgpack, npz, PyTorch), without `select` the model's part is taken: `params` with what
-    is beside it, such as `batch_stats`, or what is in `model`, `state`, `target` or `state_dict`; no optimizer state,
-    step or random keys. With `select`, names are those of the whole file.
+    From a training state (Orbax, msgpack, npz, PyTorch), without `select` only the model is returned: `params` and its
+    siblings, such as `batch_stats`, or the contents of `model`, `state`, `target` or `state_dict`, without optimizer
+    state, step or random keys. `select` applies to all names in the file.
 
     Args:
-      path: of a file or folder, or `package:NAME` for the one file of weights in an installed package.
+      path: a file or folder, or `package:NAME` for the single weight file in an installed package.
       select: paths or patterns of the leaves to read, over paths with `/`.
       like: a tree of arrays or shapes: the result has its structure, and every leaf has its shape and dtype. Of a file
         whose leaves are all in `params`, or in what wraps a PyTorch model (`module`), it may be what is in it.
 
     Raises:
-      FileNotFoundError: there is no such file or folder, or a part of it is missing.
-      ImportError: the format needs a library that is not installed; the command that installs it is named.
-      ValueError: the file is of no known format or broken, a pattern names nothing (near misses are listed), or the
-        leaves are not those of `like` (the first ten are named).
+      FileNotFoundError: the file or folder, or a part of it, does not exist.
+      ImportError: the format needs a library that is not installed; the message gives the command to install it.
+      ValueError: the format is unknown or the file is broken, a pattern matches nothing (near misses are listed), or
+        the leaves differ from `like` (the first ten differences are listed).
     """
     file = find_weights(path)
     stored, names = open_leaves(file, select)
