@@ -80,30 +80,30 @@ def aligned_transfer(
     chosen by the moments of their summed products, and channels of values by their own moments. The last kernel gets
     one `R` for heads and channels together. Channel groups and layers without moments stay as in `init`.
 
-    Channels may be chosen otherwise, each group at once: `magnitude` takes those with the largest sum of squares over
-    all leaves that the channel is tied in, which is structured pruning by groups (arXiv:2301.12900; by the L1 norm of
-    one layer, arXiv:1608.08710), `random` and `even` are controls. What layers read is reconstructed all the same where
-    there are moments; `fit({}, ...)` takes what is chosen as it is, which is pruning.
+    Other choices treat each group at once. `magnitude` takes the channels with the largest sum of squares over all
+    leaves that share them, which is structured pruning by groups (arXiv:2301.12900; by the L1 norm of one layer,
+    arXiv:1608.08710). `random` and `even` are controls. Layer inputs are still reconstructed if there are moments;
+    `fit({}, ...)` reconstructs nothing, which is plain pruning.
 
-    Sources: the choice is orthogonal matching pursuit on channels; the map is the reconstruction of channel pruning
-    (He et al., arXiv:1707.06168). To do both for two given networks, tied over layers, is our choice; so is what heads
-    are measured by, since it does not change where channels of a head change places.
+    Sources: the choice is orthogonal matching pursuit on channels; the map is the reconstruction of channel pruning (He
+      et al., arXiv:1707.06168). Our choices are to do both for two given networks, tied over layers, and the measure
+      for heads, which does not depend on the order of a head's channels.
 
     Args:
-      routes: as `share_transfer`; each of one leaf from one leaf.
-      source_graph: of the source's channels; see `channel_graph`.
-      target_graph: of the target's.
-      choice: what channels are chosen by in `fit`.
-      key: of the random choice, and of no other.
+      routes: as in `share_transfer`, each from one leaf to one leaf.
+      source_graph: the source's channel graph; see `channel_graph`.
+      target_graph: the target's channel graph.
+      choice: how `fit` chooses channels.
+      key: for the random choice only.
 
-    The adapter is `{"outputs": {channel group: A}, "inputs": {leaf:axes: R}}`, float32. `describe` has its size.
+    The adapter is `{"outputs": {channel group: A}, "inputs": {leaf:axes: R}}`, float32. `describe` gives its size.
 
     Raises:
-      ValueError: an unknown choice, a random one without a key; as `share_transfer`; for a route with the view
-        `attention`, several leaves in one, leaves with other numbers of channel axes or of other layouts, axes of
-        unequal sizes that are not both hidden channels (labels, tokens, pixels), a channel graph of another model; in
-        `init` and `fit`, an adapter that takes more than half of the memory that is free; in `fit`, moments of another
-        size than the layer's input; in `apply`, an adapter of other routes.
+      ValueError: an unknown choice, or a random one without a key; as `share_transfer`; a route with the view
+        `attention`, or of several leaves; leaves with different numbers of channel axes or in different layouts; axes
+        of unequal sizes that are not both hidden channels (labels, tokens, pixels); a channel graph of another model;
+        in `init` and `fit`, an adapter that needs more than half of the free memory; in `fit`, moments of another size
+        than the layer's input; in `apply`, an adapter of other routes.
     """
     check_choice("choice of channels", choice, get_args(ChannelChoice))
     if (choice == "random") != (key is not None):

@@ -48,20 +48,20 @@ def channel_graph(fn: Callable[..., Any], params: Params, *inputs: Any, strict: 
 def input_moments(fn: Callable[..., Any], params: Params, *inputs: Any) -> dict[str, jax.Array]:
     """Returns the second moments of every contracted input of a model: by leaf, or by channel group without one.
 
-    `{leaf path: X^T X / N}`, with `X [N, n]` the inputs of the layer whose kernel is the leaf: one row for each
-    example and place, summed over all calls of the layer. It is `[n, n]`; `[h, d, h, d]` of a leaf that is summed over
-    along two axes together, as the last kernel of an attention is. Of flattened maps the places are rows. A leaf that
-    is summed over along other axes in other places, such as the one kernel of a tied autoencoder, has none: the moments
-    are those of its channel groups.
+    `{leaf path: X^T X / N}`, with `X [N, n]` the inputs of the layer whose kernel is the leaf: one row for each example
+    and position, summed over all calls of the layer. Its shape is `[n, n]`, or `[h, d, h, d]` for a leaf that is
+    contracted along two axes together, such as the last kernel of an attention. For flattened maps, positions are rows.
+    A leaf that is contracted along different axes in different places, such as the kernel of a tied autoencoder, has no
+    entry; its channel groups have.
 
-    `{channel group: (Q^T Q / N) * (K^T K / M)}`, entry by entry, for values `Q [N, d]` and `K [M, d]` that are
-    multiplied and are no leaves, such as queries and keys: the moments of the products `q_i k_i` that are summed, for
-    queries and keys that are drawn apart. It is `[d, d]`, and `[h, d, d]` of a group that is within another. Products
-    that are summed over several axes together have none.
+    `{channel group: (Q^T Q / N) * (K^T K / M)}`, elementwise, for activations `Q [N, d]` and `K [M, d]` that are
+    multiplied, such as queries and keys: the moments of the summed products `q_i k_i`, for queries and keys drawn
+    independently. Its shape is `[d, d]`, or `[h, d, d]` for a group within another. Products that are summed over
+    several axes together have no entry.
 
-    Float32. `fn` is as in `channel_graph` without `strict`, computed once on `inputs`. It may be jitted. Moments are
-    not centred. They are what channel pruning reconstructs from (He et al., arXiv:1707.06168); to take them at all
-    layers in one pass, and those of products, is our choice.
+    Moments are float32 and not centred. `fn` is as in `channel_graph` without `strict`, and is computed once on
+    `inputs`. Supports `jit`. Channel pruning reconstructs from the same moments (He et al., arXiv:1707.06168). Our
+    choices are to take them at all layers in one pass, and those of products.
 
     Raises:
       ValueError: leaves that cannot be named, as `flatten`.
