@@ -41,11 +41,10 @@ _DAMAGED = "damaged"
 class Checkpoints:
     """The saved steps of one run, in a folder; a context manager, since a save in flight is lost without a close.
 
-    Saving is asynchronous: `save` returns once the state is copied to the host, and the next save, or the close, waits
-    for the writing to end and raises what went wrong. (Several processes take their digests together, before it
-    returns: what they exchange must not meet what their training exchanges.) With each step goes a manifest that holds
-    a digest of every leaf; what is restored is compared with it, so numbers that have changed on disk are never taken
-    for those that were saved. A folder has one writer at a time.
+    Saving is asynchronous: `save` returns once the state is copied to the host. The next save, or the close, waits
+    until the write ends and raises its errors. (Several processes compute their digests together before `save` returns,
+    so that this communication cannot mix with that of training.) Each step has a manifest with a digest of every leaf.
+    Restored values are checked against it, so changes on disk are always detected. A folder has one writer at a time.
 
     >>> with Checkpoints(folder) as checkpoints:  # doctest: +SKIP
     ...     step, state = checkpoints.restore_latest(state) or (0, state)

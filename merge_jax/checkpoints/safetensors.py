@@ -142,17 +142,17 @@ def save_safetensors(
 ) -> None:
     """Writes a parameter tree to a safetensors file, each leaf by its path with dots: `fc/kernel` as `fc.kernel`.
 
-    What `load_safetensors` gave goes back under its own names and in its own layout. The file is written
-    atomically, with the permissions that the umask gives.
+    A tree from `load_safetensors` is written under its original names and in its original layout. The file is written
+    atomically, with the permissions of the umask.
 
     Args:
-      path: of the file.
+      path: the file.
       params: a pytree of arrays of booleans, whole numbers of 8 to 64 bits, floats of 8 to 64 bits or complex64.
       metadata: strings for the file's header; `transformers` asks for `{"format": "pt"}` in files of its models.
-      overwrite: whether a file that is there is replaced.
+      overwrite: whether to replace an existing file.
 
     Raises:
-      FileExistsError: the file is there and `overwrite` is not set.
+      FileExistsError: the file exists and `overwrite` is not set.
       ValueError: a leaf that is no array or has another dtype, such as a random key; a tree that is one array, or
         whose names could not be read back (an empty key, `__metadata__`, a path inside of another, too many levels);
         or metadata that are no strings.

@@ -161,28 +161,28 @@ def feature_agreement(
     compare_on: CompareOn | None = None,
     axis_name: str | None = None,
 ) -> LossFn:
-    """Returns the term of a loss that draws the target's features to those of the source, for `sum_losses`.
+    """Returns a loss term that pulls the target's features toward those of the source, for `sum_losses`.
 
-    `w mean_l (1 - cka(F_l, G_l))`, where `F_l` are features of the target's layer `l` and `G_l` those that
-    `features_teacher` gives of the source on the same batch; metric `agreement`, the mean of the cka. The model state
-    stays as it is. Since the adapter follows the gradient of the target's loss, it learns from the features as well. No
-    label need be shared, but the source must be able to read the target's inputs. Our choice of a functional objective,
-    beyond arXiv:2404.13322.
+    `w mean_l (1 - cka(F_l, G_l))`, where `F_l` are the features of the target's layer `l`, and `G_l` those of the
+    source on the same batch, from `features_teacher`. The metric `agreement` is the mean of the cka. The model state
+    does not change. Since the adapter follows the gradient of the target's loss, it learns from the features as well.
+    Labels need not be shared, but the source must be able to read the target's inputs. Our choice of a functional
+    objective, beyond arXiv:2404.13322.
 
     Args:
       apply_fn: `model.apply` of the target, a Linen module called as `(*inputs, train=True)`.
       layers: paths of its submodules, as in `with_features`.
       inputs: the entries of the batch that are its inputs, in order.
-      weight: of the disagreement, 0 or more; at 0 the agreement is measured only.
-      objective: what the features are compared by, instead of `1 - cka`, such as
-        `merge_jax.objectives.redundancy_suppression`; the metric is 1 minus its value.
-      compare_on: what of each input the features are taken on, such as `mixed`; None for the inputs as they are. The
-        teacher must have the same.
+      weight: weight of the disagreement, 0 or more; 0 only measures the agreement.
+      objective: compares features, instead of `1 - cka`, such as `merge_jax.objectives.redundancy_suppression`; the
+        metric is 1 minus its value.
+      compare_on: changes the inputs on which features are compared, such as `mixed`; None for no change. The teacher
+        must use the same.
       axis_name: that of `make_joint_step`, under `pmap` or `shard_map`; features are compared over the whole batch.
 
     Raises:
-      ValueError: no layers, or a weight that is no number of 0 or more; while tracing, a layer or an entry that is not
-        there, or features of another number of layers of the source.
+      ValueError: no layers, or a weight that is not a number of 0 or more; while tracing, a missing layer or entry, or
+        a different number of source layers.
     """
     if not 0 <= weight < float("inf"):
         raise ValueError(f"the weight of the disagreement must be 0 or more, got {weight}")

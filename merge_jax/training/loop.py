@@ -68,30 +68,30 @@ def run_loop(
 ) -> _State:
     """Returns the state after step `num_steps`, from whatever step the given state has reached.
 
-    The state is donated: use the returned one. Where the batches depend on the step alone and the state holds all
-    else, a run that was stopped and restored is equal to an unbroken one, bit for bit. Where it was stopped between
-    two reports, the metrics of the next one are the means of the steps after the stop.
+    The state is donated: use the returned one. If batches depend only on the step and the state holds everything else,
+    a run that was stopped and restored equals an uninterrupted one, bit for bit. If it was stopped between two reports,
+    the next report averages the steps after the stop.
 
     Args:
-      advance: takes some steps: `stepwise(step_fn, batches_at)`, or a compiled `make_epoch` with its data.
+      advance: executes some steps: `stepwise(step_fn, batches_at)`, or a compiled `make_epoch` with its data.
       state: a state with `step`, the number of steps done.
       num_steps: steps of the whole run, those already done included.
       report_every: steps between reports.
       report: gets the number of steps done, the means of all metrics since the last report, and the state; it
         returns the score of the state, or None.
-      steps_per_call: the most steps that `advance` is asked for at once.
-      checkpoints: where to save; nothing is saved without.
+      steps_per_call: the maximum number of steps per call of `advance`.
+      checkpoints: where to save; None saves nothing.
       checkpoint_every: steps between saves, a multiple of `report_every` so that no mean is cut in two; the last
         step is always saved.
       on_steps: called after every call of `advance` with the number of its steps, e.g. to move a progress bar.
-      should_stop: asked after every call of `advance`; once it returns True, the step that was reached is saved and
-        its state returned, as with `StopSignals`.
+      should_stop: called after every call of `advance`; once it returns True, the current step is saved and its state
+        returned, as with `StopSignals`.
       most_skipped: how many updates of one model in a row may be skipped since its loss or gradient was not finite;
         it is looked at when a report is due.
 
     Raises:
-      ValueError: a number of steps below 1, or saves that do not fall on reports.
-      NumericFaultError: as many updates of one model in a row were skipped; what was saved stays.
+      ValueError: a number of steps below 1, or saves that do not coincide with reports.
+      NumericFaultError: `most_skipped` updates of one model in a row were skipped; earlier saves stay.
 
     Warns:
       UserWarning: transfers were rejected, and none was written.

@@ -40,8 +40,8 @@ def make_reparameterised_step(
     Beyond arXiv:2404.13322, whose transfers are written at every `cycle`-th step. A state of `init_joint_state`
     serves both kinds of step.
 
-    Where the loss, the gradient or the update of the target is not finite, target and adapter stay as they were, as in
-    `make_joint_step`. Metrics are those of `make_joint_step`; `adapter/transferred` is 1 where the target learned.
+    If the loss, the gradient or the update of the target is not finite, target and adapter do not change, as in
+    `make_joint_step`. Metrics are those of `make_joint_step`; `adapter/transferred` is 1 if the target learned.
 
     Args:
       source: the source's task; None freezes the source, and its batch is not needed.
@@ -85,7 +85,7 @@ def make_reparameterised_step(
 def bake(transfer: Transfer, state: JointState) -> Params:
     """Returns the target's parameters with the transfer applied, without dropout: plain parameters of the target.
 
-    `T' = transfer(adapter, S, T)` of a state that a reparameterised step has trained; the adapter and the source
-    are needed no more.
+    `T' = transfer(adapter, S, T)` for a state that a reparameterised step has trained. Adapter and source are then no
+    longer needed.
     """
     return transfer.apply(state.adapter.params, state.source.params, state.target.params, step=state.step)

@@ -19,8 +19,8 @@ __all__ = ["chain", "scheduled", "self_transfer", "several_sources", "without_so
 def chain(*transfers: Transfer) -> Transfer:
     """Returns the transfers one after the other: `T' = t_k(S, ... t_2(S, t_1(S, T)))`.
 
-    Each sees the target that the one before has made, and the source as it is. The adapter is `{"0": the first's
-    adapter, "1": ...}`.
+    Each receives the target from the one before, and the unchanged source. The adapter is `{"0": the first's adapter,
+    "1": ...}`.
 
     Raises:
       ValueError: no transfers, or something that is none.
@@ -67,9 +67,9 @@ def chain(*transfers: Transfer) -> Transfer:
 def scheduled(transfer: Transfer, schedule: optax.ScalarOrSchedule) -> Transfer:
     """Returns the transfer weighted by a schedule: `T' = T + w(i) (t(S, T) - T)`, `w` of the joint step's count `i`.
 
-    A weight of 0 leaves the target as it is, 1 is the transfer itself, what lies between mixes both. Any Optax
-    schedule serves, e.g. `optax.cosine_decay_schedule(1.0, num_steps)`, or a number for a weight that stays. The
-    adapter is the transfer's own. Leaves that take no part stay the same arrays.
+    A weight of 0 leaves the target unchanged, 1 is the transfer itself, and values in between interpolate. Use any
+    Optax schedule, such as `optax.cosine_decay_schedule(1.0, num_steps)`, or a number for a constant weight. The
+    adapter is that of the transfer. Leaves without a route stay the same arrays.
 
     Raises:
       ValueError: for what is no transfer or no schedule; in `apply` and `monitor`, where a schedule has no step:

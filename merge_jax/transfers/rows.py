@@ -31,10 +31,10 @@ _Along = tuple[str, tuple[int, ...], tuple[int, ...]]  # Path, shape, and the ax
 class Rows:
     """A linear map from the rows of a source's leaf to rows of a target's: `row t = sum_s w[t, s] row s`.
 
-    Rows are what a number of its own stands for: words and positions of an embedding, pixels of a patch, labels of a
-    last layer. They are along the first axis of a table; along the inputs for `of_patches`; along the outputs of any
-    other kernel; along a bias. Target rows that none of the source makes stay as they are. Make one by `by_name`,
-    `by_index`, `of_grids` or `of_patches`, and give it to a `Route`.
+    Rows have a fixed meaning: words and positions of an embedding, pixels of a patch, labels of a last layer. They are
+    along the first axis of a table, along the inputs for `of_patches`, along the outputs of any other kernel, and along
+    a bias. Target rows without a source row do not change. Create a map with `by_name`, `by_index`, `of_grids` or
+    `of_patches`, and pass it to a `Route`.
 
     Attributes:
       made: the target rows that are made, rising.
