@@ -6,13 +6,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.extend import core
 
 from merge_jax.training.packing import packed
 from merge_jax.types import Params
 
-__all__ = ["adapter_adamw", "holds_parameters", "optimizer_update"]
+__all__ = ["adapter_adamw", "holds_parameters", "optimizer_update", "short_moments"]
 
 
 def adapter_adamw(
@@ -81,6 +82,15 @@ def holds_parameters(optimizer: optax.GradientTransformation, params: Params) ->
     except TypeError:  # It looks at values, which a trace does not have: nothing can be said.
         return False
     return any(_reached(jaxpr, [True] * len(jaxpr.invars)))
+
+
+def short_moments(opt_state: Any) -> list[str]:
+    """Returns the paths of second moments in bfloat16, of which a step's decay is less than half of the last digit."""
+    return [
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, leaf in jax.tree_util.tree_leaves_with_path(opt_state)
+        if getattr(leaf, "dtype", None) == jnp.bfloat16 and any(getattr(key, "name", None) == "nu" for key in path)
+    ]
 
 
 def _reached(jaxpr: Any, from_inputs: Sequence[bool]) -> list[bool]:

@@ -64,6 +64,19 @@ def test_a_plain_optimizer_keeps_what_was_written():
     np.testing.assert_allclose(after.target.params["w"], 10 - 1e-2 * 2 * 9.5, rtol=1e-6)
 
 
+def test_second_moments_that_never_fall_are_warned_of():
+    half = {"w": jnp.ones(3, jnp.bfloat16)}
+    with pytest.warns(UserWarning, match=r"bfloat16 too \(1/0/nu/w\): they do not fall again") as caught:
+        state, _ = begun(optax.adamw(1e-3), mj.identity_transfer(), half)
+    assert caught[0].filename == __file__
+    begun(optax.sgd(1e-3, momentum=0.9), mj.identity_transfer(), {"nu": half["w"], **half})
+    begun(optax.adamw(1e-3), mj.identity_transfer())
+    zeros, moments = jax.tree.map(jnp.zeros_like, half), state.target.opt_state[0]._replace(nu=half)
+    after = optax.scale_by_adam().update(zeros, moments)[1]
+    assert float(after.nu["w"][0]) == 1, "it has fallen: the warning is no longer true"
+
+
+@pytest.mark.filterwarnings("ignore:the optimizer's second moments")
 def test_an_update_that_is_not_finite_is_skipped_and_counted():
     """A rate in bfloat16 makes NaN of a finite gradient (Optax, bias correction)."""
     optimizer = optax.inject_hyperparams(optax.adam)(1e-2)

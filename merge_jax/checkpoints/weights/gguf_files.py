@@ -1,6 +1,7 @@
 """GGUF: weights of llama.cpp; what is quantised comes as float32, axes in the order of PyTorch."""
 
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,21 @@ import numpy as np
 from merge_jax.checkpoints.names import paths_of
 from merge_jax.checkpoints.shards import only_file
 from merge_jax.checkpoints.weights.stored import Format, Stored, needing, reading
+from merge_jax.paths import some_of
 
 __all__ = ["GGUF"]
 
 _PLAIN = {"F16": "float16", "F32": "float32", "F64": "float64", "BF16": "bfloat16"}
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
+# What the converter of llama.cpp changes beside names, and transformers changes back.
+_ONE_MORE = (re.compile(r"norm\.weight$"), "1 more than the model's")
+_MOVED = "the model's rows in another order"
+_CHANGED = {
+    **dict.fromkeys(("gemma", "gemma2", "gemma3", "nemotron"), _ONE_MORE),
+    "llama": (re.compile(r"\.attn_[qk]\."), _MOVED),
+    "bloom": (re.compile(r"\.attn_qkv\."), _MOVED),
+    "mamba": (re.compile(r"\.ssm_a\b"), "-exp of the model's"),
+}
 _PLAIN |= {f"I{bits}": f"int{bits}" for bits in (8, 16, 32, 64)}
 
 
@@ -48,8 +59,17 @@ def _open(path: Path) -> Stored:
         # The file has the fastest axis first.
         return jax.ShapeDtypeStruct(tuple(map(int, tensor.shape))[::-1], jnp.dtype(dtype))
 
+    names, how = _changed(path, parts[path])
+
     def read(paths: Sequence[str]) -> Mapping[str, np.ndarray]:
         arrays = {}
+        changed = [leaf for leaf in paths if names is not None and names.search(str(tensors[leaf].name))]
+        if changed:
+            warnings.warn(
+                f"at {some_of(changed, 3)} of {path} stand numbers that llama.cpp changes for its architecture ({how}):"
+                " turn them back before a model of other code gets them",
+                stacklevel=4,
+            )
         for leaf in paths:
             tensor, kind = tensors[leaf], tensors[leaf].tensor_type.name
             if str(tensor.name) in turned and tensor.data.dtype == np.uint8:
@@ -105,6 +125,13 @@ def _parts(path: Path, read: Callable[[Path], Any]) -> dict[Path, Any]:
         if total not in (None, found):
             raise ValueError(f"{part} is of {total} tensors in {count} parts, but those beside it hold {found} in all")
     return parts
+
+
+def _changed(path: Path, reader: Any) -> tuple[re.Pattern[str] | None, str]:
+    """Returns which tensors have other numbers than the model that was converted, and what they are."""
+    field = reader.get_field("general.architecture")
+    with reading(path, "GGUF file: general.architecture is no text"):
+        return _CHANGED.get(field and str(field.contents()), (None, ""))
 
 
 def _number(path: Path, reader: Any, key: str) -> int | None:

@@ -255,7 +255,7 @@ def test_gguf_is_dequantised_and_its_axes_are_those_of_torch(tmp_path):
     kinds = gguf.GGMLQuantizationType
     quantised = {name: gguf.quantize(matrix, kind) for name, kind in (("q8", kinds.Q8_0), ("bf", kinds.BF16))}
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
-    writer.add_tensor("blk.0.attn_q.weight", matrix.astype(np.float16))
+    writer.add_tensor("blk.0.attn_v.weight", matrix.astype(np.float16))
     writer.add_tensor("q8.weight", quantised["q8"], raw_dtype=kinds.Q8_0)
     writer.add_tensor("bf.weight", quantised["bf"], raw_dtype=kinds.BF16)
     writer.write_header_to_file()
@@ -267,7 +267,7 @@ def test_gguf_is_dequantised_and_its_axes_are_those_of_torch(tmp_path):
     assert find_format(tmp_path / "n").name == "GGUF"
     found = mj.flatten(mj.load_weights(tmp_path / "m.gguf"))
     expected = {
-        "blk/0/attn_q/weight": matrix.astype(np.float16),
+        "blk/0/attn_v/weight": matrix.astype(np.float16),
         "q8/weight": gguf.dequantize(quantised["q8"], kinds.Q8_0),
         "bf/weight": matrix.astype(ml_dtypes.bfloat16),
     }
@@ -275,6 +275,32 @@ def test_gguf_is_dequantised_and_its_axes_are_those_of_torch(tmp_path):
     assert np.abs(found["q8/weight"] - matrix).max() < 0.02
     assert mj.checkpoints.weight_shapes(tmp_path / "m.gguf")["q8/weight"].shape == (64, 32)
     assert mj.checkpoints.layouts_of(tmp_path / "m.gguf")["q8/weight"] == mj.MatrixSpec((0,), (1,))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "name", "how"),
+    [
+        ("gemma3", "attn_norm", "1 more than the model's"),
+        ("llama", "attn_k", "rows in another order"),
+        ("qwen3", "", ""),
+    ],
+)
+def test_of_a_gguf_with_other_numbers_than_its_model_one_is_warned(architecture, name, how, tmp_path):
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", architecture)
+    for other in ("attn_norm", "attn_k", "attn_k_norm", "ffn_up"):
+        writer.add_tensor(f"blk.0.{other}.weight", np.ones(32, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        mj.load_weights(tmp_path / "m.gguf", f"blk/0/{name or '*'}/weight")
+    assert len(caught) == bool(name)
+    assert all(f"at blk/0/{name}/weight of" in str(w.message) and how in str(w.message) for w in caught)
+    assert all(w.filename == __file__ for w in caught)
+    mj.load_weights(tmp_path / "m.gguf", "blk/0/ffn_up/weight")  # Not of those.
 
 
 def test_layers_of_keras_have_their_names_in_the_model(keras, tmp_path):
