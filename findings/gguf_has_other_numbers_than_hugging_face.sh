@@ -2,7 +2,7 @@
 # transformers 5.24.0: what it takes from a GGUF file is for six architectures not what stands there. Gains of norms of Gemma 2 and 3 and
 # of Nemotron are 1 more in the file, the state matrix of Mamba is -exp of what a model has, and the rows of llama's queries and keys
 # and of Bloom's fused attention stand in another order. Names and shapes are the same, and general.architecture alone tells.
-# Guess written down before the run: only queries and keys of llama are changed.
+# Expected, as docs/weights.md said until then: only queries and keys of llama are changed.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

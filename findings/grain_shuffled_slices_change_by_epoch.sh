@@ -2,7 +2,7 @@
 # Grain 0.2.18: a slice of a shuffled MapDataset is another part in every epoch. `shuffle(seed)` has one order for each epoch, and
 # repeat() behind the slice asks for the next one. So two slices of one shuffle, with one seed, are no split: what the first epoch has
 # held out is trained on in the second. (An index past the end is no IndexError either: it is one of the next epoch.)
-# Guess written down before the run: shuffle(seed).slice(0:80) holds the same examples in every epoch.
+# Expected, though not written down before the first run: shuffle(seed).slice(0:80) holds the same examples in every epoch.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

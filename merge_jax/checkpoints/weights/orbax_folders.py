@@ -47,10 +47,19 @@ def _open(path: Path) -> Stored:
     if step.name.isdecimal() and is_ours(step):
         return _open_ours(step)
     trees = [step] if (step / _TREE).exists() else _trees(step)
+    if len(trees) > 1:
+        trees = list(filter(_has_arrays, trees))
     if len(trees) != 1:
         found = some_of((tree.name for tree in trees), 5) or "none"
         raise ValueError(f"{step} must hold one tree of arrays, found {found}: name the folder of one")
     return _open_tree(trees[0])
+
+
+def _has_arrays(tree: Path) -> bool:
+    """Returns whether a tree has more than texts, as Keras saves the configuration of a model."""
+    with reading(tree, "checkpoint of Orbax"):
+        entries = json.loads((tree / _TREE).read_bytes())["tree_metadata"].values()
+        return any(entry["value_metadata"]["value_type"] != "string" for entry in entries)
 
 
 def _open_tree(folder: Path) -> Stored:

@@ -14,6 +14,8 @@ _OTHERS = {
 }
 _BESIDE_TARGET = {"adapter", "source"}  # Of a joint run, whose target is the model.
 _MODEL_STATE = "model_state/"
+_OF_KERAS = {"trainable_variables", "non_trainable_variables"}
+_BESIDE_KERAS = {"optimizer_variables", "metrics_variables"}
 
 
 def model_part(paths: Iterable[str]) -> dict[str, str]:
@@ -21,9 +23,12 @@ def model_part(paths: Iterable[str]) -> dict[str, str]:
 
     What stands beside `params` stays beside it (`batch_stats`; what is in `model_state` comes out of it), but for the
     optimizer's state, step and random keys. The names `model`, `state`, `target` and `state_dict` go where nothing else
-    is beside them. Where nothing is called so, or what is beside them is not known, all leaves stay as they are.
+    is beside them. Where nothing is called so, or what is beside them is not known, all leaves stay as they are. Keras
+    keeps a layer in `trainable_variables` or beside it, as it was frozen or not; both are the model's.
     """
     names = {path: path for path in paths}
+    if layers := _keras_part(names):
+        return layers
     while True:
         top = dict.fromkeys(name.partition("/")[0] for name in names if "/" in name)
         others = _OTHERS | _BESIDE_TARGET if "target" in top else _OTHERS
@@ -39,3 +44,14 @@ def model_part(paths: Iterable[str]) -> dict[str, str]:
         names = {
             name.removeprefix(f"{kept[0]}/"): path for name, path in names.items() if name.startswith(f"{kept[0]}/")
         }
+
+
+def _keras_part(paths: Iterable[str]) -> dict[str, str]:
+    """Returns the layers of a state of Keras, under names that do not tell what was frozen; none of another state."""
+    parted = {path: path.partition("/") for path in paths}
+    tops = {top for top, _, _ in parted.values()}
+    if not tops & _OF_KERAS or tops - _OF_KERAS - _BESIDE_KERAS:
+        return {}
+    layers = [path for path, (top, _, _) in parted.items() if top in _OF_KERAS]
+    names = {parted[path][2]: path for path in layers}
+    return names if len(names) == len(layers) else {}

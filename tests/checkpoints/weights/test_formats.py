@@ -381,6 +381,24 @@ def test_layers_that_keras_has_scaled_to_int8_are_divided_by_their_scale(keras, 
         assert set(mj.load_weights(tmp_path / "m.weights.h5")["fc"]) == {"0", "1", "2"}
 
 
+@pytest.mark.filterwarnings("ignore:.*")
+def test_of_keras_in_orbax_the_layers_are_taken_whether_they_were_frozen(keras, tmp_path):
+    layers = [keras.layers.Dense(4, name="fc"), keras.layers.BatchNormalization(name="bn"), keras.layers.Dense(2)]
+    model = keras.Sequential([keras.Input((3,)), *layers], name="net")
+    layers[0].trainable = False
+    model.compile("sgd", "mse")
+    callback = keras.callbacks.OrbaxCheckpoint(str(tmp_path / "saved"), save_on_background=False)
+    callback.set_model(model)
+    callback.on_train_begin()
+    callback.on_epoch_end(0)
+    callback.on_train_end()
+    found = mj.flatten(mj.load_weights(tmp_path / "saved"))
+    expected = {weight.path: weight.numpy() for weight in model.weights}
+    assert found.keys() == expected.keys()
+    for path, array in expected.items():
+        np.testing.assert_array_equal(found[path], array, err_msg=path)
+
+
 def test_every_format_has_a_writer_here():
     names = {kind.name for kind in importlib.import_module("merge_jax.checkpoints.weights.load").FORMATS}
     assert names == {
