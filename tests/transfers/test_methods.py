@@ -365,5 +365,7 @@ ALL = [mj.weight_selection_transfer, mj.linear_operator_transfer, mj.parameter_g
 
 @pytest.mark.parametrize("make", [make for make in ALL if make is not mj.parameter_generator_transfer])
 def test_blocks_of_attention_are_refused(make):
-    with pytest.raises(ValueError, match="the route to 'a' has the view 'attention', which this transfer has not"):
+    with pytest.raises(
+        ValueError, match="the route to 'a' has the view 'attention', which this transfer does not support"
+    ):
         make([mj.Route("a", "a", view="attention")])
