@@ -271,7 +271,7 @@ def test_bad_scores_are_refused():
     alone = "^every {} needs at least one {} of its group; {} of {} have none, the first is {} {} of group {}$"
     with pytest.raises(ValueError, match=alone.format("query", "candidate", 1, 2, "query", 1, 1)):
         mj.objectives.recall_at_k(square, groups, np.zeros(2), 1)
-    with pytest.raises(ValueError, match=r"^there is no query to find anything by$"):
+    with pytest.raises(ValueError, match=r"^there is no query to search with$"):
         mj.objectives.recall_at_k(np.zeros((0, 2)), np.zeros(0), groups, 1)
     with pytest.raises(ValueError, match=r"^recall at 5 needs at least 5 images, got 2$"):
         mj.objectives.retrieval_scores(square, square, groups, groups)

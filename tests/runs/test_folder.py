@@ -143,14 +143,16 @@ def test_a_disk_without_room_is_named_and_what_is_there_counts(tmp_path, monkeyp
     monkeypatch.setattr(runs.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**30))
     folder = tmp_path / "absent" / "run"
     check_space(folder, 2**30)
-    message = r"the disk of .*absent/run has 1 GiB left, and the checkpoints of this run may need 1.5 GiB: make room"
+    message = (
+        r"the disk of .*absent/run has 1 GiB left, and the checkpoints of this run may need 1.5 GiB: free some space"
+    )
     with pytest.raises(ValueError, match=message):
         check_space(folder, 3 * 2**29)
     assert not folder.parent.exists()
     folder.mkdir(parents=True)
     (folder / "saved").write_bytes(bytes(1000))
     check_space(folder, 2**30 + 1000)
-    with pytest.raises(ValueError, match="make room"):
+    with pytest.raises(ValueError, match="free some space"):
         check_space(folder, 2**30 + 1001)
 
 

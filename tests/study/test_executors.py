@@ -36,7 +36,7 @@ cores = pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="process
         ("dask:tcp://10.0.0.1:port", 1, "such as dask:tcp://10.0.0.1:8786"),
         ("slurm:gpu", 1, "unknown executor 'slurm:gpu'"),
         ("local", 0, "jobs must be a whole number of at least 1, got 0"),
-        ("dask:10.0.0.1:8786", 2, "--jobs is for --executor local: with dask, as many runs go at a time as there are"),
+        ("dask:10.0.0.1:8786", 2, "--jobs is for --executor local: with dask, the number of workers sets how many"),
     ],
 )
 def test_names_that_are_no_executors(name, jobs, message):

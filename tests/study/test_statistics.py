@@ -27,7 +27,7 @@ def test_cases_that_have_no_test():
     shifted = paired_difference([0.3, 0.2, 0.9], [0.2, 0.1, 0.8])  # 0.3 - 0.2 is not 0.2 - 0.1.
     assert shifted.p_t is None
     assert shifted.error == 0
-    with pytest.raises(ValueError, match="as many of either, one or more; got 2 and 1"):
+    with pytest.raises(ValueError, match="two equally long, nonempty sequences; got 2 and 1"):
         paired_difference([0.1, 0.2], [0.1])
     with pytest.raises(ValueError, match="got 0 and 0"):
         paired_difference([], [])

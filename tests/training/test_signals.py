@@ -187,4 +187,4 @@ def test_where_one_of_two_is_refused_both_leave_and_the_other_says_who(tmp_path)
     codes, outputs, _ = pair("refused", tmp_path)
     assert codes == [2, 2], outputs
     assert "error: the folder is full" in outputs[0]
-    assert "error: this process could go on, but process 0 cannot: see what it says" in outputs[1]
+    assert "error: this process could continue, but process 0 cannot: see its message" in outputs[1]

@@ -138,7 +138,7 @@ def test_what_an_init_computes_inside_is_looked_into_and_what_it_cannot_trace_is
 
 
 @pytest.mark.parametrize("name", ["lbfgs", "cocob"])
-@pytest.mark.filterwarnings("ignore:the target's optimizer keeps parameters")
+@pytest.mark.filterwarnings("ignore:the target's optimizer stores its own copy")
 def test_a_state_of_any_optimizer_can_be_donated(name):
     optimizer = {**PLAIN, **HOLDING}[name]
     task, same = mj.Task(loss_fn, optimizer), mj.identity_transfer()

@@ -108,7 +108,7 @@ def test_bad_trajectories_are_refused():
         replayed(3, replay_evenly(1, 1))
     with pytest.raises(ValueError, match="replay must be a function of the step"):
         replayed(SHARE, 3)
-    with pytest.raises(ValueError, match=r"name it, as in transfer.apply\(..., step=step\)"):
+    with pytest.raises(ValueError, match=r"pass it, as in transfer.apply\(..., step=step\)"):
         replayed(SHARE, replay_evenly(1, 1)).apply({}, trajectory(1), TARGET)
     uneven = {"b": jnp.zeros((2, 2, 3)), "c": jnp.zeros((3, 2))}
     with pytest.raises(ValueError, match=r"one K for all, got leading axes \[2, 3\]"):

@@ -217,7 +217,7 @@ def test_bad_options_of_the_perceptron_are_refused_at_once(options, message):
 def test_an_adapter_of_other_routes_is_refused(trees):
     source, target = trees
     other = mj.lpka_transfer({"fc/bias": "conv/bias"}, num_layers=1)
-    with pytest.raises(ValueError, match=r"has nothing for the route to 'fc/bias'; .* there is 'layers/0/kernel'"):
+    with pytest.raises(ValueError, match=r"has no entry for the route to 'fc/bias'; .* there is 'layers/0/kernel'"):
         other.apply(closed_adapter("warm"), source, target)
 
 

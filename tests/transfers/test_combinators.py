@@ -44,7 +44,7 @@ def test_without_a_step_a_schedule_has_no_weight():
         mj.lpka_transfer({"a": "a"}, gate=optax.constant_schedule(1.0), num_layers=1),
     ):
         adapter = transfer.init(jax.random.key(0), SOURCE, TARGET)
-        with pytest.raises(ValueError, match=r"name the step, as in transfer.apply\(..., step=step\)"):
+        with pytest.raises(ValueError, match=r"pass the step, as in transfer.apply\(..., step=step\)"):
             transfer.apply(adapter, SOURCE, TARGET)
 
 

@@ -260,8 +260,11 @@ def test_an_operation_that_cannot_be_followed_is_named():
     [
         (lambda h, gain: (h * gain + 1) * gain, "it is multiplied with its own output"),
         (lambda h, gain: (h * gain) * (jnp.sin(h) * gain), "it is multiplied with its own output"),
-        (lambda h, gain: h * (gain * jnp.tanh(gain)), "what it is made into before it meets the data is not linear"),
-        (lambda h, gain: h * gain + h**2 * jnp.tanh(gain), "what it is made into before it meets the data is not"),
+        (lambda h, gain: h * (gain * jnp.tanh(gain)), "it is transformed nonlinearly before it is applied to the data"),
+        (
+            lambda h, gain: h * gain + h**2 * jnp.tanh(gain),
+            "it is transformed nonlinearly before it is applied to the data",
+        ),
     ],
 )
 def test_what_a_model_is_not_linear_in_is_kept(use, why):
