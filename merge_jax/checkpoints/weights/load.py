@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import math
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ FORMATS: tuple[Format, ...] = (SAFETENSORS, INDEX, TORCH, KERAS, HDF5, NPZ, GGUF
 """All formats, those with the surest marks first."""
 
 _PACKAGE = "package:"
+_SCALES = ("_scale", "_scale_inv")  # Of quantised transformers, as compressed-tensors and DeepSeek name them.
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")  # Of the files that packages bring.
 
 Select = Pattern | Sequence[Pattern] | None
@@ -70,18 +72,23 @@ def load_weights(path: str | os.PathLike[str], select: Select = None, like: Para
       ImportError: the format needs a library that is not installed; the message gives the command to install it.
       ValueError: the format is unknown or the file is broken, a pattern matches nothing (near misses are listed), or
         the leaves differ from `like` (the first ten differences are listed).
+
+    Warns:
+      UserWarning: quantised numbers whose scales are other tensors of the file: both are read as stored.
     """
     file = find_weights(path)
     stored, names = open_leaves(file, select)
     if like is None:
         tree: dict[str, Any] = {}
         arrays = stored.read(list(names.values()))
+        _warn_of_scales(file, stored, arrays)
         for name, leaf in names.items():
             put(tree, name, arrays[leaf])
         return tree
     found = stored.shapes(list(names.values()))
     wanted = _fitted(file, {name: found[leaf] for name, leaf in names.items()}, like)
     arrays = stored.read([names[name] for name in wanted])
+    _warn_of_scales(file, stored, arrays)
     return jax.tree.unflatten(jax.tree.structure(like), [arrays[names[name]] for name in wanted])
 
 
@@ -127,6 +134,22 @@ def open_leaves(file: Path, select: Select) -> tuple[Stored, dict[str, str]]:
     if select is None and stored.model is not None:
         return stored, dict(stored.model)
     return stored, {path: path for path in select_paths(stored.paths, select)}
+
+
+def _warn_of_scales(file: Path, stored: Stored, arrays: Mapping[str, np.ndarray]) -> None:
+    """Warns of numbers of one byte that a file keeps with scales beside them, as quantised transformers are saved."""
+    there = set(stored.paths)
+    scaled = [
+        path
+        for path, leaf in arrays.items()
+        if leaf.dtype.itemsize == 1 and not there.isdisjoint(path + end for end in _SCALES)
+    ]
+    if scaled:
+        warnings.warn(
+            f"{file} stores {some_of(scaled, 3)} quantised, with scales beside them, named *{' or *'.join(_SCALES)}: "
+            "they are read as stored, without their scales. Scale them yourself, or load the original model",
+            stacklevel=3,
+        )
 
 
 def _native(stored: Stored) -> Stored:

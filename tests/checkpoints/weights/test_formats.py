@@ -58,6 +58,19 @@ def test_small_floats_of_safetensors(tmp_path):
     assert_leaves(mj.flatten(mj.load_weights(tmp_path / "m.safetensors")), leaves)
 
 
+@pytest.mark.parametrize(("dtype", "end"), [("float8_e4m3fn", "_scale_inv"), ("int8", "_scale")])
+def test_numbers_with_scales_beside_them_are_warned_of(dtype, end, tmp_path):
+    tree = {"fc": {"weight": jnp.ones((2, 3), dtype), f"weight{end}": jnp.ones(()), "bias": jnp.ones(2)}}
+    mj.save_safetensors(tmp_path / "m.safetensors", tree)
+    with pytest.warns(UserWarning, match=r"stores fc/weight quantised.*read as stored, without their scales"):
+        mj.load_weights(tmp_path / "m.safetensors", select="**/weight")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mj.load_weights(tmp_path / "m.safetensors", select="fc/bias")
+        mj.save_safetensors(tmp_path / "n.safetensors", {"fc": {"weight": tree["fc"]["weight"]}})
+        mj.load_weights(tmp_path / "n.safetensors")
+
+
 def test_what_is_mapped_is_written_to_by_nobody(tmp_path):
     save_file({"a": np.zeros(4, np.float32)}, tmp_path / "m.safetensors")
     before = (tmp_path / "m.safetensors").read_bytes()
