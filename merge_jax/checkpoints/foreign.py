@@ -18,8 +18,14 @@ _BY_HEAD = {
     b"\xfd7zXZ": "compressed with xz: decompress it first, xz -dk FILE",
     b"(\xb5/\xfd": "compressed with zstd: decompress it first, zstd -d FILE",
     b"7z\xbc\xaf": "an archive of 7-Zip: unpack it first, 7z x FILE",
+    b"\x04\x22M\x18": "compressed with lz4: decompress it first, lz4 -d FILE",
+    b"Rar!": "an archive of RAR: unpack it first, unrar x FILE",
+    b"age-encryption.org": "encrypted with age: decrypt it first, age -d FILE",
+    b"-----BEGIN PGP": "encrypted or signed with PGP: decrypt it first, gpg -d FILE",
+    b"Salted__": "encrypted with OpenSSL: decrypt it first, openssl enc -d",
     b"\x93NUMPY": "one array without a name: numpy.savez names several",
     b"version https://git-lfs": "the pointer of Git LFS to a file; git lfs pull fetches the file itself",
+    b"{": "a text of JSON, such as a configuration: name the file of weights that it is of",
     b"<": "a page of the web or XML: what was downloaded is not the file itself",
 }
 _TFLITE, _TAR = b"TFL3", b"ustar"
@@ -39,7 +45,7 @@ def explain(path: Path, head: bytes) -> str:
     if not head:
         return "it is empty"
     for magic, what in _BY_HEAD.items():
-        if head.lstrip().startswith(magic) if magic == b"<" else head.startswith(magic):
+        if head.lstrip().startswith(magic) if magic in (b"<", b"{") else head.startswith(magic):
             return f"it is {what.replace('FILE', repr(str(path)))}"
     if len(head) > 2 and head[0] == 0x80 and 2 <= head[1] <= 5:
         return f"it is {_PICKLE}"

@@ -39,6 +39,8 @@ def check_paths(names: dict[str, str], file: Path) -> None:
         parts = path.split("/")
         if not all(parts):
             raise ValueError(f"{file} has the tensor {name!r}, whose name has an empty part")
+        if any(letter < " " or letter == "\x7f" for letter in name):  # They would change what a terminal shows.
+            raise ValueError(f"{file} has the tensor {name!r}, whose name has control characters")
         if ".." in parts or "." in parts:
             raise ValueError(f"{file} has the tensor {name!r}, whose name leads out of its tree")
         if len(parts) > _DEEPEST:

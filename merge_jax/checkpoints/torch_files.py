@@ -16,6 +16,7 @@ from merge_jax.types import Params
 
 __all__ = ["load_torch", "open_torch", "torch_array"]
 
+_LARGEST_RATIO = 1032  # As of a zip; a tensor that repeats its numbers more often than that is no weight.
 _ADVICE = "save the state dict that is in it, torch.save(model.state_dict(), FILE)"
 
 
@@ -67,7 +68,8 @@ def open_torch(file: Path) -> tuple[dict[str, Any], dict[str, str]]:
         )
     except Exception:  # Of many kinds; its own words advise to go on without weights_only.
         raise ValueError(
-            f"{file} is not read by torch.load(..., weights_only=True): it is broken, or holds more than tensors"
+            f"{file} is not read by torch.load(..., weights_only=True): it is broken, or holds more than tensors, which"
+            f" runs code: where you trust it, {_ADVICE}"
         ) from None
     if not isinstance(content, Mapping):
         raise ValueError(f"{file} must hold tensors by name, found {type(content).__name__}: {_ADVICE}")
@@ -88,6 +90,12 @@ def torch_array(tensor: Any) -> np.ndarray:
     """Returns a tensor of PyTorch as an array of NumPy; raises ValueError for one that is sparse or quantised."""
     dtype, tensor = str(tensor.dtype).removeprefix("torch."), tensor.detach()
     try:
+        stored = tensor.untyped_storage().nbytes()
+        if tensor.numel() * tensor.element_size() > _LARGEST_RATIO * stored:  # By steps of no length (expand).
+            raise ValueError(
+                f"a tensor of PyTorch claims to be {dtype}{list(tensor.shape)} of {stored} bytes: save it with"
+                " tensor.contiguous()"
+            )
         tensor = tensor.resolve_conj().resolve_neg()  # Saved as a mark beside the numbers.
         if dtype == "bfloat16" or dtype.startswith("float8"):  # NumPy has none of its own.
             import torch  # pyright: ignore[reportMissingImports]  # Not at the top: it is optional.

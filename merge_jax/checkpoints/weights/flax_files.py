@@ -1,5 +1,6 @@
 """Flax: a tree or a whole training state as `flax.serialization.to_bytes` writes it, in msgpack."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,8 @@ def _whole(entries: dict[str, Any]) -> Any:
     """Returns one array, or its shape, of those that Flax cuts into parts of a gigabyte."""
     shape, parts = (tuple(entries[name][str(i)] for i in range(len(entries[name]))) for name in (_SHAPE, _PARTS))
     if isinstance(parts[0], jax.ShapeDtypeStruct):
+        if sum(part.size for part in parts) != math.prod(shape):
+            raise ValueError(f"parts of {sum(part.size for part in parts)} numbers for the shape {list(shape)}")
         return jax.ShapeDtypeStruct(shape, parts[0].dtype)
     return np.concatenate(parts).reshape(shape)
 

@@ -29,13 +29,21 @@ def _open(path: Path) -> Stored:
     with reading(path, "npz"), open_archive(path) as archive:
         sizes = {member.filename.removesuffix(_ENDING): member.file_size for member in archive.infolist()}
         leaves = {leaf: name for name, leaf in paths_of(sizes, path).items()}
-        shapes = {leaf: _shape(archive, path, name, sizes[name]) for leaf, name in leaves.items()}
+        found = {leaf: _shape(archive, path, name, sizes[name]) for leaf, name in leaves.items()}
+
+    def shapes(paths: Sequence[str]) -> Mapping[str, jax.ShapeDtypeStruct]:
+        for leaf in paths:
+            if found[leaf].dtype.kind in "SUMm":
+                kind = f"{found[leaf].dtype} in {leaves[leaf]!r}"
+                raise ValueError(f"{path} has {kind}, which are no numbers: leave it out with select")
+        return {leaf: found[leaf] for leaf in paths}
 
     def read(paths: Sequence[str]) -> Mapping[str, np.ndarray]:
+        wanted = shapes(paths)
         with reading(path, "npz"), open_archive(path) as archive:
-            return {leaf: _array(archive, leaves[leaf], shapes[leaf]) for leaf in paths}
+            return {leaf: _array(archive, leaves[leaf], spec) for leaf, spec in wanted.items()}
 
-    return Stored(tuple(leaves), lambda paths: {leaf: shapes[leaf] for leaf in paths}, read, model=model_part(leaves))
+    return Stored(tuple(leaves), shapes, read, model=model_part(leaves))
 
 
 def _shape(archive: zipfile.ZipFile, path: Path, name: str, size: int) -> jax.ShapeDtypeStruct:

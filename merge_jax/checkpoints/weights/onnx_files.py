@@ -78,6 +78,8 @@ def _open(path: Path) -> Stored:
                 dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
             if dtype.hasobject:
                 raise ValueError(f"{path} has texts in {leaves[leaf]!r}: leave it out with select")
+            if any(size < 0 for size in tensor.dims):
+                raise ValueError(f"{path} claims the shape {list(tensor.dims)} for {leaves[leaf]!r}")
             found[leaf] = jax.ShapeDtypeStruct(tuple(tensor.dims), dtype)
         return found
 

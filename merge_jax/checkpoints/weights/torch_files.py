@@ -4,10 +4,12 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from merge_jax.checkpoints.torch_files import open_torch, torch_array
 from merge_jax.checkpoints.weights.archives import member_names
 from merge_jax.checkpoints.weights.stored import Format, Stored
+from merge_jax.checks import error_context
 
 __all__ = ["TORCH"]
 
@@ -34,10 +36,14 @@ def _open(path: Path) -> Stored:
         dtype = jnp.dtype(str(tensor.dtype).removeprefix("torch."))
         return jax.ShapeDtypeStruct(tuple(tensor.shape), dtype)
 
+    def array(name: str) -> np.ndarray:
+        with error_context(f"{path} has {name!r}"):
+            return torch_array(tensors[name])
+
     return Stored(
         paths=tuple(tensors),
         shapes=lambda paths: {name: shape(name) for name in paths},
-        read=lambda paths: {name: torch_array(tensors[name]) for name in paths},
+        read=lambda paths: {name: array(name) for name in paths},
         model=model,
     )
 

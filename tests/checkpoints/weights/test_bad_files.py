@@ -18,6 +18,7 @@ import msgpack
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from safetensors.numpy import save_file
 
 import merge_jax as mj
 from merge_jax.commands import main
@@ -103,6 +104,9 @@ def zip_of(content):
             lambda content: b"<!doctype html><html>",
             "it is a page of the web or XML: what was downloaded is not the file",
         ),
+        (lambda content: b"age-encryption.org/v1\n", "it is encrypted with age: decrypt it first, age -d '"),
+        (lambda content: b"Salted__" + content, "it is encrypted with OpenSSL: decrypt it first"),
+        (lambda content: b' {"error": "not found"}', "it is a text of JSON, such as a configuration: name the file"),
         (lambda content: b"version https://git-lfs.github.com/spec/v1\n", "it is the pointer of Git LFS to a file"),
         (lambda content: b"\x1c\0\0\0TFL3\0\0", "it is a model of TensorFlow Lite"),
         (lambda content: b"hello, world", "is not a weight file in a supported format (safetensors, index of shards, "),
@@ -152,7 +156,11 @@ def test_pickles_are_refused_by_name(tmp_path):
     assert "it is a pickle" in refusal(tmp_path / "m.pkl")
     torch = pytest.importorskip("torch")
     torch.save({"a": Trap()}, tmp_path / "m.pt")
-    assert "m.pt is not read by torch.load(..., weights_only=True)" in refusal(tmp_path / "m.pt")
+    message = refusal(tmp_path / "m.pt")
+    assert "m.pt is not read by torch.load(..., weights_only=True)" in message
+    assert message.endswith(
+        "where you trust it, save the state dict that is in it, torch.save(model.state_dict(), FILE)"
+    )
 
 
 def test_an_encrypted_archive_is_refused(tmp_path):
@@ -201,6 +209,18 @@ def test_names_that_lead_out_of_the_tree_are_refused(name, tmp_path):
     assert str(tmp_path / "m.msgpack") in refusal(tmp_path / "m.msgpack")
 
 
+@pytest.mark.parametrize("name", ["a\nb", "\x1b[31ma", "a\x7f"])
+def test_names_that_change_what_a_terminal_shows_are_refused(name, tmp_path):
+    save_file({name: np.ones(1)}, tmp_path / "m.safetensors")
+    assert refusal(tmp_path / "m.safetensors").endswith(f"has the tensor {name!r}, whose name has control characters")
+
+
+def test_what_is_no_number_in_npz_is_left_out_by_select(tmp_path):
+    np.savez(tmp_path / "m.npz", a=np.ones(2), version=np.array("1.0"))
+    assert "m.npz has <U3 in 'version', which are no numbers: leave it out with select" in refusal(tmp_path / "m.npz")
+    assert list(mj.load_weights(tmp_path / "m.npz", "a")) == ["a"]
+
+
 def header_of(shape, dtype="<f4"):
     file = io.BytesIO()
     np.lib.format.write_array_header_1_0(file, {"descr": dtype, "fortran_order": False, "shape": shape})
@@ -223,6 +243,10 @@ def test_what_claims_more_than_there_is_is_refused(tmp_path):
     assert "m.msgpack is truncated or no msgpack of Flax" in refusal(tmp_path / "m.msgpack")
     (tmp_path / "m.msgpack").write_bytes(b"\x81\xa1a" * 5000 + b"\xc0")
     assert str(tmp_path / "m.msgpack") in refusal(tmp_path / "m.msgpack")
+    parts = {"__msgpack_chunked_array__": True, "shape": {"0": 2**40}, "chunks": {"0": np.ones(2, np.float32)}}
+    (tmp_path / "m.msgpack").write_bytes(flax.serialization.to_bytes({"a": parts}))
+    with pytest.raises(ValueError, match=r"m\.msgpack .* parts of 2 numbers for the shape \[1099511627776\]"):
+        mj.checkpoints.weight_shapes(tmp_path / "m.msgpack")
     # A member of zeros is as large as it says; one that says more than its stream can hold is not opened.
     with zipfile.ZipFile(tmp_path / "m.npz", "w") as archive:
         archive.writestr("a.npy", header_of((2,)) + bytes(8))
@@ -230,6 +254,21 @@ def test_what_claims_more_than_there_is_is_refused(tmp_path):
     struct.pack_into("<I", content, content.index(b"PK\1\2") + 24, 2**31)
     (tmp_path / "m.npz").write_bytes(content)
     assert "m.npz claims 2147483648 bytes for 'a.npy', which it cannot hold" in refusal(tmp_path / "m.npz")
+
+
+def test_a_tensor_of_torch_that_repeats_its_numbers_is_refused(tmp_path):
+    torch = pytest.importorskip("torch")
+    torch.save({"a": torch.ones(1).expand(2**30), "b": torch.ones(3).expand(2, 3)}, tmp_path / "m.pt")
+    assert "m.pt has 'a': a tensor of PyTorch claims to be float32[1073741824] of 4 bytes" in refusal(tmp_path / "m.pt")
+    assert mj.load_weights(tmp_path / "m.pt", "b")["b"].shape == (2, 3)
+
+
+def test_a_shape_of_onnx_that_is_none_is_refused(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    tensor = onnx.numpy_helper.from_array(np.ones(3), "a")
+    tensor.dims[0] = -3
+    onnx.save(onnx.helper.make_model(onnx.helper.make_graph([], "g", [], [], [tensor])), tmp_path / "m.onnx")
+    assert "m.onnx claims the shape [-3] for 'a'" in refusal(tmp_path / "m.onnx")
 
 
 def test_hdf5_that_claims_more_or_leads_elsewhere_is_refused(tmp_path):
