@@ -20,6 +20,7 @@ __all__ = ["ORBAX", "is_ours"]
 
 _TREE = "_METADATA"  # In the folder of every tree.
 _STEP = "_CHECKPOINT_METADATA"  # In that of a step, one or more trees and more.
+_UNFINISHED = ".orbax-checkpoint-tmp"  # In the name of a folder that is being written; some have a number at its end.
 _VARIABLE = "/value"  # What Flax NNX calls the array of a variable.
 
 
@@ -30,15 +31,19 @@ def _detect(path: Path, head: bytes) -> bool:
 
 def _is_step(path: Path) -> bool:
     """Returns whether a folder is a step: `100`, or `ckpt_100` where Orbax has written it."""
+    if _UNFINISHED in path.name:
+        return False
     return path.is_dir() and (path.name.isdecimal() or (path.name[-1:].isdecimal() and (path / _STEP).exists()))
 
 
 def _trees(path: Path) -> list[Path]:
-    return sorted(child for child in path.iterdir() if (child / _TREE).exists())
+    return sorted(child for child in path.iterdir() if (child / _TREE).exists() and _UNFINISHED not in child.name)
 
 
 def _open(path: Path) -> Stored:
     step = path
+    if _UNFINISHED in path.name:
+        raise ValueError(f"{path} was not written to its end by Orbax: name another step")
     if not (path / _TREE).exists() and not _trees(path):
         steps = [child for child in path.iterdir() if _is_step(child)]
         if not steps:

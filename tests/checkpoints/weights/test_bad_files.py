@@ -363,3 +363,15 @@ def test_orbax_that_is_not_whole_is_refused(tmp_path):
     metadata = tmp_path / "m" / "1" / "a" / "_METADATA"
     metadata.write_text(json.dumps({"tree_metadata": {}}))
     assert str(tmp_path / "m" / "1" / "a") in refusal(tmp_path / "m" / "1" / "a")
+
+
+def test_what_orbax_did_not_end_is_no_step(tmp_path):
+    with ocp.CheckpointManager(tmp_path, options=ocp.CheckpointManagerOptions(step_prefix="ckpt")) as manager:
+        for step in (1, 2):
+            manager.save(step, args=ocp.args.StandardSave({"a": np.array(step)}))
+    unfinished = (tmp_path / "ckpt_2").rename(tmp_path / "ckpt_2.orbax-checkpoint-tmp-7")
+    assert mj.load_weights(tmp_path)["a"] == 1
+    assert "tmp-7 was not written to its end by Orbax: name another step" in refusal(unfinished)
+    tree = tmp_path / "ckpt_1" / "default"
+    tree.rename(tree.with_name("default.orbax-checkpoint-tmp"))
+    assert "ckpt_1 has no tree of arrays: Orbax did not end writing it" in refusal(tmp_path / "ckpt_1")
