@@ -68,8 +68,8 @@ def open_torch(file: Path) -> tuple[dict[str, Any], dict[str, str]]:
         )
     except Exception:  # Of many kinds; its own words advise to go on without weights_only.
         raise ValueError(
-            f"{file} is not read by torch.load(..., weights_only=True): it is broken, or holds more than tensors, which"
-            f" runs code: where you trust it, {_ADVICE}"
+            f"{file} is not read by torch.load(..., weights_only=True): it is broken, or holds more than tensors,"
+            f" and unpickling these runs code: where you trust it, load it there, and {_ADVICE}"
         ) from None
     if not isinstance(content, Mapping):
         raise ValueError(f"{file} must hold tensors by name, found {type(content).__name__}: {_ADVICE}")

@@ -1,5 +1,7 @@
 """ONNX: initialisers and constants of a graph; the operations that they are handed to say how each is a matrix."""
 
+import math
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +19,7 @@ __all__ = ["ONNX"]
 
 _IR_VERSION, _LARGEST_VERSION = 0x08, 0x20  # The first field of a model, a whole number below this.
 _BLOCKED = "com.microsoft.nchwc"
+_FACTOR = re.compile(r"/.*Constant(_\d+)?_output_\d+")
 _SECOND = (0x12, 0x1A, 0x22, 0x28, 0x32, 0x3A, 0x42)  # The fields that may follow it.
 
 
@@ -46,6 +49,11 @@ def _open(path: Path) -> Stored:
             for entry in tensor.external_data:
                 if entry.key == "location":
                     check_inside(entry.value, path, "file of weights")
+        for node in graph.node:  # An exporter of PyTorch keeps one of equal tensors, and gives the others' names so.
+            if node.op_type == "Identity" and node.input[0] in tensors and not node.output[0].startswith("/"):
+                if node.output[0] in tensors:
+                    raise ValueError(f"{path} has the name {node.output[0]!r} twice")
+                tensors[node.output[0]] = tensors[node.input[0]]
         if graph.sparse_initializer:
             raise ValueError(f"{path} has sparse initialisers, which are not read: make them dense before the export")
         blocked = [name for node in graph.node if node.domain == _BLOCKED for name in node.input if name in tensors]
@@ -99,7 +107,7 @@ def _open(path: Path) -> Stored:
 def _constants(nodes: Iterable[Any], helper: Any, path: Path) -> Iterator[tuple[str, Any]]:
     """Yields the name and the tensor of each `Constant` that may be a weight: no scalar, no vector of integers.
 
-    These are the shapes, axes and factors of operations.
+    These are the shapes, axes and factors of operations; so are single numbers under the names that PyTorch makes up.
     """
     for node in nodes:
         for attribute in node.attribute if node.op_type == "Constant" else ():
@@ -111,7 +119,8 @@ def _constants(nodes: Iterable[Any], helper: Any, path: Path) -> Iterator[tuple[
             elif attribute.name != "value":
                 continue
             dtype = np.dtype(helper.tensor_dtype_to_np_dtype(tensor.data_type))
-            if not dtype.hasobject and len(tensor.dims) > (dtype.kind in "iub"):
+            is_factor = math.prod(tensor.dims) == 1 and _FACTOR.fullmatch(node.output[0])
+            if not dtype.hasobject and len(tensor.dims) > (dtype.kind in "iub") and not is_factor:
                 yield node.output[0], tensor
 
 

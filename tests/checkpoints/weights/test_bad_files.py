@@ -159,7 +159,7 @@ def test_pickles_are_refused_by_name(tmp_path):
     message = refusal(tmp_path / "m.pt")
     assert "m.pt is not read by torch.load(..., weights_only=True)" in message
     assert message.endswith(
-        "where you trust it, save the state dict that is in it, torch.save(model.state_dict(), FILE)"
+        "load it there, and save the state dict that is in it, torch.save(model.state_dict(), FILE)"
     )
 
 

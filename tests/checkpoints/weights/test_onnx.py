@@ -49,6 +49,24 @@ def test_constants_that_may_be_weights_are_read_by_the_name_of_their_output(tmp_
         mj.load_weights(save(tmp_path / "m.onnx", nodes[3:6]))
 
 
+def test_names_and_factors_of_the_older_exporter_of_torch(tmp_path):
+    nodes = [
+        helper.make_node("Identity", ["norm1.bias"], ["norm2.bias"]),
+        helper.make_node("Identity", ["norm2.bias"], ["norm3.bias"]),
+        helper.make_node("Identity", ["norm1.bias"], ["/layers/Identity_output_0"]),
+        helper.make_node("Identity", ["x"], ["y"]),
+        constant("/attn/Constant_11_output_0", value=tensor(np.ones(1, np.float32))),
+        constant("/attn/Constant_output_0", value=tensor(np.ones(2, np.float32))),
+    ]
+    bias = np.arange(3, dtype=np.float32)
+    found = mj.flatten(mj.load_weights(save(tmp_path / "m.onnx", nodes, [tensor(bias, "norm1.bias")])))
+    equal = {f"norm{i}/bias": bias for i in (1, 2, 3)}
+    assert_leaves(found, {**equal, "attn/Constant_output_0": np.ones(2, np.float32)})
+    again = helper.make_node("Identity", ["norm1.bias"], ["norm1.bias"])
+    with pytest.raises(ValueError, match=r"m\.onnx has the name 'norm1\.bias' twice"):
+        mj.load_weights(save(tmp_path / "m.onnx", [again], [tensor(bias, "norm1.bias")]))
+
+
 def test_weights_that_are_not_read_are_named(tmp_path):
     branch = helper.make_graph([constant("inner.w", value=tensor(MATRIX))], "b", [], [], [tensor(MATRIX, "branch.w")])
     choice = helper.make_node("If", ["x"], ["y"], then_branch=branch, else_branch=branch)
