@@ -23,7 +23,7 @@ _BY_HEAD = {
     b"age-encryption.org": "encrypted with age: decrypt it first, age -d FILE",
     b"-----BEGIN PGP": "encrypted or signed with PGP: decrypt it first, gpg -d FILE",
     b"Salted__": "encrypted with OpenSSL: decrypt it first, openssl enc -d",
-    b"\x93NUMPY": "one array without a name: numpy.savez names several",
+    b"\x93NUMPY": "an array without a name, or several as Equinox saves them: numpy.savez gives each a name",
     b"version https://git-lfs": "the pointer of Git LFS to a file; git lfs pull fetches the file itself",
     b"{": "a text of JSON, such as a configuration: name the file of weights that it is of",
     b"<": "a page of the web or XML: what was downloaded is not the file itself",

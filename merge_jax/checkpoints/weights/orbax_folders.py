@@ -21,6 +21,8 @@ __all__ = ["ORBAX", "is_ours"]
 _TREE = "_METADATA"  # In the folder of every tree.
 _STEP = "_CHECKPOINT_METADATA"  # In that of a step, one or more trees and more.
 _UNFINISHED = ".orbax-checkpoint-tmp"  # In the name of a folder that is being written; some have a number at its end.
+_LARGEST_RATIO = 2**16  # No block of zstd unpacks to more than half as many times its size.
+_SMALL = 2**27  # Bytes that need no such check.
 _VARIABLE = "/value"  # What Flax NNX calls the array of a variable.
 
 
@@ -88,6 +90,8 @@ def _open_tree(folder: Path) -> Stored:
         for path, stored in paths.items()
     }
 
+    _check_sizes(folder, shapes)
+
     def read(chosen: Sequence[str]) -> Mapping[str, np.ndarray]:
         stored = {paths[path] for path in chosen}
 
@@ -108,6 +112,16 @@ def _open_tree(folder: Path) -> Stored:
         return arrays
 
     return Stored(tuple(paths), lambda chosen: {path: shapes[path] for path in chosen}, read, model=model_part(paths))
+
+
+def _check_sizes(folder: Path, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> None:
+    """Raises ValueError for an array that is larger than what a folder's files can hold, before it is allocated."""
+    path = max(shapes, key=lambda path: shapes[path].size, default=None)
+    if path is None or (size := shapes[path].size * shapes[path].dtype.itemsize) <= _SMALL:
+        return
+    held = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    if size > _LARGEST_RATIO * held:
+        raise ValueError(f"{folder} claims {size} bytes for {path!r}, which files of {held} bytes do not hold")
 
 
 def _unwrapped(stored: Mapping[str, Any]) -> dict[str, str]:

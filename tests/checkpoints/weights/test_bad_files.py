@@ -365,6 +365,13 @@ def test_orbax_that_is_not_whole_is_refused(tmp_path):
     assert str(tmp_path / "m" / "1" / "a") in refusal(tmp_path / "m" / "1" / "a")
 
 
+def test_an_array_of_orbax_that_claims_more_than_there_is_is_refused(tmp_path):
+    ocp.PyTreeCheckpointer(use_ocdbt=False).save(tmp_path / "m", {"a": np.ones((2, 3), np.float32)})
+    metadata = tmp_path / "m" / "a" / ".zarray"
+    metadata.write_text(json.dumps({**json.loads(metadata.read_text()), "shape": [2**40, 3]}))
+    assert "m claims 13194139533312 bytes for 'a', which files of " in refusal(tmp_path / "m")
+
+
 def test_what_orbax_did_not_end_is_no_step(tmp_path):
     with ocp.CheckpointManager(tmp_path, options=ocp.CheckpointManagerOptions(step_prefix="ckpt")) as manager:
         for step in (1, 2):
