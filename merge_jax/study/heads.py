@@ -12,8 +12,8 @@ import numpy as np
 import merge_jax as mj
 from merge_jax.data import take
 from merge_jax.paths import flatten
+from merge_jax.study.measures import observer, reset_to_inputs, sampled
 from merge_jax.study.model import StudyModel
-from merge_jax.study.probes import observer, reset_to_inputs, sampled
 from merge_jax.training.joint import TrainState
 from merge_jax.transfers.base import Step
 from merge_jax.types import Adapter, ModelState, Params
@@ -35,22 +35,22 @@ def make_fit_head(model: StudyModel, axis_name: str | None = None) -> tuple[tupl
     Raises:
       ValueError: no classifier, one that sows no `features`, or whose logits are not a dense layer of them.
     """
-    splits = model.splits(0)
-    observe = observer(model, splits.test)
-    if observe is None or sampled(model, splits, 0) is None:
+    test = model.splits(0).test
+    observe = observer(model, test)
+    if observe is None or sampled(model, 0) is None:
         raise ValueError(
             f"head_first needs a classifier that sows 'features', the input of its last layer; {model.name} does not"
         )
     params, model_state = model.init(jax.random.key(0))
-    few = take(splits.test, np.arange(min(_SOME, len(splits.test["label"]))))
+    few = take(test, np.arange(min(_SOME, len(test["label"]))))
     kernel, bias = _last_layer(model.name, params, *observe(params, model_state, few))
     checked = False  # Once a run will do.
 
     def fit_head(target: TrainState, seed: int) -> tuple[dict[str, np.ndarray], ModelState]:
         nonlocal checked
-        sample = sampled(model, model.splits(seed), seed)
+        sample = sampled(model, seed)
         assert sample is not None  # It was there for seed 0.
-        target = reset_to_inputs(model, target, seed, axis_name)
+        target = reset_to_inputs(model, target, sample, seed, axis_name)
         found = observe(target.params, target.model_state, sample.fitted)
         labels = np.asarray(sample.fitted["label"])
         classes = found.logits.shape[1]

@@ -14,9 +14,8 @@ from experiments import cross_structure
 from merge_jax import data, study
 from merge_jax.runs import Run, result_tables
 from merge_jax.study.heads import make_fit_head
-from merge_jax.study.measures import make_measures, make_opponents
+from merge_jax.study.measures import Sample, inputs_lr, make_measures, make_opponents, observer, probe, sampled
 from merge_jax.study.model import check_pool, draw_pool, inputs_of
-from merge_jax.study.probes import Sample, inputs_lr, observer, probe, sampled
 from merge_jax.study.sources import SourcePlan
 from merge_jax.study.trial import make_trials
 from merge_jax.training.joint import TrainState
@@ -159,8 +158,9 @@ def test_what_is_no_classifier_has_its_metric_alone(scenario, source):
 
 
 def test_of_many_examples_some_are_drawn(scenario, monkeypatch):
-    monkeypatch.setattr("merge_jax.study.probes._MOST", 20)
-    found = [sampled(scenario.target, scenario.target.splits(0), seed).fitted["image"] for seed in (0, 0, 1)]
+    monkeypatch.setattr("merge_jax.study.measures._MOST", 20)
+    target = replace(scenario.target, splits=lambda seed: scenario.target.splits(0))
+    found = [sampled(target, seed).fitted["image"] for seed in (0, 0, 1)]
     assert [len(one) for one in found] == [20] * 3
     np.testing.assert_array_equal(found[0], found[1])
     assert (found[0] != found[2]).any()
