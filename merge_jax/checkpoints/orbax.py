@@ -295,11 +295,12 @@ class Checkpoints:
         self._check_facts(manifest)
         if problems := misfits(manifest.leaves, specs_of(tree), parts):
             raise CheckpointError(f"step {step} in {self.folder} does not fit: {some_of(problems, 10, '; ')}")
-        loaded, unchecked = self._steps.load(manifest, tree, partial=parts is not None)
+        wanted = placed_shapes(tree)
+        loaded, unchecked = self._steps.load(manifest, wanted, partial=parts is not None)
         if unchecked:
             message = f"lies on other hosts than it did: {unchecked} parts could not be compared with their digests"
             warnings.warn(f"step {step} in {self.folder} {message}", NotBitExactWarning, stacklevel=3)
-        self._warn_of_changes(manifest, tree)
+        self._warn_of_changes(manifest, environment_of(wanted))
         return loaded
 
     def _check_facts(self, manifest: Manifest) -> None:
@@ -310,9 +311,9 @@ class Checkpoints:
                 "Restore the original values, or use another folder"
             )
 
-    def _warn_of_changes(self, manifest: Manifest, state: Any) -> None:
+    def _warn_of_changes(self, manifest: Manifest, environment: Mapping[str, Any]) -> None:
         """Warns where the bits of further steps depend on something that has changed."""
-        changed = changes(manifest.environment, environment_of(placed_shapes(state)))
+        changed = changes(manifest.environment, environment)
         if changed and changed != self._last_warning:  # Many steps may be read of one run.
             self._last_warning = changed
             warnings.warn(

@@ -18,7 +18,7 @@ from merge_jax.checkpoints.errors import DamagedStepError, PrunedStepError, firs
 from merge_jax.checkpoints.files import naming_file
 from merge_jax.checkpoints.lock import is_locked
 from merge_jax.checkpoints.manifest import Manifest, differing_leaves
-from merge_jax.checkpoints.trees import placed_shapes, unwrap_variables
+from merge_jax.checkpoints.trees import unwrap_variables
 from merge_jax.paths import flatten, some_of
 
 __all__ = ["OrbaxSteps"]
@@ -104,13 +104,13 @@ class OrbaxSteps:
             raise DamagedStepError(f"it is step {manifest.step}")
         return manifest
 
-    def load(self, manifest: Manifest, tree: _Tree, *, partial: bool = False) -> tuple[_Tree, int]:
+    def load(self, manifest: Manifest, wanted: _Tree, *, partial: bool = False) -> tuple[_Tree, int]:
         """Returns a step as a tree of the given shapes, every leaf compared with its digest.
 
         Args:
           manifest: of the step.
-          tree: arrays or shapes, placed as what is returned shall be.
-          partial: whether the tree is a part of what was saved.
+          wanted: the tree as shapes, placed as what is returned shall be.
+          partial: whether it is a part of what was saved.
 
         Returns:
           The tree, and how many parts of its leaves could not be compared.
@@ -120,7 +120,6 @@ class OrbaxSteps:
         """
         context = ocp.Context()
         context.pytree.loading.partial_load = partial
-        wanted = placed_shapes(tree)
 
         def load() -> _Tree:
             try:

@@ -1,8 +1,7 @@
-"""Head first: the last layer fitted to the labelled examples before the first step, and kept from transfers."""
+"""Head first: the last layer fitted to the labelled examples before the first step."""
 
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import jax
@@ -15,10 +14,9 @@ from merge_jax.paths import flatten
 from merge_jax.study.measures import observer, reset_to_inputs, sampled
 from merge_jax.study.model import StudyModel
 from merge_jax.training.joint import TrainState
-from merge_jax.transfers.base import Step
-from merge_jax.types import Adapter, ModelState, Params
+from merge_jax.types import ModelState, Params
 
-__all__ = ["FitHead", "keeping", "make_fit_head"]
+__all__ = ["FitHead", "make_fit_head"]
 
 FitHead = Callable[[TrainState, int], tuple[dict[str, np.ndarray], ModelState]]
 """`(target right after the write, seed) -> (leaves of its last layer by path, model state)`."""
@@ -64,23 +62,6 @@ def make_fit_head(model: StudyModel, axis_name: str | None = None) -> tuple[tupl
         return leaves, target.model_state
 
     return (kernel, bias), fit_head
-
-
-def keeping(transfer: mj.Transfer, paths: tuple[str, ...]) -> mj.Transfer:
-    """Returns the transfer that leaves these leaves of the target as they are."""
-
-    def apply(
-        adapter: Adapter,
-        source_params: Params,
-        target_params: Params,
-        *,
-        key: jax.Array | None = None,
-        step: Step = None,
-    ) -> Params:
-        new = transfer.apply(adapter, source_params, target_params, key=key, step=step)
-        return mj.replace(new, mj.select(target_params, paths))
-
-    return replace(transfer, apply=apply)
 
 
 def _warn_of_dropout(
