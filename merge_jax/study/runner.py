@@ -65,9 +65,9 @@ def prepare_run(scenario: Scenario, config: RunConfig, expected: str = "", cauti
     with Console(stderr=True).status("tracing"):
         checked = check_run(scenario, config)
     plan = make_plan(scenario, config, checked.source_plan, checked.layout, expected, caution)
-    identity = run_identity(config)
+    identity, needed = run_identity(config), _checkpoint_bytes(checked, config)
     with numbered_folder(scenario.name, config.resume, given=config.run_dir) as run_dir:
-        check_space(run_dir, _checkpoint_bytes(checked, config))
+        check_space(run_dir, needed)
         folder = RunFolder.open(run_dir, identity, resume=config.resume, translate=current_options)
     if scenario.attach is not None and jax.process_index() == 0:
         scenario.attach(folder.path)

@@ -24,7 +24,7 @@ from merge_jax.training.epoch import Epoch, augmented, make_epoch
 from merge_jax.training.joint import JointState, JointStep, Task, TrainState, init_joint_state, make_joint_step
 from merge_jax.training.sharding import Layout
 from merge_jax.training.trajectory import last_of, replay_evenly, replayed
-from merge_jax.transfers.base import Step, Transfer, writes
+from merge_jax.transfers.base import Key, Step, Transfer, writes
 from merge_jax.types import Adapter, Batch, Metrics, Params, TeacherFn
 
 __all__ = ["Trial", "keeping", "make_trials"]
@@ -371,10 +371,13 @@ def make_trials(scenario: Scenario, config: RunConfig, source_plan: SourcePlan) 
                 f"the method {name!r} is fitted to a source that has been trained, once: with --source {config.source} "
                 "there is none before the first step; take pretrained or frozen"
             )
-        if snapshots is not None:
-            method = _replaying(method, snapshots, lengths.steps)
-        if head and writes(method.transfer):
-            method = dataclasses.replace(method, transfer=keeping(method.transfer, head))
+        transfer, teacher = method.transfer, method.teacher
+        if snapshots is not None:  # All of them are shown while there are transfers; the last one teaches.
+            transfer = replayed(transfer, replay_evenly(snapshots, max(1, round(method.stop * lengths.steps))))
+            teacher = None if teacher is None else last_of(teacher)
+        if head and writes(transfer):
+            transfer = keeping(transfer, head)
+        method = dataclasses.replace(method, transfer=transfer, teacher=teacher)
         shown = _shown_once(scenario, source_plan, method, make_shown)
         trials[name] = make_trial(
             name,
@@ -419,23 +422,11 @@ def _pooled(step: JointStep, inputs: tuple[str, ...]) -> JointStep:
     return with_pool
 
 
-def _replaying(method: Method, snapshots: int, num_steps: int) -> Method:
-    """Returns the method from a source that is a trajectory, all of which is shown while there are transfers."""
-    replay = replay_evenly(snapshots, max(1, round(method.stop * num_steps)))
-    teacher = None if method.teacher is None else last_of(method.teacher)
-    return dataclasses.replace(method, transfer=replayed(method.transfer, replay), teacher=teacher)
-
-
 def keeping(transfer: Transfer, paths: tuple[str, ...]) -> Transfer:
     """Returns the transfer that leaves these leaves of the target as they are."""
 
     def apply(
-        adapter: Adapter,
-        source_params: Params,
-        target_params: Params,
-        *,
-        key: jax.Array | None = None,
-        step: Step = None,
+        adapter: Adapter, source_params: Params, target_params: Params, *, key: Key = None, step: Step = None
     ) -> Params:
         new = transfer.apply(adapter, source_params, target_params, key=key, step=step)
         return replace(new, select(target_params, paths))
