@@ -14,8 +14,7 @@ from jax.stages import Lowered
 from merge_jax.data import Arrays, ReadAhead, Splits, fingerprint, indices_of, is_streamed, num_examples
 from merge_jax.paths import flatten, replace, select, some_of
 from merge_jax.study.config import RunConfig
-from merge_jax.study.heads import FitHead, make_fit_head
-from merge_jax.study.measures import Measures, make_measures
+from merge_jax.study.measures import FitHead, Measures, make_fit_head, make_measures, observer
 from merge_jax.study.model import POOL, StudyModel
 from merge_jax.study.scenario import FitFn, Lengths, Method, Scenario, StartFn
 from merge_jax.study.shown import Shown
@@ -362,9 +361,10 @@ def make_trials(scenario: Scenario, config: RunConfig, source_plan: SourcePlan) 
             )
     source_task = scenario.source_task if source_plan.live else None
     lengths = scenario.schedule.target
-    measures, fit_head, head = make_measures(scenario.target, scenario.axis_name), None, ()
+    observe = observer(scenario.target, scenario.target.splits(0).test)
+    measures, fit_head, head = make_measures(scenario.target, observe, scenario.axis_name), None, ()
     if scenario.head_first:
-        head, fit_head = make_fit_head(scenario.target, scenario.axis_name)
+        head, fit_head = make_fit_head(scenario.target, observe, scenario.axis_name)
     for name, method in scenario.methods.items():
         if (method.fit or method.start) is not None and config.source in ("live", "trajectory"):
             raise ValueError(

@@ -13,8 +13,16 @@ import merge_jax as mj
 from experiments import cross_structure
 from merge_jax import data, study
 from merge_jax.runs import Run, result_tables
-from merge_jax.study.heads import make_fit_head
-from merge_jax.study.measures import Sample, inputs_lr, make_measures, make_opponents, observer, probe, sampled
+from merge_jax.study.measures import (
+    Sample,
+    inputs_lr,
+    make_fit_head,
+    make_measures,
+    make_opponents,
+    observer,
+    probe,
+    sampled,
+)
 from merge_jax.study.model import check_pool, draw_pool, inputs_of
 from merge_jax.study.sources import SourcePlan
 from merge_jax.study.trial import make_trials
@@ -153,7 +161,11 @@ def test_a_source_that_knows_nothing_is_warned_of(scenario, source, capsys):
 def test_what_is_no_classifier_has_its_metric_alone(scenario, source):
     judged = replace(scenario.target, metric="f1", evaluate=lambda *given: {"f1": 0.25})
     target = TrainState(*judged.init(jax.random.key(0)), None)
-    assert make_measures(judged).start(target, 0) == {"test": 0.25, "reset": None, "probe": None}
+    assert make_measures(judged, observer(judged, judged.splits(0).test)).start(target, 0) == {
+        "test": 0.25,
+        "reset": None,
+        "probe": None,
+    }
     assert make_opponents(replace(scenario, target=judged), SourcePlan())(source, 0) == {}
 
 
@@ -212,7 +224,7 @@ def test_a_head_that_dropout_would_undo_is_warned_of(rate, capsys):
         optimizer=lambda steps: optax.sgd(0.1),
         evaluate=mj.evaluate_classifier(module.apply, inputs="x"),
     )
-    paths, fit_head = make_fit_head(model)
+    paths, fit_head = make_fit_head(model, observer(model, splits.test))
     assert paths == ("last/kernel", "last/bias")
     for _ in range(2):
         fit_head(TrainState(*model.init(jax.random.key(0)), None), 0)
