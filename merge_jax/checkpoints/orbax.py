@@ -287,10 +287,10 @@ class Checkpoints:
         """Returns the saved tree, or parts of it, of this run; warns of other circumstances."""
         manifest = self._steps.manifest(step)
         self._check_facts(manifest)
-        if problems := misfits(manifest.leaves, specs_of(tree), parts):
-            raise CheckpointError(f"step {step} in {self.folder} does not fit: {some_of(problems, 10, '; ')}")
         wanted = placed_shapes(tree)
         changed = changes(manifest.environment, environment_of(wanted))
+        if problems := misfits(manifest.leaves, specs_of(tree), parts):
+            raise CheckpointError(f"step {step} in {self.folder} does not fit: {some_of(problems, 10, '; ')}")
         loaded, unchecked = self._steps.load(manifest, wanted, partial=parts is not None)
         if unchecked:
             message = f"lies on other hosts than it did: {unchecked} parts could not be compared with their digests"

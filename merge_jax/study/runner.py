@@ -65,7 +65,8 @@ def prepare_run(scenario: Scenario, config: RunConfig, expected: str = "", cauti
     with Console(stderr=True).status("tracing"):
         checked = check_run(scenario, config)
     plan = make_plan(scenario, config, checked.source_plan, checked.layout, expected, caution)
-    identity, needed = run_identity(config), _checkpoint_bytes(checked, config)
+    identity = run_identity(config)
+    needed = _checkpoint_bytes(checked, config)
     with numbered_folder(scenario.name, config.resume, given=config.run_dir) as run_dir:
         check_space(run_dir, needed)
         folder = RunFolder.open(run_dir, identity, resume=config.resume, translate=current_options)
@@ -158,27 +159,10 @@ def _run(
     print(f"run folder: {folder.path}", flush=True)
     done = {(result["method"], result["seed"]) for result in results}
     missing = {seed: [name for name in scenario.methods if (name, seed) not in done] for seed in range(config.seeds)}
-    if not any(missing.values()):
-        print("all runs are done already: nothing to train")
+    if any(missing.values()):
+        _train(scenario, config, checked, missing, folder, signals, results)
     else:
-        programs = _compile(checked, missing, folder)
-        steps = {name: trial.lengths.steps for name, trial in checked.trials.items()}
-        # Where no method of a seed is missing, neither is its source.
-        skipped = [scenario.methods.keys() - names if names else steps.keys() for names in missing.values()]
-        with (
-            tqdm(
-                total=config.seeds * sum(steps.values()),
-                initial=sum(steps[name] for names in skipped for name in names),
-                unit="step",
-                desc=scenario.name,
-                mininterval=0.5,
-                # In a file, a line for each method and seed that has ended is what a reader can use.
-                disable=jax.process_index() > 0 or not sys.stderr.isatty(),
-            ) as bar,
-            signals,
-        ):
-            trainer = Trainer(checked.layout, programs, folder, bar, signals)
-            _train(scenario, config, checked, missing, trainer, folder, results)
+        print("all runs are done already: nothing to train")
     if jax.process_index() == 0:
         save_sample_images(scenario, results, folder)
         show_results(Run.read(folder.path), folder)
@@ -207,29 +191,49 @@ def _train(
     config: RunConfig,
     checked: Checked,
     missing: Mapping[int, Sequence[str]],
-    trainer: Trainer,
     folder: RunFolder,
+    signals: StopSignals,
     results: list[dict[str, Any]],
 ) -> None:
     """Trains every method on every seed that has no result yet, and adds its results to the list and the folder."""
+    programs = _compile(checked, missing, folder)
     measure = make_opponents(scenario, checked.source_plan, controlled=config.source_control != "none")
     opponents = folder.read_json(OPPONENTS, [])
-    for seed, names in missing.items():
-        if not names:  # So its source is not needed.
-            continue
-        source = control_source(config.source_control, _source(trainer, checked, seed, folder), seed)
-        if all(entry["seed"] != seed for entry in opponents):
-            found = measure(source, seed)
-            opponents += [{"opponent": name, "seed": seed, "target_test": value} for name, value in found.items()]
-            folder.write_json(OPPONENTS, opponents)
-        for name in names:
-            trial = checked.trials[name]
-            trained = trainer.train(trial, seed, source)
-            tested = (result["test_metrics"]["source"] for result in results if result["seed"] == seed)
-            result = trial_result(trial, seed, trained, next(tested, None) if trial.source_task is None else None)
-            results.append(result)
-            folder.write_json("results.json", results)
-            trainer.announce(f"{name}-seed{seed}: {100 * result['target_test']:.1f} %")
+    with _progress(scenario, checked, missing) as bar, signals:
+        trainer = Trainer(checked.layout, programs, folder, bar, signals)
+        for seed, names in missing.items():
+            if not names:  # So its source is not needed.
+                continue
+            source = control_source(config.source_control, _source(trainer, checked, seed, folder), seed)
+            if all(entry["seed"] != seed for entry in opponents):
+                found = measure(source, seed)
+                opponents += [{"opponent": name, "seed": seed, "target_test": value} for name, value in found.items()]
+                folder.write_json(OPPONENTS, opponents)
+            for name in names:
+                trial = checked.trials[name]
+                trained = trainer.train(trial, seed, source)
+                tested = (result["test_metrics"]["source"] for result in results if result["seed"] == seed)
+                result = trial_result(trial, seed, trained, next(tested, None) if trial.source_task is None else None)
+                results.append(result)
+                folder.write_json("results.json", results)
+                trainer.announce(f"{name}-seed{seed}: {100 * result['target_test']:.1f} %")
+
+
+def _progress(scenario: Scenario, checked: Checked, missing: Mapping[int, Sequence[str]]) -> tqdm:
+    """Returns the bar of all steps, with those of methods that are done; a seed without a missing one needs no source.
+
+    In a file, a line for each method and seed that has ended is what a reader can use instead.
+    """
+    steps = {name: trial.lengths.steps for name, trial in checked.trials.items()}
+    done = [scenario.methods.keys() - names if names else steps.keys() for names in missing.values()]
+    return tqdm(
+        total=len(missing) * sum(steps.values()),
+        initial=sum(steps[name] for names in done for name in names),
+        unit="step",
+        desc=scenario.name,
+        mininterval=0.5,
+        disable=jax.process_index() > 0 or not sys.stderr.isatty(),
+    )
 
 
 def _source(trainer: Trainer, checked: Checked, seed: int, folder: RunFolder) -> TrainState:
