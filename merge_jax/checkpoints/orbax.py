@@ -26,6 +26,7 @@ from merge_jax.checkpoints.errors import (
 from merge_jax.checkpoints.foreign import is_orbax
 from merge_jax.checkpoints.lock import FolderLock
 from merge_jax.checkpoints.manifest import Manifest, RunFingerprint, changes, environment_of, misfits, specs_of
+from merge_jax.checkpoints.names import put
 from merge_jax.checkpoints.steps import OrbaxSteps
 from merge_jax.checkpoints.trees import check_saveable, copy_to_host, placed_shapes
 from merge_jax.paths import some_of
@@ -226,8 +227,7 @@ class Checkpoints:
         """
         tree: dict[str, Any] = {}
         for path, part in parts.items():
-            *parents, name = path.split("/")
-            functools.reduce(lambda node, parent: node.setdefault(parent, {}), parents, tree)[name] = part
+            put(tree, path, part)
         with self._refusing_absence(step):
             loaded = self._restore(step, tree, tuple(parts))
         return {path: functools.reduce(operator.getitem, path.split("/"), loaded) for path in parts}
