@@ -6,7 +6,7 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -18,7 +18,6 @@ from merge_jax.checkpoints.errors import DamagedStepError, PrunedStepError, firs
 from merge_jax.checkpoints.files import naming_file
 from merge_jax.checkpoints.lock import is_locked
 from merge_jax.checkpoints.manifest import Manifest, differing_leaves
-from merge_jax.checkpoints.trees import unwrap_variables
 from merge_jax.paths import flatten, some_of
 
 __all__ = ["OrbaxSteps"]
@@ -145,7 +144,7 @@ class OrbaxSteps:
         saved: Any = self._checkpointer.metadata(step).metadata
         if saved is None:
             raise ValueError("nobody knows what was saved")
-        loaded = unwrap_variables(self._checkpointer.load(step, jax.tree.map_with_path(placed, saved)), leaves)
+        loaded = _unwrap_variables(self._checkpointer.load(step, jax.tree.map_with_path(placed, saved)), leaves)
         found = flatten(loaded)
         return jax.tree.unflatten(jax.tree.structure(wanted), [found[path] for path in leaves])
 
@@ -155,7 +154,7 @@ class OrbaxSteps:
         def load() -> Any:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="Sharding info not provided")  # On purpose.
-                return unwrap_variables(self._checkpointer.load(manifest.step), manifest.leaves)
+                return _unwrap_variables(self._checkpointer.load(manifest.step), manifest.leaves)
 
         return self._compared(manifest, load, partial=False)[0]
 
@@ -287,3 +286,14 @@ def _retry_listing(list_steps: Callable[[], _Found]) -> _Found:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             return list_steps()
     return list_steps()
+
+
+def _unwrap_variables(node: Any, leaves: Collection[str], path: str = "") -> Any:
+    """Returns what Orbax has loaded with each variable of NNX, `{"value": array}`, as the one leaf that it was."""
+    if isinstance(node, list):
+        return [_unwrap_variables(child, leaves, f"{path}/{i}" if path else str(i)) for i, child in enumerate(node)]
+    if not isinstance(node, dict):
+        return node
+    if path in leaves and node.keys() == {"value"}:
+        return node["value"]
+    return {name: _unwrap_variables(child, leaves, f"{path}/{name}" if path else name) for name, child in node.items()}

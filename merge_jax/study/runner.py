@@ -1,6 +1,5 @@
 """Runs a scenario: every method on every seed, paired, in one run folder that can be resumed."""
 
-import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -18,7 +17,7 @@ from merge_jax.runs.folder import RunFolder, check_space, numbered_folder
 from merge_jax.study.config import RunConfig
 from merge_jax.study.contents import current_options, run_identity
 from merge_jax.study.measures import make_opponents
-from merge_jax.study.plan import make_plan
+from merge_jax.study.plan import checkpoint_bytes, make_plan
 from merge_jax.study.results import save_sample_images, show_results, trial_result
 from merge_jax.study.scenario import Scenario
 from merge_jax.study.sources import SourcePlan, control_source, plan_source, read_trajectory
@@ -66,7 +65,7 @@ def prepare_run(scenario: Scenario, config: RunConfig, expected: str = "", cauti
         checked = check_run(scenario, config)
     plan = make_plan(scenario, config, checked.source_plan, checked.layout, expected, caution)
     identity = run_identity(config)
-    needed = _checkpoint_bytes(checked, config)
+    needed = checkpoint_bytes(checked.trials, checked.lowered, config.seeds)
     with numbered_folder(scenario.name, config.resume, given=config.run_dir) as run_dir:
         check_space(run_dir, needed)
         folder = RunFolder.open(run_dir, identity, resume=config.resume, translate=current_options)
@@ -134,18 +133,6 @@ def check_run(scenario: Scenario, config: RunConfig) -> Checked:
         layout = jit_layout(data_mesh(config.devices), sharded=config.shard_state)
     # Shapes alone tell whether all fits together.
     return Checked(source_plan, trials, layout, {name: trial.lower(layout) for name, trial in trials.items()})
-
-
-def _checkpoint_bytes(checked: Checked, config: RunConfig) -> int:
-    """Returns about how many bytes the checkpoints of a run take on the disk when it has ended."""
-    total = 0
-    for name, trial in checked.trials.items():
-        state, *_ = checked.lowered[name].args_info[0]
-        size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-        saves = math.ceil(trial.lengths.steps / trial.lengths.checkpoint_every)
-        kept = saves if trial.keep is None else min(saves, trial.keep + 1)  # The best one too.
-        total += size * kept * config.seeds
-    return total
 
 
 def _run(

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from merge_jax.checkpoints.orbax import Checkpoints
 from merge_jax.checkpoints.weights.load import find_weights, load_params, weight_paths
@@ -116,11 +117,8 @@ def control_source(control: SourceControl, source: TrainState, seed: int) -> Tra
     draws = {"shuffled": _permuted, "noise": _normal}
     if control not in draws:
         return source
-    key = initial_key(seed, "control")
-    leaves, structure = jax.tree.flatten(source.params)
-    keys = jax.random.split(key, len(leaves))
-    drawn = [draws[control](k, leaf) for k, leaf in zip(keys, leaves, strict=True)]
-    return source.replace(params=jax.tree.unflatten(structure, drawn))
+    keys = optax.tree.split_key_like(initial_key(seed, "control"), source.params)
+    return source.replace(params=jax.tree.map(draws[control], keys, source.params))
 
 
 def read_trajectory(folder: Path, start: TrainState) -> TrainState:
