@@ -22,16 +22,9 @@ from merge_jax.training.sharding import Layout
 from merge_jax.training.signals import StopSignals
 from merge_jax.types import Metrics
 
-__all__ = ["Compiled", "Programs", "RunStoppedError", "Trained", "Trainer", "compile_epoch"]
+__all__ = ["Programs", "RunStoppedError", "Trained", "Trainer"]
 
 _START = "start.json"
-
-
-class Compiled(NamedTuple):
-    """A compiled epoch, and how long its compilation took, in seconds."""
-
-    epoch: Any
-    seconds: float
 
 
 class RunStoppedError(Exception):
@@ -56,39 +49,34 @@ class Trained(NamedTuple):
     records: Sequence[Mapping[str, Any]]
 
 
-def compile_epoch(lowered: Lowered) -> Compiled:
-    """Compiles a traced epoch."""
-    start = time.perf_counter()
-    epoch = lowered.compile()
-    return Compiled(epoch, time.perf_counter() - start)
-
-
 class Programs:
-    """The epochs of all trials by name, each compiled once, when it is first asked for."""
+    """The epochs of all trials by name, each compiled once, when it is first asked for.
+
+    Attributes:
+      seconds: how long the compilation of those took that were asked for, by name.
+    """
 
     def __init__(self, lowered: Mapping[str, Lowered]):
         """Takes the traced epochs."""
+        self.seconds: dict[str, float] = {}
         self._lowered = lowered
-        self._compiled: dict[str, Compiled] = {}
+        self._epochs: dict[str, Any] = {}
 
-    def compile(self, name: str, place: str = "") -> Compiled:
+    def compile(self, name: str, place: str = "") -> Any:
         """Returns the compiled epoch, and says how long that took: on a CPU, it may be longer than the training.
 
         Args:
           name: of the trial.
           place: which of how many programs it is, in words.
         """
-        if name not in self._compiled:
+        if name not in self._epochs:
             with Console(stderr=True).status(f"compiling {name}{place}"):
-                before = programs_read()
-                self._compiled[name] = compile_epoch(self._lowered[name])
+                before, start = programs_read(), time.perf_counter()
+                self._epochs[name] = self._lowered[name].compile()
+                self.seconds[name] = time.perf_counter() - start
             cached = " (read from the compilation cache)" if programs_read() > before else ""
-            print(f"compiled {name}{place}: {self._compiled[name].seconds:.0f} s{cached}", file=sys.stderr)
-        return self._compiled[name]
-
-    def seconds(self, name: str) -> float:
-        """Returns how long an epoch compiled; 0 where that was not needed."""
-        return self._compiled[name].seconds if name in self._compiled else 0.0
+            print(f"compiled {name}{place}: {self.seconds[name]:.0f} s{cached}", file=sys.stderr)
+        return self._epochs[name]
 
 
 class Trainer:
@@ -162,7 +150,7 @@ class Trainer:
             raise RunStoppedError(f"{name} at step {last} of {num_steps}")
         start_measures = self._folder.read_json(f"checkpoints/{name}/{_START}", {})
         records = [record for record in self._log.records() if record["run"] == name]
-        compiling = self._programs.seconds(trial.name)
+        compiling = self._programs.seconds.get(trial.name, 0.0)
         return Trained(state, seconds.get(str(last), 0.0), compiling, start_measures, records)
 
     def _first_state(
@@ -181,7 +169,7 @@ class Trainer:
         self, trial: Trial, seed: int, source: TrainState, open_files: contextlib.ExitStack
     ) -> Advance[JointState]:
         """Returns the trial's compiled epoch with its data, as the loop wants it."""
-        epoch, layout, most = self._programs.compile(trial.name).epoch, self._layout, trial.steps_per_call
+        epoch, layout, most = self._programs.compile(trial.name), self._layout, trial.steps_per_call
 
         # Always as many rows as were compiled for; those after `count` are not read.
         if trial.streams:
