@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -127,9 +126,8 @@ def read_trajectory(folder: Path, start: TrainState) -> TrainState:
     Raises:
       ValueError: what is saved does not fit the model.
     """
-    with Checkpoints(folder, read_only=True) as checkpoints, _reading_source(folder):
-        parts = load_trajectory(checkpoints, _parts(start)).parts
-    return TrainState(parts[_PARAMS], parts[_MODEL_STATE], None)
+    with Checkpoints(folder, read_only=True) as checkpoints:
+        return _read_parts(folder, start, lambda parts: load_trajectory(checkpoints, parts).parts)
 
 
 def _start(model: StudyModel, seed: int) -> TrainState:
@@ -176,17 +174,14 @@ def _read_last(folder: Path, start: TrainState) -> TrainState:
     with Checkpoints(folder, read_only=True) as checkpoints:
         if checkpoints.latest_step is None:
             raise ValueError(f"{folder} has no saved steps")
-        with _reading_source(folder):
-            parts = checkpoints.restore_parts(checkpoints.latest_step, _parts(start))
+        return _read_parts(folder, start, partial(checkpoints.restore_parts, checkpoints.latest_step))
+
+
+def _read_parts(folder: Path, start: TrainState, read: Callable[[dict[str, Any]], dict[str, Any]]) -> TrainState:
+    """Returns what is read of a source that was trained on its own."""
+    with error_context(f"the source in {folder} cannot be that of this run"):
+        parts = read({_PARAMS: start.params, _MODEL_STATE: start.model_state})
     return TrainState(parts[_PARAMS], parts[_MODEL_STATE], None)
-
-
-def _reading_source(folder: Path) -> AbstractContextManager[None]:
-    return error_context(f"the source in {folder} cannot be that of this run")
-
-
-def _parts(start: TrainState) -> dict[str, object]:
-    return {_PARAMS: start.params, _MODEL_STATE: start.model_state}
 
 
 def _read_file(role: StudyModel, path: Path, start: TrainState, seed: int) -> TrainState:
