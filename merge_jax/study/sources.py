@@ -68,7 +68,10 @@ def plan_source(scenario: Scenario, config: RunConfig) -> SourcePlan:
                 f"a target that is its own source has no control: leave out source_control {config.source_control}"
             )
         return SourcePlan()
-    start = partial(_start, role)
+
+    def start(seed: int) -> TrainState:
+        return TrainState(*role.init(initial_key(seed, "source")), None)
+
     if config.source_control == "random":
         return SourcePlan(lengths=lengths._replace(steps=0), read=start)
     if config.source == "live":
@@ -128,10 +131,6 @@ def read_trajectory(folder: Path, start: TrainState) -> TrainState:
     """
     with Checkpoints(folder, read_only=True) as checkpoints:
         return _read_parts(folder, start, lambda parts: load_trajectory(checkpoints, parts).parts)
-
-
-def _start(model: StudyModel, seed: int) -> TrainState:
-    return TrainState(*model.init(initial_key(seed, "source")), None)
 
 
 def _permuted(key: jax.Array, leaf: Any) -> jax.Array:
