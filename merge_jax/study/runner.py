@@ -207,11 +207,12 @@ def _train(
 
 
 def _progress(scenario: Scenario, checked: Checked, missing: Mapping[int, Sequence[str]]) -> tqdm:
-    """Returns the bar of all steps, with those of methods that are done; a seed without a missing one needs no source.
+    """Returns the progress bar of all steps, which begins with those that are done.
 
     In a file, a line for each method and seed that has ended is what a reader can use instead.
     """
     steps = {name: trial.lengths.steps for name, trial in checked.trials.items()}
+    # Where no method of a seed is missing, its source is not needed.
     done = [scenario.methods.keys() - names if names else steps.keys() for names in missing.values()]
     return tqdm(
         total=len(missing) * sum(steps.values()),
