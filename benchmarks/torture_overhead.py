@@ -14,7 +14,6 @@ from benchmarks.torture_part import Outcome, Tools
 from experiments import cross_structure
 from merge_jax.checkpoints.manifest import Manifest
 from merge_jax.study.sources import plan_source
-from merge_jax.study.trainer import compile_epoch
 from merge_jax.study.trial import make_trials
 
 __all__ = ["blocking", "digests", "overhead"]
@@ -32,7 +31,7 @@ def overhead(tools: Tools, n: int, seed: int) -> Outcome:
     trial = make_trials(scenario, config, plan_source(scenario, config))["mergenet_warm"]
     layout = mj.jit_layout(mj.data_mesh(1))
     count, interval = trial.steps_per_call, trial.lengths.checkpoint_every
-    epoch = compile_epoch(trial.lower(layout)).epoch
+    epoch = trial.lower(layout).compile()
     state = layout.put_state(trial.initial_state(seed, trial.fresh_source(seed)))
     arrays, indices_at = layout.put_arrays(trial.arrays(seed)), trial.indices_at(seed)
 

@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Literal
 
 from merge_jax import study
-from merge_jax.checks import check_below_one
+from merge_jax.checks import check_above_zero, check_below_one
 
 ROUTES = {
     "stage1_0/expand/kernel": "stage1_0/conv1/kernel",
@@ -123,9 +123,7 @@ class Config(study.TransferOptions, study.RunConfig):
     def check_options(self) -> None:
         """Raises ValueError for an option out of range."""
         rates = {"learning_rate": self.learning_rate, "target_learning_rate": self.target_learning_rate}
-        for name, rate in rates.items():
-            if rate is not None and not 0 < rate < float("inf"):
-                raise ValueError(f"{name} must be above 0, got {rate}")
+        check_above_zero(**{name: rate for name, rate in rates.items() if rate is not None})
         check_below_one(momentum=self.momentum)
         if self.validation < 0:
             raise ValueError(f"validation must be 0 or more, got {self.validation}")

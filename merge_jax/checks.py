@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "all_finite",
+    "check_above_zero",
     "check_arrays",
     "check_at_least_one",
     "check_below_one",
@@ -44,6 +45,13 @@ def check_at_least_one(**options: Any) -> None:
     for name, value in options.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+
+
+def check_above_zero(**options: float) -> None:
+    """Raises ValueError unless every option is a finite number above 0."""
+    for name, value in options.items():
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} must be above 0, got {value}")
 
 
 def check_below_one(**options: float) -> None:

@@ -6,7 +6,6 @@ import jax
 import numpy as np
 import pytest
 
-import merge_jax.study.trainer
 from tests.smoke import run
 
 # A model of one dense layer.
@@ -78,7 +77,6 @@ def refusals(rows):
         def compiled(*_):
             raise AssertionError("compiled")
 
-        monkeypatch.setattr(merge_jax.study.trainer, "compile_epoch", compiled)
         monkeypatch.setattr(jax.stages.Lowered, "compile", compiled)
         line = call(tmp_path, capsys).replace(str(tmp_path), "TMP")
         assert "\n" not in line

@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import jax
@@ -27,6 +26,7 @@ from merge_jax.checkpoints.errors import (
 from merge_jax.checkpoints.foreign import is_orbax
 from merge_jax.checkpoints.lock import FolderLock
 from merge_jax.checkpoints.manifest import Manifest, RunFingerprint, changes, environment_of, misfits, specs_of
+from merge_jax.checkpoints.names import put
 from merge_jax.checkpoints.steps import OrbaxSteps
 from merge_jax.checkpoints.trees import check_saveable, copy_to_host, placed_shapes
 from merge_jax.paths import some_of
@@ -101,12 +101,7 @@ class Checkpoints:
         """Returns itself."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *unused: object) -> None:
         """Closes, whatever happened."""
         self.close()
 
@@ -152,12 +147,12 @@ class Checkpoints:
         if self._read_only:
             raise ValueError(f"{self.folder} is open read-only: leave out read_only to save")
         check_saveable(state)
+        environment = environment_of(state)
         self._move_damaged()
         latest = self.latest_step
         if latest is not None and latest >= step:
             raise FileExistsError(f"cannot save step {step}: step {latest} is already there")
         score = None if score is None or not math.isfinite(score) else float(score)
-        environment = environment_of(state)
         if jax.process_count() > 1:
             self._write(step, state, environment, score)
         else:
@@ -232,8 +227,7 @@ class Checkpoints:
         """
         tree: dict[str, Any] = {}
         for path, part in parts.items():
-            *parents, name = path.split("/")
-            functools.reduce(lambda node, parent: node.setdefault(parent, {}), parents, tree)[name] = part
+            put(tree, path, part)
         with self._refusing_absence(step):
             loaded = self._restore(step, tree, tuple(parts))
         return {path: functools.reduce(operator.getitem, path.split("/"), loaded) for path in parts}
@@ -293,13 +287,22 @@ class Checkpoints:
         """Returns the saved tree, or parts of it, of this run; warns of other circumstances."""
         manifest = self._steps.manifest(step)
         self._check_facts(manifest)
+        wanted = placed_shapes(tree)
+        changed = changes(manifest.environment, environment_of(wanted))
         if problems := misfits(manifest.leaves, specs_of(tree), parts):
             raise CheckpointError(f"step {step} in {self.folder} does not fit: {some_of(problems, 10, '; ')}")
-        loaded, unchecked = self._steps.load(manifest, tree, partial=parts is not None)
+        loaded, unchecked = self._steps.load(manifest, wanted, partial=parts is not None)
         if unchecked:
             message = f"lies on other hosts than it did: {unchecked} parts could not be compared with their digests"
             warnings.warn(f"step {step} in {self.folder} {message}", NotBitExactWarning, stacklevel=3)
-        self._warn_of_changes(manifest, tree)
+        if changed and changed != self._last_warning:  # Many steps may be read of one run.
+            self._last_warning = changed
+            warnings.warn(
+                f"step {manifest.step} in {self.folder} was saved in another environment, so the run will not "
+                f"continue bit for bit: {'; '.join(changed)}",
+                NotBitExactWarning,
+                stacklevel=3,
+            )
         return loaded
 
     def _check_facts(self, manifest: Manifest) -> None:
@@ -308,18 +311,6 @@ class Checkpoints:
             raise CheckpointError(
                 f"step {manifest.step} in {self.folder} was saved by another run: {'; '.join(changed)}. "
                 "Restore the original values, or use another folder"
-            )
-
-    def _warn_of_changes(self, manifest: Manifest, state: Any) -> None:
-        """Warns where the bits of further steps depend on something that has changed."""
-        changed = changes(manifest.environment, environment_of(placed_shapes(state)))
-        if changed and changed != self._last_warning:  # Many steps may be read of one run.
-            self._last_warning = changed
-            warnings.warn(
-                f"step {manifest.step} in {self.folder} was saved in another environment, so the run will not "
-                f"continue bit for bit: {'; '.join(changed)}",
-                NotBitExactWarning,
-                stacklevel=4,
             )
 
     def _move_damaged(self) -> None:

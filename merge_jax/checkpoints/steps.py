@@ -6,7 +6,7 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -18,7 +18,6 @@ from merge_jax.checkpoints.errors import DamagedStepError, PrunedStepError, firs
 from merge_jax.checkpoints.files import naming_file
 from merge_jax.checkpoints.lock import is_locked
 from merge_jax.checkpoints.manifest import Manifest, differing_leaves
-from merge_jax.checkpoints.trees import placed_shapes, unwrap_variables
 from merge_jax.paths import flatten, some_of
 
 __all__ = ["OrbaxSteps"]
@@ -104,13 +103,13 @@ class OrbaxSteps:
             raise DamagedStepError(f"it is step {manifest.step}")
         return manifest
 
-    def load(self, manifest: Manifest, tree: _Tree, *, partial: bool = False) -> tuple[_Tree, int]:
+    def load(self, manifest: Manifest, wanted: _Tree, *, partial: bool = False) -> tuple[_Tree, int]:
         """Returns a step as a tree of the given shapes, every leaf compared with its digest.
 
         Args:
           manifest: of the step.
-          tree: arrays or shapes, placed as what is returned shall be.
-          partial: whether the tree is a part of what was saved.
+          wanted: the tree as shapes, placed as what is returned shall be.
+          partial: whether it is a part of what was saved.
 
         Returns:
           The tree, and how many parts of its leaves could not be compared.
@@ -120,7 +119,6 @@ class OrbaxSteps:
         """
         context = ocp.Context()
         context.pytree.loading.partial_load = partial
-        wanted = placed_shapes(tree)
 
         def load() -> _Tree:
             try:
@@ -146,7 +144,7 @@ class OrbaxSteps:
         saved: Any = self._checkpointer.metadata(step).metadata
         if saved is None:
             raise ValueError("nobody knows what was saved")
-        loaded = unwrap_variables(self._checkpointer.load(step, jax.tree.map_with_path(placed, saved)), leaves)
+        loaded = _unwrap_variables(self._checkpointer.load(step, jax.tree.map_with_path(placed, saved)), leaves)
         found = flatten(loaded)
         return jax.tree.unflatten(jax.tree.structure(wanted), [found[path] for path in leaves])
 
@@ -156,7 +154,7 @@ class OrbaxSteps:
         def load() -> Any:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="Sharding info not provided")  # On purpose.
-                return unwrap_variables(self._checkpointer.load(manifest.step), manifest.leaves)
+                return _unwrap_variables(self._checkpointer.load(manifest.step), manifest.leaves)
 
         return self._compared(manifest, load, partial=False)[0]
 
@@ -288,3 +286,14 @@ def _retry_listing(list_steps: Callable[[], _Found]) -> _Found:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             return list_steps()
     return list_steps()
+
+
+def _unwrap_variables(node: Any, leaves: Collection[str], path: str = "") -> Any:
+    """Returns what Orbax has loaded with each variable of NNX, `{"value": array}`, as the one leaf that it was."""
+    if isinstance(node, list):
+        return [_unwrap_variables(child, leaves, f"{path}/{i}" if path else str(i)) for i, child in enumerate(node)]
+    if not isinstance(node, dict):
+        return node
+    if path in leaves and node.keys() == {"value"}:
+        return node["value"]
+    return {name: _unwrap_variables(child, leaves, f"{path}/{name}" if path else name) for name, child in node.items()}

@@ -1,7 +1,6 @@
-"""The trees that checkpoints hold: which can be saved, how they are copied, and what they are read into."""
+"""The trees that checkpoints hold: which can be saved, how they are copied, and the shapes that they are read into."""
 
 import sys
-from collections.abc import Collection
 from typing import Any, TypeVar
 
 import jax
@@ -12,7 +11,7 @@ import tensorstore
 from merge_jax.checkpoints.manifest import shapes_of
 from merge_jax.paths import flatten, some_of
 
-__all__ = ["check_saveable", "copy_to_host", "placed_shapes", "unwrap_variables"]
+__all__ = ["check_saveable", "copy_to_host", "placed_shapes"]
 
 _Tree = TypeVar("_Tree")
 
@@ -93,14 +92,3 @@ def placed_shapes(tree: _Tree) -> _Tree:
         return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
 
     return jax.tree.map(placed, shapes_of(tree), tree)
-
-
-def unwrap_variables(node: Any, leaves: Collection[str], path: str = "") -> Any:
-    """Returns what Orbax has loaded with each variable of NNX, `{"value": array}`, as the one leaf that it was."""
-    if isinstance(node, list):
-        return [unwrap_variables(child, leaves, f"{path}/{i}" if path else str(i)) for i, child in enumerate(node)]
-    if not isinstance(node, dict):
-        return node
-    if path in leaves and node.keys() == {"value"}:
-        return node["value"]
-    return {name: unwrap_variables(child, leaves, f"{path}/{name}" if path else name) for name, child in node.items()}

@@ -1,8 +1,8 @@
 """`merge-jax summary`: what checkpoints and files of weights hold, from their headers alone."""
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from rich import box
@@ -17,15 +17,6 @@ from merge_jax.paths import find_paths
 from merge_jax.runs.checkpoint_folders import checkpoint_folders, locate_checkpoints
 
 __all__ = ["summarize_checkpoint"]
-
-
-class _Part(NamedTuple):
-    """A part of a state: the leaves under one path."""
-
-    leaves: int
-    numbers: int
-    bytes: int
-    dtypes: str
 
 
 def summarize_checkpoint(path: Path, pattern: str | None, *, verify: bool) -> None:
@@ -110,23 +101,12 @@ def _print_parts(console: Console, leaves: Mapping[str, LeafRecord], depth: int)
     for heading in ("part", "leaves", "numbers", "bytes", "dtypes"):
         table.add_column(heading, justify="left" if heading in ("part", "dtypes") else "right")
     for name, part_leaves in [*by_part.items(), ("all", list(leaves.values()))]:
-        part = _part(part_leaves)
-        table.add_row(name, f"{part.leaves:,}", f"{part.numbers:,}", f"{part.bytes:,}", part.dtypes)
+        sizes = [math.prod(leaf.shape) for leaf in part_leaves]
+        widths = [np.dtype(leaf.dtype).itemsize for leaf in part_leaves]
+        total = sum(size * width for size, width in zip(sizes, widths, strict=True))
+        dtypes = ", ".join(dict.fromkeys(leaf.dtype for leaf in part_leaves))
+        table.add_row(name, f"{len(part_leaves):,}", f"{sum(sizes):,}", f"{total:,}", dtypes)
     console.print(table)
-
-
-def _part(leaves: Iterable[LeafRecord]) -> _Part:
-    leaves = list(leaves)
-    sizes = [int(np.prod(leaf.shape, dtype=np.int64)) for leaf in leaves]
-    width = [_item_size(leaf.dtype) for leaf in leaves]
-    dtypes = ", ".join(dict.fromkeys(leaf.dtype for leaf in leaves))
-    return _Part(len(leaves), sum(sizes), sum(size * one for size, one in zip(sizes, width, strict=True)), dtypes)
-
-
-def _item_size(dtype: str) -> int:
-    import jax.numpy as jnp
-
-    return jnp.dtype(dtype).itemsize
 
 
 def _print_leaves(console: Console, leaves: Mapping[str, LeafRecord], pattern: str | None) -> None:

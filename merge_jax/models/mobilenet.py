@@ -1,13 +1,12 @@
 """MobileNetV2 (Sandler et al., arXiv:1801.04381): the original, and two for small images that go by its name."""
 
-import math
 from typing import Any, Literal, NamedTuple, get_args
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from merge_jax.checks import check_choice
+from merge_jax.checks import check_above_zero, check_choice
 from merge_jax.models.inverted_residual import InvertedResidual
 from merge_jax.models.layers import Layers, Padding, rounded_width
 
@@ -159,8 +158,7 @@ def mobilenet_v2_imagenet(num_classes: int = 1000, width: float = 1.0, **options
     Raises:
       ValueError: a width that is not above 0.
     """
-    if not 0 < width < math.inf:
-        raise ValueError(f"width must be above 0, got {width}")
+    check_above_zero(width=width)
     stages = [(1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1)]
     scaled = [InvertedResidualStage(t, rounded_width(width * c), n, s) for t, c, n, s in stages]
     sizes = {"stem_width": rounded_width(width * 32), "head_width": rounded_width(max(1, width) * 1280)}

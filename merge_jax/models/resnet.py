@@ -1,6 +1,5 @@
 """ResNets (He et al., arXiv:1512.03385): for small images, with a 3x3 stem and no pooling first, and for ImageNet."""
 
-import math
 from typing import Any, Literal, NamedTuple, get_args
 
 import flax.linen as nn
@@ -8,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from merge_jax.checks import check_choice
+from merge_jax.checks import check_above_zero, check_choice
 from merge_jax.models.layers import Layers
 
 __all__ = [
@@ -197,8 +196,7 @@ def resnet50_imagenet(num_classes: int = 1000, width: float = 1.0, **options: An
 
 
 def _imagenet(num_classes: int, width: float, blocks: tuple[int, ...], **options: Any) -> ResNet:
-    if not 0 < width < math.inf:
-        raise ValueError(f"width must be above 0, got {width}")
+    check_above_zero(width=width)
     widths = [round(width * channels) for channels in (64, 128, 256, 512)]
     stages = tuple(map(ResNetStage, widths, blocks, (1, 2, 2, 2)))
     options = {"stem_width": widths[0], "stem": "pooled_7x7", "pixels": _IMAGENET, **options}

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-__all__ = ["of_all_rows", "padded_batches"]
+__all__ = ["example_numbers", "of_all_rows", "padded_batches"]
 
 
 def padded_batches(
@@ -27,6 +27,17 @@ def padded_batches(
         # Padded once read, so that no image is read for padding.
         padded = np.minimum(np.arange(width), len(chosen) - 1)
         yield len(chosen), {name: array[chosen][padded] for name, array in arrays.items()}
+
+
+def example_numbers(arrays: Mapping[str, Any], count: int) -> np.ndarray:
+    """Returns `arrays["example"]`, the number of each example's question; raises ValueError where there are fewer."""
+    example = np.asarray(arrays["example"])
+    if example.size and not 0 <= example.min() <= example.max() < count:
+        raise ValueError(
+            f"arrays['example'] must lie in [0, {count}), the number of answers, found"
+            f" {example.min()} to {example.max()}"
+        )
+    return example
 
 
 def of_all_rows(

@@ -9,7 +9,7 @@ import numpy as np
 
 from merge_jax.checks import check_at_least_one, count_examples
 from merge_jax.objectives.device_axis import whole_batch
-from merge_jax.objectives.evaluation import padded_batches
+from merge_jax.objectives.evaluation import of_all_rows
 from merge_jax.objectives.losses import model_loss
 from merge_jax.types import Batch, LossFn, ModelApply, ModelState, Params
 
@@ -169,9 +169,8 @@ def evaluate_retrieval(
         jitted = jax.jit(lambda variables, batch: apply_fn(variables, batch, train=False))
 
         def embed(variables: Any, entry: Any, rows: np.ndarray) -> np.ndarray:
-            batches = padded_batches({"entry": entry}, rows, batch_size)
-            embedded = [np.asarray(jitted(variables, batch["entry"]), np.float32)[:kept] for kept, batch in batches]
-            return np.concatenate(embedded)
+            made = of_all_rows(lambda batch: jitted(variables, batch["entry"]), {"entry": entry}, rows, batch_size)
+            return made.astype(np.float32)
 
         return embed
 

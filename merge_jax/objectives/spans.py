@@ -5,6 +5,7 @@ gives percentages.
 """
 
 import collections
+import functools
 import re
 import string
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +16,7 @@ import numpy as np
 
 from merge_jax.checks import check_at_least_one, count_examples
 from merge_jax.objectives.distillation import cross_entropy
-from merge_jax.objectives.evaluation import padded_batches
+from merge_jax.objectives.evaluation import example_numbers, of_all_rows
 from merge_jax.objectives.losses import model_loss
 from merge_jax.types import Batch, LossFn, ModelApply, ModelState, Params
 
@@ -85,22 +86,14 @@ def evaluate_spans(
 
     def evaluate(params: Params, model_state: ModelState, arrays: Mapping[str, np.ndarray]) -> dict[str, float]:
         size = count_examples(arrays, inputs, "example", "start", "end")
-        example = np.asarray(arrays["example"])
-        if example.size and not 0 <= example.min() <= example.max() < len(answers):
-            raise ValueError(
-                f"arrays['example'] must lie in [0, {len(answers)}), the number of answers, found"
-                f" {example.min()} to {example.max()}"
-            )
+        example = example_numbers(arrays, len(answers))
         used = {name: arrays[name] for name in (inputs, "start", "end")}
-        losses, logits = [], []
-        for kept, batch in padded_batches(used, np.arange(size), batch_size):
-            batch_losses, batch_logits = losses_and_logits(params, model_state, batch)
-            losses.append(np.asarray(batch_losses, np.float32)[:kept])
-            logits.append(np.asarray(batch_logits, np.float32)[:kept])
-        predictions = decode(np.concatenate(logits), arrays)
+        run = functools.partial(losses_and_logits, params, model_state)
+        losses, logits = of_all_rows(run, used, np.arange(size), batch_size)
+        predictions = decode(logits.astype(np.float32), arrays)
         if len(predictions) != size:
             raise ValueError(f"decode must give an answer to each of {size} examples, got {len(predictions)}")
-        loss = float(np.concatenate(losses).mean(dtype=np.float64))
+        loss = float(losses.astype(np.float32).mean(dtype=np.float64))
         return {"loss": loss, **squad_scores(predictions, [answers[int(index)] for index in example])}
 
     return evaluate

@@ -5,6 +5,7 @@ arXiv:1505.00468, which gives percentages.
 """
 
 import collections
+import functools
 import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from merge_jax.checks import check_at_least_one, count_examples
-from merge_jax.objectives.evaluation import padded_batches
+from merge_jax.objectives.evaluation import example_numbers, of_all_rows
 from merge_jax.objectives.losses import model_loss
 from merge_jax.types import Batch, LossFn, ModelApply, ModelState, Params
 
@@ -150,24 +151,16 @@ def evaluate_vqa(
 
     def evaluate(params: Params, model_state: ModelState, arrays: Mapping[str, Any]) -> dict[str, float]:
         size = count_examples(arrays, "image", "tokens", "answers", "example")
-        example = np.asarray(arrays["example"])
-        if example.size and not 0 <= example.min() <= example.max() < len(answers):
-            raise ValueError(
-                f"arrays['example'] must lie in [0, {len(answers)}), the number of answers, found"
-                f" {example.min()} to {example.max()}"
-            )
+        example = example_numbers(arrays, len(answers))
         used = {name: arrays[name] for name in ("image", "tokens", "answers")}
-        losses, best = [], []
-        for kept, batch in padded_batches(used, np.arange(size), batch_size):
-            batch_losses, batch_best = losses_and_best(params, model_state, batch)
-            losses.append(np.asarray(batch_losses, np.float32)[:kept])
-            best.append(np.asarray(batch_best)[:kept])
+        run = functools.partial(losses_and_best, params, model_state)
+        losses, best = of_all_rows(run, used, np.arange(size), batch_size)
         scores = vqa_scores(
-            [vocabulary[int(place)] for place in np.concatenate(best)],
+            [vocabulary[int(place)] for place in best],
             [answers[int(number)] for number in example],
             None if kinds is None else [kinds[int(number)] for number in example],
         )
-        return {"loss": float(np.concatenate(losses).mean(dtype=np.float64)), **scores}
+        return {"loss": float(losses.astype(np.float32).mean(dtype=np.float64)), **scores}
 
     return evaluate
 
@@ -197,11 +190,8 @@ def predict_answers(
     def predict(params: Params, model_state: ModelState, arrays: Mapping[str, Any]) -> list[str]:
         size = count_examples(arrays, "image", "tokens")
         used = {name: arrays[name] for name in ("image", "tokens")}
-        predictions = []
-        for kept, batch in padded_batches(used, np.arange(size), batch_size):
-            best = np.asarray(largest(params, model_state, batch))[:kept]
-            predictions.extend(vocabulary[int(place)] for place in best)
-        return predictions
+        best = of_all_rows(functools.partial(largest, params, model_state), used, np.arange(size), batch_size)
+        return [vocabulary[int(place)] for place in best]
 
     return predict
 

@@ -10,7 +10,6 @@ from merge_jax.runs.run import Run, words
 from merge_jax.runs.table import (
     BASELINE,
     START_NOTE,
-    STARTS,
     Rows,
     as_text,
     difference,
@@ -18,6 +17,7 @@ from merge_jax.runs.table import (
     notes,
     opponent_note,
     result_tables,
+    starts_in,
 )
 
 if TYPE_CHECKING:
@@ -92,23 +92,9 @@ def _names(runs: Sequence[Run]) -> list[str]:
 def _table(runs: Sequence[Run], names: Sequence[str], baseline: str) -> Rows:
     first = runs[0]
     compared = first.by_seed(baseline, "target_test", 100)
-    # Of earlier versions, no run has them.
-    starts = {
-        heading: name
-        for heading, name in STARTS.items()
-        if any(result.get(name) is not None for run in runs for result in run.results)
-    }
-    headings = (
-        "run",
-        "method",
-        "target",
-        f"- {names[0]}: {baseline}",
-        *starts,
-        "best val.",
-        "source",
-        "seeds",
-        "steps",
-    )
+    starts = starts_in(result for run in runs for result in run.results)
+    before = ("run", "method", "target", f"- {names[0]}: {baseline}")
+    headings = (*before, *starts, "best val.", "source", "seeds", "steps")
     rows: list[tuple[str, ...]] = []
     for run, name in zip(runs, names, strict=True):
         for method in run.methods:
@@ -150,7 +136,7 @@ def _notes(runs: Sequence[Run], names: Sequence[str], baseline: str) -> list[str
         "after the last step; mean ± standard error over seeds, differences paired by seed. best val.: best validation "
         "metric of all reports."
     ]
-    if any(result.get("target_start_test") is not None for run in runs for result in run.results):
+    if "after write" in starts_in(result for run in runs for result in run.results):
         lines[0] += f" {START_NOTE.format(metric='metric')}"
     opponents = dict.fromkeys(name for run in runs for name in run.opponents_by_seed())
     if opponents:

@@ -10,16 +10,19 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
 import jax
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+from tensorboardX.record_writer import RecordWriter
+from tensorboardX.summary import scalar
 
 from merge_jax.checkpoints.files import naming_file, write_whole
 from merge_jax.checkpoints.lock import LOCK, FolderLock
 from merge_jax.checkpoints.manifest import changes
-from merge_jax.runs.events import ScalarEvents
 from merge_jax.runs.versions import installed_versions
 
 __all__ = ["MetricsLog", "RunFolder", "check_space", "describe_environment", "numbered_folder"]
@@ -27,6 +30,7 @@ __all__ = ["MetricsLog", "RunFolder", "check_space", "describe_environment", "nu
 _RUNS = Path("runs")
 _CONFIG = "config.json"
 _CONTENTS = "contents"
+_FLUSH = 10.0  # Seconds that events may wait in memory.
 # What a process leaves that was killed as it made the folder.
 _BEFORE_CONFIG = (LOCK, f"{_CONFIG}.part")
 
@@ -190,36 +194,60 @@ class MetricsLog:
     def writer(self, run: str, step: int) -> "RunWriter":
         """Returns the writer of one run, which goes on after `step` (0 for a new one)."""
         self.rewind(run, step)
-        if jax.process_index() > 0:
-            return RunWriter(self._path, run, None)
-        events = ScalarEvents(self._folder.path / "tensorboard" / run, step)
-        return RunWriter(self._path, run, events)
+        return RunWriter(self._path, run, self._folder.path / "tensorboard" / run, step)
 
 
 class RunWriter:
-    """Writes the metrics of one run; a context manager."""
+    """Writes the metrics of one run, as lines of JSON and as events; a context manager.
 
-    def __init__(self, path: Path, run: str, events: ScalarEvents | None):
-        """Use `MetricsLog.writer`."""
+    Events are not written by tensorboardX's own `SummaryWriter` (2.6.5): its thread dies where the disk is full, and
+    the eleventh event after that waits for it for ever.
+    """
+
+    def __init__(self, path: Path, run: str, events: Path, after: int):
+        """Begins a file of events; TensorBoard forgets what earlier ones hold of steps above `after`, if any."""
         self._path, self._run, self._events = path, run, events
+        self._writer: RecordWriter | None = None
+        if jax.process_index() > 0:  # Only process 0 writes.
+            return
+        events.mkdir(parents=True, exist_ok=True)
+        now = time.time()
+        begins = [Event(wall_time=now, file_version="brain.Event:2")]
+        if after:
+            begins.append(Event(wall_time=now, step=after + 1, session_log=SessionLog(status=SessionLog.START)))
+        with naming_file(events):
+            self._writer = RecordWriter(str(events / f"events.out.tfevents.{now:.6f}.{platform.node()}"))
+            for event in begins:
+                self._writer.write(event.SerializeToString())
+        self._flushed = time.monotonic()
 
     def __enter__(self) -> Self:
         """Returns itself."""
         return self
 
     def __exit__(self, *unused: object) -> None:
-        """Writes out what is left."""
-        if self._events is not None:
-            self._events.close()
+        """Writes out what is left; raises OSError as `write`."""
+        if self._writer is not None:
+            with naming_file(self._events):
+                self._writer.close()
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Writes one record. JSON has no word for a number that is not finite, so it stands as a string there."""
-        if self._events is None:  # Only process 0 writes.
+        """Writes one record; raises OSError, with the name of a file or a folder, where that fails.
+
+        JSON has no word for a number that is not finite, so it stands as a string there.
+        """
+        if self._writer is None:
             return
         values = {k: v if math.isfinite(v) else str(v) for k, v in metrics.items()}
         with naming_file(self._path), self._path.open("a") as file:
             file.write(json.dumps({"run": self._run, "step": step, **values}) + "\n")
-        self._events.write(step, metrics)
+        with naming_file(self._events):
+            for name, value in metrics.items():
+                event = Event(wall_time=time.time(), step=step, summary=scalar(name, value))
+                self._writer.write(event.SerializeToString())
+            if time.monotonic() - self._flushed > _FLUSH:
+                self._writer.flush()
+                self._flushed = time.monotonic()
 
 
 @contextlib.contextmanager

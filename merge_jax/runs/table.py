@@ -2,8 +2,8 @@
 
 import io
 import textwrap
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich import box
@@ -25,6 +25,7 @@ __all__ = [
     "notes",
     "opponent_note",
     "result_tables",
+    "starts_in",
 ]
 
 BASELINE = "vanilla"
@@ -69,10 +70,7 @@ class Rows(NamedTuple):
 def result_tables(run: Run) -> list[Rows]:
     """Returns the table of a run, a row a method, and, where there are other test metrics, a second one of them."""
     metric = words(run.plan.target.metric)
-    # Of earlier versions, no run has them.
-    starts = {
-        heading: name for heading, name in STARTS.items() if any(result.get(name) is not None for result in run.results)
-    }
+    starts = starts_in(run.results)
     headings = ("method", "target", f"- {BASELINE}", *starts, "best val.", "source", "s/run", "compile s", "adapter")
     baseline = run.by_seed(BASELINE, "target_test", 100)
     rows: list[tuple[str, ...]] = []
@@ -103,6 +101,12 @@ def result_tables(run: Run) -> list[Rows]:
         ]
         tables.append(Rows("other test metrics of the target, %", ("metric", *run.methods), by_name))
     return tables
+
+
+def starts_in(results: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """Returns those of `STARTS` that any result has; those of runs of earlier versions have none."""
+    results = list(results)
+    return {heading: name for heading, name in STARTS.items() if any(one.get(name) is not None for one in results)}
 
 
 def _tested(run: Run, method: str) -> dict[str, list[float]]:
@@ -166,7 +170,7 @@ def notes(run: Run) -> list[str]:
         f"best val.: best validation {words(plan.target.metric)} of all reports. s/run: seconds of training; "
         "compile s: seconds of compiling its loop, once."
     )
-    if any(result.get("target_start_test") is not None for result in run.results):
+    if "after write" in starts_in(run.results):
         protocol += " " + START_NOTE.format(metric=words(plan.target.metric))
     if run.opponents:
         protocol += f" {opponent_note(run.opponents_by_seed())}"

@@ -1,19 +1,68 @@
-"""What stands beside a method's result: its target right after the write, a probe of it, and opponents without it."""
+"""Logistic regressions on a classifier's features or inputs: its probe, its last layer, and its opponents."""
 
 import sys
-from collections.abc import Callable
-from typing import NamedTuple
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax.errors import FlaxError
 
+import merge_jax as mj
+from merge_jax.data import Arrays, is_streamed, num_examples, take
+from merge_jax.objectives.evaluation import of_all_rows
+from merge_jax.paths import flatten
 from merge_jax.study.model import StudyModel
-from merge_jax.study.probes import Observe, Sample, inputs_lr, observer, probe, reset_to_inputs, sampled
 from merge_jax.study.scenario import Scenario
 from merge_jax.study.sources import SourcePlan
 from merge_jax.training.joint import TrainState
+from merge_jax.types import ModelState, Params
 
-__all__ = ["Measures", "Opponents", "make_measures", "make_opponents"]
+__all__ = [
+    "FitHead",
+    "Measures",
+    "Observe",
+    "Observed",
+    "Opponents",
+    "Sample",
+    "inputs_lr",
+    "make_fit_head",
+    "make_measures",
+    "make_opponents",
+    "observer",
+    "probe",
+    "reset_to_inputs",
+    "sampled",
+]
+
+_AT_ONCE = 200
+_MOST = 10_000  # Examples that a regression is fitted to: more cost minutes.
+_SOME, _SEVERAL = 16, 64  # Examples that tell a head, and what dropout does to it.
+_STEPS = 200  # Digits need 50; of 12,288 pixels and 100 classes 400 are no better.
+
+
+class Observed(NamedTuple):
+    """What a model makes of N examples: its features `[N, d]`, the input of its last layer, and its logits `[N, C]`."""
+
+    features: np.ndarray
+    logits: np.ndarray
+
+    def accuracy(self, labels: np.ndarray) -> float:
+        """Returns the fraction of labels `[N]` that the largest logit names."""
+        return float(np.mean(self.logits.argmax(axis=1) == labels))
+
+
+Observe = Callable[[Params, ModelState, Arrays], Observed]
+"""`(params, model_state, arrays) -> what the model makes of all these examples`, in evaluation mode."""
+
+
+class Sample(NamedTuple):
+    """Labelled examples to fit a regression to, and those that it is read on."""
+
+    fitted: Arrays
+    test: Arrays
 
 
 class Measures(NamedTuple):
@@ -33,23 +82,30 @@ class Measures(NamedTuple):
     end: Callable[[TrainState, int], float | None]
 
 
+FitHead = Callable[[TrainState, int], tuple[dict[str, np.ndarray], ModelState]]
+"""`(target right after the write, seed) -> (leaves of its last layer by path, model state)`."""
+
 Opponents = Callable[[TrainState, int], dict[str, float]]
 """`(source, seed) -> test accuracy by opponent`."""
 
 
-def make_measures(model: StudyModel, axis_name: str | None = None) -> Measures:
-    """Returns what measures a target; its BatchNorm averages over the axis under `pmap`, if any."""
-    observe = observer(model, model.splits(0).test)
+def make_measures(model: StudyModel, observe: Observe | None, axis_name: str | None = None) -> Measures:
+    """Returns what measures a target.
+
+    Args:
+      model: the target.
+      observe: what `observer` gives for it and its test split.
+      axis_name: the axis that its BatchNorm averages over under `pmap`, if any.
+    """
 
     def start(target: TrainState, seed: int) -> dict[str, float | None]:
-        splits = model.splits(seed)
-        state, sample = _on_host(target), sampled(model, splits, seed)
+        state, sample = _on_host(target), sampled(model, seed)
         if state is None:
             return {"test": None, "reset": None, "probe": None}
         if observe is None or sample is None:
-            test = model.evaluate(state.params, state.model_state, splits.test)[model.metric]
+            test = model.evaluate(state.params, state.model_state, model.splits(seed).test)[model.metric]
             return {"test": test, "reset": None, "probe": None}
-        own = reset_to_inputs(model, state, seed, axis_name)
+        own = reset_to_inputs(model, state, sample, seed, axis_name)
         probed, reset = _probed(observe, own, sample, model.head_penalty)
         if own is state:
             return {"test": reset, "reset": None, "probe": probed}
@@ -57,12 +113,10 @@ def make_measures(model: StudyModel, axis_name: str | None = None) -> Measures:
         return {"test": test, "reset": reset, "probe": probed}
 
     def end(target: TrainState, seed: int) -> float | None:
-        state, sample = _on_host(target), sampled(model, model.splits(seed), seed)
-        return (
-            None
-            if state is None or observe is None or sample is None
-            else _probed(observe, state, sample, model.head_penalty)[0]
-        )
+        state, sample = _on_host(target), sampled(model, seed)
+        if state is None or observe is None or sample is None:
+            return None
+        return _probed(observe, state, sample, model.head_penalty)[0]
 
     return Measures(start, end)
 
@@ -72,6 +126,81 @@ def _probed(observe: Observe, state: TrainState, sample: Sample, penalty: float)
     labels = _labels(sample)
     fitted, test = (observe(state.params, state.model_state, arrays) for arrays in sample)
     return probe(fitted.features, labels[0], test.features, labels[1], penalty), test.accuracy(labels[1])
+
+
+def make_fit_head(
+    model: StudyModel, observe: Observe | None, axis_name: str | None = None
+) -> tuple[tuple[str, str], FitHead]:
+    """Returns the paths of a classifier's last layer, kernel and bias, and what fits it to the labelled examples.
+
+    That is `mj.fit_head`, on features with the statistics of BatchNorm that the training inputs give. Arguments are
+    those of `make_measures`.
+
+    Raises:
+      ValueError: no classifier, one that sows no `features`, or whose logits are not a dense layer of them.
+    """
+    test = model.splits(0).test
+    if observe is None or sampled(model, 0) is None:
+        raise ValueError(
+            f"head_first needs a classifier that sows 'features', the input of its last layer; {model.name} does not"
+        )
+    params, model_state = model.init(jax.random.key(0))
+    few = take(test, np.arange(min(_SOME, len(test["label"]))))
+    kernel, bias = _last_layer(model.name, params, *observe(params, model_state, few))
+    checked = False  # Once a run will do.
+
+    def fit_head(target: TrainState, seed: int) -> tuple[dict[str, np.ndarray], ModelState]:
+        nonlocal checked
+        sample = sampled(model, seed)
+        assert sample is not None  # It was there for seed 0.
+        target = reset_to_inputs(model, target, sample, seed, axis_name)
+        found = observe(target.params, target.model_state, sample.fitted)
+        labels = np.asarray(sample.fitted["label"])
+        classes = found.logits.shape[1]
+        head = mj.fit_head(found.features, labels, num_classes=classes, penalty=model.head_penalty)
+        leaves = {kernel: np.asarray(head.kernel), bias: np.asarray(head.bias)}
+        if not checked:
+            checked = True
+            features, known = (jnp.asarray(part[:_SEVERAL]) for part in (found.features, labels))
+            calm = float(mj.cross_entropy(head(features), known).mean())
+            _warn_of_dropout(model, mj.replace(target.params, leaves), target.model_state, sample.fitted, calm)
+        return leaves, target.model_state
+
+    return (kernel, bias), fit_head
+
+
+def _warn_of_dropout(
+    model: StudyModel, params: Params, model_state: ModelState, fitted: Mapping[str, Any], calm: float
+) -> None:
+    """Says on standard error where dropout takes away what a fitted last layer knows, so that steps would undo it.
+
+    That is where features differ from example to example by far less than by what is dropped of them.
+    """
+    given = jax.random.key(0), params, model_state, take(fitted, np.arange(min(_SEVERAL, len(fitted["label"]))))
+    traced = jax.jit(lambda key, params, state, batch: model.loss(params, state, batch, key)[0]).trace(*given)
+    key = traced.jaxpr.jaxpr.invars[0]
+    if not any(key is used for equation in traced.jaxpr.eqns for used in equation.invars):
+        return  # No dropout.
+    noisy = float(traced.lower().compile()(*given))
+    if not noisy <= 3 * calm + 1:
+        print(
+            f"warning: the last layer of {model.name} was fitted first, to a loss of {calm:.2f}; with the model's"
+            f" dropout it is {noisy:.3g}, and steps will undo it: take a model without dropout before its last layer"
+            " (of text, --pooler mean), or a larger --head-penalty",
+            file=sys.stderr,
+        )
+
+
+def _last_layer(name: str, params: Any, features: np.ndarray, logits: np.ndarray) -> tuple[str, str]:
+    """Returns the paths of the kernel and the bias that make the logits of the features."""
+    leaves = flatten(params)
+    for path, kernel in leaves.items():
+        bias = f"{path.removesuffix('kernel')}bias"
+        if path.endswith("kernel") and bias in leaves and kernel.shape == (features.shape[1], logits.shape[1]):
+            made = features @ np.asarray(kernel, np.float32) + np.asarray(leaves[bias], np.float32)
+            if np.allclose(made, logits, rtol=0.02, atol=0.02 * np.abs(logits).max()):  # In bfloat16 too.
+                return path, bias
+    raise ValueError(f"head_first: no kernel and bias of {name} make its logits of its 'features'")
 
 
 def make_opponents(scenario: Scenario, source_plan: SourcePlan, *, controlled: bool = False) -> Opponents:
@@ -86,7 +215,7 @@ def make_opponents(scenario: Scenario, source_plan: SourcePlan, *, controlled: b
     observe = None if source is None or source_plan.live else observer(source, target.splits(0).test)
 
     def opponents(state: TrainState, seed: int) -> dict[str, float]:
-        sample = sampled(target, target.splits(seed), seed)
+        sample = sampled(target, seed)
         if sample is None:
             return {}
         found = {"inputs_lr": inputs_lr(target, sample)}
@@ -138,3 +267,132 @@ def _on_host(state: TrainState) -> TrainState | None:
     if all(array.is_fully_addressable or array.is_fully_replicated for array in arrays):
         return jax.device_get(state)
     return None
+
+
+def sampled(model: StudyModel, seed: int) -> Sample | None:
+    """Returns what regressions are fitted to, and tested on; None for a model that is no classifier.
+
+    They are fitted to all labelled training examples, or to 10,000 of them, drawn by the seed.
+    """
+    splits = model.splits(seed)
+    total = num_examples(splits.train)
+    if model.metric != "accuracy" or "label" not in splits.train or not num_examples(splits.test) or total == 0:
+        return None
+    rows = np.arange(total)
+    if total > _MOST:
+        rows = np.sort(np.random.default_rng(seed).permutation(total)[:_MOST])
+    fitted = {name: entry[rows] for name, entry in splits.train.items() if name in (*model.inputs, "label")}
+    return Sample(fitted, splits.test)
+
+
+def observer(model: StudyModel, arrays: Arrays) -> Observe | None:
+    """Returns what reads a model's features of such examples, compiled once.
+
+    None for a model without `apply`, one that does not sow `features` (the input of its last layer, as the models of
+    `merge_jax.models` do), and one that cannot read these examples.
+    """
+    if model.apply is None or not set(model.inputs) <= arrays.keys():
+        return None
+    observe = mj.objectives.with_features(model.apply)
+
+    @jax.jit
+    def read(params: Params, model_state: ModelState, *inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits, (features,) = observe({"params": params, **model_state}, *inputs, train=False)
+        return features.reshape(features.shape[0], -1).astype(jnp.float32), logits
+
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    inputs = [jax.ShapeDtypeStruct((1, *arrays[name].shape[1:]), arrays[name].dtype) for name in model.inputs]
+    try:
+        _, logits = jax.eval_shape(read, *shapes, *inputs)
+    except (ValueError, TypeError, FlaxError):  # It is another model's data, or there are no features.
+        return None
+    if len(logits.shape) != 2:
+        return None
+
+    def observed(params: Params, model_state: ModelState, arrays: Arrays) -> Observed:
+        size = num_examples(arrays)
+        # One width for all sets of examples, so that one compilation serves them.
+        rows = np.resize(np.arange(size), max(size, _AT_ONCE))
+        used = {name: arrays[name] for name in model.inputs}
+        found = of_all_rows(lambda batch: read(params, model_state, *batch.values()), used, rows, _AT_ONCE)
+        return Observed(*(part[:size] for part in found))
+
+    return observed
+
+
+def reset_to_inputs(
+    model: StudyModel, target: TrainState, sample: Sample, seed: int, axis_name: str | None
+) -> TrainState:
+    """Returns a model with the statistics of BatchNorm that its training inputs give, labelled ones and the pool.
+
+    Of more than 10,000 the first count. The model itself where it has no statistics.
+    """
+    if model.apply is None or "batch_stats" not in target.model_state:
+        return target
+    arrays = sample.fitted if model.pool is None else model.pool(seed)
+    inputs = [np.asarray(arrays[name][: min(len(arrays[name]), _MOST)]) for name in model.inputs]
+    variables = {"params": target.params, **target.model_state}
+    found = mj.reset_statistics(model.apply, variables, *inputs, axis_name=axis_name)
+    return target.replace(model_state={name: found[name] for name in target.model_state})
+
+
+def probe(
+    features: np.ndarray, labels: np.ndarray, test_features: np.ndarray, test_labels: np.ndarray, penalty: float
+) -> float | None:
+    """Returns the test accuracy of a logistic regression on standardised features `[N, d]`, a fraction.
+
+    Its penalty is `penalty |w|^2 / 2` beside the sum of the losses (scikit-learn's 1 / C). None where features are not
+    finite, or all labels are one.
+    """
+    if len(np.unique(labels)) < 2 or not (np.isfinite(features).all() and np.isfinite(test_features).all()):
+        return None
+    from sklearn.preprocessing import StandardScaler  # Half a second that --help should not.
+
+    scaler = StandardScaler().fit(features)
+    fitted, test = (np.asarray(scaler.transform(part)) for part in (features, test_features))
+    # What the examples do not span has weight 0: the same solution, many times sooner.
+    if fitted.shape[1] > len(fitted):
+        basis = np.linalg.svd(fitted, full_matrices=False)[2].T
+        fitted, test = fitted @ basis, test @ basis
+    return float(_fitted(fitted, labels, penalty).score(test, test_labels))
+
+
+def _fitted(features: Any, labels: np.ndarray, penalty: float) -> Any:
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # It is as good as so many steps make it.
+        return LogisticRegression(C=1 / penalty, max_iter=_STEPS).fit(features, labels)
+
+
+def inputs_lr(model: StudyModel, sample: Sample) -> float | None:
+    """Returns the test accuracy of a logistic regression on a model's raw inputs; the same for any model of these.
+
+    Numbers, such as pixels, are flattened and standardised. Whole numbers but uint8 are tokens: their counts, weighted
+    by TF-IDF. None where inputs are streamed, of several entries, or all labels are one.
+    """
+    if len(model.inputs) != 1 or any(is_streamed({name: sample.test[name]}) for name in model.inputs):
+        return None
+    fitted, test = (np.asarray(arrays[model.inputs[0]]) for arrays in sample)
+    labels, test_labels = (np.asarray(arrays["label"]) for arrays in sample)
+    if not np.issubdtype(fitted.dtype, np.integer) or fitted.dtype == np.uint8:
+        fitted, test = (part.reshape(len(part), -1).astype(np.float32) for part in (fitted, test))
+        return probe(fitted, labels, test, test_labels, model.head_penalty)
+    if len(np.unique(labels)) < 2:
+        return None
+    from sklearn.feature_extraction.text import TfidfTransformer
+
+    words = int(max(fitted.max(), test.max())) + 1
+    weights = TfidfTransformer().fit(_counts(fitted, words))
+    model_ = _fitted(weights.transform(_counts(fitted, words)), labels, 1.0)
+    return float(model_.score(weights.transform(_counts(test, words)), test_labels))
+
+
+def _counts(tokens: np.ndarray, words: int) -> Any:
+    """Returns how often each text `[N, L]` has each token, sparse, `[N, words]`."""
+    from scipy.sparse import coo_array
+
+    tokens = tokens.reshape(len(tokens), -1)
+    rows = np.repeat(np.arange(len(tokens)), tokens.shape[1])
+    return coo_array((np.ones(tokens.size), (rows, tokens.ravel())), shape=(len(tokens), words)).tocsr()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from merge_jax.checks import check_at_least_one, check_below_one
+from merge_jax.checks import check_above_zero, check_at_least_one, check_below_one
 from merge_jax.study.choices import ImageModelName, ImageTaskName, TextModelName, TextTaskName, VisionModelName
 
 __all__ = [
@@ -86,16 +86,12 @@ class TransferOptions:
         """Raises ValueError for an option out of range."""
         check_at_least_one(num_layers=self.num_layers, num_heads=self.num_heads)
         check_below_one(attention_dropout=self.attention_dropout, feed_forward_dropout=self.feed_forward_dropout)
-        if not 0 < self.adapter_learning_rate < float("inf"):
-            raise ValueError(f"adapter_learning_rate must be above 0, got {self.adapter_learning_rate}")
+        rates = {name: getattr(self, name) for name in ("adapter_learning_rate", "head_penalty", "target_rate")}
+        check_above_zero(**rates)
         if not 0 <= self.stop <= 1:
             raise ValueError(f"stop must be a fraction in [0, 1], got {self.stop}")
         if self.unlabelled < 0:
             raise ValueError(f"unlabelled must be 0 or more, got {self.unlabelled}")
-        if not 0 < self.head_penalty < float("inf"):
-            raise ValueError(f"head_penalty must be above 0, got {self.head_penalty}")
-        if not 0 < self.target_rate < float("inf"):
-            raise ValueError(f"target_rate must be above 0, got {self.target_rate}")
         if not 0 <= self.agreement < float("inf"):
             raise ValueError(f"agreement must be 0 or more, got {self.agreement}")
         self.agreeing_layers()
@@ -137,8 +133,7 @@ class TaskOptions:
 
     def check_options(self) -> None:
         """Raises ValueError for an option out of range."""
-        if not 0 < self.learning_rate < float("inf"):
-            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
+        check_above_zero(learning_rate=self.learning_rate)
         if not 1 <= self.stages <= 3:
             raise ValueError(f"stages must lie in [1, 3], got {self.stages}")
 

@@ -1,6 +1,10 @@
-"""What a run is going to do, as it is printed before it starts."""
+"""What a run is going to do, as it is printed before it starts, and the disk that it needs for that."""
+
+import math
+from collections.abc import Mapping
 
 import jax
+from jax.stages import Lowered
 
 from merge_jax.data import num_examples
 from merge_jax.runs import Model, Plan, RouteStats
@@ -8,11 +12,12 @@ from merge_jax.study.config import RunConfig
 from merge_jax.study.model import StudyModel
 from merge_jax.study.scenario import Scenario
 from merge_jax.study.sources import SourcePlan
+from merge_jax.study.trial import Trial
 from merge_jax.training.schedule import TransferSteps
 from merge_jax.training.sharding import Layout
 from merge_jax.types import Params
 
-__all__ = ["make_plan"]
+__all__ = ["checkpoint_bytes", "make_plan"]
 
 
 def make_plan(
@@ -44,6 +49,18 @@ def make_plan(
         caution=caution,
         moments=_count_transfers(scenario, config),
     )
+
+
+def checkpoint_bytes(trials: Mapping[str, Trial], lowered: Mapping[str, Lowered], seeds: int) -> int:
+    """Returns about how many bytes the checkpoints of a run take on the disk when it has ended."""
+    total = 0
+    for name, trial in trials.items():
+        state, *_ = lowered[name].args_info[0]
+        size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+        saves = math.ceil(trial.lengths.steps / trial.lengths.checkpoint_every)
+        kept = saves if trial.keep is None else min(saves, trial.keep + 1)  # The best one too.
+        total += size * kept * seeds
+    return total
 
 
 def _shapes(role: StudyModel) -> Params:

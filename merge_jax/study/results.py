@@ -8,7 +8,7 @@ from typing import Any
 from merge_jax.runs import Run, as_text, draw, followed, html_report, judged, notes, result_tables
 from merge_jax.runs.folder import RunFolder
 from merge_jax.study.scenario import Scenario
-from merge_jax.study.trainer import Outcome
+from merge_jax.study.trainer import Trained
 from merge_jax.study.trial import Trial
 
 __all__ = ["save_sample_images", "show_results", "trial_result"]
@@ -18,30 +18,22 @@ _LINE = 52
 
 
 def trial_result(
-    trial: Trial,
-    seed: int,
-    outcome: Outcome,
-    records: Sequence[Mapping[str, Any]],
-    compile_seconds: float,
-    frozen: Mapping[str, float] | None = None,
+    trial: Trial, seed: int, trained: Trained, frozen: Mapping[str, float] | None = None
 ) -> dict[str, Any]:
     """Returns what the table says of a method on a seed.
 
     Args:
       trial: of the method.
       seed: the seed.
-      outcome: of its training.
-      records: all reports of the run.
-      compile_seconds: how long its loop was compiled.
+      trained: what its training came to.
       frozen: the metrics of a source that no method changes, where they are known; it is tested where they are not.
     """
-    state, seconds, start = outcome
+    state, seconds, compile_seconds, start, records = trained
     metrics = {"target": trial.test(state, seed, "target")}
     metrics["source"] = dict(frozen) if frozen is not None else trial.test(state, seed, "source")
     metric = {role: model.metric for role, model in trial.roles.items()}
-    own = [record for record in records if record["run"] == trial.run_name(seed)]
     name = f"target/validation_{metric['target']}"
-    validation = [record[name] for record in own if name in record]
+    validation = [record[name] for record in records if name in record]
     rows = trial.method.transfer.describe(state.source.params, state.target.params)
     return {
         "method": trial.name,
@@ -57,7 +49,7 @@ def trial_result(
         "source_test": metrics["source"][metric["source"]] if metrics["source"] else None,
         "test_metrics": metrics,
         "answers": trial.answers(state) if seed == 0 else {},
-        "faults": _count_faults(own),
+        "faults": _count_faults(records),
         "seconds": seconds,
         "compile_seconds": compile_seconds,
         # Without the zeros around padded ones.

@@ -1,6 +1,5 @@
 """Runs a scenario: every method on every seed, paired, in one run folder that can be resumed."""
 
-import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -14,11 +13,11 @@ from merge_jax.checkpoints.orbax import CheckpointError
 from merge_jax.checkpoints.weights.load import find_weights, weight_paths
 from merge_jax.checks import check_finite
 from merge_jax.runs import OPPONENTS, PLAN, Plan, Run
-from merge_jax.runs.folder import MetricsLog, RunFolder, check_space, numbered_folder
+from merge_jax.runs.folder import RunFolder, check_space, numbered_folder
 from merge_jax.study.config import RunConfig
 from merge_jax.study.contents import current_options, run_identity
-from merge_jax.study.measures import Opponents, make_opponents
-from merge_jax.study.plan import make_plan
+from merge_jax.study.measures import make_opponents
+from merge_jax.study.plan import checkpoint_bytes, make_plan
 from merge_jax.study.results import save_sample_images, show_results, trial_result
 from merge_jax.study.scenario import Scenario
 from merge_jax.study.sources import SourcePlan, control_source, plan_source, read_trajectory
@@ -66,8 +65,9 @@ def prepare_run(scenario: Scenario, config: RunConfig, expected: str = "", cauti
         checked = check_run(scenario, config)
     plan = make_plan(scenario, config, checked.source_plan, checked.layout, expected, caution)
     identity = run_identity(config)
+    needed = checkpoint_bytes(checked.trials, checked.lowered, config.seeds)
     with numbered_folder(scenario.name, config.resume, given=config.run_dir) as run_dir:
-        check_space(run_dir, _checkpoint_bytes(checked, config))
+        check_space(run_dir, needed)
         folder = RunFolder.open(run_dir, identity, resume=config.resume, translate=current_options)
     if scenario.attach is not None and jax.process_index() == 0:
         scenario.attach(folder.path)
@@ -135,18 +135,6 @@ def check_run(scenario: Scenario, config: RunConfig) -> Checked:
     return Checked(source_plan, trials, layout, {name: trial.lower(layout) for name, trial in trials.items()})
 
 
-def _checkpoint_bytes(checked: Checked, config: RunConfig) -> int:
-    """Returns about how many bytes the checkpoints of a run take on the disk when it has ended."""
-    total = 0
-    for name, trial in checked.trials.items():
-        state, *_ = checked.lowered[name].args_info[0]
-        size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-        saves = math.ceil(trial.lengths.steps / trial.lengths.checkpoint_every)
-        kept = saves if trial.keep is None else min(saves, trial.keep + 1)  # The best one too.
-        total += size * kept * config.seeds
-    return total
-
-
 def _run(
     scenario: Scenario, config: RunConfig, checked: Checked, plan: Plan, folder: RunFolder, signals: StopSignals
 ) -> None:
@@ -156,34 +144,28 @@ def _run(
     print("\n".join(plan.lines()))
     print(f"expected time: {plan.expected or 'not measured for these options; the bar tells it once steps run'}")
     print(f"run folder: {folder.path}", flush=True)
-    if len(results) == config.seeds * len(scenario.methods):
-        print("all runs are done already: nothing to train")
+    done = {(result["method"], result["seed"]) for result in results}
+    missing = {seed: [name for name in scenario.methods if (name, seed) not in done] for seed in range(config.seeds)}
+    if any(missing.values()):
+        _train(scenario, config, checked, missing, folder, signals, results)
     else:
-        programs = _compile(checked, config, folder, results)
-        total = config.seeds * sum(trial.lengths.steps for trial in checked.trials.values())
-        # In a file, a line for each method and seed that has ended is what a reader can use.
-        silent = jax.process_index() > 0 or not sys.stderr.isatty()
-        with tqdm(total=total, unit="step", desc=scenario.name, mininterval=0.5, disable=silent) as bar, signals:
-            log = MetricsLog(folder)
-            trainer = Trainer(checked.layout, programs, folder, log, bar, signals)
-            _train(scenario, config, checked, trainer, log, folder, results)
+        print("all runs are done already: nothing to train")
     if jax.process_index() == 0:
         save_sample_images(scenario, results, folder)
         show_results(Run.read(folder.path), folder)
 
 
-def _compile(checked: Checked, config: RunConfig, folder: RunFolder, results: Sequence[Mapping[str, Any]]) -> Programs:
+def _compile(checked: Checked, missing: Mapping[int, Sequence[str]], folder: RunFolder) -> Programs:
     """Returns the programs, those of trials compiled that are not done yet for every seed."""
-    trials, seeds = checked.trials, range(config.seeds)
-    done = {(result["method"], result["seed"]) for result in results}
-    names = [name for name in trials if not {(name, seed) for seed in seeds} <= done]
-    if "source" in trials:
-        source = trials["source"]
+    wanted = {name for names in missing.values() for name in names}
+    if "source" in checked.trials:
+        source = checked.trials["source"]
         last = str(source.lengths.steps)
-        if all((folder.checkpoints / source.run_name(seed) / last).is_dir() for seed in seeds):
-            names.remove("source")
-    if len(names) < len(trials):
-        ended = [name for name in trials if name not in names]
+        if not all((folder.checkpoints / source.run_name(seed) / last).is_dir() for seed in missing):
+            wanted.add("source")
+    names = [name for name in checked.trials if name in wanted]
+    if len(names) < len(checked.trials):
+        ended = [name for name in checked.trials if name not in wanted]
         print(f"done already: {', '.join(ended)}; to train: {', '.join(names)}", flush=True)
     programs = Programs(checked.lowered)
     for number, name in enumerate(names, start=1):
@@ -195,41 +177,51 @@ def _train(
     scenario: Scenario,
     config: RunConfig,
     checked: Checked,
-    trainer: Trainer,
-    log: MetricsLog,
+    missing: Mapping[int, Sequence[str]],
     folder: RunFolder,
+    signals: StopSignals,
     results: list[dict[str, Any]],
 ) -> None:
     """Trains every method on every seed that has no result yet, and adds its results to the list and the folder."""
-    trials, controlled = checked.trials, config.source_control != "none"
-    opponents = make_opponents(scenario, checked.source_plan, controlled=controlled)
-    done = {(result["method"], result["seed"]) for result in results}
-    for seed in range(config.seeds):
-        missing = [name for name in scenario.methods if (name, seed) not in done]
-        for name in trials if not missing else scenario.methods.keys() - missing:
-            trainer.skip(trials[name].lengths.steps)
-        if not missing:  # So its source is not needed.
-            continue
-        source = control_source(config.source_control, _source(trainer, checked, seed, folder), seed)
-        _measure_opponents(opponents, source, seed, folder)
-        for name in missing:
-            outcome = trainer.train(trials[name], seed, source)
-            tested = (result["test_metrics"]["source"] for result in results if result["seed"] == seed)
-            frozen = next(tested, None) if trials[name].source_task is None else None
-            compile_seconds = trainer.compile_seconds(trials[name])
-            result = trial_result(trials[name], seed, outcome, log.records(), compile_seconds, frozen)
-            results.append(result)
-            folder.write_json("results.json", results)
-            trainer.announce(f"{name}-seed{seed}: {100 * result['target_test']:.1f} %")
+    programs = _compile(checked, missing, folder)
+    measure = make_opponents(scenario, checked.source_plan, controlled=config.source_control != "none")
+    opponents = folder.read_json(OPPONENTS, [])
+    with _progress(scenario, checked, missing) as bar, signals:
+        trainer = Trainer(checked.layout, programs, folder, bar, signals)
+        for seed, names in missing.items():
+            if not names:  # So its source is not needed.
+                continue
+            source = control_source(config.source_control, _source(trainer, checked, seed, folder), seed)
+            if all(entry["seed"] != seed for entry in opponents):
+                found = measure(source, seed)
+                opponents += [{"opponent": name, "seed": seed, "target_test": value} for name, value in found.items()]
+                folder.write_json(OPPONENTS, opponents)
+            for name in names:
+                trial = checked.trials[name]
+                trained = trainer.train(trial, seed, source)
+                tested = (result["test_metrics"]["source"] for result in results if result["seed"] == seed)
+                result = trial_result(trial, seed, trained, next(tested, None) if trial.source_task is None else None)
+                results.append(result)
+                folder.write_json("results.json", results)
+                trainer.announce(f"{name}-seed{seed}: {100 * result['target_test']:.1f} %")
 
 
-def _measure_opponents(opponents: Opponents, source: TrainState, seed: int, folder: RunFolder) -> None:
-    """Adds the opponents of a seed to those of the folder, once."""
-    found = folder.read_json(OPPONENTS, [])
-    if all(entry["seed"] != seed for entry in found):
-        entries = opponents(source, seed).items()
-        found += [{"opponent": name, "seed": seed, "target_test": accuracy} for name, accuracy in entries]
-        folder.write_json(OPPONENTS, found)
+def _progress(scenario: Scenario, checked: Checked, missing: Mapping[int, Sequence[str]]) -> tqdm:
+    """Returns the progress bar of all steps, which begins with those that are done.
+
+    In a file, a line for each method and seed that has ended is what a reader can use instead.
+    """
+    steps = {name: trial.lengths.steps for name, trial in checked.trials.items()}
+    # Where no method of a seed is missing, its source is not needed.
+    done = [scenario.methods.keys() - names if names else steps.keys() for names in missing.values()]
+    return tqdm(
+        total=len(missing) * sum(steps.values()),
+        initial=sum(steps[name] for names in done for name in names),
+        unit="step",
+        desc=scenario.name,
+        mininterval=0.5,
+        disable=jax.process_index() > 0 or not sys.stderr.isatty(),
+    )
 
 
 def _source(trainer: Trainer, checked: Checked, seed: int, folder: RunFolder) -> TrainState:

@@ -50,7 +50,8 @@ class Shown:
         if self._latest is None or self._latest[0] != seed:
             self._latest = None  # Not both at once in memory.
             show = partial(self._show, *jax.device_get((source.params, source.model_state)))  # Wherever it was.
-            self._latest = seed, of_all_rows(show, self._named(arrays), np.arange(num_examples(arrays)), _AT_ONCE)
+            named = self._named(arrays)
+            self._latest = seed, of_all_rows(show, named, np.arange(num_examples(named)), _AT_ONCE)
         return self._latest[1]
 
     def _named(self, arrays: Mapping[str, Any]) -> dict[str, Any]:

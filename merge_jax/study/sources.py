@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from merge_jax.checkpoints.orbax import Checkpoints
 from merge_jax.checkpoints.weights.load import find_weights, load_params, weight_paths
@@ -68,7 +68,10 @@ def plan_source(scenario: Scenario, config: RunConfig) -> SourcePlan:
                 f"a target that is its own source has no control: leave out source_control {config.source_control}"
             )
         return SourcePlan()
-    start = partial(_start, role)
+
+    def start(seed: int) -> TrainState:
+        return TrainState(*role.init(initial_key(seed, "source")), None)
+
     if config.source_control == "random":
         return SourcePlan(lengths=lengths._replace(steps=0), read=start)
     if config.source == "live":
@@ -116,11 +119,8 @@ def control_source(control: SourceControl, source: TrainState, seed: int) -> Tra
     draws = {"shuffled": _permuted, "noise": _normal}
     if control not in draws:
         return source
-    key = initial_key(seed, "control")
-    leaves, structure = jax.tree.flatten(source.params)
-    keys = jax.random.split(key, len(leaves))
-    drawn = [draws[control](k, leaf) for k, leaf in zip(keys, leaves, strict=True)]
-    return source.replace(params=jax.tree.unflatten(structure, drawn))
+    keys = optax.tree.split_key_like(initial_key(seed, "control"), source.params)
+    return source.replace(params=jax.tree.map(draws[control], keys, source.params))
 
 
 def read_trajectory(folder: Path, start: TrainState) -> TrainState:
@@ -129,13 +129,8 @@ def read_trajectory(folder: Path, start: TrainState) -> TrainState:
     Raises:
       ValueError: what is saved does not fit the model.
     """
-    with Checkpoints(folder, read_only=True) as checkpoints, _reading_source(folder):
-        parts = load_trajectory(checkpoints, _parts(start)).parts
-    return TrainState(parts[_PARAMS], parts[_MODEL_STATE], None)
-
-
-def _start(model: StudyModel, seed: int) -> TrainState:
-    return TrainState(*model.init(initial_key(seed, "source")), None)
+    with Checkpoints(folder, read_only=True) as checkpoints:
+        return _read_parts(folder, start, lambda parts: load_trajectory(checkpoints, parts).parts)
 
 
 def _permuted(key: jax.Array, leaf: Any) -> jax.Array:
@@ -178,17 +173,14 @@ def _read_last(folder: Path, start: TrainState) -> TrainState:
     with Checkpoints(folder, read_only=True) as checkpoints:
         if checkpoints.latest_step is None:
             raise ValueError(f"{folder} has no saved steps")
-        with _reading_source(folder):
-            parts = checkpoints.restore_parts(checkpoints.latest_step, _parts(start))
+        return _read_parts(folder, start, partial(checkpoints.restore_parts, checkpoints.latest_step))
+
+
+def _read_parts(folder: Path, start: TrainState, read: Callable[[dict[str, Any]], dict[str, Any]]) -> TrainState:
+    """Returns what is read of a source that was trained on its own."""
+    with error_context(f"the source in {folder} cannot be that of this run"):
+        parts = read({_PARAMS: start.params, _MODEL_STATE: start.model_state})
     return TrainState(parts[_PARAMS], parts[_MODEL_STATE], None)
-
-
-def _reading_source(folder: Path) -> AbstractContextManager[None]:
-    return error_context(f"the source in {folder} cannot be that of this run")
-
-
-def _parts(start: TrainState) -> dict[str, object]:
-    return {_PARAMS: start.params, _MODEL_STATE: start.model_state}
 
 
 def _read_file(role: StudyModel, path: Path, start: TrainState, seed: int) -> TrainState:

@@ -1,7 +1,7 @@
 """The trials of a run: one trains a method, or the source on its own, once a seed."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
 from typing import Any
 
@@ -12,11 +12,9 @@ import optax
 from jax.stages import Lowered
 
 from merge_jax.data import Arrays, ReadAhead, Splits, fingerprint, indices_of, is_streamed, num_examples
-from merge_jax.paths import flatten, some_of
-from merge_jax.paths import replace as set_leaves
+from merge_jax.paths import flatten, replace, select, some_of
 from merge_jax.study.config import RunConfig
-from merge_jax.study.heads import FitHead, keeping, make_fit_head
-from merge_jax.study.measures import Measures, make_measures
+from merge_jax.study.measures import FitHead, Measures, make_fit_head, make_measures, observer
 from merge_jax.study.model import POOL, StudyModel
 from merge_jax.study.scenario import FitFn, Lengths, Method, Scenario, StartFn
 from merge_jax.study.shown import Shown
@@ -25,10 +23,10 @@ from merge_jax.training.epoch import Epoch, augmented, make_epoch
 from merge_jax.training.joint import JointState, JointStep, Task, TrainState, init_joint_state, make_joint_step
 from merge_jax.training.sharding import Layout
 from merge_jax.training.trajectory import last_of, replay_evenly, replayed
-from merge_jax.transfers.base import writes
+from merge_jax.transfers.base import Key, Step, Transfer, writes
 from merge_jax.types import Adapter, Batch, Metrics, Params, TeacherFn
 
-__all__ = ["Trial", "make_trials"]
+__all__ = ["Trial", "keeping", "make_trials"]
 
 Indices = Mapping[str, np.ndarray]
 _POOL_STREAM = 2
@@ -36,7 +34,7 @@ Digest = Callable[[Callable[[int], Splits], int], str]
 """`(splits, seed) -> fingerprint of the training split`."""
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Trial:
     """What is trained once a seed: a method, or the source on its own.
 
@@ -48,9 +46,9 @@ class Trial:
       source_task: what the source learns beside the target; None for a frozen source, or none.
       method: the method.
       lengths: how long it is trained.
-      batch_size: examples in a batch of either.
+      config: options of the run.
       optimizer: the adapter's optimizer.
-      epoch: many joint steps in one loop, of one seed.
+      axis_name: the `pmap` axis that the models average over; None under jit.
       digest: of the training split; all trials share it, since it reads every number.
       fit_head: fits the target's last layer before the first step, where the run asks for that.
       measures: of the target; all trials share them, since they are compiled once. None for the source's own.
@@ -67,9 +65,9 @@ class Trial:
     source_task: Task | None
     method: Method
     lengths: Lengths
-    batch_size: int
+    config: RunConfig
     optimizer: optax.GradientTransformation
-    epoch: Epoch
+    axis_name: str | None
     digest: Digest
     fit_head: FitHead | None = None
     measures: Measures | None = None
@@ -78,6 +76,28 @@ class Trial:
     keep: int | None = 2
     seed_offset: int = 0
     trains_source: bool = False
+
+    @cached_property
+    def epoch(self) -> Epoch:
+        """Many joint steps in one loop, of one seed."""
+        method = self.method
+        step = make_joint_step(
+            self.source_task,
+            method.task,
+            method.transfer,
+            cycle=self.config.cycle,
+            stop=method.stop,
+            num_steps=self.lengths.steps,
+            update=self.config.update,
+            teacher=method.teacher if self.shown is None else None,
+            adapter_optimizer=self.optimizer,
+            axis_name=self.axis_name,
+        )
+        augment = {role: model.augment for role, model in self.roles.items() if model.augment is not None}
+        if method.pooled:
+            step = _pooled(step, self.roles["target"].inputs)
+            augment |= {"pool": augment["target"]} if "target" in augment else {}
+        return make_epoch(augmented(step, augment, axis_name=self.axis_name) if augment else step)
 
     def run_name(self, seed: int) -> str:
         """Returns the name that a seed has in the metrics, and that its checkpoint folder has."""
@@ -95,7 +115,7 @@ class Trial:
 
     def lower(self, layout: Layout) -> Lowered:
         """Returns the jitted epoch, traced for the shapes of its arguments alone."""
-        state = jax.eval_shape(lambda: self._state(0, self.fresh_source(0), replace(self.method, start=None)))
+        state = jax.eval_shape(lambda: self._state(0, self.fresh_source(0), self.method.fit))
         steps = self.steps_per_call
         indices = self.indices_at(0)(0, steps)
         shapes = jax.tree.map(
@@ -119,13 +139,12 @@ class Trial:
         Raises:
           ValueError: what the method starts from is no such target.
         """
-        state = self._state(seed, source, self.method)
+        state = self._state(seed, source, self.method.fit, self.method.start)
         if self.fit_head is None:
             return state
         leaves, model_state = self.fit_head(self._written(state), seed)
-        target = TrainState(set_leaves(state.target.params, leaves), model_state, None)
-        begun = replace(self.method, fit=lambda *_: state.adapter.params, start=lambda *_: target)
-        return self._state(seed, source, begun)
+        target = TrainState(replace(state.target.params, leaves), model_state, None)
+        return self._state(seed, source, lambda *_: state.adapter.params, lambda *_: target)
 
     @property
     def prepares(self) -> bool:
@@ -134,21 +153,26 @@ class Trial:
 
     def blank_state(self, seed: int, source: TrainState) -> JointState:
         """Returns a state as the initial one, neither started nor fitted: what a saved one is read into."""
-        return self._state(seed, source, replace(self.method, fit=None, start=None))
+        return self._state(seed, source)
 
-    def _state(self, seed: int, source: TrainState, method: Method) -> JointState:
+    def _state(
+        self, seed: int, source: TrainState, fit: FitFn | None = None, start: StartFn | None = None
+    ) -> JointState:
         seed += self.seed_offset
         target = TrainState(
             *self.roles["target"].init(initial_key(seed, "source" if self.trains_source else "target")), None
         )
-        if method.start is not None:
-            target = self._started(method.start, initial_key(seed, "start"), source, target, self._examples(seed))
-        adapter = None if method.fit is None else self._fitted(method.fit, seed, source, target.params)
+        if start is not None:
+            target = self._started(start, initial_key(seed, "start"), source, target, self._examples(seed))
+        adapter = None
+        if fit is not None:
+            made = self.method.transfer.init(initial_key(seed, "adapter"), source.params, target.params)
+            adapter = fit(made, source, target.params, self._examples(seed))
         state = init_joint_state(
             initial_key(seed, "adapter"),
             self.source_task,
-            method.task,
-            method.transfer,
+            self.method.task,
+            self.method.transfer,
             source_params=source.params,
             source_state=source.model_state,
             target_params=target.params,
@@ -205,10 +229,6 @@ class Trial:
                 )
         return started.replace(opt_state=None)
 
-    def _fitted(self, fit: FitFn, seed: int, source: TrainState, target_params: Params) -> Adapter:
-        adapter = self.method.transfer.init(initial_key(seed, "adapter"), source.params, target_params)
-        return fit(adapter, source, target_params, self._examples(seed))
-
     def _examples(self, seed: int) -> Batch:
         """Returns the target's examples, with those of its pool."""
         target = self.roles["target"]
@@ -245,7 +265,7 @@ class Trial:
         data = {f"{role}_data": self.digest(self.roles[role].splits, seed) for role in self._learning_roles}
         if "pool" in (read := self._read(seed)):
             data["pool_data"] = fingerprint(read["pool"][0])
-        return {"seeds": str(seed), "batch_size": self.batch_size, **data}
+        return {"seeds": str(seed), "batch_size": self.config.batch_size, **data}
 
     def read_ahead(self, seed: int) -> ReadAhead:
         """Returns what reads the examples of one call of the epoch at a time."""
@@ -258,7 +278,7 @@ class Trial:
 
     def _indices(self, seed: int) -> dict[str, Callable[[int, int], np.ndarray]]:
         return {
-            role: indices_of(num_examples(arrays), self.batch_size, seed + self.seed_offset, stream)
+            role: indices_of(num_examples(arrays), self.config.batch_size, seed + self.seed_offset, stream)
             for role, (arrays, stream) in self._read(seed).items()
         }
 
@@ -266,7 +286,7 @@ class Trial:
         """Returns shapes of the examples that one call of the epoch has: all of them, or those of its own steps."""
 
         def shape(entry: Any) -> jax.ShapeDtypeStruct:
-            leading = steps * self.batch_size if self.streams else len(entry)
+            leading = steps * self.config.batch_size if self.streams else len(entry)
             return jax.ShapeDtypeStruct((leading, *entry.shape[1:]), entry.dtype)
 
         arrays = {role: {name: shape(entry) for name, entry in own.items()} for role, own in self.arrays(0).items()}
@@ -319,7 +339,9 @@ def make_trials(scenario: Scenario, config: RunConfig, source_plan: SourcePlan) 
     def digest(splits: Callable[[int], Splits], seed: int) -> str:
         return fingerprint(splits(seed).train)
 
-    make_trial = partial(_make_trial, scenario, config, digest)
+    make_trial = partial(
+        Trial, config=config, optimizer=scenario.adapter_optimizer, axis_name=scenario.axis_name, digest=digest
+    )
     make_shown = cache(Shown)  # Methods share what a teacher shows.
     snapshots = source_plan.snapshots
     trials = {}
@@ -339,19 +361,23 @@ def make_trials(scenario: Scenario, config: RunConfig, source_plan: SourcePlan) 
             )
     source_task = scenario.source_task if source_plan.live else None
     lengths = scenario.schedule.target
-    measures, fit_head, head = make_measures(scenario.target, scenario.axis_name), None, ()
+    observe = observer(scenario.target, scenario.target.splits(0).test)
+    measures, fit_head, head = make_measures(scenario.target, observe, scenario.axis_name), None, ()
     if scenario.head_first:
-        head, fit_head = make_fit_head(scenario.target, scenario.axis_name)
+        head, fit_head = make_fit_head(scenario.target, observe, scenario.axis_name)
     for name, method in scenario.methods.items():
         if (method.fit or method.start) is not None and config.source in ("live", "trajectory"):
             raise ValueError(
                 f"the method {name!r} is fitted to a source that has been trained, once: with --source {config.source} "
                 "there is none before the first step; take pretrained or frozen"
             )
-        if snapshots is not None:
-            method = _replaying(method, snapshots, lengths.steps)
-        if head and writes(method.transfer):
-            method = replace(method, transfer=keeping(method.transfer, head))
+        transfer, teacher = method.transfer, method.teacher
+        if snapshots is not None:  # All of them are shown while there are transfers; the last one teaches.
+            transfer = replayed(transfer, replay_evenly(snapshots, max(1, round(method.stop * lengths.steps))))
+            teacher = None if teacher is None else last_of(teacher)
+        if head and writes(transfer):
+            transfer = keeping(transfer, head)
+        method = dataclasses.replace(method, transfer=transfer, teacher=teacher)
         shown = _shown_once(scenario, source_plan, method, make_shown)
         trials[name] = make_trial(
             name,
@@ -385,53 +411,6 @@ def _shown_once(
     return shown if shown.fits(TrainState(params, model_state, None), arrays) else None
 
 
-def _make_trial(
-    scenario: Scenario,
-    config: RunConfig,
-    digest: Digest,
-    name: str,
-    roles: Mapping[str, StudyModel],
-    source_task: Task | None,
-    method: Method,
-    lengths: Lengths,
-    *,
-    shown: Shown | None = None,
-    **options: Any,
-) -> Trial:
-    step = make_joint_step(
-        source_task,
-        method.task,
-        method.transfer,
-        cycle=config.cycle,
-        stop=method.stop,
-        num_steps=lengths.steps,
-        update=config.update,
-        teacher=method.teacher if shown is None else None,
-        adapter_optimizer=scenario.adapter_optimizer,
-        axis_name=scenario.axis_name,
-    )
-    if method.pooled:
-        step = _pooled(step, roles["target"].inputs)
-    augment = {role: model.augment for role, model in roles.items() if model.augment is not None}
-    if method.pooled and "target" in augment:
-        augment["pool"] = augment["target"]
-    if augment:
-        step = augmented(step, augment, axis_name=scenario.axis_name)
-    return Trial(
-        name,
-        roles,
-        source_task,
-        method,
-        lengths,
-        config.batch_size,
-        scenario.adapter_optimizer,
-        make_epoch(step),
-        digest,
-        shown=shown,
-        **options,
-    )
-
-
 def _pooled(step: JointStep, inputs: tuple[str, ...]) -> JointStep:
     """Returns the step whose target's batch has inputs of the pool beside the labelled examples."""
 
@@ -443,8 +422,13 @@ def _pooled(step: JointStep, inputs: tuple[str, ...]) -> JointStep:
     return with_pool
 
 
-def _replaying(method: Method, snapshots: int, num_steps: int) -> Method:
-    """Returns the method from a source that is a trajectory, all of which is shown while there are transfers."""
-    replay = replay_evenly(snapshots, max(1, round(method.stop * num_steps)))
-    teacher = None if method.teacher is None else last_of(method.teacher)
-    return replace(method, transfer=replayed(method.transfer, replay), teacher=teacher)
+def keeping(transfer: Transfer, paths: tuple[str, ...]) -> Transfer:
+    """Returns the transfer that leaves these leaves of the target as they are."""
+
+    def apply(
+        adapter: Adapter, source_params: Params, target_params: Params, *, key: Key = None, step: Step = None
+    ) -> Params:
+        new = transfer.apply(adapter, source_params, target_params, key=key, step=step)
+        return replace(new, select(target_params, paths))
+
+    return dataclasses.replace(transfer, apply=apply)

@@ -13,7 +13,7 @@ import numpy as np
 
 from merge_jax.checkpoints.orbax import Checkpoints
 from merge_jax.checks import check_at_least_one
-from merge_jax.transfers.base import RouteSummary, Step, Transfer, check_transfer
+from merge_jax.transfers.base import Key, RouteSummary, Step, Transfer, check_transfer
 from merge_jax.types import Adapter, Batch, Metrics, ModelState, Params, TeacherFn
 
 __all__ = ["Trajectory", "last_of", "load_trajectory", "replay_evenly", "replayed"]
@@ -109,12 +109,7 @@ def replayed(transfer: Transfer, replay: Replay) -> Transfer:
         return _snapshot(source_params, number), number
 
     def apply(
-        adapter: Adapter,
-        source_params: Params,
-        target_params: Params,
-        *,
-        key: jax.Array | None = None,
-        step: Step = None,
+        adapter: Adapter, source_params: Params, target_params: Params, *, key: Key = None, step: Step = None
     ) -> Params:
         return transfer.apply(adapter, snapshot(source_params, step)[0], target_params, key=key, step=step)
 

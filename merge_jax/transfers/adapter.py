@@ -12,7 +12,7 @@ import optax
 
 from merge_jax.checks import check_choice, check_flag, check_number_or_schedule
 from merge_jax.deprecated import new_choice
-from merge_jax.transfers.base import Step, Transfer, schedule_value
+from merge_jax.transfers.base import Key, Step, Transfer, schedule_value
 from merge_jax.transfers.batching import (
     PaddedBatch,
     RouteBatch,
@@ -28,7 +28,7 @@ from merge_jax.transfers.low_rank import decode, encode, row_basis
 from merge_jax.transfers.matrix_layers import pad_to
 from merge_jax.transfers.network import Network, Place, Sizes, Start, draw, error_context, linen_network, stack_starts
 from merge_jax.transfers.pairing import ResolvedRoute
-from merge_jax.transfers.routed import LeavesByPath, routed_transfer
+from merge_jax.transfers.routed import ByPath, routed_transfer
 from merge_jax.transfers.routes import Routes, as_routes, check_rank, check_view
 from merge_jax.transfers.views import AttentionView, TokenTypes, ViewName, proportional
 from merge_jax.types import Adapter, Metrics
@@ -217,8 +217,8 @@ def adapter_transfer(
         gate_value: Any,
         masks: Any,
         params: Adapter,
-        sources: LeavesByPath,
-        targets: LeavesByPath,
+        sources: ByPath,
+        targets: ByPath,
     ) -> dict[str, jax.Array]:
         """Returns the new target leaves of a batch's routes by path."""
         prepared = []
@@ -262,13 +262,8 @@ def adapter_transfer(
         return leaves
 
     def move(
-        batches: tuple[PaddedBatch, ...],
-        adapter: Adapter,
-        sources: LeavesByPath,
-        targets: LeavesByPath,
-        key: jax.Array | None,
-        step: Step,
-    ) -> LeavesByPath:
+        batches: tuple[PaddedBatch, ...], adapter: Adapter, sources: ByPath, targets: ByPath, key: Key, step: Step
+    ) -> ByPath:
         gate_value = None if gate is None else schedule_value(gate, step, "the gate")
         masks = [None] * len(batches) if key is None else net.masks(key, [batch.sizes for batch in batches])
         new_leaves = {}

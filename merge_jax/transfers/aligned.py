@@ -16,14 +16,14 @@ from merge_jax.layouts import overlap_blocks
 from merge_jax.paths import flatten, near_misses
 from merge_jax.transfers.alignment_fit import ChannelChoice, even_adapter, fitted_adapter
 from merge_jax.transfers.alignment_plan import AlignedLeaf, AlignmentPlan, plan_alignment, subscripts
-from merge_jax.transfers.base import Step, Transfer
+from merge_jax.transfers.base import Key, Step, Transfer
 from merge_jax.transfers.channel_axes import ChannelGraph
 from merge_jax.transfers.describe import RouteCost, count_flops
 from merge_jax.transfers.host_leaves import any_on_host, on_device
 from merge_jax.transfers.layerwise import kernel_routes
 from merge_jax.transfers.merged_axes import apart
 from merge_jax.transfers.pairing import ResolvedRoute, resolve
-from merge_jax.transfers.routed import LeavesByPath, routed_transfer
+from merge_jax.transfers.routed import ByPath, routed_transfer
 from merge_jax.transfers.routes import Routes
 from merge_jax.types import Adapter, Params
 
@@ -118,14 +118,7 @@ def aligned_transfer(
         _check_memory(plan)
         return even_adapter(plan)
 
-    def move(
-        plan: AlignmentPlan,
-        adapter: Adapter,
-        sources: LeavesByPath,
-        targets: LeavesByPath,
-        key: jax.Array | None,
-        step: Step,
-    ) -> LeavesByPath:
+    def move(plan: AlignmentPlan, adapter: Adapter, sources: ByPath, targets: ByPath, key: Key, step: Step) -> ByPath:
         del key, step
         _check_adapter(adapter, plan)
         new_leaves = {}

@@ -18,6 +18,7 @@ __all__ = [
     "DescribeFn",
     "FitFn",
     "InitFn",
+    "Key",
     "MonitorFn",
     "RouteSummary",
     "Step",
@@ -27,6 +28,9 @@ __all__ = [
     "schedule_value",
     "writes",
 ]
+
+Key = jax.Array | None
+"""A random key, which is consumed; None where nothing is to be drawn."""
 
 Step = jax.Array | int | None
 """The joint step's count; None where no training is under way."""
@@ -44,14 +48,7 @@ class ApplyFn(Protocol):
     """Maps both parameter trees to a new target tree."""
 
     def __call__(
-        self,
-        adapter: Adapter,
-        source_params: Params,
-        target_params: Params,
-        /,
-        *,
-        key: jax.Array | None = None,
-        step: Step = None,
+        self, adapter: Adapter, source_params: Params, target_params: Params, /, *, key: Key = None, step: Step = None
     ) -> Params:
         """Returns a target tree of the same structure, shapes and dtypes; a `key` turns dropout on.
 
@@ -209,7 +206,7 @@ def _no_adapter(key: jax.Array, source_params: Params, target_params: Params) ->
 
 
 def _unchanged(
-    adapter: Adapter, source_params: Params, target_params: Params, *, key: jax.Array | None = None, step: Step = None
+    adapter: Adapter, source_params: Params, target_params: Params, *, key: Key = None, step: Step = None
 ) -> Params:
     del adapter, source_params, key, step  # Nothing moves.
     return target_params

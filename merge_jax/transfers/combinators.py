@@ -10,7 +10,7 @@ from jax import lax
 
 from merge_jax.checks import check_number_or_schedule
 from merge_jax.paths import flatten, near_misses, replace
-from merge_jax.transfers.base import RouteSummary, Step, Transfer, check_transfer, schedule_value
+from merge_jax.transfers.base import Key, RouteSummary, Step, Transfer, check_transfer, schedule_value
 from merge_jax.types import Adapter, Metrics, Params
 
 __all__ = ["chain", "scheduled", "self_transfer", "several_sources", "without_source"]
@@ -39,12 +39,7 @@ def chain(*transfers: Transfer) -> Transfer:
         }
 
     def apply(
-        adapter: Adapter,
-        source_params: Params,
-        target_params: Params,
-        *,
-        key: jax.Array | None = None,
-        step: Step = None,
+        adapter: Adapter, source_params: Params, target_params: Params, *, key: Key = None, step: Step = None
     ) -> Params:
         for i, (name, transfer) in enumerate(by_name.items()):
             own_key = None if key is None else jax.random.fold_in(key, i)
@@ -79,12 +74,7 @@ def scheduled(transfer: Transfer, schedule: optax.ScalarOrSchedule) -> Transfer:
     check_number_or_schedule(schedule=schedule)
 
     def apply(
-        adapter: Adapter,
-        source_params: Params,
-        target_params: Params,
-        *,
-        key: jax.Array | None = None,
-        step: Step = None,
+        adapter: Adapter, source_params: Params, target_params: Params, *, key: Key = None, step: Step = None
     ) -> Params:
         weight = schedule_value(schedule, step, "the transfer")
         old = flatten(target_params)
@@ -134,12 +124,7 @@ def several_sources(transfers: Mapping[str, Transfer]) -> Transfer:
         }
 
     def apply(
-        adapter: Adapter,
-        source_params: Params,
-        target_params: Params,
-        *,
-        key: jax.Array | None = None,
-        step: Step = None,
+        adapter: Adapter, source_params: Params, target_params: Params, *, key: Key = None, step: Step = None
     ) -> Params:
         check(source_params)
         old = flatten(target_params)
@@ -202,12 +187,7 @@ def _from_made_source(transfer: Transfer, make_source: Callable[[Params, Params]
         return transfer.init(key, make_source(source_params, target_params), target_params)
 
     def apply(
-        adapter: Adapter,
-        source_params: Params,
-        target_params: Params,
-        *,
-        key: jax.Array | None = None,
-        step: Step = None,
+        adapter: Adapter, source_params: Params, target_params: Params, *, key: Key = None, step: Step = None
     ) -> Params:
         source_params = lax.stop_gradient(make_source(source_params, target_params))
         return transfer.apply(adapter, source_params, target_params, key=key, step=step)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax.errors import ApplyScopeInvalidVariablesTypeError, ScopeCollectionNotFound
 from jax.core import Tracer
 
-from merge_jax.checks import all_finite, check_arrays, check_at_least_one
+from merge_jax.checks import all_finite, check_above_zero, check_arrays, check_at_least_one
 from merge_jax.paths import flatten, some_of
 from merge_jax.transfers.alignment_fit import ChannelChoice
 from merge_jax.transfers.host_leaves import any_on_host
@@ -109,8 +109,7 @@ def refit(
     """
     count = _count(inputs)
     check_at_least_one(batch_size=batch_size, max_rows=max_rows)
-    if not 0 < ridge < float("inf"):
-        raise ValueError(f"ridge must be above 0, got {ridge}")
+    check_above_zero(ridge=ridge)
     check_arrays("source's", source_variables)
     check_arrays("target's", target_variables)
     named_routes = routes_with_state(routes, source_variables, target_variables)

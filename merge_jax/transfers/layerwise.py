@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 
 from merge_jax.checks import check_flag
-from merge_jax.transfers.base import Step, Transfer
+from merge_jax.transfers.base import Key, Step, Transfer
 from merge_jax.transfers.batching import RouteBatch, adapter_entry, batch_routes, run_batch
 from merge_jax.transfers.describe import RouteCost, count_flops
 from merge_jax.transfers.pairing import ResolvedRoute
-from merge_jax.transfers.routed import LeavesByPath, routed_transfer
+from merge_jax.transfers.routed import ByPath, routed_transfer
 from merge_jax.transfers.routes import Route, Routes, as_routes
 from merge_jax.types import Adapter
 
@@ -77,13 +77,8 @@ def layerwise_transfer(
         return route.target_view.to_leaves(kernel)
 
     def move(
-        batches: tuple[RouteBatch, ...],
-        adapter: Adapter,
-        sources: LeavesByPath,
-        targets: LeavesByPath,
-        key: jax.Array | None,
-        step: Step,
-    ) -> LeavesByPath:
+        batches: tuple[RouteBatch, ...], adapter: Adapter, sources: ByPath, targets: ByPath, key: Key, step: Step
+    ) -> ByPath:
         del key, step
         new_leaves = {}
         for batch in batches:

@@ -9,11 +9,11 @@ from jax import lax
 
 from merge_jax.checks import check_at_least_one
 from merge_jax.layouts import overlap_blocks
-from merge_jax.transfers.base import Step, Transfer
+from merge_jax.transfers.base import Key, Step, Transfer
 from merge_jax.transfers.describe import RouteCost, count_flops
 from merge_jax.transfers.layerwise import kernel_routes, kernel_shapes
 from merge_jax.transfers.pairing import ResolvedRoute
-from merge_jax.transfers.routed import LeavesByPath, routed_transfer
+from merge_jax.transfers.routed import ByPath, routed_transfer
 from merge_jax.transfers.routes import Routes
 from merge_jax.transfers.views import KernelView
 from merge_jax.types import Adapter
@@ -78,13 +78,8 @@ def optimal_transport_transfer(
         return target + weight * both * (transported - target), plan
 
     def move(
-        routes: tuple[ResolvedRoute, ...],
-        adapter: Adapter,
-        sources: LeavesByPath,
-        targets: LeavesByPath,
-        key: jax.Array | None,
-        step: Step,
-    ) -> LeavesByPath:
+        routes: tuple[ResolvedRoute, ...], adapter: Adapter, sources: ByPath, targets: ByPath, key: Key, step: Step
+    ) -> ByPath:
         del adapter, key, step  # There is nothing learned and nothing random.
         new_leaves = {}
         previous: jax.Array | None = None

@@ -6,16 +6,16 @@ from typing import TypeVar
 import jax
 
 from merge_jax.paths import flatten, replace
-from merge_jax.transfers.base import Step, Transfer
+from merge_jax.transfers.base import Key, Step, Transfer
 from merge_jax.transfers.describe import RouteCost, RouteSummary, left_out_summaries, route_summary
 from merge_jax.transfers.pairing import ResolvedRoute, resolve, survey
 from merge_jax.transfers.routes import Route
 from merge_jax.transfers.views import ViewName
 from merge_jax.types import Adapter, Metrics, Params
 
-__all__ = ["LeavesByPath", "routed_transfer"]
+__all__ = ["ByPath", "routed_transfer"]
 
-LeavesByPath = Mapping[str, jax.Array]
+ByPath = Mapping[str, jax.Array]
 
 _Plan = TypeVar("_Plan")
 
@@ -23,7 +23,7 @@ _Plan = TypeVar("_Plan")
 def routed_transfer(
     routes: tuple[Route, ...],
     plan: Callable[[tuple[ResolvedRoute, ...]], _Plan],
-    move: Callable[[_Plan, Adapter, LeavesByPath, LeavesByPath, jax.Array | None, Step], LeavesByPath],
+    move: Callable[[_Plan, Adapter, ByPath, ByPath, Key, Step], ByPath],
     *,
     start: Callable[[jax.Array, _Plan], Adapter] | None = None,
     costs: Callable[[_Plan], Mapping[int, RouteCost]] | None = None,
@@ -52,12 +52,7 @@ def routed_transfer(
         return {} if start is None else start(key, found)
 
     def apply(
-        adapter: Adapter,
-        source_params: Params,
-        target_params: Params,
-        *,
-        key: jax.Array | None = None,
-        step: Step = None,
+        adapter: Adapter, source_params: Params, target_params: Params, *, key: Key = None, step: Step = None
     ) -> Params:
         found = made_plan(source_params, target_params)
         return replace(target_params, move(found, adapter, flatten(source_params), flatten(target_params), key, step))

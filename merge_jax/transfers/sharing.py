@@ -4,10 +4,10 @@ import functools
 
 import jax
 
-from merge_jax.transfers.base import Step, Transfer
+from merge_jax.transfers.base import Key, Step, Transfer
 from merge_jax.transfers.batching import RouteBatch, batch_routes, run_batch
 from merge_jax.transfers.pairing import ResolvedRoute
-from merge_jax.transfers.routed import LeavesByPath, routed_transfer
+from merge_jax.transfers.routed import ByPath, routed_transfer
 from merge_jax.transfers.routes import Routes, as_routes, check_view
 from merge_jax.transfers.views import ViewName
 from merge_jax.types import Adapter
@@ -30,13 +30,8 @@ def share_transfer(routes: Routes, *, view: ViewName = "matrix") -> Transfer:
     check_view(view)
 
     def move(
-        batches: tuple[RouteBatch, ...],
-        adapter: Adapter,
-        sources: LeavesByPath,
-        targets: LeavesByPath,
-        key: jax.Array | None,
-        step: Step,
-    ) -> LeavesByPath:
+        batches: tuple[RouteBatch, ...], adapter: Adapter, sources: ByPath, targets: ByPath, key: Key, step: Step
+    ) -> ByPath:
         del adapter, key, step  # There is nothing learned and nothing random.
         new_leaves = {}
         for batch in batches:

@@ -11,7 +11,6 @@ from types import SimpleNamespace
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from merge_jax.runs import events
 from merge_jax.runs import folder as runs
 from merge_jax.runs.folder import MetricsLog, RunFolder, check_space, numbered_folder
 
@@ -198,7 +197,7 @@ def test_events_are_scalars_and_those_of_a_later_start_hide_what_went_after_it(t
 @pytest.mark.parametrize("full", ["events", "records"])
 def test_a_full_disk_ends_the_run_and_is_named(tmp_path, monkeypatch, full):
     """By tensorboardX's own writer it was the eleventh scalar that waited for ever."""
-    monkeypatch.setattr(events, "_FLUSH", 0)
+    monkeypatch.setattr("merge_jax.runs.folder._FLUSH", 0)
     log = MetricsLog(RunFolder.open(tmp_path, CONFIG, resume=False))
     message = rf"No space left on device: '{'/dev/full' if full == 'records' else tmp_path / 'tensorboard' / 'a'}'"
 
@@ -207,7 +206,7 @@ def test_a_full_disk_ends_the_run_and_is_named(tmp_path, monkeypatch, full):
         monkeypatch.setattr(writer, "_path", Path("/dev/full"))
     else:
         with open("/dev/full", "wb") as device:
-            os.dup2(device.fileno(), writer._events._writer._writer.fileno())
+            os.dup2(device.fileno(), writer._writer._writer.fileno())
     with pytest.raises(OSError, match=message):
         writer.write(1, {f"loss {i}": 1.0 for i in range(30)})
     with pytest.raises(OSError, match=message) if full == "events" else contextlib.nullcontext():

@@ -144,7 +144,7 @@ def test_other_seed_is_another_start_and_other_batches_of_the_same_split():
     np.testing.assert_array_equal(*keys)
     assert_equal_trees(theirs.arrays(0), mine.arrays(0))
     size = num_examples(mine.roles["target"].splits(0).train)
-    order = indices_of(size, mine.batch_size, OTHER_SEED, stream=1)(0, 4)
+    order = indices_of(size, mine.config.batch_size, OTHER_SEED, stream=1)(0, 4)
     np.testing.assert_array_equal(theirs.indices_at(0)(0, 4)["target"], order)
     assert not np.array_equal(mine.indices_at(0)(0, 4)["target"], order)
     # What receives is the same.

@@ -13,10 +13,17 @@ import merge_jax as mj
 from experiments import cross_structure
 from merge_jax import data, study
 from merge_jax.runs import Run, result_tables
-from merge_jax.study.heads import make_fit_head
-from merge_jax.study.measures import make_measures, make_opponents
+from merge_jax.study.measures import (
+    Sample,
+    inputs_lr,
+    make_fit_head,
+    make_measures,
+    make_opponents,
+    observer,
+    probe,
+    sampled,
+)
 from merge_jax.study.model import check_pool, draw_pool, inputs_of
-from merge_jax.study.probes import Sample, inputs_lr, observer, probe, sampled
 from merge_jax.study.sources import SourcePlan
 from merge_jax.study.trial import make_trials
 from merge_jax.training.joint import TrainState
@@ -154,13 +161,18 @@ def test_a_source_that_knows_nothing_is_warned_of(scenario, source, capsys):
 def test_what_is_no_classifier_has_its_metric_alone(scenario, source):
     judged = replace(scenario.target, metric="f1", evaluate=lambda *given: {"f1": 0.25})
     target = TrainState(*judged.init(jax.random.key(0)), None)
-    assert make_measures(judged).start(target, 0) == {"test": 0.25, "reset": None, "probe": None}
+    assert make_measures(judged, observer(judged, judged.splits(0).test)).start(target, 0) == {
+        "test": 0.25,
+        "reset": None,
+        "probe": None,
+    }
     assert make_opponents(replace(scenario, target=judged), SourcePlan())(source, 0) == {}
 
 
 def test_of_many_examples_some_are_drawn(scenario, monkeypatch):
-    monkeypatch.setattr("merge_jax.study.probes._MOST", 20)
-    found = [sampled(scenario.target, scenario.target.splits(0), seed).fitted["image"] for seed in (0, 0, 1)]
+    monkeypatch.setattr("merge_jax.study.measures._MOST", 20)
+    target = replace(scenario.target, splits=lambda seed: scenario.target.splits(0))
+    found = [sampled(target, seed).fitted["image"] for seed in (0, 0, 1)]
     assert [len(one) for one in found] == [20] * 3
     np.testing.assert_array_equal(found[0], found[1])
     assert (found[0] != found[2]).any()
@@ -212,7 +224,7 @@ def test_a_head_that_dropout_would_undo_is_warned_of(rate, capsys):
         optimizer=lambda steps: optax.sgd(0.1),
         evaluate=mj.evaluate_classifier(module.apply, inputs="x"),
     )
-    paths, fit_head = make_fit_head(model)
+    paths, fit_head = make_fit_head(model, observer(model, splits.test))
     assert paths == ("last/kernel", "last/bias")
     for _ in range(2):
         fit_head(TrainState(*model.init(jax.random.key(0)), None), 0)

@@ -8,9 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from merge_jax.study.heads import keeping
 from merge_jax.study.sources import PURPOSES, SourcePlan, initial_key
-from merge_jax.study.trial import make_trials
+from merge_jax.study.trial import keeping, make_trials
 from merge_jax.training.signals import StopSignals
 from merge_jax.transfers import share_transfer
 from tests import tiny
