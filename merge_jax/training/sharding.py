@@ -54,7 +54,7 @@ def data_mesh(num_devices: int | None = None) -> Mesh:
 
 def _auto(mesh: Mesh) -> Mesh:
     """Returns the mesh with axes of the type Auto; under Explicit ones of `jax.make_mesh` no compiler splits."""
-    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * mesh.devices.ndim)
+    return mesh.update(axis_types=(AxisType.Auto,) * len(mesh.axis_names))
 
 
 def _first_devices(number: int | None) -> list[Any]:
