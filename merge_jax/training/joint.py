@@ -17,7 +17,7 @@ from jax import lax
 from merge_jax.checks import all_finite, check_arrays, check_choice, check_learnable
 from merge_jax.paths import flatten, some_of
 from merge_jax.training.nonfinite import select_update
-from merge_jax.training.optimizers import adapter_adamw, holds_parameters, optimizer_update, short_moments
+from merge_jax.training.optimizers import adapter_adamw, holds_parameters, optimizer_update, warn_of_short_moments
 from merge_jax.training.packing import pack
 from merge_jax.training.schedule import TransferSteps
 from merge_jax.transfers.base import Transfer, check_transfer, writes
@@ -162,21 +162,15 @@ def init_joint_state(
         opt_state = jax.tree.map(_copy, task.optimizer.init(params)) if task else None
         return TrainState(params, model_state, opt_state)
 
-    source_train = train_state(source, source_params, source_state)
-    target_train = train_state(target, target_params, target_state)
-    if short := short_moments((source_train.opt_state, target_train.opt_state)):
-        warnings.warn(
-            f"the optimizer's second moments of bfloat16 parameters are bfloat16 too ({some_of(short, 3)}): they do not"
-            " fall again, and updates become too small for good. Keep parameters in float32, and cast them in the loss",
-            stacklevel=2,
-        )
-    return JointState(
+    state = JointState(
         step=jnp.zeros((), jnp.int32),
         key=step_key,
-        source=source_train,
-        target=target_train,
+        source=train_state(source, source_params, source_state),
+        target=train_state(target, target_params, target_state),
         adapter=AdapterState(adapter_params, adapter_optimizer.init(adapter_params)),
     )
+    warn_of_short_moments(state.source.opt_state, state.target.opt_state)
+    return state
 
 
 def _copy(leaf: Any) -> jax.Array:

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,10 +11,11 @@ import jax.numpy as jnp
 import optax
 from jax.extend import core
 
+from merge_jax.paths import some_of
 from merge_jax.training.packing import packed
 from merge_jax.types import Params
 
-__all__ = ["adapter_adamw", "holds_parameters", "optimizer_update", "short_moments"]
+__all__ = ["adapter_adamw", "holds_parameters", "optimizer_update", "warn_of_short_moments"]
 
 
 def adapter_adamw(
@@ -84,13 +86,19 @@ def holds_parameters(optimizer: optax.GradientTransformation, params: Params) ->
     return any(_reached(jaxpr, [True] * len(jaxpr.invars)))
 
 
-def short_moments(opt_state: Any) -> list[str]:
-    """Returns the paths of second moments in bfloat16, of which a step's decay is less than half of the last digit."""
-    return [
+def warn_of_short_moments(*opt_states: Any) -> None:
+    """Warns of second moments in bfloat16: one step's decay is less than half of their last digit."""
+    short = [
         jax.tree_util.keystr(path, simple=True, separator="/")
-        for path, leaf in jax.tree_util.tree_leaves_with_path(opt_state)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(opt_states)
         if getattr(leaf, "dtype", None) == jnp.bfloat16 and any(getattr(key, "name", None) == "nu" for key in path)
     ]
+    if short:
+        warnings.warn(
+            f"the optimizer's second moments of bfloat16 parameters are bfloat16 too ({some_of(short, 3)}): they do not"
+            " fall again, and updates become too small for good. Keep parameters in float32, and cast them in the loss",
+            stacklevel=3,
+        )
 
 
 def _reached(jaxpr: Any, from_inputs: Sequence[bool]) -> list[bool]:
