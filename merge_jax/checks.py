@@ -1,4 +1,4 @@
-"""Checks of options, so that a wrong one is named before anything is computed."""
+"""Checks of options, so that errors name a wrong option before any computation."""
 
 import contextlib
 import math
@@ -33,7 +33,7 @@ __all__ = [
 
 @contextlib.contextmanager
 def error_context(text: str) -> Iterator[None]:
-    """Puts what is being done before the message of a ValueError."""
+    """Prefixes the message of a ValueError with the context."""
     try:
         yield
     except ValueError as error:
@@ -62,14 +62,14 @@ def check_below_one(**options: float) -> None:
 
 
 def check_entries(batch: Mapping[str, Any], *names: str, hint: str = "") -> None:
-    """Raises ValueError unless a batch has all these entries; near misses are named, and the hint ends the message."""
+    """Raises ValueError unless a batch has all these entries; the message lists near misses and ends with the hint."""
     for name in names:
         if name not in batch:
             raise ValueError(f"the batch has no {name!r}; {near_misses(name, batch)}{hint}")
 
 
 def count_examples(arrays: Mapping[str, Any], *names: str) -> int:
-    """Returns how many examples the entries have, all or those named; raises ValueError where their numbers differ."""
+    """Returns the number of examples of all, or the named, entries; raises ValueError if their numbers differ."""
     check_entries(arrays, *names)
     lengths = {name: len(arrays[name]) for name in names or arrays}
     if len(set(lengths.values())) != 1:
@@ -85,7 +85,7 @@ def check_flag(**options: Any) -> None:
 
 
 def check_choice(noun: str, value: Any, choices: Iterable[str]) -> None:
-    """Raises ValueError unless the value is one of the choices; near misses are named."""
+    """Raises ValueError unless the value is one of the choices; the message lists near misses."""
     choices = list(choices)
     if value not in choices:
         raise ValueError(f"unknown {noun} {value!r}; {near_misses(str(value), choices)}")
@@ -100,8 +100,8 @@ def check_number_or_schedule(**options: Any) -> None:
 
 
 def check_float_dtype(dtype: Any) -> None:
-    """Raises ValueError unless computation can be in this dtype."""
-    import jax.numpy as jnp  # The other checks are of options, which are read before JAX is imported.
+    """Raises ValueError unless the dtype is supported for computation."""
+    import jax.numpy as jnp  # The other checks are for options, which are read before JAX is imported.
 
     try:
         is_float = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
@@ -112,7 +112,7 @@ def check_float_dtype(dtype: Any) -> None:
 
 
 def check_arrays(role: str, tree: Any, *, numbers: bool = True) -> None:
-    """Raises ValueError for a leaf that is no array, as a function or a variable of Keras; `numbers` may pass."""
+    """Raises ValueError for a leaf that is not an array, e.g. a function or Keras variable; `numbers` may pass."""
     import jax
     import numpy as np
 
@@ -126,7 +126,7 @@ def check_arrays(role: str, tree: Any, *, numbers: bool = True) -> None:
 
 
 def what_to_give(leaf: Any) -> str:
-    """Returns the end of an error message: what to give instead of a leaf that is no array of JAX or NumPy."""
+    """Returns the end of an error message: what to pass instead of a leaf that is not a JAX or NumPy array."""
     if type(leaf).__module__.partition(".")[0] == "keras":
         return "give the arrays of the Keras model, {v.path: v.value for v in model.trainable_variables}"
     if hasattr(leaf, "dtype") and hasattr(leaf, "shape"):
@@ -135,10 +135,10 @@ def what_to_give(leaf: Any) -> str:
 
 
 def check_learnable(role: str, params: Any) -> None:
-    """Raises ValueError for a leaf of a model that learns of which no gradient can be taken, such as a random key.
+    """Raises ValueError for a leaf of a trained model that has no gradient, such as a random key.
 
     Warns:
-      UserWarning: a matrix stands at two paths, and would learn as two.
+      UserWarning: a matrix appears at two paths, and would be trained as two.
     """
     import jax.numpy as jnp
 
@@ -159,19 +159,19 @@ def check_learnable(role: str, params: Any) -> None:
 
 
 def all_finite(*trees: Any) -> "jax.Array":
-    """Returns whether all numbers of all leaves are finite, a boolean scalar."""
+    """Returns whether all numbers of all leaves are finite, as a boolean scalar."""
     import jax
     import jax.numpy as jnp
 
     leaves = [leaf for leaf in jax.tree.leaves(trees) if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)]
     flags = jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in leaves] or [True])
-    # The smallest by a sort, which XLA fuses with nothing. A reduction it repeats in each of the n leaves that are kept
+    # The minimum by a sort, which XLA does not fuse. It would repeat a reduction in each of the n leaves that are kept
     # or not, and n^2 operations take minutes to compile.
     return jnp.sort(flags)[0]
 
 
 def check_finite(name: str, tree: Any) -> None:
-    """Raises ValueError unless all numbers of all leaves are finite; the leaves that are not are named."""
+    """Raises ValueError unless all numbers of all leaves are finite; the message lists the leaves that are not."""
     wrong = [path for path, leaf in flatten(tree).items() if not all_finite(leaf)]
     if wrong:
         raise ValueError(f"{name} has numbers that are not finite in {some_of(wrong, 3)}")

@@ -1,4 +1,4 @@
-"""Which axes of a leaf are what, read from its path and its shape; the leaf as a matrix by them, and exactly back."""
+"""The meaning of a leaf's axes, from its path and shape, and exact conversion between leaf and matrix."""
 
 import math
 import re
@@ -25,7 +25,7 @@ _TABLES = {"embed", "embedding", "embeddings", "embedder", "emb", "wte", "wpe", 
 _DENSE = {"proj", "project", "projection", "linear", "mapping", "decoder"}
 _PATCHES = re.compile(r"patch(es|ify)?(_?(embed(ding|dings|der|s)?|proj(ection)?|conv|linear|dense|stem))*(_?[0-9]+)?")
 
-# A leaf of rank 4 with a square window needs no name of a convolution, unless one of these says what else it is.
+# A leaf of rank 4 with a square window counts as a convolution whatever its name, unless it has one of these.
 _NO_CONVOLUTION = {
     *("einsum", "qkv", "kv", "q", "k", "v", "query", "key", "value", "attention", "attn"),
     *("expert", "experts", "moe", "mixture"),
@@ -36,16 +36,16 @@ _LARGEST_WINDOW = 16
 
 @dataclass(frozen=True)
 class MatrixSpec:
-    """Which axes of a leaf are rows (outputs) and which are columns (inputs, then the kernel window).
+    """Assigns the axes of a leaf to rows (outputs) and columns (inputs, then the kernel window).
 
-    The matrix is `[prod(rows), prod(inputs) * prod(window)]`, each group in the order given, the last axis
-    fastest; that is the order of a torch weight `[out, in, kh, kw]` reshaped to `[out, -1]`.
+    The matrix is `[prod(rows), prod(inputs) * prod(window)]`, each group in the given order, the last axis varying
+    fastest. A torch weight `[out, in, kh, kw]` reshaped to `[out, -1]` has the same order.
 
     Attributes:
       rows: axes of the outputs; may be empty (a vector is one row).
       inputs: axes of the inputs.
-      window: axes of a convolution's window; they stay apart from the inputs so that `copy_overlap` can
-        align the centres of windows of different sizes.
+      window: axes of a convolution's window, separate from the inputs so that `copy_overlap` can align the
+        centres of windows of different sizes.
     """
 
     rows: tuple[int, ...]
@@ -83,7 +83,7 @@ def as_matrix(leaf: jax.Array, spec: MatrixSpec) -> jax.Array:
 
 
 def from_matrix(matrix: jax.Array, spec: MatrixSpec, shape: tuple[int, ...]) -> jax.Array:
-    """Returns the leaf of the given shape whose matrix is `matrix`."""
+    """Returns the leaf of this shape that has the given matrix."""
     spec.check(shape)
     inverse = tuple(spec.axes.index(axis) for axis in range(len(shape)))
     return matrix.reshape([shape[axis] for axis in spec.axes]).transpose(inverse)
@@ -92,11 +92,11 @@ def from_matrix(matrix: jax.Array, spec: MatrixSpec, shape: tuple[int, ...]) -> 
 def copy_overlap(target: jax.Array, source: jax.Array, target_spec: MatrixSpec, source_spec: MatrixSpec) -> jax.Array:
     """Returns the target leaf with its leading rows and inputs overwritten by the source's.
 
-    Both leaves are seen as `[rows, inputs, *window]`. Rows and inputs overlap from the first index on, windows
-    at their centres (our choice: a 1x1 kernel is the centre tap of a 3x3 one, not its first corner). What lies
-    outside the overlap keeps the target's values. Leaves of one shape: the result is the source.
+    Both leaves are reshaped to `[rows, inputs, *window]`. Rows and inputs overlap from the first index on, windows
+    at their centres (our choice: a 1x1 kernel is the centre tap of a 3x3 one, not its first corner). Values outside
+    the overlap do not change. If both leaves have the same shape, the result is the source.
 
-    Shapes: target `[...]`, source `[...]` of any ranks; the result has the target's shape and dtype.
+    Shapes: target `[...]` and source `[...]` of any rank; the result has the target's shape and dtype.
     """
     target_spec.check(target.shape)
     source_spec.check(source.shape)
@@ -109,7 +109,7 @@ def copy_overlap(target: jax.Array, source: jax.Array, target_spec: MatrixSpec, 
 def overlap_blocks(target: jax.Array, source: jax.Array) -> jax.Array:
     """Returns `target [rows, inputs, *window]` with the overlapping block of `source` copied in, as `copy_overlap`."""
     shape = target.shape
-    # A leaf without a window, or with fewer window axes, has a window of 1 along the ones it lacks.
+    # Missing window axes have size 1.
     rank = max(target.ndim, source.ndim)
     target, source = _pad_window(target, rank), _pad_window(source, rank)
     target_slices, source_slices = [], []
@@ -123,10 +123,10 @@ def overlap_blocks(target: jax.Array, source: jax.Array) -> jax.Array:
 
 
 def overlap_shape(target: tuple[int, ...], source: tuple[int, ...]) -> tuple[int, int]:
-    """Returns the shape of the matrix `[rows, inputs x window]` that blocks of these two shapes both have."""
+    """Returns the shape of the overlap `[rows, inputs x window]` of blocks of these two shapes."""
     common = [min(sizes) for sizes in zip(target[:2], source[:2], strict=True)]
     rank = max(len(target), len(source))
-    # As in `overlap_blocks`, the window of what has fewer axes of it is 1 along the others.
+    # As in `overlap_blocks`, missing window axes have size 1.
     windows = ((*(1,) * (rank - len(blocks)), *blocks[2:]) for blocks in (target, source))
     return common[0], common[1] * math.prod(map(min, zip(*windows, strict=True)))
 
@@ -137,7 +137,7 @@ def _pad_window(blocks: jax.Array, rank: int) -> jax.Array:
 
 
 def matrix_spec(path: str, shape: tuple[int, ...]) -> MatrixSpec:
-    """Returns the spec of a leaf in the layout of Flax, Haiku, Keras, torch or Equinox, by its path and its shape.
+    """Returns the spec of a leaf in the layout of Flax, Haiku, Keras, torch or Equinox, from its path and shape.
 
     =====================================  ========================================  ================  =================
     leaf                                   shape                                     rows              columns
@@ -155,22 +155,22 @@ def matrix_spec(path: str, shape: tuple[int, ...]) -> MatrixSpec:
     weight (torch, Equinox)                `[out, in, *window]`                      out               in x window
     =====================================  ========================================  ================  =================
 
-    A leaf is a torch weight where its name has the word `weight` (`weight`, `in_proj_weight`, `weight_ih_l0`), which
-    no leaf of Flax or Haiku has. A torch embedding has its tokens as rows by that rule.
+    A leaf is a torch weight if its name contains the word `weight` (`weight`, `in_proj_weight`, `weight_ih_l0`), which
+    no Flax or Haiku leaf has. By that rule, the rows of a torch embedding are its tokens.
 
-    **What is a convolution.** A rank above 2 alone says nothing: `[a, b, c]` may be a fused `qkv`, experts, heads of an
-    einsum, or layers stacked by `nn.scan` or `vmap`. So a leaf is read as a convolution where the module that it is in
-    has a name with `conv`, `depthwise`, `pointwise` or `patch`, with one or two axes of the window, or as many as the
-    name says (`conv3d`, `conv3_d`); or where its rank is 4, its window square and no larger than 16, and no name speaks
-    of attention or experts. All else of rank 3 or more is refused with specs to choose from (our choice: a route with a
-    spec is right, a guess is silently wrong).
+    **Convolutions.** A rank above 2 is not enough: `[a, b, c]` may be a fused `qkv`, experts, heads of an einsum, or
+    layers stacked by `nn.scan` or `vmap`. So a leaf is a convolution if the name of its module contains `conv`,
+    `depthwise`, `pointwise` or `patch`. Its window has one or two axes, or the number in the name (`conv3d`,
+    `conv3_d`). A leaf of rank 4 is one too, if its window is square and at most 16 wide, and no name mentions attention
+    or experts. Any other leaf of rank 3 or more is refused with specs to choose from (our choice: a route with a spec
+    is right, a guess is silently wrong).
 
-    Two rows are our choice. A vector is one row and not one column, since the adapter normalises rows, and a
-    row of one number normalises to a constant. An embedding has its tokens as rows, since the adapter's
-    feed-forward block grows with the square of the columns.
+    Two rows of the table are our choice. A vector is one row, not one column: the adapter normalises rows, and a row of
+    one number normalises to a constant. The rows of an embedding are its tokens, since the adapter's feed-forward block
+    grows with the square of the columns.
 
     Raises:
-      ValueError: the leaf is a scalar, has no elements, or neither its name nor its shape says which axis is what.
+      ValueError: the leaf is a scalar, has no elements, or neither its name nor its shape determines its axes.
     """
     if not shape or 0 in shape:
         raise ValueError(f"{path!r} of shape {shape} is not a matrix: it needs a rank of 1 or more and elements")
@@ -180,7 +180,7 @@ def matrix_spec(path: str, shape: tuple[int, ...]) -> MatrixSpec:
     if rank == 1:
         return whole
     if name in _VECTORS:
-        # Of more than one axis are the biases of heads, and what broadcasts.
+        # Vectors with more than one axis are biases of heads, or arrays that broadcast.
         if _is_flat(shape) or (rank == 2 and parent in ("query", "key", "value")):
             return whole
         raise _unknown(path, shape, {"one vector of all entries": whole})
@@ -203,10 +203,10 @@ def matrix_spec(path: str, shape: tuple[int, ...]) -> MatrixSpec:
 
 
 def is_table(path: str, shape: tuple[int, ...]) -> bool:
-    """Whether a leaf has a row of its own for each word, position or other thing: an embedding.
+    """Returns whether a leaf is an embedding, with a separate row for each word, position or the like.
 
-    By its name (`embedding`, `embeddings`, `pos_embed`, `relative_position_bias_table`), or as the `weight` in a module
-    of such a name (`word_embeddings/weight`, `wte/weight`); `[n, d]`, or `[1, n, d]` and `[1, h, w, d]`.
+    Its name is `embedding`, `embeddings`, `pos_embed` or `relative_position_bias_table`, or it is the `weight` of a
+    module with such a name (`word_embeddings/weight`, `wte/weight`); `[n, d]`, or `[1, n, d]` and `[1, h, w, d]`.
     """
     *modules, name = path.split("/")
     parent = ("", *_named(modules))[-1]
@@ -219,12 +219,12 @@ def is_table(path: str, shape: tuple[int, ...]) -> bool:
 
 
 def is_kernel_name(name: str) -> bool:
-    """Whether the last part of a path is one that a layer's matrix has: `kernel`, `w`, `weight`, `weight_ih_l0`."""
+    """Returns whether the last part of a path names a layer's matrix: `kernel`, `w`, `weight`, `weight_ih_l0`."""
     return name in _VECTORS | _KERNELS or not _words(name).isdisjoint({"kernel", "weight"})
 
 
 def is_patch_kernel(path: str, shape: tuple[int, ...]) -> bool:
-    """Whether the inputs of a leaf are the pixels of a patch: the kernel of a module that is named so.
+    """Returns whether the inputs of a leaf are the pixels of a patch, judged by the name of its module.
 
     Such as `patch/kernel`, `PatchEmbed_0/Conv_0/kernel`, `patch_embeddings/projection/weight`; not `patch_merging`,
     whose inputs are channels.
@@ -235,7 +235,7 @@ def is_patch_kernel(path: str, shape: tuple[int, ...]) -> bool:
 
 
 def _named(modules: list[str]) -> list[str]:
-    """Returns the modules that have a name; positions in a list say nothing."""
+    """Returns the modules that have a name, not a position in a list."""
     return [part for part in modules if not part.isdecimal()]
 
 
@@ -248,7 +248,7 @@ def _is_torch(name: str) -> bool:
 
 
 def _words(part: str) -> set[str]:
-    """Returns the words of a name, in small letters: `ConvTranspose_0`, `conv2_d` -> conv, transpose; conv, d."""
+    """Returns the words of a name, in lower case: `ConvTranspose_0`, `conv2_d` -> conv, transpose; conv, d."""
     return {word.lower() for word in re.findall("[A-Z]+(?![a-z])|[A-Z]?[a-z]+", part)}
 
 
@@ -257,7 +257,7 @@ def _has(part: str, words: set[str]) -> bool:
 
 
 def _convolution(path: str, shape: tuple[int, ...]) -> MatrixSpec | None:
-    """Returns the spec of a convolution's kernel of rank 3 or more; None where nothing says that it is one."""
+    """Returns the spec of a convolution's kernel of rank 3 or more; None if the leaf is not known to be one."""
     *modules, name = path.split("/")
     named = _named(modules)
     parent, rank = named[-1] if named else "", len(shape)
@@ -274,12 +274,12 @@ def _convolution(path: str, shape: tuple[int, ...]) -> MatrixSpec | None:
     speaks_of_others = any(_has(part, _NO_CONVOLUTION) for part in (*named[-2:], name))
     if not (by_name and (axes or len(window) <= 2)) and not (square and not speaks_of_others):
         return None
-    # Keras has a multiplier as the last axis of a depthwise kernel, Flax and Haiku a 1 as the one before.
+    # The last axis of a depthwise kernel is a multiplier in Keras; in Flax and Haiku the axis before it is 1.
     of_keras = name == "depthwise_kernel" or re.search("depthwise_conv[12]d", parent)
     if of_keras or (name == "kernel" and "depthwise" in words and shape[-1] == 1):
         return MatrixSpec((rank - 2, rank - 1), (), window)
     if not words.isdisjoint(_TRANSPOSED) or (torch and not words.isdisjoint({"up", "upsample", "upsampling"})):
-        # Torch and Equinox, and Flax with `transpose_kernel`, disagree where no name tells them apart.
+        # Torch and Equinox, and Flax with `transpose_kernel`, disagree, and no name tells them apart.
         if re.search("ConvTranspose(_[0-9]+)?$", parent) and name == "kernel":
             return MatrixSpec((rank - 1,), (rank - 2,), window)
         if re.fullmatch("conv[123]_?d_transpose(_[0-9]+)?", parent) and not torch:
@@ -289,7 +289,7 @@ def _convolution(path: str, shape: tuple[int, ...]) -> MatrixSpec | None:
 
 
 def _candidates(name: str, rank: int) -> dict[str, MatrixSpec]:
-    """Returns what a leaf of rank 3 or more may be."""
+    """Returns the candidate specs of a leaf of rank 3 or more."""
     if _is_torch(name):
         window = tuple(range(2, rank))
         return {"a convolution": MatrixSpec((0,), (1,), window), "a transposed one": MatrixSpec((1,), (0,), window)}
@@ -313,6 +313,6 @@ def _unknown(path: str, shape: tuple[int, ...], candidates: dict[str, MatrixSpec
 
 
 def _code(spec: MatrixSpec) -> str:
-    """Returns a spec as it is written in a program."""
+    """Returns a spec as source code."""
     window = f", window={spec.window}" if spec.window else ""
     return f"MatrixSpec(rows={spec.rows}, inputs={spec.inputs}{window})"

@@ -25,17 +25,17 @@ Pattern = str | re.Pattern[str]
 
 
 def flatten(tree: Any) -> dict[str, Any]:
-    """Returns the leaves of any pytree by path, in the tree's own order.
+    """Returns the leaves of any pytree by path, in the order of the tree.
 
-    A path joins dictionary keys and attribute names with `/`, and counts positions: `blocks/0/kernel`. A variable of
-    Flax NNX or a named array of haliax is one leaf, its array.
+    A path joins dictionary keys, attribute names and positions with `/`: `blocks/0/kernel`. A Flax NNX variable or a
+    haliax named array is one leaf, its array.
 
     >>> flatten({"dense": {"kernel": 1, "bias": 2}, "blocks": [3]})
     {'blocks/0': 3, 'dense/bias': 2, 'dense/kernel': 1}
 
     Raises:
       ValueError: two leaves have the same path, as in `{"a": {"b": x}, "a/b": y}`, or paths that differ only in
-        `/` and `.`, which would be one name in a file of weights.
+        `/` and `.`, which would collide in a weight file.
     """
     leaves: dict[str, Any] = {}
     dotted: dict[str, str] = {}
@@ -50,12 +50,12 @@ def flatten(tree: Any) -> dict[str, Any]:
 
 
 def _leaves_with_path(tree: Any) -> Iterator[tuple[str, Any]]:
-    import jax  # Most of this module is of paths alone, and options are checked with it before JAX is imported.
+    import jax  # Most of this module handles only paths, and checks options with them before JAX is imported.
 
     for key_path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_wrapper):
         path = jax.tree_util.keystr(key_path, simple=True, separator="/")
         leaves = jax.tree.leaves(node) if _is_wrapper(node) else [node]
-        # Each wraps one array, whose own name would only lengthen the path.
+        # Each wraps one array, whose name would only lengthen the path.
         yield from ((path, leaf) if len(leaves) == 1 else (f"{path}/{i}", leaf) for i, leaf in enumerate(leaves))
 
 
@@ -64,12 +64,12 @@ def _is_wrapper(node: Any) -> bool:
 
 
 def _is_variable(node: Any) -> bool:
-    nnx = sys.modules.get("flax.nnx")  # Half a second to import; where nobody has, no tree has a variable of it.
+    nnx = sys.modules.get("flax.nnx")  # Slow to import (0.5 s); until it is, no tree contains it.
     return nnx is not None and isinstance(node, nnx.Variable)
 
 
 def natural_order(path: str) -> list[Any]:
-    """Returns a sort key by which numbers inside paths count as numbers.
+    """Returns a sort key that compares numbers inside paths as numbers.
 
     >>> sorted(["layer_10/w", "layer_2/w"], key=natural_order)
     ['layer_2/w', 'layer_10/w']
@@ -78,17 +78,17 @@ def natural_order(path: str) -> list[Any]:
 
 
 def find_paths(paths: Iterable[str], pattern: Pattern, *, role: str = "tree") -> list[str]:
-    """Returns the paths that a pattern names, in natural order; `role` names the tree in an error.
+    """Returns the paths that match a pattern, in natural order; `role` names the tree in an error.
 
-    A string that is one of the paths names it alone. In a glob, `*` and `?` stand for letters of one part of a
-    path, `[...]` for one of some letters, `[!...]` (or `[^...]`) for one of all others, as in a shell, and a part
-    `**` for any number of parts. A compiled regular expression has to match a path as a whole.
+    A string that equals one of the paths matches only that path. Globs work as in a shell: `*` and `?` match letters
+    within one part of a path, `[...]` matches one of some letters, `[!...]` (or `[^...]`) one of all others, and the
+    part `**` any number of parts. A compiled regular expression must match the whole path.
 
     >>> find_paths(["a/w", "blocks/0/w", "blocks/1/w"], "blocks/*/w")
     ['blocks/0/w', 'blocks/1/w']
 
     Raises:
-      ValueError: nothing is found, and the message lists near misses; or a glob that is none, as `[z-a]`.
+      ValueError: nothing matches, and the message lists near misses; or an invalid glob, such as `[z-a]`.
     """
     paths = list(paths)
     if pattern in paths:
@@ -109,7 +109,7 @@ def find_paths(paths: Iterable[str], pattern: Pattern, *, role: str = "tree") ->
 
 
 def is_pattern(named: Any) -> bool:
-    """Returns whether leaves are named by a glob or a regular expression, which may find what its author did not."""
+    """Returns whether leaves are given by a glob or a regular expression, which may match unintended leaves."""
     return isinstance(named, re.Pattern) or (isinstance(named, str) and re.search(r"[*?\[]", named) is not None)
 
 
@@ -120,11 +120,11 @@ def _glob_expression(glob: str) -> re.Pattern[str]:
         if part == "**":
             parts.append("(?:[^/]+/)*")
             continue
-        # As in a shell, a `]` that comes first is one of the letters, and a bracket that is not closed is a letter.
+        # As in a shell, a leading `]` is one of the letters, and an unclosed bracket is a letter.
         tokens = re.findall(r"\[(?:[!^].|[^!^])[^]]*\]|.", part)
         escaped = (_one_of(t[1:-1]) if len(t) > 1 else letters.get(t) or re.escape(t) for t in tokens)
         parts.append("".join(escaped) + "/")
-    # Every part ends with its slash, so that `**` may stand for none; the last has one too many.
+    # Every part ends with a slash, so that `**` can match no part; the last part has one too many.
     expression = "".join(parts)
     expression = expression[:-1] if expression.endswith("/") else expression[: -len("(?:[^/]+/)*")] + ".*"
     try:
@@ -135,7 +135,7 @@ def _glob_expression(glob: str) -> re.Pattern[str]:
 
 def _one_of(letters: str) -> str:
     others = letters[0] in "!^"
-    # In a regular expression, these would say more than that they are letters.
+    # These have a special meaning in a regular expression.
     escaped = re.sub(r"[]\\[&~|^]", r"\\\g<0>", letters[1:] if others else letters)
     return f"(?!/)[{'^' * others}{escaped}]"  # No letter of one part is a slash.
 
@@ -162,7 +162,7 @@ def replace(tree: Any, leaves: Mapping[str, Any]) -> Any:
       ValueError: a path names no leaf; or a module of Flax NNX with tied layers, which a new tree would untie.
 
     Warns:
-      UserWarning: a matrix that is replaced stands at another path too, where it is not.
+      UserWarning: a replaced matrix also appears at another path, where it is not replaced.
     """
     import jax
 
@@ -184,7 +184,7 @@ def replace(tree: Any, leaves: Mapping[str, Any]) -> Any:
 
 
 def _check_untied(tree: Any) -> None:
-    """Raises ValueError if one variable of NNX stands at two paths, since only its module knows that both are one."""
+    """Raises ValueError if one NNX variable appears at two paths, since only its module knows that they are tied."""
     if "flax.nnx" not in sys.modules:
         return
     import jax
@@ -200,10 +200,10 @@ def _check_untied(tree: Any) -> None:
 
 
 def tied_paths(tree: Any) -> list[tuple[str, ...]]:
-    """Returns the paths of each array that stands at several of them, of matrices alone.
+    """Returns the paths of each matrix that appears at several paths.
 
-    To JAX they are several parameters of one start. Vectors are left out: a new model may have one vector of zeros
-    for all biases.
+    JAX treats them as separate parameters with equal initial values. Vectors are left out: a new model may use one
+    vector of zeros for all biases.
     """
     import jax
     from jax.core import Tracer
@@ -216,7 +216,7 @@ def tied_paths(tree: Any) -> list[tuple[str, ...]]:
 
 
 def near_misses(name: str, names: Iterable[str]) -> str:
-    """Returns the end of an error message: the nearest of `names`, or all of them where none is near.
+    """Returns the end of an error message: the nearest of `names`, or all of them if none is near.
 
     >>> near_misses("kernal", ["kernel", "bias"])
     "did you mean 'kernel'?"
@@ -230,7 +230,7 @@ def near_misses(name: str, names: Iterable[str]) -> str:
 
 
 def some_of(texts: Iterable[str], most: int, separator: str = ", ") -> str:
-    """Returns the first texts in one line, and how many there are beside them.
+    """Returns the first texts in one line, and the number of the others.
 
     >>> some_of(["a", "b", "c", "d"], 3)
     'a, b, c and 1 more'

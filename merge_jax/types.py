@@ -1,7 +1,7 @@
 """The types of the interface, in one place.
 
-Roles are names throughout: the **source** model gives knowledge, the **target** model receives it, and the
-**adapter** holds the parameters of the transfer between them.
+Names state the role throughout: the **source** model provides knowledge, the **target** model receives it, and
+the **adapter** holds the parameters of the transfer between them.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,13 +23,13 @@ __all__ = [
 # JAX has no static type for a pytree, so each name below says which pytree is meant.
 
 Params = Any
-"""A pytree of float arrays: the trainable parameters of one model, as `model.init(...)["params"]` gives."""
+"""A pytree of float arrays: the trainable parameters of one model, as in `model.init(...)["params"]`."""
 
 ModelState = Any
-"""A pytree of arrays that a model keeps but no gradient changes, e.g. `{"batch_stats": ...}`; `{}` for none."""
+"""A pytree of a model's arrays that no gradient updates, e.g. `{"batch_stats": ...}`; `{}` for none."""
 
 Adapter = Any
-"""A pytree of float arrays: the trainable parameters of a `Transfer`; `{}` for a transfer without any."""
+"""A pytree of float arrays: the trainable parameters of a `Transfer`; `{}` if it has none."""
 
 Batch = Any
 """A pytree of arrays with the examples on the leading axis, e.g. `{"image": [B, H, W, C], "label": [B]}`."""
@@ -43,7 +43,7 @@ ModelApply = Callable[..., Any]
 
 
 class LossFn(Protocol):
-    """What the joint step asks of a model: a differentiable loss of its parameters on one batch."""
+    """A model's differentiable loss on one batch, as the joint step needs it."""
 
     def __call__(
         self, params: Params, model_state: ModelState, batch: Batch, key: jax.Array, /
@@ -53,8 +53,8 @@ class LossFn(Protocol):
 
 
 class TeacherFn(Protocol):
-    """What lets the target learn from the source's outputs (distillation): it annotates the target's batch."""
+    """Adds the source's outputs to the target's batch, so that the target can learn from them (distillation)."""
 
     def __call__(self, params: Params, model_state: ModelState, batch: Batch, /) -> Batch:
-        """Returns the target's batch with the source's outputs on it added; `params` are the source's."""
+        """Returns the target's batch with the source's outputs added; `params` are the source's."""
         ...

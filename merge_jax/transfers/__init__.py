@@ -1,4 +1,4 @@
-"""What moves knowledge: each method one factory of a pair of pure functions over parameter pytrees."""
+"""Transfers of knowledge: each method is a factory of pure functions over parameter pytrees."""
 
 from etils import epy
 

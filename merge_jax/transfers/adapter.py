@@ -1,4 +1,4 @@
-"""Transfers with an adapter: each route's matrices go through a network that is learned."""
+"""Transfers with an adapter: a learned network maps the matrices of each route."""
 
 import functools
 from collections.abc import Sequence
@@ -40,13 +40,13 @@ OutputForm = Literal["published", "residual", "warm"]
 
 # Keeps the root mean square of a zero matrix, and its gradient, finite.
 _EPSILON = 1e-12
-_EXTRAS = 2**32 - 1  # No number of a route, which the keys of modules are folded with.
-# Half the width of a uniform distribution of deviation 0.1: the start of what tokens learn of their type.
+_EXTRAS = 2**32 - 1  # Not the number of a route; keys of modules are folded with those.
+# Half the width of a uniform distribution with standard deviation 0.1, which initialises the token type tables.
 _TOKEN_TYPE_BOUND = (np.full((1, 1), 0.1 * 3**0.5),)
 
 
 class AdapterOptions(TypedDict, total=False):
-    """Options that every adapter has; see `adapter_transfer`."""
+    """Options common to all adapters; see `adapter_transfer`."""
 
     output: OutputForm
     rank: int | None
@@ -67,54 +67,55 @@ def adapter_transfer(
     shared: bool = False,
     padding: float = 2.0,
 ) -> Transfer:
-    """Returns the transfer whose matrices go through a network `F(T, S) -> T'`.
+    """Returns the transfer that maps matrices through a network `F(T, S) -> T'`.
 
     With `T` the target's matrix, `S` the source's, `W` the target with the source's overlapping block copied in,
-    `s` and `s_S` root mean squares, and `g` the gate:
+    `s` and `s_S` their root mean squares, and `g` the gate:
 
     - `published`: `T' = F(T, S)`, as published for LPKA.
     - `residual`: `T' = T + g s (F(T/s, S/s_S) - T/s)`; starts as the identity.
-    - `warm`: `T' = W + g s (F(W/s, S/s_S) - W/s)`; starts as `share_transfer` and learns from there. As there, every
+    - `warm`: `T' = W + g s (F(W/s, S/s_S) - W/s)`; starts as `share_transfer` and is trained from there. Like it, every
       transfer overwrites what the target has learned in the overlap, so stop it early in a run
-      (`make_joint_step(..., stop=0.1, num_steps=...)`), or let it fade out (`scheduled`).
+      (`make_joint_step(..., stop=0.1, num_steps=...)`), or fade it out (`scheduled`).
 
-    In the last two a gate of 0 is the identity, and both matrices meet at the scale that attention expects. The target
-    keeps its scale, which the published output replaces: only a following BatchNorm forgives that.
+    For `residual` and `warm`, the network's part vanishes at a gate of 0, and both matrices enter at the scale that
+    attention expects. The target keeps its scale. The published output replaces it, which only a following BatchNorm
+    compensates for.
 
-    **Rank.** At rank `r` the network sees and makes `A = B^T T [r, n]` instead of `T [m, n]`, with `B` the leading
-    directions of `T` (`row_basis`), and `T' = T + B (A' - A)`: what rank `r` does not see is kept. The source is
-    re-encoded alike, unless it is as small already.
+    **Rank.** At rank `r`, the network maps `A = B^T T [r, n]` instead of `T [m, n]`, with `B` the leading directions of
+    `T` (`row_basis`), and `T' = T + B (A' - A)`: the rest of `T` does not change. The source is re-encoded in the same
+    way, unless it is already as small.
 
-    **Tokens that know what they are.** In the views `convolution` and `attention` the rows of a matrix are of several
-    types: a place in the window, or query, key, value and output. The network gets `T/s + E[type of row]`, with a
-    learned table for each side.
+    **Token types.** In the views `convolution` and `attention`, the rows of a matrix have several types: a position in
+    the window, or query, key, value and output. The network receives `T/s + E[type of row]`, with a learned table for
+    each side.
 
-    **Routes of one signature** (equal shapes, rank and view) run as one `vmap`ped batch. The adapter is
-    `{target path: parameters}`, with one entry a batch, named after its first route; the parameters are stacked
-    along a first axis where the batch has several routes, or `shared` by them. Unlike but small matrices make one batch
-    too, with zeros around matrices and parameters, which changes values by rounding alone (for an LPKA; a module of
-    your own gets whole matrices). Routes of a batch have the same dropout masks, new ones at every step.
+    **Batches.** Routes with one signature (equal shapes, rank and view) run as one `vmap`ped batch. The adapter is
+    `{target path: parameters}`, with one entry per batch, named after its first route. If the batch has several routes,
+    the parameters are stacked along a first axis, or `shared`. Small matrices of different shapes also form one batch:
+    matrices and parameters are padded with zeros, which changes values only by rounding (for an LPKA; your own modules
+    receive whole matrices). The routes of a batch use the same dropout masks, redrawn at every step.
 
-    Computation is in float32 unless the network has it otherwise; a new leaf has the dtype of the old. Without a
+    Computation is in float32 unless the network sets another dtype; a new leaf keeps the dtype of the old. Without a
     key, `apply` is deterministic; with one, dropout is on. Source: arXiv:2404.13322; `residual`, `warm`, padding
     and sharing are our choice.
 
     Args:
       routes: `{target path: source path}`, or a sequence of such pairs or of `Route`s; paths may be patterns.
-      network: such as `lpka_network(LPKAOptions())`, or a Flax module `(T, S, *, deterministic) -> T'` of your own.
+      network: such as `lpka_network(LPKAOptions())`, or your own Flax module `(T, S, *, deterministic) -> T'`.
       output: one of the three forms above.
-      rank: the rank of routes that name none; None for whole matrices.
-      view: the view of routes that name none; see `Route`.
+      rank: default rank of routes without one; None for whole matrices.
+      view: default view of routes without one; see `Route`.
       gate: None for a learned scalar that starts at 0; a number, or a schedule of the joint step's count.
       shared: whether the routes of a batch share one adapter.
-      padding: how many times their own work unlike matrices may cost as one program, 1 or more. At 1 unlike shapes
-        stay apart: what is run is least, what is compiled is most.
+      padding: maximum ratio of padded to unpadded work when matrices of different shapes run as one program, 1 or more.
+        At 1, every shape is a separate program: the least computation and the most compilation.
 
     Raises:
-      ValueError: here, for no routes, a target routed twice, or an option out of range; in `init` and `apply`,
-        for a path or pattern that is not there (near misses are listed), leaves that cannot be paired, a leaf
-        that is not a float array, or a rank above a matrix; in `apply`, for an adapter of other routes, or no step
-        where the gate follows a schedule.
+      ValueError: here, no routes, a target routed twice, or an option out of range; in `init` and `apply`, a path or
+        pattern that matches nothing (near misses are listed), leaves that cannot be paired, a leaf that is not a float
+        array, or a rank above the size of a matrix; in `apply`, an adapter of other routes, or no step for a gate that
+        follows a schedule.
     """
     named_routes = as_routes(routes)
     check_view(view)
@@ -156,7 +157,7 @@ def adapter_transfer(
                 extra["gate"] = Start(())
             extras[batch.name] = stack_starts([extra] * len(true)) if copied else extra
         made, extras = net.init(key, places), draw(jax.random.fold_in(key, _EXTRAS), extras)
-        # Of the published form are the parameters those of the network, as published.
+        # In the published form, the parameters are only those of the network.
         return {
             name: params if output == "published" and not extras[name] else {**extras[name], "proposal": params}
             for name, params in made.items()
@@ -167,7 +168,7 @@ def adapter_transfer(
         return jax.eval_shape(lambda key: start(key, batches), jax.random.key(0))
 
     def prepare(route: ResolvedRoute, target: Sequence[jax.Array], source: Sequence[jax.Array]) -> "_Prepared":
-        """Returns the matrices of a route, encoded where it has a rank."""
+        """Returns the matrices of a route, encoded if it has a rank."""
         target_view, source_view = route.target_view, route.source_view
         kernel = target_view.to_kernel([leaf.astype(jnp.float32) for leaf in target])
         source_kernel = source_view.to_kernel([leaf.astype(jnp.float32) for leaf in source])
@@ -242,7 +243,7 @@ def adapter_transfer(
 
         def one_route(route: dict[str, Any]) -> jax.Array:
             given = {"true": None, **fixed, **route}
-            if given["target"].ndim == 3:  # A matrix a head, which share the adapter.
+            if given["target"].ndim == 3:  # One matrix per head; heads share the adapter.
                 return jax.vmap(lambda t, s: one_matrix(given["params"], t, s, None))(given["target"], given["source"])
             return one_matrix(given["params"], given["target"], given["source"], given["true"])
 
@@ -273,7 +274,7 @@ def adapter_transfer(
         return new_leaves
 
     def route_cost(batch: RouteBatch) -> tuple[int, int]:
-        """Returns the parameters and the operations of one route of a batch, as on its own."""
+        """Returns the parameters and operations of one route of a batch, without padding."""
         route = batch.routes[0]
         alone = PaddedBatch((RouteBatch(batch.routes[:1], (0,)),), (_network_sizes(batch),))
         params = adapter_shapes((alone,))[batch.name]
@@ -313,12 +314,12 @@ def adapter_transfer(
 
 
 class _Prepared(NamedTuple):
-    """What a route's network maps, and what its output is put back into.
+    """The inputs of a route's network, and the matrix that its output is decoded into.
 
     Attributes:
-      target: the target's matrix, `[m, n]` or one a head, or its code.
-      source: the source's.
-      whole: the target's matrix, where `target` is its code.
+      target: the target's matrix, `[m, n]` or one per head, or its code.
+      source: the same of the source.
+      whole: the target's matrix, if `target` is its code.
       basis: of the code.
     """
 
@@ -336,7 +337,7 @@ def _finish(route: ResolvedRoute, prepared: _Prepared, new: jax.Array) -> tuple[
 
 
 def _network_sizes(batch: RouteBatch) -> Sizes:
-    """Returns the sizes of what the network maps."""
+    """Returns the sizes of the network's matrices."""
     route = batch.routes[0]
     shapes = []
     for view in (route.target_view, route.source_view):
@@ -370,5 +371,5 @@ def _root_mean_square(matrix: jax.Array, size: Any) -> jax.Array:
 
 
 def _encodes(rank: int | None, shape: tuple[int, ...], is_target: bool) -> bool:
-    """Whether a matrix is re-encoded; a source of no higher rank stays whole, there is nothing to gain."""
+    """Returns whether a matrix is re-encoded; a source of no higher rank stays whole, as encoding saves nothing."""
     return rank is not None and (is_target or min(shape) > rank)

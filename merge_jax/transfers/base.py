@@ -1,4 +1,4 @@
-"""What a transfer is: pure functions that map a source and a target parameter tree to a new target tree."""
+"""Transfers: pure functions that map a source and a target parameter tree to a new target tree."""
 
 import functools
 import inspect
@@ -30,10 +30,10 @@ __all__ = [
 ]
 
 Key = jax.Array | None
-"""A random key, which is consumed; None where nothing is to be drawn."""
+"""A random key, which is consumed; None to draw nothing."""
 
 Step = jax.Array | int | None
-"""The joint step's count; None where no training is under way."""
+"""The joint step's count; None outside training."""
 
 
 class InitFn(Protocol):
@@ -59,12 +59,12 @@ class ApplyFn(Protocol):
 
 
 class MonitorFn(Protocol):
-    """Watches the adapter while it learns."""
+    """Reports scalars of the adapter during training."""
 
     def __call__(
         self, adapter: Adapter, source_params: Params, target_params: Params, /, *, step: Step = None
     ) -> Metrics:
-        """Returns scalars by name, such as the gates; the `step` as in `ApplyFn`."""
+        """Returns scalars by name, such as the gates; `step` as in `ApplyFn`."""
         ...
 
 
@@ -77,16 +77,16 @@ class RouteSummary:
       source: paths of the source's leaves.
       shapes: of the target's leaves.
       target_matrix: shape of the target's matrix.
-      source_matrix: shape of the source's matrix, of the rows that the route takes of it.
-      overlap: shape of the block that both matrices have; what is copied where a transfer copies.
-      view: what the tokens are, and how many matrices there are where it is not one.
+      source_matrix: shape of the source's matrix, with only the rows that the route uses.
+      overlap: shape of the block that both matrices share; transfers that copy copy this block.
+      view: the meaning of the tokens, and the number of matrices if there are several.
       rank: of the re-encoding; None for whole matrices.
-      adapter: path of the route's parameters in the adapter, shared or stacked with those of other routes where
-        several rows have the same; empty for none.
-      parameters: number of adapter parameters of this route; 0 where a row above has them already.
-      flops: floating point operations of one pass of the adapter over this route, matrix products alone.
-      left_out: why the leaves take no part, where a route's patterns name them and they cannot be paired; empty for all
-        others. One of target and source may then be empty, and sizes are 0.
+      adapter: path of the route's parameters in the adapter; empty for none. Rows with the same path share parameters
+        or have them stacked.
+      parameters: number of adapter parameters of this route; 0 if a row above already counts them.
+      flops: floating point operations of one pass of the adapter over this route, matrix products only.
+      left_out: why leaves that match a route's patterns cannot be paired; empty for all others. Target or source may
+        then be empty, and sizes are 0.
     """
 
     target: str
@@ -104,7 +104,7 @@ class RouteSummary:
 
 
 DescribeFn = Callable[[Params, Params], tuple[RouteSummary, ...]]
-"""`(source_params, target_params) -> a summary of each route`, from shapes alone."""
+"""`(source_params, target_params) -> a summary of each route`, from shapes only."""
 
 FitFn = Callable[[Mapping[str, jax.Array], Params, Params], Adapter]
 """`(moments, source_params, target_params) -> adapter`; see `aligned_transfer`."""
@@ -133,7 +133,7 @@ class Transfer:
         on. The joint step passes its count as `step`, for schedules. Leaves without a route are returned as the same
         arrays.
       describe: `(source_params, target_params) -> (RouteSummary, ...)`: each route and its cost, then the leaves that
-        cannot be paired, from shapes alone; empty for a transfer without routes.
+        cannot be paired, from shapes only; empty for a transfer without routes.
       monitor: `(adapter, source_params, target_params, *, step=None) -> scalars by name` to monitor during training,
         such as gates; empty for most transfers.
       fit: `(moments, source_params, target_params) -> adapter` in closed form, from the moments of the source's layer
@@ -159,7 +159,7 @@ class Transfer:
                 )
 
     def at(self, step: Step, /) -> "Transfer":
-        """Returns the transfer as it is at a step; of version 0.1, `apply(..., step=step)` does it now."""
+        """Returns the transfer at a step; kept from version 0.1, replaced by `apply(..., step=step)`."""
         warn_renamed("transfer.at(step).apply(...)", "transfer.apply(..., step=step)")
         apply, monitor = (functools.partial(function, step=step) for function in (self.apply, self.monitor))
         return replace(self, apply=apply, monitor=monitor)
@@ -168,7 +168,7 @@ class Transfer:
 def _takes(function: Any, *keywords: str) -> bool:
     try:
         parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):  # Nothing tells what a function outside of Python takes.
+    except (TypeError, ValueError):  # Functions not written in Python may have no signature.
         return callable(function)
     named = {one.name for one in parameters if one.kind in (one.KEYWORD_ONLY, one.POSITIONAL_OR_KEYWORD)}
     return named.issuperset(keywords) or any(one.kind is one.VAR_KEYWORD for one in parameters)
@@ -183,10 +183,10 @@ def check_transfer(name: str, value: Any) -> None:
 
 
 def schedule_value(schedule: optax.ScalarOrSchedule, step: Step, noun: str) -> Any:
-    """Returns a number as it is, and a schedule's value at a step.
+    """Returns a number unchanged, and a schedule's value at a step.
 
     Raises:
-      ValueError: a schedule and no step; `noun` says what follows it.
+      ValueError: a schedule and no step; `noun` names the scheduled quantity.
     """
     if not callable(schedule):
         return schedule

@@ -17,13 +17,13 @@ __all__ = ["chain", "scheduled", "self_transfer", "several_sources", "without_so
 
 
 def chain(*transfers: Transfer) -> Transfer:
-    """Returns the transfers one after the other: `T' = t_k(S, ... t_2(S, t_1(S, T)))`.
+    """Returns the composition of transfers: `T' = t_k(S, ... t_2(S, t_1(S, T)))`.
 
     Each receives the target from the one before, and the unchanged source. The adapter is `{"0": the first's adapter,
     "1": ...}`.
 
     Raises:
-      ValueError: no transfers, or something that is none.
+      ValueError: no transfers, or something that is not a transfer.
     """
     if not transfers:
         raise ValueError("no transfers to chain: give at least one")
@@ -60,15 +60,15 @@ def chain(*transfers: Transfer) -> Transfer:
 
 
 def scheduled(transfer: Transfer, schedule: optax.ScalarOrSchedule) -> Transfer:
-    """Returns the transfer weighted by a schedule: `T' = T + w(i) (t(S, T) - T)`, `w` of the joint step's count `i`.
+    """Returns the transfer weighted by a schedule: `T' = T + w(i) (t(S, T) - T)`, with `i` the joint step's count.
 
     A weight of 0 leaves the target unchanged, 1 is the transfer itself, and values in between interpolate. Use any
     Optax schedule, such as `optax.cosine_decay_schedule(1.0, num_steps)`, or a number for a constant weight. The
-    adapter is that of the transfer. Leaves without a route stay the same arrays.
+    adapter is that of the transfer. Leaves without a route are returned as the same arrays.
 
     Raises:
-      ValueError: for what is no transfer or no schedule; in `apply` and `monitor`, where a schedule has no step:
-        `transfer.apply(..., step=step)`, as the joint step does.
+      ValueError: something that is not a transfer or not a schedule; in `apply` and `monitor`, a schedule without a
+        step: call `transfer.apply(..., step=step)`, as the joint step does.
     """
     check_transfer("what is scheduled", transfer)
     check_number_or_schedule(schedule=schedule)
@@ -82,7 +82,7 @@ def scheduled(transfer: Transfer, schedule: optax.ScalarOrSchedule) -> Transfer:
         mixed = {
             path: (old[path] + weight * (new - old[path])).astype(new.dtype)
             for path, new in merged.items()
-            if new is not old[path]  # What takes no part comes back as the same array.
+            if new is not old[path]  # Leaves without a route are returned as the same array.
         }
         return replace(target_params, mixed)
 
@@ -96,13 +96,13 @@ def scheduled(transfer: Transfer, schedule: optax.ScalarOrSchedule) -> Transfer:
 def several_sources(transfers: Mapping[str, Transfer]) -> Transfer:
     """Returns one transfer from several sources: each target leaf is the mean over its sources.
 
-    `T' = (1 / k) sum_i t_i(S_i, T)` over the `k` transfers that have a route to the leaf. The source's parameters
-    are `{name: parameters}`, and so is the adapter. All see the target as it is; `chain` would let each see what
-    the one before has made. Our choice.
+    `T' = (1 / k) sum_i t_i(S_i, T)` over the `k` transfers with a route to the leaf. The source's parameters and the
+    adapter are `{name: parameters}`. All transfers read the original target; in a `chain`, each reads the output of
+    the one before. Our choice.
 
     Raises:
-      ValueError: no transfers, or something that is none; in `init` and `apply`, source parameters without one of
-        the names.
+      ValueError: no transfers, or something that is not a transfer; in `init` and `apply`, source parameters that
+        lack one of the names.
     """
     if not isinstance(transfers, Mapping) or not transfers:
         raise ValueError(f"sources are a mapping of names to transfers, at least one, got {type(transfers).__name__}")
@@ -133,7 +133,7 @@ def several_sources(transfers: Mapping[str, Transfer]) -> Transfer:
             own_key = None if key is None else jax.random.fold_in(key, i)
             merged = transfer.apply(adapter[name], source_params[name], target_params, key=own_key, step=step)
             for path, new in flatten(merged).items():
-                if new is not old[path]:  # What takes no part comes back as the same array.
+                if new is not old[path]:  # Leaves without a route are returned as the same array.
                     made.setdefault(path, []).append(new)
         return replace(target_params, {path: jnp.mean(jnp.stack(new), axis=0) for path, new in made.items()})
 
@@ -154,13 +154,13 @@ def several_sources(transfers: Mapping[str, Transfer]) -> Transfer:
 def self_transfer(transfer: Transfer) -> Transfer:
     """Returns the transfer inside one model: the target is its own source, `T' = t(stop_gradient(T), T)`.
 
-    Routes lead from one layer to another, e.g. deep to shallow, `{"layer_0/kernel": "layer_5/kernel"}`; all layers are
-    read as they stand before the transfer. The source's parameters are not used: give `{}`, and None as its task. As
-    between two models, no gradient runs through the side that gives (our choice; it matters to
-    `make_reparameterised_step` alone). Self transfer: arXiv:2404.13322.
+    Routes connect layers, e.g. deep to shallow, `{"layer_0/kernel": "layer_5/kernel"}`; all layers are read before any
+    is written. The source's parameters are not used: pass `{}`, and None as its task. As between two models, the source
+    side gets no gradient (our choice; it matters only to `make_reparameterised_step`). Self transfer:
+    arXiv:2404.13322.
 
     Raises:
-      ValueError: something that is no transfer.
+      ValueError: something that is not a transfer.
     """
     check_transfer("what a model gives to itself", transfer)
     return _from_made_source(transfer, lambda source_params, target_params: target_params)
@@ -169,19 +169,19 @@ def self_transfer(transfer: Transfer) -> Transfer:
 def without_source(transfer: Transfer) -> Transfer:
     """Returns the transfer without its source: `T' = t(0, T)`, zeros instead of the source's parameters.
 
-    A control: as many parameters and as much computation as the transfer has, and no source. What it gains is not
-    knowledge of the source. Forms that start from the source's numbers (`share_transfer`, the output `warm`) would
-    write zeros; the output `residual` asks what the adapter is worth on its own. Our choice.
+    A control with the same number of parameters and the same computation, but no source: its gains are not knowledge
+    of the source. Transfers that start from the source's numbers (`share_transfer`, the output `warm`) would write
+    zeros; the output `residual` measures the value of the adapter alone. Our choice.
 
     Raises:
-      ValueError: something that is no transfer.
+      ValueError: something that is not a transfer.
     """
     check_transfer("what is to read no source", transfer)
     return _from_made_source(transfer, lambda source_params, target_params: jax.tree.map(jnp.zeros_like, source_params))
 
 
 def _from_made_source(transfer: Transfer, make_source: Callable[[Params, Params], Params]) -> Transfer:
-    """Returns the transfer from what is made of source and target in the source's place, without gradient."""
+    """Returns the transfer with the source replaced by `make_source(source, target)`, without gradient."""
 
     def init(key: jax.Array, source_params: Params, target_params: Params) -> Adapter:
         return transfer.init(key, make_source(source_params, target_params), target_params)
@@ -208,7 +208,7 @@ def _monitor_all(
     target_params: Params,
     step: Step,
 ) -> Metrics:
-    """Returns what the transfers have to monitor, each scalar after its transfer's name."""
+    """Returns the monitored scalars of all transfers, prefixed with the transfer's name."""
     return {
         f"{name}/{scalar}": value
         for name, transfer in transfers.items()

@@ -1,4 +1,4 @@
-"""What a transfer is and costs: a summary of each route, counted on traces, and a table of them."""
+"""Summaries of a transfer: each route and its cost, counted on traces, and a table of them."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -17,17 +17,17 @@ from merge_jax.types import Params
 
 __all__ = ["RouteCost", "Summary", "count_flops", "left_out_summaries", "route_summary", "summarize"]
 
-# Nothing is folded in a file or on a page, which scrolls; a terminal folds what it must.
+# Files and pages scroll, so lines are not wrapped there; a terminal wraps them as necessary.
 _UNFOLDED = 10_000
 
 
 @dataclass(frozen=True, repr=False)
 class Summary:
-    """What a transfer does with two models; `str` is the table.
+    """The routes of a transfer between two models; `str` returns the table.
 
     Attributes:
-      routes: what is paired.
-      left_out: what patterns of the routes name and what cannot be paired, with the reasons.
+      routes: the pairs.
+      left_out: leaves that match the routes' patterns but cannot be paired, with the reasons.
     """
 
     routes: tuple[RouteSummary, ...]
@@ -47,9 +47,9 @@ def summarize(transfer: Transfer, source_params: Params, target_params: Params) 
     """Prints a summary of a transfer, and returns it.
 
     The first table lists the routes: leaves, shapes, matrices, the overlap of both matrices if it is not the whole
-    source (the block that a copy copies), rank, adapter parameters and cost. Then come leaves that match a pattern but
-    cannot be paired, with reasons: `Route(..., unmatched="skip")` leaves them out, and any other route raises an error
-    when it runs.
+    source (the block that a copy copies), rank, adapter parameters and cost. The second lists leaves that match a
+    pattern but cannot be paired, with reasons: `Route(..., unmatched="skip")` leaves them out, and any other route
+    raises an error when it runs.
 
     In a notebook, the table is HTML. Nothing is computed, and only shapes are needed, so both trees may hold
     `jax.ShapeDtypeStruct`s. The cost is the number of floating point operations of the matrix products in one pass; a
@@ -122,7 +122,7 @@ def _numbers(row: RouteSummary, batch: str) -> tuple[str, ...]:
 
 
 def _flops(flops: int) -> str:
-    """Returns a number of operations with three digits and a unit."""
+    """Returns a number of operations as text, with three digits and a unit."""
     for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if flops >= size:
             return f"{flops / size:.3g} {unit}FLOP"
@@ -130,7 +130,7 @@ def _flops(flops: int) -> str:
 
 
 class RouteCost(NamedTuple):
-    """What the adapter of a route costs; see `RouteSummary`."""
+    """The cost of a route's adapter; see `RouteSummary`."""
 
     adapter: str = ""
     parameters: int = 0
@@ -138,7 +138,7 @@ class RouteCost(NamedTuple):
 
 
 def route_summary(route: ResolvedRoute, cost: RouteCost) -> RouteSummary:
-    """Returns what a route is, with what its adapter costs."""
+    """Returns the summary of a route, with the cost of its adapter."""
     target_view = route.target_view
     if isinstance(target_view, AttentionView):
         view = f"attention, {target_view.heads} heads"
@@ -160,7 +160,7 @@ def route_summary(route: ResolvedRoute, cost: RouteCost) -> RouteSummary:
 
 
 def left_out_summaries(left_out: Iterable[LeftOut]) -> tuple[RouteSummary, ...]:
-    """Returns what the patterns of routes name and what cannot be paired, each with the reason."""
+    """Returns a summary of each leaf that matches a pattern but cannot be paired, with the reason."""
     nothing = (0, 0)
     return tuple(
         RouteSummary(one.target, one.source, (), nothing, nothing, nothing, "", None, *RouteCost(), one.reason)
@@ -169,10 +169,10 @@ def left_out_summaries(left_out: Iterable[LeftOut]) -> tuple[RouteSummary, ...]:
 
 
 def count_flops(function: Callable[..., Any], *args: Any) -> int:
-    """Returns the floating point operations of a function's matrix products, loops counted as often as they run.
+    """Returns the floating point operations of a function's matrix products, including every loop iteration.
 
-    A product `[m, k] @ [k, n]` costs `2 m k n`; all else is left out, as it is by the usual models of cost. The
-    longest branch counts, and the body of a loop without a fixed number of steps counts once.
+    A product `[m, k] @ [k, n]` costs `2 m k n`; other operations are not counted, as in the usual cost models. Only
+    the most expensive branch counts, and the body of a loop without a fixed number of steps counts once.
 
     Args:
       function: any JAX function.

@@ -1,4 +1,4 @@
-"""Refit: after an aligned write, every layer of the target is solved to compute what the source's does."""
+"""Refit: after an aligned write, every target layer is solved to reproduce the source's layer."""
 
 from typing import NamedTuple, NoReturn
 
@@ -25,10 +25,10 @@ class Refit(NamedTuple):
     """The result of a refit.
 
     Attributes:
-      variables: of the target, parameters and state.
-      solved: `{leaf: R^2}`, the share of the source's variance, at the channels that were chosen, that the target has
-        after the layer was solved, on the inputs of the fit; not a number where the source has none, as of one input.
-      kept: `{leaf: why}` of the routed parameters that were aligned and not solved.
+      variables: the target's parameters and state.
+      solved: `{leaf: R^2}`, the share of the source's variance at the chosen channels that the target explains after
+        the layer is solved, on the inputs of the fit; NaN if the source has no variance, e.g. on one input.
+      kept: `{leaf: reason}` for routed parameters that were aligned but not solved.
     """
 
     variables: Params
@@ -52,9 +52,9 @@ def refit(
 ) -> Refit:
     """Returns a target that computes what the source does, layer by layer, in closed form and without labels.
 
-    The two models are of one family, or of two families whose layers can be paired: a MobileNetV2 has the blocks of an
-    EfficientNet-lite, with other windows, widths and counts. An extra block of the target may also have a route from
-    the source's last block; it is solved for what is still missing at that block's end.
+    Both models are from one family, or from two families whose layers can be paired: MobileNetV2 and EfficientNet-lite
+    have the same blocks, with different windows, widths and counts. An extra target block may also have a route from
+    the source's last block; it is solved for the remaining error at the end of that block.
 
     First, `aligned_transfer` writes the chosen channels, consistently in all leaves, statistics of norms included. Then
     the layers are solved in the order of the computation. `X [n, d]` is a layer's input **in the target as written so
@@ -66,18 +66,18 @@ def refit(
     with centred `X` and `T`, and `W0` the aligned kernel. So each layer corrects the errors of those before it. The
     intercept goes to the bias or to the norm that follows. Running statistics become those of the same inputs, and gain
     and bias of the norm compensate for them; a norm without both keeps the aligned statistics.
-    **Streams**: between the blocks of a MobileNetV2 or of a transformer, nothing but solved layers acts on single
-    channels. Layers and embeddings write into the stream, layers read it, and norms divide by the size of the whole. So
-    any directions are as good as channels. There, `T` is the source's value along as many orthonormal directions, those
-    of its largest second moments, rotated toward the chosen channels (for the choice `moments`). Embeddings are aligned
-    to the same directions.
+    **Streams**: between the blocks of a MobileNetV2 or a transformer, only solved layers act on single channels. Layers
+    and embeddings write into the stream, layers read it, and norms divide by its total size. So any directions serve as
+    well as channels. There, `T` is the source's value along as many orthonormal directions, those of its largest second
+    moments, rotated toward the chosen channels (for the choice `moments`). Embeddings are aligned to the same
+    directions.
     Kernels whose outputs are added, such as the last one of a residual block and its shortcut, are solved jointly.
     Leaves with separate entries for each channel (gain and bias of a LayerNorm, depthwise kernels) are solved channel
     by channel. If the last layer has a route, it is solved for the source's logits.
 
-    Sources: least squares after matching (PLeaS, arXiv:2407.02447), from what enters in the merged model so far
+    Sources: least squares after matching (PLeaS, arXiv:2407.02447), on the layer inputs of the model merged so far
     (RegMean++, arXiv:2508.03121). Our choices are to follow any two computations by their channel graphs, and the
-    directions, which keep more of such a stream than any choice of channels. (SliceGPT, arXiv:2401.15024, rotates the
+    directions, which keep more of a stream than any choice of channels. (SliceGPT, arXiv:2401.15024, rotates the
     stream of one transformer to its principal components, exactly for RMSNorm.)
 
     It supports `jit`, and gradients with respect to both variables. Moments are accumulated over batches. A layer needs
@@ -147,7 +147,7 @@ def _count(inputs: tuple[jax.Array, ...]) -> int:
 
 
 def _explain(inputs: list[jax.Array], source: Params, target: Params) -> NoReturn:
-    """Raises ValueError for a refit that came to numbers that are not finite, naming what had them before."""
+    """Raises ValueError for a refit with non-finite results, naming inputs and variables that were not finite."""
     before = {f"input {place}": one for place, one in enumerate(inputs)}
     for role, variables in (("source", source), ("target", target)):
         before |= {f"the {role}'s {path}": leaf for path, leaf in flatten(variables).items()}

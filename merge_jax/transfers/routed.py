@@ -1,4 +1,4 @@
-"""The frame of every transfer by routes: routes are resolved, run and described here, whatever moves them."""
+"""Shared scaffolding of all transfers by routes: resolves, runs and describes routes."""
 
 from collections.abc import Callable, Mapping
 from typing import TypeVar
@@ -31,17 +31,17 @@ def routed_transfer(
     rank: int | None = None,
     view: ViewName = "matrix",
 ) -> Transfer:
-    """Returns the transfer by routes that these functions make.
+    """Returns the transfer by routes that these functions define.
 
     Args:
-      routes: of any two models.
-      plan: `resolved routes -> what runs`, from shapes alone; it may raise ValueError.
+      routes: between any two models.
+      plan: `resolved routes -> plan`, from shapes only; it may raise ValueError.
       move: `(plan, adapter, source leaves, target leaves, key, step) -> new target leaves`, all by path.
       start: `(key, plan) -> adapter`; None for an empty one.
-      costs: `plan -> {number of a route: its cost}`; None where nothing is learned and nothing counted.
+      costs: `plan -> {number of a route: its cost}`; None if nothing is learned and nothing counted.
       monitor: `(plan, adapter, step) -> scalars by name`; None for nothing.
-      rank: of the routes that name none.
-      view: of the routes that name none.
+      rank: default for routes without a rank.
+      view: default for routes without a view.
     """
 
     def made_plan(source_params: Params, target_params: Params) -> _Plan:

@@ -1,4 +1,4 @@
-"""Routes: which leaves of the target are made from which leaves of the source, as they are named."""
+"""Routes: the user's names for target leaves and for the source leaves that they are made from."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -27,12 +27,12 @@ Leaves = Pattern | tuple[Pattern, ...]
 """Leaves of one model: a path, a glob, a compiled regular expression, or a tuple of them."""
 
 Unmatched = Literal["error", "skip"]
-"""What becomes of leaves that cannot be paired: all is refused, or they are left out."""
+"""How to handle leaves that cannot be paired: raise an error, or leave them out."""
 
 
 @dataclass(frozen=True)
 class Route:
-    """One route, or several by patterns: which target leaves are made from which source leaves.
+    """One route, or several by patterns: pairs target leaves with the source leaves that they are made from.
 
     Each leaf that matches a target pattern gets a separate transfer. The source pattern must then match as many leaves,
     which are paired in natural order (`match` pairs by depth if there are more on one side), or one leaf, which serves
@@ -75,11 +75,11 @@ Routes = Mapping[Any, Leaves] | Sequence[Route | tuple[Leaves, Leaves]]
 
 
 def as_routes(routes: Routes) -> tuple[Route, ...]:
-    """Returns the routes as such, checked as far as they can be without the models.
+    """Returns the routes as `Route`s, checked as far as possible without the models.
 
     Raises:
-      ValueError: no routes, something that is no route, a target that is named twice, an unknown view, a rank or a
-        number of heads below 1, or a spec that is none.
+      ValueError: no routes, something that is not a route, a target named twice, an unknown view, a rank or a
+        number of heads below 1, or an invalid spec.
     """
     if not isinstance(routes, (Mapping, Sequence)) or isinstance(routes, str):
         raise ValueError(f"routes are a mapping or a sequence of pairs, got {routes!r}")
@@ -117,13 +117,13 @@ def check_view(view: str) -> None:
 
 
 def check_rank(rank: int) -> None:
-    """Raises ValueError for a rank that fits no matrix."""
+    """Raises ValueError for a rank below 1."""
     check_at_least_one(rank=rank)
 
 
 def _as_route(route: Any) -> Route:
     pair: Any = (route.target, route.source) if isinstance(route, Route) else route
-    # A bare string is a sequence too; two of its letters would pass as a pair.
+    # A bare string is also a sequence; one of two letters would pass as a pair.
     if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2 or not all(map(_are_leaves, pair)):
         raise ValueError(f"a route is a pair (target path, source path) of strings or patterns, got {pair!r}")
     return route if isinstance(route, Route) else Route(*pair)
@@ -136,7 +136,7 @@ def _are_leaves(leaves: Any) -> bool:
 
 
 def leaves_text(leaves: Leaves) -> str:
-    """Returns leaves as they stand in an error: joined with ` + `."""
+    """Returns leaves as error messages show them: joined with ` + `."""
     if isinstance(leaves, tuple):
         return " + ".join(map(leaves_text, leaves))
     return leaves if isinstance(leaves, str) else leaves.pattern
