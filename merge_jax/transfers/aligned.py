@@ -1,4 +1,4 @@
-"""Alignment: channels of a source are chosen for the target's, alike in all layers that share them."""
+"""Alignment: chooses source channels for the target's, consistently in all layers that share them."""
 
 import dataclasses
 import functools
@@ -54,11 +54,11 @@ def aligned_transfer(
     pixels and labels, have no matrix: they are paired by index.
 
     `init` chooses channels evenly, with entries 0 and 1 in `A` and `R`: weight selection (arXiv:2311.18823) with tied
-    choices. `fit` gives a better start, from data. `A` and `R` can then be trained like any adapter; they are LiGO's
-    operators (arXiv:2303.00980), tied along the channel graph. If the target has more channels, the source's come
-    first, layers that read them ignore the others, and the rest of the target does not change. So a wider target
-    computes what the source does if only kernels read its channels, but not if channels are divided by a norm or a
-    softmax over all of them, or multiplied with each other, as in attention with wider heads. Windows are aligned at
+    choices. `fit` computes a better start from data. `A` and `R` can then be trained like any adapter; they are LiGO's
+    operators (arXiv:2303.00980), tied along the channel graph. If the target has more channels, the source's fill the
+    first ones, layers that read them ignore the others, and the rest of the target does not change. So a wider target
+    computes the source's function if only kernels read its channels. It does not if a norm or a softmax divides by all
+    channels, or if channels are multiplied with each other, as in attention with wider heads. Windows are aligned at
     their centres; a larger window is 0 outside. A leaf that both produces channels and is contracted along them, such
     as an embedding that is also the last layer, uses `A` for both, and is 0 for channels that the source lacks.
 
@@ -114,7 +114,7 @@ def aligned_transfer(
         return plan_alignment(resolved, source_graph, target_graph)
 
     def start(key: jax.Array, plan: AlignmentPlan) -> Adapter:
-        del key  # There is nothing random.
+        del key  # Nothing is random.
         _check_memory(plan)
         return even_adapter(plan)
 
@@ -156,7 +156,7 @@ def aligned_transfer(
 
 
 def _matrices(leaf: AlignedLeaf, adapter: Adapter) -> list[jax.Array]:
-    """Returns the matrices of the adapter that make a leaf: those of its channels, then that of what it reads."""
+    """Returns the adapter's matrices for a leaf: those of its channels, then that of its inputs."""
     read = [adapter["inputs"][leaf.input_name]] if leaf.reading else []
     return [*(adapter["outputs"][str(leaf.axes[i].pair)] for i in leaf.making), *read]
 
@@ -173,7 +173,7 @@ _new_leaf_apart = jax.jit(_new_leaf, static_argnums=0)
 
 
 def _aligned_leaf(leaf: AlignedLeaf, matrices: list[jax.Array], target: jax.Array, source: jax.Array) -> jax.Array:
-    """Returns the new target leaf, with its rows arranged and merged axes apart, as those that are given."""
+    """Returns the new target leaf, with rows arranged and merged axes split, as in the given leaves."""
     order = [[getattr(axis, role) for axis in leaf.axes] for role in ("target", "source")]
     permutations = [(*channels, *window) for channels, window in zip(order, leaf.windows, strict=True)]
     given, old = source.astype(jnp.float32).transpose(permutations[1]), target.transpose(permutations[0])
@@ -184,13 +184,13 @@ def _aligned_leaf(leaf: AlignedLeaf, matrices: list[jax.Array], target: jax.Arra
         matrix_axes.append(target_axes + source_axes)
     _, after, before = subscripts(leaf, every)
     before = "".join(before[i] if axis.pair is not None else after[i] for i, axis in enumerate(leaf.axes))
-    # The highest precision, since a product with the identity is to give back the source exactly.
+    # The highest precision, so that a product with the identity returns the source exactly.
     equation = f"{','.join([*matrix_axes, f'{before}...'])}->{after}..."
     made = jnp.einsum(equation, *matrices, given, precision=_PRECISION)
-    # Rows of the target that the route gives none of the source's.
+    # Target rows without a source row.
     missing = [axis.sizes[0] - axis.sizes[1] if axis.pair is None else 0 for axis in leaf.axes]
     made = jnp.pad(made, [(0, count) for count in (*missing, *(0,) * (made.ndim - len(missing)))])
-    # Windows meet at their centres, with 0 around: as kernels whose rows are all the channels.
+    # Windows are aligned at their centres and padded with 0: as kernels whose rows are all channels.
     channels, wanted = old.shape[: len(leaf.axes)], old.shape[len(leaf.axes) :]
     around = jnp.zeros((math.prod(channels), 1, *wanted), old.dtype)
     made = overlap_blocks(around, made.reshape(math.prod(channels), 1, *made.shape[len(channels) :])).reshape(old.shape)
@@ -203,9 +203,9 @@ def _aligned_leaf(leaf: AlignedLeaf, matrices: list[jax.Array], target: jax.Arra
 
 
 def free_memory() -> int | None:
-    """Returns the bytes that are free on the first device; None where nothing tells.
+    """Returns the free bytes on the first device; None if unknown.
 
-    Of a CPU they are what Linux calls available, or what is left of a container's limit where that is less.
+    On a CPU, this is Linux's available memory, or the rest of a container's limit if that is less.
     """
     statistics = jax.local_devices()[0].memory_stats()
     if statistics and "bytes_limit" in statistics:
@@ -222,7 +222,7 @@ def free_memory() -> int | None:
 
 
 def _check_memory(plan: AlignmentPlan) -> None:
-    """Raises ValueError for an adapter that takes more than half of the memory that is free."""
+    """Raises ValueError for an adapter that needs more than half of the free memory."""
     free, matrices = free_memory(), flatten(jax.eval_shape(lambda: even_adapter(plan)))
     total = sum(matrix.size * matrix.dtype.itemsize for matrix in matrices.values())
     if free is not None and total > free / 2:

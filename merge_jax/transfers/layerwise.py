@@ -1,4 +1,4 @@
-"""Transfers that are one equation for each route's kernel; what they have in common is here."""
+"""Shared scaffolding for transfers defined by one equation for each route's kernel."""
 
 import functools
 from collections.abc import Callable
@@ -25,10 +25,10 @@ StartFn = Callable[[tuple[int, ...], tuple[int, ...]], Adapter]
 
 
 def kernel_routes(routes: Routes) -> tuple[Route, ...]:
-    """Returns the routes as such.
+    """Returns the routes as `Route`s.
 
     Raises:
-      ValueError: as `as_routes`; or a route with the view `attention`, whose kernel is of another form.
+      ValueError: as `as_routes`; or a route with the view `attention`, whose kernel has a different form.
     """
     named_routes = as_routes(routes)
     for route in named_routes:
@@ -50,8 +50,8 @@ def layerwise_transfer(
 ) -> Transfer:
     """Returns the transfer `T' = change(parameters, T, S)` of the kernel `[rows, inputs, *window]` of each route.
 
-    Routes of one signature run as one batch. The adapter is `{target path: parameters}` with one entry a batch, stacked
-    where the batch has several routes, or `shared` by them; it is empty without a `start`.
+    Routes with one signature run as one batch. The adapter is `{target path: parameters}` with one entry per batch,
+    stacked if the batch has several routes, or `shared` by them; it is empty without a `start`.
 
     Raises:
       ValueError: as `share_transfer`; for the view `attention`; in `apply`, for an adapter that does not fit.
@@ -67,7 +67,7 @@ def layerwise_transfer(
         return jax.tree.map(lambda leaf: jnp.tile(leaf, (count, *(1,) * leaf.ndim)), params)
 
     def start_all(key: jax.Array, batches: tuple[RouteBatch, ...]) -> Adapter:
-        del key  # There is nothing random.
+        del key  # Nothing is random.
         return {batch.name: start_batch(batch) for batch in batches}
 
     def move_route(

@@ -22,22 +22,22 @@ OperatorStart = Literal["overlap", "selection"]
 
 
 def linear_operator_transfer(routes: Routes, *, start: OperatorStart = "overlap", shared: bool = False) -> Transfer:
-    """Returns the transfer by learned linear operators: `T' = (1 - M) T + A S B`, each tap of a window on its own.
+    """Returns the transfer by learned linear operators: `T' = (1 - M) T + A S B`, separately for each tap of a window.
 
-    `T` is `[m, n]`, `S [p, q]`; `A [m, p]` acts on the outputs, `B [q, n]` on the inputs, and `M` is 1 in the block
-    that both leaves have. Windows of convolutions meet at their centres (see `copy_overlap`). At the start,
+    `T` is `[m, n]`, `S [p, q]`; `A [m, p]` acts on the outputs, `B [q, n]` on the inputs, and `M` is 1 in the overlap
+    of both leaves. Windows of convolutions are aligned at their centres (see `copy_overlap`). At the start,
 
     - `overlap`: `A` and `B` are the identity, cropped or padded with zeros: `share_transfer` exactly;
     - `selection`: they choose rows and inputs evenly: `weight_selection_transfer` exactly.
 
-    All that is learned is `A` and `B`. Outside of the block that both have, `A S B` is 0 at the start, and what it
-    becomes is added to the target at every transfer.
+    Only `A` and `B` are learned. Outside the overlap, `A S B` starts at 0, and every transfer adds its current value to
+    the target.
 
-    Source: LiGO, arXiv:2303.00980, which grows a model once: all of `W = A S B` is made from the source. Ours are the
-    way down, the target's part where the source is smaller, the starts, and that all of `A` and `B` is learned, where
-    its code (VITA-Group/LiGO) keeps the source's block an identity. The paper ties operators over layers, as `shared`
-    does for routes of one shape, and mixes layers; here several source leaves of one route are under each other, so
-    that `A [m, L p]` mixes them.
+    Source: LiGO, arXiv:2303.00980, which grows a model once: the whole `W = A S B` comes from the source. Our choices
+    are to support smaller targets, to keep the target's part if the source is smaller, the starts, and to learn all of
+    `A` and `B`; its code (VITA-Group/LiGO) fixes the source's block to the identity. The paper ties operators over
+    layers, as `shared` does for routes of one shape, and mixes layers. Here the source leaves of one route are stacked,
+    so that `A [m, L p]` mixes them.
 
     Args:
       routes: as `share_transfer`.
@@ -65,7 +65,7 @@ def linear_operator_transfer(routes: Routes, *, start: OperatorStart = "overlap"
         target, source = target.astype(jnp.float32), source.astype(jnp.float32)
         kept = overlap_blocks(target, jnp.zeros_like(source))
         aligned = overlap_blocks(jnp.zeros((*source.shape[:2], *target.shape[2:])), source)
-        # The highest precision, since a product with the identity is to give back the source exactly.
+        # The highest precision, so that a product with the identity returns the source exactly.
         made = jnp.einsum(
             "mp,pq...,qn->mn...", params["outputs"], aligned, params["inputs"], precision=lax.Precision.HIGHEST
         )

@@ -1,4 +1,4 @@
-"""Low rank: a matrix re-encoded by few rows and back, and layers that store two factors.
+"""Low rank: re-encoding a matrix by few rows and decoding it, and layers that store two factors.
 
 Legend of shapes: matrix `W [m, n]`, rank `r`, at most `min(m, n)`.
 """
@@ -13,11 +13,11 @@ from jax import lax
 
 __all__ = ["LowRankConv", "LowRankDense", "decode", "encode", "row_basis"]
 
-# A few more directions than asked for, and a few passes over the matrix, bring the found space within percents of
-# the best one also where singular values fall slowly (Halko, Martinsson & Tropp, arXiv:0909.4061, section 4).
+# With a few extra directions and a few passes over the matrix, the space is within percents of the best one, even if
+# singular values decay slowly (Halko, Martinsson & Tropp, arXiv:0909.4061, section 4).
 _OVERSAMPLING = 8
 _POWER_ITERATIONS = 2
-# Of a matrix of some dozen rows: directions whose singular values are a tenth apart are separated to 1e-3.
+# For a matrix of a few dozen rows, directions whose singular values differ by a tenth are separated to 1e-3.
 _ROTATIONS = 32
 _FEW_ROWS = 96
 
@@ -26,10 +26,10 @@ def row_basis(matrix: jax.Array, rank: int) -> jax.Array:
     """Returns `B [m, r]` with orthonormal columns, near the leading left singular vectors of `W [m, n]`.
 
     `W ~ B (B^T W)`. A randomised range finder with two power iterations (arXiv:0909.4061) from a fixed start: no
-    state, and `O(m n r)` where a full decomposition costs `O(m n min(m, n))`. Columns are in falling order of
-    singular values, each with the sign that makes its largest entry positive, so that a small step of `W` makes a
-    small step of `B` wherever singular values are apart. `B` is a constant to the gradient. Orthonormal also
-    where the matrix has a lower rank, or is zero.
+    state, and `O(m n r)` instead of a full decomposition's `O(m n min(m, n))`. Columns are in decreasing order of
+    singular values. The largest entry of each is positive, so that a small change of `W` causes a small change of `B`
+    wherever singular values are distinct. `B` is a constant for the gradient. Its columns are orthonormal even if the
+    matrix has a lower rank, or is zero.
 
     Raises:
       ValueError: the rank is below 1 or above `min(m, n)`.
@@ -47,14 +47,13 @@ def row_basis(matrix: jax.Array, rank: int) -> jax.Array:
 
 
 def _leading_directions(rows: jax.Array) -> jax.Array:
-    """Returns the left singular vectors of a few rows `[k, n]`, `[k, k]`, in falling order of singular values.
+    """Returns the left singular vectors of a few rows `[k, n]`, `[k, k]`, in decreasing order of singular values.
 
-    By orthogonal iteration, and not by an eigendecomposition, which accelerators are slow at and compile for long, up
-    to 96 rows.
+    Up to 96 rows, by orthogonal iteration: eigendecompositions are slow to run and to compile on accelerators.
     """
     rows = _scaled(rows)
     gram = _product(rows, rows.T)
-    if len(rows) > _FEW_ROWS:  # There, one decomposition costs less than so many of another kind.
+    if len(rows) > _FEW_ROWS:  # Here, one eigendecomposition costs less than the iterations.
         return jnp.linalg.eigh(gram)[1][:, ::-1]
     # Scaled each time, so that directions of small singular values neither vanish nor stay as they were.
     start = jnp.eye(len(rows), dtype=rows.dtype)
@@ -64,7 +63,7 @@ def _leading_directions(rows: jax.Array) -> jax.Array:
 
 
 def _product(a: jax.Array, b: jax.Array) -> jax.Array:
-    # In full precision on accelerators too: columns that are rounded to ten bits are not orthogonal.
+    # In full precision on accelerators too: columns rounded to ten bits are not orthogonal.
     return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
 
 
@@ -74,7 +73,7 @@ def encode(matrix: jax.Array, basis: jax.Array) -> jax.Array:
 
 
 def decode(matrix: jax.Array, change: jax.Array, basis: jax.Array) -> jax.Array:
-    """Returns `W + B dA` for the change of a code; what the basis does not see is kept."""
+    """Returns `W + B dA` for the change `dA` of a code; the part of `W` outside the basis does not change."""
     return matrix + basis @ change
 
 
@@ -103,8 +102,8 @@ class LowRankDense(nn.Module):
 
     The paper's re-encoding from scratch (arXiv:2404.13322). Parameters, in the layout `[in, out]` of all Flax
     kernels: `A [in, r]`, `B [r, out]`, `bias [out]`. Both factors start random, `A` with variance `1 / in` and
-    `B` with variance `r / alpha^2`, so that `x W` starts with the variance of `x`; `B` does not start at zero as
-    in LoRA, since there is no kernel beside it (our choice).
+    `B` with variance `r / alpha^2`, so that `x W` starts with the variance of `x`. `B` does not start at zero as
+    in LoRA, since there is no other kernel (our choice).
 
     Attributes:
       features: number of outputs.
@@ -138,9 +137,9 @@ class LowRankDense(nn.Module):
 class LowRankConv(nn.Module):
     """A convolution that stores two factors: `W = B A alpha / r`, `A [r k, in k]`, `B [out k, r k]`.
 
-    The product is read as `W[(o, y), (i, x)]`, output `o` at height `y` from input `i` at width `x`: each factor
-    holds one side of the window, which is one reading of the shapes in arXiv:2404.13322 (our choice). Parameters
-    are stored transposed, as all Flax kernels are: `A [in kw, r kh]`, `B [r kh, out kh]`, `bias [out]`.
+    The product is `W[(o, y), (i, x)]`, for output `o` at height `y` from input `i` at width `x`. Each factor holds one
+    side of the window, which is one interpretation of the shapes in arXiv:2404.13322 (our choice). Parameters are
+    stored transposed, like all Flax kernels: `A [in kw, r kh]`, `B [r kh, out kh]`, `bias [out]`.
 
     Attributes:
       features: number of outputs.
@@ -169,7 +168,7 @@ class LowRankConv(nn.Module):
         _check_rank(self.rank, self.features, channels)
         inner = self.rank * height
         scale, b_init = _scale_and_init(self.rank, self.alpha, inner)
-        # Each output sums over in * kh * kw inputs, of which A sees in * kw.
+        # Each output sums over in * kh * kw inputs; A reads in * kw of them.
         a_init = nn.initializers.variance_scaling(1 / height, "fan_in", "normal")
         a = self.param("A", a_init, (channels * width, inner))
         b = self.param("B", b_init, (inner, self.features * height))
@@ -190,7 +189,7 @@ class LowRankConv(nn.Module):
 def _scale_and_init(
     rank: int, alpha: float | None, inner: int | None = None
 ) -> tuple[float, nn.initializers.Initializer]:
-    """Returns `alpha / r`, and the initialiser of `B` under which the product keeps the scale that `A` gives."""
+    """Returns `alpha / r`, and the initialiser of `B` with which the product keeps the scale of `A`."""
     scale = 1.0 if alpha is None else alpha / rank
     if not scale > 0:
         raise ValueError(f"alpha must be above 0, got {alpha}")

@@ -46,7 +46,7 @@ __all__ = [
 ]
 
 AttentionName = Literal["rows_rows", "rows_cols", "cols_rows", "cols_cols"]
-"""Which tokens of the target ask which tokens of the source: `cols_rows` is columns of `T`, rows of `S`."""
+"""Which target tokens attend to which source tokens: in `cols_rows`, columns of `T` attend to rows of `S`."""
 
 ATTENTIONS: tuple[AttentionName, ...] = get_args(AttentionName)
 
@@ -61,19 +61,19 @@ _LARGEST_RATIO = 1.25
 
 @dataclass(frozen=True)
 class LPKAOptions:
-    """The options of an LPKA; the defaults are the published values but for the two caps, which are our choice.
+    """The options of an LPKA; the defaults are the published values, except for the two caps (our choice).
 
     Attributes:
       num_layers: layers `L`.
       num_heads: heads `h` of each attention.
       max_width: cap on the width `h d` of each attention; None as published.
       max_hidden: cap on the hidden width `f` of the feed-forward block, which is `2 n` as published: 4 n^2 parameters,
-        more than all else where matrices are wide. Below `2 n` the block is a bottleneck.
-      attentions: which of the four there are. `cols_cols` costs most where matrices are wide.
+        more than all others in wide matrices. Below `2 n` the block is a bottleneck.
+      attentions: which of the four to use. `cols_cols` costs most for wide matrices.
       attention_dropout: rate of dropout on the attention weights.
-      feed_forward_dropout: rate of dropout on what the feed-forward block adds.
-      spectral: whether its kernels are divided by their spectral norms.
-      max_scores: attention maps `[h, r, s]` with more entries are made in chunks of queries and made again in the
+      feed_forward_dropout: rate of dropout on the output of the feed-forward block.
+      spectral: whether the feed-forward kernels are divided by their spectral norms.
+      max_scores: attention maps `[h, r, s]` with more entries are computed in chunks of queries and recomputed in the
         backward pass, so that memory does not grow with `r s`. Without dropout the values do not depend on it.
       dtype: of the computation; parameters, softmax and norms are float32.
     """
@@ -110,17 +110,17 @@ class LPKAOptions:
 def init(key: jax.Array, sizes: Sizes, options: LPKAOptions) -> dict[str, Any]:
     """Returns the parameters of one LPKA: uniform in `+-1/sqrt(fan in)`, PyTorch's default, and norms of 1 and 0.
 
-    With `D` the widths `h d` of all attentions of a side, one after the other, `a` their number, and `f` the hidden
-    width, the arrays are, each with a first axis of `L` layers:
+    `D` is the sum of the widths `h d` of all attentions of a side, `a` their number, and `f` the hidden width. Each
+    array has a first axis of `L` layers:
 
-    - `target_rows`, what the target's rows ask: `query` (kernel `[n, D]`, bias `[D]`), `out` (kernel `[D, n]`, bias
+    - `target_rows`, queries from the target's rows: `query` (kernel `[n, D]`, bias `[D]`), `out` (kernel `[D, n]`, bias
       `[a, n]`) and `norm` (scale and bias `[a, n]`); `target_cols` the same for columns, with `m` instead of `n`;
-    - `source_rows`, what the source's rows answer: `key_value` (kernel `[q, 2 D]`, bias `[2 D]`), key and value of each
-      attention in turn; `source_cols` the same with `p`;
+    - `source_rows`, keys and values from the source's rows: `key_value` (kernel `[q, 2 D]`, bias `[2 D]`), key and
+      value of each attention in turn; `source_cols` the same with `p`;
     - `feed_forward`: `up` (kernel `[n, f]`, bias `[f]`), `down` (kernel `[f, n]`, bias `[n]`), `norm` (`[n]`).
 
     Raises:
-      ValueError: there are more heads than the whole width of an attention.
+      ValueError: more heads than the width of an attention.
     """
     return draw(key, _starts(sizes, sizes, options))
 
@@ -138,27 +138,28 @@ def apply(
 
     A layer is `FFN((A(T, S) + A(T, S^T) + A(T^T, S)^T + A(T^T, S^T)^T) / 4)`, with the attention
     `A(X, Y) = LayerNorm(X + concat_h(softmax(Q K^T / sqrt(d)) V) W_o)`, `Q = X W_q`, `K = Y W_k`, `V = Y W_v`, all with
-    biases. Rows and columns both serve as tokens, since either may carry what the other model needs. Every row of the
-    output has variance 1 (before the last scale and bias), whatever the target's scale was. arXiv:2404.13322.
+    biases. Rows and columns both serve as tokens, since either may carry useful knowledge. Every row of the output has
+    variance 1 (before the last scale and bias), whatever the target's scale. arXiv:2404.13322.
 
     A layer has `sum_a 2 D_a (c + k) + 2 n f` parameters and costs `sum_a 4 D_a (m n + p q + r s) + 4 m n f` floating
-    point operations, biases and norms left out, for attentions of width `D_a` of `r` tokens of `c` features on `s` of
-    `k`. The published widths grow with the matrices: for 768x3072 from 768x3072 two layers have 215 million parameters.
+    point operations, without biases and norms, where attention `a` of width `D_a` has `r` queries of `c` features and
+    `s` keys of `k`. The published widths grow with the matrices: for 768x3072 from 768x3072, two layers have 215
+    million parameters.
 
     Args:
-      params: of `init`.
+      params: from `init`.
       target: `[m, n]`.
       source: `[p, q]`.
-      masks: what dropout keeps, of `draw_masks`; None for no dropout.
-      true: the true sizes `m`, `n`, `p`, `q`, and `scales` of scores by attention, where matrices and parameters are
-        padded with zeros: the output is then that of the whole ones, and means nothing outside of them.
+      masks: dropout masks from `draw_masks`; None for no dropout.
+      true: the true sizes `m`, `n`, `p`, `q`, and `scales` of scores by attention, if matrices and parameters are
+        padded with zeros. The output inside the true sizes is then that of the unpadded ones, and undefined outside.
       options: those of `init`.
     """
     return in_layers(functools.partial(_layer, options, true, source), options.num_layers, target, params, masks)
 
 
 class _Attention(NamedTuple):
-    """One of the four: `r` queries of `c` features ask `s` keys of `k` features, in heads of `h d` features."""
+    """One of the four attentions: `r` queries of `c` features, `s` keys of `k` features, heads of `h d` in total."""
 
     asks: str
     answers: str
@@ -174,7 +175,7 @@ class _Attention(NamedTuple):
 
 
 def _attentions(sizes: Sizes, options: LPKAOptions) -> list[_Attention]:
-    """Returns the attentions between matrices of these sizes, those that the target's rows ask first."""
+    """Returns the attentions between matrices of these sizes, first those with the target's rows as queries."""
     m, n, p, q = sizes
     found = []
     for name in ATTENTIONS:
@@ -202,10 +203,10 @@ def attention_widths(sizes: Sizes, options: LPKAOptions) -> dict[str, int]:
 
 
 def _bundles(attentions: Sequence[_Attention]) -> list[list[_Attention]]:
-    """Returns the attentions in bundles that run as one: those that ask the same keys, where their queries are alike.
+    """Returns the attentions in bundles that run as one: those with the same keys and similar numbers of queries.
 
-    Our choice: each is a program of its own to a compiler, so that two share one where the fewer queries are padded to
-    the number of the more at little cost.
+    Our choice: each attention is otherwise compiled separately, so two share one program if padding the shorter queries
+    costs little.
     """
     bundles = []
     for answers in ("rows", "cols"):
@@ -243,15 +244,15 @@ def _layer(
             total = total + (new if asks == "rows" else new.T)
     x = total / len(attentions)
     rows, columns = _valid(target, 0, true, "m"), _valid(target, 1, true, "n")
-    if rows is not None and columns is not None:  # What padded queries were answered must reach nobody.
+    if rows is not None and columns is not None:  # Outputs of padded queries must not be used.
         x = jnp.where(rows[:, None] & columns[None], x, 0.0)
     new = feed_forward(params["feed_forward"], x, masks.get("feed_forward"), columns, options)
-    # Nor the next layer's queries, whose kernels would learn from it outside of the true sizes.
+    # Nor by the next layer's queries, whose kernels would get gradients outside the true sizes.
     return new if rows is None else jnp.where(rows[:, None], new, 0.0)
 
 
 def _valid(matrix: jax.Array, axis: int, true: Mapping[str, Any] | None, size: str) -> jax.Array | None:
-    """Returns which indices of an axis are no padding; None for all."""
+    """Returns which indices of an axis are not padding; None for all."""
     return None if true is None else jnp.arange(matrix.shape[axis]) < true[size]
 
 
@@ -264,7 +265,7 @@ def _mixed(
     masks: Mapping[str, Any],
     options: LPKAOptions,
 ) -> dict[str, jax.Array]:
-    """Returns what the queries of each attention are answered, `[r, h d]`, before the output kernels."""
+    """Returns the attended values of each attention's queries, `[r, h d]`, before the output kernels."""
     h = options.num_heads
     queries: dict[str, jax.Array] = {}
     for tokens, x in (("rows", target), ("cols", target.T)):
@@ -301,7 +302,7 @@ def _mixed(
 
 
 def _by_attention(projected: jax.Array, attentions: Sequence[_Attention], parts: int) -> list[jax.Array]:
-    """Returns the parts of `[tokens, features]` that are each attention's, so many times as wide as it is."""
+    """Splits `[tokens, features]` by attention; each slice is `parts` times as wide as the attention."""
     return jnp.split(projected, np.cumsum([parts * one.width for one in attentions])[:-1], axis=1)
 
 
@@ -315,7 +316,7 @@ def _attend(
 ) -> jax.Array:
     """Returns `softmax(Q K^T) V`, `[a, r, h, d]`, of `a` attentions: queries `[a, r, h, d]`, the others `[a, s, h, d]`.
 
-    The mask is `[a, h, r, s]`, or a key where that has more than `max_scores` entries; valid keys are `[s]`.
+    The mask is `[a, h, r, s]`, or a random key if that has more than `max_scores` entries; valid keys are `[s]`.
     """
     rate = options.attention_dropout
 
@@ -339,7 +340,7 @@ def _attend(
     padded = jnp.moveaxis(pad_to(queries, (chunks * chunk, h, d)).reshape(a, chunks, chunk, h, d), 1, 0)
     mask_keys = None if mask is None else jax.random.split(mask, chunks)
 
-    # Under checkpoint a chunk's map lives only while the chunk is worked on, in the backward pass too.
+    # Under checkpoint, a chunk's map is freed after the chunk, in the backward pass too.
     @jax.checkpoint
     def mix_chunk(queries: jax.Array, mask_key: jax.Array | None) -> jax.Array:
         return mix(queries, None if mask_key is None else draw_mask(mask_key, (a, h, chunk, s), rate))
@@ -349,7 +350,7 @@ def _attend(
 
 
 def _starts(true: Sizes, padded: Sizes, options: LPKAOptions) -> dict[str, Any]:
-    """Returns the start of the parameters of true matrices, with zeros around for padded ones."""
+    """Returns the initial parameters for the true sizes, padded with zeros."""
     layers, h = options.num_layers, options.num_heads
     starts: dict[str, Any] = {}
     pairs = list(zip(_attentions(true, options), _attentions(padded, options), strict=True))
@@ -357,7 +358,7 @@ def _starts(true: Sizes, padded: Sizes, options: LPKAOptions) -> dict[str, Any]:
         asking = [(one.width, pad.width) for one, pad in pairs if one.asks == tokens]
         if asking:
             heads = np.concatenate([_valid_heads(width, pad, h) for width, pad in asking])
-            # Each attention's output kernel has its own fan in.
+            # The output kernel of each attention has a separate fan in.
             bounds = np.array([width**-0.5 for width, _ in asking])
             by_row = heads * np.repeat(bounds, [pad for _, pad in asking])
             kept = valid_ones(features, wide)
@@ -383,7 +384,7 @@ def _valid_heads(true: int, padded: int, heads: int) -> np.ndarray:
 
 
 def _masks(sizes: Sizes, options: LPKAOptions) -> dict[str, Dropout]:
-    """Returns the dropout masks to draw in one pass; none where the rate is 0."""
+    """Returns the dropout masks to draw in one pass; none if the rate is 0."""
     masks = {}
     if options.attention_dropout:
         for number, bundle in enumerate(_bundles(_attentions(sizes, options))):
@@ -408,7 +409,7 @@ def _true(sizes: Sizes, options: LPKAOptions) -> dict[str, Any]:
 
 
 def lpka_network(options: LPKAOptions) -> Network:
-    """Returns the LPKA as a network: what `adapter_transfer` maps matrices with.
+    """Returns the LPKA as a network for `adapter_transfer`.
 
     Raises:
       ValueError: an option out of range.
@@ -427,7 +428,7 @@ class LPKA(nn.Module):
     """The adapter as a Flax module: its parameters are the arrays of `init`, its call is `apply`.
 
     Attributes:
-      options: what it is.
+      options: of the LPKA.
     """
 
     options: LPKAOptions = LPKAOptions()
@@ -439,7 +440,7 @@ class LPKA(nn.Module):
         sizes = Sizes(*target.shape, *source.shape)
         if self.is_initializing():
             start: Any = init(self.make_rng("params"), sizes, self.options)
-        else:  # Only their shapes are looked at.
+        else:  # Only their shapes are used.
             shapes = jax.eval_shape(functools.partial(init, sizes=sizes, options=self.options), jax.random.key(0))
             start = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), shapes)
         params = {name: self.param(name, lambda _, name=name: start[name]) for name in start}

@@ -15,10 +15,10 @@ __all__ = ["Matches", "match"]
 
 
 class Matches(dict[str, str]):
-    """Routes `{target path: source path}` that `match` has found.
+    """Routes `{target path: source path}` found by `match`.
 
     Attributes:
-      left_out: paths of the target that a pattern names and that have no route, with the reason.
+      left_out: target paths that match a pattern but have no route, with the reason.
     """
 
     left_out: Mapping[str, str]

@@ -29,9 +29,9 @@ def lpka_transfer(
 ) -> Transfer:
     """Returns MergeNet's transfer: each routed target leaf attends to its source leaf through an LPKA.
 
-    `T' = LPKA(T, S)` in one of the output forms of `adapter_transfer`, by default `warm`. Two defaults are caps on
-    widths that grow with the matrices as published; they change nothing where matrices are small, and
-    `published_transfer` has none. Source: arXiv:2404.13322.
+    `T' = LPKA(T, S)` in one of the output forms of `adapter_transfer`, by default `warm`. Two defaults cap widths that,
+    as published, grow with the matrices. The caps do not affect small matrices, and `published_transfer` has none.
+    Source: arXiv:2404.13322.
 
     Args:
       routes: `{target path: source path}`, or a sequence of such pairs or of `Route`s; paths may be patterns.
@@ -39,12 +39,12 @@ def lpka_transfer(
       num_heads: heads of each attention, 1 or more.
       max_width: cap on the inner width of each attention, or None.
       max_hidden: cap on the hidden width of each feed-forward block, or None.
-      attentions: which of `rows_rows`, `rows_cols`, `cols_rows`, `cols_cols` there are.
+      attentions: which of `rows_rows`, `rows_cols`, `cols_rows`, `cols_cols` to use.
       attention_dropout: rate of dropout on attention weights, in [0, 1).
       feed_forward_dropout: rate of dropout on the feed-forward block, in [0, 1).
       spectral: whether feed-forward kernels are divided by their spectral norms.
-      max_scores: entries of attention maps held at once; larger ones are made in chunks of queries, and again in
-        the backward pass. The values do not depend on it.
+      max_scores: entries of attention maps in memory at once; larger maps are computed in chunks of queries, and
+        recomputed in the backward pass. The values do not depend on it.
       dtype: of the computation, e.g. bfloat16; parameters, softmax and norms stay float32.
       **options: `output`, `rank`, `view`, `gate`, `shared`, `padding`; see `adapter_transfer`.
 
@@ -72,8 +72,8 @@ def published_transfer(routes: Routes, *, num_layers: int = 2, num_heads: int = 
     """Returns the transfer exactly as published: `T' = LPKA(T, S)`, no caps on widths, whole matrices.
 
     The rows of the new matrix have variance 1, so use it before a BatchNorm, and with
-    `make_joint_step(..., update="surrogate")` to train it as published. Source: arXiv:2404.13322 and its code, to
-    which `tests/transfers/test_published.py` compares it.
+    `make_joint_step(..., update="surrogate")` to train it as published. Source: arXiv:2404.13322 and its code;
+    `tests/transfers/test_published.py` compares them.
 
     Raises:
       ValueError: as `lpka_transfer`.

@@ -1,4 +1,4 @@
-"""The ablation without attention: a network that mixes the matrices by perceptrons, and its transfer."""
+"""The attention-free ablation: a network that mixes the matrices with perceptrons, and its transfer."""
 
 import functools
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ __all__ = ["MixingOptions", "apply", "mixing_network", "mlp_transfer"]
 
 @dataclass(frozen=True)
 class MixingOptions:
-    """What the network is.
+    """The options of the mixing network.
 
     Attributes:
       num_layers: layers, 1 or more.
@@ -37,7 +37,7 @@ class MixingOptions:
       max_hidden: cap on the hidden width of the feed-forward block; None for `2 n`.
       feed_forward_dropout: dropout on the feed-forward block.
       spectral: whether the feed-forward kernels are divided by their spectral norms.
-      dtype: of the computation, LayerNorm excepted; parameters are float32.
+      dtype: of the computation, except LayerNorm; parameters are float32.
     """
 
     num_layers: int = 2
@@ -69,9 +69,9 @@ def apply(
     """Returns the new target matrix `[m, n]`; a layer is `FFN(LayerNorm(T + (P_r (P_c S)^T)^T))`.
 
     `P_c` maps each row of the source `[p, q]` to `n` features, `P_r` each of those columns from `p` to `m`
-    entries: `P x = gelu(x W_1 + b_1) W_2 + b_2` with `width` hidden units. It differs from a layer of the LPKA in that
-    what is mixed with what is learned once instead of asked by queries; our choice of the ablation that
-    arXiv:2404.13322 names without detail.
+    entries: `P x = gelu(x W_1 + b_1) W_2 + b_2` with `width` hidden units. Unlike a layer of the LPKA, the mixing is
+    learned once and does not depend on queries. This is our choice for the ablation that arXiv:2404.13322 names without
+    detail.
     """
     del true  # Its matrices are never padded.
 
@@ -113,7 +113,7 @@ def _masks(sizes: Sizes, options: MixingOptions) -> dict[str, Dropout]:
 
 
 def mixing_network(options: MixingOptions) -> Network:
-    """Returns the network without attention.
+    """Returns the attention-free network.
 
     Raises:
       ValueError: an option out of range.
@@ -137,9 +137,9 @@ def mlp_transfer(
     dtype: Any = jnp.float32,
     **options: Unpack[AdapterOptions],
 ) -> Transfer:
-    """Returns the ablation without attention: the source's rows and columns are mixed by learned perceptrons.
+    """Returns the attention-free ablation: learned perceptrons mix the source's rows and columns.
 
-    See `mixing.apply` for the equation; all else is as in `lpka_transfer`.
+    See `mixing.apply` for the equation; everything else is as in `lpka_transfer`.
 
     Args:
       routes: as `lpka_transfer`.

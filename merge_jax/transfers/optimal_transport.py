@@ -1,4 +1,4 @@
-"""Fusion by optimal transport: the source's neurons are matched with the target's, then both are averaged."""
+"""Fusion by optimal transport: matches the source's neurons with the target's and averages both."""
 
 import functools
 import math
@@ -23,7 +23,7 @@ __all__ = ["optimal_transport_transfer", "transport_map"]
 # Keeps the length of zero rows, and its gradient, finite.
 _EPSILON = 1e-12
 
-# Distances are differences of large numbers, which the faster matrix products of accelerators would drown.
+# Distances are differences of large numbers, too small for the precision of accelerators' faster matrix products.
 _PRECISION = lax.Precision.HIGHEST
 
 
@@ -32,29 +32,28 @@ def optimal_transport_transfer(
 ) -> Transfer:
     """Returns fusion by optimal transport: `T' = (1 - w) T + w P S Q^T`, layer by layer.
 
-    `T` is `[m, n]`, `S [p, q]`, rows being neurons. `P [m, p]` says which of the source's neurons each neuron of the
-    target is made of; its rows sum to 1. It is the transport plan between the rows of `T` and those of `S Q^T`, all of
-    one mass, times `m`; see `transport_map`. `Q [n, q]` is the `P` of the route before, if it is of that shape: **the
-    order of the routes is the order of the layers**. Otherwise, as for the first route, inputs are matched one by one
-    from the first on, and what only the target has stays. Windows of convolutions meet at their centres (see
-    `copy_overlap`). A vector (a bias, a norm's scale) belongs to the layer before it: it gets `Q` and sets no `P`.
-    An embedding's neurons are its features, so it needs `Route(..., target_spec=MatrixSpec(rows=(1,), inputs=(0,)))`
-    and the same for its source.
+    `T` is `[m, n]`, `S [p, q]`; rows are neurons. `P [m, p]` maps the source's neurons to the target's; its rows sum
+    to 1. It is `m` times the transport plan between the rows of `T` and those of `S Q^T`, all with equal mass; see
+    `transport_map`. `Q [n, q]` is the `P` of the previous route, if that has this shape: **the order of the routes is
+    the order of the layers**. Otherwise, as for the first route, inputs are paired by index, and inputs that only the
+    target has do not change. Windows of convolutions are aligned at their centres (see `copy_overlap`). A vector (a
+    bias, a norm's scale) belongs to the previous layer: it uses `Q` and sets no `P`. An embedding's neurons are its
+    features, so it needs `Route(..., target_spec=MatrixSpec(rows=(1,), inputs=(0,)))` and the same for its source.
 
-    The adapter is empty. All is differentiable, the plan included. Running statistics of a BatchNorm are no
-    parameters and stay.
+    The adapter is empty. Everything is differentiable, including the plan. Running statistics of a BatchNorm are not
+    parameters and do not change.
 
-    Source: Singh & Jaggi, arXiv:1910.05653, algorithm 1 with neurons compared by their weights, the target as the model
-    aligned to, and its code (sidak/otfusion). Their experiments use exact plans; ours are regularised by entropy, to be
-    differentiable. What happens to inputs and windows that differ is our choice. Outputs of the last layer are matched
-    as neurons too; where they are the same classes in both models, leave that layer out.
+    Source: Singh & Jaggi, arXiv:1910.05653, algorithm 1 with neurons compared by their weights and aligned to the
+    target, and its code (sidak/otfusion). Their experiments use exact plans; ours are regularised by entropy, to be
+    differentiable. The treatment of different inputs and windows is our choice. Outputs of the last layer are matched
+    as neurons too; if they are the same classes in both models, leave that layer out.
 
     Args:
       routes: as `share_transfer`, in the order of the layers.
-      regularisation: of the plan by entropy, above 0, in units of the mean squared length of the rows; the smaller it
-        is, the nearer `P` is to a permutation.
+      regularisation: entropy regularisation of the plan, above 0, in units of the mean squared length of the rows; the
+        smaller it is, the closer `P` is to a permutation.
       iterations: Sinkhorn iterations for each plan.
-      weight: `w` in [0, 1], the part of the source; 1 is the aligned source.
+      weight: `w` in [0, 1], the share of the source; 1 is the aligned source.
 
     Raises:
       ValueError: as `share_transfer`; or for an option out of range or a route with the view `attention`.
@@ -67,7 +66,7 @@ def optimal_transport_transfer(
         raise ValueError(f"weight must lie in [0, 1], got {weight}")
 
     def fuse(target: jax.Array, source: jax.Array, previous: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        """Returns the new kernel of the target and the map `[m, p]`, from the map of the route before."""
+        """Returns the target's new kernel and the map `[m, p]`, given the map of the previous route."""
         if _fits(previous, target.shape, source.shape):
             source = jnp.einsum("nq,pq...->pn...", previous, source, precision=_PRECISION)
         aligned = overlap_blocks(jnp.zeros((source.shape[0], *target.shape[1:])), source)
@@ -80,7 +79,7 @@ def optimal_transport_transfer(
     def move(
         routes: tuple[ResolvedRoute, ...], adapter: Adapter, sources: ByPath, targets: ByPath, key: Key, step: Step
     ) -> ByPath:
-        del adapter, key, step  # There is nothing learned and nothing random.
+        del adapter, key, step  # Nothing is learned and nothing random.
         new_leaves = {}
         previous: jax.Array | None = None
         for route in routes:
@@ -119,13 +118,12 @@ def _is_vector(route: ResolvedRoute) -> bool:
 
 
 def transport_map(target: jax.Array, source: jax.Array, *, regularisation: float, iterations: int) -> jax.Array:
-    """Returns the map `P [m, p]` by which `P S` is the source's rows `[p, d]` aligned to the target's rows `[m, d]`.
+    """Returns the map `P [m, p]` that aligns the source's rows `[p, d]` to the target's rows `[m, d]`, as `P S`.
 
-    `P / m` is the plan of least `sum_ik plan_ik |t_i - s_k|^2 / u - regularisation * entropy(plan)` with all rows of
-    one side of one mass, by Sinkhorn iterations on logarithms; `u` is the mean squared length of the target's rows
-    plus that of the source's, which makes the map one of directions and not of units (our choice). Rows of `P`
-    sum to 1 after any number of iterations, its columns to `m / p` after enough of them. Sources: Cuturi,
-    arXiv:1306.0895; arXiv:1910.05653.
+    `P / m` minimises `sum_ik plan_ik |t_i - s_k|^2 / u - regularisation * entropy(plan)`, with equal masses on each
+    side, by Sinkhorn iterations on logarithms. `u` is the mean squared length of the target's rows plus that of the
+    source's, so that the map does not depend on units (our choice). Rows of `P` sum to 1 after any number of
+    iterations, columns to `m / p` after enough of them. Sources: Cuturi, arXiv:1306.0895; arXiv:1910.05653.
     """
     squares = [jnp.mean(jnp.sum(jnp.square(rows), axis=1)) for rows in (target, source)]
     unit = jnp.sqrt(sum(squares, jnp.asarray(_EPSILON)))
@@ -134,12 +132,12 @@ def transport_map(target: jax.Array, source: jax.Array, *, regularisation: float
     products = jnp.matmul(target, source.T, precision=_PRECISION)
     logits = -jnp.maximum(lengths - 2 * products, 0) / regularisation
 
-    # Made again in the backward pass: one vector an iteration is kept, not matrices.
+    # Recomputed in the backward pass, which stores one vector per iteration instead of matrices.
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def iteration(potential: jax.Array, _: None) -> tuple[jax.Array, None]:
         row_potential = -jax.nn.logsumexp(logits + potential, axis=1, keepdims=True)
         return -jax.nn.logsumexp(logits + row_potential, axis=0, keepdims=True), None
 
-    # Masses are left out: being equal, they shift a potential as a whole, which the softmax does not see.
+    # Masses are left out: equal masses only add a constant to a potential, which the softmax ignores.
     potential, _ = lax.scan(iteration, jnp.zeros((1, len(source))), length=iterations)
     return jax.nn.softmax(logits + potential, axis=1)

@@ -1,4 +1,4 @@
-"""Weight distillation: a generator makes the target's weights from the source's."""
+"""Weight distillation: a generator computes the target's weights from the source's."""
 
 from typing import Unpack
 
@@ -14,15 +14,15 @@ __all__ = ["ParameterGenerator", "parameter_generator_transfer"]
 
 
 class ParameterGenerator(nn.Module):
-    """Weights from weights: `F(S) = C * tanh(A S B) + D`, with learned `A [m, p]`, `B [q, n]`, `C [m, n]`, `D [m, n]`.
+    """Generates weights: `F(S) = C * tanh(A S B) + D`, with learned `A [m, p]`, `B [q, n]`, `C [m, n]`, `D [m, n]`.
 
-    `A` and `B` start Xavier-normally, `C` as ones and `D` as zeros. The target's own weights are not read.
+    `A` and `B` start Xavier-normal, `C` as ones and `D` as zeros. The target's weights are not used.
     """
 
     @nn.compact
     def __call__(self, target: jax.Array, source: jax.Array, *, deterministic: bool = True) -> jax.Array:
-        """Makes `[m, n]` from the source `[p, q]`; of the target only its shape `[m, n]` counts."""
-        del deterministic  # There is nothing random.
+        """Maps the source `[p, q]` to `[m, n]`, the shape of the target; its values are not used."""
+        del deterministic  # Nothing is random.
         (m, n), (p, q) = target.shape, source.shape
         rows = self.param("rows", nn.initializers.xavier_normal(), (m, p))
         columns = self.param("columns", nn.initializers.xavier_normal(), (q, n))
@@ -34,14 +34,14 @@ class ParameterGenerator(nn.Module):
 def parameter_generator_transfer(routes: Routes, **options: Unpack[AdapterOptions]) -> Transfer:
     """Returns weight distillation's parameter generator: `T' = C * tanh(A S B) + D`, all four learned.
 
-    `S [p, q]` is the source's matrix; see `ParameterGenerator`. The target's weights are made from nothing else, so at
-    the start the target is a random one, and training is through the generator: `make_reparameterised_step` is the
-    paper's first phase, `bake` and training on its second.
+    `S [p, q]` is the source's matrix; see `ParameterGenerator`. The target's weights depend on nothing else, so the
+    target starts random, and training is through the generator: `make_reparameterised_step` is the paper's first phase,
+    `bake` and further training its second.
 
-    Source: arXiv:2009.09152, with the equation and the start of its code (Lollipop321/weight-distillation). There the
-    `L` source layers of a group share `A` and `B` and are then mixed by learned weights: `sum_l c_l A S_l B`. Here they
-    are under each other as one matrix `[L p, q]` (a route of several source leaves), and each has an `A` of its own,
-    of which `c_l A` is a special case; our choice, since it needs no leaves of one shape. So are convolutions, whose
+    Source: arXiv:2009.09152, with the equation and initialisation of its code (Lollipop321/weight-distillation). There
+    the `L` source layers of a group share `A` and `B` and are then mixed by learned weights: `sum_l c_l A S_l B`. Here
+    they are stacked to one matrix `[L p, q]` (a route of several source leaves), each with a separate `A`. `c_l A` is a
+    special case of that; our choice, since leaves need not have one shape. Our choices too are convolutions, whose
     columns are inputs x window, and all output forms but `published`, the default.
 
     Args:

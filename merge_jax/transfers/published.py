@@ -1,4 +1,4 @@
-"""The published PyTorch adapter's parameters read into ours, and ours written as its."""
+"""Conversion between the published PyTorch adapter's parameters and ours."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ __all__ = ["PublishedAdapter", "export_published_adapter", "load_published_adapt
 
 _PUBLISHED_NUM_HEADS = 8
 
-# Published module -> ours. Rows are its "x", columns its "y"; the misspelling is its own.
+# Published module -> ours. It calls rows "x" and columns "y"; the misspelling is in the original.
 _ATTENTIONS = {
     "attention_x_x": "rows_rows",
     "attention_x_y": "rows_cols",
@@ -24,7 +24,7 @@ _ATTENTIONS = {
 }
 _PROJECTIONS = {"fc_q": "query", "fc_k": "key", "fc_v": "value", "fc_output": "out"}
 _FEED_FORWARD = {"dense_up": "up", "dense_dowm": "down"}
-# Our parts, with a module of each whose kernel has the sizes.
+# Our parts, each with a module whose kernel determines the sizes.
 _PARTS = {
     "target_rows": "query",
     "target_cols": "query",
@@ -32,7 +32,7 @@ _PARTS = {
     "source_cols": "key_value",
     "feed_forward": "up",
 }
-# State that torch's spectral norm keeps: its power iteration's vectors, and what a file may add for reading.
+# State of torch's spectral norm: the vectors of its power iteration, and optional extra entries of a file.
 _STATE = re.compile(r"\.parametrizations\.weight\.0\._[uv]$|\.effective_weight$|num_batches_tracked$")
 
 
@@ -42,8 +42,8 @@ class PublishedAdapter(NamedTuple):
     Attributes:
       params: parameters of `LPKA` for one route; the adapter of `lpka_transfer({target: source}, ...,
         output="published")` is `{target: params}`.
-      num_layers: layers found.
-      num_heads: heads given, stored in the file, or 8 as published.
+      num_layers: number of layers found.
+      num_heads: number of heads: given, stored in the file, or 8 as published.
     """
 
     params: Adapter
@@ -60,20 +60,20 @@ def load_published_adapter(
 ) -> PublishedAdapter:
     """Maps the arrays of a published adapter, by their torch names, to parameters of our `LPKA`.
 
-    Torch keeps a linear weight as `[out, in]`, so kernels are transposed: `kernel [in, out] = weight^T`. The
-    weight before its spectral normalisation is read (`parametrizations.weight.original`), its state is not.
+    Torch stores a linear weight as `[out, in]`, so kernels are transposed: `kernel [in, out] = weight^T`. Only the
+    weight before spectral normalisation is read (`parametrizations.weight.original`), not the state of the norm.
 
     Args:
       arrays: `{torch name: array}`, e.g. a state dict as NumPy arrays or an opened `.npz`; a name may begin
         with `layer.`, as in a saved published model.
-      prefix: only names that begin with it are read, e.g. `state/` or `init/adapter/`. Without one, the prefix
-        that all the names of layers share is found, and arrays `layers` and `heads` are understood.
-      num_layers: number of layers to expect; by default as many as there are.
-      num_heads: number of heads; the arrays cannot tell it. By default the array `heads`, or 8 as published.
+      prefix: only names with this prefix are read, e.g. `state/` or `init/adapter/`. By default, the prefix shared
+        by all names of layers; the arrays `layers` and `heads` are then read too.
+      num_layers: expected number of layers; by default the number found.
+      num_heads: number of heads, which the weights do not determine. By default the array `heads`, or 8 as published.
 
     Raises:
-      ValueError: no layer under the prefix, a layer or an array missing, an array that has no place in the
-        adapter, or a number of layers or heads that does not fit the arrays.
+      ValueError: no layer under the prefix, a missing layer or array, an array that does not belong to the adapter,
+        or a number of layers or heads that does not fit the arrays.
     """
     if num_heads is None:
         num_heads = int(arrays["heads"]) if "heads" in arrays else _PUBLISHED_NUM_HEADS
@@ -101,7 +101,7 @@ def load_published_adapter(
 
 
 def _fused(layers: Sequence[Mapping[str, Any]]) -> Adapter:
-    """Returns our parameters of layers given attention by attention."""
+    """Returns our parameters from layers with separate attentions."""
 
     def concatenated(modules: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
         return {leaf: np.concatenate([module[leaf] for module in modules], -1) for leaf in ("kernel", "bias")}
@@ -127,7 +127,7 @@ def _fused(layers: Sequence[Mapping[str, Any]]) -> Adapter:
 
 
 def _split(params: Adapter, layer: int, widths: Mapping[str, int]) -> dict[str, Any]:
-    """Returns the parameters of a layer attention by attention; the inverse of `_fused`."""
+    """Returns the parameters of a layer with separate attentions; the inverse of `_fused`."""
     layer_params = jax.tree.map(lambda leaf: np.asarray(leaf)[layer], params)
     modules: dict[str, Any] = {name: {} for name in ATTENTIONS}
     for tokens in ("rows", "cols"):
@@ -151,20 +151,19 @@ def export_published_adapter(
 ) -> dict[str, np.ndarray]:
     """Returns the parameters of one `LPKA` as the state dict of the published adapter; the inverse of loading.
 
-    Kernels are transposed to torch's `[out, in]`. The state of its spectral norms, the vectors of a power
-    iteration, is where that iteration converges: the leading singular vectors. In torch:
+    Kernels are transposed to torch's `[out, in]`. The state of the spectral norms, the vectors of a power iteration,
+    is set to its limit: the leading singular vectors. In torch:
     `module.load_state_dict({name: torch.from_numpy(array) for name, array in arrays.items()})`.
 
     Args:
-      params: the parameters of one route: `adapter[target path]` of a transfer with `output="published"` whose four
-        attentions are all there, of one route.
-      num_heads: of the transfer; the kernels of the attentions stand one beside the other, so where one ends follows
-        from it.
-      max_width: of the transfer; None as published.
-      prefix: what the names begin with, e.g. `layer.`.
+      params: the parameters of one route: `adapter[target path]` of a transfer with `output="published"`, all four
+        attentions, and one route.
+      num_heads: that of the transfer; it determines where to split the concatenated kernels of the attentions.
+      max_width: that of the transfer; None as published.
+      prefix: prefix of the names, e.g. `layer.`.
 
     Raises:
-      ValueError: parameters that are not those of an `LPKA` of the published form, or of other heads or widths.
+      ValueError: parameters that are not those of a published `LPKA`, or with other heads or widths.
     """
     missing = [name for name in _PARTS if name not in params]
     if missing or len(params) > len(_PARTS):
@@ -206,7 +205,7 @@ def export_published_adapter(
 
 
 def _only_prefix(arrays: Mapping[str, Any]) -> str:
-    """Returns the one prefix of the names of weights of layer 0 (`state/` and `grad/` may stand together)."""
+    """Returns the only prefix of the weights of layer 0 (a file may contain both `state/` and `grad/`)."""
     probe = re.compile(r"^(.*?)(layer\.)?0\.attention_x_x\.fc_q\.weight$")
     prefixes = [match[1] for name in arrays if (match := probe.match(name))]
     states = [prefix for prefix in prefixes if prefix in ("", "state/")]
@@ -216,7 +215,7 @@ def _only_prefix(arrays: Mapping[str, Any]) -> str:
 
 
 def _place(name: str) -> tuple[str, ...] | None:
-    """Returns our path for a torch name, or None where the name is none of a layer's."""
+    """Returns our path for a torch name, or None if the name does not belong to a layer."""
     match = re.match(r"^(\d+)\.(\w+)\.(\w+)\.(.+)$", name)
     if match is None:
         return None

@@ -1,4 +1,4 @@
-"""Parameter sharing: what both models have a place for is copied."""
+"""Parameter sharing: copies the overlap of both models."""
 
 import functools
 
@@ -18,10 +18,10 @@ __all__ = ["share_transfer"]
 def share_transfer(routes: Routes, *, view: ViewName = "matrix") -> Transfer:
     """Returns parameter sharing: the source's overlapping block is copied into each routed target leaf.
 
-    `T'[i, j] = S[i, j]` where both have the entry, `T[i, j]` elsewhere; windows of convolutions overlap at
-    their centres (see `copy_overlap`), heads of attention blocks in proportion (see `Route`). The baseline
-    "parameter sharing" of arXiv:2404.13322; which block is copied is our choice, since the paper leaves it open.
-    The adapter is empty.
+    `T'[i, j] = S[i, j]` in the overlap, `T[i, j]` elsewhere. Windows of convolutions are aligned at their centres
+    (see `copy_overlap`), heads of attention blocks are paired in proportion (see `Route`). The baseline "parameter
+    sharing" of arXiv:2404.13322; the choice of the block is ours, since the paper does not specify it. The adapter is
+    empty.
 
     Raises:
       ValueError: as `adapter_transfer`.
@@ -32,7 +32,7 @@ def share_transfer(routes: Routes, *, view: ViewName = "matrix") -> Transfer:
     def move(
         batches: tuple[RouteBatch, ...], adapter: Adapter, sources: ByPath, targets: ByPath, key: Key, step: Step
     ) -> ByPath:
-        del adapter, key, step  # There is nothing learned and nothing random.
+        del adapter, key, step  # Nothing is learned and nothing random.
         new_leaves = {}
         for batch in batches:
             new_leaves |= run_batch(batch, functools.partial(_share, batch.routes[0]), sources, targets)

@@ -1,4 +1,4 @@
-"""Which rows of two embeddings are the same token."""
+"""Matches rows of two embeddings that are the same token."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -8,7 +8,7 @@ from merge_jax.transfers.rows import Rows
 __all__ = ["match_vocabulary"]
 
 _MARKS = {"##": "the inside of words by '##'", "Ġ": "their starts by 'Ġ'", "▁": "their starts by '▁'"}
-_SHARE = 0.05  # Of a vocabulary's tokens; some vocabularies hold the mark of another as a letter.
+_SHARE = 0.05  # Of a vocabulary's tokens; in some vocabularies another's mark is a plain letter.
 
 
 def match_vocabulary(
@@ -51,7 +51,7 @@ def match_vocabulary(
 
 
 def _mark(tokens: Iterable[str]) -> str:
-    """Returns how a vocabulary marks the insides or the starts of words, empty where it does not."""
+    """Returns how a vocabulary marks the insides or starts of words; empty if it does not."""
     tokens = list(tokens)
     counts = {mark: sum(token.startswith(mark) for token in tokens) for mark in _MARKS}
     mark = max(counts, key=lambda one: counts[one])

@@ -1,4 +1,4 @@
-"""Weight selection: a large model's entries, evenly chosen, as a small model's weights."""
+"""Weight selection: evenly chosen entries of a large model as the weights of a small model."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ def evenly_chosen(size: int, total: int) -> np.ndarray:
 
 
 def choice_matrix(chosen: Any, size: int, total: int) -> jax.Array:
-    """Returns the matrix `[size, total]`, float32, that takes the chosen entries of a vector, and 0 after them."""
+    """Returns the matrix `[size, total]`, float32, that selects the chosen entries of a vector, followed by zeros."""
     matrix = jax.nn.one_hot(jnp.asarray(chosen), total, dtype=jnp.float32)
     return jnp.pad(matrix, ((0, size - matrix.shape[0]), (0, 0)))
 
@@ -33,21 +33,21 @@ def choice_matrix(chosen: Any, size: int, total: int) -> jax.Array:
 def weight_selection_transfer(routes: Routes) -> Transfer:
     """Returns weight selection: each routed target leaf gets evenly chosen rows and inputs of its source leaf.
 
-    `T'[i, j] = S[floor(i p / m), floor(j q / n)]` with `T [m, n]` and `S [p, q]`, rows being outputs. Where the source
-    has fewer rows or inputs than the target, all of them are written to the first ones, and the rest stays, as in
-    `share_transfer`; leaves of one shape are copied. The adapter is empty.
+    `T'[i, j] = S[floor(i p / m), floor(j q / n)]` with `T [m, n]` and `S [p, q]`; rows are outputs. If the source has
+    fewer rows or inputs, all of them are written to the target's first ones, and the rest does not change, as in
+    `share_transfer`. Leaves of one shape are copied. The adapter is empty.
 
-    Source: arXiv:2311.18823, "uniform selection", which needs a source as large along every axis. Its code
-    (OscarXZQ/weight-selection) has these indices where `m` divides `p`, and rounds otherwise; to round down is our
-    choice. So are windows of convolutions of different sizes, which meet at their centres (see `copy_overlap`). Which
-    layer is paired with which is up to the routes; the paper takes the source's first ones.
+    Source: arXiv:2311.18823, "uniform selection", which needs a source at least as large along every axis. Its code
+    (OscarXZQ/weight-selection) uses these indices if `m` divides `p`, and rounds otherwise; to round down is our
+    choice. So is aligning windows of different sizes at their centres (see `copy_overlap`). The routes decide which
+    layers are paired; the paper uses the source's first ones.
 
     Raises:
       ValueError: as `share_transfer`; or for a route with the view `attention`.
     """
 
     def choose(params: Adapter, target: jax.Array, source: jax.Array) -> jax.Array:
-        del params  # There is nothing learned.
+        del params  # Nothing is learned.
         for axis in (0, 1):
             total = source.shape[axis]
             source = source.take(evenly_chosen(min(target.shape[axis], total), total), axis)
