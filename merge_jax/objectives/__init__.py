@@ -1,4 +1,4 @@
-"""What a model learns and how it is scored: losses of examples, teachers, metrics."""
+"""Training objectives and scores: per-example losses, teachers, metrics."""
 
 from etils import epy
 

@@ -30,7 +30,7 @@ def accuracy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Returns the fraction in [0, 1] of logits `[..., C]` whose largest entry is the label `[...]`; a scalar.
 
     Raises:
-      ValueError: labels of another shape than the logits have without their last axis.
+      ValueError: the shape of the labels is not that of the logits without the last axis.
     """
     check_labels(logits, labels)
     return jnp.mean(jnp.argmax(logits, axis=-1) == labels)
@@ -42,12 +42,12 @@ def on_pixels(apply_fn: ModelApply, mean: Sequence[float], std: Sequence[float])
     Inputs of other types are passed on unchanged.
 
     Args:
-      apply_fn: `model.apply` of a model of float images.
-      mean: of each channel, of pixels in [0, 1].
-      std: their standard deviation.
+      apply_fn: `model.apply` of a model for float images.
+      mean: mean of each channel, for pixels in [0, 1].
+      std: standard deviation of each channel.
 
     Raises:
-      ValueError: a standard deviation that is not above 0.
+      ValueError: a standard deviation not above 0.
     """
     if not all(one > 0 for one in std):
         raise ValueError(f"std must be above 0, got {list(std)}")
@@ -70,9 +70,9 @@ def classification_loss(
 
     Args:
       apply_fn: `model.apply` of a Linen module called as `(inputs, train=True)`, with logits `[B, C]`; its
-        collections (BatchNorm statistics) update, and dropout draws from the step's key.
+        collections (BatchNorm statistics) are updated, and dropout draws from the step's key.
       loss: `(logits [B, C], batch) -> [B]`; cross entropy with `batch["label"]` by default.
-      inputs: the entry of the batch that is the model's input.
+      inputs: name of the batch entry that is the model's input.
     """
 
     def label_loss(logits: jax.Array, batch: Batch) -> jax.Array:
@@ -92,9 +92,9 @@ def logits_teacher(apply_fn: ModelApply, *, inputs: str = "image") -> TeacherFn:
     The source runs in evaluation mode (BatchNorm with its running statistics, no dropout).
 
     Args:
-      apply_fn: `model.apply` of a Linen module called as `(inputs, train=False)`; for any other model, a teacher is
-        a function `(params, model_state, batch) -> batch` of a line or two.
-      inputs: the entry of the target's batch that is the source's input.
+      apply_fn: `model.apply` of a Linen module called as `(inputs, train=False)`; for any other model, write the
+        teacher as a function `(params, model_state, batch) -> batch`.
+      inputs: name of the target's batch entry that is the source's input.
     """
 
     def teacher(params: Params, model_state: ModelState, batch: Batch) -> Batch:
@@ -111,12 +111,11 @@ def evaluate_classifier(
 ) -> Callable[[Params, ModelState, Mapping[str, np.ndarray]], dict[str, float]]:
     """Returns a function `(params, model_state, arrays) -> {"loss", "accuracy"}` over exactly all examples.
 
-    The last batch is padded and its padding weighted 0, so that one compilation serves all. The loss is in
-    nats, the accuracy a fraction in [0, 1].
+    The last batch is padded, and its padding has weight 0, so the function compiles once. The loss is in nats, the
+    accuracy a fraction in [0, 1].
 
     Raises:
-      ValueError: a batch size below 1; the arrays hold no example, or lack an entry, or the model state lacks a
-        collection.
+      ValueError: a batch size below 1; arrays without an example or an entry; a model state that lacks a collection.
     """
     check_at_least_one(batch_size=batch_size)
 

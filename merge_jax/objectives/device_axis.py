@@ -1,4 +1,4 @@
-"""What devices of a `pmap` or `shard_map` have to tell each other where examples are compared with one another."""
+"""Communication between the devices of a `pmap` or `shard_map` for losses that compare examples with each other."""
 
 from typing import TypeVar
 
@@ -12,10 +12,10 @@ _Tree = TypeVar("_Tree")
 
 
 def whole_batch(tree: _Tree, axis_name: str | None) -> _Tree:
-    """Returns arrays `[B / D, ...]` of each of D devices as the whole `[B, ...]`, in order; unchanged without an axis.
+    """Gathers arrays `[B / D, ...]` of D devices to the whole `[B, ...]`, in order; unchanged without an axis.
 
-    A loss of the whole batch is the same on every device, and its gradient comes back to each device's own examples D
-    times, so that the mean over the devices of what each has for its parameters is the gradient on one.
+    A loss of the whole batch is the same on every device, and each device's examples receive its gradient D times. So
+    the mean of the parameter gradients over devices is the gradient on one device.
     """
     if axis_name is None:
         return tree
@@ -23,7 +23,7 @@ def whole_batch(tree: _Tree, axis_name: str | None) -> _Tree:
 
 
 def previous_example(batch: jax.Array, axis_name: str | None) -> jax.Array:
-    """Returns for each example of a batch `[B, ...]` the one before it, for the first the last."""
+    """Returns the previous example of each in a batch `[B, ...]`; the last one for the first."""
     if axis_name is None:
         return jnp.roll(batch, 1, axis=0)
     devices = lax.axis_size(axis_name)

@@ -1,4 +1,4 @@
-"""Losses, pure and per example."""
+"""Pure losses, per example."""
 
 import math
 
@@ -13,7 +13,7 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Returns `-log softmax(z)[y]` in nats, `[...]`, for logits `z [..., C]` and integer labels `y [...]` in [0, C).
 
     Raises:
-      ValueError: labels of another shape than the logits have without their last axis.
+      ValueError: the shape of the labels is not that of the logits without the last axis.
     """
     check_labels(logits, labels)
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
@@ -30,12 +30,12 @@ def distillation_loss(
     """Returns the loss of knowledge distillation, in nats, `[...]`.
 
     `(1 - w) CE(z, y) + w t^2 KL(softmax(z_T / t) || softmax(z / t))`, with student logits `z [..., C]`, teacher
-    logits `z_T [..., C]`, labels `y [...]`. The factor `t^2` keeps the gradient's size over temperatures; the
-    teacher gets no gradient. Source: Hinton et al., arXiv:1503.02531; 4 and 0.9 are usual in its followers.
+    logits `z_T [..., C]`, labels `y [...]`. The factor `t^2` makes the gradient's size independent of the temperature;
+    the teacher gets no gradient. Source: Hinton et al., arXiv:1503.02531; 4 and 0.9 are usual in later work.
 
     Raises:
-      ValueError: a temperature that is not above 0, a weight outside [0, 1], logits of different shapes or of fewer
-        than two classes, or labels that do not fit them.
+      ValueError: a temperature not above 0, a weight outside [0, 1], logits of different shapes or fewer than two
+        classes, or labels that do not fit them.
     """
     _check_temperature(temperature)
     _check_fraction(weight)
@@ -58,19 +58,19 @@ def dkd_loss(
     """Returns the loss of decoupled knowledge distillation (DKD), in nats, `[...]`.
 
     `alpha t^2 KL(b_T || b_S) + beta t^2 KL(q_T || q_S)`, with student logits `z [..., C]`, teacher logits
-    `z_T [..., C]` and labels `y [...]` in [0, C). Of the softmax of `z / t`, `b` holds the probabilities of the label
-    and of all the rest, `q` is the softmax over the rest alone; `alpha` is `target_weight`, `beta`
-    `nontarget_weight`. The label's own cross entropy is not in it, and the teacher gets no gradient. With two classes
-    `q` is certain and its part is 0.
+    `z_T [..., C]` and labels `y [...]` in [0, C). `b` is the softmax of `z / t`, reduced to the probabilities of the
+    label and of all other classes together. `q` is the softmax over the other classes only. `alpha` is `target_weight`,
+    `beta` `nontarget_weight`. The label's cross entropy is not included, and the teacher gets no gradient. With two
+    classes `q` is constant and its term is 0.
 
     Source: Zhao et al., arXiv:2203.08679, section 3.3, with the defaults of its code (megvii-research/mdistiller).
     That code takes logarithms of probabilities and subtracts 1000 from the label's logit, which fails for large
-    logits; here all is computed in log space, and the label is left out. It averages over the batch and grows the
-    loss from 0 over the first 20 epochs; both are left to the caller.
+    logits. Here, everything is computed in log space, and the label is left out. The code averages over the batch and
+    ramps the loss up from 0 over the first 20 epochs; both are left to the caller.
 
     Raises:
-      ValueError: a temperature that is not above 0, a weight that is negative or not finite, logits of different
-        shapes or of fewer than two classes, or labels that do not fit them.
+      ValueError: a temperature not above 0, a weight that is negative or not finite, logits of different shapes or
+        fewer than two classes, or labels that do not fit them.
     """
     _check_temperature(temperature)
     _check_weights(target_weight=target_weight, nontarget_weight=nontarget_weight)
@@ -95,16 +95,16 @@ def nkd_loss(
 
     `-p_T[y] log p_S[y] - w t^2 sum_{i != y} q_T[i] log q_S[i]`, with student logits `z [..., C]`, teacher logits
     `z_T [..., C]` and labels `y [...]` in [0, C). `p` is the softmax of `z`, without the temperature, and `q` that of
-    `z / t` over all classes but the label. Both parts are cross entropies, so the loss of a perfect student is not 0.
-    The label's own cross entropy is not in it, and the teacher gets no gradient.
+    `z / t` over all classes but the label. Both terms are cross entropies, so the loss of a perfect student is not 0.
+    The label's cross entropy is not included, and the teacher gets no gradient.
 
     Source: Yang et al., arXiv:2303.13005 (`w` is its gamma, `t` its lambda), with the defaults of its code
-    (yzd-v/cls_KD), which averages over the batch. Between July and October 2023 that code left the label in `q`, by
-    mistake, fixed since; here, as in the paper, it is out.
+    (yzd-v/cls_KD), which averages over the batch. Between July and October 2023, a bug in that code included the label
+    in `q`; here, as in the paper, it is excluded.
 
     Raises:
-      ValueError: a temperature that is not above 0, a weight that is negative or not finite, logits of different
-        shapes or of fewer than two classes, or labels that do not fit them.
+      ValueError: a temperature not above 0, a weight that is negative or not finite, logits of different shapes or
+        fewer than two classes, or labels that do not fit them.
     """
     _check_temperature(temperature)
     _check_weights(weight=weight)
@@ -124,22 +124,22 @@ def rkd_loss(
     distance_weight: float = 25.0,
     angle_weight: float = 50.0,
 ) -> jax.Array:
-    """Returns the loss of relational knowledge distillation (RKD) of a batch, a scalar without unit.
+    """Returns the loss of relational knowledge distillation (RKD) on a batch, a dimensionless scalar.
 
     `v mean_ij H(d_S[i, j] - d_T[i, j]) + w mean_ijk H(a_S[i, j, k] - a_T[i, j, k])`, with student features
     `x [B, D]` and teacher features `[B, E]`. `d[i, j] = |x_i - x_j| / m`, with `m` the mean of all distances that
     are not 0; `a[i, j, k]` is the cosine of the angle at `x_i` between `x_j` and `x_k`; `H` is the Huber loss with
-    delta 1. It takes memory for some `B^2 (B + D + E)` numbers. The teacher gets no gradient.
+    delta 1. It needs memory for about `B^2 (B + D + E)` numbers. The teacher gets no gradient.
 
-    Source: Park et al., arXiv:1904.05068, equations 5 to 10, with means over the whole arrays, diagonals included,
-    as in its code (lenscloth/RKD), where the paper sums over distinct examples. The weights are those of that code
-    for classification, which also scales features to length 1; that is left to the caller. Two examples at one place
-    have distance 0, angles of cosine 0 and no gradient through them (our choice): the code gives them the distance
-    1e-6, counts it in the mean and divides their gradient by 1e-12.
+    Source: Park et al., arXiv:1904.05068, equations 5 to 10. Means are over the whole arrays with diagonals, as in its
+    code (lenscloth/RKD); the paper sums over distinct examples. The default weights are those of that code for
+    classification, which also scales features to length 1; that is left to the caller. Two examples with equal features
+    have distance 0, angles of cosine 0 and no gradient (our choice): the code sets their distance to 1e-6, counts it in
+    the mean and divides their gradient by 1e-12.
 
     Raises:
-      ValueError: a weight that is negative or not finite, features that are not matrices or of different batches, or
-        fewer than two examples.
+      ValueError: a weight that is negative or not finite, features that are not matrices or have different batch sizes,
+        or fewer than two examples.
     """
     _check_weights(distance_weight=distance_weight, angle_weight=angle_weight)
     shape, teacher_shape = jnp.shape(features), jnp.shape(teacher_features)
@@ -168,19 +168,19 @@ def tf_kd_loss(
     """Returns the loss of teacher-free knowledge distillation by a designed teacher (Tf-KD reg), in nats, `[...]`.
 
     `(1 - w) CE(z, y) + w KL(softmax(u / t) || softmax(z / s))`, with logits `z [..., C]` and labels `y [...]` in
-    [0, C). The teacher is no network: `u` is `correct` at the label and `(1 - correct) / (C - 1)` elsewhere, and its
-    probabilities go into the softmax as if they were logits. `t` is `temperature`, `s` `student_temperature`; there
-    is no factor `t^2`.
+    [0, C). The teacher is not a network: `u` is `correct` at the label and `(1 - correct) / (C - 1)` elsewhere, and the
+    softmax treats these probabilities as logits. `t` is `temperature`, `s` `student_temperature`; there is no factor
+    `t^2`.
 
-    Source: Yuan et al., arXiv:1909.11723, equation 9, with its code (yuanli2333/Teacher-free-Knowledge-Distillation)
+    Source: Yuan et al., arXiv:1909.11723, equation 9, and its code (yuanli2333/Teacher-free-Knowledge-Distillation)
     where they differ. The paper has `s = t`; the code for CIFAR-100 has `s = 1`, which its author (issue 3) found to
-    work better there. The code divides the divergence by C and multiplies it by a factor of each model; the defaults
-    here are its ResNet-18 on CIFAR-100, whose factor, 100, cancels that C. Its averages over the batch are left to
-    the caller.
+    work better there. The code divides the divergence by C and multiplies it by a factor for each model. The defaults
+    here are those of its ResNet-18 on CIFAR-100, whose factor, 100, cancels C. The code's average over the batch is
+    left to the caller.
 
     Raises:
-      ValueError: a temperature that is not above 0, a weight outside [0, 1], `correct` outside [1 / C, 1], logits of
-        fewer than two classes, or labels that do not fit them.
+      ValueError: a temperature not above 0, a weight outside [0, 1], `correct` outside [1 / C, 1], logits of fewer than
+        two classes, or labels that do not fit them.
     """
     _check_temperature(temperature)
     _check_temperature(student_temperature, name="student_temperature")
@@ -199,8 +199,8 @@ def tf_kd_loss(
 def _relations(features: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns relative distances `[B, B]` and cosines of angles `[B, B, B]` of features `[B, D]`.
 
-    The inner `where` keeps 0 out of the square root and the quotient, whose gradients would be NaN; the outer one
-    gives the value, and the gradient 0, of a pair at one place.
+    The inner `where` keeps 0 out of the square root and the quotient, whose gradients would be NaN. The outer one sets
+    the value, and gradient 0, for pairs with equal features.
     """
     differences = features[None, :, :] - features[:, None, :]
     squares = (differences**2).sum(axis=-1)
@@ -215,7 +215,7 @@ def _relations(features: jax.Array) -> tuple[jax.Array, jax.Array]:
 def _log_label_or_rest(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Returns the log probabilities of the label and of all other classes together, `[..., 2]`.
 
-    Both come from their log odds: `log(1 - p)` by way of `p` would lose a small rest to rounding.
+    Both are computed from their log odds: rounding of `p` would lose small values of `1 - p`.
     """
     label = -cross_entropy(logits, labels)
     rest = jax.nn.logsumexp(_without_label(jax.nn.log_softmax(logits), labels, -jnp.inf), axis=-1)
@@ -225,13 +225,13 @@ def _log_label_or_rest(logits: jax.Array, labels: jax.Array) -> jax.Array:
 def _log_softmax_of_rest(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Returns the log softmax over all classes but the label, `[..., C]`, with 0 (not `-inf`) at the label.
 
-    So a difference of two, or a product with one, is 0 at the label, in value and in gradient.
+    So differences of two, and products with one, are 0 at the label, in value and in gradient.
     """
     return _without_label(jax.nn.log_softmax(_without_label(logits, labels, -jnp.inf)), labels, 0)
 
 
 def _without_label(array: jax.Array, labels: jax.Array, value: float) -> jax.Array:
-    """Returns the array `[..., C]` with this value at the label `[...]`."""
+    """Returns the array `[..., C]` with the entry at the label `[...]` replaced by this value."""
     return jnp.where(jax.nn.one_hot(labels, array.shape[-1], dtype=bool), value, array)
 
 
@@ -242,7 +242,7 @@ def _check_temperature(temperature: float, *, name: str = "temperature") -> None
 
 
 def _check_fraction(weight: float) -> None:
-    """Raises ValueError unless the weight is of two parts that sum to 1."""
+    """Raises ValueError unless the weight is in [0, 1]."""
     if not 0 <= weight <= 1:
         raise ValueError(f"weight must lie in [0, 1], got {weight}")
 

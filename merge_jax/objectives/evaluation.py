@@ -1,4 +1,4 @@
-"""Batches of one size, for what is measured over exactly all examples."""
+"""Batches of one size, for evaluation over exactly all examples."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -12,9 +12,9 @@ __all__ = ["example_numbers", "of_all_rows", "padded_batches"]
 def padded_batches(
     arrays: Mapping[str, Any], rows: np.ndarray, batch_size: int
 ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-    """Yields batches of those rows and how many of their examples count; the last one repeats its last example.
+    """Yields batches of these rows and their numbers of valid examples; the last batch is padded with its last example.
 
-    All have one size, so that one compilation serves them. Entries may be `Streamed`: each row is read once.
+    All batches have one size, so one compilation suffices. Entries may be `Streamed`: each row is read once.
 
     Raises:
       ValueError: there are no rows.
@@ -24,13 +24,13 @@ def padded_batches(
     width = min(batch_size, len(rows))
     for first in range(0, len(rows), width):
         chosen = rows[first : first + width]
-        # Padded once read, so that no image is read for padding.
+        # Padding after reading avoids reading images for padding.
         padded = np.minimum(np.arange(width), len(chosen) - 1)
         yield len(chosen), {name: array[chosen][padded] for name, array in arrays.items()}
 
 
 def example_numbers(arrays: Mapping[str, Any], count: int) -> np.ndarray:
-    """Returns `arrays["example"]`, the number of each example's question; raises ValueError where there are fewer."""
+    """Returns `arrays["example"]`, the question number of each example; raises ValueError for a number out of range."""
     example = np.asarray(arrays["example"])
     if example.size and not 0 <= example.min() <= example.max() < count:
         raise ValueError(
@@ -43,9 +43,9 @@ def example_numbers(arrays: Mapping[str, Any], count: int) -> np.ndarray:
 def of_all_rows(
     fn: Callable[[dict[str, np.ndarray]], Any], arrays: Mapping[str, Any], rows: np.ndarray, batch_size: int
 ) -> Any:
-    """Returns what a function of a batch, `[B, ...]` leaf by leaf, gives for all those rows, `[len(rows), ...]`.
+    """Returns the outputs of a function of a batch, leaves `[B, ...]`, for all these rows, `[len(rows), ...]`.
 
-    It sees `padded_batches`; its leaves come back as arrays of NumPy.
+    The function receives `padded_batches`; the results are NumPy arrays.
 
     Raises:
       ValueError: there are no rows.

@@ -31,12 +31,12 @@ CompareOn = Callable[[jax.Array], jax.Array]
 
 
 class FeatureObjective(Protocol):
-    """How far the features of a model are from another's; `disagreement` is one, `redundancy_suppression` another."""
+    """A distance between the features of two models, such as `disagreement` or `redundancy_suppression`."""
 
     def __call__(
         self, features: Sequence[jax.Array], others: Sequence[jax.Array], /, *, axis_name: str | None = None
     ) -> jax.Array:
-        """Returns a scalar, the smaller the better, of features `[B, ...]` of as many layers of both."""
+        """Returns a scalar, smaller is better, from features `[B, ...]` of equally many layers of both models."""
         ...
 
 
@@ -49,13 +49,13 @@ def cka(features: jax.Array, other: jax.Array) -> jax.Array:
     """Returns the linear centred kernel alignment of two models' features on the same examples, in [0, 1].
 
     `<K, L> / (|K| |L|)` with `K = X X^T` and `L = Y Y^T`, where `X [B, ...]` and `Y [B, ...]` are flattened to rows and
-    centred over the batch. It compares which examples look alike, so that the models may differ in width, in resolution
-    and in what their channels mean; it does not change when features are rotated or scaled. Of few examples and many
-    features it is high for any two models, so compare values of equal batches only. Features that are the same for
-    all examples agree with nothing: 0. Source: Kornblith et al., arXiv:1905.00414.
+    centred over the batch. It compares similarities between examples, so the models may differ in width, in resolution
+    and in the meaning of their channels. It is invariant to rotation and scaling of features. With few examples and
+    many features it is high for any two models, so compare only values for equal batches. It is 0 for features that are
+    the same for all examples. Source: Kornblith et al., arXiv:1905.00414.
 
     Raises:
-      ValueError: features of different numbers of examples.
+      ValueError: features with different numbers of examples.
     """
     if features.shape[0] != other.shape[0]:
         raise ValueError(f"features must be of the same examples, got {features.shape[0]} and {other.shape[0]}")
@@ -73,7 +73,7 @@ def _kernel(features: jax.Array) -> jax.Array:
 
 
 def centred(rows: jax.Array) -> jax.Array:
-    """Returns rows `[B, d]` less their mean; columns that are constant are 0, and not the rounding of their mean."""
+    """Returns rows `[B, d]` minus their mean; constant columns are exactly 0, without rounding errors."""
     rows -= lax.stop_gradient(rows[:1])
     return rows - rows.mean(axis=0, keepdims=True)
 
@@ -81,15 +81,15 @@ def centred(rows: jax.Array) -> jax.Array:
 def disagreement(
     features: Sequence[jax.Array], others: Sequence[jax.Array], *, axis_name: str | None = None
 ) -> jax.Array:
-    """Returns `mean over layers (1 - cka(own, other's))`; the others get no gradient.
+    """Returns `mean over layers (1 - cka(features, others))`; the others get no gradient.
 
     Args:
       features: of each layer, `[B, ...]`.
-      others: of as many layers of another model.
+      others: of equally many layers of another model.
       axis_name: the axis of the devices that share the batch, if any; features are compared over the whole batch.
 
     Raises:
-      ValueError: features of another number of layers.
+      ValueError: different numbers of layers.
     """
     if len(others) != len(features):
         raise ValueError(f"{len(features)} layers are to agree with {len(others)} of the source")
@@ -101,12 +101,12 @@ def disagreement(
 def mixed(inputs: jax.Array, *, axis_name: str | None = None) -> jax.Array:
     """Returns the mean of each example and the one before it, `[B, ...]` to `[B, ...]`, float32.
 
-    For `compare_on` of `feature_agreement`: what lies between the examples, new at every step as batches are
-    redrawn, so that models are compared where there is no data too. Where examples are few, that is most of what a
-    source can tell. Whole numbers other than pixels (any type but uint8), such as tokens, cannot be averaged and stay
+    For `compare_on` of `feature_agreement`: points between the examples, different at every step as batches are
+    redrawn, so that models are also compared where there is no data. With few examples, most of the source's knowledge
+    lies there. Integers other than pixels (any type but uint8), such as tokens, cannot be averaged and stay
     as they are. Sources: mixup (Zhang et al., arXiv:1710.09412), and distillation on it (Beyer et al.,
     arXiv:2106.05237), with equal weights and neighbours in the batch as our choice: no key is needed. Devices that
-    share a batch along `axis_name` pass on their last example.
+    share a batch along `axis_name` exchange their last examples.
     """
     if not can_be_averaged(inputs):
         return inputs
@@ -115,22 +115,22 @@ def mixed(inputs: jax.Array, *, axis_name: str | None = None) -> jax.Array:
 
 
 def can_be_averaged(inputs: jax.Array) -> bool:
-    """Returns whether means of two examples are inputs too: not of whole numbers that are no pixels, such as tokens."""
+    """Returns whether the mean of two examples is a valid input: not for integers other than pixels, e.g. tokens."""
     return inputs.dtype == jnp.uint8 or not jnp.issubdtype(inputs.dtype, jnp.integer)
 
 
 def with_features(apply_fn: ModelApply, layers: Sequence[str] = ("features",)) -> ModelApply:
-    """Returns the apply function whose outputs are a pair: the model's, and the features `[B, ...]` of those layers.
+    """Returns an apply function that outputs a pair: the model's outputs, and the features `[B, ...]` of these layers.
 
-    `per_example` of `model_loss` then gets that pair, from one pass.
+    `per_example` of `model_loss` then receives this pair, from one pass.
 
     Args:
       apply_fn: `model.apply` of a Linen module.
-      layers: paths of submodules, such as `stage1_0` or `encoder/layer_0`, or of what the model sows, such as
-        `features`, the input of its last layer in those of `merge_jax.models`.
+      layers: paths of submodules, such as `stage1_0` or `encoder/layer_0`, or of values that the model sows, such as
+        `features`, the input of the last layer in `merge_jax.models`.
 
     Raises:
-      ValueError: no layers; while tracing, a layer that is not there.
+      ValueError: no layers; while tracing, a missing layer.
     """
     _check_layers(layers)
 
@@ -164,15 +164,15 @@ def feature_agreement(
     """Returns a loss term that pulls the target's features toward those of the source, for `sum_losses`.
 
     `w mean_l (1 - cka(F_l, G_l))`, where `F_l` are the features of the target's layer `l`, and `G_l` those of the
-    source on the same batch, from `features_teacher`. The metric `agreement` is the mean of the cka. The model state
-    does not change. Since the adapter follows the gradient of the target's loss, it learns from the features as well.
-    Labels need not be shared, but the source must be able to read the target's inputs. Our choice of a functional
-    objective, beyond arXiv:2404.13322.
+    source on the same batch, from `features_teacher`. The metric `agreement` is the mean cka. The model state does not
+    change. The adapter follows the gradient of the target's loss, so it also learns from the features. Labels need not
+    be shared, but the source must be able to read the target's inputs. Our choice of a functional objective, beyond
+    arXiv:2404.13322.
 
     Args:
       apply_fn: `model.apply` of the target, a Linen module called as `(*inputs, train=True)`.
       layers: paths of its submodules, as in `with_features`.
-      inputs: the entries of the batch that are its inputs, in order.
+      inputs: names of the batch entries that are its inputs, in order.
       weight: weight of the disagreement, 0 or more; 0 only measures the agreement.
       objective: compares features, instead of `1 - cka`, such as `merge_jax.objectives.redundancy_suppression`; the
         metric is 1 minus its value.
@@ -181,8 +181,8 @@ def feature_agreement(
       axis_name: that of `make_joint_step`, under `pmap` or `shard_map`; features are compared over the whole batch.
 
     Raises:
-      ValueError: no layers, or a weight that is not a number of 0 or more; while tracing, a missing layer or entry, or
-        a different number of source layers.
+      ValueError: no layers, or a weight that is negative or not a number; while tracing, a missing layer or entry, or a
+        different number of source layers.
     """
     if not 0 <= weight < float("inf"):
         raise ValueError(f"the weight of the disagreement must be 0 or more, got {weight}")
@@ -214,14 +214,13 @@ def features_teacher(
     inputs: Sequence[str] = ("image",),
     compare_on: CompareOn | None = None,
 ) -> TeacherFn:
-    """Returns a teacher for `make_joint_step`: it adds the source's features of those layers to the target's batch.
+    """Returns a teacher for `make_joint_step`: it adds the source's features of these layers to the target's batch.
 
-    They are `batch["source_features"]`, an array `[B, ...]` of each layer. The source runs in evaluation mode. `inputs`
-    are the entries of the target's batch that the source reads; it sees them through `compare_on`, as in
-    `feature_agreement`.
+    They are `batch["source_features"]`, an array `[B, ...]` for each layer. The source runs in evaluation mode.
+    `inputs` are the entries of the target's batch that the source reads, after `compare_on` as in `feature_agreement`.
 
     Raises:
-      ValueError: no layers; while tracing, a layer or an entry that is not there.
+      ValueError: no layers; while tracing, a missing layer or entry.
     """
     observe = with_features(apply_fn, layers)
 
@@ -236,7 +235,7 @@ def features_teacher(
 
 
 def _compared(batch: Batch, inputs: Sequence[str], compare_on: CompareOn | None) -> list[jax.Array]:
-    """Returns what a model is shown of its inputs."""
+    """Returns the inputs on which the models are compared."""
     return [batch[name] if compare_on is None else compare_on(batch[name]) for name in inputs]
 
 
@@ -251,6 +250,6 @@ def _outputs_by_path(intermediates: Mapping[str, Any], prefix: str = "") -> dict
         path = f"{prefix}{name}"
         if isinstance(node, Mapping):
             found |= _outputs_by_path(node, f"{path}/")
-        elif isinstance(node[-1], jax.Array):  # The last call, of a module that is called several times.
+        elif isinstance(node[-1], jax.Array):  # The last call, if the module is called several times.
             found[path.removesuffix("/__call__")] = node[-1]
     return found

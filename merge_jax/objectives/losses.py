@@ -15,7 +15,7 @@ __all__ = ["model_loss", "name_missing_collections", "sum_losses"]
 
 @contextlib.contextmanager
 def name_missing_collections(model_state: ModelState, role: str = "target") -> Iterator[None]:
-    """Says what a state lacks that a Linen model reads, where Flax says where it reads it."""
+    """Rewrites Flax's error for a collection that the state lacks, so that it names the collection."""
     try:
         yield
     except ScopeCollectionNotFound as error:
@@ -38,11 +38,11 @@ def model_loss(
 
     Args:
       apply_fn: `model.apply` of a Linen module called as `(*inputs, train=True)`; its collections (BatchNorm
-        statistics) update, and dropout draws from the step's key.
-      inputs: the entries of the batch that are the model's inputs, in order.
+        statistics) are updated, and dropout draws from the step's key.
+      inputs: names of the batch entries that are the model's inputs, in order.
       per_example: `(outputs, batch) -> (losses [B], metrics)`.
-      needs: the other entries that `per_example` reads.
-      hint: the end of the message on an input that is missing.
+      needs: names of the other entries that `per_example` reads.
+      hint: the end of the error message for a missing input.
 
     Raises:
       ValueError: while tracing, for a batch that lacks an entry, or a model state that lacks a collection.
@@ -68,11 +68,11 @@ def model_loss(
 
 
 def sum_losses(task_loss: LossFn, *terms: LossFn) -> LossFn:
-    """Returns the loss function `L + sum_i L_i` of a task and its additional terms, with the metrics of all.
+    """Returns the loss function `L + sum_i L_i` of a task and additional terms, with the metrics of all.
 
-    Each term sees the same parameters, model state, batch and key, so dropout draws the same masks in all of them. The
-    model state that comes out is the task's alone; of metrics of one name, the first counts. Where a term runs the
-    model on the task's inputs, as `feature_agreement` may, XLA can share the forward pass, but not the backward.
+    Each term receives the same parameters, model state, batch and key, so dropout draws the same masks in all. The new
+    model state is the task's; of metrics with one name, the first is kept. If a term runs the model on the task's
+    inputs, as `feature_agreement` may, XLA can share the forward pass, but not the backward pass.
     """
 
     def loss_fn(

@@ -1,4 +1,4 @@
-"""Redundancy suppression: two models' features agree channel by channel, and no channel says what another does."""
+"""Redundancy suppression: two models' features should agree by channel, and channels should be uncorrelated."""
 
 import functools
 from collections.abc import Sequence
@@ -22,20 +22,20 @@ def redundancy_suppression(
     """Returns RSD, `mean over layers |(C - I) o M|^2 / d`; the others get no gradient.
 
     `C [d, d]` holds the correlations over the batch of each channel of the model with each of the other, and `M` is 1
-    on the diagonal (invariance) and `sqrt(kappa)` beside it (decorrelation). An objective of `feature_agreement` and
-    `prepare`, as `disagreement` is; 0 is the best of both. Source: Zhang et al., arXiv:2507.21844, and their code, for
-    the loss and `kappa`. Ours are three things, so that the loss is a function of features alone: channels of maps are
-    means over places; layers are divided by their width, to count alike; and where widths differ, the wider one is read
-    through fixed random orthonormal directions, instead of their learned network of two layers.
+    on the diagonal (invariance) and `sqrt(kappa)` elsewhere (decorrelation). An objective for `feature_agreement` and
+    `prepare`, like `disagreement`; the best value is 0. Source: Zhang et al., arXiv:2507.21844, and their code, for the
+    loss and `kappa`. Three choices are ours, so that the loss depends only on features. Channels of maps are averaged
+    over positions. Layers are divided by their width, for equal weight. If widths differ, the wider features are
+    projected on fixed random orthonormal directions, instead of through their learned network of two layers.
 
     Args:
       features: of each layer, `[B, ..., d]`.
-      others: of as many layers of another model, `[B, ..., d']`.
+      others: of equally many layers of another model, `[B, ..., d']`.
       kappa: the weight of decorrelation, 0 or more.
       axis_name: as in `disagreement`.
 
     Raises:
-      ValueError: features of another number of layers, or of examples; a kappa that is no number of 0 or more.
+      ValueError: different numbers of layers or examples; a kappa that is negative or not a number.
     """
     if not 0 <= kappa < float("inf"):
         raise ValueError(f"kappa must be 0 or more, got {kappa}")
@@ -74,5 +74,5 @@ def _directions(size: int, width: int) -> np.ndarray:
 
 def _standardised(features: jax.Array) -> jax.Array:
     features = centred(features)
-    # Under the root too, since a constant channel has a gradient.
+    # Added under the root too, since a constant channel has a gradient.
     return features / jnp.sqrt(jnp.mean(jnp.square(features), axis=0, keepdims=True) + _EPSILON**2)

@@ -1,4 +1,4 @@
-"""Scores, loss function and evaluation of models that find images by texts and texts by images."""
+"""Scores, loss function and evaluation of models for image-text retrieval in both directions."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,14 +16,14 @@ from merge_jax.types import Batch, LossFn, ModelApply, ModelState, Params
 __all__ = ["contrastive_loss", "evaluate_retrieval", "recall_at_k", "retrieval_loss", "retrieval_scores"]
 
 _SIMILARITIES_AT_A_TIME = 4_000_000
-"""Bounds what is in memory at once: 8 bytes for each in float64, 4 in float32, and some of a byte."""
+"""Bounds memory use: each entry takes 8 bytes in float64, 4 in float32, and a few single bytes."""
 
 
 def recall_at_k(similarity: np.ndarray, query_group: np.ndarray, candidate_group: np.ndarray, k: int) -> float:
     """Returns the fraction in [0, 1] of queries with one of their group among their k most similar candidates.
 
-    Where candidates are equally similar those of other groups come first, our choice: with the first in order first,
-    a model that gives one vector to everything would score by how the set is sorted. NaN counts as such a tie.
+    Among equally similar candidates, those of other groups rank first (our choice). Otherwise the score of a model that
+    maps everything to one vector would depend on the order of the set. NaN counts as a tie.
 
     Args:
       similarity: `[N, K]` of N queries and K candidates.
@@ -32,7 +32,7 @@ def recall_at_k(similarity: np.ndarray, query_group: np.ndarray, candidate_group
       k: in [1, K].
 
     Raises:
-      ValueError: k is out of range, shapes do not fit, there are no queries, or a query has no candidate of its group.
+      ValueError: k out of range, shapes that do not fit, no queries, or a query without a candidate of its group.
     """
     similarity = np.asarray(similarity, np.float64)
     query_group, candidate_group = np.asarray(query_group), np.asarray(candidate_group)
@@ -53,22 +53,22 @@ def retrieval_scores(
     text_group: np.ndarray,
     ks: Sequence[int] = (1, 5, 10),
 ) -> dict[str, float]:
-    """Returns `recall_at_k` in both directions for each k, and the mean of them all, fractions in [0, 1].
+    """Returns `recall_at_k` in both directions for each k, and their mean, fractions in [0, 1].
 
-    `{"image_to_text_recall_<k>", ..., "text_to_image_recall_<k>", ..., "mean_recall"}`: of images the fraction with
-    a text of their group among the k most similar, and of texts the same. Similarities are dot products, the cosines
-    of vectors of length 1. They are taken on the host in float64 and then rounded to float32, so that equal vectors
-    tie. No more than about 60 MB of them are there at once.
+    `{"image_to_text_recall_<k>", ..., "text_to_image_recall_<k>", ..., "mean_recall"}`: the fraction of images with
+    a text of their group among the k most similar, and the same for texts. Similarities are dot products, the cosines
+    of vectors of length 1. They are computed on the host in float64 and then rounded to float32, so that equal vectors
+    tie. At most about 60 MB of them are in memory at once.
 
     Args:
       image_embeddings: `[M, D]`.
       text_embeddings: `[K, D]`.
       image_group: `[M]`.
       text_group: `[K]`.
-      ks: each k, none above M or K.
+      ks: the values of k, none above M or K.
 
     Raises:
-      ValueError: a k is out of range, shapes do not fit, or an image or a text has none of its group.
+      ValueError: a k out of range, shapes that do not fit, or an image or text without a partner of its group.
     """
     images, texts, image_group, text_group = map(
         np.asarray, (image_embeddings, text_embeddings, image_group, text_group)
@@ -98,8 +98,8 @@ def contrastive_loss(image: jax.Array, text: jax.Array, group: jax.Array, scale:
 
     `-sum_j q_ij (log softmax_j(s u_i v_j) + log softmax_j(s u_j v_i)) / 2`, with images `u [B, D]`, texts `v [B, D]`
     and the scale `s`, the inverse of a temperature. `q_ij` is 1 over the number of pairs of i's group if j is one of
-    them, else 0. So whatever is of one group counts as fitting, in equal parts, also where an image is in the batch
-    twice. Where all groups differ its mean is CLIP's loss.
+    them, else 0. So all pairs within a group count as matches, with equal weight, even if an image is in the batch
+    twice. If all groups differ, the mean is CLIP's loss.
 
     Source: Radford et al., arXiv:2103.00020, section 2.3; the groups are the labels of UniCL, Yang et al.,
     arXiv:2204.03610, section 3.2.
@@ -118,15 +118,14 @@ def contrastive_loss(image: jax.Array, text: jax.Array, group: jax.Array, scale:
 
 
 def retrieval_loss(apply_fn: ModelApply, *, axis_name: str | None = None) -> LossFn:
-    """Returns the loss function of a model of two encoders: the mean of `contrastive_loss`, in nats.
+    """Returns the loss function of a dual encoder: the mean of `contrastive_loss`, in nats.
 
     Metric `accuracy`: the fraction in [0, 1] of images whose most similar text in the batch is of their group.
 
     Args:
-      apply_fn: `model.apply` of a Linen module called as `(images, tokens, train=True)`, with `image [B, D]`,
-        `text [B, D]` and `scale []` as attributes of what it returns, as `merge_jax.models.DualEncoder`; its
-        collections update, and dropout draws from the step's key. The batch has the entries `image`, `tokens` and
-        `group`, int `[B]`.
+      apply_fn: `model.apply` of a Linen module called as `(images, tokens, train=True)`. Its result has the attributes
+        `image [B, D]`, `text [B, D]` and `scale []`, as in `merge_jax.models.DualEncoder`. Its collections are updated,
+        and dropout draws from the step's key. The batch has the entries `image`, `tokens` and `group`, int `[B]`.
       axis_name: that of `make_joint_step`, under `pmap` or `shard_map`; pairs are compared over the whole batch.
 
     Raises:
@@ -145,23 +144,23 @@ def retrieval_loss(apply_fn: ModelApply, *, axis_name: str | None = None) -> Los
 def evaluate_retrieval(
     embed_images: ModelApply, embed_texts: ModelApply, *, ks: Sequence[int] = (1, 5, 10), batch_size: int = 128
 ) -> Callable[[Params, ModelState, Mapping[str, Any]], dict[str, float]]:
-    """Returns a function `(params, model_state, arrays) -> scores`, those of `retrieval_scores`, over whole sets.
+    """Returns a function `(params, model_state, arrays) -> scores` of `retrieval_scores` over whole sets.
 
-    The arrays hold pairs that fit: `image [N, ...]`, in memory or `Streamed`, `tokens [N, L]`, the numbers of both,
-    `image_id [N]` and `caption_id [N]`, and `group [N]`. Each image and each text is read and embedded once, however
-    many pairs it is in, and is found by all of its group. The last batch is padded and its padding left out, so that
-    one compilation serves all. There is no loss: it would depend on which pairs make a batch.
+    The arrays hold matching pairs: `image [N, ...]`, in memory or `Streamed`, `tokens [N, L]`, the numbers of both,
+    `image_id [N]` and `caption_id [N]`, and `group [N]`. Each image and each text is read and embedded once, even if it
+    is in several pairs, and matches all of its group. The last batch is padded and its padding discarded, so one
+    compilation suffices. There is no loss, since it would depend on the batching of the pairs.
 
     Args:
-      embed_images: gives vectors `[B, D]` of images, called as `(variables, images, train=False)`, for a Linen module
+      embed_images: maps images to vectors `[B, D]`, called as `(variables, images, train=False)`; for a Linen module,
         `functools.partial(model.apply, method="embed_images")`.
-      embed_texts: the same of tokens.
+      embed_texts: the same for tokens.
       ks: as for `retrieval_scores`.
-      batch_size: the number of images or texts at a time.
+      batch_size: number of images or texts per batch.
 
     Raises:
-      ValueError: a batch size below 1; the arrays hold no pair, lack an entry, or have one image or text in several
-        groups; or as `retrieval_scores`.
+      ValueError: a batch size below 1; arrays without a pair or an entry, or with one image or text in several groups;
+        or as `retrieval_scores`.
     """
     check_at_least_one(batch_size=batch_size)
 
@@ -181,7 +180,7 @@ def evaluate_retrieval(
             raise ValueError("cannot evaluate on no pairs")
         group = np.asarray(arrays["group"])
         image_rows, text_rows = _first_rows(arrays, "image_id"), _first_rows(arrays, "caption_id")
-        for k in ks:  # Before all is embedded.
+        for k in ks:  # Before embedding.
             _check_k(k, "image", len(image_rows))
             _check_k(k, "text", len(text_rows))
         variables = {"params": params, **model_state}
@@ -207,7 +206,7 @@ def _places_of_embeddings(
 
 
 def _places(similarity: np.ndarray, query_group: np.ndarray, candidate_group: np.ndarray) -> np.ndarray:
-    """Returns how many candidates come before the most similar one of the query's group, `[N]`."""
+    """Returns the number of candidates that rank before the most similar one of the query's group, `[N]`."""
     fits = _fits(query_group, candidate_group)
     best = similarity.max(axis=1, keepdims=True, where=fits, initial=-np.inf)
     return (~((similarity < best) | fits)).sum(axis=1)

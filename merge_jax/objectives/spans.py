@@ -1,7 +1,7 @@
 """Loss function, evaluation and scores of models that answer a question by a span of its passage.
 
-Exact match and F1 are those of the official script, evaluate-v2.0.py, of Rajpurkar et al., arXiv:1806.03822, which
-gives percentages.
+Exact match and F1 follow the official script, evaluate-v2.0.py, of Rajpurkar et al., arXiv:1806.03822, which reports
+percentages.
 """
 
 import collections
@@ -23,23 +23,23 @@ from merge_jax.types import Batch, LossFn, ModelApply, ModelState, Params
 __all__ = ["Decode", "evaluate_spans", "exact_match", "f1", "normalize_answer", "span_loss", "squad_scores"]
 
 Decode = Callable[[np.ndarray, Mapping[str, np.ndarray]], Sequence[str]]
-"""Logits `[N, L, 2]` and the arrays they come from to N answers, empty for "no answer"."""
+"""Maps logits `[N, L, 2]` and their arrays to N answers, empty for "no answer"."""
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def span_loss(apply_fn: ModelApply, *, inputs: str = "tokens") -> LossFn:
-    """Returns the loss function of a model of spans: the mean over the batch, in nats; metric `accuracy`.
+    """Returns the loss function of a span extractor: the mean over the batch, in nats; metric `accuracy`.
 
-    `(CE(z[:, 0], start) + CE(z[:, 1], end)) / 2` of each example, with logits `z [L, 2]`: softmaxes over the L tokens
-    of where the answer starts and of where it ends. The accuracy is the fraction in [0, 1] of examples with both ends
-    right. Source: Devlin et al., arXiv:1810.04805, section 4.2; the mean of both ends is that of its code.
+    `(CE(z[:, 0], start) + CE(z[:, 1], end)) / 2` for each example, with logits `z [L, 2]`: softmaxes over the L tokens
+    for the start and the end of the answer. The accuracy is the fraction in [0, 1] of examples with both ends correct.
+    Source: Devlin et al., arXiv:1810.04805, section 4.2; the mean of both ends is from its code.
 
     Args:
       apply_fn: `model.apply` of a Linen module called as `(inputs, train=True)`, with logits `[B, L, 2]`; its
-        collections update, and dropout draws from the step's key.
-      inputs: the entry of the batch that is the model's input; `start` and `end`, `[B]` in [0, L), are the others.
+        collections are updated, and dropout draws from the step's key.
+      inputs: name of the batch entry that is the model's input; `start` and `end`, `[B]` in [0, L), are the others.
 
     Raises:
       ValueError: while tracing, for a batch that lacks an entry or logits of another shape.
@@ -123,9 +123,9 @@ def exact_match(prediction: str, answers: Sequence[str]) -> float:
 def f1(prediction: str, answers: Sequence[str]) -> float:
     """Returns the largest F1 of the prediction's words against those of an answer, in [0, 1].
 
-    `2 p r / (p + r)`, with the number of words in common over that of the prediction, `p`, and over that of the
-    answer, `r`; words that appear twice count twice. Where either has no words it is 1 if both have none, else 0. For a
-    question without an answer see `exact_match`.
+    `2 p r / (p + r)`, with `p` the number of shared words over that of the prediction, and `r` over that of the answer.
+    Words that appear twice count twice. If either has no words, F1 is 1 if both have none, else 0. For a question
+    without an answer see `exact_match`.
 
     Raises:
       ValueError: `answers` is a single text.
@@ -137,11 +137,11 @@ def squad_scores(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -
     """Returns `{"exact_match", "f1"}`, the means over all questions, fractions in [0, 1].
 
     Args:
-      predictions: one of each question, empty for "no answer".
-      answers: of each question every text that counts as right; none for a question without an answer.
+      predictions: one per question, empty for "no answer".
+      answers: all correct texts of each question; none for a question without an answer.
 
     Raises:
-      ValueError: there are no questions, or not as many predictions as questions, or answers are a single text.
+      ValueError: no questions, different numbers of predictions and questions, or answers that are a single text.
     """
     if len(predictions) != len(answers):
         raise ValueError(f"every question needs one prediction, got {len(predictions)} for {len(answers)} questions")
@@ -155,7 +155,7 @@ def squad_scores(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -
 
 
 def _losses_and_right(logits: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """Returns the losses `[B]`, and whether both ends are right, `[B]`."""
+    """Returns the losses `[B]`, and whether both ends are correct, `[B]`."""
     shape, starts = jnp.shape(logits), jnp.shape(batch["start"])
     if len(shape) != 3 or shape[-1] != 2 or shape[:1] != starts:
         raise ValueError(f"logits must be [B, L, 2] and 'start' [B], got shapes {shape} and {starts}")

@@ -1,4 +1,4 @@
-"""Linear operators: the target's weights are the source's between two learned matrices."""
+"""Linear operators: the target's weights are the source's, multiplied by two learned matrices."""
 
 from typing import Literal, get_args
 
@@ -18,7 +18,7 @@ from merge_jax.types import Adapter
 __all__ = ["OperatorStart", "linear_operator_transfer"]
 
 OperatorStart = Literal["overlap", "selection"]
-"""What the operators are at the start; see `linear_operator_transfer`."""
+"""How the operators are initialised; see `linear_operator_transfer`."""
 
 
 def linear_operator_transfer(routes: Routes, *, start: OperatorStart = "overlap", shared: bool = False) -> Transfer:

@@ -55,10 +55,10 @@ def _leading_directions(rows: jax.Array) -> jax.Array:
     gram = _product(rows, rows.T)
     if len(rows) > _FEW_ROWS:  # Here, one eigendecomposition costs less than the iterations.
         return jnp.linalg.eigh(gram)[1][:, ::-1]
-    # Scaled each time, so that directions of small singular values neither vanish nor stay as they were.
+    # Rescaled each time, so that directions of small singular values neither vanish nor stall.
     start = jnp.eye(len(rows), dtype=rows.dtype)
     found = lax.fori_loop(0, _ROTATIONS, lambda _, q: _orthonormal(_product(gram, q)), start)
-    # Directions of nearly equal singular values may not have changed places yet.
+    # Directions of nearly equal singular values may still be in the wrong order.
     return found[:, jnp.argsort(-jnp.sum(jnp.square(_product(found.T, rows)), axis=1))]
 
 

@@ -52,9 +52,9 @@ ATTENTIONS: tuple[AttentionName, ...] = get_args(AttentionName)
 
 _MINIMUM_WIDTH = 128
 _LARGEST_SCORE = 1e8
-# The score of a key that is padding: its weight underflows to 0.
+# The score of a padding key: its weight underflows to 0.
 _NO_SCORE = -1e30
-# Attentions of up to so many queries run as one however unlike they are; of more, where that adds little work.
+# Attentions of up to this many queries always run as one; larger ones only if padding adds little work.
 _SMALL = 256
 _LARGEST_RATIO = 1.25
 
