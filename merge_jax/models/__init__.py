@@ -1,4 +1,4 @@
-"""Plain Flax (Linen) models; nothing here knows of the method."""
+"""Plain Flax (Linen) models, independent of the method."""
 
 from etils import epy
 

@@ -31,8 +31,8 @@ class EfficientNetLite(nn.Module):
     `intermediates/features`. Padding is TensorFlow's SAME and the epsilon of BatchNorm 1e-3, as in the original. Its
     dropout and stochastic depth are left out (our choice: no other network here has them).
 
-    The strides are 32 together: images of 32 pixels become one place, of 64 pixels four, of 224 pixels 49. Small images
-    are best scaled up; `stem_stride=1` instead keeps their pixels, which pretrained filters were not made for.
+    The total stride is 32: images of 32 pixels become one position, images of 64 pixels four, of 224 pixels 49. Scale
+    small images up; `stem_stride=1` keeps their pixels, a scale for which pretrained filters were not trained.
 
     Attributes:
       stages: expansion, width, number of blocks, first stride and window of each stage.
@@ -40,11 +40,11 @@ class EfficientNetLite(nn.Module):
       stem_width: channels after the stem.
       head_width: channels before the pooling.
       stem_stride: of the first convolution; the original's is 2.
-      momentum: of the running statistics of BatchNorm; the original's 0.99 wants some hundred steps.
+      momentum: of the running statistics of BatchNorm; the original's 0.99 needs a few hundred steps.
       dtype: of the computation up to the features, e.g. bfloat16; parameters and logits are float32.
-      axis_name: the `pmap` axis over which BatchNorm takes the batch's statistics, if any.
-      pixels: mean and deviation of each channel, of pixels in [0, 1], by which the pretrained networks' images were
-        scaled: `(x - 127) / 128` of uint8; for `merge_jax.on_pixels`.
+      axis_name: the `pmap` axis over which BatchNorm computes the batch's statistics, if any.
+      pixels: mean and standard deviation of each channel, for pixels in [0, 1], that scale images for the pretrained
+        networks: `(x - 127) / 128` for uint8; for `merge_jax.on_pixels`.
     """
 
     stages: tuple[EfficientNetStage, ...]
@@ -59,7 +59,7 @@ class EfficientNetLite(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        """Maps images `[B, H, W, C]` to logits `[B, num_classes]`; `train` takes the batch's statistics."""
+        """Maps images `[B, H, W, C]` to logits `[B, num_classes]`; `train` uses the batch's statistics."""
         layers = Layers(self.dtype, self.axis_name, train, self.momentum, epsilon=1e-3, padding="same")
         x = layers.conv(self.stem_width, self.stem_stride, "stem")(x)
         x = nn.relu6(layers.batch_norm("stem_norm")(x))
@@ -81,9 +81,9 @@ def efficientnet_lite(
 ) -> EfficientNetLite:
     """Returns an EfficientNet-lite; lite0 by default, 4,652,008 parameters at 1000 classes and 3 channels.
 
-    lite1 to lite4 have width and depth (1, 1.1), (1.1, 1.2), (1.2, 1.4) and (1.4, 1.8). The half-width sibling of
-    lite0, `width=0.5`, has its leaves by path. As in the original, stem, head and the number of blocks of the first and
-    the last stage are not scaled, and widths are rounded to multiples of 8.
+    lite1 to lite4 have width and depth (1, 1.1), (1.1, 1.2), (1.2, 1.4) and (1.4, 1.8). A half-width lite0,
+    `width=0.5`, has the same leaf paths. As in the original, stem, head and the numbers of blocks of the first and the
+    last stage are not scaled, and widths are rounded to multiples of 8.
 
     Args:
       num_classes: size of the output.

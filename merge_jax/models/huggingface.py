@@ -1,4 +1,4 @@
-"""Weights of BERT, DistilBERT and ViT between Hugging Face's files and the models here; one table for both ways."""
+"""Converts weights of BERT, DistilBERT and ViT from and to Hugging Face files, with one table for both directions."""
 
 import math
 import os
@@ -35,16 +35,16 @@ __all__ = [
 
 
 class Loaded(NamedTuple):
-    """The parameters of a model with a file's weights in them, and the paths of the leaves that kept their values."""
+    """A model's parameters with the weights of a file, and the paths of the leaves that kept their values."""
 
     params: Params
     kept: tuple[str, ...]
 
 
 class _Architecture(NamedTuple):
-    """How Hugging Face names an architecture's modules, by the path of ours, and what its configuration calls things.
+    """Hugging Face's names of an architecture's modules, by our paths, and the keys of its configuration.
 
-    In a file of a bare encoder, the names lack the `prefix`; `leaves` are tensors that are no module's.
+    In a file of a bare encoder, the names lack the `prefix`; `leaves` are tensors outside modules.
     """
 
     name: str
@@ -122,7 +122,7 @@ _VIT = _Architecture(
     leaves={CLASS_TOKEN: "vit.embeddings.cls_token", POSITION: "vit.embeddings.position_embeddings"},
 )
 _ARCHITECTURES = (_BERT, _DISTILBERT, _VIT)
-# In transformers 5 a ViT's state dict has these names, and its files have the older ones.
+# In transformers 5, a ViT's state dict uses these names, but its files the older ones.
 _NEWER = {
     "attention.q_proj": "attention.attention.query",
     "attention.k_proj": "attention.attention.key",
@@ -136,27 +136,27 @@ _NEWER = {
 def from_huggingface(
     path: str | os.PathLike[str], params: Params, *, epsilon: float = 1e-12, resize_positions: bool = False
 ) -> Loaded:
-    """Returns the parameters with the weights of a BERT, DistilBERT or ViT as Hugging Face saves it, without torch.
+    """Returns the parameters with the weights of a BERT, DistilBERT or ViT saved by Hugging Face, without torch.
 
-    All leaves of the encoder are taken. A head's layer (`pooler`, `pre_classifier`, `classifier`, `qa_outputs`) is
-    taken where the file has it in the same shapes and keeps its values otherwise; `kept` names those leaves. Leaves
-    keep the dtype of `params`. Known are the names of older files (`gamma`, `beta`), those that a ViT has in a state
-    dict of transformers 5, and the encoder's names with and without their prefix. Where a `config.json` is beside the
-    file, heads, activation and the epsilon of the norms are compared with it, since no tensor would tell.
+    All leaves of the encoder are loaded. A head's layer (`pooler`, `pre_classifier`, `classifier`, `qa_outputs`) is
+    loaded if the file contains it in the same shapes, and keeps its values otherwise; `kept` names those leaves. Leaves
+    keep the dtype of `params`. Supported are the names of older files (`gamma`, `beta`), those of a ViT's state dict in
+    transformers 5, and the encoder's names with and without their prefix. If there is a `config.json` beside the file,
+    heads, activation and the epsilon of the norms are compared with it, since tensors do not contain them.
 
     Args:
-      path: what `load_weights` reads, such as a file, an index of shards, or a model's folder.
+      path: anything `load_weights` reads, such as a file, an index of shards, or a model's folder.
       params: of a `TextEncoder`, `TextClassifier`, `SpanExtractor`, `VisionTransformer` or `ImageClassifier`, for
-        their leaves and shapes; what is kept needs values.
-      epsilon: that of the model's norms; a `VisionTransformer` may have another than 1e-12.
-      resize_positions: whether a vision transformer's positions of a grid of other size are resized, bicubic, as timm
-        does it. Without, they are refused.
+        their leaves and shapes; leaves that are kept need values.
+      epsilon: that of the model's norms; for a `VisionTransformer` it may differ from 1e-12.
+      resize_positions: whether a vision transformer's positions on a grid of another size are resized, bicubic, as in
+        timm. By default they are refused.
 
     Raises:
       FileNotFoundError: as `load_weights`.
-      ValueError: as `load_weights`; params of another model; a file of another architecture, vocabulary, size of
+      ValueError: as `load_weights`; params of another model; a file with another architecture, vocabulary, size of
         images or patches, shape, number of layers, number of heads, activation or epsilon; tensors that are missing or
-        are no floats.
+        not floats.
     """
     loaded = read_huggingface(path, params, epsilon=epsilon, resize_positions=resize_positions)
     check_kept(path, loaded.kept, flatten(params))
@@ -166,7 +166,7 @@ def from_huggingface(
 def read_huggingface(
     path: str | os.PathLike[str], params: Params, *, epsilon: float = 1e-12, resize_positions: bool = False
 ) -> Loaded:
-    """Returns what `from_huggingface` does; of shapes, the leaves that the file has not stay shapes."""
+    """Returns the result of `from_huggingface`; given shapes, leaves missing in the file stay shapes."""
     check_huggingface(path, params, epsilon=epsilon)
     leaves = flatten(params)
     encoder = _encoder(leaves)
@@ -184,7 +184,7 @@ def read_huggingface(
     layouts = {leaf: torch_layout(leaf.removeprefix(encoder), old.shape, num_channels) for leaf, old in leaves.items()}
     for leaf in in_encoder:
         _check_tensor(path, leaf, names[leaf], tensors[names[leaf]], layouts[leaf].theirs)
-    # By layers, so that no kernel is taken without its bias.
+    # By layers, so that no kernel is loaded without its bias.
     kept_layers = {
         leaf.rpartition("/")[0]
         for leaf in leaves.keys() - in_encoder
@@ -200,19 +200,19 @@ def read_huggingface(
 
 
 def text_encoder_of(path: str | os.PathLike[str], **options: Any) -> TextEncoder:
-    """Returns the encoder that a file of weights is of, with its vocabulary, width, layers, heads and positions.
+    """Returns the encoder that fits a weight file: its vocabulary, width, layers, heads and positions.
 
-    The file is of a BERT or DistilBERT as Hugging Face saves it. Only its header is read, and the `config.json` beside
-    it, which alone tells the number of heads.
+    The file contains a BERT or DistilBERT saved by Hugging Face. Only its header is read, and the `config.json` beside
+    it for the number of heads.
 
     Args:
-      path: what `load_weights` reads, such as a file, an index of shards, or a model's folder.
+      path: anything `load_weights` reads, such as a file, an index of shards, or a model's folder.
       options: other attributes of `TextEncoder`, such as `separator`.
 
     Raises:
       FileNotFoundError: as `load_weights`.
-      ValueError: as `load_weights`; weights of another architecture, tensors that are missing, or no `config.json`
-        with the number of heads.
+      ValueError: as `load_weights`; weights of another architecture, missing tensors, or no `config.json` with the
+        number of heads.
     """
     shapes = {name: leaf.shape for name, leaf in _by_bare_names(path, weight_shapes(path)).items()}
     counts = _layers(shapes)
@@ -247,14 +247,14 @@ def text_encoder_of(path: str | os.PathLike[str], **options: Any) -> TextEncoder
 
 
 def is_vit_of_huggingface(path: str | os.PathLike[str]) -> bool:
-    """Whether a file of weights has the names that Hugging Face gives a vision transformer."""
+    """Returns whether a weight file has Hugging Face's names of a vision transformer."""
     return _bare(_name(_VIT, PATCH)) in _by_bare_names(path, dict.fromkeys(weight_paths(path)))
 
 
 def vit_encoder_of(
     path: str | os.PathLike[str], num_heads: int | None, image_size: int | None, options: Mapping[str, Any]
 ) -> VisionTransformer:
-    """Returns the encoder that a file of a ViT of Hugging Face is of; see `vision_transformer_of`."""
+    """Returns the encoder that fits a Hugging Face file of a ViT; see `vision_transformer_of`."""
     shapes = {name: leaf.shape for name, leaf in _by_bare_names(path, weight_shapes(path)).items()}
     ranks = {PATCH: 4, "layer_0/up/kernel": 2, POSITION: 3}
     names = {leaf: _bare(_name(_VIT, leaf)) for leaf in ranks}
@@ -280,7 +280,7 @@ def vit_encoder_of(
 
 
 def check_huggingface(path: str | os.PathLike[str], params: Params, *, epsilon: float = 1e-12) -> None:
-    """Raises what `from_huggingface` does, as far as the names of tensors and the configuration tell; reads no numbers.
+    """Raises the errors of `from_huggingface` that follow from tensor names and configuration; reads no values.
 
     Args:
       path: of the file, or its folder.
@@ -306,16 +306,16 @@ def check_huggingface(path: str | os.PathLike[str], params: Params, *, epsilon: 
 def to_huggingface(params: Params, num_channels: int = 3) -> dict[str, np.ndarray]:
     """Returns a model's parameters by Hugging Face's names and in its layout, for `save_safetensors`; C-contiguous.
 
-    Those of a `TextEncoder` or `VisionTransformer` get the names of a bare model, without prefix. With the right
-    `config.json` beside it, `transformers` reads the file; give `save_safetensors` the metadata `{"format": "pt"}` for
-    it.
+    Those of a `TextEncoder` or `VisionTransformer` have the names of a bare model, without prefix. With the right
+    `config.json` beside it, `transformers` reads the file; for that, pass `save_safetensors` the metadata
+    `{"format": "pt"}`.
 
     Args:
-      params: of a model that `from_huggingface` knows.
-      num_channels: of a vision transformer's images, since `patch/kernel` does not tell them from a patch's pixels.
+      params: of a model that `from_huggingface` supports.
+      num_channels: channels of a vision transformer's images, which the shape of `patch/kernel` does not determine.
 
     Raises:
-      ValueError: params of another model, or patches that are no squares of so many channels.
+      ValueError: params of another model, or patches that are not squares with this number of channels.
     """
     check_at_least_one(num_channels=num_channels)
     leaves = flatten(params)
@@ -331,7 +331,7 @@ def to_huggingface(params: Params, num_channels: int = 3) -> dict[str, np.ndarra
 
 
 def _encoder(leaves: Mapping[str, Any]) -> str:
-    """Returns what the paths of the encoder's leaves begin with."""
+    """Returns the path prefix of the encoder's leaves."""
     for encoder in ("encoder/", ""):
         if encoder + _WORDS in leaves or encoder + PATCH in leaves:
             return encoder
@@ -349,7 +349,7 @@ def _architecture(leaves: Mapping[str, Any], encoder: str) -> _Architecture:
 
 
 def _name(architecture: _Architecture, leaf: str) -> str:
-    """Returns the name of the tensor that is a leaf of ours, by its path in the encoder or the head."""
+    """Returns the tensor name of one of our leaves, given its path in the encoder or the head."""
     if leaf in architecture.leaves:
         return architecture.leaves[leaf]
     module, _, kind = leaf.rpartition("/")
@@ -361,7 +361,7 @@ def _name(architecture: _Architecture, leaf: str) -> str:
 
 
 def _bare(name: str) -> str:
-    """Returns a tensor's name without prefix, with a norm's newer names, and those of a ViT in its files."""
+    """Returns a tensor's name without prefix, with the newer names of norms and the file names of a ViT."""
     for architecture in _ARCHITECTURES:
         name = name.removeprefix(architecture.prefix)
     if newer := re.fullmatch(r"layers\.(\d+)\.(.+)\.(\w+)", name):
@@ -371,7 +371,7 @@ def _bare(name: str) -> str:
 
 
 def _by_bare_names(path: Any, leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the leaves of a file by their bare names, without what a wrapped model has before all of them."""
+    """Returns the leaves of a file by their bare names, without the common prefix of a wrapped model."""
 
     def bare(leaf: str) -> str:
         return _bare(leaf.replace("/", "."))
@@ -394,7 +394,7 @@ def _check_architecture(path: Any, ours: _Architecture, names: Collection[str], 
 
 
 def _layers(names: Iterable[str]) -> dict[str, int]:
-    """Returns how many layers of each architecture there are among the bare names of tensors."""
+    """Returns the number of layers of each architecture among the bare tensor names."""
     counts = {}
     for architecture in _ARCHITECTURES:
         before, after = _bare(f"{architecture.modules[_QUERY]}.weight").split("{}")
@@ -415,7 +415,7 @@ def _config_file(path: str | os.PathLike[str]) -> Path:
 
 
 def _config(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Returns the configuration beside a file of weights; empty where there is none."""
+    """Returns the configuration beside a weight file; empty if there is none."""
     file = _config_file(path)
     return read_json(file) if file.exists() else {}
 

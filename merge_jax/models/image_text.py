@@ -1,4 +1,4 @@
-"""Models of images with text: answers to questions on images, and images and texts as vectors in one space."""
+"""Models of images with text: visual question answering, and image and text embeddings in one space."""
 
 import math
 from typing import Any, NamedTuple
@@ -15,14 +15,14 @@ from merge_jax.models.vit import VisionTransformer
 
 __all__ = ["DualEncoder", "Embeddings", "VisualAnswerer"]
 
-# BERT's 0.02 leaves a small model blind for long: an attention of width 64 would add a fiftieth of what it reads.
+# With BERT's 0.02, small models learn to see late: an attention of width 64 would add a fiftieth of its input.
 _INIT = nn.initializers.xavier_uniform()
 _LOG_SCALE = math.log(1 / 0.07)
 _MAX_LOG_SCALE = math.log(100)
 
 
 class _FusionLayer(nn.Module):
-    """Attention to the image, among the words, and a feed-forward block, each with a shortcut and a norm after it.
+    """Attention to the image, among the words, and a feed-forward block, each followed by a shortcut and a norm.
 
     Text `[B, L, width]` and image `[B, N, width]` to text.
     """
@@ -45,27 +45,27 @@ class _FusionLayer(nn.Module):
 class VisualAnswerer(nn.Module):
     """Answers to questions on images, images `[B, H, W, C]` and tokens `[B, L]` to logits `[B, num_answers]`, float32.
 
-    What the image's encoder gives, `v [B, N, width]`, is projected to the width of the text where that is another.
-    Each fusion layer is `x = norm1(x + cross_attention(x, v)); x = norm2(x + attention(x));
-    x = norm3(x + down(gelu(up(x))))`, with `x` the text at first, and the answer is `answer(dropout(x_0))`. So every
-    word looks at the image, and the first token then gathers what the words saw. `x_0` is sown as
-    `intermediates/features`, before dropout.
+    The output of the image encoder, `v [B, N, width]`, is projected to the width of the text if the widths differ. Each
+    fusion layer is `x = norm1(x + cross_attention(x, v)); x = norm2(x + attention(x));
+    x = norm3(x + down(gelu(up(x))))`, starting from the encoded text, and the logits are `answer(dropout(x_0))`. So
+    every word attends to the image, and the first token then to the words. `x_0` is sown as `intermediates/features`,
+    before dropout.
 
-    The order of a layer is that of LXMERT's cross-modality layers (arXiv:1908.07490) on the side of the text; there
-    the image looks at the words too, which an answer read from the text needs less. The norms come after each block,
-    as in the text encoder, since its output has gone through a norm already, and so has what the answer is read from.
+    The order within a layer is that of LXMERT's cross-modality layers (arXiv:1908.07490) for the text. There, the image
+    also attends to the words, which matters less if the answer is read from the text. A norm follows each block, as in
+    the text encoder, so input and output of the fusion layers are both normalised.
 
-    Leaves: those of the encoders below `image_encoder` and `text_encoder`, `image_projection/{kernel,bias}` where the
+    Leaves: those of the encoders below `image_encoder` and `text_encoder`, `image_projection/{kernel,bias}` if the
     widths differ, `fusion_<i>/{cross_attention,norm1,attention,norm2,up,down,norm3}` with `i` from 0, and
     `answer/{kernel,bias}`. All attentions are blocks for routes in the view `attention`.
 
     Attributes:
-      image_encoder: of the image.
-      text_encoder: of the question; fusion layers have its width, inner width and dtype.
+      image_encoder: encoder of the image.
+      text_encoder: encoder of the question; fusion layers have its width, inner width and dtype.
       num_answers: size of the output.
       num_layers: number of fusion layers.
       num_heads: heads of each attention in them.
-      dropout_rate: of dropout in the fusion layers and before the answer, in [0, 1); the encoders have their own.
+      dropout_rate: of dropout in the fusion layers and before the answer, in [0, 1); the encoders have separate rates.
     """
 
     image_encoder: VisionTransformer
@@ -121,16 +121,16 @@ class DualEncoder(nn.Module):
     """Images and texts as vectors of length 1 in one space, as in CLIP (arXiv:2103.00020).
 
     `image_projection(v_0) / |image_projection(v_0)|` of the image's class token, the same with `text_projection` of
-    the text's first token, and the scale `exp(min(log_scale, log 100))`. `log_scale` starts at `log(1 / 0.07)`, so the
-    scale is the inverse of a softmax's temperature. Above the limit `log_scale` has no gradient. The encoders are
-    CLIP's only in their part: its text encoder attends backwards alone and gives its last token.
+    the text's first token, and the scale `exp(min(log_scale, log 100))`, the inverse of a softmax temperature.
+    `log_scale` starts at `log(1 / 0.07)` and has no gradient above the limit. The encoders differ from CLIP's: its text
+    encoder has causal attention and uses the last token.
 
     Leaves: those of the encoders below `image_encoder` and `text_encoder`, `image_projection/kernel`,
     `text_projection/kernel` and `log_scale []`.
 
     Attributes:
-      image_encoder: of the image.
-      text_encoder: of the text.
+      image_encoder: encoder of the image.
+      text_encoder: encoder of the text.
       embedding_size: D, size of the vectors.
     """
 
@@ -139,9 +139,9 @@ class DualEncoder(nn.Module):
     embedding_size: int
 
     def setup(self) -> None:
-        """Makes the projections and the scale."""
+        """Creates the projections and the scale."""
         check_at_least_one(embedding_size=self.embedding_size)
-        # Flax's default start has CLIP's deviation, width^(-1/2).
+        # Flax's default initialiser has CLIP's standard deviation, width^(-1/2).
         self.image_projection = nn.Dense(self.embedding_size, use_bias=False)
         self.text_projection = nn.Dense(self.embedding_size, use_bias=False)
         self.log_scale = self.param("log_scale", nn.initializers.constant(_LOG_SCALE), ())
@@ -167,5 +167,5 @@ class DualEncoder(nn.Module):
 
 
 def _unit(x: jax.Array) -> jax.Array:
-    """Returns vectors `[B, D]` at length 1; one shorter than 1e-6, which has no direction to speak of, stays short."""
+    """Returns vectors `[B, D]` scaled to length 1; those below 1e-6, whose direction means nothing, stay shorter."""
     return x / optax.safe_norm(x, 1e-6, axis=-1, keepdims=True)

@@ -1,4 +1,4 @@
-"""The start of a model, compiled for one use."""
+"""Model initialisation, compiled for a single use."""
 
 import functools
 from collections.abc import Callable
@@ -15,21 +15,20 @@ __all__ = ["initialize"]
 def initialize(model: nn.Module, key: jax.Array, *inputs: Any) -> dict[str, Any]:
     """Returns the variables of a Linen model, as `model.init(key, *inputs)`, in a fraction of its time.
 
-    One program draws all parameters. It is compiled without the optimisations that only pay for what runs often: a
-    ResNet50 takes 5 s of CPU time on two cores instead of 14 (jax 0.12). The program is kept for other keys.
+    One program draws all parameters. It is compiled without optimisations that only pay off in repeated runs: a
+    ResNet50 takes 5 s of CPU time on two cores instead of 14 (jax 0.12). The program is cached for other keys.
 
     Args:
-      model: of any kind; it must be hashable, as Linen modules are.
+      model: any Linen module; it must be hashable, as modules usually are.
       key: consumed.
-      inputs: as for its call; only their shapes matter to parameters.
+      inputs: inputs of its call; parameters depend only on their shapes.
 
     Raises:
       TypeError: a model that is not hashable.
     """
     init: Callable[..., Any] = model.init
     if isinstance(jnp.zeros(()), Tracer):
-        # Inside another program, where all that is made is traced, there is nothing to compile apart, and JAX takes no
-        # options.
+        # Under a trace, nothing is compiled separately, and JAX accepts no compiler options.
         return init(key, *inputs)
     # Flags and names are part of the program.
     static = tuple(i for i, one in enumerate(inputs, start=1) if isinstance(one, bool | str | None))
@@ -38,7 +37,7 @@ def initialize(model: nn.Module, key: jax.Array, *inputs: Any) -> dict[str, Any]
 
 @functools.lru_cache(maxsize=16)
 def _compiled_init(model: nn.Module, static: tuple[int, ...]) -> Callable[..., Any]:
-    # Only of XLA's CPU compiler is the time known, and other backends know other levels.
+    # We measured only XLA's CPU compiler, and other backends have other levels.
     on_cpu = jax.default_backend() == "cpu"
     options = {"xla_backend_optimization_level": 0} if on_cpu else None
     return jax.jit(model.init, static_argnums=static, compiler_options=options)

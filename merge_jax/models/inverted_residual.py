@@ -11,17 +11,17 @@ __all__ = ["InvertedResidual"]
 class InvertedResidual(nn.Module):
     """Expand (1x1), filter (depthwise), project (1x1), `[B, H, W, C] -> [B, H/s, W/s, width]`.
 
-    Leaves: `{expand,depthwise,project}/kernel`, and a norm after each. What has the shape of the input is added to it.
+    Leaves: `{expand,depthwise,project}/kernel`, and a norm after each. The input is added if the shapes are equal.
 
     Attributes:
-      expansion: how many times the channels of the input the filter has.
+      expansion: channels of the filter, as a multiple of the input's.
       width: channels of the output.
       stride: of the filter.
-      layers: makes the layers.
+      layers: creates the layers.
       window: of the filter, in pixels.
-      expands_by_one: whether there is an `expand` where the expansion is 1.
+      expands_by_one: whether there is an `expand` if the expansion is 1.
       use_bias: whether convolutions have biases.
-      clipped: whether activations are `min(relu(x), 6)`, and not `relu(x)`.
+      clipped: whether activations are `min(relu(x), 6)` instead of `relu(x)`.
     """
 
     expansion: int

@@ -1,4 +1,4 @@
-"""Leaves by the names and in the layout of another library: taken from its tensors, and written as them."""
+"""Converts leaves from and to tensors with the names and layout of another library."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -14,11 +14,11 @@ __all__ = ["Layout", "Place", "PretrainedVariables", "check_kept", "take", "writ
 
 
 class Layout(NamedTuple):
-    """How a leaf of ours lies elsewhere.
+    """The layout of one of our leaves in another library.
 
     Attributes:
-      ours: the shape that the leaf is a matrix in.
-      spec: how; None where axes have the same order, so that a reshape does.
+      ours: the shape of the leaf to which `spec` applies.
+      spec: how to read it as a matrix; None if the axes have the same order, so that a reshape suffices.
       theirs: the shape of the tensor.
     """
 
@@ -35,18 +35,18 @@ class Layout(NamedTuple):
         matrix = array.reshape(self.ours)
         if self.spec is not None:
             matrix = as_matrix(matrix, self.spec)
-        # safetensors' own writer stores a transposed view as it lies in memory, which is other numbers.
+        # The safetensors writer stores a transposed view in its memory order, which gives wrong values.
         return np.ascontiguousarray(matrix).reshape(self.theirs)
 
 
 class Place(NamedTuple):
-    """Where a leaf of ours is among the tensors of a library.
+    """The position of one of our leaves in the tensors of a library.
 
     Attributes:
-      name: of the tensor.
-      layout: of the leaf in it, or in its part.
-      part: which of the equal parts along the first axis the leaf is.
-      parts: how many there are, such as 3 in a fused `qkv`.
+      name: name of the tensor.
+      layout: layout of the leaf in the tensor, or in its part.
+      part: index of the leaf among equal parts along the first axis.
+      parts: number of parts, such as 3 in a fused `qkv`.
     """
 
     name: str
@@ -56,18 +56,18 @@ class Place(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """That of the whole tensor."""
+        """The shape of the whole tensor."""
         first, *rest = self.layout.theirs
         return (self.parts * first, *rest)
 
 
 class PretrainedVariables(NamedTuple):
-    """The variables of a model with a file's weights in them.
+    """The variables of a model with the weights of a file.
 
     Attributes:
-      variables: `{"params": ...}`, and `batch_stats` where the model has them.
-      kept: paths of the leaves that kept their values: the last layer's, where its number of classes is another.
-      left: names of the tensors that are no leaf's: counters of BatchNorm, and that last layer's.
+      variables: `{"params": ...}`, and `batch_stats` if the model has them.
+      kept: paths of the leaves that kept their values: those of a last layer with a different number of classes.
+      left: names of unused tensors: counters of BatchNorm, and those of that last layer.
     """
 
     variables: Any
@@ -85,19 +85,19 @@ def take(
     class_axis: int = 0,
     spare: Callable[[str], Any] = lambda name: False,
 ) -> PretrainedVariables:
-    """Returns the variables with the tensors in them; every leaf is taken but those of a last layer of other classes.
+    """Returns the variables with the values of the tensors, for all leaves but a last layer with other classes.
 
     Args:
       path: of the file, for errors.
       tensors: of the file, by name.
-      variables: of the model, or their shapes where none is kept; leaves keep their dtype.
-      places: of all leaves.
-      last: what the paths of the last layer begin with. It keeps its values where the file has none.
-      class_axis: the axis of the last layer's tensors along which the classes are.
-      spare: whether a tensor of that name may be left, besides the last layer's.
+      variables: of the model, or their shapes if no leaf is kept; leaves keep their dtype.
+      places: the places of all leaves.
+      last: path prefix of the last layer. It keeps its values if the file has none.
+      class_axis: the class axis of the last layer's tensors.
+      spare: whether a tensor of this name may remain unused, besides the last layer's.
 
     Raises:
-      ValueError: a tensor that is missing, is no leaf's, has another shape or no floats.
+      ValueError: a tensor that is missing, belongs to no leaf, has another shape or is not float.
     """
     leaves = flatten(variables)
     kept = _kept([place for leaf, place in places.items() if leaf.startswith(last)], tensors, class_axis)
@@ -130,7 +130,7 @@ def take(
 
 
 def check_kept(path: Any, kept: Iterable[str], leaves: Mapping[str, Any]) -> None:
-    """Raises ValueError where a leaf that is to keep its values has a shape alone."""
+    """Raises ValueError if a leaf that must keep its values has only a shape."""
     shapes = [leaf for leaf in kept if isinstance(leaves[leaf], jax.ShapeDtypeStruct)]
     if shapes:
         raise ValueError(
@@ -152,7 +152,7 @@ def write(variables: Any, places: Mapping[str, Place]) -> dict[str, np.ndarray]:
 
 
 def _kept(last: list[Place], tensors: Mapping[str, Any], class_axis: int) -> bool:
-    """Whether a last layer keeps its values: the file has none, or one that differs in its number of classes alone."""
+    """Returns whether a last layer keeps its values: the file has none, or only its number of classes differs."""
     if not any(place.name in tensors for place in last):
         return True
     if not all(place.name in tensors for place in last):

@@ -1,4 +1,4 @@
-"""The layers of the convolutional networks: convolutions that XLA runs well on a CPU too, and BatchNorm."""
+"""Layers of the convolutional networks: convolutions that XLA also runs fast on a CPU, and BatchNorm."""
 
 import functools
 import itertools
@@ -14,21 +14,21 @@ from jax import lax
 __all__ = ["Conv", "DepthwiseConv", "Layers", "Padding", "rounded_width"]
 
 Padding = Literal["even", "same"]
-"""Of convolutions: as much on every side, as in PyTorch; or TensorFlow's SAME, where a stride of 2 pads an even size
-one pixel less, on the side of the first."""
+"""Padding of convolutions: equal on all sides, as in PyTorch; or TensorFlow's SAME, which at stride 2 pads an even size
+with one pixel less, at the start."""
 
 _KERNEL_INIT = nn.initializers.he_normal()
 
 
 @dataclass(frozen=True)
 class Layers:
-    """Makes the layers of a model, all with the same options; parameters are float32.
+    """Creates the layers of a model, all with the same options; parameters are float32.
 
     Attributes:
-      dtype: of the computation; statistics of BatchNorm are float32 whatever it is.
-      axis_name: the `pmap` axis over which BatchNorm takes the batch's statistics; None where a batch is whole.
-      train: whether BatchNorm takes the batch's statistics, and not the running ones.
-      momentum: of the running statistics of BatchNorm, what they keep of themselves at a step.
+      dtype: of the computation; statistics of BatchNorm are always float32.
+      axis_name: the `pmap` axis over which BatchNorm computes the batch's statistics; None for undivided batches.
+      train: whether BatchNorm uses the batch's statistics instead of the running ones.
+      momentum: share of the running statistics of BatchNorm that a step keeps.
       epsilon: of BatchNorm, added to the variance.
       padding: of the convolutions with a window.
     """
@@ -56,7 +56,7 @@ class Layers:
         return Conv(features, stride, self.dtype, size, self.padding, name=name)
 
     def pointwise_conv(self, features: int, name: str, *, use_bias: bool = False) -> nn.Dense:
-        """Returns a 1x1 convolution as the matrix product it is, kernel `[in, out]`: faster than XLA's on a CPU."""
+        """Returns a 1x1 convolution as a matrix product, kernel `[in, out]`: faster than XLA's on a CPU."""
         return nn.Dense(
             features,
             use_bias=use_bias,
@@ -74,8 +74,8 @@ class Layers:
 class Conv(nn.Module):
     """A convolution without a bias, kernel `[size, size, in, out]`, on `[B, H, W, in]`.
 
-    On a CPU it is the product of all windows with the kernel as a matrix. Inside a compiled loop XLA gives the
-    gradient's convolutions an order of axes for which it has no fast code there; they take tens of times longer.
+    On a CPU it is the product of all windows with the kernel as a matrix. Inside a compiled loop, XLA chooses an axis
+    order for the gradient's convolutions for which it has no fast code; they take tens of times longer.
     """
 
     features: int
@@ -106,8 +106,8 @@ def _product_of_windows(x: jax.Array, kernel: jax.Array, *, stride: int, padding
 
 def _rows_times(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Returns `[..., in] x [in, out]` as one product of two matrices."""
-    # As it is, the gradient of the kernel would sum over several axes, and for that XLA's compiler for CPUs first
-    # transposes an operand in memory: it took a quarter of ResNet50's step.
+    # Otherwise the kernel's gradient would sum over several axes, for which XLA's CPU compiler first transposes an
+    # operand in memory: that took a quarter of ResNet50's step.
     return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
 
 
@@ -116,14 +116,14 @@ def _product_of_rows(x: jax.Array, kernel: jax.Array, dimension_numbers: Any, **
 
 
 def _sides(x: jax.Array, size: int, stride: int, padding: Padding) -> Sequence[tuple[int, int]]:
-    """Returns how many pixels are added before and after, along height and width."""
+    """Returns the padding before and after, along height and width, in pixels."""
     if padding == "even":
         return ((size // 2, size // 2),) * 2
     return lax.padtype_to_pads(x.shape[1:3], (size, size), (stride, stride), "SAME")
 
 
 def _taps(x: jax.Array, size: int, stride: int, padding: Padding) -> list[tuple[int, int, jax.Array]]:
-    """Returns row, column and input `[B, H/s, W/s, C]` of the places of a window."""
+    """Returns row, column and input `[B, H/s, W/s, C]` of each tap of a window."""
     height, width = x.shape[1:3]
     padded = jnp.pad(x, ((0, 0), *_sides(x, size, stride, padding), (0, 0)))
     places = itertools.product(range(size), repeat=2)
@@ -131,7 +131,7 @@ def _taps(x: jax.Array, size: int, stride: int, padding: Padding) -> list[tuple[
 
 
 def _sum_of_taps(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding) -> jax.Array:
-    """Returns the sum over a window's places of input times kernel, `[B, H, W, C]` to `[B, H/s, W/s, C]`."""
+    """Returns the sum over a window's taps of input times kernel, `[B, H, W, C]` to `[B, H/s, W/s, C]`."""
     taps = _taps(x, len(kernel), stride, padding)
     return functools.reduce(jnp.add, [tap * kernel[i : i + 1, j : j + 1] for i, j, tap in taps])
 
@@ -147,7 +147,7 @@ def _depthwise_backward(stride: int, padding: Padding, saved: Any, dy: jax.Array
     x, kernel = saved
     size = len(kernel)
     if stride == 1 and size % 2 == 1:
-        # One fused sum again; of the transposed slices, each would be written in full before they are added.
+        # One fused sum again; transposed slices would each be materialised before the sum.
         dx = _sum_of_taps(dy, kernel[::-1, ::-1], stride, padding)
     else:
         (dx,) = jax.vjp(lambda x: _sum_of_taps(x, kernel, stride, padding), x)[1](dy)
@@ -164,13 +164,13 @@ def _depthwise_backward(stride: int, padding: Padding, saved: Any, dy: jax.Array
         totals, _ = lax.scan(add, [jnp.zeros(dy.shape[1:], jnp.float32)] * size**2, (x, dy))
         return [total.sum(axis=(0, 1)) for total in totals]
 
-    # On a CPU, XLA's sum of a product with a slice is slow: these took most of a step.
+    # On a CPU, XLA is slow to sum products with slices: they took most of a step.
     dkernel = jnp.stack(lax.platform_dependent(x, dy, cpu=by_example, default=at_once))
     return dx, dkernel.reshape(kernel.shape).astype(kernel.dtype)
 
 
 def _slopes(x: jax.Array, dy: jax.Array, *, size: int, stride: int, padding: Padding) -> list[jax.Array]:
-    """Returns input times cotangent at each place of the window, `size^2` of `[B, H/s, W/s, C]`, float32."""
+    """Returns input times cotangent at each tap of the window, `size^2` arrays `[B, H/s, W/s, C]`, float32."""
     return [(tap * dy).astype(jnp.float32) for _, _, tap in _taps(x, size, stride, padding)]
 
 
@@ -180,8 +180,8 @@ _depthwise.defvjp(_depthwise_forward, _depthwise_backward)
 class DepthwiseConv(nn.Module):
     """A depthwise convolution, kernel `[size, size, 1, C]`, on `[B, H, W, C]`.
 
-    It sums shifted products: on a CPU, XLA's grouped convolution is an order of magnitude slower. It has a reverse
-    derivative of its own, so `jax.jvp` of it fails, as of all functions with `jax.custom_vjp`.
+    It sums shifted products: on a CPU, XLA's grouped convolution is an order of magnitude slower. It has a custom
+    reverse derivative, so `jax.jvp` fails, as for all functions with `jax.custom_vjp`.
     """
 
     stride: int = 1
@@ -202,6 +202,6 @@ class DepthwiseConv(nn.Module):
 
 
 def rounded_width(width: float) -> int:
-    """Returns the multiple of 8 that is nearest to a scaled width, but not below nine tenths of it."""
+    """Returns the multiple of 8 nearest to a scaled width, but at least nine tenths of it."""
     rounded = max(8, int(width + 4) // 8 * 8)
     return rounded + 8 if rounded < 0.9 * width else rounded

@@ -1,4 +1,4 @@
-"""MobileNetV2 (Sandler et al., arXiv:1801.04381): the original, and two for small images that go by its name."""
+"""MobileNetV2 (Sandler et al., arXiv:1801.04381): the original, and two variants of that name for small images."""
 
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -48,16 +48,16 @@ class MobileNetV2(nn.Module):
       stem_width: channels after the stem.
       head_width: channels before the pooling.
       stem: the first layer.
-      use_bias: whether convolutions have biases, idle as they are before a BatchNorm.
-      clipped: whether activations are `min(relu(x), 6)`, and not `relu(x)`.
+      use_bias: whether convolutions have biases, which have no effect before a BatchNorm.
+      clipped: whether activations are `min(relu(x), 6)` instead of `relu(x)`.
       expands_by_one: whether blocks of expansion 1 have an `expand`.
       padding: of the convolutions with a window.
-      momentum: of the running statistics of BatchNorm, what they keep of themselves at a step.
+      momentum: share of the running statistics of BatchNorm that a step keeps.
       epsilon: of BatchNorm.
       dtype: of the computation up to the features, e.g. bfloat16; parameters and logits are float32.
-      axis_name: the `pmap` axis over which BatchNorm takes the batch's statistics, if any.
-      pixels: mean and deviation of each channel, of pixels in [0, 1], by which the images of pretrained networks were
-        scaled, for `merge_jax.on_pixels`; None where there are none.
+      axis_name: the `pmap` axis over which BatchNorm computes the batch's statistics, if any.
+      pixels: mean and standard deviation of each channel, for pixels in [0, 1], that scale images for the pretrained
+        networks; for `merge_jax.on_pixels`. None if there are none.
     """
 
     stages: tuple[InvertedResidualStage, ...]
@@ -77,7 +77,7 @@ class MobileNetV2(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        """Maps images `[B, H, W, C]` to logits `[B, num_classes]`; `train` takes the batch's statistics."""
+        """Maps images `[B, H, W, C]` to logits `[B, num_classes]`; `train` uses the batch's statistics."""
         check_choice("stem", self.stem, get_args(Stem))
         layers = Layers(self.dtype, self.axis_name, train, self.momentum, self.epsilon, self.padding)
         activation = nn.relu6 if self.clipped else nn.relu
@@ -110,8 +110,8 @@ class MobileNetV2(nn.Module):
 def mobilenet_v2(num_classes: int = 100, **options: Any) -> MobileNetV2:
     """Returns the MobileNetV2 of the published CIFAR-100 run; 2,369,380 parameters at 100 classes, 3 channels.
 
-    Not the network that the literature on distillation means: that is `mobilenet_v2_half`. Options are the other
-    attributes of `MobileNetV2`, such as `dtype`.
+    The distillation literature uses a different network, `mobilenet_v2_half`. Options are the other attributes of
+    `MobileNetV2`, such as `dtype`.
     """
     stages = (
         InvertedResidualStage(1, 16, 1, 1),
@@ -126,11 +126,11 @@ def mobilenet_v2(num_classes: int = 100, **options: Any) -> MobileNetV2:
 
 
 def mobilenet_v2_half(num_classes: int = 100, **options: Any) -> MobileNetV2:
-    """Returns the MobileNetV2 of the literature on distillation, of half width; 812,836 parameters at 100 classes.
+    """Returns the half-width MobileNetV2 of the distillation literature; 812,836 parameters at 100 classes.
 
-    As in RepDistiller (Tian et al., arXiv:1910.10699) and its followers, who call it MobileNetV2: expansion 6, width
-    0.5 but for the 1280 channels before the pooling, a 3x3 stem with stride 2, no biases, and a `relu` that is not
-    clipped. Options are the other attributes of `MobileNetV2`, such as `dtype`.
+    As in RepDistiller (Tian et al., arXiv:1910.10699) and later work, which call it MobileNetV2. Expansion is 6, and
+    width 0.5 except for the 1280 channels before the pooling. It has a 3x3 stem with stride 2, no biases, and an
+    unclipped `relu`. Options are the other attributes of `MobileNetV2`, such as `dtype`.
     """
     stages = (
         InvertedResidualStage(1, 8, 1, 1),
@@ -147,12 +147,12 @@ def mobilenet_v2_half(num_classes: int = 100, **options: Any) -> MobileNetV2:
 def mobilenet_v2_imagenet(num_classes: int = 1000, width: float = 1.0, **options: Any) -> MobileNetV2:
     """Returns the MobileNetV2 of the paper, for ImageNet; 3,504,872 parameters at 1000 classes and 3 channels.
 
-    As torchvision and timm have it: strides of 32 together, no expansion in the first block, no biases. That of Keras
-    has `padding="same"`, `epsilon=1e-3` and `momentum=0.999`.
+    As in torchvision and timm: a total stride of 32, no expansion in the first block, no biases. The Keras version has
+    `padding="same"`, `epsilon=1e-3` and `momentum=0.999`.
 
     Args:
       num_classes: size of the output.
-      width: multiplies the channels, rounded to multiples of 8; the last 1280 are at least as many.
+      width: multiplies the channels, rounded to multiples of 8; the last layer keeps at least 1280.
       **options: other attributes of `MobileNetV2`.
 
     Raises:

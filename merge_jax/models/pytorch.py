@@ -25,14 +25,14 @@ _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "runni
 
 
 class _Names(NamedTuple):
-    """The names that a library gives to the modules of a convolutional network.
+    """A library's names of the modules of a convolutional network.
 
     Attributes:
-      modules: those outside of blocks.
-      block: what comes before those of a block, of its `number` in all stages, its `stage` and `place` in it, from 0
+      modules: modules outside blocks.
+      block: prefix of a block, from its `number` in all stages, its `stage` and `place` in the stage, counted from 0
         (`next` and `next_stage`: from 1).
-      parts: those of a block.
-      unexpanded: the same of a block without an expansion, where they are others.
+      parts: modules of a block.
+      unexpanded: modules of a block without an expansion, if they differ.
     """
 
     modules: Mapping[str, str]
@@ -78,38 +78,38 @@ _INVERTED_RESIDUALS = {
     ),
 }
 _LAST = "params/fc/"
-_COUNTER = "num_batches_tracked"  # Of each BatchNorm; no computation in evaluation reads it.
+_COUNTER = "num_batches_tracked"  # Of each BatchNorm; evaluation does not use it.
 
 
 def from_pytorch(
     path: str | os.PathLike[str], variables: Any, *, resize_positions: bool = False
 ) -> PretrainedVariables:
-    """Returns the variables of an image network with the weights of a PyTorch library's.
+    """Returns the variables of an image network with the weights of a PyTorch library.
 
     - `EfficientNetLite` of `efficientnet_lite_pytorch` and `timm` (`tf_efficientnet_lite0` to 4);
     - `MobileNetV2` of `torchvision` (`mobilenet_v2`) and `timm` (`mobilenetv2_050` to 140);
     - `ResNet` of `torchvision` and `timm` (`resnet18`, `resnet34`, `resnet50`);
     - `VisionTransformer` and `ImageClassifier` of `timm` (`vit_base_patch16_224` and the like, with a class token).
 
-    The names in the file tell the library. What they do not tell, the model has to have: padding and the epsilon
-    of BatchNorm are as in `efficientnet_lite`, `mobilenet_v2_imagenet` and `resnet50_imagenet`, and that of LayerNorm
-    as in `vision_transformer_of`. A variant that differs in layers without numbers, such as timm's `resnetblur50`,
+    The names in the file identify the library. The model must supply what they do not contain: padding and the epsilon
+    of BatchNorm as in `efficientnet_lite`, `mobilenet_v2_imagenet` and `resnet50_imagenet`, and that of LayerNorm as in
+    `vision_transformer_of`. A variant that differs only in layers without parameters, such as timm's `resnetblur50`,
     cannot be distinguished from the plain one.
 
-    Every tensor is taken, with the statistics of BatchNorm, or named as left. The last layer keeps its values where the
-    file has none, or one of another number of classes. Leaves keep the dtype of `variables`. What all names begin with
-    before those of the library, such as `module.` of `DistributedDataParallel`, is left out.
+    Every tensor is loaded, including the statistics of BatchNorm, or listed as left. The last layer keeps its values if
+    the file has none, or one with a different number of classes. Leaves keep the dtype of `variables`. A common prefix
+    of all names, such as `module.` of `DistributedDataParallel`, is removed.
 
     Args:
-      path: as `load_weights`: of a `.safetensors` file (or folder), a `.pth` file of PyTorch's state dict, or another.
+      path: as `load_weights`: a `.safetensors` file (or folder), a `.pth` file with a PyTorch state dict, or another.
       variables: of the model, or their shapes.
-      resize_positions: whether a vision transformer's positions of a grid of other size are resized, bicubic, as timm
-        does it. Without, they are refused.
+      resize_positions: whether a vision transformer's positions on a grid of another size are resized, bicubic, as in
+        timm. By default they are refused.
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: the file cannot be read, or is of another model: a tensor that is missing, is no leaf's, has another
-        shape or no floats; variables of another model.
+      ValueError: the file cannot be read or contains another model, i.e. a tensor is missing, belongs to no leaf, has
+        another shape or is not float; variables of another model.
     """
     leaves = flatten(variables)
     if is_vit(leaves):
@@ -126,18 +126,18 @@ def from_pytorch(
 def to_pytorch(variables: Any, library: Library | None = None, num_channels: int = 3) -> dict[str, np.ndarray]:
     """Returns a model's variables by the names and in the layout that `from_pytorch` reads, for `save_safetensors`.
 
-    The library's own model takes them by `load_state_dict`, strict as it is. Counters of BatchNorm are left out: they
-    stay at 0 there.
+    The library's model loads them with a strict `load_state_dict`. Counters of BatchNorm are left out and stay at 0
+    there.
 
     Args:
-      variables: of a model that `from_pytorch` knows.
-      library: whose names; by default those of `efficientnet_lite_pytorch` for inverted residuals, `torchvision` for a
-        `ResNet`, and `timm` for a vision transformer.
-      num_channels: of a vision transformer's images, since `patch/kernel` does not tell them from a patch's pixels.
+      variables: of a model that `from_pytorch` supports.
+      library: library whose names to use; by default `efficientnet_lite_pytorch` for inverted residuals, `torchvision`
+        for a `ResNet`, and `timm` for a vision transformer.
+      num_channels: channels of a vision transformer's images, which the shape of `patch/kernel` does not determine.
 
     Raises:
-      ValueError: variables of another model, a library that has no such model, or patches that are no squares of so
-        many channels.
+      ValueError: variables of another model, a library without this model, or patches that are not squares with this
+        number of channels.
     """
     leaves = flatten(variables)
     vit = is_vit(leaves)
@@ -155,7 +155,7 @@ def _libraries(leaves: Mapping[str, Any]) -> dict[str, _Names]:
 
 
 def _places(leaves: Mapping[str, Any], library: str) -> dict[str, Place]:
-    """Returns where each leaf of a convolutional network is in files of a library."""
+    """Returns the place of each leaf of a convolutional network in a library's files."""
     blocks = sorted({leaf.split("/")[1] for leaf in leaves if leaf.count("/") == 3}, key=natural_order)
     theirs, places = _libraries(leaves)[library], {}
     for leaf, array in leaves.items():

@@ -1,4 +1,4 @@
-"""ResNets (He et al., arXiv:1512.03385): for small images, with a 3x3 stem and no pooling first, and for ImageNet."""
+"""ResNets (He et al., arXiv:1512.03385): for small images, with a 3x3 stem and no initial pooling, and for ImageNet."""
 
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -29,7 +29,7 @@ _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class ResNetStage(NamedTuple):
-    """A stage of residual blocks: their width, their number, and the stride of the first."""
+    """A stage of residual blocks: width, number of blocks, and stride of the first."""
 
     width: int
     blocks: int
@@ -74,7 +74,7 @@ def _shortcut(x: jax.Array, features: int, stride: int, layers: Layers) -> jax.A
     if stride == 1 and x.shape[-1] == features:
         return x
     if stride > 1:
-        # XLA's compiler for GPUs aborts where it fuses a strided slice into a product (openxla/xla#47381).
+        # XLA's GPU compiler aborts when it fuses a strided slice into a product (openxla/xla#47381).
         x = lax.optimization_barrier(x[:, ::stride, ::stride])
     x = layers.pointwise_conv(features, "shortcut")(x)
     return layers.batch_norm("shortcut_norm")(x)
@@ -92,10 +92,10 @@ class ResNet(nn.Module):
       stem_width: channels after the stem.
       bottleneck: blocks of three convolutions (as ResNet50) instead of two (as ResNet18).
       dtype: of the computation up to the features, e.g. bfloat16; parameters and logits are float32.
-      axis_name: the `pmap` axis over which BatchNorm takes the batch's statistics, if any.
+      axis_name: the `pmap` axis over which BatchNorm computes the batch's statistics, if any.
       stem: the first layer.
-      pixels: mean and deviation of each channel, of pixels in [0, 1], by which the images of pretrained networks were
-        scaled, for `merge_jax.on_pixels`; None where there are none.
+      pixels: mean and standard deviation of each channel, for pixels in [0, 1], that scale images for the pretrained
+        networks; for `merge_jax.on_pixels`. None if there are none.
     """
 
     stages: tuple[ResNetStage, ...]
@@ -109,7 +109,7 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        """Maps images `[B, H, W, C]` to logits `[B, num_classes]`; `train` takes the batch's statistics.
+        """Maps images `[B, H, W, C]` to logits `[B, num_classes]`; `train` uses the batch's statistics.
 
         Raises:
           ValueError: while tracing, for an unknown stem.
@@ -119,7 +119,7 @@ class ResNet(nn.Module):
         x = layers.conv(self.stem_width, 2 if pooled else 1, "stem", size=7 if pooled else 3)(x)
         x = nn.relu(layers.batch_norm("stem_norm")(x))
         if pooled:
-            sides: Any = ((1, 1), (1, 1))  # Its annotation knows names alone.
+            sides: Any = ((1, 1), (1, 1))  # Flax's annotation allows only names.
             x = nn.max_pool(x, (3, 3), (2, 2), sides)
         block = _BottleneckBlock if self.bottleneck else _BasicBlock
         for i, stage in enumerate(self.stages, start=1):
@@ -150,7 +150,7 @@ def resnet18(num_classes: int = 100, width: float = 1.0, **options: Any) -> ResN
 
     Args:
       num_classes: size of the output.
-      width: multiplies all numbers of channels (64 to 512); 0.25 gives 0.7 million parameters.
+      width: multiplies all numbers of channels (64 to 512); at 0.25 there are 0.7 million parameters.
       **options: the other attributes of `ResNet`, such as `dtype`.
     """
     widths = [round(width * channels) for channels in (64, 128, 256, 512)]
@@ -171,8 +171,8 @@ def small_resnet(num_classes: int = 10, num_stages: int = 3, width: float = 1.0,
 def resnet18_imagenet(num_classes: int = 1000, width: float = 1.0, **options: Any) -> ResNet:
     """Returns the ResNet18 of torchvision and timm, for ImageNet; 11,689,512 parameters at 1000 classes and width 1.
 
-    A 7x7 stem with stride 2 and a max pool; the stride of a stage is that of its first 3x3 convolution, as in
-    torchvision, and not of a 1x1 one, as in the paper's larger networks.
+    A 7x7 stem with stride 2 and a max pool. The first 3x3 convolution of a stage has its stride, as in torchvision; in
+    the paper's larger networks, a 1x1 convolution has it.
 
     Args:
       num_classes: size of the output.

@@ -39,7 +39,7 @@ def _segments(tokens: jax.Array, separator: int) -> jax.Array:
 
 
 class _Embeddings(nn.Module):
-    """The sum of what a token, its position and its segment are embedded as, `[B, L] -> [B, L, width]`."""
+    """The sum of the embeddings of token, position and segment, `[B, L] -> [B, L, width]`."""
 
     vocab_size: int
     width: int
@@ -61,7 +61,7 @@ class _Embeddings(nn.Module):
 
 
 class _Layer(nn.Module):
-    """Attention and a feed-forward block, each with a shortcut and a norm after it, `[B, L, width]` to the same."""
+    """Attention and a feed-forward block, each followed by a shortcut and a norm, `[B, L, width]` to the same."""
 
     num_heads: int
     hidden: int
@@ -82,10 +82,10 @@ class TextEncoder(nn.Module):
     """A transformer over tokens, `[B, L]` int32 to `[B, L, width]`.
 
     Each layer is `x = norm1(x + attention(x)); x = norm2(x + down(gelu(up(x))))`, with the exact gelu. Tokens 0 are
-    padding, which no position attends to. The segments are worked out from the tokens: 1 after the first separator,
-    0 before it and for padding, as the tokenizers of BERT give them for `[CLS] question [SEP] passage [SEP]`.
-    Dropout is in BERT's places: on the embeddings, on attention weights and after each block (our choice for
-    DistilBERT too, whose code has none after attention).
+    padding, which no position attends to. Segments are computed from the tokens: 1 after the first separator, 0
+    before it and for padding, as in BERT's tokenizers for `[CLS] question [SEP] passage [SEP]`. Dropout is as in BERT:
+    on the embeddings, on attention weights and after each block (for DistilBERT too, whose code has none after
+    attention: our choice).
 
     Leaves: `embeddings/{word,position,segment}/embedding`, `embeddings/norm/{scale,bias}`, and in `layer_<i>`, with `i`
     from 0, `attention/{query,key,value}/kernel [width, heads, d]`, `attention/out/kernel [heads, d, width]`,
@@ -96,15 +96,15 @@ class TextEncoder(nn.Module):
       vocab_size: number of tokens.
       width: size of a position's vector.
       num_layers: number of layers.
-      num_heads: heads of each attention, which share the width.
+      num_heads: heads of each attention, which split the width.
       hidden: inner width of the feed-forward blocks.
-      max_length: number of positions, the most tokens a text may have.
+      max_length: number of positions, the maximum length of a text in tokens.
       num_segments: 2, or 0 for none, as in DistilBERT.
       separator: the token that ends a segment; 102 is [SEP] in BERT's uncased vocabulary.
       dropout_rate: of dropout, in [0, 1).
       dtype: of the computation and the output, e.g. bfloat16; parameters are float32.
-      kernel_init: how the kernels of the layers start, as in BERT by default. That is for its width: in small models
-        it makes attention all but uniform, and `nn.initializers.xavier_uniform()` lets them learn sooner.
+      kernel_init: initialiser of the layers' kernels, by default BERT's. That suits its width; in small models it makes
+        attention almost uniform, and they learn sooner with `nn.initializers.xavier_uniform()`.
     """
 
     vocab_size: int
@@ -124,8 +124,8 @@ class TextEncoder(nn.Module):
         """Maps tokens `[B, L]` to `[B, L, width]`; `train` turns dropout on.
 
         Raises:
-          ValueError: while tracing, for an attribute out of range, tokens that are no whole numbers `[B, L]`, or more
-            of them than there are positions.
+          ValueError: while tracing, for an attribute out of range, tokens that are not integers `[B, L]`, or more
+            tokens than positions.
         """
         self._check(tokens)
         segments = _segments(tokens, self.separator)
@@ -158,7 +158,7 @@ class TextEncoder(nn.Module):
         check_heads(self.width, self.num_heads)
         if self.num_segments not in (0, 2):
             raise ValueError(f"num_segments must be 2, or 0 for none, got {self.num_segments!r}")
-        # With a separator that no token can be, all of a text would be one segment, without a word.
+        # With a separator outside the vocabulary, each text would silently be one segment.
         if not PADDING < self.separator < self.vocab_size:
             raise ValueError(f"separator must be a token in [1, {self.vocab_size}), got {self.separator}")
         if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
@@ -171,13 +171,13 @@ class TextClassifier(nn.Module):
     """Classes of a text, tokens `[B, L]` to logits `[B, num_classes]`, float32.
 
     `classifier(dropout(tanh(pooler(x_0))))`, or `classifier(dropout(relu(pre_classifier(x_0))))`, of the first token;
-    or `classifier(mean_l x_l)`, of all but padding. What the pooler gives is sown as
-    `intermediates/features`, before dropout. An encoder that was trained as a sentence transformer (arXiv:1908.10084),
-    such as all-MiniLM-L6-v2, tells a text by its mean, and by no one token. As there, a mean has no dropout: it differs
-    from text to text by far less than by what dropout would take away, and a layer that was fitted to it is lost.
+    or `classifier(mean_l x_l)`, over all tokens but padding. The pooler's output is sown as `intermediates/features`,
+    before dropout. An encoder trained as a sentence transformer (arXiv:1908.10084), such as all-MiniLM-L6-v2,
+    represents a text by its mean, not by one token. As there, a mean has no dropout: means of different texts differ by
+    far less than dropout would change them, which would ruin a layer fitted to them.
 
     Attributes:
-      encoder: of the text; its leaves are below `encoder`.
+      encoder: encoder of the text; its leaves are below `encoder`.
       num_classes: size of the output.
       pooler: `tanh` as in BERT, `relu` as in DistilBERT, or `mean` as in sentence transformers.
     """
@@ -202,7 +202,7 @@ class TextClassifier(nn.Module):
             x = nn.relu(dense(x.shape[-1], jnp.float32, _INIT, "pre_classifier")(x[:, 0]))
         else:
             known = (tokens != PADDING).astype(jnp.float32)
-            # At least one, for a text of padding alone.
+            # At least one, for a text that is only padding.
             x = jnp.einsum("blc,bl->bc", x, known) / jnp.maximum(known.sum(axis=1, keepdims=True), 1)
         self.sow("intermediates", "features", x)
         if self.pooler != "mean":
@@ -211,13 +211,13 @@ class TextClassifier(nn.Module):
 
 
 class SpanExtractor(nn.Module):
-    """Where an answer starts and ends, tokens `[B, L]` to logits `[B, L, 2]`, float32, of start and end.
+    """Start and end of an answer, tokens `[B, L]` to logits `[B, L, 2]`, float32.
 
-    `qa_outputs(x)` where an answer can be, and -1e9 elsewhere. It can be in the passage, that is the tokens of segment
-    1 but for separators, and at the first token, which stands for "no answer".
+    `qa_outputs(x)` at tokens that can be in an answer, and -1e9 elsewhere. These are the passage, i.e. the tokens of
+    segment 1 without separators, and the first token, which means "no answer".
 
     Attributes:
-      encoder: of the text; its leaves are below `encoder`.
+      encoder: encoder of the text; its leaves are below `encoder`.
     """
 
     encoder: TextEncoder
@@ -262,12 +262,12 @@ def minilm(vocab_size: int = 30522, **options: Any) -> TextEncoder:
 
 
 def minilm_half(vocab_size: int = 30522, **options: Any) -> TextEncoder:
-    """Returns an encoder with half of the layers, the width and the heads of `minilm`; its heads are as wide.
+    """Returns an encoder with half the layers, width and heads of `minilm`; its heads have the same width.
 
-    Heads of the same width, since a product of queries and keys is divided by its root: a head of `minilm` can be taken
-    over whole, half of one only with another softmax. Our choice.
+    Attention divides products of queries and keys by the root of the head width, so a whole head of `minilm` can be
+    copied, but half a head only with a different softmax. Our choice.
     """
-    options = {"kernel_init": nn.initializers.xavier_uniform(), **options}  # BERT's start is for its width.
+    options = {"kernel_init": nn.initializers.xavier_uniform(), **options}  # BERT's initialiser suits its width.
     return TextEncoder(vocab_size, 192, 3, 6, 768, 512, **options)
 
 
@@ -281,5 +281,5 @@ def small_bert(
 def small_distilbert(
     vocab_size: int, num_layers: int = 2, width: int = 48, *, max_length: int = 128, **options: Any
 ) -> TextEncoder:
-    """Returns a DistilBERT of 2 layers, width 48 and 4 heads: in no size that of `small_bert`, whose partner it is."""
+    """Returns a DistilBERT of 2 layers, width 48 and 4 heads, the partner of `small_bert` with other sizes."""
     return TextEncoder(vocab_size, width, num_layers, 4, 4 * width, max_length, num_segments=0, **options)

@@ -1,4 +1,4 @@
-"""Vision transformers: an encoder of images as a row of patches, and a classifier on it."""
+"""Vision transformers: an encoder of images as a sequence of patches, and a classifier on top."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ def _patches(images: jax.Array, size: int) -> jax.Array:
 
 
 class _Layer(nn.Module):
-    """Attention and a feed-forward block, each with a norm before it and a shortcut, `[B, N, width]` to the same."""
+    """Attention and a feed-forward block, each with a preceding norm and a shortcut, `[B, N, width]` to the same."""
 
     num_heads: int
     hidden: int
@@ -45,32 +45,32 @@ class _Layer(nn.Module):
 class VisionTransformer(nn.Module):
     """A transformer over patches, images `[B, H, W, C]` to `[B, 1 + P, width]`; the first position is the class token.
 
-    The image is cut into P = (H / p)^2 patches, row by row, each of which becomes a vector by one dense layer: the
-    convolution of the paper as the matrix product it is, faster than XLA's on a CPU. Each layer is
-    `x = x + attention(norm1(x)); x = x + down(gelu(up(norm2(x))))`, and after the last of them is a norm. Dropout is in
-    the places of `TextEncoder`: on the embeddings, on attention weights and after each block.
+    The image is cut into P = (H / p)^2 patches, row by row, and one dense layer maps each to a vector: the paper's
+    convolution as a matrix product, faster than XLA's on a CPU. Each layer is
+    `x = x + attention(norm1(x)); x = x + down(gelu(up(norm2(x))))`, and a norm follows the last layer. Dropout is as in
+    `TextEncoder`: on the embeddings, on attention weights and after each block.
 
     Leaves: `patch/kernel [p p C, width]`, whose rows are the pixels of a patch by row, column and channel,
     `class_token [width]`, `position/embedding [1 + P, width]`, `norm/{scale,bias}`, and in `layer_<i>` those of
     `TextEncoder`. So `layer_<i>/attention` is a block for routes in the view `attention`, from and to texts too.
 
-    Source: arXiv:2010.11929, whose code (google-research/vision_transformer) starts kernels Xavier-uniformly too. Class
-    token and positions start with the deviation width^(-1/2), our choice: with the code's 0 and 0.02, as with BERT's
-    0.02 for all, a small model hardly tells positions apart at first and needs some times the steps to learn. Norms
-    have the epsilon of Hugging Face's port, 1e-12, and gelu is exact as there; the original and big_vision have 1e-6
-    and the approximate gelu, timm 1e-6 and the exact one (see `vision_transformer_of`).
+    Source: arXiv:2010.11929, whose code (google-research/vision_transformer) also initialises kernels Xavier-uniform.
+    Class token and positions start with the standard deviation width^(-1/2), our choice. With the code's 0 and 0.02, or
+    BERT's 0.02 for all, a small model hardly distinguishes positions at first and needs several times the steps. The
+    epsilon of the norms, 1e-12, and the exact gelu are those of Hugging Face's port. The original and big_vision have
+    1e-6 and the approximate gelu, timm 1e-6 and the exact one (see `vision_transformer_of`).
 
     Attributes:
       image_size: height and width of the images, pixels.
-      patch_size: height and width of a patch, which divide those of the image.
+      patch_size: height and width of a patch, divisors of the image size.
       width: size of a position's vector.
       num_layers: number of layers.
-      num_heads: heads of each attention, which share the width.
+      num_heads: heads of each attention, which split the width.
       hidden: inner width of the feed-forward blocks.
       dropout_rate: of dropout, in [0, 1).
       dtype: of the computation and the output, e.g. bfloat16; parameters are float32.
       epsilon: of the norms, added to the variance.
-      approximate_gelu: whether gelu is `x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2`, and not exact, by erf.
+      approximate_gelu: whether gelu is `x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2` instead of exact, by erf.
     """
 
     image_size: int
@@ -89,7 +89,7 @@ class VisionTransformer(nn.Module):
         """Maps images `[B, H, W, C]` to `[B, 1 + P, width]`; `train` turns dropout on.
 
         Raises:
-          ValueError: while tracing, for an attribute out of range, or images that are no floats of the image size.
+          ValueError: while tracing, for an attribute out of range, or images that are not floats of the image size.
         """
         self._check(images)
         x = dense(self.width, self.dtype, _INIT, "patch")(_patches(images, self.patch_size))
@@ -128,10 +128,10 @@ class VisionTransformer(nn.Module):
 class ImageClassifier(nn.Module):
     """Classes from an image's class token, images `[B, H, W, C]` to logits `[B, num_classes]`, float32.
 
-    `classifier(x_0)`, where `x_0` has gone through the encoder's last norm; it is sown as `intermediates/features`.
+    `classifier(x_0)`, with `x_0` after the encoder's last norm; it is sown as `intermediates/features`.
 
     Attributes:
-      encoder: of the image; its leaves are below `encoder`.
+      encoder: encoder of the image; its leaves are below `encoder`.
       num_classes: size of the output.
     """
 
@@ -169,5 +169,5 @@ def small_vit(
 def tiny_vit(
     image_size: int, patch_size: int = 4, num_layers: int = 2, width: int = 48, **options: Any
 ) -> VisionTransformer:
-    """Returns a ViT of 2 layers, width 48 and 4 heads: smaller in depth and width than `small_vit`, its partner."""
+    """Returns a ViT of 2 layers, width 48 and 4 heads, the partner of `small_vit`, smaller in depth and width."""
     return VisionTransformer(image_size, patch_size, width, num_layers, 4, 4 * width, **options)

@@ -1,4 +1,4 @@
-"""Weights of vision transformers of timm, big_vision and google-research/vision_transformer; tables for both ways."""
+"""Converts vision transformers from and to files of timm, big_vision and google-research/vision_transformer."""
 
 import math
 import os
@@ -43,13 +43,13 @@ _ENCODER, _LAST = "params/encoder/", "params/classifier/"
 
 
 class _Names(NamedTuple):
-    """What a library calls a vision transformer's modules and leaves, and computes with them.
+    """A library's names of a vision transformer's modules and leaves, and its gelu.
 
     Attributes:
-      leaves: names of what is no module's.
-      modules: by the path of ours, with `{}` for the number of a layer.
-      kinds: of leaves in modules.
-      joint: between the parts of a name.
+      leaves: names of leaves outside modules.
+      modules: names of modules by our path, with `{}` for the number of a layer.
+      kinds: names of the kinds of leaves in modules.
+      joint: separator between the parts of a name.
       approximate_gelu: see `VisionTransformer`.
       heads: names of the layers after the encoder, of this model and of others.
     """
@@ -104,29 +104,29 @@ _TIMM = _Names(
     False,
     ("head",),
 )
-_EPSILON = 1e-6  # Of the norms of all three.
+_EPSILON = 1e-6  # Of the norms in all three libraries.
 
 
 def from_flax(path: str | os.PathLike[str], variables: Any, *, resize_positions: bool = False) -> PretrainedVariables:
     """Returns a vision transformer's variables with the weights of big_vision or google-research/vision_transformer.
 
-    The names tell which of the two. The model has to have the epsilon and the gelu of the original, 1e-6 and the
-    approximate one, which no tensor tells: `vision_transformer_of` makes it. In big_vision, the class token has no
-    position: its row is zeros here. What the model does not have is refused: `pre_logits`, pooling by attention or by a
-    mean, layers stacked by `scan`. Beside an encoder alone, layers after it are left.
+    The names identify the library. The model must have the original's epsilon and gelu, 1e-6 and the approximate one,
+    which the tensors do not contain: `vision_transformer_of` returns such a model. In big_vision, the class token has
+    no position: its row is zeros here. Parts that the model lacks are refused: `pre_logits`, pooling by attention or by
+    a mean, layers stacked by `scan`. For a bare encoder, layers after it are left.
 
-    The last layer keeps its values where the file has none or one of other classes. Leaves keep the dtype of
+    The last layer keeps its values if the file has none or one with other classes. Leaves keep the dtype of
     `variables`.
 
     Args:
-      path: of an `.npz` file with a name for each tensor, or of any that `from_pytorch` takes.
+      path: an `.npz` file with a name for each tensor, or any file that `from_pytorch` reads.
       variables: `{"params": ...}` of a `VisionTransformer` or an `ImageClassifier`, or their shapes.
-      resize_positions: whether positions of a grid of other size are resized, bicubic. Without, they are refused.
+      resize_positions: whether positions on a grid of another size are resized, bicubic. By default they are refused.
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: the file cannot be read, or is of another model: a tensor that is missing, is no leaf's, has another
-        shape or no floats; variables of another model.
+      ValueError: the file cannot be read or contains another model, i.e. a tensor is missing, belongs to no leaf, has
+        another shape or is not float; variables of another model.
     """
     library, tensors = _read(path)
     if library == "timm":
@@ -139,15 +139,16 @@ def to_flax(
 ) -> dict[str, np.ndarray]:
     """Returns a vision transformer's variables by the names and in the layout that `from_flax` reads.
 
-    For `numpy.savez(file, **tensors)`. For big_vision, the class token has its position added to it.
+    For `numpy.savez(file, **tensors)`. For big_vision, the position of the class token is added to the token.
 
     Args:
       variables: `{"params": ...}` of a `VisionTransformer` or an `ImageClassifier`.
-      library: whose names.
-      num_channels: of the images, since `patch/kernel` does not tell them from a patch's pixels.
+      library: library whose names to use.
+      num_channels: channels of the images, which the shape of `patch/kernel` does not determine.
 
     Raises:
-      ValueError: variables of another model, an unknown library, or patches that are no squares of so many channels.
+      ValueError: variables of another model, an unknown library, or patches that are not squares with this number of
+        channels.
     """
     check_choice("library", library, _FLAX)
     check_at_least_one(num_channels=num_channels)
@@ -162,7 +163,7 @@ def to_flax(
 def encoder_of(
     path: str | os.PathLike[str], num_heads: int | None, image_size: int | None, options: Mapping[str, Any]
 ) -> VisionTransformer:
-    """Returns the encoder that a file is of, but for those of Hugging Face; see `vision_transformer_of`."""
+    """Returns the encoder that fits a file, except for Hugging Face files; see `vision_transformer_of`."""
     library, tensors = _read(path, weight_shapes)
     names, torch = _names_of(library), library == "timm"
 
@@ -196,7 +197,7 @@ def encoder_of(
         image_size=grid * side if image_size is None else image_size,
         patch_size=side,
         width=table[2],
-        num_layers=sum(block.fullmatch(name) is not None for name in tensors) // 2,  # A scale and a bias of each.
+        num_layers=sum(block.fullmatch(name) is not None for name in tensors) // 2,  # A scale and a bias for each.
         num_heads=heads,
         hidden=up[0] if torch else up[1],
         **made,
@@ -204,7 +205,7 @@ def encoder_of(
 
 
 def is_vit(leaves: Mapping[str, Any]) -> bool:
-    """Whether leaves, by path, are those of the variables of a vision transformer."""
+    """Returns whether leaves, by path, are the variables of a vision transformer."""
     return not leaves.keys().isdisjoint({_ENCODER + PATCH, f"params/{PATCH}"})
 
 
@@ -222,10 +223,10 @@ def write_timm(variables: Any, num_channels: int) -> dict[str, np.ndarray]:
 
 
 def torch_layout(leaf: str, shape: tuple[int, ...], num_channels: int) -> Layout:
-    """Returns the layout in torch of a transformer's leaf, by its path in the encoder or the head.
+    """Returns the torch layout of a transformer's leaf, given its path in the encoder or the head.
 
-    Torch's is `[out, in]` or a vector. A ViT's patches are a convolution, `[width, C, p, p]`, whose kernel
-    `[p, p, C, width]` is flat here; its class token and its positions have axes of size 1 before theirs.
+    Torch's tensor is `[out, in]` or a vector. A ViT's patches are a convolution, `[width, C, p, p]`, whose kernel
+    `[p, p, C, width]` is flat here; its class token and positions have leading axes of size 1.
     """
     if leaf == PATCH:
         side = _side(shape[0], num_channels)
@@ -239,7 +240,7 @@ def torch_layout(leaf: str, shape: tuple[int, ...], num_channels: int) -> Layout
 
 
 def check_patches(path: Any, kernel: Any, size: int) -> int:
-    """Returns the number of channels of a kernel of patches `[width, C, p, p]`, checked to be of patches of a size."""
+    """Returns the number of channels of a patch kernel `[width, C, p, p]`, after a check of the patch size."""
     if kernel.ndim != 4 or kernel.shape[2] != kernel.shape[3]:
         raise ValueError(f"{path} has a kernel of patches {list(kernel.shape)}, expected [width, channels, p, p]")
     _, channels, side, _ = kernel.shape
@@ -252,18 +253,18 @@ def check_patches(path: Any, kernel: Any, size: int) -> int:
 
 
 def positions_of(path: Any, table: Any, rows: int, side: int, *, resize: bool, token: bool = True) -> Any:
-    """Returns positions `[1, rows, width]`, that of the class token first, of a file's `[1, N, width]`.
+    """Returns positions `[1, rows, width]`, that of the class token first, from a file's `[1, N, width]`.
 
     Args:
       path: of the file, for errors.
-      table: of the file; of another rank it is returned as it is, to be refused by its shape.
-      rows: of the model.
-      side: of a patch, pixels.
-      resize: whether a grid of another size is resized: bicubic, with antialiasing, as timm does it.
-      token: whether the file's has a row for the class token; zeros otherwise.
+      table: the file's table; one of another rank is returned unchanged, and refused later by its shape.
+      rows: number of the model's positions.
+      side: height of a patch, pixels.
+      resize: whether a grid of another size is resized: bicubic, with antialiasing, as in timm.
+      token: whether the file's table has a row for the class token; otherwise that row is zeros.
 
     Raises:
-      ValueError: a grid of another size without `resize`, or one that is no square.
+      ValueError: a grid of another size without `resize`, or one that is not square.
     """
     table = np.asarray(table)
     if table.ndim != 3 or len(table) != 1:
@@ -284,14 +285,14 @@ def positions_of(path: Any, table: Any, rows: int, side: int, *, resize: bool, t
 
 
 def library_of(path: str | os.PathLike[str]) -> str:
-    """Returns whose names the tensors of a file have, most of them."""
+    """Returns the library whose names match most tensors of a file."""
     return _read(path, weight_shapes)[0]
 
 
 def _read(
     path: str | os.PathLike[str], load: Callable[[Any], Mapping[str, Any]] = lambda path: flatten(load_weights(path))
 ) -> tuple[str, dict[str, Any]]:
-    """Returns whose names the tensors of a file have, most of them, and the tensors (or shapes) by these names."""
+    """Returns the library whose names match most tensors of a file, and the tensors (or shapes) by these names."""
     found = {name.removeprefix("params/"): tensor for name, tensor in load(path).items()}
     for library in (*_FLAX, "timm"):
         found = without_prefix(path, found, {name.replace(".", "/") for name in _wanted(_names_of(library))})
@@ -307,7 +308,7 @@ def _names_of(library: str) -> _Names:
 
 
 def _wanted(names: _Names) -> set[str]:
-    """Returns names of tensors that a file of this library has."""
+    """Returns tensor names of this library's files."""
     return {*names.leaves.values(), *(str(_name(names, f"{module.format(0)}/bias")) for module in names.modules)}
 
 
@@ -373,7 +374,7 @@ def _bare(leaf: str) -> str:
 
 
 def _name(names: _Names, leaf: str) -> str | None:
-    """Returns the name of the tensor that is a leaf of ours, by its path in the encoder or the head; None for none."""
+    """Returns the tensor name of one of our leaves, given its path in the encoder or the head; None for none."""
     if leaf in names.leaves:
         return names.leaves[leaf]
     module, _, kind = leaf.rpartition("/")
@@ -386,7 +387,7 @@ def _name(names: _Names, leaf: str) -> str | None:
 
 
 def _side(size: int, num_channels: int) -> int:
-    """Returns the height of a patch of that many numbers."""
+    """Returns the height of a patch with this many entries."""
     side = math.isqrt(size // num_channels)
     if side * side * num_channels != size:
         raise ValueError(f"patches of {size} numbers are no squares of num_channels {num_channels}")

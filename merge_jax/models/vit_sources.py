@@ -1,4 +1,4 @@
-"""Vision transformers of whatever file: the encoder that it is of, and its weights by the reader of its names."""
+"""Vision transformers from any supported file: the matching encoder, and its weights."""
 
 import os
 from typing import Any
@@ -15,20 +15,21 @@ __all__ = ["load_vision_transformer", "vision_transformer_of"]
 def vision_transformer_of(
     path: str | os.PathLike[str], *, num_heads: int | None = None, image_size: int | None = None, **options: Any
 ) -> VisionTransformer:
-    """Returns the encoder of a file of weights, with its sizes, its epsilon and its gelu.
+    """Returns the encoder that fits a weight file, with its sizes, epsilon and gelu.
 
-    The file is of a ViT of timm, big_vision, google-research/vision_transformer or Hugging Face. No numbers are read.
+    The file contains a ViT of timm, big_vision, google-research/vision_transformer or Hugging Face. Only names and
+    shapes are read.
 
     Args:
-      path: as of `from_pytorch`, `from_flax` and `from_huggingface`.
-      num_heads: of each attention. Files of timm do not have it, and those of Hugging Face only in `config.json`.
-      image_size: height and width of the images in pixels; those of the file by default. For others, read its positions
+      path: as in `from_pytorch`, `from_flax` and `from_huggingface`.
+      num_heads: heads of each attention. Files of timm do not contain it, those of Hugging Face only in `config.json`.
+      image_size: height and width of the images in pixels; by default those of the file. For others, read its positions
         with `resize_positions=True`.
       options: other attributes of `VisionTransformer`.
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: the file cannot be read, it is of none of these, or the number of heads is not known.
+      ValueError: the file cannot be read, is from another library, or the number of heads is unknown.
     """
     if is_vit_of_huggingface(path):
         return vit_encoder_of(path, num_heads, image_size, options)
@@ -38,7 +39,7 @@ def vision_transformer_of(
 def load_vision_transformer(
     path: str | os.PathLike[str], variables: Any, *, epsilon: float, resize_positions: bool = False
 ) -> PretrainedVariables:
-    """Returns a vision transformer's variables with the weights of a file, by the reader of its names.
+    """Returns a vision transformer's variables with the weights of any supported file.
 
     Args:
       path: as `vision_transformer_of`.

@@ -1,4 +1,4 @@
-"""Agreement of two models' features on one batch: an objective that tells a transfer what to move."""
+"""Agreement of two models' features on one batch: a training objective for transfers."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 CompareOn = Callable[[jax.Array], jax.Array]
-"""From an input of the target, `[B, ...]`, to what both models are compared on."""
+"""Maps an input of the target, `[B, ...]`, to the input on which both models are compared."""
 
 
 class FeatureObjective(Protocol):
@@ -65,9 +65,9 @@ def cka(features: jax.Array, other: jax.Array) -> jax.Array:
 
 
 def _kernel(features: jax.Array) -> jax.Array:
-    """Returns the inner products of all pairs of centred examples, `[B, B]`, of mean square 1."""
+    """Returns the inner products of all pairs of centred examples, `[B, B]`, with mean square 1."""
     rows = centred(features.reshape(features.shape[0], -1).astype(jnp.float32))
-    # Scaled first, or the squares of large features are beyond float32.
+    # Scaled first, since squares of large features overflow float32.
     rows /= jnp.sqrt(jnp.mean(jnp.square(rows)) + _EPSILON)
     return rows @ rows.T / rows.shape[1]
 

@@ -15,7 +15,7 @@ __all__ = ["model_loss", "name_missing_collections", "sum_losses"]
 
 @contextlib.contextmanager
 def name_missing_collections(model_state: ModelState, role: str = "target") -> Iterator[None]:
-    """Rewrites Flax's error for a collection that the state lacks, so that it names the collection."""
+    """Replaces Flax's error for a missing collection with a ValueError that names what the state contains."""
     try:
         yield
     except ScopeCollectionNotFound as error:

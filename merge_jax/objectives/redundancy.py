@@ -74,5 +74,5 @@ def _directions(size: int, width: int) -> np.ndarray:
 
 def _standardised(features: jax.Array) -> jax.Array:
     features = centred(features)
-    # Added under the root too, since a constant channel has a gradient.
+    # Epsilon is under the root, so that a constant channel has a finite gradient.
     return features / jnp.sqrt(jnp.mean(jnp.square(features), axis=0, keepdims=True) + _EPSILON**2)

@@ -194,12 +194,12 @@ def evaluate_retrieval(
 def _places_of_embeddings(
     queries: np.ndarray, query_group: np.ndarray, candidates: np.ndarray, candidate_group: np.ndarray
 ) -> np.ndarray:
-    """Returns the `_places` of embeddings `[N, D]` among `[K, D]`, some queries at a time."""
+    """Returns the `_places` of embeddings `[N, D]` among `[K, D]`, in chunks of queries."""
     columns = candidates.astype(np.float64).T
     width = max(1, _SIMILARITIES_AT_A_TIME // len(candidates))
     places = []
     for rows in (slice(first, first + width) for first in range(0, len(queries), width)):
-        # In float32 the sum of a dot product depends on its place in the matrix, and equal vectors come out apart.
+        # In float32, a dot product's rounding depends on its place in the matrix, so equal vectors would not tie.
         similarity = (queries[rows].astype(np.float64) @ columns).astype(np.float32)
         places.append(_places(similarity, query_group[rows], candidate_group))
     return np.concatenate(places)

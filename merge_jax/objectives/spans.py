@@ -63,19 +63,19 @@ def evaluate_spans(
     """Returns a function `(params, model_state, arrays) -> {"loss", "exact_match", "f1"}` over exactly all examples.
 
     The arrays hold the model's input, `start` and `end`, as for `span_loss`, `example [N]`, and what `decode` needs.
-    The last batch is padded and its padding left out, so that one compilation serves all. The loss is in nats, the
-    scores, those of `squad_scores`, are fractions in [0, 1]. All logits, `[N, L, 2]`, are on the host at once.
+    The last batch is padded and its padding discarded, so one compilation suffices. The loss is in nats; the scores of
+    `squad_scores` are fractions in [0, 1]. All logits, `[N, L, 2]`, are on the host at once.
 
     Args:
       apply_fn: `model.apply` of a Linen module called as `(inputs, train=False)`, with logits `[B, L, 2]`.
-      decode: all logits and the arrays to N predicted answers.
-      answers: all that count as right, of the question with number `arrays["example"][i]`.
-      inputs: the entry of the arrays that is the model's input.
-      batch_size: the number of examples at a time.
+      decode: maps all logits and the arrays to N predicted answers.
+      answers: all correct answers, by question number `arrays["example"][i]`.
+      inputs: name of the array that is the model's input.
+      batch_size: number of examples per batch.
 
     Raises:
-      ValueError: a batch size below 1; the arrays hold no example, lack an entry, or name a question that `answers`
-        has not; or `decode` gives another number of answers.
+      ValueError: a batch size below 1; arrays without an example or an entry, or with a question missing from
+        `answers`; or `decode` returns a different number of answers.
     """
     check_at_least_one(batch_size=batch_size)
 
@@ -100,7 +100,7 @@ def evaluate_spans(
 
 
 def normalize_answer(text: str) -> str:
-    """Returns the text in lower case without ASCII punctuation, English articles and superfluous white space.
+    """Returns the text in lower case without ASCII punctuation, English articles and extra white space.
 
     >>> normalize_answer("The  U.S. Army")
     'us army'
@@ -111,8 +111,8 @@ def normalize_answer(text: str) -> str:
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
     """Returns 1 if the normalised prediction is one of the normalised answers, else 0.
 
-    A question without an answer has no `answers`; the prediction that is right is then empty. Answers that are empty
-    once normalised do not count.
+    A question without an answer has no `answers`; the correct prediction is then empty. Answers that are empty after
+    normalisation do not count.
 
     Raises:
       ValueError: `answers` is a single text.

@@ -1,7 +1,7 @@
 """Loss function, evaluation, vocabularies and scores of models that answer questions on images.
 
-Accuracy is that of the official script, vqaEval.py of GT-Vision-Lab/VQA as it stands since 2021, of Antol et al.,
-arXiv:1505.00468, which gives percentages.
+Accuracy follows the official script, vqaEval.py of GT-Vision-Lab/VQA since 2021, of Antol et al., arXiv:1505.00468,
+which reports percentages.
 """
 
 import collections
@@ -37,7 +37,7 @@ __all__ = [
 _MARKS = frozenset(';/[]"{}()=+\\_-><@`,?!')
 _COMMA_IN_NUMBER = re.compile(r"[0-9],[0-9]")
 _PERIOD = re.compile(r"\.(?![0-9])")
-_MAX_PERIODS = 32  # The script hands re.UNICODE, which is 32, to re.sub instead of a count.
+_MAX_PERIODS = 32  # The script passes re.UNICODE, which is 32, to re.sub as the count.
 _NUMBERS = {
     "none": "0",
     "zero": "0",
@@ -68,10 +68,10 @@ _WORDS_BEFORE = {
 
 
 def _contractions() -> dict[str, str]:
-    """Returns the contractions by what lacks one of their apostrophes.
+    """Returns the contractions by their spellings with one apostrophe missing.
 
-    The official table has four entries more, with a capital I, that no text in lower case meets, and two that change
-    nothing. "somebody'd" stands the wrong way round in it.
+    The official table has four more entries with a capital I, which never match lower-case text, and two that change
+    nothing. Its entry for "somebody'd" is reversed.
     """
     table = {"somebody'd": "somebodyd"}
     for ending, words in _WORDS_BEFORE.items():
@@ -84,20 +84,20 @@ _CONTRACTIONS = _contractions()
 
 
 def vqa_loss(apply_fn: ModelApply) -> LossFn:
-    """Returns the loss function of a model of answers: the mean over the batch, in nats; metric `accuracy`.
+    """Returns the loss function of a visual answerer: the mean over the batch, in nats; metric `accuracy`.
 
-    `-sum_c q_c log softmax(z)_c` of each example, with logits `z [C]` and `q` the fractions of the annotators'
-    answers that are in the vocabulary; 0 for an example without any. A softmax over answers, and not a sigmoid for
-    each as in Teney et al., arXiv:1708.02711, is our choice: it is one formula for one annotator, where it is the
-    usual cross entropy, and for ten.
+    `-sum_c q_c log softmax(z)_c` for each example, with logits `z [C]` and `q` the fractions of the annotators'
+    answers that are in the vocabulary; 0 for an example without any. A softmax over answers, instead of a sigmoid for
+    each as in Teney et al., arXiv:1708.02711, is our choice: one formula serves for ten annotators and for one, where
+    it is the usual cross entropy.
 
-    The accuracy, in [0, 1], is the mean of `answer_accuracy` of the largest logit, with the A columns of `answers` for
-    annotators. So it is that of `vqa_scores` where all questions have as many and no text is compared unnormalised.
+    The accuracy, in [0, 1], is the mean of `answer_accuracy` of the largest logit; the A columns of `answers` are the
+    annotators. It equals that of `vqa_scores` if all questions have A annotators and all texts are compared normalised.
 
     Args:
       apply_fn: `model.apply` of a Linen module called as `(images, tokens, train=True)`, with logits `[B, C]`; its
-        collections update, and dropout draws from the step's key. The batch has the entries `image`, `tokens` and
-        `answers`, int `[B, A]` in [0, C), or -1 for none, as `answer_indices` gives them. The loss is NaN for an
+        collections are updated, and dropout draws from the step's key. The batch has the entries `image`, `tokens` and
+        `answers`, int `[B, A]` in [0, C), or -1 for none, as returned by `answer_indices`. The loss is NaN for an
         answer of C or above.
 
     Raises:
@@ -126,19 +126,19 @@ def evaluate_vqa(
     """Returns a function `(params, model_state, arrays) -> {"loss", "accuracy", ...}` over exactly all examples.
 
     The arrays hold `image`, in memory or `Streamed`, `tokens` and `answers`, as for `vqa_loss`, and `example [N]`.
-    The last batch is padded and its padding left out, so that one compilation serves all. The loss is that of
-    `vqa_loss`, in nats; the scores are those of `vqa_scores`, `accuracy_<kind>` among them where there are kinds.
+    The last batch is padded and its padding discarded, so one compilation suffices. The loss is that of `vqa_loss`, in
+    nats; the scores are those of `vqa_scores`, including `accuracy_<kind>` if there are kinds.
 
     Args:
       apply_fn: `model.apply` of a Linen module called as `(images, tokens, train=False)`, with logits `[B, C]`.
       vocabulary: the C answers.
-      answers: of the question with number `arrays["example"][i]`, what each annotator answered.
-      kinds: of the questions by the same number.
-      batch_size: the number of examples at a time.
+      answers: each annotator's answer, by question number `arrays["example"][i]`.
+      kinds: kinds of questions, by the same number.
+      batch_size: number of examples per batch.
 
     Raises:
-      ValueError: a batch size below 1, or kinds in another number than answers; the arrays hold no example, lack an
-        entry, or name a question that `answers` has not; or, while tracing, logits of another shape.
+      ValueError: a batch size below 1, or different numbers of kinds and answers; arrays without an example or an
+        entry, or with a question missing from `answers`; or, while tracing, logits of another shape.
     """
     check_at_least_one(batch_size=batch_size)
     if kinds is not None and len(kinds) != len(answers):
@@ -168,18 +168,18 @@ def evaluate_vqa(
 def predict_answers(
     apply_fn: ModelApply, vocabulary: Sequence[str], *, batch_size: int = 128
 ) -> Callable[[Params, ModelState, Mapping[str, Any]], list[str]]:
-    """Returns a function `(params, model_state, arrays) -> answers`, the one with the largest logit of each example.
+    """Returns a function `(params, model_state, arrays) -> answers`: each example's answer with the largest logit.
 
     The arrays hold `image`, in memory or `Streamed`, and `tokens`.
 
     Args:
       apply_fn: `model.apply` of a Linen module called as `(images, tokens, train=False)`, with logits `[B, C]`.
       vocabulary: the C answers.
-      batch_size: the number of examples at a time.
+      batch_size: number of examples per batch.
 
     Raises:
-      ValueError: a batch size below 1; the arrays hold no example or lack an entry; or, while tracing, logits of
-        another shape.
+      ValueError: a batch size below 1; arrays without an example or an entry; or, while tracing, logits of another
+        shape.
     """
     check_at_least_one(batch_size=batch_size)
 
@@ -197,12 +197,12 @@ def predict_answers(
 
 
 def normalize_answer(text: str) -> str:
-    """Returns the text as the official script compares it with others.
+    """Returns the text normalised as in the official script.
 
-    Each of `; / [ ] " { } ( ) = + \\ _ - > < @ ` , ? !` becomes a space; it goes without one if it stands next to a
-    space anywhere in the text, and all do if there is a comma between digits. Periods that no digit follows go, the
-    first 32 of them. Then, in lower case, the words "none" and "zero" to "ten" become digits, English articles go, and
-    contractions get an apostrophe back. Digits are ASCII's.
+    Each of `; / [ ] " { } ( ) = + \\ _ - > < @ ` , ? !` becomes a space. It is removed instead if it is next to a space
+    anywhere in the text, and all are removed if there is a comma between digits. The first 32 periods not followed by a
+    digit are removed. Then, in lower case, the words "none" and "zero" to "ten" become digits, English articles are
+    removed, and missing apostrophes of contractions are restored. Digits are ASCII.
 
     >>> normalize_answer("Two T-shirts, and a dog. It isnt raining!")
     "2 t shirts and dog it isn't raining"
@@ -217,12 +217,12 @@ def normalize_answer(text: str) -> str:
 
 
 def answer_accuracy(count: int, annotators: int) -> float:
-    """Returns the accuracy in [0, 1] of an answer that `count` of n annotators gave.
+    """Returns the accuracy in [0, 1] of an answer that `count` of the annotators gave.
 
-    `mean_a min(1, o_a / 3)`, with `o_a` the number of annotators other than a who gave it, so that an answer of 4 is
-    right and one of 1, 2 or 3 of 10 counts 0.3, 0.6 or 0.9. As the official script does, it wants three others of few
-    annotators too: nobody gets more than 1/3 of two, 2/3 of three. Of a single one, where that would be 0, it is
-    `count`, an exact match: our choice, for sets with one answer to a question.
+    `mean_a min(1, o_a / 3)`, with `o_a` the number of annotators other than a who gave it. So with 10 annotators, an
+    answer of 4 is correct, and an answer of 1, 2 or 3 scores 0.3, 0.6 or 0.9. Like the official script, it requires
+    three others even with few annotators: the maximum is 1/3 with two and 2/3 with three. With a single annotator, for
+    whom it would be 0, it is `count`, an exact match: our choice, for sets with one answer per question.
     """
     if annotators == 1:
         return float(count)
@@ -235,19 +235,19 @@ def vqa_scores(
 ) -> dict[str, float]:
     """Returns `{"accuracy"}`, the mean of `answer_accuracy` over all questions, a fraction in [0, 1].
 
-    As in the official script, prediction and answers are compared once normalised where the answers to a question
-    differ, and as they are where all are the same text: there "Yes" is not "yes", and a prediction from a vocabulary
-    of normalised answers is wrong where all say "none". The only answer to a question is normalised, our choice, since
-    nobody has agreed on how it is written.
+    As in the official script, prediction and answers are normalised if the answers to a question differ, and compared
+    unchanged if all are the same text. Then "Yes" does not match "yes", and a prediction from a vocabulary of
+    normalised answers is wrong if all answers are "none". A single answer to a question is normalised (our choice),
+    since there is no agreement on its spelling.
 
     Args:
-      predictions: one of each question.
-      answers: of each question, what each annotator answered, the same answer as often as it was given.
-      kinds: the kind of each question; adds `accuracy_<kind>`, the mean over its questions, of each kind.
+      predictions: one per question.
+      answers: for each question, the answers of all annotators, with repetitions.
+      kinds: the kind of each question; adds `accuracy_<kind>`, the mean over its questions, for each kind.
 
     Raises:
-      ValueError: there are no questions, or not as many predictions or kinds as questions, or a question has no
-        answers, or its answers are a single text.
+      ValueError: no questions, different numbers of predictions, kinds and questions, or a question without answers or
+        with a single text as its answers.
     """
     if len(predictions) != len(answers):
         raise ValueError(f"every question needs one prediction, got {len(predictions)} for {len(answers)} questions")
@@ -266,10 +266,10 @@ def vqa_scores(
 
 
 def answer_vocabulary(answers: Sequence[Sequence[str]], size: int) -> tuple[str, ...]:
-    """Returns the `size` most frequent normalised answers, or all where there are fewer, the commonest first.
+    """Returns the `size` most frequent normalised answers, or all if there are fewer, the most frequent first.
 
-    Every answer of every annotator counts, but those that are empty once normalised. Equally frequent ones stand in
-    alphabetical order.
+    Every answer of every annotator counts, except those that are empty after normalisation. Equally frequent answers
+    are in alphabetical order.
 
     Raises:
       ValueError: a size below 1, answers that are a single text, or no answer at all.
@@ -283,14 +283,14 @@ def answer_vocabulary(answers: Sequence[Sequence[str]], size: int) -> tuple[str,
 
 
 def answer_indices(answers: Sequence[Sequence[str]], vocabulary: Sequence[str]) -> tuple[np.ndarray, float]:
-    """Returns the place in the vocabulary of every answer, `[N, A]`, int32, and the fraction of questions with one.
+    """Returns each answer's index in the vocabulary, `[N, A]`, int32, and the fraction of questions with one.
 
-    A is the largest number of answers to a question. It is -1 where an annotator's answer is not in the vocabulary,
-    and where there is no annotator. Answers and vocabulary are compared once normalised. `answer_coverage` tells what
-    a vocabulary lacks.
+    A is the largest number of answers to a question. The index is -1 for an answer outside the vocabulary and for a
+    missing annotator. Answers and vocabulary are normalised before the comparison. `answer_coverage` lists the missing
+    answers.
 
     Raises:
-      ValueError: answers that are a single text, or a vocabulary that is empty or has one answer twice.
+      ValueError: answers that are a single text, or a vocabulary that is empty or contains an answer twice.
     """
     places = _places(vocabulary)
     _check_texts(answers)
@@ -302,13 +302,13 @@ def answer_indices(answers: Sequence[Sequence[str]], vocabulary: Sequence[str]) 
 
 @dataclass(frozen=True)
 class Coverage:
-    """What a vocabulary has of the answers to questions; `str()` of it is a sentence for a report or an error.
+    """How many questions a vocabulary covers; `str()` returns a sentence for a report or an error.
 
     Attributes:
-      size: of the vocabulary.
-      questions: how many there are.
-      uncovered: how many of them have no answer in the vocabulary.
-      missing: the normalised answers to those, the commonest first.
+      size: size of the vocabulary.
+      questions: number of questions.
+      uncovered: number of questions without an answer in the vocabulary.
+      missing: the normalised answers to those, the most frequent first.
     """
 
     size: int
@@ -317,7 +317,7 @@ class Coverage:
     missing: tuple[str, ...]
 
     def __str__(self) -> str:
-        """Returns the sentence, with the five commonest of the missing."""
+        """Returns the sentence, with the five most frequent missing answers."""
         subject = f"the vocabulary of {self.size} answers covers"
         if not self.uncovered:
             return f"{subject} an answer of each of {self.questions} questions"
@@ -326,7 +326,7 @@ class Coverage:
 
 
 def answer_coverage(answers: Sequence[Sequence[str]], vocabulary: Sequence[str]) -> Coverage:
-    """Returns what the vocabulary has of the answers.
+    """Returns how many questions the vocabulary covers.
 
     Raises:
       ValueError: as `answer_indices`.
@@ -366,13 +366,13 @@ def _accuracy(prediction: str, answers: Sequence[str]) -> float:
 
 
 def _commonest(answers: Iterable[str]) -> tuple[str, ...]:
-    """Returns the normalised answers that are not empty, the commonest first, then in alphabetical order."""
+    """Returns the non-empty normalised answers, the most frequent first, then in alphabetical order."""
     counts = collections.Counter(map(normalize_answer, answers))
     return tuple(sorted(filter(None, counts), key=lambda answer: (-counts[answer], answer)))
 
 
 def _places(vocabulary: Sequence[str]) -> Mapping[str, int]:
-    """Returns the place of every normalised answer of the vocabulary."""
+    """Returns the index of each normalised answer in the vocabulary."""
     if isinstance(vocabulary, str) or not vocabulary:
         raise ValueError(f"the vocabulary must be a sequence of at least one answer, got {vocabulary!r}")
     places: dict[str, int] = {}
