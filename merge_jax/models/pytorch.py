@@ -1,4 +1,4 @@
-"""Weights of image networks between files of PyTorch models and the networks here; a table of names for both ways."""
+"""Converts image networks from and to weight files of PyTorch models, with one table of names for both directions."""
 
 import os
 import re
@@ -19,7 +19,7 @@ from merge_jax.paths import flatten, natural_order
 __all__ = ["Library", "PretrainedVariables", "from_pytorch", "to_pytorch"]
 
 Library = Literal["efficientnet_lite_pytorch", "timm", "torchvision"]
-"""Whose names tensors have."""
+"""The library whose names the tensors have."""
 
 _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 

@@ -1,4 +1,4 @@
-"""Text encoders with the norm after each block, BERT and DistilBERT, and what is put on them; input is tokens alone."""
+"""Post-norm text encoders, BERT and DistilBERT, and their heads; the only input is tokens."""
 
 from typing import Any, Literal, get_args
 
@@ -23,11 +23,11 @@ __all__ = [
 ]
 
 PoolerName = Literal["tanh", "relu", "mean"]
-"""What is before a classifier. Of the first token, a layer: `tanh` as in BERT, named `pooler`; `relu` as in DistilBERT,
+"""The layer before a classifier. On the first token: `tanh` as in BERT, named `pooler`; `relu` as in DistilBERT, named
 `pre_classifier`. `mean`: the mean of all tokens but padding, without a layer, as in sentence transformers."""
 
 _INIT = nn.initializers.truncated_normal(0.02)
-# Far below any logit, yet finite: a label at such a place costs much, and is no NaN.
+# Far below any logit, yet finite: a label at such a position has a large loss, not NaN.
 _NEVER = -1e9
 
 

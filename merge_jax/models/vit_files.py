@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 FlaxLibrary = Literal["big_vision", "vision_transformer"]
-"""Whose names tensors have: those of google-research/big_vision, or of the files of google-research/vision_transformer,
+"""The library whose names the tensors have: google-research/big_vision, or google-research/vision_transformer's files,
 whose modules are numbered as before Linen."""
 
 PATCH, POSITION, CLASS_TOKEN = "patch/kernel", "position/embedding", "class_token"

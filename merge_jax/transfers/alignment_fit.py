@@ -1,4 +1,4 @@
-"""The adapter of an alignment: channels chosen evenly, or in closed form from what enters the source's layers."""
+"""The adapter of an alignment: channels chosen evenly, or in closed form from the inputs of the source's layers."""
 
 import functools
 import math
@@ -26,7 +26,7 @@ _PRECISION = lax.Precision.HIGHEST
 
 
 def _even_outputs(plan: AlignmentPlan) -> dict[str, jax.Array]:
-    """Returns `A` of all pairs, by an even choice."""
+    """Returns `A` of all pairs, with channels chosen evenly."""
     outputs = {}
     for name, ((m, p), _, around) in plan.pairs.items():
         matrix = choice_matrix(evenly_chosen(min(m, p), p), m, p)
@@ -40,7 +40,7 @@ def even_adapter(plan: AlignmentPlan) -> Adapter:
 
 
 def _adapter(plan: AlignmentPlan, outputs: Mapping[str, jax.Array], inputs: Mapping[str, jax.Array]) -> Adapter:
-    """Returns the adapter, with `R` of the inputs that are given, and what the outputs choose for the others."""
+    """Returns the adapter, with the given `R`, and the outputs' choice for the other inputs."""
     made = plan.made()
     reading = [leaf for leaf in plan.leaves if leaf.reading]
     return {
@@ -53,7 +53,7 @@ def _adapter(plan: AlignmentPlan, outputs: Mapping[str, jax.Array], inputs: Mapp
 
 
 def _chosen_inputs(leaf: AlignedLeaf, outputs: Mapping[str, jax.Array]) -> jax.Array:
-    """Returns `R` of a leaf's inputs that takes what the outputs choose, and makes up for nothing."""
+    """Returns `R` of a leaf's inputs that selects the outputs' choice, without reconstruction."""
     matrix_axes, target_axes, source_axes = subscripts(leaf, leaf.reading)
     matrices = [outputs[str(leaf.axes[i].pair)] for i in leaf.reading]
     return jnp.einsum(f"{','.join(matrix_axes)}->{target_axes}{source_axes}", *matrices, precision=_PRECISION)
@@ -67,7 +67,7 @@ def fitted_adapter(
     choice: ChannelChoice = "moments",
     key: jax.Array | None = None,
 ) -> Adapter:
-    """Returns the adapter that keeps most of what the source's layers compute; see `aligned_transfer`."""
+    """Returns the adapter that preserves most of what the source's layers compute; see `aligned_transfer`."""
     outputs, made, chosen = _even_outputs(plan), plan.made(), set()
     for number, name in enumerate(plan.outermost_first()):
         (m, p), group, around = plan.pairs[name]
@@ -86,7 +86,7 @@ def fitted_adapter(
             drawn = jax.random.uniform(jax.random.fold_in(key, number), sizes.shape)
             given, choose = (drawn,), _largest
         else:
-            chosen.add(name)  # As it is: evenly.
+            chosen.add(name)  # Stays even.
             continue
         chosen.add(name)
         if around is None:
@@ -106,12 +106,12 @@ def directions(
     source: Mapping[str, jax.Array],
     adapter: Adapter,
 ) -> tuple[Adapter, Adapter]:
-    """Returns the adapter to align by, and the one whose outputs are what the target is to have, of these streams.
+    """Returns the adapter for the alignment, and one whose outputs are the target values of these streams.
 
-    There they are the orthonormal directions of the largest second moments, `A = U V^T` of the leading eigenvectors
-    `V`, turned toward the channels that the adapter chose: what is aligned stays a prior. Layers that read the stream
-    are aligned to these; what makes it is aligned to channels, since a norm on the way has numbers of channels. Which
-    directions are taken is not differentiated, as the choice of channels is not.
+    The latter are the orthonormal directions of the largest second moments, `A = U V^T` of the leading eigenvectors
+    `V`, rotated toward the channels that the adapter chose, so the aligned leaves stay a prior. Layers that read the
+    stream are aligned to these directions. Layers that write it are aligned to channels, since a norm in between has
+    entries for channels. As for channels, gradients do not pass through the choice of directions.
     """
     outputs = dict(adapter["outputs"])
     for name in sorted(outputs.keys() & set(streams)):
@@ -132,7 +132,7 @@ def _reconstructed(
     moments: Mapping[str, jax.Array],
     outputs: Mapping[str, jax.Array],
 ) -> dict[str, jax.Array]:
-    """Returns `R` of the leaves that read a pair whose channels were chosen."""
+    """Returns `R` of the leaves that read a pair with chosen channels."""
     inputs = {}
     for leaf in plan.leaves:
         pairs = [str(leaf.axes[i].pair) for i in leaf.reading]
@@ -146,7 +146,7 @@ def _reconstructed(
 
 
 def _checked(path: str, graph: ChannelGraph, moments: Mapping[str, jax.Array], shape: tuple[int, ...]) -> jax.Array:
-    """Returns the moments of what enters a leaf of the source."""
+    """Returns the input moments of a source leaf, checked."""
     sizes = tuple(shape[axis] for axis in graph.moment_axes(path))
     if moments[path].shape != sizes * 2:
         raise ValueError(f"moments of {path!r} must be {sizes * 2}, got {moments[path].shape}")
@@ -156,7 +156,7 @@ def _checked(path: str, graph: ChannelGraph, moments: Mapping[str, jax.Array], s
 def _group_moments(
     group: str, apart: bool, graph: ChannelGraph, moments: Mapping[str, jax.Array], leaves: Mapping[str, jax.Array]
 ) -> list[jax.Array]:
-    """Returns all moments of a group's channels, `[p, p]`; `apart` for each channel around, `[h, p, p]`."""
+    """Returns all moments of a group's channels, `[p, p]`; with `apart` for each enclosing channel, `[h, p, p]`."""
     found = []
     if group in moments:
         products = moments[group]
@@ -169,14 +169,14 @@ def _group_moments(
         entering, number, count = _checked(path, graph, moments, leaves[path].shape), summed.index(group), len(axes)
         left, right = string.ascii_lowercase[:count], string.ascii_uppercase[:count]
         if apart:
-            # The moments inside of each channel around; along any other axis, of all its channels.
+            # The moments within each enclosing channel; along any other axis, summed over its channels.
             around = left[summed.index(graph.within[group])]
             same = "".join(right[i] if i == number else left[i] for i in range(count))
             found.append(jnp.einsum(f"{left}{same}->{around}{left[number]}{right[number]}", entering))
         elif count == 1:
             found.append(entering)
         else:
-            # What each channel adds to the outputs, in which no other axis has an order.
+            # Each channel's contribution to the outputs, which does not depend on the order of other axes.
             kernel = jnp.moveaxis(jnp.asarray(leaves[path], jnp.float32), axes, range(count))
             kernel = kernel.reshape(*kernel.shape[:count], -1)
             added = jnp.einsum(
@@ -197,7 +197,7 @@ def _leaf_moments(leaf: AlignedLeaf, graph: ChannelGraph, moments: Mapping[str, 
 
 
 def _magnitudes(plan: AlignmentPlan, name: str, source: Mapping[str, jax.Array]) -> jax.Array:
-    """Returns the sum of squares of each channel's parameters, `[p]` or `[h, p]`, to choose among what is as good."""
+    """Returns the sum of squares of each channel's parameters, `[p]` or `[h, p]`, to break ties."""
     total = jnp.zeros(())
     for leaf in plan.leaves:
         for axis in leaf.axes:
@@ -206,17 +206,17 @@ def _magnitudes(plan: AlignmentPlan, name: str, source: Mapping[str, jax.Array])
                 rest = tuple(i for i in range(len(leaf.shapes[1])) if i not in kept)
                 squares = jnp.square(jnp.asarray(source[leaf.source], jnp.float32)).sum(rest)
                 total += squares if kept == sorted(kept) else squares.T
-                jax.block_until_ready(total)  # Of a source on the host, one leaf at a time is on the device.
+                jax.block_until_ready(total)  # If the source is on the host, only one leaf is on the device.
     return total
 
 
 def _largest(sizes: jax.Array, count: int) -> jax.Array:
-    """Returns so many channels, the largest first."""
+    """Returns `count` channels, the largest first."""
     return lax.top_k(sizes, count)[1]
 
 
 def _choose(moments: jax.Array, sizes: jax.Array, count: int) -> jax.Array:
-    """Returns so many channels, the best first, from which all are best had by a linear map."""
+    """Returns the `count` channels from which a linear map best reconstructs all, the best first."""
     size = moments.shape[0]
     mean = jnp.trace(moments) / size
     start = moments + _EPSILON * mean * jnp.eye(size)
@@ -224,10 +224,10 @@ def _choose(moments: jax.Array, sizes: jax.Array, count: int) -> jax.Array:
     def add(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         left, taken, chosen = state
         own = jnp.diagonal(left)
-        # What of all channels is explained by this one, of what those before leave.
+        # How much of the residual of all channels each channel explains.
         explained = jnp.where(own > _EPSILON * mean, jnp.sum(jnp.square(left), axis=0) / jnp.maximum(own, 1e-30), 0)
         explained = jnp.where(taken, -1.0, explained)
-        # Rounding would choose among what is as good by its place; parameters choose by what it is.
+        # Rounding would break ties by position; parameters break them by content.
         best = jnp.argmax(
             jnp.where(explained >= jnp.max(explained) - _TIE * size * mean, jnp.where(taken, -1, sizes), -1)
         )
@@ -239,7 +239,7 @@ def _choose(moments: jax.Array, sizes: jax.Array, count: int) -> jax.Array:
 
 
 def _reconstruction(moments: jax.Array, chosen: jax.Array) -> jax.Array:
-    """Returns `R [m, p]` of `fit`, for what the rows of a matrix choose, of length 1; rows of zeros choose none."""
+    """Returns `R [m, p]` of `fit` for the choice in a matrix's rows of length 1; rows of zeros choose nothing."""
     crossed = jnp.matmul(chosen, moments, precision=_PRECISION)
     among = jnp.matmul(crossed, chosen.T, precision=_PRECISION)
     ridge = _RIDGE * jnp.trace(among) / jnp.sum(jnp.any(chosen != 0, axis=1)) + 1e-30

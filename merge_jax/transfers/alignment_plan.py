@@ -1,4 +1,4 @@
-"""What an alignment ties: for routes of two models, the axes of each leaf and the pairs of channel groups."""
+"""The plan of an alignment: for routes of two models, the axes of each leaf and the pairs of channel groups."""
 
 import itertools
 import math
@@ -16,16 +16,16 @@ __all__ = ["AlignedAxis", "AlignedLeaf", "AlignmentPlan", "GroupPair", "plan_ali
 
 
 class AlignedAxis(NamedTuple):
-    """One axis of channels of a routed leaf.
+    """One channel axis of a routed leaf.
 
     Attributes:
-      target: its place in the target's leaf.
-      source: its place in the source's leaf.
-      pair: name of the pair of channel groups that it belongs to; None where its entries are bound to what is outside
-        of the models, and meet one by one.
-      around: number, in the leaf, of the axis that its channel group is within; None where there is none.
-      contracted: whether it is only summed over with what enters the layer.
-      kept: whether channels that the source has not stay as they are: not where they are summed over as well.
+      target: its index in the target's leaf.
+      source: its index in the source's leaf.
+      pair: name of its pair of channel groups; None if its entries have a meaning outside the models and are paired by
+        index.
+      around: index, in the leaf, of the axis of the enclosing channel group; None if there is none.
+      contracted: whether it is only contracted with the layer's inputs.
+      kept: whether channels that the source lacks do not change; not if they are contracted too.
       sizes: of the target's axis and of the source's.
     """
 
@@ -39,9 +39,9 @@ class AlignedAxis(NamedTuple):
 
 
 class AlignedLeaf(NamedTuple):
-    """A routed leaf: its paths, views and shapes, its axes of channels, and those of the windows.
+    """A routed leaf: its paths, views and shapes, its channel axes, and window axes.
 
-    Shapes have rows arranged and merged axes apart, and axes are theirs.
+    Shapes and axes are those with arranged rows and split merged axes.
     """
 
     target: str
@@ -53,21 +53,21 @@ class AlignedLeaf(NamedTuple):
 
     @property
     def reading(self) -> tuple[int, ...]:
-        """Numbers of the axes that one matrix of the adapter reads together."""
+        """Indices of the axes that one matrix of the adapter reads together."""
         return tuple(i for i, axis in enumerate(self.axes) if axis.contracted and axis.pair is not None)
 
     @property
     def making(self) -> tuple[int, ...]:
-        """Numbers of the axes whose channels are made by the matrices of their channel groups."""
+        """Indices of the axes that use the matrices of their channel groups."""
         return tuple(i for i, axis in enumerate(self.axes) if not axis.contracted and axis.pair is not None)
 
     @property
     def input_name(self) -> str:
-        """The name that the matrix of what it reads has in the adapter."""
+        """The name of its input matrix in the adapter."""
         return f"{self.target}:{','.join(str(self.axes[i].target) for i in self.reading)}"
 
     def nameless(self) -> "AlignedLeaf":
-        """Returns it without names, which is equal for leaves that are made alike."""
+        """Returns the leaf without names, equal for leaves that are computed alike."""
         axes = tuple(axis._replace(pair=None if axis.pair is None else "") for axis in self.axes)
         return self._replace(target="", source="", axes=axes)
 
@@ -76,9 +76,9 @@ class GroupPair(NamedTuple):
     """A channel group of the target and one of the source.
 
     Attributes:
-      sizes: channels of the target's and of the source's.
+      sizes: numbers of channels of the target's and the source's group.
       source: the source's channel group.
-      around: name of the pair that it is within; None where it is within none.
+      around: name of the enclosing pair; None if there is none.
     """
 
     sizes: tuple[int, int]
@@ -93,11 +93,11 @@ class AlignmentPlan(NamedTuple):
     pairs: Mapping[str, GroupPair]
 
     def made(self) -> set[str]:
-        """Returns the pairs whose channels a routed leaf makes; what reads the others reads channels of its own."""
+        """Returns the pairs whose channels a routed leaf produces; readers of others read the target's channels."""
         return {str(leaf.axes[i].pair) for leaf in self.leaves for i in leaf.making}
 
     def outermost_first(self) -> list[str]:
-        """Returns the names of the pairs, each after the one that it is within."""
+        """Returns the names of the pairs, each after its enclosing pair."""
         return sorted(self.pairs, key=lambda name: self.pairs[name].around is not None)
 
 
@@ -116,7 +116,7 @@ def plan_alignment(
 def _leaf(
     route: ResolvedRoute, source_graph: ChannelGraph, target_graph: ChannelGraph, pairs: dict[str, GroupPair]
 ) -> AlignedLeaf:
-    """Returns the leaf of a route, and enters its pairs of channel groups."""
+    """Returns the leaf of a route, and adds its pairs of channel groups."""
     if len(route.target) != 1 or len(route.source) != 1:
         raise ValueError(
             f"the route to {' + '.join(route.target)!r} joins several leaves, but channels are aligned leaf by leaf"
@@ -169,7 +169,7 @@ def _leaf(
                 raise ValueError(f"{target!r} and {source!r} are of other layouts: their heads are along other axes")
         elif sizes[0] != sizes[1] and _is_merged(t, factors[0]) and _is_merged(s, factors[1]):
             raise ValueError(_unlike_places((target, source), shapes, (t, s)))
-        elif sizes[0] != sizes[1]:  # Nothing but their number says which entry is which.
+        elif sizes[0] != sizes[1]:  # Entries can only be paired by index.
             why = _bound("target", target_group, target_graph) or _bound("source", source_group, source_graph)
             raise ValueError(
                 f"{target!r} has {sizes[0]} entries along axis {t}, {source!r} has {sizes[1]} along axis {s}; {why}: "
@@ -181,7 +181,7 @@ def _leaf(
 
 
 def _factors(view: KernelView, path: str, graph: ChannelGraph) -> Factors:
-    """Returns what the axes of a leaf are merged from."""
+    """Returns the factors of a leaf's merged axes."""
     shape, found = view.arranged_shapes[0], graph.factors.get(path)
     if found is None:
         return tuple((size,) for size in shape)
@@ -193,7 +193,7 @@ def _factors(view: KernelView, path: str, graph: ChannelGraph) -> Factors:
 
 
 def _is_merged(axis: int, factors: Factors) -> bool:
-    """Returns whether an axis of a leaf with merged axes apart is one of these."""
+    """Returns whether an axis of a leaf with split merged axes is one of these."""
     return [len(own) > 1 for own in factors for _ in own][axis]
 
 
@@ -207,7 +207,7 @@ def _unlike_places(paths: tuple[str, str], shapes: tuple[tuple[int, ...], ...], 
 
 
 def _arranged_apart(view: KernelView, path: str, factors: Factors) -> tuple[int, ...]:
-    """Returns the axes along which a route arranges the rows of the source, with merged axes apart."""
+    """Returns the axes along which a route arranges the rows of the source, with merged axes split."""
     axes = () if view.arrangement is None else view.arrangement.axes
     places = apart_axes(factors)
     if any(len(places[axis]) > 1 for axis in axes):
@@ -216,7 +216,7 @@ def _arranged_apart(view: KernelView, path: str, factors: Factors) -> tuple[int,
 
 
 def _spec_apart(spec: MatrixSpec, factors: Factors) -> MatrixSpec:
-    """Returns how a leaf with merged axes apart is a matrix."""
+    """Returns the matrix spec of a leaf with split merged axes."""
     found = apart_axes(factors)
 
     def places(axes: tuple[int, ...]) -> tuple[int, ...]:
@@ -226,14 +226,14 @@ def _spec_apart(spec: MatrixSpec, factors: Factors) -> MatrixSpec:
 
 
 def _name(target_group: str, source_group: str, pairs: Mapping[str, GroupPair]) -> str:
-    """Returns the name of a pair: the target's channel group, unless that is paired with another of the source."""
+    """Returns the name of a pair: the target's channel group, unless it is also paired with another source group."""
     if target_group not in pairs or pairs[target_group].source == source_group:
         return target_group
     return f"{target_group} from {source_group}"
 
 
 def _bound(role: str, group: str, graph: ChannelGraph) -> str:
-    """Returns why a channel group is bound to what is outside of the model; empty for hidden channels."""
+    """Returns why a channel group has a meaning outside the model; empty for hidden channels."""
     if group in graph.hidden:
         return ""
     if group in graph.consumed:
@@ -248,7 +248,7 @@ def _bound(role: str, group: str, graph: ChannelGraph) -> str:
 
 
 def subscripts(leaf: AlignedLeaf, numbers: tuple[int, ...]) -> tuple[list[str], str, str]:
-    """Returns subscripts of the matrices of some axes, and those of the axes of the target and of the source."""
+    """Returns einsum subscripts of the matrices of some axes, and of the axes of target and source."""
     small, large = string.ascii_lowercase, string.ascii_uppercase
     matrices = []
     for i in numbers:

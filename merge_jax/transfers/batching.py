@@ -1,4 +1,4 @@
-"""Routes that run as one: those of one signature stacked and mapped over, those of unlike small matrices padded."""
+"""Batches of routes: routes with one signature are stacked and mapped over, small matrices of other shapes padded."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,13 +26,13 @@ __all__ = [
     "unstack_leaves",
 ]
 
-# Matrices up to this size are padded however much that adds: what they cost is nothing beside a program of their own.
+# Matrices up to this size are always padded: their work costs nothing compared with a separate program.
 _SMALL = 256
 
 
 @dataclass(frozen=True)
 class RouteBatch:
-    """Routes of one signature, with the place of each among all routes."""
+    """Routes with one signature, with the index of each among all routes."""
 
     routes: tuple[ResolvedRoute, ...]
     numbers: tuple[int, ...]
@@ -44,7 +44,7 @@ class RouteBatch:
 
 
 def batch_routes(routes: Sequence[ResolvedRoute]) -> tuple[RouteBatch, ...]:
-    """Returns the routes in batches of one signature, in the order of their first routes."""
+    """Returns the routes batched by signature, in the order of their first routes."""
     by_signature: dict[Any, list[int]] = {}
     for number, route in enumerate(routes):
         by_signature.setdefault(route.signature, []).append(number)
@@ -56,8 +56,8 @@ class PaddedBatch:
     """Batches whose matrices run as one program, padded with zeros to common sizes.
 
     Attributes:
-      parts: one, whose matrices are whole, or several.
-      part_sizes: of the matrices of each.
+      parts: one batch with unpadded matrices, or several.
+      part_sizes: sizes of the matrices of each.
     """
 
     parts: tuple[RouteBatch, ...]
@@ -92,17 +92,17 @@ class PaddedBatch:
 def pad_batches(
     batches: Sequence[RouteBatch], sizes: Sequence[Sizes], work: Callable[[Sizes], int], largest_ratio: float
 ) -> tuple[PaddedBatch, ...]:
-    """Returns the batches joined to as few as keep the work near what it is for each on its own.
+    """Returns the batches merged into as few as possible without much additional work.
 
-    From the most work to the least, a batch joins the first of those before it in which the padded work stays within
-    `largest_ratio` of the true work, twice that for each route, or in which all matrices are small. Our choice: unlike
-    shapes are one program each to a compiler, which takes seconds, where small matrices take microseconds.
+    In decreasing order of work, a batch joins the first one before it in which the padded work stays within
+    `largest_ratio` of the true work, and within twice that for each route, or in which all matrices are small. Our
+    choice: each shape is a separate program, which takes seconds to compile, while small matrices take microseconds.
 
     Args:
-      batches: of routes.
-      sizes: of the matrices of each.
-      work: the operations that one route of some sizes takes.
-      largest_ratio: 1 or more; at 1 each stays apart.
+      batches: batches of routes.
+      sizes: sizes of the matrices of each.
+      work: `sizes -> operations` of one route.
+      largest_ratio: 1 or more; at 1, batches are not merged.
     """
     joined: list[list[int]] = []
 
@@ -127,8 +127,7 @@ def pad_batches(
 
 
 def _stack(leaves: Mapping[str, jax.Array], paths: Sequence[tuple[str, ...]]) -> tuple[jax.Array, ...]:
-    """Returns the leaves that each route names, stacked along a new first axis."""
-    # Joined along their first axis, then reshaped: one operation for all, not one for each.
+
     columns = ([leaves[path] for path in column] for column in zip(*paths, strict=True))
     return tuple(
         jnp.concatenate(column).reshape(len(column), *column[0].shape) if len(column) > 1 else column[0][None]
@@ -139,7 +138,7 @@ def _stack(leaves: Mapping[str, jax.Array], paths: Sequence[tuple[str, ...]]) ->
 def stack_leaves(
     batch: RouteBatch, sources: Mapping[str, jax.Array], targets: Mapping[str, jax.Array]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns what each route has of its own, stacked, and what all have alike: `target` and `source` leaves."""
+    """Returns the leaves `target` and `source` in two dictionaries: stacked by route, and shared by all routes."""
     own = {"target": _stack(targets, [route.target for route in batch.routes])}
     first = batch.routes[0].source
     if all(route.source == first for route in batch.routes):
@@ -154,14 +153,14 @@ def unstack_leaves(
     count = len(batch.routes)
     new = {}
     for column, leaf in zip(zip(*(route.target for route in batch.routes), strict=True), stacked, strict=True):
-        # Split in one operation, whose derivative is one too; an index for each would have a padded array for each.
+        # Split in one operation with one derivative; indexing would need a padded array for each leaf.
         flat = leaf.astype(targets[column[0]].dtype).reshape(-1, *leaf.shape[2:])
         new |= zip(column, lax.split(flat, (leaf.shape[1],) * count) if count > 1 else [flat], strict=True)
     return new
 
 
 def map_routes(move: Callable[[Any], Any], stacked: Any) -> Any:
-    """Returns `move` of each entry of a tree along its first axis."""
+    """Returns `move` mapped over the first axis of a tree."""
     if jax.tree.leaves(stacked)[0].shape[0] == 1:
         return jax.tree.map(lambda leaf: leaf[None], move(jax.tree.map(lambda leaf: leaf[0], stacked)))
     return jax.vmap(move)(stacked)
@@ -178,15 +177,15 @@ def run_batch(
 ) -> dict[str, jax.Array]:
     """Returns the new leaves of a batch's routes by path: `move(params, target leaves, source leaves)` of each.
 
-    Routes from leaves on the host run one after the other, so that a device holds the leaves of one.
+    Routes from leaves on the host run one after the other, so that the device holds only the leaves of one.
 
     Args:
       batch: the routes.
-      move: of one route.
+      move: the function of one route.
       sources: leaves of the source by path.
       targets: leaves of the target by path.
-      params: parameters of the batch's adapter, stacked where it has several routes and they share none.
-      shared: whether all routes have the same parameters.
+      params: parameters of the batch's adapter, stacked if there are several routes that do not share them.
+      shared: whether all routes share the same parameters.
     """
     own_params = not shared and len(batch.routes) > 1
     given = [sources[path] for route in batch.routes for path in route.source]
@@ -210,7 +209,7 @@ def _run_apart(
     params: Adapter,
     own_params: bool,
 ) -> dict[str, jax.Array]:
-    """Returns what `run_batch` does, with the leaves of one route on the device at a time."""
+    """Returns the result of `run_batch`, with the leaves of only one route on the device at a time."""
     move_one, new = jax.jit(move), {}
     for number, route in enumerate(batch.routes):
         used = jax.tree.map(lambda leaf, number=number: leaf[number], params) if own_params else params
@@ -219,16 +218,16 @@ def _run_apart(
             for leaves, paths in ((targets, route.target), (sources, route.source))
         )
         moved = [leaf.astype(old.dtype) for leaf, old in zip(move_one(used, target, source), target, strict=True)]
-        # What is dispatched and not yet done would hold the leaves of the routes after it.
+        # Otherwise the next routes' leaves would be on the device before this one has finished.
         new |= zip(route.target, jax.block_until_ready(moved), strict=True)
     return new
 
 
 def adapter_entry(name: str, adapter: Adapter, expected: Any) -> Adapter:
-    """Returns the parameters of the routes that are named after one of them.
+    """Returns the parameters in the adapter's entry of this name.
 
     Raises:
-      ValueError: the adapter has none, or of other shapes than expected.
+      ValueError: the adapter has no such entry, or its shapes are not as expected.
     """
     if name not in adapter:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Sums over axes: what each ties, consumes and binds, of leaves and of what enters there."""
+"""Contractions: the axes of leaves and layer inputs that each ties, consumes and binds."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ __all__ = ["OnSum", "Sum", "SummedAxes", "Value"]
 
 
 class Value(NamedTuple):
-    """A value with the node of each axis, and whether it is made of leaves and constants alone."""
+    """A value with the node of each axis, and whether it depends only on leaves and constants."""
 
     value: Any
     nodes: tuple[int, ...]
@@ -18,13 +18,13 @@ class Value(NamedTuple):
 
 
 class Sum(NamedTuple):
-    """A sum over axes of a leaf and of what enters there, or of two values that are no leaves.
+    """A contraction of a leaf with its input, or of two values that are not leaves.
 
     Attributes:
-      path: of the leaf; None where there is none.
-      axes: of the leaf that are summed over, in their order.
-      entering: what enters the leaf, or both values.
-      places: the axes of each of them that are summed over.
+      path: path of the leaf; None if there is none.
+      axes: contracted axes of the leaf, in order.
+      entering: the input of the leaf, or both values.
+      places: contracted axes of each of them.
     """
 
     path: str | None
@@ -37,12 +37,12 @@ OnSum = Callable[[Sum], None]
 
 
 class SummedAxes(AxisNodes):
-    """The axes of a computation, and what sums over them tie."""
+    """The axes of a computation, with the ties from contractions."""
 
     def _sum_over(
         self, a: Value, left: Sequence[int], b: Value, right: Sequence[int], matched: Sequence[int], on_sum: OnSum
     ) -> None:
-        """Ties the axes of two values that are summed over together; `matched` are those that stay, one by one."""
+        """Ties the axes of two values that are contracted together; `matched` axes remain, paired by index."""
         for axis, other in zip(left, right, strict=True):
             self._meet(a.nodes[axis], b.nodes[other])
         (a, left), (b, right) = self._summed_apart(a, left, b, right)
@@ -51,7 +51,7 @@ class SummedAxes(AxisNodes):
         matched = [atom for node in matched for atom in self.atoms(node)]
         self._consumed.update(nodes[0])
         beside = [(*nodes[0][:i], *nodes[0][i + 1 :]) for i in range(len(left))]
-        if a.from_leaves and b.from_leaves:  # The product of two leaves is a kernel of which each has made a part.
+        if a.from_leaves and b.from_leaves:  # The product of two leaves is a kernel with a part from each.
             for node in (*nodes[0], *nodes[1]):
                 self._make(node)
         elif any(places[0]) or any(places[1]):
@@ -71,8 +71,7 @@ class SummedAxes(AxisNodes):
         self._beside += zip(nodes[0], beside, strict=True)
 
     def _meet(self, node: int, other: int) -> None:
-        """Ties axes of two values that are summed over together, and notes whether that binds them."""
-        # The oldest stands for all: an input does where nothing has tied its axis to a leaf before.
+
         for pair in [(node, other), *self._matched(node, other)]:
             if any(map(self._is_leaf, pair)):
                 atoms = {atom for one in pair for atom in self.atoms(one)}
@@ -84,7 +83,7 @@ class SummedAxes(AxisNodes):
     def _summed_apart(
         self, a: Value, left: Sequence[int], b: Value, right: Sequence[int]
     ) -> tuple[tuple[Value, list[int]], tuple[Value, list[int]]]:
-        """Returns two values with the merged axes apart that they are summed over along, and all such axes."""
+        """Returns two values with their contracted merged axes split, and all contracted axes."""
         found: list[tuple[Value, list[int]]] = []
         for one, axes, of, others in ((a, left, b, right), (b, right, a, left)):
             nodes = list(zip(axes, (one.nodes[i] for i in axes), (of.nodes[i] for i in others), strict=True))

@@ -49,7 +49,7 @@ _ALONG: Mapping[str, _Axes] = {
 FOLLOWED = frozenset(
     {*CALLS, *_REDUCTIONS, *BY_ENTRY, *_FORMS, *_ALONG, "optimization_barrier", "cond", "platform_index", "iota"}
 )
-"""Names of the primitives that are followed (`cond` where it asks for the platform alone)."""
+"""Names of the primitives that are followed (`cond` only if it selects by platform)."""
 
 
 class ChannelTrace(SummedAxes):
@@ -62,20 +62,20 @@ class ChannelTrace(SummedAxes):
         inputs: Sequence[Any],
         factors: Mapping[str, Factors] | None = None,
     ):
-        """Takes a function of a tree and inputs, and the factors of leaves whose merged axes are to be apart."""
+        """Takes a function of a tree and inputs, and the factors of leaves whose merged axes should be split."""
         self.factors = factors or {}
         super().__init__({path: jnp.shape(leaf) for path, leaf in self._apart(params).items()}, self.factors)
         self.program = Program(fn, params, inputs, self.factors)
         self.nodes: dict[int, tuple[int, ...]] = {}
-        """The nodes of the axes of each value of the program, once it was followed."""
+        """The nodes of the axes of each value of the program, available after tracing."""
 
     @classmethod
     def followed(
         cls, fn: Callable[..., Any], params: Params, inputs: Sequence[Any], *, strict: bool
     ) -> tuple["ChannelTrace", ChannelGraph]:
-        """Follows a function for shapes alone; returns the trace and what is tied. `strict` refuses what `check` does.
+        """Follows a function for shapes only; returns the trace and the axes. `strict` calls `check`.
 
-        Where channels turn out to be in merged axes of leaves, it is followed once more with these apart.
+        If merged axes of leaves turn out to contain channels, it is followed again with these axes split.
         """
         factors: dict[str, Factors] = {}
         while True:
@@ -90,10 +90,9 @@ class ChannelTrace(SummedAxes):
         return trace, graph
 
     def run(self, params: Params, inputs: Sequence[Any], on_sum: OnSum) -> list[Any]:
-        """Evaluates the function, and hands over each sum over axes that are of a leaf, or of two values.
+        """Evaluates the function, and passes on each contraction with a leaf, or of two values.
 
-        Outside of `jit`, a value is kept until it was read for the last time, and leaves of NumPy are put on the device
-        where they are read.
+        Outside `jit`, a value is freed after its last use, and NumPy leaves are moved to the device when they are read.
         """
         program, leaves = self.program, self._apart(params)
         known = {number: Value(leaves[path], self._leaves[path], True) for path, number in program.leaves.items()}
@@ -114,7 +113,7 @@ class ChannelTrace(SummedAxes):
             values = [read(one) for one in equation.inputs]
             operands = [one.value for one in values]
             results = equation.run(on_device(operands))
-            if any_on_host(operands):  # Or what is dispatched and not yet done would hold the leaves after it.
+            if any_on_host(operands):  # Otherwise the next leaves would be on the device too early.
                 jax.block_until_ready(results)
             made = self._follow(equation, values, results, on_sum)
             known |= dict(zip(equation.outputs, made, strict=True))
@@ -137,7 +136,7 @@ class ChannelTrace(SummedAxes):
         )
         if nodes is None:
             nodes = [self._fresh(jnp.shape(result)) for result in results]
-            if results:  # A leaf that goes in whole might make channels there.
+            if results:  # A whole leaf as operand might produce channels.
                 for one in values:
                     self._lose(eqn.name, one.nodes)
                     self._touch(one.nodes)
@@ -147,7 +146,7 @@ class ChannelTrace(SummedAxes):
         return [Value(result, own, from_leaves) for result, own in zip(results, nodes, strict=True)]
 
     def _bind(self, nodes: tuple[int, ...], constant: int | Constant) -> tuple[int, ...]:
-        """Returns the nodes of a constant. Its order binds what it meets, as the angles of rotary positions do."""
+        """Returns the nodes of a constant. Its order binds the axes combined with it, as with rotary angles."""
         self._bound.update(nodes[axis] for axis in self.program.varying_axes(constant))
         return nodes
 
@@ -198,17 +197,17 @@ class ChannelTrace(SummedAxes):
 
     def _by_entry(self, values: Sequence[Value], shape: Sequence[int], skip: int | None = None) -> tuple[int, ...]:
         arrays = [one for one in values if one.nodes]
-        # What has one entry is a scalar, such as the spectral norm by which a kernel is divided.
+        # A value with one entry is a scalar, such as a kernel's spectral norm.
         arrays = [one for one in arrays if jnp.size(one.value) > 1] or arrays
         if len(arrays) == 1 and jnp.shape(arrays[0].value) == shape:
-            return arrays[0].nodes  # A leaf that is cast or scaled is a leaf still.
+            return arrays[0].nodes  # A cast or scaled leaf is still a leaf.
         nodes, from_leaves = list(self._fresh(shape)), all(one.from_leaves for one in values)
         for axis, node in enumerate(nodes):
             for one in arrays:
                 if axis != skip and jnp.shape(one.value)[axis] == shape[axis]:
                     self._tie(node, one.nodes[axis])
                     if from_leaves and self._is_leaf(one.nodes[axis]):
-                        nodes[axis] = one.nodes[axis]  # A kernel that other leaves scale is that kernel still.
+                        nodes[axis] = one.nodes[axis]  # A kernel scaled by other leaves is still that kernel.
         return tuple(nodes)
 
     def _placed(
@@ -221,12 +220,12 @@ class ChannelTrace(SummedAxes):
         return tuple(placed)
 
     def _reshaped(self, value: Value, shape: Sequence[int], new_shape: Sequence[int]) -> tuple[int, ...]:
-        """Merged and split axes keep their nodes as factors; axes of size 1 come and go."""
+        """Merged and split axes keep their nodes as factors; axes of size 1 may be added or removed."""
         added = len(new_shape) - len(shape)
         if tuple(new_shape) == (
             *(1,) * added,
             *shape,
-        ):  # An axis of size 1, a single head, is known by its place alone.
+        ):  # An axis of size 1, a single head, is identified only by its position.
             return (*self._fresh((1,) * added), *value.nodes)
         new_nodes, lost = self._regrouped(value.nodes, shape, new_shape)
         self._lose("reshape", lost)
@@ -237,7 +236,7 @@ class ChannelTrace(SummedAxes):
         return new_nodes
 
     def _joined(self, values: Sequence[Value], axis: int, shape: Sequence[int]) -> tuple[int, ...]:
-        """Channels that are concatenated are tied, in pieces of the size that divides all parts."""
+        """Concatenated channels are tied, in pieces of a size that divides all parts."""
         nodes = list(self._by_entry(values, shape, skip=axis))
         if len(values) > 1:
             lost = tuple(one.nodes[axis] for one in values)
@@ -275,7 +274,7 @@ class ChannelTrace(SummedAxes):
         )
 
     def _pieces(self, operation: str, nodes: Sequence[int], unit: int) -> list[int]:
-        """Returns the nodes of the pieces of one size that axes are cut into; none where one cannot be."""
+        """Returns the nodes of equal pieces of axes; none if an axis cannot be cut so."""
         cut = [
             ((None, node), []) if self._sizes[node] == unit else
             self._regrouped((node,), self.sizes((node,)), (self._sizes[node] // unit, unit))
@@ -287,7 +286,7 @@ class ChannelTrace(SummedAxes):
         return [piece for (_, piece), _ in cut]
 
     def _cut_out(self, params: Any, value: Value, shape: Sequence[int], new_shapes: Sequence[Sequence[int]]) -> Any:
-        """Returns the nodes of parts of a value, cut along one axis at multiples of one size; None for any others."""
+        """Returns the nodes of parts of a value, cut along one axis at multiples of one size; otherwise None."""
         axes = [axis for axis, size in enumerate(shape) if size != new_shapes[0][axis]]
         if value.from_leaves or len(axes) != 1 or any(one != 1 for one in params.get("strides") or ()):
             return None
@@ -305,7 +304,7 @@ class ChannelTrace(SummedAxes):
         return parts
 
     def _without(self, operation: str, value: Value, axes: Iterable[int], new_shape: Sequence[int]) -> tuple[int, ...]:
-        """Returns the nodes of a value, new ones for those axes, whose entries are no longer what they were."""
+        """Returns the nodes of a value, with new ones for these axes, whose entries have changed."""
         axes, fresh = set(axes), self._fresh(new_shape)
         lost = [axis for axis in axes if jnp.shape(value.value)[axis] > 1]
         self._lose(operation, (value.nodes[axis] for axis in lost))
@@ -325,7 +324,7 @@ class ChannelTrace(SummedAxes):
                 self._make(nodes[axis])
         cut = [nodes[axis] for axis, size in enumerate(shape) if size > 1 and axis not in whole]
         self._bound.update(cut)
-        if not value.from_leaves:  # Tokens that are looked up are bound to what is outside; see `ChannelGraph.hidden`.
+        if not value.from_leaves:  # Looked-up tokens have a meaning outside the model; see `ChannelGraph.hidden`.
             self._lose("gather", cut)
         return tuple(gathered)
 
@@ -384,7 +383,7 @@ class ChannelTrace(SummedAxes):
             self._make(kernel.nodes[out_axis])
         if feature_groups == 1 or depthwise:
             nodes[numbers.out_spec[1]] = self._tied(kernel.nodes[out_axis])
-        if feature_groups > 1 and depthwise:  # Each channel by itself.
+        if feature_groups > 1 and depthwise:  # Each channel separately.
             self._tie(x.nodes[in_axis], kernel.nodes[out_axis])
         if feature_groups > 1 and not depthwise:
             self._make(kernel.nodes[out_axis])
@@ -393,7 +392,7 @@ class ChannelTrace(SummedAxes):
 
 
 def _refined(factors: Factors | None, found: Factors) -> Factors:
-    """Returns the factors of a whole leaf, where `found` are those of it with its factors apart."""
+    """Returns the factors of a whole leaf, given those found for the leaf with split axes."""
     if factors is None:
         return found
     rest = iter(found)

@@ -1,4 +1,4 @@
-"""A model whose computation was followed, as the refit walks it."""
+"""A traced model for the refit."""
 
 import functools
 from collections.abc import Sequence
@@ -13,13 +13,13 @@ __all__ = ["FollowedModel"]
 
 @dataclass(frozen=True, eq=False)
 class FollowedModel:
-    """A model whose computation was followed: the trace, and its channel graph."""
+    """A traced model: the trace, and its channel graph."""
 
     trace: ChannelTrace
     graph: ChannelGraph
 
     def layer(self, path: str) -> Layer:
-        """Returns the layer of a leaf, looked for once.
+        """Returns the layer of a leaf, cached.
 
         Raises:
           Unsolvable: as `find_layer`.
@@ -40,7 +40,7 @@ class FollowedModel:
 
     @functools.cached_property
     def channel_axes(self) -> dict[str, dict[int, list[int]]]:
-        """`{channel group: {value: its axes of these channels, merged ones too}}`, of the values that have any."""
+        """`{channel group: {value: its axes of these channels, including merged ones}}`, for values that have any."""
         found: dict[str, dict[int, list[int]]] = {}
         for value, nodes in self.trace.nodes.items():
             for axis, node in enumerate(nodes):
@@ -49,7 +49,7 @@ class FollowedModel:
         return found
 
     def examples(self, value: int) -> int | None:
-        """Returns the axis of a value along which the examples lie; None where it is ambiguous."""
+        """Returns the example axis of a value; None if it is ambiguous."""
         examples = [self.trace.nodes[one][0] for one in self.trace.program.inputs]
         found = [
             axis
@@ -59,10 +59,10 @@ class FollowedModel:
         return found[0] if len(found) == 1 else None
 
     def places(self, value: int, groups: Sequence[str]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Returns the shape of a value with merged axes of these channel groups apart, and the axis of each group.
+        """Returns the shape of a value with merged axes of these channel groups split, and the axis of each group.
 
         Raises:
-          Unsolvable: a group that no axis has, or several.
+          Unsolvable: a group with no axis, or several.
         """
         sizes, names = [], []
         for node, size in zip(self.trace.nodes[value], self.trace.program.shapes[value].shape, strict=True):
@@ -79,7 +79,7 @@ class FollowedModel:
         return tuple(sizes), tuple(names.index(group) for group in groups)
 
     def whole_axes(self, value: int, groups: Sequence[str]) -> set[int]:
-        """Returns the axes of a value that are of these channel groups alone."""
+        """Returns the axes of a value that belong only to these channel groups."""
         nodes = enumerate(self.trace.nodes[value])
         return {axis for axis, node in nodes
                 if {self.trace.channel_group(atom) for atom in self.trace.atoms(node)} <= {*groups}}  # fmt: skip

@@ -1,4 +1,4 @@
-"""Leaves that stay on the host until they are needed, such as those that are mapped from a file."""
+"""Leaves that stay on the host until needed, such as memory-mapped ones."""
 
 from typing import Any
 
@@ -11,9 +11,9 @@ __all__ = ["any_on_host", "on_device"]
 
 
 def any_on_host(source: Any, *others: Any) -> bool:
-    """Returns whether leaves of a source are arrays of NumPy and nothing is traced.
+    """Returns whether leaves of a source are NumPy arrays and nothing is traced.
 
-    What is moved of such a source is moved leaf by leaf. Inside of `jit` a compiler plans all leaves together.
+    Such a source is transferred leaf by leaf. Inside `jit`, the compiler plans all leaves together.
     """
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((source, others))):
         return False
@@ -21,5 +21,5 @@ def any_on_host(source: Any, *others: Any) -> bool:
 
 
 def on_device(tree: Any) -> Any:
-    """Returns a tree with the NumPy arrays among its leaves put on the device."""
+    """Returns a tree with its NumPy arrays moved to the device."""
     return jax.tree.map(lambda leaf: jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf, tree)

@@ -1,4 +1,4 @@
-"""Where the layers of a model end: for each kernel, the value that is linear in it just before what is not."""
+"""The ends of a model's layers: for each kernel, the last value that is linear in it."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -19,7 +19,7 @@ class Unsolvable(Exception):  # noqa: N818  # It is a reason, and ends up in a r
 
 
 class Norm(NamedTuple):
-    """Leaves that normalise what a layer makes: running statistics and the gain; `normed` is the value they are of."""
+    """Leaves that normalise a layer's output: running statistics and gain; `normed` is the normalised value."""
 
     mean: str
     var: str
@@ -28,19 +28,19 @@ class Norm(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """A leaf that a model is linear in, from where it meets the data to the end of that.
+    """A leaf in which a model is linear, from its product with the data to the last linear value.
 
     Attributes:
       leaf: its path.
-      dense: whether it sums over channels of what enters; otherwise each channel has its own numbers, as the gain of a
-        norm and a depthwise kernel have.
-      starts: the values where it meets the data: one product of a dense one.
-      meets: the equation that makes the first of them.
-      end: the last value that is linear in it.
-      values: all that are on the way, the starts and the end too.
-      biases: leaves that are added on the way, the last first, and whether each is added after the norm.
-      norm: what normalises it on the way by running statistics.
-      scaled: whether the way is the same for all data, so that its slope is a number for each channel.
+      dense: whether it sums over input channels; otherwise each channel has separate entries, as in the gain of a norm
+        and a depthwise kernel.
+      starts: its products with the data; only one for a dense leaf.
+      meets: the equation that computes the first of them.
+      end: the last value that is linear in the leaf.
+      values: all values from start to end, inclusive.
+      biases: leaves added on the way, the last first, and whether each is added after the norm.
+      norm: the norm on the way that uses running statistics.
+      scaled: whether the path from start to end does not depend on the data, so that it has one slope per channel.
     """
 
     leaf: str
@@ -55,7 +55,7 @@ class Layer(NamedTuple):
 
 
 def is_state(path: str, paths: Sequence[str]) -> bool:
-    """Returns whether a leaf is no parameter: where the tree has `params`, all that lies beside it."""
+    """Returns whether a leaf is not a parameter: if the tree has `params`, any leaf outside it."""
     return any(one.startswith("params/") for one in paths) and not path.startswith("params/")
 
 
@@ -63,7 +63,7 @@ def find_layer(program: Program, leaf: str) -> Layer:
     """Returns the layer of a leaf of parameters.
 
     Raises:
-      Unsolvable: the model is not linear in it, or not in one place.
+      Unsolvable: the model is not linear in it, or uses it in several places.
     """
     linear = _linear_in(program, leaf)
     meets = sorted({place for value in linear for place in program.users[value] if place >= 0})
@@ -94,7 +94,7 @@ def find_layer(program: Program, leaf: str) -> Layer:
 
 
 def merged_axes(program: Program, leaf: str, value: int) -> list[tuple[int, ...]] | None:
-    """Returns for each axis of a value the axes of a leaf that it is merged from; None where it is not that leaf."""
+    """Returns for each axis of a value the axes of a leaf that it is merged from; None if it is not that leaf."""
     number = program.leaves[leaf]
     if value == number:
         return [(axis,) for axis in range(len(program.shapes[number].shape))]
@@ -109,9 +109,9 @@ def merged_axes(program: Program, leaf: str, value: int) -> list[tuple[int, ...]
 
 
 def _linear_in(program: Program, leaf: str) -> dict[int, str]:
-    """Returns the values made of leaves alone that are linear in one: `whole` where they are that leaf as it is.
+    """Returns the values that depend only on leaves and are linear in one: `whole` if they equal that leaf.
 
-    Axes of it may be merged.
+    Its axes may be merged.
     """
     found = {program.leaves[leaf]: "whole"}
     for equation in program.equations:
@@ -129,7 +129,7 @@ def _linear_in(program: Program, leaf: str) -> dict[int, str]:
 
 
 def _used_otherwise(program: Program, leaf: str, linear: dict[int, str]) -> bool:
-    """Returns whether the data meets what is made of a leaf, and not linear in it."""
+    """Returns whether the data is combined with a value of a leaf, not linear in it."""
     return any(
         leaf in program.leaves_of[value] and value not in linear and value not in program.data
         for equation in program.equations
@@ -168,14 +168,14 @@ def _by_channel(equation: Equation, linear: dict[int, str]) -> bool:
 
 
 def _way(program: Program, start: int, *, through_data: bool) -> tuple[list[tuple[Equation, int]], int]:
-    """Returns the equations from a value on that are linear in it, each with what it gets of it, and the last value."""
+    """Returns the equations after a value that are linear in it, each with its operand, and the last value."""
     way: list[tuple[Equation, int]] = []
     value = start
     while True:
         users = program.users[value]
         equation = program.equations[users[0]] if len(users) == 1 and users[0] >= 0 else None
         if equation is not None and is_dense(equation) and any(one not in program.data for one in equation.reads):
-            while way and way[-1][0].name in VIEWS:  # They are the next kernel's, which takes it as rows.
+            while way and way[-1][0].name in VIEWS:  # They belong to the next kernel, which reads it as rows.
                 value = way.pop()[1]
             return way, value
         if equation is None or equation.name not in _ALONG or len(equation.outputs) != 1:
@@ -189,15 +189,15 @@ def _way(program: Program, start: int, *, through_data: bool) -> tuple[list[tupl
 
 
 def _other(program: Program, equation: Equation, value: int) -> int | None:
-    """Returns the other operand of an equation where it depends on the inputs."""
+    """Returns the other operand of an equation if it depends on the inputs."""
     others = [one for one in equation.reads if one != value and one in program.data]
     return others[0] if others else None
 
 
 def _leaf_beside(program: Program, equation: Equation, value: int) -> dict[str, str]:
-    """Returns the leaves of the other operand: `{path: "whole", "made" where it is linear in it, or "else"}`.
+    """Returns the leaves of the other operand: `{path: "whole", "made" if it is linear in it, or "else"}`.
 
-    None of them is used anywhere else.
+    None of them is used elsewhere.
     """
     others = [one for one in equation.reads if one != value and one not in program.data]
     found = {}

@@ -1,6 +1,6 @@
-"""What networks of matrices are made of: dense layers, LayerNorm, a feed-forward block, and layers in a row.
+"""Building blocks of networks on matrices: dense layers, LayerNorm, a feed-forward block, and stacked layers.
 
-Details as in the published code of MergeNet (arXiv:2404.13322). Sizes with padding have zeros behind the true ones.
+Details as in the published code of MergeNet (arXiv:2404.13322). Padded sizes have zeros after the true ones.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -28,21 +28,21 @@ __all__ = [
     "valid_ones",
 ]
 
-# A loop of layers takes as long to compile as two without one.
+# A loop of layers takes as long to compile as two separate layers.
 _UNROLLED = 2
 
 LayerFn = Callable[[jax.Array, Any, Any], jax.Array]
 """`(target [m, n], params, masks) -> target [m, n]`: one layer."""
 
-# The published epsilon. Rows of weights can have tiny variances, which a usual epsilon would swamp.
+# The published epsilon. Rows of weights can have tiny variances, which a usual epsilon would dominate.
 _EPSILON = 1e-12
 
 
 def in_layers(layer: LayerFn, num_layers: int, target: jax.Array, params: Any, masks: Any) -> jax.Array:
     """Returns the target after all layers: `T_{i+1} = layer(T_i, params_i, masks_i)`.
 
-    One or two stand one after the other. More are one program in a loop, which compiles as long as two; what a layer
-    makes on the way is then made again in the backward pass.
+    One or two layers are unrolled. More run in a loop, which takes as long to compile as two; intermediate values of a
+    layer are then recomputed in the backward pass.
     """
     layers = params, dict(masks or {})
     if num_layers <= _UNROLLED:
@@ -67,13 +67,13 @@ def feed_forward(
     Args:
       params: `up`, `down` and `norm`.
       x: `[m, n]`.
-      mask: what dropout keeps, `[m, n]`, or None.
-      valid: which columns are no padding, `[n]`, or None for all.
+      mask: dropout mask, `[m, n]`, or None.
+      valid: which columns are not padding, `[n]`, or None for all.
       options: with `feed_forward_dropout`, `spectral` and `dtype`.
     """
     up, down = params["up"], params["down"]
     if options.spectral:
-        # Both have one shape, so that their norms are one program.
+        # Both have one shape, so one program computes their norms.
         kernels = jnp.stack([up["kernel"], down["kernel"].T])
         norms = jnp.maximum(jax.vmap(spectral_norm)(kernels), _EPSILON)
         up, down = ({**dense, "kernel": dense["kernel"] / norm} for dense, norm in zip((up, down), norms, strict=True))
@@ -90,14 +90,14 @@ def layer_norm(x: jax.Array, params: Mapping[str, jax.Array], valid: jax.Array |
     Args:
       x: `[..., tokens, c]`.
       params: `scale` and `bias`, `[..., c]`.
-      valid: which of the features are no padding, `[c]`, or None for all.
+      valid: which features are not padding, `[c]`, or None for all.
     """
     x = x.astype(jnp.float32)
     count: Any = x.shape[-1]
     if valid is not None:
         valid, count = jnp.expand_dims(valid, range(x.ndim - 1)), jnp.sum(valid)
         x = jnp.where(valid, x, 0.0)
-    # The fast variance, E[x^2] - E[x]^2, cancels badly for weights with a mean.
+    # The fast variance, E[x^2] - E[x]^2, suffers from cancellation for weights with a mean.
     centred = x - jnp.sum(x, axis=-1, keepdims=True) / count
     if valid is not None:
         centred = jnp.where(valid, centred, 0.0)
@@ -107,12 +107,12 @@ def layer_norm(x: jax.Array, params: Mapping[str, jax.Array], valid: jax.Array |
 
 
 def dense(x: jax.Array, params: Mapping[str, jax.Array], dtype: Any) -> jax.Array:
-    """Returns `X W + b` in a dtype."""
+    """Returns `X W + b`, computed in this dtype."""
     return x.astype(dtype) @ params["kernel"].astype(dtype) + params["bias"].astype(dtype)[None]
 
 
 def pad_to(array: jax.Array, shape: Sequence[int]) -> jax.Array:
-    """Returns the array with zeros behind its last axes, so that they have this shape."""
+    """Returns the array with its last axes zero-padded to this shape."""
     extra = array.ndim - len(shape)
     widths = [(0, new - old) for old, new in zip(array.shape[extra:], shape, strict=True)]
     return jnp.pad(array, [(0, 0)] * extra + widths) if any(width for _, width in widths) else array
@@ -141,12 +141,12 @@ def norm_start(*shape: int) -> dict[str, Start]:
 
 
 def hidden_size(sizes: Sizes, options: Any) -> int:
-    """Returns the hidden width of the feed-forward block, `2 n` or the cap `max_hidden` of the options."""
+    """Returns the hidden width of the feed-forward block, `2 n`, capped at `max_hidden` of the options."""
     return 2 * sizes.n if options.max_hidden is None else min(2 * sizes.n, options.max_hidden)
 
 
 def feed_forward_start(layers: int, true: Sizes, padded: Sizes, options: Any) -> dict[str, Any]:
-    """Returns the start of the parameters of `feed_forward`, with `max_hidden` of the options."""
+    """Returns the initial parameters of `feed_forward`, with `max_hidden` of the options."""
     features, hidden = (
         valid_ones(true.n, padded.n),
         valid_ones(hidden_size(true, options), hidden_size(padded, options)),

@@ -15,7 +15,7 @@ Factors = tuple[tuple[int, ...], ...]
 
 
 def apart_shape(shape: Sequence[int], factors: Factors | None) -> tuple[int, ...]:
-    """Returns a shape with merged axes apart; an axis of one factor keeps the size that the shape has."""
+    """Returns a shape with merged axes split; an axis with one factor keeps its size in the shape."""
     own = ((size,) for size in shape) if factors is None else (
         found if len(found) > 1 else (size,) for size, found in zip(shape, factors, strict=True)
     )  # fmt: skip
@@ -23,7 +23,7 @@ def apart_shape(shape: Sequence[int], factors: Factors | None) -> tuple[int, ...
 
 
 def apart_axes(factors: Factors) -> list[tuple[int, ...]]:
-    """Returns for each axis of a leaf the axes that it is with merged axes apart.
+    """Returns for each axis of a leaf its axes after merged axes are split.
 
     >>> apart_axes(((4, 4, 16), (10,)))
     [(0, 1, 2), (3,)]
@@ -33,7 +33,7 @@ def apart_axes(factors: Factors) -> list[tuple[int, ...]]:
 
 
 def apart(leaves: Mapping[str, Any], factors: Mapping[str, Factors]) -> dict[str, Any]:
-    """Returns leaves (or their shapes) by path, those with merged axes in the shapes that have these apart."""
+    """Returns leaves (or their shapes) by path, with merged axes split."""
 
     def one(path: str, leaf: Any) -> Any:
         if path not in factors:
@@ -47,7 +47,7 @@ def apart(leaves: Mapping[str, Any], factors: Mapping[str, Factors]) -> dict[str
 
 
 def common_factors(*shapes: Sequence[int]) -> tuple[int, ...] | None:
-    """Returns the sizes that all these shapes are had from by merging neighbours; None where there are none.
+    """Returns sizes from which all these shapes follow by merging neighbours; None if there are none.
 
     >>> common_factors((8, 4), (2, 16)), common_factors((6, 4), (4, 6))
     ((2, 4, 4), None)
@@ -58,7 +58,7 @@ def common_factors(*shapes: Sequence[int]) -> tuple[int, ...] | None:
 
 
 def merged_from(shape: Sequence[int], new_shape: Sequence[int]) -> list[tuple[int, ...]] | None:
-    """Returns for each new axis the old ones that it is merged from; None where a reshape does more than that."""
+    """Returns for each new axis the old ones that it is merged from; None if a reshape does more than merge."""
     found, axis = [], 0
     for size in new_shape:
         own = []
@@ -84,7 +84,7 @@ class TiedAxes:
         """Nodes that are merged from other factors in one place than in another."""
 
     def atoms(self, node: int) -> tuple[int, ...]:
-        """Returns the nodes that an axis is made of, the slowest first: itself, where it is of one piece."""
+        """Returns the nodes that an axis is made of, the slowest first; the axis itself if it is not merged."""
         factors = self._factors.get(node) or self._factors.get(self._root(node))
         return (node,) if factors is None else tuple(atom for one in factors for atom in self.atoms(one))
 
@@ -108,7 +108,7 @@ class TiedAxes:
         return tuple(range(first, len(self._sizes)))
 
     def _tie(self, node: int, other: int) -> None:
-        # The older one stands for both, so that channel groups are named in the order of the leaves.
+        # The older one becomes the root, so that channel groups are named in the order of the leaves.
         older, newer = sorted((self._root(node), self._root(other)))
         if older == newer:
             return
@@ -122,7 +122,7 @@ class TiedAxes:
                 self._tie(one, two)
 
     def _matched(self, node: int, other: int) -> list[tuple[int, int]]:
-        """Returns the atoms of two axes that are tied, or are to be, one by one; both are split alike for that."""
+        """Returns the paired atoms of two axes that are, or will be, tied; both are first split alike."""
         atoms = self.atoms(node), self.atoms(other)
         if 1 in map(len, atoms):
             return [(node, other)] if len(atoms[0]) == len(atoms[1]) else []
@@ -134,7 +134,7 @@ class TiedAxes:
         return list(zip(one, two, strict=True))
 
     def _tied(self, node: int, from_leaves: bool = False) -> int:
-        """Returns a new node that is tied to one, an axis of another value; that one itself where all is of leaves."""
+        """Returns a new node tied to this one, an axis of another value; this node itself for values of leaves."""
         if from_leaves:
             return node
         (fresh,) = self._fresh((self._sizes[node],))
@@ -142,7 +142,7 @@ class TiedAxes:
         return fresh
 
     def _split(self, node: int, sizes: Sequence[int]) -> tuple[int, ...]:
-        """Returns new nodes of these sizes, of which an atom is made from now on."""
+        """Returns new nodes of these sizes, which become the factors of an atom."""
         root = self._root(node)
         fresh = self._fresh(sizes)
         self._factors[root] = fresh
@@ -151,7 +151,7 @@ class TiedAxes:
         return fresh
 
     def _finer(self, atoms: Sequence[int], sizes: Sequence[int]) -> tuple[int, ...]:
-        """Returns the atoms that some become where they are split into these sizes."""
+        """Returns the atoms that result from splitting these into the given sizes."""
         found, rest = [], list(sizes)
         for atom in atoms:
             own = []
@@ -161,7 +161,7 @@ class TiedAxes:
         return tuple(found)
 
     def _merged(self, atoms: Sequence[int]) -> int:
-        """Returns the node of an axis that is made of these."""
+        """Returns the node of an axis made of these atoms."""
         if len(atoms) == 1:
             return atoms[0]
         (node,) = self._fresh((math.prod(self.sizes(atoms)),))
@@ -173,7 +173,7 @@ class TiedAxes:
     ]:  # fmt: skip
         """Returns the nodes of a reshaped value's axes, and the old nodes that have no counterpart among them.
 
-        Axes of size 1 come and go.
+        Axes of size 1 may be added or removed.
         """
         new_nodes, lost, start = list(self._fresh(new_shape)), list[int](), 1
         old, new = (
@@ -201,5 +201,5 @@ class TiedAxes:
 
 
 def _ends(shape: Sequence[int]) -> list[tuple[int, int]]:
-    """Returns for each axis how many entries there are up to its end, along with its size."""
+    """Returns for each axis the number of entries up to its end, and its size."""
     return list(zip(np.cumprod(np.asarray(shape, np.int64)).tolist(), shape, strict=True))

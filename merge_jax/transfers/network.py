@@ -1,4 +1,4 @@
-"""What an adapter is made of: a network from two matrices to one, as pure functions of sizes and arrays.
+"""Networks of adapters: from two matrices to one, as pure functions of sizes and arrays.
 
 Legend of shapes: target matrix `[m, n]`, source matrix `[p, q]`.
 """
@@ -92,7 +92,7 @@ class Start(NamedTuple):
 
 
 def stack_starts(starts: Sequence[Any]) -> Any:
-    """Returns the start of several trees of arrays stacked along a new first axis."""
+    """Returns the `Start`s of several trees, stacked along a new first axis."""
 
     def stacked(*starts: Start) -> Start:
         bounds = tuple(np.stack(bounds) for bounds in zip(*(start.bounds for start in starts), strict=True))
@@ -102,13 +102,12 @@ def stack_starts(starts: Sequence[Any]) -> Any:
 
 
 class Dropout(NamedTuple):
-    """What dropout keeps of an array, to be drawn.
+    """A dropout mask of an array, to be drawn.
 
     Attributes:
       shape: of the array, `[layers, ...]`.
       rate: the probability that an entry is dropped, in [0, 1).
-      whole: whether the mask is drawn at once; otherwise a key for each layer stands for it, which its user draws
-        parts from.
+      whole: whether the mask is drawn at once; otherwise it is a key for each layer, from which the caller draws parts.
     """
 
     shape: tuple[int, ...]
@@ -119,8 +118,8 @@ class Dropout(NamedTuple):
 def draw(key: jax.Array, starts: Any) -> Any:
     """Returns the initial arrays of a tree of `Start`s, float32.
 
-    They are parts of one flat draw: a program with one random operation compiles in a fraction of the time that one
-    with hundreds takes.
+    They are parts of one flat draw: a program with one random operation compiles many times faster than one with
+    hundreds.
     """
     leaves, structure = jax.tree.flatten(starts, is_leaf=_is(Start))
     counts = [math.prod(leaf.shape) if leaf.bounds else 0 for leaf in leaves]
@@ -143,7 +142,7 @@ def draw_masks(key: jax.Array, masks: Any) -> Any:
     """
     leaves, structure = jax.tree.flatten(masks, is_leaf=_is(Dropout))
     counts = [math.prod(leaf.shape) if leaf.whole else 0 for leaf in leaves]
-    # A key is drawn from once: by the masks, or by its children.
+    # Each key is used once: for the masks, or for its children.
     key, rest = (key, key) if all(leaf.whole for leaf in leaves) else jax.random.split(key)
     parts = lax.split(_random_halves(key, sum(counts)), counts)
     drawn = [
@@ -161,7 +160,7 @@ def draw_mask(key: jax.Array, shape: tuple[int, ...], rate: float) -> jax.Array:
 
 
 def _random_halves(key: jax.Array, count: int) -> jax.Array:
-    # Two entries of each random word: making the words takes longer than all else that dropout does.
+    # Two entries per random word, since drawing the words takes most of dropout's time.
     words = jax.random.bits(key, (-(-count // 2),), jnp.uint32)
     return lax.bitcast_convert_type(words, jnp.uint16).reshape(-1)[:count]
 
@@ -182,10 +181,10 @@ def drawn_network(
     true: Callable[[Sizes], Any] | None = None,
     flops: Callable[[Sizes], int] | None = None,
 ) -> Network:
-    """Returns the network whose parameters and masks are given by trees of `Start`s and `Dropout`s, drawn at once.
+    """Returns the network with parameters and masks from trees of `Start`s and `Dropout`s, each drawn at once.
 
     Args:
-      starts: `(true sizes, padded sizes) -> tree of Start`, of the padded shapes, with a bound of 0 outside the true.
+      starts: `(true sizes, padded sizes) -> tree of Start`, in padded shapes, with a bound of 0 outside the true sizes.
       apply: see `Network`.
       masks: `sizes -> tree of Dropout`.
       true: see `Network`.
@@ -207,7 +206,7 @@ def drawn_network(
 
 @contextlib.contextmanager
 def error_context(route: str) -> Iterator[None]:
-    """Names the route in the ValueError of a network that its matrices do not fit."""
+    """Adds the route to a network's ValueError for matrices that do not fit it."""
     try:
         yield
     except ValueError as error:
@@ -219,7 +218,7 @@ def linen_network(module: nn.Module) -> Network:
 
     def init_one(key: jax.Array, sizes: Sizes) -> Adapter:
         target, source = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (sizes[:2], sizes[2:]))
-        # Lazy, since a forward pass would tell no more than its shapes do.
+        # Lazy, since only shapes matter.
         return module.lazy_init(key, target, source).get("params", {})
 
     def init(key: jax.Array, places: Mapping[str, Place]) -> dict[str, Adapter]:
@@ -235,7 +234,7 @@ def linen_network(module: nn.Module) -> Network:
         return adapter
 
     def apply(params: Adapter, target: jax.Array, source: jax.Array, masks: Any, true: Any) -> jax.Array:
-        del true  # Matrices of a module are never padded.
+        del true  # A module's matrices are never padded.
         rngs = None if masks is None else {"dropout": masks}
         return jnp.asarray(module.apply({"params": params}, target, source, deterministic=masks is None, rngs=rngs))
 

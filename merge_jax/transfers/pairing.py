@@ -1,4 +1,4 @@
-"""How routes pair the leaves of two models: by path, each with the view that makes it a matrix."""
+"""Pairs the leaves of two models by the routes' paths, each with the view that makes it a matrix."""
 
 import re
 from collections import Counter
@@ -23,13 +23,13 @@ __all__ = ["LeftOut", "ResolvedRoute", "named_units", "resolve", "survey"]
 
 @dataclass(frozen=True)
 class ResolvedRoute:
-    """A route of two models: its leaves by path, and how they become matrices.
+    """A route between two models: its leaves by path, and their views as matrices.
 
     Attributes:
       target: paths of the target's leaves.
       source: paths of the source's leaves.
-      target_view: how the target's leaves become a matrix.
-      source_view: how the source's leaves do.
+      target_view: view of the target's leaves as a matrix.
+      source_view: view of the source's leaves as a matrix.
       dtypes: of all leaves, the target's first.
       rank: of the re-encoding; None for whole matrices.
     """
@@ -43,19 +43,19 @@ class ResolvedRoute:
 
     @property
     def signature(self) -> tuple[Any, ...]:
-        """What routes have in common that are computed together."""
+        """The key by which routes are batched."""
         return self.target_view, self.source_view, self.dtypes, self.rank
 
 
 @dataclass(frozen=True)
 class LeftOut:
-    """What a route's patterns name and what cannot be paired.
+    """Leaves that match a route's patterns but cannot be paired.
 
     Attributes:
-      target: paths of the target's leaves, joined with ` + `; empty where they are the source's alone.
-      source: the same of the source's.
-      reason: why, as the text of an error.
-      route: whose patterns they are.
+      target: paths of the target's leaves, joined with ` + `; empty if all are the source's.
+      source: the same for the source.
+      reason: the reason, as the text of an error.
+      route: the route with these patterns.
     """
 
     target: str
@@ -106,8 +106,8 @@ def survey(
     """Returns the routes from leaf to leaf, and what of the leaves that patterns name cannot be paired, with reasons.
 
     Raises:
-      ValueError: a path or pattern that names no leaf, unequal numbers of leaves to be paired in order, a leaf that is
-        routed twice; of a route without a pattern or of joined leaves that does not skip: leaves that cannot be paired.
+      ValueError: a path or pattern that matches no leaf, unequal numbers of leaves to pair in order, a leaf routed
+        twice; for a route without a pattern or with joined leaves that does not skip, leaves that cannot be paired.
     """
     leaves = {"target": flatten(target_params), "source": flatten(source_params)}
     resolved: list[ResolvedRoute] = []
@@ -135,7 +135,7 @@ def survey(
 def _pairs(
     route: Route, leaves: Mapping[str, Mapping[str, Any]], view: ViewName
 ) -> tuple[list[tuple[tuple[str, ...], tuple[str, ...]]], list[LeftOut]]:
-    """Returns the pairs of a route, of target and source, and what has no partner."""
+    """Returns a route's pairs of target and source, and the leaves without a partner."""
     targets = named_units("target", leaves["target"], route.target, view)
     sources = named_units("source", leaves["source"], route.source, view)
     common = set(targets) & set(sources)
@@ -167,7 +167,7 @@ def _pairs(
 
 
 def named_units(role: str, leaves: Mapping[str, Any], named: Leaves, view: ViewName) -> list[tuple[str, ...]]:
-    """Returns the leaves that are named, as tuples of paths that each make one matrix."""
+    """Returns the named leaves, as tuples of paths that each form one matrix."""
     if view == "attention":
         if isinstance(named, tuple):
             if len(named) != len(ATTENTION_KERNELS):
@@ -262,7 +262,7 @@ def _check_rank_fits(rank: int, view: ViewName, target: tuple[str, ...], target_
 
 def _spec(path: str, shape: tuple[int, ...], given: MatrixSpec | None) -> MatrixSpec:
     if given is None or not shape or 0 in shape:
-        return matrix_spec(path, shape)  # Raises for what can be no matrix, whatever is given.
+        return matrix_spec(path, shape)  # Raises for leaves that cannot be a matrix under any spec.
     given.check(shape)
     return given
 
@@ -291,7 +291,7 @@ def _attention_view(
 
 
 def _check_float(role: str, path: str, leaf: Any) -> None:
-    # A variable of Keras has a shape and a dtype too, and is no array.
+    # A Keras variable also has a shape and a dtype, but is not an array.
     is_array = isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
     if not is_array or not jnp.issubdtype(leaf.dtype, jnp.floating):
         found = f"an array of {leaf.dtype}" if is_array else f"{type(leaf).__name__}: {what_to_give(leaf)}"

@@ -7,26 +7,26 @@ from jax import lax
 
 __all__ = ["spectral_norm"]
 
-# Above that, squaring the whole Gram matrix costs more than a Lanczos iteration and the squares of its small one.
+# Above this size, squaring the Gram matrix costs more than a Lanczos iteration and the squares of its small matrix.
 _LARGEST_GRAM = 64
 _LANCZOS_STEPS = 32
-# After so many squarings the leading direction outweighs one of a singular value 0.998 as large by 10^7.
+# After this many squarings, the leading direction outweighs one with 0.998 of its singular value by 10^7.
 _SQUARINGS = 12
 
 
 def spectral_norm(matrix: jax.Array) -> jax.Array:
     """Returns the largest singular value of `matrix [a, b]`, a scalar: `sigma = max |W v| over |v| = 1`.
 
-    The leading direction is that of a high power of the Gram matrix `G = W W^T`, by repeated squaring. Where
-    `min(a, b)` is above 64, `G` is first cut down to the space of a 32-step Lanczos iteration from a fixed start. Our
-    choice, where the published code keeps a power iteration's vectors as state: it needs no state, so a transfer stays
-    a pure function of its parameters, and no eigendecomposition, which accelerators are slow at. As there, the
-    singular vectors are constants to the gradient: `d sigma / d W = u v^T`.
+    The leading direction is that of a high power of the Gram matrix `G = W W^T`, by repeated squaring. If `min(a, b)`
+    is above 64, `G` is first reduced to the space of a 32-step Lanczos iteration from a fixed start. The published code
+    keeps a power iteration's vectors as state. Our choice needs no state, so a transfer stays a pure function of its
+    parameters, and no eigendecomposition, which is slow on accelerators. As in that code, the singular vectors are
+    constants for the gradient: `d sigma / d W = u v^T`.
 
     A zero matrix has the norm 0 and the gradient 0.
     """
     if matrix.shape[0] > matrix.shape[1]:
-        matrix = matrix.T  # The same norm, and the smaller of the two Gram matrices.
+        matrix = matrix.T  # The norm is the same, and the Gram matrix smaller.
     constant = lax.stop_gradient(matrix)
     # Scaled to its largest entry, so that squares neither overflow nor vanish.
     scaled = constant / _positive(jnp.max(jnp.abs(constant)))
@@ -42,7 +42,7 @@ def spectral_norm(matrix: jax.Array) -> jax.Array:
 
 
 def _product(a: jax.Array, b: jax.Array) -> jax.Array:
-    # In full precision on accelerators too: what is squared ten times forgives no rounding to ten bits.
+    # In full precision on accelerators too: ten squarings do not tolerate rounding to ten bits.
     return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
 
 
@@ -55,7 +55,7 @@ def _unit(vector: jax.Array) -> jax.Array:
 
 
 def _start(size: int) -> jax.Array:
-    """Returns a fixed vector that no matrix is likely to be orthogonal to."""
+    """Returns a fixed vector that is unlikely to be orthogonal to the leading direction of a matrix."""
     return jnp.asarray(np.random.default_rng(0).normal(size=size), jnp.float32)
 
 
@@ -71,17 +71,17 @@ def _leading_vector(gram: jax.Array) -> jax.Array:
 
 
 def _lanczos_basis(matrix: jax.Array) -> jax.Array:
-    """Returns orthonormal rows `[32, a]` of the Krylov space of `W W^T`; rows of zeros where it is exhausted."""
+    """Returns orthonormal rows `[32, a]` of the Krylov space of `W W^T`, and rows of zeros once it is exhausted."""
     size = matrix.shape[0]
     basis = jnp.zeros((_LANCZOS_STEPS, size), jnp.float32).at[0].set(_unit(_start(size)))
 
     def extend(step: jax.Array, basis: jax.Array) -> jax.Array:
         vector = _product(matrix, _product(basis[step - 1], matrix))
         scale = jnp.linalg.norm(vector)
-        # Twice is enough (Kahan): one pass leaves rounding along the vectors it removed.
+        # Two passes suffice (Kahan): one leaves rounding errors along the removed vectors.
         for _ in range(2):
             vector = vector - _product(_product(basis, vector), basis)
-        # What remains is rounding: the space is exhausted, and zero rows add nothing to it.
+        # Only rounding errors remain: the space is exhausted, and zero rows add nothing to it.
         exhausted = jnp.linalg.norm(vector) <= 1e-6 * scale
         return basis.at[step].set(jnp.where(exhausted, 0.0, _unit(vector)))
 
