@@ -127,7 +127,8 @@ def pad_batches(
 
 
 def _stack(leaves: Mapping[str, jax.Array], paths: Sequence[tuple[str, ...]]) -> tuple[jax.Array, ...]:
-
+    """Returns the leaves of each route, stacked along a new first axis."""
+    # Concatenated along the first axis, then reshaped: one operation instead of one per leaf.
     columns = ([leaves[path] for path in column] for column in zip(*paths, strict=True))
     return tuple(
         jnp.concatenate(column).reshape(len(column), *column[0].shape) if len(column) > 1 else column[0][None]

@@ -71,7 +71,8 @@ class SummedAxes(AxisNodes):
         self._beside += zip(nodes[0], beside, strict=True)
 
     def _meet(self, node: int, other: int) -> None:
-
+        """Ties axes of two values that are contracted together, and records whether that binds them."""
+        # The oldest node is the root: that of an input, if no leaf was tied to its axis before.
         for pair in [(node, other), *self._matched(node, other)]:
             if any(map(self._is_leaf, pair)):
                 atoms = {atom for one in pair for atom in self.atoms(one)}

@@ -1,4 +1,4 @@
-"""A computation, followed axis by axis: what each operation of JAX ties, makes, consumes or loses."""
+"""Follows a computation axis by axis: the channels that each JAX operation ties, produces, consumes or loses."""
 
 import itertools
 import math
@@ -29,7 +29,7 @@ _FORMS = {
     *("stack", "unstack", "tile"),
 }
 _Axes = Callable[[Mapping[str, Any], Sequence[int], Sequence[int]], Iterable[int]]
-# Of what mixes, reorders or cuts entries along some axes: those, from its parameters, the old shape and the new.
+# The axes along which a primitive mixes, reorders or cuts entries, from its parameters, the old and the new shape.
 _ALONG: Mapping[str, _Axes] = {
     **dict.fromkeys(("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"), lambda params, *_: (params["axis"],)),
     "sort": lambda params, *_: (params["dimension"],),
@@ -339,7 +339,7 @@ class ChannelTrace(SummedAxes):
     def _written(
         self, operation: str, values: Sequence[Value], axes: Sequence[int], places: Sequence[int]
     ) -> tuple[int, ...]:
-        """Returns the nodes of a value into which another is written, its axes at places along those axes."""
+        """Returns the nodes of a value into which another is written, at offsets along these axes."""
         value, update = values
         shape, new_shape = jnp.shape(value.value), jnp.shape(update.value)
         whole = [(axis, place) for axis, place in zip(axes, places, strict=True) if shape[axis] == new_shape[place]]
@@ -371,7 +371,7 @@ class ChannelTrace(SummedAxes):
         numbers, (x, kernel) = params["dimension_numbers"], values
         in_axis, (out_axis, kernel_in) = numbers.lhs_spec[1], numbers.rhs_spec[:2]
         nodes = list(self._fresh(new_shape))
-        # Places have an order, by which other layers may know them.
+        # Positions have an order, which other layers may use.
         self._bound.update(
             (nodes[axis] for axis in numbers.out_spec[2:]), (x.nodes[axis] for axis in numbers.lhs_spec[2:])
         )

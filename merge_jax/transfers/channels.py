@@ -1,4 +1,4 @@
-"""Channels of a model, found by following its computation: which axes are the same ones, and what enters each layer."""
+"""Channels of a model, found by tracing: the axes that share channels, and the inputs of each layer."""
 
 import math
 from collections.abc import Callable
@@ -17,19 +17,19 @@ __all__ = ["channel_graph", "input_moments"]
 
 
 def channel_graph(fn: Callable[..., Any], params: Params, *inputs: Any, strict: bool = True) -> ChannelGraph:
-    """Returns which axes of a model's leaves are the same channels: tied by residual sums, norms, biases and products.
+    """Returns the channel groups of a model: axes of leaves tied by residual sums, norms, biases and products.
 
     `fn(params, *inputs)` is traced for shapes only and nothing is computed, so arguments may be arrays or
     `jax.ShapeDtypeStruct`s. It is any JAX function of a parameter tree, such as `lambda params, state, x:
     model.apply({"params": params, **state}, x, train=False)`, from any library of layers. Axes are tied by elementwise
     sums and products, matrix products, convolutions, and embedding lookups. Reshapes are followed by factors: a kernel
     that reads flattened maps has positions and channels, and a leaf whose channels are normalised in groups has groups
-    and channels in each (`ChannelGraph.factors`). Where channels are concatenated, split or sliced, they are tied in
-    pieces of the largest size that divides all parts. Channels cannot be followed through parts without such a size,
-    padding, sums or sorting along them, grouped convolutions, loops (`nn.scan`), or unknown operations. A constant that
-    differs along an axis, such as rotary angles or fixed sines of positions, has an order, and fixes the channels that
-    are combined with it. Running statistics that `fn` captures are such a constant too, so pass them as an input. Our
-    choice; Git Re-Basin (arXiv:2209.04836) lists by hand for each model what is found here.
+    and channels in each (`ChannelGraph.factors`). Concatenated, split or sliced channels are tied in pieces of the
+    largest size that divides all parts. Channels cannot be followed through parts without such a size, padding, sums or
+    sorting along them, grouped convolutions, loops (`nn.scan`), or unknown operations. A constant that differs along an
+    axis, such as rotary angles or sinusoidal positions, has an order, and fixes the channels combined with it. Running
+    statistics that `fn` captures are also such a constant, so pass them as an input. Our choice; Git Re-Basin
+    (arXiv:2209.04836) lists the ties of each model by hand.
 
     Args:
       fn: the model.
@@ -52,7 +52,7 @@ def input_moments(fn: Callable[..., Any], params: Params, *inputs: Any) -> dict[
     and position, summed over all calls of the layer. Its shape is `[n, n]`, or `[h, d, h, d]` for a leaf that is
     contracted along two axes together, such as the last kernel of an attention. For flattened maps, positions are rows.
     A leaf that is contracted along different axes in different places, such as the kernel of a tied autoencoder, has no
-    entry; its channel groups have.
+    entry, but its channel groups do.
 
     `{channel group: (Q^T Q / N) * (K^T K / M)}`, elementwise, for activations `Q [N, d]` and `K [M, d]` that are
     multiplied, such as queries and keys: the moments of the summed products `q_i k_i`, for queries and keys drawn
@@ -103,6 +103,6 @@ def _moments(value: jax.Array, axes: tuple[int, ...], around: tuple[int, ...] = 
     rest = [axis for axis in range(value.ndim) if axis not in (*around, *axes)]
     rows = value.transpose(*rest, *around, *axes).astype(jnp.float32)
     rows = rows.reshape(-1, *map(math.prod, sizes))
-    # The highest precision: alignment solves for what is left of them.
+    # The highest precision: alignment solves for their residuals.
     moments = jnp.einsum("nam,nak->amk", rows, rows, precision=lax.Precision.HIGHEST)
     return moments.reshape(*sizes[0], *sizes[1], *sizes[1]) / rows.shape[0]

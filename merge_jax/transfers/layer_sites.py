@@ -129,7 +129,7 @@ def _linear_in(program: Program, leaf: str) -> dict[int, str]:
 
 
 def _used_otherwise(program: Program, leaf: str, linear: dict[int, str]) -> bool:
-    """Returns whether the data is combined with a value of a leaf, not linear in it."""
+    """Returns whether the data is combined with a value that depends on a leaf and is not linear in it."""
     return any(
         leaf in program.leaves_of[value] and value not in linear and value not in program.data
         for equation in program.equations

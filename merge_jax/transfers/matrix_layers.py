@@ -124,7 +124,7 @@ def valid_ones(true: int, padded: int) -> np.ndarray:
 
 
 def dense_start(layers: int, fan_in: int, inputs: np.ndarray, outputs: np.ndarray) -> dict[str, Start]:
-    """Returns the start of a dense kernel `[layers, inputs, outputs]` and its bias: `+-1/sqrt(fan in)`, as in PyTorch.
+    """Returns the `Start` of a dense kernel `[layers, inputs, outputs]` and bias: `+-1/sqrt(fan in)`, as in PyTorch.
 
     Inputs and outputs are 1, or 0 for padding.
     """
@@ -136,7 +136,7 @@ def dense_start(layers: int, fan_in: int, inputs: np.ndarray, outputs: np.ndarra
 
 
 def norm_start(*shape: int) -> dict[str, Start]:
-    """Returns the start of a LayerNorm: the identity."""
+    """Returns the `Start` of a LayerNorm: the identity."""
     return {"scale": Start(shape, centre=1.0), "bias": Start(shape)}
 
 

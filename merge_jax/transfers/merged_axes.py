@@ -1,4 +1,4 @@
-"""Axes that a model merges or splits by reshaping: nodes of a union-find, each with the factors it is made of."""
+"""Axes that a model merges or splits by reshaping: nodes of a union-find, each with its factors."""
 
 import itertools
 import math
@@ -11,7 +11,7 @@ import numpy as np
 __all__ = ["Factors", "TiedAxes", "apart", "apart_axes", "apart_shape", "common_factors", "merged_from"]
 
 Factors = tuple[tuple[int, ...], ...]
-"""For each axis of a leaf, the sizes of the axes that it is made of, the slowest first; of one, its own size."""
+"""For each axis of a leaf, the sizes of its factors, the slowest first; for an unmerged axis, its size."""
 
 
 def apart_shape(shape: Sequence[int], factors: Factors | None) -> tuple[int, ...]:
@@ -72,16 +72,16 @@ def merged_from(shape: Sequence[int], new_shape: Sequence[int]) -> list[tuple[in
 
 
 class TiedAxes:
-    """Axes as nodes: those that are tied have one root, and one that was merged or split knows its factors."""
+    """Axes as nodes: tied axes have one root, and merged or split axes store their factors."""
 
     def __init__(self) -> None:  # noqa: D107
         self._parents: list[int] = []
         self._sizes: list[int] = []
         self._factors: dict[int, tuple[int, ...]] = {}
         self._inputs: set[int] = set()
-        """Nodes of what the model reads, and their factors."""
+        """Nodes of the model's leaves and inputs, and their factors."""
         self._conflicts: list[int] = []
-        """Nodes that are merged from other factors in one place than in another."""
+        """Nodes that are merged from different factors in different places."""
 
     def atoms(self, node: int) -> tuple[int, ...]:
         """Returns the nodes that an axis is made of, the slowest first; the axis itself if it is not merged."""

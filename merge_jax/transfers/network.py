@@ -42,18 +42,18 @@ class Sizes(NamedTuple):
 
 
 class Network(NamedTuple):
-    """A family of functions `F(T, S) -> T'`, one for each `Sizes`, with the parameters that they learn.
+    """A family of functions `F(T, S) -> T'`, one for each `Sizes`, with learned parameters.
 
     Attributes:
-      init: `(key, {name: place}) -> {name: params}`, stacked along a first axis where the place has copies. The key is
+      init: `(key, {name: place}) -> {name: params}`, stacked along a first axis if the place has copies. The key is
         consumed. Raises ValueError for sizes that the network can't map.
       apply: `(params, target [m, n], source [p, q], masks, true) -> [m, n]`. The masks are those of `masks`, or
-        None for no dropout; `true` is what the function of this name returns, as arrays, where the matrices are padded
-        with zeros, otherwise None.
-      masks: `(key, [sizes, ...]) -> [masks, ...]`: what dropout keeps in one pass; the key is consumed.
-      true: `sizes -> numbers`, a tree: what `apply` must know of the true sizes of padded matrices. None where the
-        network maps whole matrices alone.
-      flops: `sizes -> floating point operations` of a pass, matrix products alone; None where it must be counted.
+        None for no dropout. `true` is the result of the function `true`, as arrays, if the matrices are padded with
+        zeros, otherwise None.
+      masks: `(key, [sizes, ...]) -> [masks, ...]`: the dropout masks of one pass; the key is consumed.
+      true: `sizes -> tree of numbers`, derived from the true sizes, that `apply` needs for padded matrices. None if the
+        network does not support padding.
+      flops: `sizes -> floating point operations` of a pass, matrix products only; None if they must be counted.
     """
 
     init: Callable[[jax.Array, Mapping[str, "Place"]], dict[str, Adapter]]
@@ -64,11 +64,11 @@ class Network(NamedTuple):
 
 
 class Place(NamedTuple):
-    """What parameters are made for.
+    """The matrix sizes and copies for which parameters are created.
 
     Attributes:
-      sizes: of the matrices, padded ones if the true ones are smaller.
-      true: the true sizes of each copy; one entry where there are no copies.
+      sizes: sizes of the matrices, with padding.
+      true: the true sizes of each copy; one entry if there are no copies.
       copied: whether there are copies, stacked along a first axis.
     """
 

@@ -77,10 +77,10 @@ def resolve(
     rank: int | None = None,
     view: ViewName = "matrix",
 ) -> tuple[ResolvedRoute, ...]:
-    """Returns one route for each target that the routes name in two models; `rank` and `view` are their defaults.
+    """Returns one resolved route for each routed target of two models; `rank` and `view` are the defaults.
 
     Raises:
-      ValueError: as `survey`; or leaves that cannot be paired and that their route does not skip, or no others.
+      ValueError: as `survey`; leaves that cannot be paired, if their route does not skip them or nothing else remains.
     """
     resolved, left_out = survey(routes, source_params, target_params, rank=rank, view=view)
     refused = [one for one in left_out if one.route.unmatched == "error"]
@@ -103,7 +103,7 @@ def survey(
     rank: int | None = None,
     view: ViewName = "matrix",
 ) -> tuple[tuple[ResolvedRoute, ...], tuple[LeftOut, ...]]:
-    """Returns the routes from leaf to leaf, and what of the leaves that patterns name cannot be paired, with reasons.
+    """Returns the routes from leaf to leaf, and the leaves that match a pattern but cannot be paired, with reasons.
 
     Raises:
       ValueError: a path or pattern that matches no leaf, unequal numbers of leaves to pair in order, a leaf routed

@@ -1,4 +1,4 @@
-"""A function as one list of JAX's operations: calls are inlined, and any value can be computed from others."""
+"""A function as one list of JAX operations: calls are inlined, and any value can be computed from others."""
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -23,7 +23,7 @@ CALLS = frozenset(
         *("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"),
     }
 )
-"""Names of the primitives that call another function, and are inlined."""
+"""Names of the primitives that call another function and are inlined."""
 BY_ENTRY = frozenset(
     {
         *("add", "add_any", "sub", "mul", "div", "rem", "max", "min", "pow", "integer_pow", "atan2", "nextafter"),
@@ -35,17 +35,17 @@ BY_ENTRY = frozenset(
         *("convert_element_type", "reduce_precision", "copy", "copy_p", "name", "sharding_constraint", "pvary"),
     }
 )
-"""Names of the primitives whose results have at each place what they make of the operands there."""
+"""Names of the elementwise primitives."""
 
 
 class Constant(NamedTuple):
-    """An operand that is a number or an array of the program itself."""
+    """An operand that is a number or a constant array of the program."""
 
     value: Any
 
 
 class Equation(NamedTuple):
-    """One operation: its primitive and parameters, what it reads, and the numbers of the values that it makes."""
+    """One operation: its primitive and parameters, its operands, and the numbers of its results."""
 
     primitive: Any
     params: Mapping[str, Any]
@@ -59,11 +59,11 @@ class Equation(NamedTuple):
 
     @property
     def reads(self) -> tuple[int, ...]:
-        """The numbers of the values that it reads."""
+        """The numbers of the values among its operands."""
         return tuple(one for one in self.inputs if not isinstance(one, Constant))
 
     def run(self, values: Sequence[Any]) -> list[Any]:
-        """Returns what it makes of the values of its operands."""
+        """Returns its results, given the values of its operands."""
         made = self.primitive.bind(*values, **self.primitive.get_bind_params(dict(self.params)))
         return list(made) if self.primitive.multiple_results else [made]
 
@@ -71,12 +71,12 @@ class Equation(NamedTuple):
 class Program:
     """A traced function of a tree and of inputs; its values are numbered, those of the leaves first.
 
-    Where the function asks for the platform, the branch for any platform stands for all.
+    If the function selects by platform, only the branch for any platform is used.
 
     Attributes:
       leaves: `{leaf path: number}`.
       inputs: numbers of the leaves of the inputs.
-      outputs: what it returns.
+      outputs: its results.
       equations: in order.
       shapes: `{number: shape and dtype}` of all values.
     """
@@ -88,7 +88,7 @@ class Program:
         inputs: Sequence[Any],
         factors: Mapping[str, Factors] | None = None,
     ):
-        """Takes a function of a tree and inputs; leaves with merged axes are given in the shapes that have these apart.
+        """Takes a function of a tree and inputs; leaves with merged axes are given in shapes with split axes.
 
         `params` is the tree as the function reads it.
         """
@@ -111,7 +111,7 @@ class Program:
         self.outputs = tuple(self._inline(closed, numbers))
 
     def evaluate(self, known: Mapping[int, Any], wanted: Iterable[int]) -> dict[int, Any]:
-        """Returns the known values along with those that are wanted, and all that these were computed by."""
+        """Returns the known values, the wanted ones, and all intermediate values."""
         values = dict(known)
         equations, needed = self._needed(values.keys(), wanted)
         if needed:
@@ -122,11 +122,11 @@ class Program:
         return values
 
     def leaves_for(self, known: Collection[int], wanted: Iterable[int]) -> set[int]:
-        """Returns the numbers of the leaves that values are computed from, where others are known."""
+        """Returns the numbers of the leaves that values depend on, given the known values."""
         return self._needed(known, wanted)[1].intersection(self.leaves.values())
 
     def _needed(self, known: Collection[int], wanted: Iterable[int]) -> tuple[list[Equation], set[int]]:
-        """Returns the equations by which values are computed from those that are known, and what else these read."""
+        """Returns the equations that compute values from the known ones, and the other values that these read."""
         needed, equations = set(wanted) - set(known), []
         for equation in reversed(self.equations):
             if needed.intersection(equation.outputs):
@@ -136,7 +136,7 @@ class Program:
         return equations[::-1], needed
 
     def ancestors(self, values: Iterable[int]) -> set[int]:
-        """Returns the values and all that they are computed from."""
+        """Returns the values and all values that they depend on."""
         needed = set(values)
         for equation in reversed(self.equations):
             if needed.intersection(equation.outputs):
@@ -144,17 +144,17 @@ class Program:
         return needed
 
     def size(self, value: int) -> int:
-        """Returns how many numbers a value has."""
+        """Returns the number of entries of a value."""
         return math.prod(self.shapes[value].shape)
 
     @cached_property
     def makers(self) -> dict[int, int]:
-        """`{value: the place of the equation that makes it}`."""
+        """`{value: index of the equation that computes it}`."""
         return {value: place for place, equation in enumerate(self.equations) for value in equation.outputs}
 
     @cached_property
     def users(self) -> dict[int, list[int]]:
-        """`{value: the places of the equations that read it, once for each time}`; -1 stands for the outputs."""
+        """`{value: indices of the equations that read it, once per use}`; -1 stands for the outputs."""
         found: dict[int, list[int]] = {value: [] for value in self.shapes}
         for place, equation in enumerate(self.equations):
             for value in equation.reads:
@@ -166,7 +166,7 @@ class Program:
 
     @cached_property
     def last_read(self) -> dict[int, list[int]]:
-        """`{the place of an equation: values that nothing reads after it}`, but for the outputs."""
+        """`{index of an equation: values that nothing reads after it}`, except the outputs."""
         found: dict[int, list[int]] = {}
         for value, places in self.users.items():
             if -1 not in places:
@@ -175,7 +175,7 @@ class Program:
 
     @cached_property
     def leaves_of(self) -> dict[int, frozenset[str]]:
-        """`{value: the leaves that it is computed from}`."""
+        """`{value: the leaves that it depends on}`."""
         found = {number: frozenset({path}) for path, number in self.leaves.items()}
         found |= {number: frozenset() for number in self.inputs}
         for equation in self.equations:
@@ -236,7 +236,7 @@ class Program:
         return number
 
     def _inline(self, closed: Any, operands: Sequence[int | Constant]) -> list[int | Constant]:
-        """Adds the equations of a function that is called with these operands, and returns what it returns."""
+        """Adds the equations of a function called with these operands, and returns its results."""
         jaxpr, consts = (closed.jaxpr, closed.consts) if hasattr(closed, "consts") else (closed, ())
         known: dict[Any, int | Constant] = dict(zip(jaxpr.constvars, map(Constant, consts), strict=True))
         known |= dict(zip(jaxpr.invars, operands, strict=True))
@@ -248,7 +248,7 @@ class Program:
         for eqn in jaxpr.eqns:
             name, asks = eqn.primitive.name, platform_values.intersection(_vars(eqn))
             if name == "platform_index" or (asks and name != "cond"):
-                # Only asked by a cond, all of whose branches compute the same; the last is for any platform.
+                # Only a cond uses this, and all its branches compute the same; the last is for any platform.
                 platform_values |= set(eqn.outvars)
                 continue
             if name in CALLS:

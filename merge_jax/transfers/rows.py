@@ -29,7 +29,7 @@ _Along = tuple[str, tuple[int, ...], tuple[int, ...]]  # Path, shape, and the ax
 
 @dataclass(frozen=True)
 class Rows:
-    """A linear map from the rows of a source's leaf to rows of a target's: `row t = sum_s w[t, s] row s`.
+    """A linear map from the rows of a source leaf to rows of a target leaf: `row t = sum_s w[t, s] row s`.
 
     Rows have a fixed meaning: words and positions of an embedding, pixels of a patch, labels of a last layer. They are
     along the first axis of a table, along the inputs for `of_patches`, along the outputs of any other kernel, and along
@@ -37,9 +37,9 @@ class Rows:
     `of_patches`, and pass it to a `Route`.
 
     Attributes:
-      made: the target rows that are made, rising.
-      parts: for each, the source rows that it is made of, `((s, w), ...)`.
-      counts: how many rows the target's leaf has, and the source's.
+      made: the target rows that are replaced, in increasing order.
+      parts: for each, its source rows and weights, `((s, w), ...)`.
+      counts: numbers of rows of the target's and the source's leaf.
       along_inputs: whether rows are along the inputs of a kernel.
     """
 
@@ -50,18 +50,17 @@ class Rows:
 
     @classmethod
     def by_name(cls, source: Names, target: Names) -> Self:
-        """Returns the rows of one name: a row of the target is the source's row of its name, if there is one.
+        """Returns rows paired by name: each target row is the source's row of the same name, if there is one.
 
         >>> Rows.by_name(["the", "cat", "sat"], ["a", "cat", "the"]).made
         (1, 2)
 
         Args:
-          source: names of the source's rows, in their order, or their numbers by name, as in a
-            tokenizer's vocabulary.
-          target: the same of the target's.
+          source: names of the source's rows, in order, or their numbers by name, as in a tokenizer's vocabulary.
+          target: the same for the target.
 
         Raises:
-          ValueError: a name that appears twice on one side, numbers that are not 0, 1, ..., or no name in common.
+          ValueError: a name that appears twice on one side, numbers that are not 0, 1, ..., or no shared name.
         """
         places: list[dict[str, int]] = []
         source, target = _in_order("source", source), _in_order("target", target)
@@ -77,10 +76,10 @@ class Rows:
 
     @classmethod
     def by_index(cls, indices: Sequence[int] | np.ndarray, source_rows: int) -> Self:
-        """Returns the rows by number: row `i` of the target is row `indices[i]` of the source; it stays at -1.
+        """Returns rows by index: row `i` of the target is row `indices[i]` of the source; -1 leaves it unchanged.
 
         Raises:
-          ValueError: an index that is neither -1 nor below `source_rows`, or nothing but -1.
+          ValueError: an index that is neither -1 nor below `source_rows`, or only -1.
         """
         check_at_least_one(source_rows=source_rows)
         numbers = np.asarray(indices)
@@ -96,15 +95,15 @@ class Rows:
 
     @classmethod
     def of_grids(cls, source: tuple[int, int], target: tuple[int, int], *, leading: int = 0) -> Self:
-        """Returns the rows of a grid of positions by place, resampled where grids differ in size.
+        """Returns the rows of a grid of positions, resampled if the grids differ in size.
 
-        Bilinear between the centres of cells, over as many cells as one of the target covers where it is coarser:
+        Bilinear between the centres of cells, and averaged over the covered cells if the target's grid is coarser:
         `jax.image.resize(..., "linear")` of the table as an image `[h, w, features]`.
 
         Args:
           source: height and width of the source's grid.
-          target: the same of the target's.
-          leading: rows before those of the grid on both sides, such as a class token's, which are taken as they are.
+          target: the same for the target.
+          leading: number of rows before the grid on both sides, such as a class token's, which are copied.
 
         Raises:
           ValueError: sizes below 1, or a number of leading rows below 0.
@@ -122,17 +121,18 @@ class Rows:
     def of_patches(cls, source: tuple[int, int, int], target: tuple[int, int, int]) -> Self:
         """Returns the rows of a kernel that reads patches: pixels, in the order height, width, channels.
 
-        The new kernel gives on a patch what the source's gives on that patch, brought to the source's size (bilinear)
-        and channels: a grey patch is grey in all colours, of a coloured patch the mean of its channels is taken. So a
-        kernel for RGB becomes one for grey by the sum over its channels. With `R` the map of patches, target's to
-        source's, `W' = R^T W`. Our choice; FlexiViT (arXiv:2212.08013) has the pseudo-inverse of the opposite map.
+        On a patch, the new kernel computes the source kernel's output for that patch, converted to the source's size
+        (bilinear) and channels: a grey patch is repeated over all colours, a coloured patch is averaged over its
+        channels. So a kernel for RGB becomes one for grey by the sum over its channels. With `R` the map from target
+        patches to source patches, `W' = R^T W`. Our choice; FlexiViT (arXiv:2212.08013) uses the pseudo-inverse of the
+        opposite map.
 
         Args:
           source: height, width and channels of the source's patches.
-          target: the same of the target's.
+          target: the same for the target.
 
         Raises:
-          ValueError: sizes below 1, or channels that differ with neither number 1.
+          ValueError: sizes below 1, or different numbers of channels of which neither is 1.
         """
         _check_sizes("hwc", source=source, target=target)
         (*_, c), (*_, d) = source, target
@@ -149,7 +149,7 @@ class Rows:
 
 
 def _in_order(role: str, names: Names) -> Sequence[str]:
-    """Returns names in the order of their rows."""
+    """Returns the names in row order."""
     if not isinstance(names, Mapping):
         return names
     if sorted(names.values()) != list(range(len(names))):
@@ -167,7 +167,7 @@ def _check_sizes(axes: str, **by_role: Sequence[int]) -> None:
 
 
 def _resampling(source: int, target: int) -> np.ndarray:
-    """Returns the matrix `[target, source]` that resamples a line: the triangle filter, wider where it gets coarser."""
+    """Returns the matrix `[target, source]` that resamples a line: the triangle filter, wider for downsampling."""
     scale = source / target
     centres = (np.arange(target)[:, None] + 0.5) * scale - 0.5
     weights = np.maximum(0, 1 - np.abs(centres - np.arange(source)) / max(scale, 1))
@@ -176,12 +176,12 @@ def _resampling(source: int, target: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Arrangement:
-    """A leaf whose rows are rearranged before it is a matrix: `row i = sum_s w[i, s] row s`, along some of its axes.
+    """Rearranges the rows of a leaf before it is read as a matrix: `row i = sum_s w[i, s] row s`, along some axes.
 
     Attributes:
-      axes: along which the rows are, in the order of the rows.
-      sizes: of these axes afterwards.
-      parts: for each new row, the old ones that it is made of, with weights.
+      axes: axes of the rows, in row order.
+      sizes: new sizes of these axes.
+      parts: for each new row, its old rows and weights.
     """
 
     axes: tuple[int, ...]
@@ -189,24 +189,24 @@ class Arrangement:
     parts: tuple[tuple[tuple[int, float], ...], ...]
 
     def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Returns the shape of a leaf of this shape afterwards."""
+        """Returns the new shape of a leaf of this shape."""
         new = dict(zip(self.axes, self.sizes, strict=True))
         return tuple(new.get(axis, size) for axis, size in enumerate(shape))
 
     def arrange(self, leaf: jax.Array) -> jax.Array:
-        """Returns the leaf with its new rows; those that are one row of the old are that row exactly."""
+        """Returns the leaf with its new rows; copies of a single row are exact."""
         width = max(map(len, self.parts))
         padded = [(*part, *((0, 0.0),) * (width - len(part))) for part in self.parts]
         indices = np.array([[row for row, _ in part] for part in padded])
         weights = np.array([[weight for _, weight in part] for part in padded], np.float32)
         if width == 1 and (weights == 1).all():
             return self._on_rows(leaf, self.sizes, lambda rows: rows[indices[:, 0]])
-        # The highest precision, so that an accelerator resamples as a CPU does.
+        # The highest precision, so that accelerators and CPUs resample alike.
         weighted = functools.partial(jnp.einsum, "kj,kj...->k...", weights, precision=lax.Precision.HIGHEST)
         return self._on_rows(leaf, self.sizes, lambda rows: weighted(rows[indices]))
 
     def restore(self, leaf: jax.Array) -> jax.Array:
-        """Returns the leaf that was rearranged, where rows were put into another order alone."""
+        """Returns the leaf before the rearrangement, which must be a permutation."""
         order = np.argsort([row for ((row, _),) in self.parts])
         return self._on_rows(leaf, self.sizes, lambda rows: rows[order])
 
@@ -220,18 +220,18 @@ class Arrangement:
 def arranged_ends(
     rows: Rows | RowsByNumber | None, target: End, source: End
 ) -> tuple[Arrangement | None, Arrangement | None]:
-    """Returns how the leaves of both ends of a route are arranged, so that rows of one number belong together.
+    """Returns the arrangements of the leaves at both ends of a route, so that rows with one index belong together.
 
-    The source has the rows that the target gets. The target has those first, then what only the target has. None for a
-    leaf as it is.
+    The source's rows become those that the target receives. The target's replaced rows come first, then the others.
+    None leaves a leaf unchanged.
 
-    Two embeddings have rows that are words, positions and so on, and two kernels of patches have inputs that are
-    pixels. Where these differ in number, a row of one is not that of the other with its number, so that nothing but the
-    route can say which belong together. Equal numbers are taken for the same things.
+    Rows of embeddings are words, positions and so on; inputs of patch kernels are pixels. If their numbers differ, rows
+    with equal indices do not correspond, so the route must say which belong together. Equal numbers are assumed to mean
+    the same rows.
 
     Raises:
-      ValueError: unlike numbers of words, positions or pixels and no rows; rows of other numbers than the leaves have,
-        for several leaves as one matrix, or along several axes where some stay.
+      ValueError: different numbers of words, positions or pixels without `rows`; `rows` with other numbers than those
+        of the leaves, for several leaves as one matrix, or along several axes if some rows do not change.
     """
     if isinstance(rows, Rows):
         return _arranged(rows, _along(target, rows.along_inputs), _along(source, rows.along_inputs))
@@ -241,25 +241,25 @@ def arranged_ends(
     if rows is None:
         raise _unlike(target, source, target_rows, source_rows)
     if any(len(end) > 1 for end in (target, source)):
-        return None, None  # Rows under each other are by number already.
+        return None, None  # Stacked rows are already paired by index.
     pixels = target_rows.kind == "pixels"
     ends = _along(target, pixels), _along(source, pixels)
     _check_layouts(*ends)
     if any(len(axes) > 1 for *_, axes in ends):
-        return None, None  # Windows meet at their centres, channels from the first on.
+        return None, None  # Windows are aligned at their centres, channels by index.
     m, p = (shape[axes[0]] for _, shape, axes in ends)
     return _arranged(Rows.by_index([row if row < p else -1 for row in range(m)], p), *ends)
 
 
 class _NamedRows(NamedTuple):
-    """What the rows of an end stand for, and how many there are: of pixels, as the axes of the window and channels."""
+    """The meaning of the rows of an end, and their number; for pixels, the sizes of window and channels."""
 
     kind: str
     sizes: tuple[int, ...]
 
 
 def _named_rows(end: End) -> _NamedRows | None:
-    """Returns the rows of an end, where they stand for what has a name or a place of its own."""
+    """Returns the rows of an end if they have names or positions."""
     if all(is_table(path, shape) for path, shape, _ in end):
         along = (_along((leaf,), False) for leaf in end)
         return _NamedRows("rows", (sum(math.prod(shape[axis] for axis in axes) for _, shape, axes in along),))
@@ -271,7 +271,7 @@ def _named_rows(end: End) -> _NamedRows | None:
 
 
 def _along(end: End, inputs: bool) -> _Along:
-    """Returns path, shape and axes of the rows of the one leaf at an end."""
+    """Returns path, shape and row axes of the single leaf at an end."""
     if len(end) > 1:
         paths = " + ".join(path for path, *_ in end)
         raise ValueError(f"give rows to routes of one leaf from one leaf; {paths!r} makes one matrix of several")
@@ -279,7 +279,7 @@ def _along(end: End, inputs: bool) -> _Along:
     if inputs:
         return path, shape, spec.window + spec.inputs  # Pixels are in the order height, width, channels.
     if is_table(path, shape):
-        return path, shape, matrix_spec(path, shape).rows  # Whatever its route's spec has them for.
+        return path, shape, matrix_spec(path, shape).rows  # Independent of the route's spec.
     return path, shape, spec.rows or spec.inputs
 
 
@@ -305,7 +305,7 @@ def _unlike(target: End, source: End, target_rows: _NamedRows, source_rows: _Nam
 
 
 def _check_layouts(target: _Along, source: _Along) -> None:
-    """Raises ValueError unless both leaves have their rows along as many axes."""
+    """Raises ValueError unless both leaves have equally many row axes."""
     (path, _, axes), (source_path, _, source_axes) = target, source
     if len(axes) != len(source_axes):
         raise ValueError(

@@ -1,6 +1,6 @@
-"""How the leaves of one end of a route become a matrix of tokens, and exactly back.
+"""Views: exact conversion between the leaves at one end of a route and a matrix of tokens.
 
-A view makes a **kernel** of leaves, in which the overlap of two models is a plain block, and of the kernel the
+A view converts leaves to a **kernel**, in which the overlap of two models is a plain block, and the kernel to the
 **matrix** whose rows are the adapter's tokens.
 """
 
@@ -22,19 +22,19 @@ ATTENTION_KERNELS = ("query", "key", "value", "out")
 """The kernels of an attention block, each at `<name>/kernel`."""
 
 ViewName = Literal["matrix", "convolution", "attention"]
-"""What an adapter's tokens are.
+"""The tokens of an adapter.
 
 - `matrix`: the rows and columns of the leaf's matrix `[outputs, inputs x window]`.
-- `convolution`: the matrix is `[outputs x window, inputs]`: each tap of the window is a token of its own that knows
-  its place. The adapter does not grow with the window, and windows of different sizes meet tap by tap.
-- `attention`: query, key, value and output kernels of an attention block move together, head by head. A head is a
-  matrix `[4 d, width]` whose rows know which kernel they are of; heads share one adapter, and are paired in
-  proportion where there are more of them on one side.
+- `convolution`: the matrix is `[outputs x window, inputs]`: each tap of the window is a separate token, with its
+  position as token type. The adapter does not grow with the window, and different windows are paired tap by tap.
+- `attention`: query, key, value and output kernels of an attention block are transferred together, head by head. A head
+  is a matrix `[4 d, width]`, and the token type of a row is its kernel. Heads share one adapter, and are paired in
+  proportion if their numbers differ.
 """
 
 
 def proportional(count: int, other: int) -> list[int]:
-    """Returns for each of `count` things in a row its partner among `other` in a row: `floor((i + 1/2) m / n)`.
+    """Returns for each of `count` ordered items its partner among `other` ones: `floor((i + 1/2) m / n)`.
 
     >>> proportional(6, 12), proportional(3, 2)
     ([1, 3, 5, 7, 9, 11], [0, 1, 1])
@@ -44,7 +44,7 @@ def proportional(count: int, other: int) -> list[int]:
 
 @dataclass(frozen=True)
 class TokenTypes:
-    """The types of a matrix's rows: `0 .. count - 1`, each `each` times in a row, all of it `times` times."""
+    """The token types of a matrix's rows: `0 .. count - 1`, each repeated `each` times, the whole `times` times."""
 
     count: int
     each: int
@@ -57,15 +57,15 @@ class TokenTypes:
 
 @dataclass(frozen=True)
 class KernelView:
-    """Leaves as one matrix, the rows of several leaves under each other.
+    """Leaves as one matrix, with the rows of several leaves stacked.
 
     The kernel is `[rows, inputs, *window]`.
 
     Attributes:
       shapes: of the leaves.
-      specs: how each leaf is a matrix; all have the same inputs and window.
+      specs: matrix spec of each leaf; all have the same inputs and window.
       taps: whether the taps of the window are rows (the view `convolution`) or columns (`matrix`).
-      arrangement: how the rows of a table are rearranged first, where the view is of one leaf and they are.
+      arrangement: the initial rearrangement of a table's rows, for a view of one leaf; None for none.
     """
 
     shapes: tuple[tuple[int, ...], ...]
@@ -74,7 +74,7 @@ class KernelView:
     arrangement: Arrangement | None = None
 
     def check(self) -> None:
-        """Raises ValueError where the leaves do not stack to one matrix."""
+        """Raises ValueError if the leaves do not stack to one matrix."""
         rests = [spec.blocks(shape)[1:] for spec, shape in zip(self.specs, self.arranged_shapes, strict=True)]
         if len(set(rests)) > 1:
             shapes = " and ".join(f"{shape}" for shape in dict.fromkeys(self.shapes))
@@ -111,7 +111,7 @@ class KernelView:
 
     @property
     def token_types(self) -> TokenTypes | None:
-        """The types of the rows, where they have types."""
+        """The types of the rows; None if they have none."""
         rows = self.kernel_shape[0]
         return TokenTypes(self.matrix_shape[0] // rows, 1, rows) if self.taps else None
 
@@ -152,13 +152,13 @@ class KernelView:
 
 @dataclass(frozen=True)
 class AttentionView:
-    """Query, key, value and output kernels as one matrix a head.
+    """Query, key, value and output kernels as one matrix per head.
 
-    The kernel is `[heads, 4, d, width]`, with `width` the features that queries come from and outputs go to.
+    The kernel is `[heads, 4, d, width]`, with `width` the input features of queries and the output features.
 
     Attributes:
       shapes: of the four leaves, in that order.
-      specs: how each leaf is a matrix: `[heads d, width]` for the first three, `[width, heads d]` for the last.
+      specs: matrix spec of each leaf: `[heads d, width]` for the first three, `[width, heads d]` for the last.
       heads: number of heads.
     """
 
@@ -167,7 +167,7 @@ class AttentionView:
     heads: int
 
     def check(self) -> None:
-        """Raises ValueError where the leaves are no attention block with that many heads."""
+        """Raises ValueError if the leaves are not an attention block with this number of heads."""
         shapes = [spec.matrix_shape(shape) for spec, shape in zip(self.specs, self.shapes, strict=True)]
         inner, width = shapes[0]
         if shapes != [(inner, width)] * 3 + [(width, inner)]:
@@ -192,7 +192,7 @@ class AttentionView:
 
     @property
     def token_types(self) -> TokenTypes:
-        """The types of the rows: which kernel they are of."""
+        """The types of the rows: their kernels."""
         _, kernels, d, _ = self.kernel_shape
         return TokenTypes(kernels, d, 1)
 
@@ -223,10 +223,10 @@ class AttentionView:
         return kernel.at[:, :, :d, :width].set(partners[:, :, :d, :width].astype(kernel.dtype))
 
     def overlap_shape(self, source: "AttentionView") -> tuple[int, int]:
-        """Returns the shape of the leading block of a head that both have, as a matrix."""
+        """Returns the shape of a head's overlap, as a matrix."""
         d, width = map(min, zip(self.kernel_shape[2:], source.kernel_shape[2:], strict=True))
         return 4 * d, width
 
 
 View = KernelView | AttentionView
-"""How the leaves of one end of a route become a matrix."""
+"""A view of the leaves at one end of a route as a matrix."""
