@@ -1,4 +1,4 @@
-"""Inputs of a refit in batches, and a loop over these that keeps what is known of each."""
+"""Batched inputs of a refit, and a loop over batches that stores values of each."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ __all__ = ["in_batches", "stacked"]
 
 
 def in_batches(inputs: Sequence[jax.Array], size: int) -> tuple[list[jax.Array], jax.Array]:
-    """Returns the inputs as `[batches, B, ...]` and weights `[batches, B]`; what fills the last batch has weight 0."""
+    """Returns the inputs as `[batches, B, ...]` and weights `[batches, B]`; padding of the last batch has weight 0."""
     count = jnp.shape(inputs[0])[0]
     batches = math.ceil(count / size)
     places = jnp.arange(batches * size)

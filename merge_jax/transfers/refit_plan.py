@@ -1,4 +1,4 @@
-"""What a refit solves, and in which order: sites of a target, each with the end of the source that it is solved to."""
+"""The plan of a refit: the target's sites in order, each with the source's end that it is solved for."""
 
 import itertools
 import math
@@ -17,11 +17,11 @@ __all__ = ["ChannelAxis", "RefitPlan", "Site", "Unknown", "plan_refit"]
 
 
 class ChannelAxis(NamedTuple):
-    """An axis of channels at the end of a site.
+    """A channel axis at the end of a site.
 
     Attributes:
-      name: of its matrix in the alignment; None where entries meet one by one.
-      around: number, at the site, of the axis that its channels are within; None where there is none.
+      name: name of its matrix in the alignment; None if entries are paired by index.
+      around: index, at the site, of the axis of the enclosing channels; None if there is none.
     """
 
     name: str | None
@@ -29,16 +29,16 @@ class ChannelAxis(NamedTuple):
 
 
 class Unknown(NamedTuple):
-    """A leaf that is solved for.
+    """A leaf to solve for.
 
     Attributes:
-      layer: of the target.
-      axes: of the leaf, those of its inputs first, those of its channels last, as the channels stand at the end.
-      inputs: how many numbers each channel has.
-      start_axes: of the start, in the order of the channels at the end; empty where the way depends on the data.
-      normed_axes: of the value that a norm on the way normalises.
-      bias: the leaf that gets the intercept; None for none.
-      norm: what gets the statistics: one on the way, of which a bias makes up for the mean; None for none.
+      layer: the target's layer.
+      axes: axes of the leaf: inputs first, then channels in the order of the end.
+      inputs: number of entries per channel.
+      start_axes: channel axes of the start, in the order of the end; empty if the way to the end depends on the data.
+      normed_axes: channel axes of the value that a norm on the way normalises.
+      bias: the leaf that receives the intercept; None for none.
+      norm: the norm on the way that receives the statistics, if a bias compensates for the mean; None for none.
     """
 
     layer: Layer
@@ -52,19 +52,19 @@ class Unknown(NamedTuple):
 
 @dataclass(frozen=True)
 class Site:
-    """Leaves that are solved for together, since they end in one sum.
+    """Leaves that are solved jointly, since they end in one sum.
 
     Attributes:
       unknowns: the leaves.
-      end: the value of the target that they end in.
-      source_end: the value of the source that this is solved to.
-      shapes: `{value: shape}` of the target's values with channels, merged axes of these apart.
-      source_shape: the same of the source's end.
-      channel_axes: of both values, with merged axes apart.
-      channels: sizes of these axes, of the target's value.
-      pairs: what each of them is in the alignment.
-      rows: how many places a batch has, all examples together.
-      stride: how many rows lie from one example to the next; the examples come first where that is unknown.
+      end: the target's value at their end.
+      source_end: the corresponding value of the source.
+      shapes: `{value: shape}` of the target's values with channels, with their merged axes split.
+      source_shape: the same for the source's end.
+      channel_axes: channel axes of both values, after the split.
+      channels: sizes of these axes in the target's value.
+      pairs: the alignment pair of each of them.
+      rows: number of rows in a batch, over all examples and positions.
+      stride: number of rows between examples; if unknown, examples are assumed to come first.
     """
 
     unknowns: tuple[Unknown, ...]
@@ -85,29 +85,29 @@ class Site:
 
     @property
     def num_unknowns(self) -> int:
-        """How many numbers each channel has."""
+        """The number of entries per channel."""
         return sum(one.inputs for one in self.unknowns)
 
     @property
     def leaves(self) -> frozenset[str]:
-        """The leaves that it writes: those that are solved for, biases, norms."""
+        """The leaves that it writes: solved leaves, biases, norms."""
         found = {one.layer.leaf for one in self.unknowns} | {one.bias for one in self.unknowns if one.bias is not None}
         norms = [one.norm for one in self.unknowns if one.norm]
         return frozenset(found.union(*((one.mean, one.var, one.gain) for one in norms)))
 
     @property
     def name(self) -> str:
-        """The leaves that are solved for."""
+        """The solved leaves."""
         return " + ".join(one.layer.leaf for one in self.unknowns)
 
 
 class RefitPlan(NamedTuple):
-    """What is solved for.
+    """The plan of a refit.
 
     Attributes:
       sites: in the order of the target's computation.
-      kept: why the other routed parameters keep what they are.
-      streams: channels of which the target gets directions.
+      kept: why the other routed parameters are not solved.
+      streams: channels for which the target uses directions.
     """
 
     sites: tuple[Site, ...]
@@ -116,7 +116,7 @@ class RefitPlan(NamedTuple):
 
 
 def plan_refit(alignment: AlignmentPlan, source: FollowedModel, target: FollowedModel) -> RefitPlan:
-    """Returns what of the aligned leaves can be solved for."""
+    """Returns the plan for all aligned leaves that can be solved."""
     kept: dict[str, str] = {}
     found: dict[int, list[tuple[AlignedLeaf, Layer, Layer]]] = {}
     paths = list(target.trace.program.leaves)
@@ -149,10 +149,10 @@ def _site(
     target: FollowedModel,
     kept: dict[str, str],
 ) -> Site | None:
-    """Returns the site of leaves that have one end; those that have no part in it are kept."""
+    """Returns the site of leaves with a common end; leaves that cannot take part are kept."""
     if any(layer.dense for _, layer, _ in members):
         members, others = [one for one in members if one[1].dense], [one for one in members if not one[1].dense]
-    else:  # The first that meets the data: what comes after it scales the same channels.
+    else:  # The first that is combined with the data; later ones scale the same channels.
         members, others = members[:1], members[1:]
     kept |= {leaf.target: "it scales what is solved for" for leaf, *_ in others}
     sites: list[Site] = []
@@ -179,7 +179,7 @@ def _one_site(
     """Returns the site of one leaf.
 
     Raises:
-      Unsolvable: what it makes in the target cannot be compared with what it makes in the source.
+      Unsolvable: its outputs in target and source cannot be compared.
     """
     outer = {one.around for one in leaf.axes if one.around is not None}
     axes = [one for i, one in enumerate(leaf.axes) if not one.contracted and (max(one.sizes) > 1 or i in outer)]
@@ -241,20 +241,20 @@ def _one_site(
 
 
 def _bias(target: FollowedModel, layer: Layer, channels: Sequence[str]) -> str | None:
-    """Returns the leaf that has one number for each channel, in their order, and is added last."""
+    """Returns the leaf that is added last and has one entry per channel, in order."""
     for path in layer.biases:
         shape = target.trace.program.shapes[target.trace.program.leaves[path]].shape
         groups = target.graph.channel_groups[path]
         if [group for group, size in zip(groups, shape, strict=True) if size > 1] == list(channels):
-            return path  # Of one channel a leaf of one number.
+            return path  # For one channel, a leaf with one entry.
     return None
 
 
 def _dense_inputs(target: FollowedModel, layer: Layer, rows: int, channels: Sequence[str]) -> tuple[int, ...]:
-    """Returns the axes of a leaf that is summed over along them, in the order in which `entering` has them.
+    """Returns the contracted axes of a leaf, in their order in `entering`.
 
     Raises:
-      Unsolvable: other examples or places than where it ends, or their order is not known.
+      Unsolvable: the examples or positions differ from those at its end, or their order is unknown.
     """
     program, equation = target.trace.program, layer.meets
     x = program.shapes[next(one for one in equation.reads if one in program.data)].shape
@@ -282,7 +282,7 @@ def _dense_inputs(target: FollowedModel, layer: Layer, rows: int, channels: Sequ
 
 
 def _check_slope(target: FollowedModel, layer: Layer, channels: Sequence[str]) -> None:
-    """Raises Unsolvable where the way has another slope at other places."""
+    """Raises Unsolvable if the slope of the way depends on the position."""
     program = target.trace.program
     for value in layer.values.difference(layer.starts):
         equation = program.equations[program.makers[value]]
@@ -293,7 +293,7 @@ def _check_slope(target: FollowedModel, layer: Layer, channels: Sequence[str]) -
 
 
 def _check_order(target: FollowedModel, layer: Layer, channels: Sequence[str]) -> None:
-    """Raises Unsolvable where a transposition changes the order of the rows."""
+    """Raises Unsolvable if a transposition changes the order of the rows."""
     program = target.trace.program
     for value in layer.values:
         equation = program.equations[program.makers[value]]

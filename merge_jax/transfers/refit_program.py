@@ -1,4 +1,4 @@
-"""The compiled program of a refit, kept for the next one of the same functions and shapes."""
+"""The compiled program of a refit, cached for the same functions and shapes."""
 
 import math
 from collections import OrderedDict
@@ -29,7 +29,7 @@ from merge_jax.types import Params
 
 __all__ = ["ModelFn", "Prepared", "RefitOptions", "prepared"]
 
-_ALIGNED_ON = 512  # So many inputs suffice to estimate each layer's second moments.
+_ALIGNED_ON = 512  # Inputs that suffice to estimate each layer's second moments.
 _MOST_KEPT = 8
 _MOST_CONSTANTS = 1_000_000
 
@@ -40,7 +40,7 @@ _Run = Callable[[Params, Params, list[jax.Array], jax.Array], tuple[Params, dict
 
 
 class RefitOptions(NamedTuple):
-    """The options of `refit` that its program depends on."""
+    """The options of `refit` on which its program depends."""
 
     ridge: float
     batch_size: int
@@ -50,15 +50,15 @@ class RefitOptions(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """A refit of two models: what it walks, what it keeps and why, and the function, which may be compiled.
+    """A refit of two models: its walk, the leaves that it keeps, and the function, which may be compiled.
 
     Attributes:
-      walk: of both models.
+      walk: the walk through both models.
       kept: as in `Refit`.
-      compiled: `run`, compiled where it was called.
-      run: of source variables, target variables, inputs and a key; returns the target's, `solved`, and whether all is
-        finite.
-      constants: bytes of the arrays that the models have as constants; infinite where one is traced.
+      compiled: `run`, compiled at its first call.
+      run: maps source variables, target variables, inputs and a key to the target's variables, `solved`, and whether
+        all are finite.
+      constants: bytes of the arrays that the models contain as constants; infinite if one is traced.
     """
 
     walk: Walk
@@ -69,7 +69,7 @@ class Prepared(NamedTuple):
 
 
 _programs: OrderedDict[Any, Prepared] = OrderedDict()
-"""The last ones, by functions, routes, shapes and options; see `prepared`."""
+"""A cache by functions, routes, shapes and options; see `prepared`."""
 
 
 def prepared(
@@ -83,8 +83,8 @@ def prepared(
 ) -> Prepared:
     """Returns the refit of two functions for arguments of these shapes.
 
-    To `keep` is to look for it among the last ones and to leave it there, as `jax.jit` does with what it compiles. Not
-    kept are functions that cannot be hashed, and those with arrays of more than 1 MB in them, which would live on.
+    `keep` looks it up in a cache and stores it there, like `jax.jit`. Functions that cannot be hashed are not cached,
+    nor those that contain arrays of more than 1 MB, which would stay in memory.
     """
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), arguments)
     leaves, tree = jax.tree.flatten(shapes)
@@ -129,7 +129,7 @@ def _prepare(
     ) -> tuple[Params, dict[str, jax.Array], jax.Array]:
         transfer = aligned_transfer(routes, *graphs, choice=choice, key=key if choice == "random" else None)
         fit_transfer = transfer.fit
-        assert fit_transfer is not None  # The aligned one has it.
+        assert fit_transfer is not None  # The aligned transfer has one.
         some = jax.random.permutation(key, count)[: min(_ALIGNED_ON, count)]
         moments = input_moments(source, source_variables, *(one[some] for one in inputs))
         if axis_name is not None:

@@ -1,4 +1,4 @@
-"""Routes of a refit: those of parameters, and of the running statistics beside them."""
+"""Routes of a refit: those of parameters, and of their modules' running statistics."""
 
 from collections.abc import Mapping
 from dataclasses import replace as changed
@@ -17,11 +17,11 @@ _PARAMS = "params"
 
 
 def routes_with_state(routes: Routes, source: Params, target: Params) -> tuple[Route, ...]:
-    """Returns routes of parameters as those of whole variables, with the state of the modules that they are in."""
+    """Returns routes of parameters as routes of whole variables, including the state of their modules."""
     named, paths = kernel_routes(routes), {"source": list(flatten(source)), "target": list(flatten(target))}
     state = {role: [path for path in own if is_state(path, own)] for role, own in paths.items()}
     wrapped = [isinstance(tree, Mapping) and _PARAMS in tree for tree in (source, target)]
-    if not all(wrapped):  # Of one that is bare there is no state that could be paired.
+    if not all(wrapped):  # A bare tree has no state to pair.
         return tuple(_below_params(route, *wrapped) for route in named) if any(wrapped) else named
     found: dict[str, str] = {}
     for one in resolve(named, source[_PARAMS], target[_PARAMS]):

@@ -1,4 +1,4 @@
-"""One site of a refit: what enters it, the moments of that, the ridge regression, and the leaves that compute it."""
+"""One site of a refit: its inputs, their moments, the ridge regression, and the solved leaves."""
 
 import itertools
 import math
@@ -22,10 +22,10 @@ Values = Mapping[int, jax.Array]
 
 
 class Moments(NamedTuple):
-    """Weighted moments of rows: inputs `x`, what the ridge is to add `t`, and the source's channels `y`.
+    """Weighted moments of rows: inputs `x`, regression targets `t`, and the source's channels `y`.
 
-    `x` is `[r, d]` at a site that sums over channels, and `[r, m, d]` where each of the `m` channels has its own; `t`
-    and `y` are `[r, m]`. Second moments are sums of products of what is centred.
+    `x` is `[r, d]` at a site that sums over channels, and `[r, m, d]` if each of the `m` channels has separate inputs;
+    `t` and `y` are `[r, m]`. Second moments are sums of products of centred values.
     """
 
     weight: jax.Array
@@ -37,7 +37,7 @@ class Moments(NamedTuple):
 
 
 def no_moments(site: Site) -> Moments:
-    """Returns the moments of no rows."""
+    """Returns the moments of zero rows."""
     d, m = site.num_unknowns, math.prod(site.channels)
     x, xx, xt = ((d,), (d, d), (d, m)) if site.dense else ((m, d), (m, d, d), (m, d))
     zeros = [jnp.zeros(shape) for shape in (x, (m,), (m,), xx, xt, (m,), (m,))]
@@ -87,7 +87,7 @@ def add_moments(one: Moments, other: Moments) -> Moments:
 
 
 def entering(program: Program, site: Site, values: Values, leaves: Values, rows: jax.Array | None) -> jax.Array:
-    """Returns what the unknowns of a site are multiplied with, float32, as in `Moments`; of these rows alone."""
+    """Returns the factors of a site's unknowns, float32, as `x` in `Moments`, for these rows only."""
     if site.dense:
         return jnp.concatenate([_entering_dense(program, one, values, rows) for one in site.unknowns], axis=1)
     (unknown,) = site.unknowns
@@ -97,7 +97,7 @@ def entering(program: Program, site: Site, values: Values, leaves: Values, rows:
     rest = without(program, site, {**values, **leaves})
     zero = end_rows(program, site, rest, rows)
     starts = _starts_by_tap(program, unknown, sizes, order)
-    # Where each entry of a channel meets the data once: as if it were 1, and the others not there.
+    # If each entry of a channel is multiplied once: the end with this entry 1 and the others 0.
     met = [next(one for one in program.equations[program.makers[start]].reads if one in program.data)
            for start in starts]  # fmt: skip
     known, found = program.evaluate({**values, **leaves}, met), []
@@ -112,9 +112,9 @@ def entering(program: Program, site: Site, values: Values, leaves: Values, rows:
 
 
 def _starts_by_tap(program: Program, unknown: Unknown, sizes: Sequence[int], order: Sequence[int]) -> list[int]:
-    """Returns the products of a leaf with the data, one for each entry of a channel, in their order; or none.
+    """Returns the products of a leaf with the data, one for each entry of a channel, in order; or none.
 
-    So is a depthwise convolution that sums shifted products.
+    A depthwise convolution that sums shifted products has this form.
     """
     number, found = program.leaves[unknown.layer.leaf], {}
     taps = np.arange(unknown.inputs, dtype=np.float32)
@@ -180,13 +180,13 @@ def channel_rows(value: jax.Array, axes: tuple[int, ...], rows: jax.Array | None
 
 
 def without(program: Program, site: Site, values: Values) -> dict[int, jax.Array]:
-    """Returns the values with all products of a site's unknowns set to 0, for the end without them."""
+    """Returns the values with all products of a site's unknowns set to 0, to compute the end without them."""
     starts = [start for one in site.unknowns for start in one.layer.starts]
     return {**values, **{one: jnp.zeros(program.shapes[one].shape, program.shapes[one].dtype) for one in starts}}
 
 
 class Solution(NamedTuple):
-    """What a ridge regression finds: the unknowns `[d, m]`, what is added, `[m]`, and the share of `y` explained."""
+    """The solution of a ridge regression: unknowns `[d, m]`, intercept `[m]`, and the explained share of `y`."""
 
     effective: jax.Array
     intercept: jax.Array
@@ -197,11 +197,11 @@ def solve(site: Site, moments: Moments, prior: jax.Array, valid: jax.Array, ridg
     """Returns `(X'X/n + r I)^-1 (X'T/n + r W0)` of centred rows, `r = ridge tr(X'X/n) / d max(1, d / n)`.
 
     Args:
-      site: which.
-      moments: of its rows.
-      prior: `W0 [d, m]`, what the unknowns are now.
-      valid: which channels have one of the source, bool `[m]`; the others stay.
-      ridge: without unit.
+      site: the site.
+      moments: moments of its rows.
+      prior: `W0 [d, m]`, the current unknowns.
+      valid: which channels have a source channel, bool `[m]`; the others do not change.
+      ridge: dimensionless penalty.
     """
     d, count = site.num_unknowns, jnp.maximum(moments.weight, 1.0)
     x, t, _ = moments.means
@@ -237,9 +237,9 @@ def matrix(program: Program, unknown: Unknown, leaves: Values) -> jax.Array:
 
 
 def slope(program: Program, site: Site, unknown: Unknown, leaves: Values) -> jax.Array:
-    """Returns what the end gets of each channel's product, `[m]`; 1 where it is not the same for all data.
+    """Returns the slope of the end in each channel's product, `[m]`; 1 if the slope depends on the data.
 
-    There the inputs of the site have it in them.
+    In that case, the site's inputs include the slope.
     """
     if not unknown.layer.scaled:
         return jnp.ones(math.prod(site.channels))
@@ -250,9 +250,9 @@ def slope(program: Program, site: Site, unknown: Unknown, leaves: Values) -> jax
 def _along(
     program: Program, site: Site, unknown: Unknown | None, leaves: Values, vector: jax.Array | None, wanted: int
 ) -> jax.Array:
-    """Returns a value on the way from a site's starts, as channels `[m]`, where all else that comes in is 0.
+    """Returns a value on the way from a site's starts, as channels `[m]`, with all other operands 0.
 
-    The starts are 0 but for the first of an unknown, which is a vector `[m]` everywhere.
+    All starts are 0, except for the first of an unknown, which is a vector `[m]` at all positions.
     """
     values: set[int] = set().union(*(one.layer.values for one in site.unknowns))
     known = without(program, site, leaves)
@@ -276,10 +276,10 @@ def _along(
 
 
 def write(program: Program, site: Site, leaves: Values, solution: Solution, moments: Moments) -> dict[int, jax.Array]:
-    """Returns all leaves, those of a site made so that its end is as it was without the unknowns, plus the solution.
+    """Returns all leaves, with those of a site set so that its end is that without the unknowns, plus the solution.
 
-    Where running statistics normalise the way, a kernel's columns keep their norms, the statistics are those of the
-    rows, and the gain makes up for both.
+    If running statistics normalise the way, a kernel's columns keep their norms, the statistics are those of the rows,
+    and the gain compensates for both.
     """
     new = dict(leaves)
     before = _along(program, site, None, leaves, None, site.end)
@@ -287,7 +287,7 @@ def write(program: Program, site: Site, leaves: Values, solution: Solution, mome
     for unknown, first in zip(site.unknowns, firsts, strict=True):
         part = slice(first, first + unknown.inputs)
         layer, wanted, scale = unknown.layer, solution.effective[part], slope(program, site, unknown, leaves)
-        if not site.dense and layer.scaled:  # The inputs have the slope in them.
+        if not site.dense and layer.scaled:  # The inputs include the slope.
             wanted = wanted * scale[None]
         if unknown.norm is None or not layer.scaled:
             kernel = wanted / jnp.where(scale == 0, 1.0, scale)[None]
@@ -306,7 +306,7 @@ def write(program: Program, site: Site, leaves: Values, solution: Solution, mome
         more = before + solution.intercept - _along(program, site, None, new, None, site.end)
         ends = [_along(program, site, None, {**new, number: jnp.full(shape.shape, one, shape.dtype)}, None, site.end)
                 for one in (0, 1)]  # fmt: skip
-        reach = ends[1] - ends[0]  # What the end gets of the bias.
+        reach = ends[1] - ends[0]  # The slope of the end in the bias.
         more = jnp.where(reach == 0, 0.0, more / jnp.where(reach == 0, 1.0, reach))
         new[number] = (new[number].astype(jnp.float32) + more.reshape(shape.shape)).astype(shape.dtype)
     return new
@@ -323,7 +323,7 @@ def _put(leaves: dict[int, jax.Array], program: Program, unknown: Unknown, kerne
 def _products(
     site: Site, moments: Moments, part: slice, kernel: jax.Array, scale: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns mean and variance `[m]` of the products of what enters with a kernel `[d, m]`."""
+    """Returns mean and variance `[m]` of the products of inputs and a kernel `[d, m]`."""
     x, count = moments.means[0], jnp.maximum(moments.weight, 1.0)
     if site.dense:
         among = moments.xx[part, part] / count
@@ -341,7 +341,7 @@ def _put_norm(
     products: tuple[jax.Array, jax.Array],
     slopes: jax.Array,
 ) -> None:
-    """Puts in the statistics of a layer's products, and the gain by which the end has these slopes of them."""
+    """Sets the statistics of a layer's products, and the gain that gives the end these slopes."""
     norm = unknown.norm
     assert norm is not None
     mean, var = products

@@ -1,4 +1,4 @@
-"""Streams: channels of which a target may have directions, since what is done with them is the same for these."""
+"""Streams: channels that a target may replace by directions, since all their operations are the same for these."""
 
 import contextlib
 from collections.abc import Collection, Iterable, Sequence
@@ -17,11 +17,11 @@ _OF_EACH = {*_SUMS, "mul", "div", "max", "min", "sqrt", "rsqrt", "square", "inte
 
 
 class Streams(NamedTuple):
-    """Pairs of channel groups whose target gets directions of the source's channels, and not some of them.
+    """Pairs of channel groups whose target uses directions of the source's channels instead of a choice.
 
     Attributes:
       pairs: their names.
-      tables: leaves that make them and are not solved for, such as embeddings: these are aligned to directions.
+      tables: leaves that write to them and are not solved, such as embeddings: these are aligned to directions.
     """
 
     pairs: frozenset[str]
@@ -31,17 +31,17 @@ class Streams(NamedTuple):
 def find_streams(
     alignment: AlignmentPlan, source: FollowedModel, target: FollowedModel, layers: Sequence[Layer]
 ) -> Streams:
-    """Returns the streams of two models: channels that are made by layers and tables, added, normalised and read.
+    """Returns the streams of two models: channels that layers and tables write, add, normalise and read.
 
-    The stream between inverted residuals is one: no activation is between what projects into it and what expands it.
-    That of a transformer is another: what LayerNorm divides by is the same for orthonormal directions, its mean is
-    nearly so, and its gain is solved for.
+    One example is the stream between inverted residuals: there is no activation between projection and expansion. The
+    stream of a transformer is another: LayerNorm's divisor is the same for orthonormal directions, its mean nearly so,
+    and its gain is solved for.
 
     Args:
       alignment: of the models.
-      source: which gives.
-      target: which has fewer channels.
-      layers: those of the target that are solved for.
+      source: the source model.
+      target: the target model, with fewer channels.
+      layers: the target's layers to solve.
     """
     groups: dict[str, str] = {}
     makers: dict[str, set[str]] = {}
@@ -74,28 +74,28 @@ def _layers_of(model: FollowedModel, group: str) -> list[Layer]:
 
 
 class _Stream:
-    """The channels of a group, and what a model does with them.
+    """The channels of a group, and a model's operations on them.
 
     Attributes:
       tables: leaves that are looked up or added as channels, found by `has_directions`.
     """
 
     def __init__(self, model: FollowedModel, group: str, layers: Iterable[Layer], leaves: Collection[str]):
-        """Takes the layers that may make and scale channels, and the leaves that may be tables of them."""
+        """Takes the layers that may write and scale channels, and the leaves that may be tables."""
         self.tables: set[str] = set()
         self._program, self._axes, self._leaves = model.trace.program, model.channel_axes.get(group, {}), leaves
         own = [layer for layer in layers if layer.dense or self._is_gain(layer.leaf)]
         self._starts = {start for layer in own for start in layer.starts}
         self._on_the_way: set[int] = set().union(*(layer.values for layer in own))
-        # What values are: the same for all channels, gains of norms times that, and squares, which are to be summed.
+        # Kinds of values: equal for all channels, gains of norms times those, and squares that must be summed.
         self._flat, self._gains, self._squares = set[int](), set[int](), set[int]()
 
     def has_directions(self) -> bool:
-        """Returns whether all that is done with the channels is the same for directions."""
+        """Returns whether all operations on the channels are the same for directions."""
         return all(self._follow(one) for one in self._program.equations if self._program.data & {*one.outputs})
 
     def _follow(self, equation: Equation) -> bool:
-        """Returns whether an operation on channels is the same for any directions, and notes what it makes."""
+        """Returns whether an operation on channels is the same for any directions, and records its results."""
         read = [one for one in equation.reads if one in self._program.data and one in self._axes]
         made = [one for one in equation.outputs if one in self._axes]
         gain = not is_dense(equation) and bool(self._starts.intersection(made))
@@ -117,7 +117,7 @@ class _Stream:
         return True
 
     def _takes_directions(self, equation: Equation, read: Sequence[int]) -> bool:
-        """Returns whether an operation is the same for any directions, or of a layer on its way to its end."""
+        """Returns whether an operation is the same for any directions, or belongs to a layer before its end."""
         name, others, on_the_way = equation.name, self._others(equation), equation.outputs[0] in self._on_the_way
         whole = [one for one in read if one not in self._flat]
         if name in VIEWS or name in ("neg", "reduce_sum"):
@@ -129,7 +129,7 @@ class _Stream:
                 return name == "mul" and on_the_way and len(self._gains.intersection(whole)) == 1
             scaled = name == "mul" or equation.inputs[0] == whole[0]
             return scaled and (on_the_way or self._is_uniform(equation))
-        if name in _PLACES:  # Where channels are cut or padded themselves, they are others afterwards.
+        if name in _PLACES:  # Cutting or padding along the channels changes them.
             return equation.outputs[0] in self._axes and all(map(self._is_table, others))
         if not is_dense(equation) or len(read) > 1:
             return False
@@ -137,11 +137,11 @@ class _Stream:
         if name == "conv_general_dilated":
             return bool(others) and axes == {equation.params["dimension_numbers"].lhs_spec[1]}
         summed, matched = ({*both[equation.inputs[0] != read[0]]} for both in equation.params["dimension_numbers"])
-        # Read by a kernel, or summed over places with weights, as by an attention or a mean.
+        # Read by a kernel, or a weighted sum over positions, as in an attention or a mean.
         return axes <= summed if others else not axes & (summed | matched)
 
     def _is_gain(self, path: str) -> bool:
-        """Returns whether a leaf has one number for each channel."""
+        """Returns whether a leaf has one entry per channel."""
         leaf = self._program.leaves[path]
         shape = self._program.shapes[leaf].shape
         return any(shape[axis] == self._program.size(leaf) for axis in self._axes.get(leaf, ()))
@@ -156,7 +156,7 @@ class _Stream:
         return not any({*axes} & self._program.varying_axes(one) for one in self._others(equation))
 
     def _is_flat(self, equation: Equation) -> bool:
-        """Returns whether an operation makes of what is the same for all channels what is so again."""
+        """Returns whether an operation maps values that are equal for all channels to such values."""
         return (equation.name in _OF_EACH or equation.name in VIEWS) and self._is_uniform(equation)
 
     def _is_lookup(self, equation: Equation) -> bool:
@@ -164,7 +164,7 @@ class _Stream:
         return equation.name == "gather" and len(others) == 1 and self._is_table(others[0])
 
     def _is_table(self, value: int | Constant) -> bool:
-        """Returns whether a value is one of the leaves, moved, cut or broadcast, and notes which."""
+        """Returns whether a value is one of the leaves, moved, cut or broadcast, and records which."""
         if isinstance(value, Constant) or len(self._program.leaves_of[value]) != 1:
             return False
         (path,) = self._program.leaves_of[value]

@@ -1,4 +1,4 @@
-"""The walk of a refit: both computations, layer after layer, each solved from what enters it so far."""
+"""The walk of a refit: both computations, layer by layer, each solved from its current inputs."""
 
 import functools
 import math
@@ -33,16 +33,16 @@ from merge_jax.types import Adapter
 __all__ = ["FewRowsWarning", "Walk"]
 
 _FEW_ROWS, _ROWS_OF_UNKNOWN = 4096, 200
-_VIEWS = frozenset({"slice", "squeeze", "reshape", "transpose", "pad", "rev"})  # Free to compute again.
+_VIEWS = frozenset({"slice", "squeeze", "reshape", "transpose", "pad", "rev"})  # Free to recompute.
 
 
 class FewRowsWarning(UserWarning):
-    """A layer has more unknowns than rows to solve them from, so that the ridge was raised."""
+    """A layer has more unknowns than rows, so its ridge was raised."""
 
 
 @dataclass(frozen=True)
 class Walk:
-    """Both computations, site after site: what all batches are at one depth is kept, and nothing else."""
+    """Both computations, site by site; only the values of all batches at one depth are kept."""
 
     source: Program
     target: Program
@@ -97,11 +97,11 @@ class Walk:
         keys: jax.Array,
         after: jax.Array,
     ) -> tuple[dict[int, jax.Array], jax.Array, dict[int, jax.Array], dict[int, jax.Array], jax.Array]:
-        """Returns the leaves that a site writes, how well it was solved, and what of both models is kept."""
+        """Returns the leaves that a site writes, how well it was solved, and the kept values of both models."""
         unknowns = [(one, slope(self.target, site, one, leaves)) for one in site.unknowns]
         priors = [matrix(self.target, one, leaves) * (scale[None] if site.dense else 1) for one, scale in unknowns]
         gather = functools.partial(self._gather, site, adapter, source_leaves, leaves, source_kept, kept)
-        # What was known before and is needed again stays where it is.
+        # Known values that are needed again stay in place.
         known = [{one: rows for one, rows in of.items() if one in ones}
                  for of, ones in ((source_values, source_kept), (values, kept))]  # fmt: skip
         moments, made = stacked(gather, no_moments(site), (source_values, values, weights, keys), after)
@@ -122,7 +122,7 @@ class Walk:
         moments: Any,
         batch: Any,
     ) -> tuple[Any, Any]:
-        """Adds one batch to the moments of a site, and returns what is kept of it for the next."""
+        """Adds one batch to the moments of a site, and returns the batch's values to keep for the next."""
         source_values, values, weights, key = batch
         found = self.source.evaluate({**source_leaves, **source_values}, {site.source_end, *source_kept})
         entered = {one for unknown in site.unknowns for one in unknown.layer.meets.reads if one in self.target.data}
@@ -142,7 +142,7 @@ class Walk:
         return moments, tuple({one: of[one] for one in ones} for ones, of in made)
 
     def _in_target(self, site: Site, adapter: Adapter, value: jax.Array) -> jax.Array:
-        """Returns a value of the source at the channels that the target has."""
+        """Returns a value of the source at the target's channels."""
         letters, large = string.ascii_lowercase[: value.ndim], list(string.ascii_lowercase[: value.ndim])
         matrices, names = [], []
         for axis, place in zip(site.pairs, site.channel_axes, strict=True):
@@ -155,7 +155,7 @@ class Walk:
         return jnp.einsum(equation, *matrices, value.astype(jnp.float32), precision=lax.Precision.HIGHEST)
 
     def _valid(self, site: Site, adapter: Adapter) -> jax.Array:
-        """Returns which channels of a site have one of the source, bool `[m]`."""
+        """Returns which channels of a site have a source channel, bool `[m]`."""
         valid = jnp.ones(site.channels, bool)
         for number, axis in enumerate(site.pairs):
             if axis.name is not None:
@@ -166,7 +166,7 @@ class Walk:
         return valid.reshape(-1)
 
     def check_rows(self, size: int) -> None:
-        """Warns of sites with fewer rows than unknowns; a batch has so many inputs."""
+        """Warns of sites with fewer rows than unknowns, given the number of inputs per batch."""
         for site in self.plan.sites:
             rows = min(self._most_rows(site), site.rows // size * self.num_inputs)
             if rows < site.num_unknowns:
@@ -178,7 +178,7 @@ class Walk:
                 )
 
     def _most_rows(self, site: Site) -> int:
-        """Returns how many rows are taken at most; of a channel with a few numbers of its own, fewer are enough."""
+        """Returns the maximum number of rows; fewer suffice for channels with a few separate entries."""
         few = max(_FEW_ROWS, _ROWS_OF_UNKNOWN * site.num_unknowns)
         return self.max_rows if site.dense else min(self.max_rows, few)
 
@@ -205,7 +205,7 @@ class Walk:
         return found
 
     def _source_kept(self) -> list[frozenset[int]]:
-        """Returns the same of the source: what was computed by the end of a site and is read after it."""
+        """Returns the same for the source: values computed by the end of a site and read after it."""
         program, ends = self.source, [site.source_end for site in self.plan.sites]
         found, reached = [], -1
         for number, end in enumerate(ends):
@@ -223,9 +223,9 @@ class Walk:
 
 
 def _without_views(program: Program, kept: set[int]) -> frozenset[int]:
-    """Returns the values to keep. Those cut out of one value are replaced by it, where together they are larger.
+    """Returns the values to keep. Slices of one value are replaced by it if they are larger in total.
 
-    A depthwise convolution reads its input once for each place of its window, each time sliced again.
+    A depthwise convolution slices its input once for each tap of its window.
     """
     kept, changes = set(kept), True
     while changes:

@@ -1,4 +1,4 @@
-"""Which rows of a source's table are which rows of a target's: words by name, positions by place, pixels by patch."""
+"""Pairs rows of a source's table with rows of a target's: words by name, positions by grid, pixels by patch."""
 
 import functools
 import math
@@ -17,12 +17,12 @@ from merge_jax.layouts import MatrixSpec, is_patch_kernel, is_table, matrix_spec
 __all__ = ["Arrangement", "Rows", "RowsByNumber", "arranged_ends"]
 
 RowsByNumber = Literal["first"]
-"""Row `i` from row `i`, as far as both sides have one."""
+"""Pairs row `i` with row `i`, if both sides have one."""
 
 Names = Sequence[str] | Mapping[str, int]
 
 End = Sequence[tuple[str, tuple[int, ...], MatrixSpec]]
-"""The leaves at one end of a route: path, shape, and how each is a matrix."""
+"""The leaves at one end of a route: path, shape, and matrix spec of each."""
 
 _Along = tuple[str, tuple[int, ...], tuple[int, ...]]  # Path, shape, and the axes of the rows.
 
