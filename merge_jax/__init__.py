@@ -1,7 +1,7 @@
 """merge_jax moves knowledge between neural networks that share nothing but numbers.
 
-MergeNet (arXiv:2404.13322) as pure functions over parameter pytrees. Each name is imported when it is first used, so
-that `import merge_jax` alone is quick and does not import JAX.
+MergeNet (arXiv:2404.13322) as pure functions over parameter pytrees. Names are imported on first use, so
+`import merge_jax` is fast and does not import JAX.
 """
 
 from typing import Any
@@ -176,7 +176,7 @@ __all__ = [
     "without_source",
 ]
 
-_find_name = __getattr__  # type: ignore[name-defined]  # noqa: F821  # That of etils, which imports it.
+_find_name = __getattr__  # type: ignore[name-defined]  # noqa: F821  # From etils; it imports the name.
 
 
 def __getattr__(name: str) -> Any:

@@ -25,7 +25,7 @@ _TABLES = {"embed", "embedding", "embeddings", "embedder", "emb", "wte", "wpe", 
 _DENSE = {"proj", "project", "projection", "linear", "mapping", "decoder"}
 _PATCHES = re.compile(r"patch(es|ify)?(_?(embed(ding|dings|der|s)?|proj(ection)?|conv|linear|dense|stem))*(_?[0-9]+)?")
 
-# A leaf of rank 4 with a square window counts as a convolution whatever its name, unless it has one of these.
+# A leaf of rank 4 with a square window counts as a convolution, unless its name contains one of these.
 _NO_CONVOLUTION = {
     *("einsum", "qkv", "kv", "q", "k", "v", "query", "key", "value", "attention", "attn"),
     *("expert", "experts", "moe", "mixture"),

@@ -144,7 +144,7 @@ def adapter_transfer(
             found += pad_batches(together, [_network_sizes(one) for one in together], net.flops, padding)
         return tuple(sorted(found, key=lambda batch: batch.parts[0].numbers))
 
-    # Compiled, since small arrays made one by one take long.
+    # Compiled, since creating many small arrays separately is slow.
     @functools.partial(jax.jit, static_argnums=1)
     def start(key: jax.Array, batches: tuple[PaddedBatch, ...]) -> Adapter:
         places, extras = {}, {}

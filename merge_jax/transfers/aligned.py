@@ -66,7 +66,7 @@ def aligned_transfer(
     labels. Use it as a start: let it write once (`make_joint_step(..., stop=1 / num_steps, num_steps=...)`), since each
     transfer overwrites what the target has learned. Our choice.
 
-    **The fit.** `transfer.fit(moments, source_params, target_params)` returns the adapter that preserves most of what
+    **Fit.** `transfer.fit(moments, source_params, target_params)` returns the adapter that preserves most of what
     the source's layers compute. It uses the second moments of their inputs: those of `input_moments`, on unlabelled
     inputs such as the target will see. It supports `jit`. Channels are chosen greedily. Each next channel is the one
     that, together with those before it, best reconstructs all channels of the group by a linear map, over all layers

@@ -1,4 +1,4 @@
-"""Transfers made of transfers."""
+"""Combinators of transfers."""
 
 import dataclasses
 from collections.abc import Callable, Mapping

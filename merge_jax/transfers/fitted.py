@@ -50,7 +50,7 @@ def refit(
     choice: ChannelChoice = "moments",
     axis_name: str | None = None,
 ) -> Refit:
-    """Returns a target that computes what the source does, layer by layer, in closed form and without labels.
+    """Returns a target that reproduces the source's outputs, layer by layer, in closed form and without labels.
 
     Both models are from one family, or from two families whose layers can be paired: MobileNetV2 and EfficientNet-lite
     have the same blocks, with different windows, widths and counts. An extra target block may also have a route from
@@ -113,7 +113,7 @@ def refit(
     check_arrays("source's", source_variables)
     check_arrays("target's", target_variables)
     named_routes = routes_with_state(routes, source_variables, target_variables)
-    resolve(named_routes, source_variables, target_variables)  # Refuses and warns; the rest needs shapes alone.
+    resolve(named_routes, source_variables, target_variables)  # Raises and warns; the rest needs only shapes.
     given = [jnp.asarray(one) for one in inputs]
     key = jax.random.key(0) if key is None else key
     arguments = source_variables, target_variables, given, key

@@ -21,10 +21,10 @@ def in_batches(inputs: Sequence[jax.Array], size: int) -> tuple[list[jax.Array],
 
 
 def stacked(fn: Callable[[Any, Any], tuple[Any, Any]], carry: Any, rows: Any, after: jax.Array) -> tuple[Any, Any]:
-    """Returns what `lax.scan(fn, carry, rows)` does; memory for its stacks is taken once the number `after` is known.
+    """Returns the result of `lax.scan(fn, carry, rows)`; its stacks are allocated after the number `after` is known.
 
-    Of scans in a row XLA takes the memory of all at once on a CPU, since the zeros that stacks start as can be had
-    before all else.
+    On a CPU, XLA would allocate the stacks of successive scans all at once, since their initial zeros depend on
+    nothing.
     """
     count = len(jax.tree.leaves(rows)[0])
     first = jax.tree.map(lambda one: jax.ShapeDtypeStruct(one.shape[1:], one.dtype), rows)

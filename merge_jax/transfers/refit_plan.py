@@ -208,7 +208,7 @@ def _one_site(
         raise Unsolvable("its examples lie along another axis in the source")
     stride = math.prod(rows) // program.shapes[program.inputs[0]].shape[0]
     if batch is not None:
-        before = math.prod(program.shapes[layer.end].shape[: batch + 1])  # Merged axes are behind or before it.
+        before = math.prod(program.shapes[layer.end].shape[: batch + 1])  # Merged axes are before or after it.
         ends = list(itertools.accumulate(shape, operator.mul))
         stride = math.prod(size for axis, size in enumerate(shape) if ends[axis] > before and axis not in places)
     if not stride:

@@ -1,4 +1,4 @@
-"""Routes: the user's names for target leaves and for the source leaves that they are made from."""
+"""Routes: pairs of target and source leaves, as named by the user."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -32,7 +32,7 @@ Unmatched = Literal["error", "skip"]
 
 @dataclass(frozen=True)
 class Route:
-    """One route, or several by patterns: pairs target leaves with the source leaves that they are made from.
+    """One route, or several by patterns, from source leaves to target leaves.
 
     Each leaf that matches a target pattern gets a separate transfer. The source pattern must then match as many leaves,
     which are paired in natural order (`match` pairs by depth if there are more on one side), or one leaf, which serves
@@ -143,5 +143,5 @@ def leaves_text(leaves: Leaves) -> str:
 
 
 def routed_twice(target: str, source: str, other: str) -> ValueError:
-    """Returns the error of a target leaf that is made from two sources."""
+    """Returns the error for a target leaf with two sources."""
     return ValueError(f"the target path {target!r} is routed twice, from {source!r} and from {other!r}")

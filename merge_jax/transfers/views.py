@@ -90,7 +90,7 @@ class KernelView:
         return self.arrangement.arrange(leaf) if self.arrangement else leaf
 
     def restore(self, leaf: jax.Array) -> jax.Array:
-        """Returns a leaf of the target with its rows where they were."""
+        """Returns a leaf of the target with its rows in their original order."""
         return self.arrangement.restore(leaf) if self.arrangement else leaf
 
     @property
