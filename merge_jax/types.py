@@ -39,7 +39,7 @@ Metrics = Mapping[str, jax.Array]
 
 
 ModelApply = Callable[..., Any]
-"""`model.apply` of a Linen module whose `__call__` takes `(inputs, train=...)`."""
+"""`model.apply` of a Linen module called as `(inputs, train=...)`."""
 
 
 class LossFn(Protocol):

@@ -36,7 +36,7 @@ from merge_jax.types import Adapter, Metrics
 __all__ = ["AdapterOptions", "OutputForm", "adapter_transfer"]
 
 OutputForm = Literal["published", "residual", "warm"]
-"""How the adapter's output becomes the new target leaf; see `adapter_transfer`."""
+"""The map from the adapter's output to the new target leaf; see `adapter_transfer`."""
 
 # Keeps the root mean square of a zero matrix, and its gradient, finite.
 _EPSILON = 1e-12

@@ -216,7 +216,7 @@ def _largest(sizes: jax.Array, count: int) -> jax.Array:
 
 
 def _choose(moments: jax.Array, sizes: jax.Array, count: int) -> jax.Array:
-    """Returns the `count` channels from which a linear map best reconstructs all, the best first."""
+    """Returns `count` channels, chosen greedily so that a linear map reconstructs all channels best; best first."""
     size = moments.shape[0]
     mean = jnp.trace(moments) / size
     start = moments + _EPSILON * mean * jnp.eye(size)

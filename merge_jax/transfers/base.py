@@ -70,7 +70,7 @@ class MonitorFn(Protocol):
 
 @dataclass(frozen=True)
 class RouteSummary:
-    """One route of a transfer: what it pairs and what it costs.
+    """One route of a transfer: its leaves and its cost.
 
     Attributes:
       target: paths of the target's leaves, joined with ` + `.

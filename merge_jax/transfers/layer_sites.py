@@ -15,7 +15,7 @@ _ALONG = {"add", "add_any", "sub", "mul", "div", "neg"} | VIEWS
 
 
 class Unsolvable(Exception):  # noqa: N818  # It is a reason, and ends up in a report.
-    """Why a leaf cannot be solved for."""
+    """A leaf cannot be solved; the message gives the reason."""
 
 
 class Norm(NamedTuple):

@@ -28,7 +28,7 @@ __all__ = [
     "valid_ones",
 ]
 
-# A loop of layers takes as long to compile as two separate layers.
+# A loop compiles as slowly as two separate layers.
 _UNROLLED = 2
 
 LayerFn = Callable[[jax.Array, Any, Any], jax.Array]

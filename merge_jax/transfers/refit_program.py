@@ -55,7 +55,7 @@ class Prepared(NamedTuple):
     Attributes:
       walk: the walk through both models.
       kept: as in `Refit`.
-      compiled: `run`, compiled at its first call.
+      compiled: `run` under `jax.jit`.
       run: maps source variables, target variables, inputs and a key to the target's variables, `solved`, and whether
         all are finite.
       constants: bytes of the arrays that the models contain as constants; infinite if one is traced.

@@ -33,7 +33,7 @@ def match_vocabulary(
 
     Raises:
       ValueError: a token that appears twice, numbers that are not 0, 1, ..., no shared token, fewer rows than tokens,
-        or vocabularies that mark words in unlike ways, as `##ing` and `Ġthe` do.
+        or vocabularies that mark words differently, such as `##ing` and `Ġthe`.
     """
     matched = Rows.by_name(source, target)
     marks = {"source": _mark(source), "target": _mark(target)}
