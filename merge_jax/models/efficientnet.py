@@ -31,8 +31,9 @@ class EfficientNetLite(nn.Module):
     `intermediates/features`. Padding is TensorFlow's SAME and the epsilon of BatchNorm 1e-3, as in the original. Its
     dropout and stochastic depth are left out (our choice: no other network here has them).
 
-    The total stride is 32: images of 32 pixels become one position, images of 64 pixels four, of 224 pixels 49. Scale
-    small images up; `stem_stride=1` keeps their pixels, a scale for which pretrained filters were not trained.
+    The total stride is 32. So images of 224 pixels have 49 positions at the end. Images of 64 pixels have four, and of
+    32 pixels one. Scale small images up; `stem_stride=1` keeps their pixels, a scale for which pretrained filters were
+    not trained.
 
     Attributes:
       stages: expansion, width, number of blocks, first stride and window of each stage.

@@ -56,7 +56,7 @@ class VisionTransformer(nn.Module):
 
     Source: arXiv:2010.11929, whose code (google-research/vision_transformer) also initialises kernels Xavier-uniform.
     Class token and positions start with the standard deviation width^(-1/2), our choice. With the code's 0 and 0.02, or
-    BERT's 0.02 for all, a small model hardly distinguishes positions at first and needs several times the steps. The
+    BERT's value for all, a small model hardly distinguishes positions at first and needs several times the steps. The
     epsilon of the norms, 1e-12, and the exact gelu are those of Hugging Face's port. The original and big_vision have
     1e-6 and the approximate gelu, timm 1e-6 and the exact one (see `vision_transformer_of`).
 

@@ -220,9 +220,9 @@ def answer_accuracy(count: int, annotators: int) -> float:
     """Returns the accuracy in [0, 1] of an answer that `count` of the annotators gave.
 
     `mean_a min(1, o_a / 3)`, with `o_a` the number of annotators other than a who gave it. So with 10 annotators, an
-    answer of 4 is correct, and an answer of 1, 2 or 3 scores 0.3, 0.6 or 0.9. Like the official script, it requires
-    three others even with few annotators: the maximum is 1/3 with two and 2/3 with three. With a single annotator, for
-    whom it would be 0, it is `count`, an exact match: our choice, for sets with one answer per question.
+    answer scores 0.3 for each who gave it, and 1 from 4 on. Like the official script, it requires three others even
+    with few annotators: the maximum is 1/3 with two and 2/3 with three. With a single annotator, for whom it would be
+    0, it is `count`, an exact match: our choice, for sets with one answer per question.
     """
     if annotators == 1:
         return float(count)

@@ -142,9 +142,9 @@ def apply(
     variance 1 (before the last scale and bias), whatever the target's scale. arXiv:2404.13322.
 
     A layer has `sum_a 2 D_a (c + k) + 2 n f` parameters and costs `sum_a 4 D_a (m n + p q + r s) + 4 m n f` floating
-    point operations, without biases and norms, where attention `a` of width `D_a` has `r` queries of `c` features and
-    `s` keys of `k`. The published widths grow with the matrices: for 768x3072 from 768x3072, two layers have 215
-    million parameters.
+    point operations, without biases and norms. Attention `a` of width `D_a` has `r` queries of `c` features and `s`
+    keys of `k`. The published widths grow with the matrices: between matrices of 768x3072, two layers have 215 million
+    parameters.
 
     Args:
       params: from `init`.
