@@ -31,7 +31,7 @@ __all__ = [
 _FINGERPRINT = "archive.sha256"
 # Maximum unpacked bytes of an archive: IMDb needs half, and a small archive may claim more than memory holds.
 _LARGEST = 2**30
-_RETRIES = 4  # Attempts per download; TFDS's ten take over three minutes.
+_RETRIES = 4  # Retries per download; TFDS's ten take over three minutes.
 
 
 def root_folder(data_dir: Path | str | None) -> Path:
