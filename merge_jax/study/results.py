@@ -102,7 +102,7 @@ def save_sample_images(scenario: Scenario, results: Sequence[Mapping[str, Any]],
     if source is not None and (source.asked, source.right) == (samples.asked, samples.right):
         answers = {"source": results[0]["answers"]["source"], **answers}
 
-    from matplotlib.figure import Figure  # It takes half a second that --help should not.
+    from matplotlib.figure import Figure  # The import takes half a second, too long for --help.
 
     images = samples.images()
     rows = -(-len(images) // _COLUMNS)

@@ -84,7 +84,7 @@ class Scenario:
 
     Attributes:
       name: of the scenario.
-      source: the model that gives; None where the target is its own source.
+      source: the source model; None if the target is its own source.
       target: the model that receives.
       source_task: the source's task, if any.
       methods: the methods by name.

@@ -52,7 +52,7 @@ def fit_head(
 
     `z_i` are the features, centred and divided by their standard deviation over the examples; `W` and `b` act on them:
 
-    - labels `[N]`, whole numbers: `min sum_i w_i CE(z_i W + b, y_i) + penalty / 2 |W|^2`, by L-BFGS from 0, until no
+    - labels `[N]`, integers: `min sum_i w_i CE(z_i W + b, y_i) + penalty / 2 |W|^2`, by L-BFGS from 0, until no
       entry of the gradient, divided by `sum_i w_i`, is above the tolerance;
     - logits `[N, C]`, floats: `min sum_i w_i |z_i W + b - y_i|^2 + penalty |W|^2`, in closed form.
 

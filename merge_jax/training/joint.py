@@ -199,8 +199,8 @@ def make_joint_step(
     1. If the step transfers, `i % cycle == 0` and `i < stop * num_steps`, `T' = transfer(adapter, S, T)`. Otherwise
        `T' = T` (self-learning). `TransferSteps(cycle, stop, num_steps)` defines these steps.
     2. The source takes a gradient step on its batch, unless it is frozen.
-    3. The target takes one on its batch from `T'`. The transfer does not change its optimizer state. 4. If step 1
-    transferred, the adapter takes one along `(d T' / d adapter)^T c`, where the cotangent `c` is
+    3. The target takes one on its batch from `T'`. The transfer does not change its optimizer state.
+    4. If step 1 transferred, the adapter takes one along `(d T' / d adapter)^T c`, where the cotangent `c` is
 
        - `exact`: `dL_target / dT'`, the true gradient of the target's loss through the transfer (our choice;
          one backward pass of the target serves both);

@@ -58,8 +58,8 @@ def prepare(
 ) -> dict[str, Any]:
     """Returns the target's variables after training toward the source's features on unlabelled inputs.
 
-    Minimises `D(F(T, x), G(x))` over `T`, where `F` and `G` are features `[B, ...]` of the layers of target and source,
-    and `D` is the objective of `feature_agreement`, the mean of `1 - cka`. Each step is an Adam step on a batch drawn
+    Solves `min_T D(F(T, x), G(x))`, where `F` and `G` are features `[B, ...]` of the layers of target and source, and
+    `D` is the objective of `feature_agreement`, the mean of `1 - cka`. Each step is an Adam step on a batch drawn
     without replacement; the rate follows a cosine to 0. The target is in training mode, so its statistics change too;
     the source is in evaluation mode. The models may differ in everything but their inputs. The source's features are
     computed once for all inputs and kept on the device, unless all batches together have fewer examples or `compare_on`

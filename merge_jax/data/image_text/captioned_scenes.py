@@ -14,9 +14,9 @@ __all__ = ["scene_captions"]
 
 _OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 _ARTICLED = {"left of": "to the left of", "right of": "to the right of", "above": "above", "below": "below"}
-# Of `{0}`, which stands `{1}` of `{2}`.
+# For `{0}`, which is `{1}` of `{2}`.
 _TWO = ("a {0} {1} a {2}", "there is a {0} {1} a {2}", "the {0} is {1} the {2}", "a {2} with a {0} {1} it")
-# Of `{0}`, which stands `{1}` of `{2}` and `{3}` of `{4}`, or the other way round with it in the middle.
+# For `{0}`, which is `{1}` of `{2}` and `{3}` of `{4}`, or reversed, with it in the middle.
 _THREE = ("a {0} {1} a {2} and {3} a {4}", "{0} {1} {2} and {3} {4}")
 _THREE_TURNED = ("{0} with {2} {1} it and {4} {3} it",)
 # The minimum for two shapes, as one may be only above the other.

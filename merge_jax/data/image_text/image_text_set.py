@@ -15,7 +15,7 @@ class VisualQuestions:
     """Questions on images.
 
     Attributes:
-      images: uint8 `[M, H, W, C]`, in memory or read when they are asked for.
+      images: uint8 `[M, H, W, C]`, in memory or read on access.
       image: `[N]`, int32: the image of each question.
       questions: N questions.
       answers: each question's answers by any number of annotators, repeated as often as given.
@@ -34,9 +34,9 @@ class VisualQuestionSet:
     """A set of questions on images.
 
     Attributes:
-      name: of the set.
-      train: what there is to learn from.
-      test: what is read once, at the end.
+      name: the name of the set.
+      train: the training examples.
+      test: the test examples, read once at the end.
     """
 
     name: str
@@ -51,7 +51,7 @@ class CaptionedImages:
     With one group per image, each image has its own captions; with one group per class, all its images match its name.
 
     Attributes:
-      images: uint8 `[M, H, W, C]`, in memory or read when they are asked for.
+      images: uint8 `[M, H, W, C]`, in memory or read on access.
       image_group: `[M]`, int32: the group of each image.
       captions: K texts.
       caption_group: `[K]`, int32: the group of each caption.
@@ -78,9 +78,9 @@ class CaptionSet:
     """A set of images with captions.
 
     Attributes:
-      name: of the set.
-      train: what there is to learn from.
-      test: what is read once, at the end.
+      name: the name of the set.
+      train: the training examples.
+      test: the test examples, read once at the end.
     """
 
     name: str

@@ -128,7 +128,7 @@ def synthetic_reviews(num_train: int, num_test: int, seed: int) -> TextSet:
     Source: our own templates, so that a run needs no download.
 
     Raises:
-      ValueError: a number is below 1, or there are no more different texts.
+      ValueError: a number is below 1, or there are too few different texts.
     """
     return _text_set("synthetic_reviews", ("negative", "positive"), _review, num_train, num_test, seed)
 
@@ -143,7 +143,7 @@ def synthetic_topics(num_train: int, num_test: int, seed: int) -> TextSet:
     Source: our own templates, so that a run needs no download.
 
     Raises:
-      ValueError: a number is below 1, or there are no more different texts.
+      ValueError: a number is below 1, or there are too few different texts.
     """
     return _text_set("synthetic_topics", tuple(_TOPICS), _news, num_train, num_test, seed)
 

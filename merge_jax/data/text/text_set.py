@@ -28,9 +28,9 @@ class TextSet:
     """A set of texts to classify.
 
     Attributes:
-      name: of the set.
-      train: what there is to learn from.
-      test: what is read once, at the end.
+      name: the name of the set.
+      train: the training examples.
+      test: the test examples, read once at the end.
       classes: the class names, in label order.
     """
 
@@ -67,9 +67,9 @@ class QuestionSet:
     """A set of questions on passages.
 
     Attributes:
-      name: of the set.
-      train: what there is to learn from.
-      test: what is read once, at the end.
+      name: the name of the set.
+      train: the training examples.
+      test: the test examples, read once at the end.
     """
 
     name: str
