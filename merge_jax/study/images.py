@@ -211,7 +211,7 @@ def image_classifier(
     """Returns a model that classifies images.
 
     Args:
-      name: of the model, for people.
+      name: the display name.
       module: the Linen module, called as `(images, train=...)`, with logits.
       data: its images.
       optimizer: `steps -> optimizer`.

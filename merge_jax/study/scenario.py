@@ -85,7 +85,7 @@ class Scenario:
     Attributes:
       name: of the scenario.
       source: the source model; None if the target is its own source.
-      target: the model that receives.
+      target: the target model.
       source_task: the source's task, if any.
       methods: the methods by name.
       schedule: the lengths of the run.
