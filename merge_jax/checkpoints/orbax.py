@@ -39,7 +39,7 @@ _DAMAGED = "damaged"
 
 
 class Checkpoints:
-    """The saved steps of one run in a folder; a context manager, since closing waits for the save in flight.
+    """The saved steps of one run in a folder; a context manager, since a save in flight is lost without a close.
 
     Saving is asynchronous: `save` returns once the state is copied to the host. The next save, or the close, waits
     until the write ends and raises its errors. (Several processes compute their digests together before `save` returns,

@@ -20,7 +20,7 @@ def read_index(file: Path, *, single: bool = False) -> dict[str, tuple[Path, ...
 
     Raises:
       ValueError: it is not an index, a shard's name leads out of its folder, or a name has several shards although
-          `single` is set.
+        `single` is set.
     """
     try:
         weight_map = parse_json(file.read_text("utf-8"), file)[_MAP]

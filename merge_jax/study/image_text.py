@@ -152,7 +152,7 @@ def image_text_model(
       learning_rate: AdamW's learning rate.
       text_weights: a Hugging Face safetensors file or folder with the text encoder's initial weights.
       vision_weights: the same for its vision transformer; a preprocessor_config.json beside them sets the pixel
-          normalisation.
+        normalisation.
 
     Raises:
       ValueError: the model does not fit the images, a text or weights do not fit the model, there are too few images,

@@ -89,7 +89,7 @@ def load_images(
       data_dir: TFDS's folder.
       image_size: the height and width to resize images to; None for no change.
       validation: the number of training images to hold out, redrawn for each seed; 0 for none. Digits always hold out
-          200.
+        200.
       label: the label feature of a TFDS set.
 
     Raises:

@@ -261,7 +261,7 @@ def _labels(sample: Sample) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _on_host(state: TrainState) -> TrainState | None:
-    """Returns a model on one device, wherever it was placed; None if no process holds all of it."""
+    """Returns a model on the host; None if no process holds all of it."""
     state = state.replace(opt_state=None)
     arrays = [leaf for leaf in jax.tree.leaves(state) if isinstance(leaf, jax.Array)]
     if all(array.is_fully_addressable or array.is_fully_replicated for array in arrays):

@@ -54,7 +54,7 @@ class TransferSteps:
 
     @property
     def _until(self) -> int | None:
-        """The first step after which none transfers; None if there is none."""
+        """The first step from which on none transfers, or None."""
         if self.stop == 0:
             return 0
         return None if self.stop == 1 or self.num_steps is None else round(self.stop * self.num_steps)
