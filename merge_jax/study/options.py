@@ -32,7 +32,7 @@ BY_DEPTH = "by depth"
 
 @dataclass(frozen=True, kw_only=True)
 class TransferOptions:
-    """Options of the transfer, and of what the target learns from the source beside it."""
+    """Options of the transfer, and of the target's other objectives from the source."""
 
     methods: tuple[str, ...] = ("vanilla", "share", "mergenet_warm")
     """Methods to compare: a transfer, an objective, or both, as in share_agree; see experiments/README.md."""
@@ -194,7 +194,7 @@ def parse_pairs(words: Iterable[str], noun: str, example: str) -> list[tuple[str
     """Returns the two sides of each argument.
 
     Raises:
-      ValueError: a word that is no `target=source`.
+      ValueError: an argument that is not `target=source`.
     """
     pairs = []
     for word in words:

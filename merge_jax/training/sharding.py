@@ -1,4 +1,4 @@
-"""A compiled epoch over several devices, of one process or of several hosts."""
+"""A compiled epoch over several devices, of one process or several hosts."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar

@@ -41,7 +41,7 @@ def read_json(path: Path, hook: Hook | None = None) -> Any:
     """Returns the content of a UTF-8 JSON file.
 
     Raises:
-      ValueError: it is no JSON, or not UTF-8.
+      ValueError: it is not JSON, or not UTF-8.
     """
     return parse_json(path.read_bytes(), path, hook)
 
@@ -50,7 +50,7 @@ def parse_json(content: bytes, name: object, hook: Hook | None = None) -> Any:
     """Returns the content of UTF-8 JSON; `name` identifies it in errors.
 
     Raises:
-      ValueError: it is no JSON, or not UTF-8.
+      ValueError: it is not JSON, or not UTF-8.
     """
     try:
         return json.loads(content.decode("utf-8-sig"), object_hook=hook)
