@@ -1,1 +1,1 @@
-"""Benchmarks: ratios measured side by side in one run; nothing here is asserted."""
+"""Benchmarks: ratios measured side by side in one run, without assertions."""

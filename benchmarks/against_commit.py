@@ -1,16 +1,16 @@
-"""This work tree against a commit, side by side on this machine.
+"""Compares this work tree with a commit, side by side on this machine.
 
     python -m benchmarks.against_commit db687a9                      # all but the heavy ones, with their targets
     python -m benchmarks.against_commit db687a9 --only init_5x2 help # some
     python -m benchmarks.against_commit db687a9 --heavy              # all: hours
     python -m benchmarks.against_commit --list
 
-Git makes a work tree of the commit in a temporary folder. Both trees get an environment of their own with the packages
-of this one, and every process makes sure that it imports its own tree. Each measurement is taken in fresh processes in
-turns (before, after, before, after, ...), without a cache of what was compiled; the table shows medians, and a ratio is
-the median over repetitions of the ratio of neighbours. CPU seconds are user and system, of all threads and children;
-they say more than wall seconds where other programs use the machine. The steps of `joint_run_*` are timed by wall
-seconds alone, and need an idle one.
+Git creates a work tree of the commit in a temporary folder. Each tree gets a separate environment with this one's
+packages, and every process checks that it imports its own tree. Measurements run in fresh processes in turns (before,
+after, before, after, ...), without a compilation cache. The table shows medians; a ratio is the median over repetitions
+of the ratio of neighbours. CPU seconds are user and system time of all threads and children; they are more reliable
+than wall seconds on a shared machine. The steps of `joint_run_*` are timed only by wall seconds, and need an idle
+machine.
 """
 
 import contextlib

@@ -1,16 +1,16 @@
-"""Networks against the originals: the outputs for one random batch, and the way back.
+"""Compares networks with their originals: outputs for one random batch, and export of the weights.
 
     pip install -e ".[pretrained]" efficientnet_lite_pytorch    # and torchvision, timm, transformers for theirs
     python -m benchmarks.against_original [--only mobilenet_v2]
 
-The original network and ours read the same file of weights and the same inputs. It fails where an entry of the outputs
-differs by more than 1e-4 of their deviation, or where the original does not take the weights back, strictly, as they
-were. The weights of EfficientNet-lite0 are those of its package; all others are random, with random statistics and
-gains of norms, so that nothing is downloaded. `vision_transformer` and `big_vision` are those of google-research on
-GitHub, in a folder on `PYTHONPATH`.
+The original network and ours read the same weight file and inputs. The program fails if an output differs by more than
+1e-4 of the outputs' deviation, or if the original does not load the exported weights, strictly and unchanged.
+EfficientNet-lite0 uses its package's weights; all others are random, including norm statistics and gains, so nothing is
+downloaded. `vision_transformer` and `big_vision` are google-research's repositories on GitHub, in a folder on
+`PYTHONPATH`.
 
-Convolutional networks see images of 224, 64 and 32 pixels. The originals of EfficientNet-lite pad for the size that
-they are made for, as TensorFlow's SAME would; ours for the images at hand, which is the same.
+Convolutional networks see images of 224, 64 and 32 pixels. The EfficientNet-lite originals pad for their construction
+size, like TensorFlow's SAME; ours pad for the actual images, which is equivalent.
 """
 
 import argparse

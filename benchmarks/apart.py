@@ -1,4 +1,4 @@
-"""Figures from processes of their own, in which nothing has been read, compiled or computed before."""
+"""Runs measurements in fresh processes, which have read, compiled and computed nothing before."""
 
 import json
 import subprocess

@@ -1,17 +1,17 @@
-"""One step of large pairs, compiled and run: memory of the process, CPU seconds, and bytes that a device holds.
+"""Compiles and runs one step of large pairs: process memory, CPU seconds and bytes per device.
 
     python -m benchmarks.big_pairs                          # each pair and method on one device, compiled and run
     python -m benchmarks.big_pairs devices                  # joint steps over 1, 2, 4 and 8 virtual devices, compiled
     python -m benchmarks.big_pairs --pairs resnet --methods refit
 
-`bert` is BERT base to DistilBERT base, `resnet` a ResNet50 to a MobileNetV2, both of full size. Routes are between all
-layers that have a like: for the LPKA at rank 64 all kernels, for `aligned` and `refit` also norms and biases, and no
-depthwise kernels of the MobileNetV2, whose layout nothing of a ResNet has. A step of `lpka` and `aligned` is a joint
-step that transfers: source and target learn from a batch each, the adapter from what it wrote. `refit` is one from a
-few batches without labels, as one program. Weights are random. Each row is a process of its own, one after the other.
+`bert` is BERT base to DistilBERT base, `resnet` a ResNet50 to a MobileNetV2, both of full size. Routes connect all
+layers with a counterpart. The LPKA at rank 64 covers all kernels. `aligned` and `refit` also cover norms and biases,
+but not the MobileNetV2's depthwise kernels, whose layout a ResNet lacks. A step of `lpka` and `aligned` is a joint step
+that transfers: source and target each train on a batch, the adapter on its write. `refit` runs once on a few unlabelled
+batches, as one program. Weights are random. Each row runs in a separate process, one after the other.
 
-Arguments, temporaries and outputs are those of one device, as XLA plans them. The peak is the highest resident memory
-of the process, Python and XLA's compiler included; CPU seconds are of all threads.
+Arguments, temporaries and outputs are XLA's plan for one device. The peak is the process's highest resident memory,
+including Python and XLA's compiler; CPU seconds cover all threads.
 """
 
 import json

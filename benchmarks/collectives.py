@@ -1,4 +1,4 @@
-"""What devices exchange in a compiled program, counted in its text."""
+"""Counts what devices exchange in a compiled program, from its text."""
 
 import math
 import re

@@ -1,4 +1,4 @@
-"""Kinds of damage to the newest of the steps 1, 2 and 3 that `Checkpoints` has saved; the tests try them too."""
+"""Kinds of damage to the newest of steps 1, 2 and 3 saved by `Checkpoints`; the tests use them too."""
 
 import json
 import os

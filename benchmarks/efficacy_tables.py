@@ -1,12 +1,13 @@
-"""The tables of docs/efficacy.md from the results that the repository keeps, docs/tables/*.json.
+"""Makes the tables of docs/efficacy.md from the results in the repository, docs/tables/*.json.
 
 python -m benchmarks.efficacy_tables                                   # writes docs/tables/*.txt, all tables
 python -m benchmarks.efficacy_tables cifar100                          # mean and standard error of each row, over seeds
 python -m benchmarks.efficacy_tables cifar100 --against vanilla refit  # and paired differences to these, p by Holm
 python -m benchmarks.efficacy_tables sst2 --add runs/sst2              # takes the results of a run folder in first
 
-A file has the runs (command, commit, date, jax, cores) and, of each row and seed, test accuracy right after the write
-and after the last step. A row is a method at a rate; `--suffix` tells rows of one method apart, such as ", 200 labels".
+A file has the runs (command, commit, date, jax, cores) and, for each row and seed, test accuracy right after the write
+and after the last step. A row is a method at a rate; `--suffix` distinguishes rows of one method, such as ", 200
+labels".
 """
 
 import argparse

@@ -1,13 +1,13 @@
-"""Whether the programs of an experiment compile for a GPU, and what they hold there, on a machine that has none.
+"""Checks, without a GPU, whether an experiment's programs compile for one, and their memory there.
 
     pip install "jax[cuda12]"                # the compiler comes with JAX's plugin; nothing of it runs on a device
     python -m benchmarks.for_gpu cross_structure smoke
     python -m benchmarks.for_gpu cross_structure short --methods vanilla mergenet
 
-The words are those of `python -m experiments.<name>`. Each program is compiled for an H100. Temporaries are what XLA
-plans beside the arguments, which are state and data. Where XLA can choose a kernel only by trying some on the device,
-that is reported: the program came through all that its shapes decide. An abort of the compiler ends this program, with
-XLA's own words, after the name of what was being compiled.
+The arguments are those of `python -m experiments.<name>`. Each program is compiled for an H100. Temporaries are XLA's
+planned memory besides the arguments, which are state and data. If XLA can choose a kernel only by trials on the device,
+this is reported: the program passed all stages that depend on shapes. If the compiler aborts, this program ends with
+XLA's message, after naming the compiled program.
 """
 
 import os

@@ -1,13 +1,12 @@
-"""The joint step against the two plain training steps that it holds, side by side in one run.
+"""Compares the joint step with its two plain training steps, side by side in one run.
 
     python -m benchmarks.joint_step            # the digits pair of experiments.cross_structure
     python -m benchmarks.joint_step published  # ResNet50 to MobileNetV2 at 32x32, the published route and adapter
     python -m benchmarks.joint_step capped     # the same with the default caps on the adapter's widths
 
-Each row is one compiled loop of some steps, as the experiments run them, and each includes the same plain steps of both
-models. A repetition times every row once, so that whatever else the machine does falls on all of them alike; the table
-shows medians over repetitions. Compilation is timed apart. Memory is what the compiled loop needs beside its arguments,
-as XLA plans it.
+Each row is one compiled loop of some steps, as in the experiments, and includes the same plain steps of both models. A
+repetition times every row once, so that other load affects all rows alike; the table shows medians over repetitions.
+Compilation is timed separately. Memory is XLA's planned memory of the compiled loop besides its arguments.
 """
 
 import statistics

@@ -1,13 +1,14 @@
-"""What may learn before step 0, without labels: the target's own weights, or an adapter that is then written once.
+"""Compares label-free training before step 0 of the target's weights, or of an adapter written once.
 
     python -m benchmarks.label_free
 
-The small ResNet of `experiments.cross_structure`, trained as there, and the small MobileNetV2 that has 100 digits. Each
-method takes as many steps of `mj.prepare` on the images of those digits and means of two of them (`mixed`): the
-target's own weights on `1 - cka`, or on RSD (arXiv:2507.21844) as in `mj.objectives.redundancy_suppression`; linear
-operators and LPKA (`mergenet_residual`) on `1 - cka`. Judged by a probe: logistic regression on the features before the
-last layer, fitted on the 100 labels. The control is a source that is not trained. Each method has the learning rate
-whose probe is best on the validation images in the mean over seeds; the table is of the test images.
+The source is the small ResNet of `experiments.cross_structure`, trained as there; the target is the small MobileNetV2
+with 100 digits. Each method runs the same number of `mj.prepare` steps on the images of those digits and means of two
+of them (`mixed`). The target's weights train on `1 - cka`, or on RSD (arXiv:2507.21844) as in
+`mj.objectives.redundancy_suppression`; linear operators and LPKA (`mergenet_residual`) train on `1 - cka`. The score is
+a probe: logistic regression on the features before the last layer, fitted on the 100 labels. The control is an
+untrained source. Each method uses the learning rate with the best mean probe on validation images over seeds; the table
+shows test images.
 """
 
 from collections.abc import Callable

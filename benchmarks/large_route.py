@@ -3,9 +3,9 @@
     python -m benchmarks.large_route
     python -m benchmarks.large_route --unchunked  # what whole attention maps would take: planned, not run
 
-The peak is the highest resident memory of the whole process, Python and JAX included, as the operating system counts
-it; what compiling leaves behind is given back before the passes. Temporaries are what XLA plans beside arguments and
-outputs.
+The peak is the highest resident memory of the whole process, including Python and JAX, as counted by the operating
+system; memory left by compilation is released before the passes. Temporaries are XLA's planned memory besides arguments
+and outputs.
 """
 
 import contextlib

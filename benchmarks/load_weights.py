@@ -1,8 +1,8 @@
-"""Weights of a file that were mapped and then read once, beside `safetensors.numpy` and formats that are copied.
+"""Compares weights mapped from a file and read once with `safetensors.numpy` and with copied formats.
 
 `python -m benchmarks.load_weights`: a file of 200 MB; `--gigabytes 4` for a larger one, `--formats` for fewer formats.
-Memory is the highest of a process beyond what it had before it read, times the bytes of the leaves; all of them are
-summed, so that every number is read.
+Memory is a process's peak beyond its memory before reading, as a multiple of the leaves' bytes; all leaves are summed,
+so that every number is read.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""Encoding a matrix at low rank and decoding it again, against a full singular value decomposition of it.
+"""Compares encoding and decoding a matrix at low rank with a full singular value decomposition.
 
     python -m benchmarks.low_rank
 
-A repetition times both once, so that whatever else the machine does falls on both alike; the table shows medians. The
-error is that of `W ~ B B^T W` in the Frobenius norm, over that of the best matrix of the rank.
+A repetition times both once, so that other load affects both alike; the table shows medians. The error is that of `W ~
+B B^T W` in the Frobenius norm, relative to that of the best matrix of this rank.
 """
 
 import statistics

@@ -1,11 +1,10 @@
-"""Tracing and compiling a transfer of many routes of one shape, against one route.
+"""Compares tracing and compiling a transfer of many routes of one shape with one route.
 
     python -m benchmarks.many_routes
     python -m benchmarks.many_routes --no-dropout
 
-What is compiled is the transfer and its gradient in the adapter, as in the joint step. Routes of one
-shape are one group, which is traced once and mapped over. The two are compiled in turns, each time again; the table
-shows medians.
+Compiles the transfer and its gradient with respect to the adapter, as in the joint step. Routes of one shape form one
+group, which is traced once and mapped over. The two are compiled in turns, without a cache; the table shows medians.
 """
 
 import statistics

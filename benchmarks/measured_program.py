@@ -1,4 +1,4 @@
-"""One measurement of `benchmarks.against_commit`, in a process of its own, of whatever tree its environment has.
+"""One measurement of `benchmarks.against_commit`, in a separate process, of its environment's tree.
 
     python -P benchmarks/measured_program.py TREE init --routes 5 --layers 2
     python -P benchmarks/measured_program.py TREE gradient --routes 5 --layers 2
@@ -6,9 +6,9 @@
     python -P benchmarks/measured_program.py TREE image-steps
     python -P benchmarks/measured_program.py TREE where
 
-The same file measures trees of other commits, so it uses nothing but what all of them have: public names. What is
-imported must lie in the folder TREE, or it fails. It prints one line of JSON. Seconds are those of what is named, after
-all imports and with JAX's device there, in a process that has compiled nothing of it before.
+The same file measures trees of other commits, so it uses only names common to all: public ones. It fails if imports lie
+outside the folder TREE. It prints one line of JSON. Seconds are those of the named measurement, after all imports and
+with JAX's device initialised, in a process that has not compiled it before.
 """
 
 import argparse

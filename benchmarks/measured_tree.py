@@ -1,4 +1,4 @@
-"""A tree of the project with an environment of its own, in which `benchmarks.against_commit` starts processes."""
+"""A tree of the project with a separate environment, in which `benchmarks.against_commit` starts processes."""
 
 import contextlib
 import json

@@ -1,4 +1,4 @@
-"""What `benchmarks.against_commit` measures, and what is aimed for."""
+"""The measurements of `benchmarks.against_commit`, and their targets."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""How much memory this process and trees of arrays take."""
+"""Memory of this process and of trees of arrays."""
 
 import contextlib
 import ctypes

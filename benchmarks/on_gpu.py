@@ -1,14 +1,14 @@
-"""What a GPU makes of the joint step, in one command of at most ten minutes.
+"""Measures the joint step on a GPU, in one command of at most ten minutes.
 
     python -m benchmarks.on_gpu              # ResNet50 to MobileNetV2 at 32x32, the published adapter, batch 128
     python -m benchmarks.on_gpu --minutes 5  # what is worth most comes first; what does not fit is named
     python -m benchmarks.on_gpu --tiny       # two small networks, on a CPU too: shows that it works
 
-In this order: the two plain steps and the joint step at cycle 1 and 4 in bfloat16, each with the seconds of compiling,
-of a step and of an epoch of 50,000 random images, and with memory; then ours in float32 (TF32 on a GPU, by both), and
-the same in PyTorch where it is installed, eager and through `torch.compile`. Ours are epochs in one compiled loop, as
-the experiments run them. What is compared is timed in turns; the table shows medians, also of the ratios of
-neighbours. All is printed as it comes, and written after each part to runs/benchmarks/on_gpu.json.
+First come the two plain steps and the joint step at cycle 1 and 4 in bfloat16, each with memory and the seconds for
+compilation, a step and an epoch of 50,000 random images. Then come ours in float32 (TF32 on a GPU, for both), and the
+same in PyTorch if installed, eager and through `torch.compile`. Ours are epochs in one compiled loop, as in the
+experiments. Compared rows are timed in turns; the table shows medians, including those of neighbours' ratios. Results
+are printed at once, and written after each part to runs/benchmarks/on_gpu.json.
 """
 
 import os

@@ -1,20 +1,19 @@
-"""A 7B to 1B pair, planned from shapes alone: what each device holds of a joint step, and what devices exchange.
+"""Plans a 7B to 1B pair from shapes alone: memory per device of a joint step, and communication.
 
     python -m benchmarks.plan_pair                        # sizes for 8, 64 and 512 devices; nothing is compiled
     python -m benchmarks.plan_pair traffic                # compiled for 8 virtual devices, and its collectives counted
     python -m benchmarks.plan_pair traffic --devices 64 --batch-size 64
 
 The source has the shapes of Llama 2 7B and is frozen, the target those of Llama 3.2 1B; the target and the adapter
-learn with AdamW. Routes are between all kernels of attention and of feed-forward blocks, in proportion of depth, by an
-LPKA at rank 64: `own` has an adapter for each route, `shared` one for routes of one shape, `one` only the last `up`
-kernel. Numbers are float32. No array is made: shapes are those of `jax.eval_shape`, placements those of
-`mj.jit_layout(..., sharded=True)`.
+train with AdamW. Routes connect all attention and feed-forward kernels, at proportional depth, by an LPKA at rank 64:
+`own` has one adapter per route, `shared` one per shape, `one` only the last `up` kernel. Numbers are float32. No array
+is allocated: shapes come from `jax.eval_shape`, placements from `mj.jit_layout(..., sharded=True)`.
 
-`replicated` is what every device holds whole, since no axis divides among the devices or the leaf is small. `gathered`
-is what a device receives in a step if every split leaf that learns comes together twice, forward and backward,
-and every gradient is summed to its parts: `3 (n - 1) / n` of target and adapter, once the source's routed leaves. What
-a compiler makes of it may be less or more; `traffic` counts that in its program: the bytes that a device receives, by
-the usual algorithms on a ring, loops as often as they run.
+`replicated` is what every device holds whole, since no axis is divisible by the number of devices or the leaf is small.
+`gathered` is what a device receives in a step if every sharded trainable leaf is gathered twice, forward and backward,
+and every gradient is reduced to its shards: `3 (n - 1) / n` of target and adapter, and once the source's routed leaves.
+A compiler may need less or more; `traffic` counts this in its program: the bytes that a device receives with the usual
+ring algorithms, with loops counted as often as they run.
 """
 
 import math

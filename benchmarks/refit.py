@@ -1,10 +1,10 @@
-"""The refit of a target from unlabelled images, against one epoch of plain training on them.
+"""Compares the refit of a target from unlabelled images with one epoch of plain training on them.
 
     python -m benchmarks.refit                # ResNet50 from ResNet50, 2,000 images of 32x32 pixels
     python -m benchmarks.refit --nets small   # two small networks, in half a minute
     python -m benchmarks.refit --nets efficientnet_lite0   # EfficientNet-lite0 to its half, 64x64 pixels
 
-Both are timed once compiled. The memory is what XLA plans for each program, with its arguments: the weights, and all
+Both are timed after compilation. Memory is XLA's plan for each program, including its arguments: the weights and all
 images.
 """
 

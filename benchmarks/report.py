@@ -1,4 +1,4 @@
-"""What every benchmark ends with: a table, where and when it ran, and the figures as JSON."""
+"""The report of every benchmark: a table, machine and date, and the figures as JSON."""
 
 import json
 import sys

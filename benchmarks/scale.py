@@ -1,12 +1,12 @@
-"""Memory a device of a sharded joint step, compiled for 1, 2, 4 and 8 virtual devices and never run.
+"""Memory per device of a sharded joint step, compiled for 1, 2, 4 and 8 virtual devices but not run.
 
     python -m benchmarks.scale       # both pairs, one after the other
     python -m benchmarks.scale bert  # BERT base to DistilBERT base, both learning
     python -m benchmarks.scale llm   # a 7B to a 1B model at a sixteenth of their widths, the source frozen
 
-All is done from shapes, so no model is ever made. Arguments and outputs are the state and the batch, temporaries are
-what XLA plans beside them; the state is donated, so outputs take no memory of their own. The batch is the same for
-any number of devices. Every step transfers, since such steps take the most.
+Everything uses shapes, so no model is created. Arguments and outputs are the state and the batch, temporaries are XLA's
+planned memory besides them; the state is donated, so outputs need no extra memory. The batch is the same for any number
+of devices. Every step transfers, since such steps need the most.
 """
 
 import time

@@ -1,10 +1,10 @@
-"""Several seeds in one program against the same seeds one after another, side by side in one run.
+"""Compares several seeds in one program with the same seeds one after another, in one run.
 
     python -m benchmarks.seeds           # the digits pair, 1 to 8 seeds
     python -m benchmarks.seeds --pair mlp # two small multilayer perceptrons
 
-Both sides are compiled loops of the joint step; the ratio is the time of the seeds one after another by that of the
-seeds side by side: above 1, vectorized seeds pay.
+Both are compiled loops of the joint step; the ratio is the sequential time divided by the vectorized time: above 1,
+vectorized seeds are faster.
 """
 
 import statistics

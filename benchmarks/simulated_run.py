@@ -1,4 +1,4 @@
-"""A run of a study that computes nothing: it lasts some seconds, saves as it goes, and goes on where it was.
+"""A study's run that computes nothing: it lasts some seconds, saves regularly, and can be resumed.
 
 python -m benchmarks.simulated_run --seconds 60 --run-dir runs/simulated
 """

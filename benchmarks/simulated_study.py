@@ -1,4 +1,4 @@
-"""Studies of runs that compute nothing, and Dask processes on this machine to do them."""
+"""Studies of runs that compute nothing, and local Dask processes to execute them."""
 
 import contextlib
 import json

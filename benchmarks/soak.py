@@ -1,14 +1,14 @@
-"""Hours of a training run that is disturbed without end; what comes back is compared with an undisturbed run.
+"""Disturbs a training run for hours; compares every resumed run with an undisturbed one.
 
     python -m benchmarks.soak --hours 2 --seed 0
     python -m benchmarks.soak --hours 2 --other-python OTHER_ENVIRONMENT/bin/python   # resumed under another JAX too
     python -m benchmarks.soak_table runs/benchmarks/soak.json                         # the table of its figures
 
-Until the time is over, a tiny pair is trained in processes of their own, and each is killed (`kill -9`), asked to stop
-(SIGTERM), given a full disk, batches with NaN, a damaged newest checkpoint, files of other dates and a clock that
-jumps, a second writer, or another version of JAX. After each event the run is resumed: its state has to be that of an
-undisturbed run, bit for bit, and no save that had ended may be missing. Beside that, one process saves 10,000 times,
-and its memory and open files are measured. The figures are written after each event, so that a soak may be ended early.
+Until the time is over, separate processes train a tiny pair. Each is killed (`kill -9`), asked to stop (SIGTERM), or
+given a full disk, batches with NaN, a damaged newest checkpoint, changed file dates and a jumping clock, a second
+writer, or another version of JAX. After each event the run is resumed: its state must equal that of an undisturbed run,
+bit for bit, and no completed save may be missing. In addition, one process saves 10,000 times while its memory and open
+files are measured. Figures are written after each event, so a soak can be stopped early.
 """
 
 import contextlib

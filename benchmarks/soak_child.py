@@ -1,8 +1,8 @@
-"""What `benchmarks.soak` does in processes of their own: training that is disturbed, and thousands of saves.
+"""The separate processes of `benchmarks.soak`: disturbed training, and thousands of saves.
 
     python -m benchmarks.soak_child serve STEP_FILE
 
-As `benchmarks.torture_child`: children are forked, and say what they have to say in lines of JSON.
+As in `benchmarks.torture_child`, children are forked, and report in lines of JSON.
 """
 
 import contextlib

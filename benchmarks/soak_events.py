@@ -1,4 +1,4 @@
-"""What `benchmarks.soak` does to a run, one event at a time; each leaves the run so that it can be resumed."""
+"""The events of `benchmarks.soak`, one at a time; each leaves the run resumable."""
 
 import contextlib
 import os

@@ -1,4 +1,4 @@
-"""One run that `benchmarks.soak` disturbs, what is known of it, and what has been counted."""
+"""One run disturbed by `benchmarks.soak`, with its known state and counts."""
 
 import contextlib
 import os

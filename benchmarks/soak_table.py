@@ -1,7 +1,7 @@
-"""The figures of `benchmarks.soak` as the table of docs/long_runs.md.
+"""Formats the figures of `benchmarks.soak` as the table of docs/long_runs.md.
 
 python -m benchmarks.soak_table runs/benchmarks/soak.json                     # prints it
-python -m benchmarks.soak_table runs/benchmarks/soak.json docs/long_runs.md   # puts it into its place there
+python -m benchmarks.soak_table runs/benchmarks/soak.json docs/long_runs.md   # writes it into the document
 """
 
 import json

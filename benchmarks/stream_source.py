@@ -1,14 +1,14 @@
-"""Memory of transfers from a source in shards of safetensors: streamed leaf by leaf, beside a source that is loaded.
+"""Memory of transfers from sharded safetensors: a source streamed leaf by leaf, or loaded.
 
     python -m benchmarks.stream_source                              # to DistilBERT base from 12, 24, 48 layers
     python -m benchmarks.stream_source --layers 12 --methods refit  # of BERT base's widths, random weights
     python -m benchmarks.stream_source --layers 4 8 --size small
 
-`streamed` hands the transfer what `mj.load_weights` mapped; `loaded` first copies all leaves to the device. Each is a
-process of its own. Memory is the most that the process had of its own (RssAnon of Linux, looked at every 2 ms) beyond
-what it had before it read the source, when the target was there: pages of the mapped file are not in it, which the
-system takes back when it needs them. `bound` is the new target, the adapter, the moments that it is fitted to, and a
-largest leaf three times: of the source, the old target and the new one.
+`streamed` passes the transfer the leaves mapped by `mj.load_weights`; `loaded` first copies all leaves to the device.
+Each runs in a separate process. Memory is the process's peak anonymous memory (Linux's RssAnon, sampled every 2 ms)
+beyond that with only the target loaded. It excludes pages of the mapped file, which the system can reclaim. `bound` is
+the new target, the adapter, the moments that it is fitted to, and three largest leaves: of the source, the old target
+and the new one.
 """
 
 import argparse

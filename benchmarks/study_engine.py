@@ -1,11 +1,11 @@
-"""What the engine of a study costs beside its runs, which are simulated here: they sleep.
+"""The overhead of the study engine besides its runs, which are simulated here by sleeping.
 
     python -m benchmarks.study_engine                      # 100 runs of 2 s, 500 in the queue, two workers and one
     python -m benchmarks.study_engine --runs 20 --queued 50
 
-Each local run and each Dask worker holds one run at a time. The overhead of a run is the workers' time that no run has
-used; its share is that of runs of one minute. CPU seconds are those of all processes, less those of the same commands
-alone. Slurm is not measured: how soon it starts a job is its own affair.
+Each local slot and each Dask worker executes one run at a time. The overhead of a run is the workers' time not used by
+runs; its share refers to runs of one minute. CPU seconds are those of all processes, minus those of the same commands
+alone. Slurm is not measured, since its scheduling delay depends on the cluster.
 """
 
 import argparse

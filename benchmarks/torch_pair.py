@@ -1,8 +1,7 @@
-"""The published joint step in PyTorch, written for `benchmarks.against_torch`: what ours is timed against.
+"""The published joint step in PyTorch, the baseline of `benchmarks.against_torch`.
 
-Modules have the parameters of ours one to one, by the same names: `stage1_0/conv1/kernel` is `stage1_0.conv1.weight`.
-The adapter's names are the published ones, their misspelling included, which
-`mj.transfers.export_published_adapter` writes.
+Parameters correspond to ours one to one, by the same names: `stage1_0/conv1/kernel` is `stage1_0.conv1.weight`. The
+adapter uses the published names, including their misspelling, as written by `mj.transfers.export_published_adapter`.
 """
 
 from collections import OrderedDict

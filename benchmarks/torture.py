@@ -1,12 +1,12 @@
-"""What the library is to withstand, done to it: kills, flipped bits, damage, signals, numbers that are not finite.
+"""Fault injection for the library: kills, flipped bits, damage, signals, non-finite numbers.
 
     python -m benchmarks.torture                       # all parts, each within a minute on two cores
     python -m benchmarks.torture --parts kills flips   # some of them
     python -m benchmarks.torture --scale 0.1           # a tenth of each N
 
-Every part counts how often things came out as they should, out of N, with a seed; nothing is asserted. Whatever is
-killed is a process: what was written lies in the caches of a system that goes on, so nothing here says what a loss of
-power does. Everything runs on the CPU. The seconds of a part are without the start of Python, which all of them share.
+Every part counts correct outcomes out of N, with a seed, without assertions. Only processes are killed: their writes
+remain in the caches of a running system, so power loss is not covered. Everything runs on the CPU. A part's seconds
+exclude the start of Python, which all parts share.
 """
 
 import contextlib

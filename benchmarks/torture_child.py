@@ -1,11 +1,11 @@
-"""What `benchmarks.torture` does in processes of their own, which are killed, stopped and refused.
+"""The separate processes of `benchmarks.torture`, which are killed, stopped and refused.
 
     python -m benchmarks.torture_child serve STEP_FILE
     python -m benchmarks.torture_child peer SIGNAL FOLDER COORDINATOR PROCESS_ID
 
-`serve` imports all there is to import and then forks a child for each line `[WORK, FOLDER, OPTIONS]` that it reads.
-Nothing has been computed by then, so JAX has neither a device nor a thread, and a child is as good as a new process,
-without the seconds that importing takes. What children have to say are lines of JSON.
+`serve` imports everything and then forks a child for each line `[WORK, FOLDER, OPTIONS]` that it reads. At that time
+nothing has been computed, so JAX has neither devices nor threads; a child is as good as a new process, without the
+seconds for imports. Children report in lines of JSON.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""The processes that `benchmarks.torture` starts, and how it reads their output."""
+"""Starts the processes of `benchmarks.torture`, and reads their output."""
 
 import contextlib
 import json

@@ -1,4 +1,4 @@
-"""The parts of `benchmarks.torture` in which files are damaged."""
+"""The parts of `benchmarks.torture` that damage files."""
 
 import contextlib
 import gc

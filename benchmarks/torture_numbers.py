@@ -1,4 +1,4 @@
-"""The parts of `benchmarks.torture` that are about numbers: resumed runs, and batches that are not finite."""
+"""The parts of `benchmarks.torture` on numerics: resumed runs, and non-finite batches."""
 
 import jax
 import numpy as np

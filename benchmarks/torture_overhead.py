@@ -1,4 +1,4 @@
-"""The parts of `benchmarks.torture` that time what reliability costs."""
+"""The parts of `benchmarks.torture` that time the cost of reliability."""
 
 import statistics
 import time

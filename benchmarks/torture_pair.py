@@ -1,4 +1,4 @@
-"""What `benchmarks.torture` trains: two tiny networks with dropout and augmentation that both learn, and its states."""
+"""The training pair of `benchmarks.torture`: two tiny trainable networks with dropout and augmentation, and states."""
 
 import functools
 import hashlib

@@ -1,4 +1,4 @@
-"""What a part of `benchmarks.torture` gets, and what it comes to."""
+"""The inputs and results of a part of `benchmarks.torture`."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The parts of `benchmarks.torture` in which other processes are killed, stopped, refused or left alone."""
+"""The parts of `benchmarks.torture` that kill, stop or refuse other processes, or leave them alone."""
 
 import contextlib
 import json

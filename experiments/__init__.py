@@ -1,1 +1,1 @@
-"""Experiments: one short module a scenario, all run by one runner."""
+"""Experiments: one short module per scenario, all run by one runner."""

@@ -1,14 +1,14 @@
-"""What a transfer did to the target: how far it moved, how much of the copy is left, how similar its layers are.
+"""What a transfer did to the target: how far it moved, how much of the copy remains, how similar its layers are.
 
     python -m experiments.anatomy cross_structure runs/cross_structure-001
 
 Reads the last checkpoints of a run of cross_structure or cross_task, without training. For each method, over seeds:
 
 - moved: |T_end - T_start| / |T_start| over the leaves that have a route.
-- kept: the cosine between T_end and the source over the entries that sharing would copy. 1 where the copy is left as it
-  was, about 0 where none of it is left, or nothing was copied.
-- rank: the effective rank of T_end - T_start, as a part of full rank, in the mean over its matrices.
-- the cka of each layer that is to agree (--agree of the run) with the source's, on the images that validate.
+- kept: the cosine between T_end and the source over the entries that sharing would copy. It is 1 if the copy is
+  unchanged, about 0 if none of it remains or nothing was copied.
+- rank: the effective rank of T_end - T_start, as a fraction of full rank, averaged over its matrices.
+- the cka of each layer in the run's --agree with the source's layer, on the validation images.
 """
 
 import json
@@ -41,7 +41,7 @@ _EXPERIMENTS: dict[str, Any] = {"cross_structure": cross_structure, "cross_task"
 
 @dataclass(frozen=True)
 class Options:
-    """Options of the reading."""
+    """Options of the command."""
 
     experiment: Annotated[
         tyro.conf.Positional[Literal["cross_structure", "cross_task"]], tyro.conf.arg(metavar="EXPERIMENT")
@@ -57,7 +57,7 @@ class Options:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Reads a run and prints the table; what is wrong is one line on standard error and exit code 2."""
+    """Reads a run and prints the table; errors are one line on standard error and exit code 2."""
     description = folded(as_found(__doc__ or "", _MODULE))
     options = tyro.cli(Options, args=arguments, prog=f"python -m {_MODULE}", description=description)
     try:
@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def measure(
     start: "mj.Params", end: "mj.Params", source: "mj.Params", routes: "Sequence[mj.Route]"
 ) -> dict[str, float]:
-    """Returns `moved`, `kept` and `rank` of a target that went from `start` to `end`; see the module.
+    """Returns `moved`, `kept` and `rank` of a target trained from `start` to `end`; see the module.
 
     Raises:
       ValueError: routes that do not fit the parameters.
@@ -107,7 +107,7 @@ def measure(
 
 
 def _effective_rank(matrix: np.ndarray) -> float:
-    """Returns the exponential of the entropy of the singular values, by the full rank (Roy and Vetterli, 2007)."""
+    """Returns the exponential of the entropy of the singular values, divided by full rank (Roy and Vetterli, 2007)."""
     values = np.linalg.svd(matrix, compute_uv=False)
     if not values.any():
         return 0.0
@@ -120,7 +120,7 @@ def _norm(arrays: Any) -> float:
 
 
 def _read(options: Options) -> "tuple[study.Scenario, Any]":
-    """Returns the scenario of a run, from the options that its folder has.
+    """Returns the scenario of a run, from the options in its folder.
 
     Raises:
       ValueError: no such run, one of another experiment or version, or one whose routes are not named.
@@ -150,7 +150,7 @@ def _read(options: Options) -> "tuple[study.Scenario, Any]":
 def _over_seeds(
     scenario: "study.Scenario", config: Any, observers: Sequence[Callable[..., Any]], run_dir: Path, method: str
 ) -> dict[str, list[float]]:
-    """Returns what was measured of a method, each a list over seeds."""
+    """Returns a method's measurements, each a list over seeds."""
     found: dict[str, list[float]] = {}
     for seed in range(config.seeds):
         folder = run_dir / "checkpoints" / f"{method}-seed{seed}"
@@ -160,7 +160,7 @@ def _over_seeds(
 
 
 def _observers(scenario: "study.Scenario", config: Any) -> list[Callable[..., Any]]:
-    """Returns what gives the features of target and source, of the layers that are to agree."""
+    """Returns functions that compute the features of target and source in the agreement layers."""
     import jax
 
     models = (scenario.target, scenario.source)

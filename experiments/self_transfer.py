@@ -57,7 +57,7 @@ class Config(study.TaskOptions, study.TransferOptions, study.RunConfig):
     """The direction of transfer along each route."""
     learning_rate: float = 0.1
     """Learning rate: AdamW for text, SGD for images."""
-    # There is no source to choose, to read or to train.
+    # There is no source to choose, read or train.
     source: tyro.conf.Suppress[Literal["pretrained"]] = "pretrained"
     source_from: tyro.conf.Suppress[None] = None
     source_steps: tyro.conf.Suppress[int] = 400
@@ -126,12 +126,12 @@ def build(config: Config) -> "study.Scenario":
     """Returns the scenario: the model, its data and the methods.
 
     Raises:
-      ValueError: data that cannot be had, an unknown model or method, or an option that a method refuses.
+      ValueError: unavailable data, an unknown model or method, or an option that a method refuses.
     """
     text = study.TextData(config.data, config.test_data, config.text, config.label)
     spec = study.TaskSpec(config.task, config.model, text, config.weights, labels=config.labels)
     (model,), attach = study.make_models(config, [spec])
-    objectives = {} if config.task == "qa" else {"tf_kd": study.tf_kd_objective(model)}  # The others classify.
+    objectives = {} if config.task == "qa" else {"tf_kd": study.tf_kd_objective(model)}  # The others are classifiers.
     by_depth = config.routes == (study.BY_DEPTH,)
     routes = study.routes_to_lower_half(model) if by_depth else study.parse_routes(config.routes)
     if config.direction == "shallow_to_deep":

@@ -1,4 +1,4 @@
-"""What is wrong with saved steps: the errors that users see, those between the modules, and how they are worded."""
+"""Errors of saved steps: public ones, those between modules, and their wording."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,39 +18,39 @@ __all__ = [
 
 
 class CheckpointError(ValueError):
-    """The checkpoint does not match the request: damaged, of another run, or of another model."""
+    """The checkpoint is damaged, or belongs to another run or model."""
 
 
 class DamagedCheckpointWarning(UserWarning):
-    """A saved step is damaged, and an older one was taken."""
+    """A saved step is damaged, and an older one was used."""
 
 
 class NotBitExactWarning(UserWarning):
-    """A run resumes in another environment: correct, but not bit for bit."""
+    """A run resumes in another environment: correctly, but not bit for bit."""
 
 
 class DamagedStepError(Exception):
-    """A saved step cannot be read, or is not what was saved."""
+    """A saved step cannot be read, or has changed since it was saved."""
 
 
 class PrunedStepError(DamagedStepError):
-    """A saved step has been removed by its writer since it was listed."""
+    """The writer has removed a saved step since it was listed."""
 
 
 def first_line(error: Exception) -> str:
-    """Returns the first line of an error's message, of which Orbax writes many, after the error's type."""
+    """Returns an error's type and the first line of its message; Orbax's messages have many."""
     line = next((line for line in str(error).splitlines() if line.strip()), "")[:200]
     return line if type(error) is ValueError else f"{type(error).__name__}: {line}"
 
 
 def list_damage(folder: Path, damaged: Mapping[int, str]) -> str:
-    """Returns which steps of a folder are damaged, and how each is."""
+    """Returns the damaged steps of a folder, and how each is damaged."""
     listed = "; ".join(f"step {step}: {reason}" for step, reason in damaged.items())
     return f"damaged checkpoint{'s' * (len(damaged) > 1)} in {folder}: {listed}"
 
 
 def refusal(folder: Path, damaged: Mapping[int, str], ending: str = "") -> str:
-    """Returns why none of some steps can be taken."""
+    """Returns why none of the steps can be used."""
     if all(reason == NO_MANIFEST for reason in damaged.values()):
         listed = ", ".join(f"step {step}: {reason}" for step, reason in damaged.items())
         return (

@@ -1,4 +1,4 @@
-"""Small files, written whole, and errors that name them."""
+"""Small files, written atomically, and errors that name them."""
 
 import contextlib
 import os
@@ -10,7 +10,7 @@ __all__ = ["naming_file", "write_whole"]
 
 @contextlib.contextmanager
 def naming_file(path: Path) -> Iterator[None]:
-    """Gives an OSError that names no file the name of one: a write says that no space is left, and not where."""
+    """Adds a file name to an OSError without one: a failed write reports no space left, but not where."""
     try:
         yield
     except OSError as error:
@@ -20,7 +20,7 @@ def naming_file(path: Path) -> Iterator[None]:
 
 
 def write_whole(path: Path, content: str) -> None:
-    """Writes a file that no reader sees in parts, whenever this process is killed; raises OSError that names a file."""
+    """Writes a file atomically, even if this process is killed; raises OSError that names the file."""
     part = path.with_name(f"{path.name}.part")
     with naming_file(part):
         part.write_text(content)

@@ -1,4 +1,4 @@
-"""What a file or folder is that is not read as weights, and what to do with it."""
+"""Identifies files and folders that are not read as weights, with advice for each."""
 
 import contextlib
 from pathlib import Path
@@ -29,12 +29,12 @@ _BY_HEAD = {
     b"<": "a page of the web or XML: what was downloaded is not the file itself",
 }
 _TFLITE, _TAR = b"TFL3", b"ustar"
-_ORBAX = ("_CHECKPOINT_METADATA", "_METADATA")  # In every checkpoint of its newer and of its older interface.
-_LONGEST = 512  # Bytes that tell all of these.
+_ORBAX = ("_CHECKPOINT_METADATA", "_METADATA")  # In every checkpoint of its newer and older interfaces.
+_LONGEST = 512  # Enough bytes to identify all of these.
 
 
 def explain(path: Path, head: bytes) -> str:
-    """Returns what a file or folder of no known format is, and what to do with it; empty if not known."""
+    """Returns what an unsupported file or folder is, with advice; empty if unknown."""
     if path.is_dir():
         if (path / "checkpoints").is_dir():
             return "it is the folder of a run: name one in its checkpoints, such as checkpoints/METHOD-seed0"
@@ -62,7 +62,7 @@ def explain(path: Path, head: bytes) -> str:
 
 
 def explain_unsafe(path: Path) -> str:
-    """Returns what a path is that `load_safetensors` does not read, and what to do with it; empty if not known."""
+    """Returns what a path that `load_safetensors` cannot read is, with advice; empty if unknown."""
     if path.is_dir():
         if any(is_orbax(step) for step in (path, *path.iterdir()) if step.name.isdigit()):
             return f"it holds checkpoints; if they are of merge_jax, merge-jax export {path} FILE makes a file of one"
@@ -85,5 +85,5 @@ def explain_unsafe(path: Path) -> str:
 
 
 def is_orbax(folder: Path) -> bool:
-    """Returns whether a folder is one checkpoint that Orbax has written."""
+    """Returns whether a folder is a single Orbax checkpoint."""
     return any((folder / name).exists() for name in _ORBAX)

@@ -1,7 +1,7 @@
-"""The lock of a folder: one process at a time writes into it.
+"""A folder lock: one process at a time writes into the folder.
 
-Not by the library filelock: a second writer is refused with the process and host of the first, and a reader asks
-without keeping a writer out and without making a file; filelock's lock has no holder's name and no such question.
+We do not use the library filelock: its lock does not name its holder and cannot be queried. Here a second writer is
+refused with the process and host of the first, and a reader queries without blocking a writer or creating a file.
 """
 
 import fcntl
@@ -19,21 +19,21 @@ __all__ = ["LOCK", "FolderLock", "is_locked"]
 LOCK = "run.lock"
 """Name of the file."""
 
-_WRITTEN = 1.0  # Seconds within which the holder of a lock has written down who it is.
+_WRITTEN = 1.0  # Seconds within which a lock's holder writes down its identity.
 
 
 class FolderLock:
-    """Keeps a second writer out of a folder until it is released, or its process ends, however it ends.
+    """Keeps a second writer out of a folder until it is released or its process ends in any way.
 
-    The system holds the lock, not the file: a file that a killed process left is taken over.
+    The operating system holds the lock, not the file, so a file left by a killed process is taken over.
     """
 
     def __init__(self, folder: Path, name: str = LOCK):
-        """Takes the lock of a folder that is there.
+        """Acquires the lock of an existing folder.
 
         Raises:
-          ValueError: another has it; the message names its process and host.
-          OSError: the folder cannot be written.
+          ValueError: another process holds it; the message names its process and host.
+          OSError: the folder is not writable.
         """
         descriptor = os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o644)
         # Closing it releases the lock, at the latest with the object.
@@ -55,7 +55,7 @@ class FolderLock:
             raise
 
     def release(self) -> None:
-        """Lets others in; a second call does nothing."""
+        """Releases the lock; a second call does nothing."""
         self._close()
 
 
@@ -75,7 +75,7 @@ def is_locked(folder: Path) -> bool:
 
 
 def _read_holder(descriptor: int) -> str:
-    """Returns who has a lock; one who has just taken it is given a moment to write that down."""
+    """Returns the holder of a lock; waits a moment for a new holder to write down its identity."""
     until = time.monotonic() + _WRITTEN
     while True:
         try:

@@ -1,6 +1,6 @@
-"""The manifest of a checkpoint: what was saved, digest by digest, and what the run was that saved it.
+"""The manifest of a checkpoint: a digest of every saved leaf, and the run that saved it.
 
-Orbax does not notice when the numbers it has written have changed since; the manifest does.
+Orbax does not detect changes to the saved values; the manifest does.
 """
 
 import functools
@@ -47,14 +47,14 @@ RunFingerprint = Mapping[str, str | int | float | bool | None]
 
 @dataclass(frozen=True)
 class LeafRecord:
-    """What was saved under one path.
+    """The record of one saved leaf.
 
     Attributes:
-      shape: of the array; of a random key, that of the integers it stands for.
-      dtype: by its name.
-      sha256: of the bytes in row-major order, under `""`; of an array that lies on several hosts, of each part under
-        its place, `0:4,0:8`.
-      key: of a random key its type, `key<fry>`; "" of numbers; None in steps of 0.2.0 and before, which do not tell.
+      shape: the array's shape; for a random key, that of its underlying integers.
+      dtype: the dtype's name.
+      sha256: the digest of the bytes in row-major order, under `""`; for an array on several hosts, of each part under
+        its position, `0:4,0:8`.
+      key: a random key's type, `key<fry>`; "" for numbers; None (unknown) in steps of 0.2.0 and before.
     """
 
     shape: tuple[int, ...]
@@ -67,21 +67,21 @@ class LeafRecord:
         return f"{self.dtype}{list(self.shape)}{f' of {self.key}' if self.key else ''}"
 
     def fits(self, wanted: "LeafRecord") -> bool:
-        """Returns whether this can be restored as another."""
+        """Returns whether this record can be restored as another."""
         same = (self.shape, self.dtype) == (wanted.shape, wanted.dtype)
         return same and (self.key is None or self.key == wanted.key)
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What stands beside the state of a saved step.
+    """The metadata of a saved step.
 
     Attributes:
       step: the step.
-      leaves: what was saved, by path.
-      facts: what the steps of the run depend on beside the state.
-      environment: what the bits of further steps depend on: devices, processes, threads and versions.
-      score: of the step, higher being better; None for none.
+      leaves: the saved leaves, by path.
+      facts: what the run's steps depend on besides the state.
+      environment: what bit-exact further steps depend on: devices, processes, threads and versions.
+      score: the step's score, higher is better; or None.
     """
 
     step: int
@@ -94,23 +94,23 @@ class Manifest:
     def of(
         cls, step: int, state: Any, facts: RunFingerprint, environment: Mapping[str, Any], score: float | None
     ) -> Self:
-        """Returns the manifest of a state; where several processes hold it, all of them call this together."""
+        """Returns the manifest of a state; if several processes hold it, all must call this together."""
         specs = specs_of(state)
         digests = _gather_from_processes(_digests({path: dict(_parts(leaf)) for path, leaf in _arrays(state)}))
         leaves = {path: replace(leaf, sha256=digests[path]) for path, leaf in specs.items()}
         return cls(step, leaves, dict(facts), environment, score)
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the manifest as JSON types, sealed with its own digest."""
+        """Returns the manifest as JSON types, with its digest."""
         content = json.loads(json.dumps({"format": _FORMAT, **asdict(self)}))
         return {"content": content, "sha256": _seal(content)}
 
     @classmethod
     def from_json(cls, sealed: Any) -> Self:
-        """Returns the manifest that `to_json` gave.
+        """Returns the manifest from the output of `to_json`.
 
         Raises:
-          ValueError: there is none, it has changed since, or it is of another format.
+          ValueError: it is missing, has changed since, or has another format.
         """
         if not isinstance(sealed, dict) or not isinstance(sealed.get("content"), dict):
             raise ValueError(NO_MANIFEST)
@@ -126,13 +126,13 @@ class Manifest:
         return cls(content["step"], leaves, content["facts"], content["environment"], content["score"])
 
 
-# Made once: `jax.eval_shape` keeps something of each call, half a KiB.
+# Made once: `jax.eval_shape` retains half a KiB per call.
 shapes_of = jax.jit(lambda tree: tree).eval_shape
 """Returns a tree of arrays or shapes as one of shapes."""
 
 
 def specs_of(tree: Any) -> dict[str, LeafRecord]:
-    """Returns shape and dtype of each leaf, by path, of arrays or of shapes."""
+    """Returns the shape and dtype of each leaf (array or shape), by path."""
     keys = shapes_of(tree)
     pairs = zip(flatten(keys).items(), flatten(_shapes_without_keys(keys)).values(), strict=True)
     return {
@@ -144,12 +144,12 @@ def specs_of(tree: Any) -> dict[str, LeafRecord]:
 def misfits(
     saved: Mapping[str, LeafRecord], wanted: Mapping[str, LeafRecord], parts: Sequence[str] | None = None
 ) -> list[str]:
-    """Returns every difference of two trees by path: Orbax's own error is long, and it casts dtypes silently.
+    """Returns every difference of two trees by path: Orbax's error is long, and it casts dtypes silently.
 
     Args:
-      saved: shape and dtype of what was saved.
-      wanted: of what is asked for.
-      parts: the paths of what is asked for, where it is not all of it.
+      saved: shapes and dtypes of the saved leaves.
+      wanted: those of the requested leaves.
+      parts: the paths of the request, if it is partial.
     """
     problems = [f"{path} is not saved" for path in wanted.keys() - saved.keys()]
     problems += [
@@ -166,14 +166,14 @@ def misfits(
 
 
 def differing_leaves(manifest: Manifest, tree: Any) -> tuple[list[str], int]:
-    """Returns the paths whose numbers are not those that were saved, and how many parts no process could check.
+    """Returns the paths whose values have changed since saving, and how many parts no process could check.
 
-    A part of an array that lies on several hosts can be checked where one process has all of it, as it has wherever
-    the array lies as it lay; elsewhere it is counted. Several processes call this together.
+    A part of an array on several hosts can be checked only by a process that holds all of it, as under the saved
+    placement; otherwise it is counted as unchecked. Several processes must call this together.
 
     Args:
-      manifest: of the step.
-      tree: what was restored of it.
+      manifest: the step's manifest.
+      tree: the restored tree.
     """
     saved = {path: leaf.sha256 for path, leaf in manifest.leaves.items()}
     parts = {path: {place: _part(leaf, place) for place in saved[path]} for path, leaf in _arrays(tree)}
@@ -190,13 +190,13 @@ def differing_leaves(manifest: Manifest, tree: Any) -> tuple[list[str], int]:
 
 
 def environment_of(tree: Any) -> dict[str, Any]:
-    """Returns what the bits of a run depend on beside its program: devices, processes, threads and versions."""
+    """Returns what a run's bits depend on besides its program: devices, processes, threads and versions."""
     shardings = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(tree)]
     return {
         "backend": jax.default_backend(),
         "devices": max((len(sharding.device_set) for sharding in shardings if sharding is not None), default=1),
         "processes": jax.process_count(),
-        # XLA splits sums over as many threads as this on a CPU, so it changes the last bits.
+        # On a CPU, XLA splits sums over this many threads, so it changes the last bits.
         "threads": _num_threads(),
         "python": platform.python_version(),
         **_versions(),
@@ -205,19 +205,19 @@ def environment_of(tree: Any) -> dict[str, Any]:
 
 @functools.cache
 def _versions() -> dict[str, str]:
-    """Returns the versions of the packages; read once, since every save asks for them."""
+    """Returns the versions of the packages; read once, since every save needs them."""
     return {name: importlib.metadata.version(name) for name in _PACKAGES}
 
 
 def _num_threads() -> int:
-    """Returns how many threads XLA has for a computation on a CPU."""
+    """Returns the number of threads XLA uses for a computation on a CPU."""
     if os.environ.get("NPROC", "").isdigit():
         return int(os.environ["NPROC"])
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Returns what differs between two mappings, as `name was old, is new`."""
+    """Returns the differences of two mappings, as `name was old, is new`."""
     absent = "(absent)"
     return [
         f"{name} was {old.get(name, absent)!r}, is {new.get(name, absent)!r}"
@@ -246,7 +246,7 @@ def _arrays(tree: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _parts(leaf: Any) -> Iterator[tuple[str, Any]]:
-    """Yields a leaf, or those of its parts of which this process has the first copy, by place."""
+    """Yields a leaf, or those of its parts whose first copy this process holds, by position."""
     whole = _part(leaf, _WHOLE)
     if whole is not None:
         yield _WHOLE, whole
@@ -258,7 +258,7 @@ def _parts(leaf: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _part(leaf: Any, place: str) -> np.ndarray | None:
-    """Returns the part of a leaf at a place, or None where this process has not all of it."""
+    """Returns the part of a leaf at a position, or None if this process does not hold all of it."""
     index = tuple(slice(*map(int, bounds.split(":"))) for bounds in place.split(",")) if place else ()
     if getattr(leaf, "is_fully_addressable", True):
         return np.asarray(leaf)[index]
@@ -274,7 +274,7 @@ def _part(leaf: Any, place: str) -> np.ndarray | None:
 
 
 def _digests(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, str]]:
-    """Returns the digest of each part of each leaf, several at a time: hashlib lets other threads run."""
+    """Returns the digest of each part of each leaf, several at a time: hashlib releases the GIL."""
     with ThreadPoolExecutor() as pool:
         futures = {
             path: {place: pool.submit(_sha256, part) for place, part in places.items()}
@@ -288,7 +288,7 @@ def _sha256(array: Any) -> str:
 
 
 def _gather_from_processes(own: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
-    """Returns the entries of all processes together; they have the same outer names."""
+    """Returns the merged entries of all processes, which share the same outer names."""
     if jax.process_count() == 1:
         return own
     text = np.frombuffer(json.dumps(own).encode(), np.uint8)

@@ -1,4 +1,4 @@
-"""The names of tensors in files of weights as paths of one tree, and what of a name leads out of a folder."""
+"""Tensor names in weight files as paths of one tree, and checks of names that leave a folder."""
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -10,11 +10,11 @@ from merge_jax.paths import some_of
 __all__ = ["check_inside", "check_paths", "leaves_of", "paths_of", "put", "without_prefix"]
 
 _Leaf = TypeVar("_Leaf")
-_DEEPEST = 100  # Parts of a name; a tree of thousands of levels would end the program.
+_DEEPEST = 100  # Parts of a name; a tree of thousands of levels would crash the program.
 
 
 def put(tree: dict[str, Any], path: str, leaf: Any) -> None:
-    """Puts a leaf into a tree of dicts, and makes what is around it."""
+    """Inserts a leaf into a tree of dicts, creating parents as needed."""
     *parents, name = path.split("/")
     for parent in parents:
         tree = tree.setdefault(parent, {})
@@ -22,7 +22,7 @@ def put(tree: dict[str, Any], path: str, leaf: Any) -> None:
 
 
 def paths_of(names: Iterable[str], file: Path) -> dict[str, str]:
-    """Returns the path of each name, split at its dots and slashes, checked to be leaves of one tree."""
+    """Returns the path of each name, split at dots and slashes; checks that they form one tree."""
     paths: dict[str, str] = {}
     for name in names:
         path = name.replace(".", "/")
@@ -34,12 +34,12 @@ def paths_of(names: Iterable[str], file: Path) -> dict[str, str]:
 
 
 def check_paths(names: dict[str, str], file: Path) -> None:
-    """Raises ValueError unless paths are leaves of one tree; `names` are those of the file, by path."""
+    """Raises ValueError unless paths are leaves of one tree; `names` are the file's names, by path."""
     for path, name in names.items():
         parts = path.split("/")
         if not all(parts):
             raise ValueError(f"{file} has the tensor {name!r}, whose name has an empty part")
-        if any(letter < " " or letter == "\x7f" for letter in name):  # They would change what a terminal shows.
+        if any(letter < " " or letter == "\x7f" for letter in name):  # They would change the terminal's display.
             raise ValueError(f"{file} has the tensor {name!r}, whose name has control characters")
         if ".." in parts or "." in parts:
             raise ValueError(f"{file} has the tensor {name!r}, whose name leads out of its tree")
@@ -51,10 +51,10 @@ def check_paths(names: dict[str, str], file: Path) -> None:
 
 
 def leaves_of(tree: Any, file: Path, path: str = "") -> dict[str, Any]:
-    """Returns the leaves of nested dicts and lists by path; what is empty or None has none.
+    """Returns the leaves of nested dicts and lists by path; skips empty containers and None.
 
     Raises:
-      ValueError: two leaves have one path, or too many levels.
+      ValueError: two leaves share a path, or there are too many levels.
     """
     if path.count("/") >= _DEEPEST:
         raise ValueError(f"{file} has a tensor whose name has more than {_DEEPEST} parts, which is the limit")
@@ -76,19 +76,20 @@ def leaves_of(tree: Any, file: Path, path: str = "") -> dict[str, Any]:
 def without_prefix(
     file: Any, leaves: Mapping[str, _Leaf], wanted: Collection[str], bare: Callable[[str], str] = lambda path: path
 ) -> dict[str, _Leaf]:
-    """Returns leaves by their paths without what all of them begin with and a model's do not, such as `module`.
+    """Returns leaves by their paths without a common wrapper prefix that the model lacks, such as `module`.
 
-    So wrap a model `DistributedDataParallel` (`module`), `torch.compile` (`_orig_mod`) and what has it as an attribute
-    (`model`). Nothing is left out where a leaf is wanted by its whole path, or fewer than half of the wanted are found.
+    Such prefixes come from `DistributedDataParallel` (`module`), `torch.compile` (`_orig_mod`) and objects with the
+    model as an attribute (`model`). No prefix is removed if a leaf is wanted by its full path, or fewer than half of
+    the wanted leaves are found.
 
     Args:
-      file: for errors.
-      leaves: by path.
+      file: the file's name, for errors.
+      leaves: the leaves, by path.
       wanted: the model's paths.
-      bare: gives a path of the file as one of the model.
+      bare: maps a path of the file to one of the model.
 
     Raises:
-      ValueError: some leaves begin so, and others do not.
+      ValueError: only some leaves have the prefix.
     """
     if any(bare(path) in wanted for path in leaves):
         return dict(leaves)
@@ -110,8 +111,8 @@ def without_prefix(
 
 
 def check_inside(name: str, file: Path, what: str) -> None:
-    """Raises ValueError for a file's name that leads out of the folder of the file that names it."""
-    # By its name alone: the files of a downloaded model are often links to a common store.
+    """Raises ValueError for a file name that leads out of the folder of the file that contains it."""
+    # Checks only the name: the files of a downloaded model are often links to a shared store.
     paths = (PurePosixPath(name), PureWindowsPath(name))
     if not paths[0].parts or any(p.is_absolute() or p.drive or ".." in p.parts for p in paths):
         raise ValueError(f"{file} names the {what} {name!r}, which is not inside its folder")

@@ -1,4 +1,4 @@
-"""Checkpoints of training states: what a run saves, restores and refuses, on the steps that Orbax writes."""
+"""Checkpoints of training states: saving, restoring and refusing steps written by Orbax."""
 
 import contextlib
 import functools
@@ -39,7 +39,7 @@ _DAMAGED = "damaged"
 
 
 class Checkpoints:
-    """The saved steps of one run, in a folder; a context manager, since a save in flight is lost without a close.
+    """The saved steps of one run in a folder; a context manager, since a save in flight is lost without a close.
 
     Saving is asynchronous: `save` returns once the state is copied to the host. The next save, or the close, waits
     until the write ends and raises its errors. (Several processes compute their digests together before `save` returns,
@@ -54,19 +54,19 @@ class Checkpoints:
     def __init__(
         self, folder: Path | str, *, keep: int | None = 2, facts: RunFingerprint | None = None, read_only: bool = False
     ):
-        """Opens the folder, and makes it where there is none.
+        """Opens the folder, creating it if needed.
 
         Args:
-          folder: where the steps are, one folder each.
-          keep: how many of the newest steps stay, 1 or more, beside the one of the best score; None for all, which
-            makes a trajectory of them.
-          facts: what the saved steps depend on beside the state, by name, such as a fingerprint of the data: steps
-            that were saved under others are not restored. None restores under any.
-          read_only: save nothing, and leave everything as it is; the folder of a run that goes on can be read so.
+          folder: the folder of the steps, one subfolder each.
+          keep: how many of the newest steps to keep, 1 or more, besides the best one; None for all, which makes them a
+            trajectory.
+          facts: what the saved steps depend on besides the state, by name, such as a fingerprint of the data; steps
+            saved under other facts are not restored. None restores any.
+          read_only: whether to only read; then the folder of a run in progress can be read.
 
         Raises:
-          ValueError: keep is below 1, a fact is no plain value, another process is writing into the folder, there is
-            none to read, or it is a single checkpoint of Orbax.
+          ValueError: keep is below 1, a fact is not a plain value, another process is writing into the folder, there is
+            none to read, or it is a single Orbax checkpoint.
         """
         if keep is not None and keep < 1:
             raise ValueError(f"keep must be at least 1, got {keep}")
@@ -102,28 +102,28 @@ class Checkpoints:
         return self
 
     def __exit__(self, *unused: object) -> None:
-        """Closes, whatever happened."""
+        """Closes the folder."""
         self.close()
 
     @property
     def folder(self) -> Path:
-        """Where the steps are."""
+        """The folder of the steps."""
         return self._steps.folder
 
     @property
     def steps(self) -> tuple[int, ...]:
-        """The steps that are there, in order; whether they are whole is seen when they are restored."""
+        """The saved steps, in order; damage is only detected on restoring."""
         self._wait_for_writer()
         return self._steps.listed()
 
     @property
     def latest_step(self) -> int | None:
-        """The newest step that is there, or None."""
+        """The newest saved step, or None."""
         return max(self.steps, default=None)
 
     @property
     def best_step(self) -> int | None:
-        """The step of the highest score, the newest of several; None where no step has a score."""
+        """The step with the highest score, the newest if tied; None if no step has a score."""
         self._wait_for_writer()
         while True:
             with contextlib.suppress(PrunedStepError):
@@ -131,18 +131,18 @@ class Checkpoints:
             self._reload()
 
     def save(self, step: int, state: Any, *, score: float | None = None) -> None:
-        """Saves a pytree of arrays (JAX's, typed random keys too, or NumPy's) under a step that is not there yet.
+        """Saves a pytree of JAX or NumPy arrays (typed random keys too) under a new step.
 
         Args:
-          step: its number.
+          step: the step number.
           state: the pytree.
-          score: what the best step is chosen by, higher being better, such as a validation accuracy; a number that
-            is not finite is no score, so it is never the best and never drives out the best.
+          score: the score that selects the best step, higher is better, such as a validation accuracy. A non-finite
+            number is no score, so it is never the best and never replaces the best.
 
         Raises:
-          FileExistsError: the step is there, or a newer one; nothing is overwritten.
-          ValueError: the folder is open to be read, or a leaf would not come back as it is: a Python number, an array
-            of NumPy of a dtype that JAX turns into another, an object, or what is in an `nnx.List`.
+          FileExistsError: the step, or a newer one, exists; nothing is overwritten.
+          ValueError: the folder is read-only, or a leaf would not be restored unchanged: a Python number, a NumPy array
+            of a dtype that JAX converts, an object, or an element of an `nnx.List`.
         """
         if self._read_only:
             raise ValueError(f"{self.folder} is open read-only: leave out read_only to save")
@@ -156,7 +156,7 @@ class Checkpoints:
         if jax.process_count() > 1:
             self._write(step, state, environment, score)
         else:
-            # Steps that follow may be given the state's buffers to write into.
+            # Later steps may donate the state's buffers.
             copied = copy_to_host(state)
             self._writing = self._writer.submit(self._write, step, copied, environment, score)
 
@@ -164,19 +164,19 @@ class Checkpoints:
         self._steps.write(state, Manifest.of(step, state, self._facts or {}, environment, score))
 
     def restore_latest(self, state: _State) -> tuple[int, _State] | None:
-        """Returns the newest step that is whole and its state, or None where nothing is saved.
+        """Returns the newest intact step and its state, or None if nothing is saved.
 
-        Steps are tried from the newest on. One that is damaged is named in a `DamagedCheckpointWarning` and left where
-        it is; the next save moves it into the folder `damaged`, so that its number is free.
+        Tries steps from the newest on. A damaged step is named in a `DamagedCheckpointWarning` and left in place; the
+        next save moves it into the folder `damaged`, which frees its number.
 
         Args:
-          state: a state of the same structure, shapes and dtypes (arrays or `jax.ShapeDtypeStruct`); only
-            these are read of it, and where its leaves are placed: the saved ones may have been on other devices, of
-            which a `NotBitExactWarning` tells, as of other versions or threads.
+          state: a state of the same structure, shapes and dtypes (arrays or `jax.ShapeDtypeStruct`); only these and its
+            leaves' placements are used. A `NotBitExactWarning` reports other devices, versions or threads than the
+            saved state's.
 
         Raises:
           CheckpointError: the saved tree has other leaves, shapes or dtypes than `state`, or was saved under other
-            facts, each of which is named; or all steps are damaged, each in its own way.
+            facts (each is named); or all steps are damaged.
         """
         damaged = dict.fromkeys(self._files_in_place_of_steps(), "what is in its place is no folder")
         steps = list(self.steps)
@@ -184,7 +184,7 @@ class Checkpoints:
             step = steps.pop()
             try:
                 restored = self._restore(step, state)
-            except PrunedStepError:  # So there are newer ones.
+            except PrunedStepError:  # So newer ones exist.
                 self._reload()
                 steps = list(self.steps)
             except DamagedStepError as error:
@@ -200,7 +200,7 @@ class Checkpoints:
         return None
 
     def restore_best(self, state: _State) -> tuple[int, _State]:
-        """Returns the step of the best score and its state; `state` as in `restore_latest`.
+        """Returns the step with the best score and its state; `state` as in `restore_latest`.
 
         Raises:
           CheckpointError: no step has a score, or the best one is damaged, does not fit or was saved under other facts.
@@ -209,12 +209,12 @@ class Checkpoints:
             try:
                 with self._refusing_damage(step):
                     return step, self._restore(step, state)
-            except PrunedStepError:  # So there is a better one.
+            except PrunedStepError:  # So a better one exists.
                 self._reload()
         raise CheckpointError(f"no step in {self.folder} has a score; saved: {list(self.steps)}")
 
     def restore_parts(self, step: int, parts: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns parts of what was saved at a step, e.g. the parameters of one model.
+        """Returns parts of a saved step, e.g. the parameters of one model.
 
         Args:
           step: the step, one of `steps`.
@@ -233,7 +233,7 @@ class Checkpoints:
         return {path: functools.reduce(operator.getitem, path.split("/"), loaded) for path in parts}
 
     def restore_arrays(self, step: int) -> dict[str, Any]:
-        """Returns all that was saved at a step without a state to go by: nested dictionaries and lists of NumPy arrays.
+        """Returns a saved step without a template state: nested dictionaries and lists of NumPy arrays.
 
         Raises:
           CheckpointError: the step is not saved, it is damaged, or it was saved under other facts.
@@ -244,7 +244,7 @@ class Checkpoints:
             return self._steps.load_arrays(manifest)
 
     def manifest(self, step: int) -> Manifest:
-        """Returns what stands beside the state of a step: leaves with shapes and digests, facts, circumstances, score.
+        """Returns the metadata of a step: leaves with shapes and digests, facts, environment, score.
 
         Raises:
           CheckpointError: the step is not saved, or its manifest is damaged.
@@ -254,7 +254,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _refusing_absence(self, step: int) -> Iterator[None]:
-        """Refuses a step that is not saved, or has been removed while it was read, and one that is damaged."""
+        """Refuses a step that is not saved, was removed during reading, or is damaged."""
         try:
             if step not in self.steps:
                 raise PrunedStepError
@@ -266,7 +266,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _refusing_damage(self, step: int) -> Iterator[None]:
-        """Refuses a damaged step, where no other can be taken."""
+        """Refuses a damaged step if no other can be used."""
         try:
             yield
         except PrunedStepError:
@@ -279,12 +279,12 @@ class Checkpoints:
         self._steps.reload()
 
     def _files_in_place_of_steps(self) -> list[int]:
-        """Returns the steps in whose place is something else than a folder: Orbax passes it over, or fails to save."""
+        """Returns steps whose path is not a folder: Orbax skips them, or fails to save."""
         paths = [path for path in self.folder.iterdir() if re.fullmatch(r"0|[1-9][0-9]*", path.name)]
         return sorted((int(path.name) for path in paths if not path.is_dir()), reverse=True)
 
     def _restore(self, step: int, tree: _State, parts: Sequence[str] | None = None) -> _State:
-        """Returns the saved tree, or parts of it, of this run; warns of other circumstances."""
+        """Returns this run's saved tree, or parts of it; warns of another environment."""
         manifest = self._steps.manifest(step)
         self._check_facts(manifest)
         wanted = placed_shapes(tree)
@@ -295,7 +295,7 @@ class Checkpoints:
         if unchecked:
             message = f"lies on other hosts than it did: {unchecked} parts could not be compared with their digests"
             warnings.warn(f"step {step} in {self.folder} {message}", NotBitExactWarning, stacklevel=3)
-        if changed and changed != self._last_warning:  # Many steps may be read of one run.
+        if changed and changed != self._last_warning:  # Many steps of one run may be read.
             self._last_warning = changed
             warnings.warn(
                 f"step {manifest.step} in {self.folder} was saved in another environment, so the run will not "
@@ -314,7 +314,7 @@ class Checkpoints:
             )
 
     def _move_damaged(self) -> None:
-        """Moves what was found damaged into a folder of its own, where it can be looked at."""
+        """Moves damaged steps into a separate folder for inspection."""
         if not self._damaged:
             return
         self.wait()
@@ -331,18 +331,18 @@ class Checkpoints:
         self._steps.reload()
 
     def wait(self) -> None:
-        """Waits until the save in flight, if any, has ended, and raises what went wrong."""
+        """Waits for the save in flight, if any, and raises its error."""
         self._wait_for_writer()
         self._steps.wait()
 
     def _wait_for_writer(self) -> None:
-        """Waits until Orbax has been given what there is to save."""
+        """Waits until Orbax has received the data to save."""
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
 
     def close(self) -> None:
-        """Waits until all saves have ended and closes the folder."""
+        """Waits for all saves and closes the folder."""
         try:
             try:
                 self._wait_for_writer()

@@ -1,4 +1,4 @@
-"""Weights in safetensors files: any model's, without its code; and a merged target back into such a file."""
+"""Reads and writes weights in safetensors files, without model code."""
 
 import mmap
 import os
@@ -32,7 +32,7 @@ __all__ = [
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _METADATA = "__metadata__"
-_DTYPES = {  # By the names of the format.
+_DTYPES = {  # By the format's names.
     "BOOL": "bool",
     **{f"I{bits}": f"int{bits}" for bits in (8, 16, 32, 64)},
     **{f"U{bits}": f"uint{bits}" for bits in (8, 16, 32, 64)},
@@ -50,30 +50,29 @@ _DTYPES = {  # By the names of the format.
 def load_safetensors(path: str | os.PathLike[str], *, select: Pattern | Sequence[Pattern] | None = None) -> Params:
     """Returns the tensors of a safetensors file as a parameter tree of NumPy arrays; no model code is needed.
 
-    A name is split at its dots, so `encoder.layer.0.attention.self.query.weight` is the leaf
-    `encoder/layer/0/attention/self/query/weight`. Torch's layouts, `[out, in]` and `[out, in, kh, kw]`, stay as they
-    are: `matrix_spec` knows them by the name `weight`.
+    Names are split at dots, so `encoder.layer.0.attention.self.query.weight` is the leaf
+    `encoder/layer/0/attention/self/query/weight`. Torch's layouts, `[out, in]` and `[out, in, kh, kw]`, are unchanged:
+    `matrix_spec` recognises them by the name `weight`.
 
-    The numbers are mapped from the file: they are read where they are used, and take no memory beside. What is written
-    into an array stays out of the file; a file that another program changes in place changes the arrays.
+    The arrays are memory-mapped: values are read on access and use no extra memory. Writes to an array do not reach the
+    file; if another program changes the file in place, the arrays change too.
 
     Args:
-      path: a `.safetensors` file, an index of shards (`*.safetensors.index.json`), or a folder that has one of
-        them, as Hugging Face models do. Only the shards that hold a selected tensor are opened.
+      path: a `.safetensors` file, an index of shards (`*.safetensors.index.json`), or a folder with one of them, such
+        as a Hugging Face model. Only shards with a selected tensor are opened.
       select: paths or patterns of the tensors to read, over paths with `/`; all by default.
 
     Raises:
-      FileNotFoundError: no such file or folder, no weights in the folder, or a shard that is missing.
-      ValueError: a file that is truncated or otherwise no safetensors file (the message says what it is and how it
-        becomes one, where that is known), a name that stands twice, tensors that the index names and the shards lack,
-        or the other way round, names that collide as paths, a shard outside the folder of its index, or a pattern that
-        names nothing (near misses are listed).
+      FileNotFoundError: no such file or folder, no weights in the folder, or a missing shard.
+      ValueError: a file that is truncated or not a safetensors file (the message identifies it and says how to convert
+        it, if known), a duplicate name, tensors missing from the index or the shards, names that collide as paths, a
+        shard outside the folder of its index, or a pattern that matches nothing (near misses are listed).
     """
     return read_leaves(path, select_paths(leaf_paths(path), select))
 
 
 def select_paths(paths: Iterable[str], select: Pattern | Sequence[Pattern] | None) -> list[str]:
-    """Returns the paths of a file that patterns name, each once; all without patterns."""
+    """Returns the paths of a file that match the patterns, each once; all without patterns."""
     if select is None:
         return list(paths)
     patterns = [select] if not isinstance(select, Sequence) or isinstance(select, str) else list(select)
@@ -82,7 +81,7 @@ def select_paths(paths: Iterable[str], select: Pattern | Sequence[Pattern] | Non
 
 
 def read_leaves(path: str | os.PathLike[str], paths: Iterable[str]) -> Params:
-    """Returns the tree of some leaves of what `load_safetensors` reads, mapped from the file."""
+    """Returns a tree of some of the leaves that `load_safetensors` reads, mapped from the file."""
     shard_of, names = _listed(path)
     tree: dict[str, Any] = {}
     by_shard: dict[Path, list[str]] = {}
@@ -91,7 +90,7 @@ def read_leaves(path: str | os.PathLike[str], paths: Iterable[str]) -> Params:
     for shard, leaves in by_shard.items():
         _check_shard(shard, shard_of)
         header, start = _header(shard)
-        with shard.open("rb") as opened:  # Private: what is written into an array stays out of the file.
+        with shard.open("rb") as opened:  # Private: writes to an array do not reach the file.
             mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
         for leaf in leaves:
             put(tree, leaf, _tensor(mapped, start, shard, names[leaf], header[names[leaf]]))
@@ -108,11 +107,11 @@ def leaf_paths(path: str | os.PathLike[str]) -> tuple[str, ...]:
 
 
 def leaf_shapes(path: str | os.PathLike[str], leaves: Iterable[str] | None = None) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns shape and dtype of leaves that `load_safetensors` would read, by path, from the headers alone.
+    """Returns the shape and dtype of leaves that `load_safetensors` would read, by path, from the headers alone.
 
     Args:
       path: as `load_safetensors`.
-      leaves: paths; all by default. Only shards that hold one of them are opened.
+      leaves: their paths; all by default. Only shards with one of them are opened.
 
     Raises:
       FileNotFoundError, ValueError: as `load_safetensors`, but for what only the numbers show.
@@ -127,7 +126,7 @@ def leaf_shapes(path: str | os.PathLike[str], leaves: Iterable[str] | None = Non
 
 
 def _listed(path: str | os.PathLike[str]) -> tuple[dict[str, Path], dict[str, str]]:
-    """Returns the shard of each tensor by its name, and the name of each leaf by its path."""
+    """Returns the shard of each tensor by name, and the name of each leaf by path."""
     file = _weights_file(Path(path))
     shard_of = _read_index(file) if file.suffix == ".json" else dict.fromkeys(_names(file), file)
     return shard_of, {path: name for name, path in paths_of(shard_of, file).items()}
@@ -140,22 +139,22 @@ def save_safetensors(
     metadata: Mapping[str, str] | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Writes a parameter tree to a safetensors file, each leaf by its path with dots: `fc/kernel` as `fc.kernel`.
+    """Writes a parameter tree to a safetensors file; leaf names are paths with dots: `fc/kernel` as `fc.kernel`.
 
     A tree from `load_safetensors` is written under its original names and in its original layout. The file is written
     atomically, with the permissions of the umask.
 
     Args:
       path: the file.
-      params: a pytree of arrays of booleans, whole numbers of 8 to 64 bits, floats of 8 to 64 bits or complex64.
-      metadata: strings for the file's header; `transformers` asks for `{"format": "pt"}` in files of its models.
+      params: a pytree of arrays: booleans, 8 to 64-bit integers, 8 to 64-bit floats or complex64.
+      metadata: strings for the file's header; `transformers` requires `{"format": "pt"}` in files of its models.
       overwrite: whether to replace an existing file.
 
     Raises:
       FileExistsError: the file exists and `overwrite` is not set.
-      ValueError: a leaf that is no array or has another dtype, such as a random key; a tree that is one array, or
-        whose names could not be read back (an empty key, `__metadata__`, a path inside of another, too many levels);
-        or metadata that are no strings.
+      ValueError: a leaf that is not an array or has another dtype, such as a random key; a tree that is a single array,
+        or whose names could not be read back (an empty key, `__metadata__`, a path inside another, too many levels); or
+        metadata that are not strings.
     """
     if metadata is not None and not all(isinstance(text, str) for pair in metadata.items() for text in pair):
         raise ValueError(f"metadata are strings by name, got {dict(metadata)}")
@@ -183,7 +182,7 @@ def save_safetensors(
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         temporary.touch(exist_ok=False)
-        mode = stat.S_IMODE(temporary.stat().st_mode)  # As the umask gives it; the library's own is 0600.
+        mode = stat.S_IMODE(temporary.stat().st_mode)  # As set by the umask; the library uses 0600.
         save_file(arrays, temporary, metadata=None if metadata is None else dict(metadata))
         temporary.chmod(mode)
         os.replace(temporary, path)
@@ -193,7 +192,7 @@ def save_safetensors(
 
 
 def _weights_file(path: Path) -> Path:
-    """Returns the file that a path stands for."""
+    """Returns the weight file for a path."""
     if not os.path.exists(path):
         raise FileNotFoundError(f"there is no file or folder {path}")
     if not path.is_dir():
@@ -227,15 +226,15 @@ def _names(file: Path) -> list[str]:
 
 
 def _header(file: Path) -> tuple[dict[str, Any], int]:
-    """Returns the header of a file that the library has checked, and where the numbers begin."""
+    """Returns the header of a file that the library has checked, and the offset of the data."""
     with file.open("rb") as handle:
         (size,) = struct.unpack("<Q", handle.read(8))
-        # The library takes the last of two tensors of one name without a word.
+        # If two tensors share a name, the library silently uses the last.
         return parse_json(handle.read(size).decode("utf-8"), file), 8 + size
 
 
 def _opened(file: Path) -> Any:
-    if not os.path.exists(file):  # Path.exists raises for names that the disk does not take.
+    if not os.path.exists(file):  # Path.exists raises for names that the file system rejects.
         raise FileNotFoundError(f"the file {file} is missing")
     try:
         return safe_open(file, framework="np")
@@ -254,7 +253,7 @@ def _shape(shard: Path, name: str, entry: Any) -> jax.ShapeDtypeStruct:
 
 
 def _tensor(mapped: mmap.mmap, start: int, shard: Path, name: str, entry: Any) -> np.ndarray:
-    """Returns a tensor as a view of the mapped file: no number is read before it is used."""
+    """Returns a tensor as a view of the mapped file: values are read only on access."""
     spec = _shape(shard, name, entry)
     if spec.size == 0:
         return np.empty(spec.shape, spec.dtype)

@@ -1,4 +1,4 @@
-"""Weights in several files, and the index that says which tensor is in which."""
+"""Sharded weights, and the index that maps each tensor to its file."""
 
 import json
 import math
@@ -16,10 +16,11 @@ _ENDINGS = {".bin.index.json": ".bin", ".weights.json": ".h5"}
 
 
 def read_index(file: Path, *, single: bool = False) -> dict[str, tuple[Path, ...]]:
-    """Returns the shards of each name in an index; Keras names the variables of one layer together, in several.
+    """Returns the shards of each name in an index; in Keras, one name covers a layer's variables in several shards.
 
     Raises:
-      ValueError: it is no index, a shard's name leads out of its folder, or a name has several where `single` is asked.
+      ValueError: it is not an index, a shard's name leads out of its folder, or a name has several shards although
+        `single` is set.
     """
     try:
         weight_map = parse_json(file.read_text("utf-8"), file)[_MAP]
@@ -37,14 +38,14 @@ def read_index(file: Path, *, single: bool = False) -> dict[str, tuple[Path, ...
 
 
 def total_size(file: Path) -> int | None:
-    """Returns how many bytes of weights an index says that its shards hold; None where it does not say."""
+    """Returns the total bytes of weights that an index states for its shards; None if it states none."""
     metadata = parse_json(file.read_text("utf-8"), file).get("metadata")
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
     return int(total) if isinstance(total, float) and math.isfinite(total) else None
 
 
 def check_shard(shard: Path, found: Iterable[str], index: Mapping[str, tuple[Path, ...]]) -> None:
-    """Raises ValueError where a shard does not hold just the names that an index has in it."""
+    """Raises ValueError unless a shard holds exactly the names that the index assigns to it."""
     names, expected = set(found), {name for name, shards in index.items() if shard in shards}
     if missing := sorted(expected - names):
         raise ValueError(f"{shard} lacks the tensor {missing[0]!r}; {near_misses(missing[0], names)}")
@@ -55,9 +56,9 @@ def check_shard(shard: Path, found: Iterable[str], index: Mapping[str, tuple[Pat
 
 
 def index_ending(path: Path, head: bytes) -> str | None:
-    """Returns how the names of the shards end in a file that is an index, None for any other file.
+    """Returns the file ending of an index's shards, None if the file is not an index.
 
-    Of an index that cannot be read, its own name says it.
+    For an unreadable index, uses its own name.
     """
     named = path.name.endswith((".index.json", *_ENDINGS))
     if path.is_dir() or not (named or (head.lstrip().startswith(b"{") and f'"{_MAP}"'.encode() in head)):
@@ -69,7 +70,7 @@ def index_ending(path: Path, head: bytes) -> str | None:
 
 
 def only_file(folder: Path, files: Iterable[Path]) -> Path | None:
-    """Returns the one file of weights in a folder, None where there is none; raises ValueError for several."""
+    """Returns the only weight file in a folder, None if there is none; raises ValueError for several."""
     found = sorted(files)
     if len(found) > 1:
         raise ValueError(
@@ -79,7 +80,7 @@ def only_file(folder: Path, files: Iterable[Path]) -> Path | None:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Returns the object that a JSON file beside weights holds; raises ValueError where it is none."""
+    """Returns the object in a JSON file beside weights; raises ValueError if it is not an object."""
     try:
         content = json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -90,7 +91,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def parse_json(text: str, file: Path) -> dict[str, Any]:
-    """Returns the JSON of a file of weights, in which no name may stand twice; whole numbers are not read."""
+    """Returns the JSON of a weight file, without duplicate names; integers are not parsed."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         entries = dict(pairs)
@@ -101,7 +102,7 @@ def parse_json(text: str, file: Path) -> dict[str, Any]:
         return entries
 
     try:
-        # No number is read of it, and Python reads none of thousands of digits.
+        # Numbers are not needed, and Python refuses those with thousands of digits.
         return json.loads(text, object_pairs_hook=unique, parse_int=float)
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{file} is no JSON: {error}") from None

@@ -1,4 +1,4 @@
-"""The steps of one folder as Orbax lists, reads, writes and prunes them: the one module that knows Orbax."""
+"""Lists, reads, writes and prunes the steps of a folder with Orbax; only this module uses Orbax for steps."""
 
 import contextlib
 import functools
@@ -26,28 +26,28 @@ _Tree = TypeVar("_Tree")
 _Found = TypeVar("_Found")
 
 _MANIFEST = "manifest"
-# Orbax saves into one folder at a time in a process; there may be several.
+# Within a process, Orbax saves into one folder at a time; there may be several folders.
 _ORBAX = threading.Lock()
-_LISTINGS = 10  # How often steps are listed again.
-_PATIENCE = 60.0  # Seconds after which nobody has waited too long.
-_PRUNING = 2.0  # Seconds that a writer may take to remove the files of one step.
+_LISTINGS = 10  # Attempts to list steps.
+_PATIENCE = 60.0  # Seconds of an acceptable wait.
+_PRUNING = 2.0  # Seconds that a writer may take to remove one step's files.
 
 
 class OrbaxSteps:
-    """The steps of a folder; a step that another process removes meanwhile raises PrunedStepError, not damage."""
+    """The steps of a folder; a step removed by another process raises PrunedStepError, not damage."""
 
     def __init__(self, folder: Path, keep: int | None, read_only: bool):
-        """Lists the steps of a folder that is there; see `Checkpoints`."""
+        """Lists the steps of an existing folder; see `Checkpoints`."""
         self._read_only = read_only
         self._saving: _Saving | None = None
         self._told: BaseException | None = None
         self._checkpointer = _retry_listing(
             lambda: ocp.training.Checkpointer(
                 str(folder),
-                # Orbax gives its policies for the type of its older interface.
+                # Orbax types its policies for its older interface.
                 save_decision_policy=cast(Any, ocp.training.save_decision_policies.FixedIntervalPolicy(1)),
                 preservation_policy=cast(Any, _NewestAndBest(keep, lambda: self.scores)),
-                # A process that was killed while saving leaves such a folder; it never holds a whole step.
+                # A process killed while saving leaves such a folder; it never holds a complete step.
                 cleanup_tmp_directories=not read_only,
             )
         )
@@ -56,15 +56,15 @@ class OrbaxSteps:
             self.reload()
 
     def listed(self) -> tuple[int, ...]:
-        """Returns the steps that were there when they were last listed, in order."""
+        """Returns the steps of the last listing, in order."""
         return tuple(sorted(checkpoint.step for checkpoint in self._checkpointer.checkpoints))
 
     def reload(self) -> None:
-        """Lists the steps that are there now: a writer may have gone on."""
+        """Lists the current steps: a writer may have added some."""
         self.wait()
         for _ in range(_LISTINGS):
             _retry_listing(self._checkpointer.reload)
-            # Between a step that went and one that came, a listing may find neither.
+            # Between the removal of one step and the arrival of another, a listing may find neither.
             if self.listed() or not self._read_only:
                 break
             time.sleep(0.02)
@@ -72,13 +72,13 @@ class OrbaxSteps:
 
     @functools.cached_property
     def scores(self) -> dict[int, float]:
-        """The scores of the steps that have one."""
+        """The scores of all steps with a score."""
         scores = {}
         for step in self.listed():
             try:
                 score = self.manifest(step).score
             except PrunedStepError:
-                if self._read_only:  # Its writer has gone on, and what is there now may have other scores.
+                if self._read_only:  # The writer has continued, so the current steps may have other scores.
                     raise
             except DamagedStepError:
                 pass
@@ -88,34 +88,34 @@ class OrbaxSteps:
         return scores
 
     def best(self) -> int | None:
-        """Returns the step of the highest score, the newest of several; None where no step has a score."""
+        """Returns the step with the highest score, the newest if tied; None if no step has a score."""
         return _best_of(self.scores, self.scores)
 
     def manifest(self, step: int) -> Manifest:
-        """Returns what stands beside a step; raises DamagedStepError where it is not what was written."""
+        """Returns the manifest of a step; raises DamagedStepError if it has changed."""
         with self._noticing_pruning(step):
             try:
                 metadata: Any = self._checkpointer.metadata(step).custom_metadata or {}
                 manifest = Manifest.from_json(metadata.get(_MANIFEST))
-            except Exception as error:  # Orbax raises many kinds, bare Exception among them.
+            except Exception as error:  # Orbax raises many types, including bare Exception.
                 raise DamagedStepError(first_line(error)) from None
         if manifest.step != step:
             raise DamagedStepError(f"it is step {manifest.step}")
         return manifest
 
     def load(self, manifest: Manifest, wanted: _Tree, *, partial: bool = False) -> tuple[_Tree, int]:
-        """Returns a step as a tree of the given shapes, every leaf compared with its digest.
+        """Returns a step as a tree of the given shapes, after comparing every leaf with its digest.
 
         Args:
-          manifest: of the step.
-          wanted: the tree as shapes, placed as what is returned shall be.
-          partial: whether it is a part of what was saved.
+          manifest: the step's manifest.
+          wanted: the tree as shapes, with the placements of the result.
+          partial: whether it is only part of the saved tree.
 
         Returns:
-          The tree, and how many parts of its leaves could not be compared.
+          The tree, and the number of leaf parts that could not be compared.
 
         Raises:
-          DamagedStepError: a leaf cannot be read, or is not what was saved.
+          DamagedStepError: a leaf cannot be read, or has changed.
         """
         context = ocp.Context()
         context.pytree.loading.partial_load = partial
@@ -125,7 +125,7 @@ class OrbaxSteps:
                 with context:
                     return self._checkpointer.load(manifest.step, wanted)
             except Exception as error:
-                # Orbax does not tell damage from another container or empty node, such as a None more.
+                # Orbax does not distinguish damage from another container or empty node, such as an extra None.
                 try:
                     return self._load_as_saved(manifest.step, wanted)
                 except Exception:
@@ -134,7 +134,7 @@ class OrbaxSteps:
         return self._compared(manifest, load, partial=partial)
 
     def _load_as_saved(self, step: int, wanted: _Tree) -> _Tree:
-        """Returns the leaves of a tree by their paths, whatever containers and empty nodes they were saved in."""
+        """Returns the leaves of a tree by path, regardless of their saved containers and empty nodes."""
         leaves = flatten(wanted)
 
         def placed(key_path: Any, _: Any) -> Any:
@@ -149,7 +149,7 @@ class OrbaxSteps:
         return jax.tree.unflatten(jax.tree.structure(wanted), [found[path] for path in leaves])
 
     def load_arrays(self, manifest: Manifest) -> dict[str, Any]:
-        """Returns all of a step as nested dictionaries and lists of NumPy arrays; raises as `load`."""
+        """Returns a whole step as nested dictionaries and lists of NumPy arrays; raises as `load`."""
 
         def load() -> Any:
             with warnings.catch_warnings():
@@ -172,7 +172,7 @@ class OrbaxSteps:
             if not changed:
                 for path, leaf in leaves.items():
                     key = manifest.leaves[path].key
-                    if key and key != str(leaf.dtype):  # So Orbax gives one whose description is gone.
+                    if key and key != str(leaf.dtype):  # Orbax returns this if a step's description is gone.
                         raise DamagedStepError(f"{path} came back as {leaf.dtype}, not as {key}")
                 changed, unchecked = differing_leaves(manifest, loaded)
             if changed:
@@ -181,11 +181,11 @@ class OrbaxSteps:
 
     @contextlib.contextmanager
     def _noticing_pruning(self, step: int) -> Iterator[None]:
-        """Raises PrunedStepError for a damaged step that its writer has removed since it was listed."""
+        """Raises PrunedStepError for a damaged step that its writer removed after the listing."""
         try:
             yield
         except DamagedStepError as error:
-            # Its files go one after the other.
+            # Its files are removed one by one.
             path, until = self.folder / str(step), time.monotonic() + _PRUNING
             while os.path.lexists(path):
                 if not (self._read_only and is_locked(self.folder) and time.monotonic() < until):
@@ -194,7 +194,7 @@ class OrbaxSteps:
             raise PrunedStepError(str(error)) from None
 
     def write(self, state: Any, manifest: Manifest) -> None:
-        """Begins to write a step, and removes those that do not stay."""
+        """Starts writing a step, and removes steps that are not kept."""
         self._end_save()
         step, begun = manifest.step, time.monotonic()
         if manifest.score is not None:
@@ -206,11 +206,11 @@ class OrbaxSteps:
                 raise RuntimeError(f"Orbax did not save step {step} in {self.folder}, and gave no reason")
             self._saving = _Saving(step, saved, begun)
         except BaseException:
-            self.scores.pop(step, None)  # No step that is not there may be the best.
+            self.scores.pop(step, None)  # A missing step must not be the best.
             raise
 
     def wait(self) -> None:
-        """Waits until what is being written is on disk, and raises what went wrong."""
+        """Waits until pending writes are on disk, and raises their errors."""
         self._end_save()
         self._checkpointer.wait()
 
@@ -222,14 +222,14 @@ class OrbaxSteps:
             try:
                 self._checkpointer.close()
             except BaseException as error:
-                if repr(error) != repr(self._told):  # Orbax raises again what went wrong with a save.
+                if repr(error) != repr(self._told):  # Orbax raises a save's error again.
                     raise
 
     def _end_save(self) -> None:
-        """Waits for the save in flight, and raises what went wrong.
+        """Waits for the save in flight, and raises its error.
 
-        Orbax 0.12.8 starts a thread and an event loop (three open files) for each save, and ends them only where its
-        result is asked for: not with its `wait`, nor with its `close`.
+        Orbax 0.12.8 starts a thread and an event loop (three open files) for each save, and ends them only when the
+        result is fetched: neither its `wait` nor its `close` does.
         """
         saving, self._saving = self._saving, None
         if saving is None:
@@ -240,7 +240,7 @@ class OrbaxSteps:
         except BaseException as error:
             self.scores.pop(saving.step, None)
             self._told = error
-            # Orbax counts its patience, minutes, by a clock that may be set.
+            # Orbax measures its timeout, minutes, by a clock that may be reset.
             if isinstance(error, TimeoutError) and time.monotonic() - saving.begun < _PATIENCE:
                 raise TimeoutError(
                     f"step {saving.step} was not saved in {self.folder}: the system clock changed while it was written,"
@@ -250,7 +250,7 @@ class OrbaxSteps:
 
 
 class _Saving(NamedTuple):
-    """A save in flight: its step, Orbax's response, and when it began by a clock that is never set."""
+    """A save in flight: its step, Orbax's response, and its start by a monotonic clock."""
 
     step: int
     response: Any
@@ -258,14 +258,14 @@ class _Saving(NamedTuple):
 
 
 class _NewestAndBest:
-    """Orbax's policy of what stays: the newest steps and the one of the best score."""
+    """Orbax's policy of which steps to keep: the newest, and the one with the best score."""
 
     def __init__(self, keep: int | None, scores: Callable[[], Mapping[int, float]]):
-        """Takes how many of the newest stay, None for all, and what returns the scores of steps."""
+        """Takes how many of the newest to keep, None for all, and a function that returns the scores."""
         self._keep, self._scores = keep, scores
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """Returns for each checkpoint, oldest first, whether it stays."""
+        """Returns whether to keep each checkpoint, oldest first."""
         del context
         steps = [checkpoint.step for checkpoint in checkpoints]
         if self._keep is None:
@@ -281,7 +281,7 @@ def _best_of(scores: Mapping[int, float], steps: Iterable[int]) -> int | None:
 
 
 def _retry_listing(list_steps: Callable[[], _Found]) -> _Found:
-    """Returns what a listing of steps gives; Orbax fails where a writer removes one of them meanwhile."""
+    """Retries a listing of steps: Orbax fails if a writer removes one meanwhile."""
     for _ in range(_LISTINGS):
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             return list_steps()
@@ -289,7 +289,7 @@ def _retry_listing(list_steps: Callable[[], _Found]) -> _Found:
 
 
 def _unwrap_variables(node: Any, leaves: Collection[str], path: str = "") -> Any:
-    """Returns what Orbax has loaded with each variable of NNX, `{"value": array}`, as the one leaf that it was."""
+    """Returns Orbax's tree with each NNX variable, `{"value": array}`, as a single leaf."""
     if isinstance(node, list):
         return [_unwrap_variables(child, leaves, f"{path}/{i}" if path else str(i)) for i, child in enumerate(node)]
     if not isinstance(node, dict):

@@ -1,4 +1,4 @@
-"""The trees that checkpoints hold: which can be saved, how they are copied, and the shapes that they are read into."""
+"""The trees in checkpoints: which can be saved, how they are copied, and their shapes for reading."""
 
 import sys
 from typing import Any, TypeVar
@@ -17,7 +17,7 @@ _Tree = TypeVar("_Tree")
 
 
 def check_saveable(state: Any) -> None:
-    """Raises ValueError for what Orbax would save and not restore as it was; the first three leaves are named."""
+    """Raises ValueError for leaves that Orbax would not restore unchanged; names the first three."""
     _check_no_nnx_list(state)
     leaves, problems = flatten(state), []
     if not leaves:
@@ -37,7 +37,7 @@ def check_saveable(state: Any) -> None:
 
 
 def _is_written(array: jax.Array | np.ndarray | np.generic) -> bool:
-    """Returns whether Orbax writes an array; it would tell only once the next save waits for this one."""
+    """Returns whether Orbax can write an array; Orbax itself would report it only at the next save."""
     if array.size == 0:
         return False
     if jnp.issubdtype(array.dtype, jax.dtypes.extended):
@@ -50,7 +50,7 @@ def _is_written(array: jax.Array | np.ndarray | np.generic) -> bool:
 
 def _check_no_nnx_list(state: Any) -> None:
     nnx = sys.modules.get("flax.nnx")
-    if nnx is None:  # Where nobody has imported it, no tree has a list of it.
+    if nnx is None:  # If flax.nnx is not imported, no tree contains its lists.
         return
     for path, node in jax.tree.leaves_with_path(state, is_leaf=lambda node: isinstance(node, nnx.List)):
         if isinstance(node, nnx.List):
@@ -62,7 +62,7 @@ def _check_no_nnx_list(state: Any) -> None:
 
 
 def _dtype_in_jax(array: np.ndarray | np.generic) -> np.dtype | None:
-    """Returns the dtype that an array of NumPy has in JAX; None for one that it does not take."""
+    """Returns the JAX dtype of a NumPy array; None if JAX does not support it."""
     try:
         return shapes_of(array).dtype
     except TypeError:
@@ -70,7 +70,7 @@ def _dtype_in_jax(array: np.ndarray | np.generic) -> np.dtype | None:
 
 
 def copy_to_host(tree: Any) -> Any:
-    """Returns the tree with copies of its arrays, in NumPy but for random keys, all fetched at once."""
+    """Returns the tree with copies of its arrays, as NumPy except for random keys, all fetched at once."""
     for leaf in jax.tree.leaves(tree):
         if isinstance(leaf, jax.Array):
             leaf.copy_to_host_async()
@@ -84,7 +84,7 @@ def copy_to_host(tree: Any) -> Any:
 
 
 def placed_shapes(tree: _Tree) -> _Tree:
-    """Returns the tree with shapes, dtypes and placements for leaves; one device holds what is placed nowhere."""
+    """Returns the tree with shapes, dtypes and placements as leaves; unplaced leaves go to one device."""
     default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
     def placed(shape: Any, leaf: Any) -> jax.ShapeDtypeStruct:

@@ -10,12 +10,12 @@ __all__ = ["compare_runs"]
 
 
 def compare_runs(runs: Sequence[Path], baseline: str | None, out: Path | None) -> None:
-    """Prints the table of runs, and writes it with the picture of their curves into a new folder.
+    """Prints the table of runs, and writes it with a figure of their curves into a new folder.
 
-    Of one run both are there already: they are written again only where `out` is given.
+    A single run already has both: they are written again only if `out` is given.
 
     Raises:
-      ValueError: what `merge_jax.runs.compare` refuses, or a folder that is not empty.
+      ValueError: as `merge_jax.runs.compare`, or a folder that is not empty.
     """
     if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} already exists and is not overwritten: choose another --out")
@@ -25,7 +25,7 @@ def compare_runs(runs: Sequence[Path], baseline: str | None, out: Path | None) -
         return
     with numbered_folder("compare", given=out) as folder:
         folder.mkdir(parents=True, exist_ok=True)
-        try:  # Another comparison may have taken the same folder.
+        try:  # Another comparison may have created the same folder.
             with (folder / "table.txt").open("x") as table:
                 table.write(comparison.text)
             with (folder / "curves.png").open("xb") as curves:

@@ -11,11 +11,11 @@ __all__ = ["convert"]
 
 
 def convert(path: Path, file: Path, select: Sequence[str] | None) -> None:
-    """Writes what `load_weights` reads to a new safetensors file: names joined by dots, layouts as they are.
+    """Writes the output of `load_weights` to a new safetensors file: names joined by dots, layouts unchanged.
 
     Raises:
       FileNotFoundError, ImportError: as `load_weights`.
-      ValueError: the file is there or has another ending, or as `load_weights`.
+      ValueError: the file exists or has another suffix, or as `load_weights`.
     """
     if file.suffix != ".safetensors":
         raise ValueError(f"{file} must end in .safetensors, the format that is written")

@@ -1,4 +1,4 @@
-"""`merge-jax doctor`: whether a machine is ready."""
+"""`merge-jax doctor`: checks whether a machine is ready."""
 
 import importlib.metadata
 import os
@@ -22,7 +22,7 @@ __all__ = ["Finding", "examine", "findings"]
 _LEAST_DISK = 2 * 2**30  # Bytes: a default run and its environment.
 _MARKS = {"good": "ok   ", "note": "note ", "bad": "BAD  "}
 
-# Compiles something, and prints how many programs were read from the cache instead.
+# Compiles a program, and prints how many were read from the cache instead.
 _COMPILES = """\
 import jax
 from merge_jax.training.compilation_cache import programs_read
@@ -31,15 +31,15 @@ jax.jit(lambda x: jax.numpy.sin(x @ x.T).sum())(jax.numpy.ones((8, 8))).block_un
 print(programs_read())
 """
 _OTHER_MACHINE = re.compile(r"Target machine feature \S+ is not\s+supported on the host machine")
-_PATIENCE = 300.0  # Seconds for one compilation, with the start of a process.
+_PATIENCE = 300.0  # Seconds for one compilation, including the start of a process.
 
 
 class Finding(NamedTuple):
-    """What one look found.
+    """The result of one check.
 
     Attributes:
-      kind: good; a note, to know; or bad, a problem to fix.
-      text: what was found, and what to do.
+      kind: good; a note, for information; or bad, a problem to fix.
+      text: the result, with advice.
     """
 
     kind: Literal["good", "note", "bad"]
@@ -47,7 +47,7 @@ class Finding(NamedTuple):
 
 
 def examine() -> int:
-    """Prints what was found and returns the exit code: 1 where something is bad."""
+    """Prints the findings and returns the exit code: 1 if any is bad."""
     worst = 0
     for finding in findings():
         print(f"{_MARKS[finding.kind]} {finding.text}", flush=True)
@@ -57,8 +57,8 @@ def examine() -> int:
 
 
 def findings() -> Iterator[Finding]:
-    """Yields what is found, one look after the other."""
-    # The cache is tried by other processes, which could not have a device that this one holds.
+    """Yields the findings, one check after the other."""
+    # Other processes test the cache, and could not use a device that this one holds.
     for look in (_python, _packages, _plugins, _cache, _devices, _computes, _cores, _folder):
         yield from look()
 
@@ -90,7 +90,7 @@ def _packages() -> Iterator[Finding]:
 
 
 def _plugins() -> Iterator[Finding]:
-    """JAX, its compiled part and its plugins for accelerators must be of one version."""
+    """Checks that JAX, jaxlib and accelerator plugins have the same version."""
     versions = {}
     for distribution in importlib.metadata.distributions():
         name = (distribution.metadata["Name"] or "").lower().replace("_", "-")
@@ -144,7 +144,7 @@ def _computes() -> Iterator[Finding]:
     try:
         matrix = jnp.arange(64.0).reshape(8, 8) / 64
         found = float(jax.jit(lambda x: jnp.sum(x @ x.T))(matrix))
-    except Exception as error:  # Whatever a broken installation raises.
+    except Exception as error:  # A broken installation may raise anything.
         yield Finding("bad", f"a compiled product of matrices fails: {type(error).__name__}: {str(error)[:200]}")
         return
     expected = sum(sum(i * 8 + k for i in range(8)) ** 2 for k in range(8)) / 64**2
@@ -174,7 +174,7 @@ def _cache() -> Iterator[Finding]:
 
 
 def _compiled_in(folder: Path) -> subprocess.CompletedProcess[str]:
-    """Compiles in a process of its own that keeps what is compiled in a folder."""
+    """Compiles in a separate process that caches programs in a folder."""
     cache_settings = {
         "JAX_COMPILATION_CACHE_DIR": str(folder),
         "JAX_ENABLE_COMPILATION_CACHE": "true",
@@ -191,7 +191,7 @@ def _compiled_in(folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 def _judged(kept: bool, read: int, said: str) -> Finding:
-    """Returns what it means that a second process has read so many programs of a first one, and said this."""
+    """Returns the finding for the number of programs that a second process read from the cache, and its output."""
     refusal = _OTHER_MACHINE.search(said)
     known = "" if refusal is None else f"XLA says {' '.join(refusal[0].split())!r} of this very machine's programs"
     if known and read:
@@ -213,7 +213,7 @@ def _judged(kept: bool, read: int, said: str) -> Finding:
 
 
 def _end(said: str) -> str:
-    """Returns the last line of what a process has said."""
+    """Returns the last line of a process's output."""
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     return lines[-1][:200] if lines else "of something that JAX does not say"
 

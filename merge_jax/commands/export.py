@@ -1,4 +1,4 @@
-"""`merge-jax export`: a trained model, or a part of a checkpoint, as a file of weights."""
+"""`merge-jax export`: writes a trained model, or a part of a checkpoint, to a weight file."""
 
 import json
 from pathlib import Path
@@ -25,15 +25,15 @@ Names = Literal["huggingface", "timm", "torchvision", "efficientnet_lite_pytorch
 
 
 def export_part(path: Path, file: Path, part: str, *, best: bool, names: Names | None = None) -> None:
-    """Writes a part of the newest, best or named step to a new safetensors file, and says how it is read.
+    """Writes a part of the newest, best or named step to a new safetensors file, and prints how to read it.
 
-    A role is written as Linen has its variables: its parameters as `params`, and beside them what its model state has,
-    such as `batch_stats`. Any other part is written as it is. With `names`, a role is written by that library's
-    names and in its layouts, for its own model to load.
+    A role is written as Linen variables: its parameters as `params`, beside its model state, such as `batch_stats`. Any
+    other part is written unchanged. With `names`, a role is written with that library's names and layouts, for the
+    library's model to load.
 
     Raises:
-      ValueError: there is no such checkpoint or part, it is damaged, no step has a score, or the file is there or has
-        another ending; names of a library for a part that is no model, or one that it does not have.
+      ValueError: there is no such checkpoint or part, it is damaged, no step has a score, or the file exists or has
+        another suffix; `names` for a part that is not a model, or for a model that the library lacks.
     """
     folder, step = locate_checkpoints(path)
     if file.suffix != ".safetensors":
@@ -55,7 +55,7 @@ def export_part(path: Path, file: Path, part: str, *, best: bool, names: Names |
     if names is not None and not whole:
         raise ValueError(f"--names {names} is for a whole model, --part target or source; {part} is a part of one")
     named = tree if names is None else _renamed(tree, names)
-    metadata = {} if names is None else {"format": "pt"}  # Which transformers asks for.
+    metadata = {} if names is None else {"format": "pt"}  # Required by transformers.
     save_safetensors(file, named, metadata={"checkpoint": f"{folder.name}/{step}/{part}", **metadata})
     size = sum(leaf.size for leaf in jax.tree.leaves(tree))
     role, *rest = part.split("/")
@@ -81,14 +81,14 @@ def _part(state: dict[str, Any], part: str) -> Any:
 
 
 def _variables(role: dict[str, Any]) -> Params:
-    """Returns what a role's model is: no optimizer state."""
+    """Returns a role's model variables, without optimizer state."""
     model_state = role.get("model_state", {})
     apart = not isinstance(model_state, dict) or "params" in model_state
     return {"params": role["params"], **({"model_state": model_state} if apart else model_state)}
 
 
 def _renamed(variables: Any, names: Names) -> Params:
-    """Returns a model's variables by the names and in the layout of a library."""
+    """Returns a model's variables with a library's names and layouts."""
     from merge_jax.models import to_huggingface, to_pytorch  # Not at the top: an export without names needs neither.
 
     if names == "huggingface":
@@ -97,7 +97,7 @@ def _renamed(variables: Any, names: Names) -> Params:
 
 
 def _model(folder: Path, role: str) -> Model | None:
-    """Returns what the plan of a checkpoint's run says of a role; None where there is no plan."""
+    """Returns the model of a role in the plan of a checkpoint's run; None if there is no plan."""
     try:
         plan = Plan.from_json(json.loads((folder.parent.parent / PLAN).read_text()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -106,7 +106,7 @@ def _model(folder: Path, role: str) -> Model | None:
 
 
 def _is_source(folder: Path, role: str) -> bool:
-    # On its own, a source is trained in the role of the target.
+    # Pre-training trains a source in the role of the target.
     return role == "source" or (role == "target" and folder.name.startswith("source-"))
 
 

@@ -1,4 +1,4 @@
-"""Parses the command line of `merge-jax` and hands over to one of its commands."""
+"""Parses the command line of `merge-jax` and calls one of its commands."""
 
 import argparse
 import os
@@ -25,12 +25,12 @@ exit codes: 0 success; 1 the doctor found a problem, or training failed;
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Does what the words say, those of this process by default; ends the process with an exit code.
+    """Runs the command line, by default this process's arguments; exits with an exit code.
 
-    What is wrong with what was given is one line on standard error and exit code 2.
+    Invalid arguments print one line on standard error and exit with code 2.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if words[:1] == ["run"]:  # Its options are the experiment's own, --help too.
+    if words[:1] == ["run"]:  # The experiment defines its options, including --help.
         from merge_jax.commands.run import run
 
         return _reporting(lambda: run(words[1:]))
@@ -115,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _command(options: argparse.Namespace) -> None:
-    # What a command needs is imported with it: --help needs none of it.
+    # Commands are imported on use: --help needs none of them.
     if options.version:
         from importlib.metadata import version
 
@@ -149,7 +149,7 @@ def _reporting(work: Callable[[], None]) -> None:
     try:
         work()
         sys.stdout.flush()
-    except BrokenPipeError:  # Whoever read what is printed, such as `head`, has enough.
+    except BrokenPipeError:  # The reader of the output, such as `head`, has closed it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""`merge-jax run`: an experiment by its name, or by the path of its module."""
+"""`merge-jax run`: runs an experiment by name, or by the path of its module."""
 
 import os
 import runpy
@@ -18,12 +18,12 @@ EXPERIMENTS = {
 
 
 def run(words: Sequence[str]) -> None:
-    """Runs an experiment as `python -m` does, from any folder; without words, or with --help, lists those that ship.
+    """Runs an experiment like `python -m`, from any folder; without arguments, or with --help, lists built-in ones.
 
-    A user's own experiment is named by its module: `my_experiment` for my_experiment.py, or `package.module`.
+    Your own experiment is named by its module: `my_experiment` for my_experiment.py, or `package.module`.
 
     Raises:
-      ValueError: there is no such experiment; near misses are named.
+      ValueError: there is no such experiment; near misses are listed.
     """
     if not words or words[0] in ("-h", "--help"):
         print("merge-jax run EXPERIMENT [PRESET] [OPTIONS]; --help after EXPERIMENT lists both\n")

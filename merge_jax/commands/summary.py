@@ -1,4 +1,4 @@
-"""`merge-jax summary`: what checkpoints and files of weights hold, from their headers alone."""
+"""`merge-jax summary`: the contents of checkpoints and weight files, from their headers alone."""
 
 import math
 from collections.abc import Mapping
@@ -20,15 +20,15 @@ __all__ = ["summarize_checkpoint"]
 
 
 def summarize_checkpoint(path: Path, pattern: str | None, *, verify: bool) -> None:
-    """Prints what a run's checkpoints, one folder of them, one step, or a file of weights hold.
+    """Prints the contents of a run's checkpoints, one checkpoint folder, one step, or a weight file.
 
     Args:
-      path: of any of these.
-      pattern: leaves to list; None for none.
-      verify: read all numbers of the step and compare them with their digests.
+      path: the path of any of these.
+      pattern: the leaves to list; None for none.
+      verify: whether to read all values of the step and compare them with their digests.
 
     Raises:
-      ValueError: there is nothing of the kind, it is damaged, or the pattern names nothing.
+      ValueError: the path is none of these, it is damaged, or the pattern matches nothing.
     """
     console = Console()
     file = find_weights(path)
@@ -59,7 +59,7 @@ def summarize_checkpoint(path: Path, pattern: str | None, *, verify: bool) -> No
 
 
 def _is_of_others(path: Path) -> bool:
-    """Returns whether a folder is of weights, and not of steps that `Checkpoints` saved."""
+    """Returns whether a folder holds weights, and not steps saved by `Checkpoints`."""
     return any(kind.detect(path, b"") for kind in FORMATS) and not any(map(is_ours, (path, *path.iterdir())))
 
 

@@ -1,4 +1,4 @@
-"""Data as NumPy arrays, in memory or streamed, and batches of them as a pure function of the step."""
+"""Data as NumPy arrays, in memory or streamed; batches are a pure function of the step."""
 
 from etils import epy
 

@@ -24,9 +24,9 @@ __all__ = [
     "take",
 ]
 
-_FINGERPRINTED = 3  # Examples of a streamed entry that are read for a fingerprint.
+_FINGERPRINTED = 3  # Examples of a streamed entry that a fingerprint reads.
 
-Arrays = Mapping[str, Any]  # np.ndarray or Streamed: most entries are never streamed, and used as what they are.
+Arrays = Mapping[str, Any]  # np.ndarray or Streamed: most entries are plain arrays, and used as such.
 """Examples by entry, e.g. `{"image": [N, H, W, C], "label": [N]}`, all with N on the leading axis.
 
 An entry may also be `Streamed`: then `entry[rows]` reads rows, and `take` takes them unread.
@@ -45,10 +45,9 @@ class Splits:
 def indices_of(size: int, batch_size: int, seed: int, stream: int = 0) -> Callable[[int, int], np.ndarray]:
     """Returns `(first step, count) -> indices [count, batch_size]` of the examples in each batch, int32.
 
-    Every example comes once an epoch, in a new order drawn from `seed`; another `stream` of the same seed, such as
-    that of another model, has orders of its own. The indices of a step depend on nothing
-    else, so that a resumed run sees what the unbroken one would. Every batch is full: one that begins in an epoch
-    ends in the next.
+    Every example occurs once per epoch, in a new order drawn from `seed`; another `stream` of the same seed, such as
+    that of another model, has different orders. The indices of a step depend on nothing else, so a resumed run sees the
+    same batches. Every batch is full; it may span two epochs.
 
     Raises:
       ValueError: no examples, or a batch size below 1.
@@ -56,8 +55,8 @@ def indices_of(size: int, batch_size: int, seed: int, stream: int = 0) -> Callab
     if size == 0 or not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batches need examples and a size of at least 1, got {size} and {batch_size!r}")
 
-    # Ours, and not grain's: its map datasets build a batch one index at a time, which took five times as long
-    # as a small model's step.
+    # We do not use grain: its map datasets build a batch one index at a time, which took five times as long as a small
+    # model's step.
     @functools.lru_cache(maxsize=2)
     def order(epoch: int) -> np.ndarray:
         return np.random.default_rng([seed, epoch, stream]).permutation(size).astype(np.int32)
@@ -96,12 +95,12 @@ def num_examples(arrays: Arrays) -> int:
 
 
 def split(arrays: Arrays, size: int, seed: int) -> tuple[Arrays, Arrays]:
-    """Returns `size` examples and the rest, drawn from `seed`; the classes of a `label` are in proportion in both.
+    """Returns `size` examples and the rest, drawn from `seed` and stratified by `label`.
 
     Raises:
-      ValueError: either side would have no example, or lack one of some class.
+      ValueError: either side would be empty, or lack a class.
     """
-    from sklearn.model_selection import train_test_split  # Half a second, which who splits nothing need not wait.
+    from sklearn.model_selection import train_test_split  # The import takes half a second.
 
     indices, labels = np.arange(num_examples(arrays)), arrays.get("label")
     _check_size(size, len(indices), labels)
@@ -124,10 +123,10 @@ def _check_size(size: int, total: int, labels: np.ndarray | None) -> None:
 
 
 def class_balanced(arrays: Arrays, size: int, seed: int) -> Arrays:
-    """Returns `size` examples with the classes in proportion, drawn from `seed`.
+    """Returns `size` examples, drawn from `seed` and stratified by class.
 
     Raises:
-      ValueError: there are fewer examples, or fewer than one for each class; there are no labels.
+      ValueError: fewer examples than `size`, less than one per class, or no labels.
     """
     if "label" not in arrays:
         raise ValueError(f"entry 'label' is missing; {near_misses('label', arrays)}")
@@ -137,24 +136,24 @@ def class_balanced(arrays: Arrays, size: int, seed: int) -> Arrays:
             f"the number of labels must lie between {classes}, one of each class, and {total}, "
             f"the number there is, got {size}"
         )
-    if size > total - classes:  # Too few would be left over for a split in proportion.
+    if size > total - classes:  # Too few would remain for a stratified split.
         order = np.random.default_rng(seed).permutation(total)
         return take(arrays, order[:size])
     return split(arrays, size, seed)[0]
 
 
 def take(arrays: Arrays, indices: np.ndarray) -> dict[str, Any]:
-    """Returns the examples of these numbers; streamed entries stay unread."""
+    """Returns the examples with these indices; streamed entries stay unread."""
     return {
         name: array.take(indices) if isinstance(array, Streamed) else array[indices] for name, array in arrays.items()
     }
 
 
 def fingerprint(arrays: Arrays) -> str:
-    """Returns a digest of examples in their order: names, shapes, dtypes and every number, 16 hexadecimal digits.
+    """Returns a digest of examples in order: names, shapes, dtypes and values, as 16 hexadecimal digits.
 
-    By it a run that goes on knows that its examples are those it began with. Of a streamed entry, which example is
-    which row, and the first, middle and last example are read.
+    A resumed run uses it to verify that its examples are unchanged. For a streamed entry, it covers the row indices and
+    the first, middle and last example.
     """
     digest = hashlib.sha256()
     for name in sorted(arrays):

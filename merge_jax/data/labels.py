@@ -1,4 +1,4 @@
-"""The labels of examples, checked before anything is learned: a compiled loss cannot say that one is wrong."""
+"""Checks labels before training: a compiled loss cannot report a wrong one."""
 
 import numpy as np
 
@@ -6,9 +6,9 @@ __all__ = ["check_labels"]
 
 
 def check_labels(name: str, labels: np.ndarray, size: int, num_classes: int, *, noun: str = "texts") -> None:
-    """Raises ValueError unless labels of `size` examples are whole numbers `[size]` in `[0, num_classes)`.
+    """Raises ValueError unless labels of `size` examples are integers `[size]` in `[0, num_classes)`.
 
-    The message names the data set `name` and the first label that is wrong.
+    The message names the data set `name` and the first wrong label.
     """
     if not np.issubdtype(labels.dtype, np.integer):
         raise ValueError(f"{name}: labels must be of an integer type, got {labels.dtype}{_first_between(labels)}")
@@ -24,7 +24,7 @@ def check_labels(name: str, labels: np.ndarray, size: int, num_classes: int, *, 
 
 
 def _first_between(labels: np.ndarray) -> str:
-    """Returns where the first label stands that is no whole number, if one is."""
+    """Returns the position of the first label that is not an integer, if any."""
     if not np.issubdtype(labels.dtype, np.floating) or labels.ndim != 1:
         return ""
     wrong = np.flatnonzero(labels != np.floor(labels))

@@ -1,4 +1,4 @@
-"""The examples of the next few steps, read while those of the last ones are computed."""
+"""Reads the examples of the next steps while the previous steps run."""
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,7 +16,7 @@ Chunk = tuple[dict[str, dict[str, np.ndarray]], dict[str, np.ndarray]]
 
 
 def is_streamed(arrays: Arrays) -> bool:
-    """Returns whether an entry is read when it is asked for, so that the whole of it should not be."""
+    """Returns whether an entry is read on access, and so should not be read whole."""
     return any(isinstance(entry, Streamed) for entry in arrays.values())
 
 
@@ -24,15 +24,15 @@ class ReadAhead:
     """Reads the examples of `steps` steps at a time; a context manager, which ends its thread.
 
     `read(first, count)` returns what `make_epoch` takes for the steps from `first` on: the examples of `steps` batches,
-    `{role: {entry: [steps * B, ...]}}`, and their indices among these, `{role: [steps, B]}`. Meanwhile the chunk from
-    `first + count` on is read in a thread, since that is what a loop asks for next; it may ask for any other too. An
-    error in that thread is raised when its chunk is asked for.
+    `{role: {entry: [steps * B, ...]}}`, and their indices among these, `{role: [steps, B]}`. Meanwhile a thread reads
+    the chunk from `first + count` on, which a loop requests next; any other may be requested too. An error in that
+    thread is raised when its chunk is requested.
     """
 
     def __init__(
         self, arrays: Mapping[str, Arrays], indices_at: Mapping[str, Callable[[int, int], np.ndarray]], steps: int
     ) -> None:
-        """Takes all examples of each role, what names those of each step (see `indices_of`), and steps of a chunk.
+        """Takes all examples of each role, their index functions (see `indices_of`), and the steps per chunk.
 
         Raises:
           ValueError: steps below 1.
@@ -47,11 +47,11 @@ class ReadAhead:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        """Ends the thread; what it is reading is lost."""
+        """Ends the thread; its current chunk is lost."""
         self._thread.shutdown(cancel_futures=True)
 
     def read(self, first: int, count: int) -> Chunk:
-        """Returns the chunk from step `first` on, of which `count` steps are taken before the next one."""
+        """Returns the chunk from step `first` on; the caller uses `count` steps of it."""
         ahead = self._ahead
         chunk = ahead[1].result() if ahead is not None and ahead[0] == first else self._read(first)
         self._ahead = (first + count, self._thread.submit(self._read, first + count))

@@ -1,4 +1,4 @@
-"""Entries that are read when their rows are asked for: of a set larger than memory, or of rows that share images."""
+"""Entries read on access: for sets larger than memory, or rows that share images."""
 
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -9,7 +9,7 @@ __all__ = ["Streamed", "Table"]
 
 
 class Table(Protocol):
-    """What rows are read from: an array `[M, ...]`, or what reads files. Threads may read at the same time."""
+    """A source of rows: an array `[M, ...]`, or a reader of files. Threads may read concurrently."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -22,18 +22,18 @@ class Table(Protocol):
         ...
 
     def __getitem__(self, rows: Any, /) -> np.ndarray:
-        """Returns rows `[n]` of whole numbers as `[n, ...]`."""
+        """Returns the rows with integer indices `[n]` as `[n, ...]`."""
         ...
 
 
 @dataclass(frozen=True)
 class Streamed:
-    """An entry `[N, ...]` of `Arrays` of which no row is in memory but those that are asked for.
+    """An entry `[N, ...]` of `Arrays` whose rows are read only on access.
 
-    Several rows may be one of the table, as when several questions are on one image.
+    Several rows may refer to one table row, as with several questions on one image.
 
     Attributes:
-      table: what rows are read from.
+      table: the source of rows.
       rows: `[N]`, the row of the table of each example.
     """
 
@@ -41,7 +41,7 @@ class Streamed:
     rows: np.ndarray
 
     def __post_init__(self) -> None:
-        """Raises ValueError for rows that are no whole numbers `[N]`, or that the table has not."""
+        """Raises ValueError unless rows are integers `[N]` within the table."""
         rows, size = self.rows, self.table.shape[0]
         if rows.ndim != 1 or not np.issubdtype(rows.dtype, np.integer):
             raise ValueError(f"rows must be whole numbers [N], got {rows.dtype} of shape {rows.shape}")
@@ -67,5 +67,5 @@ class Streamed:
         return np.asarray(self.table[self.rows[indices]])
 
     def take(self, indices: Any) -> "Streamed":
-        """Returns the entry of the examples `[n]`, none of which is read."""
+        """Returns the entry of the examples `[n]`, without reading them."""
         return Streamed(self.table, self.rows[indices])

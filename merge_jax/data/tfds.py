@@ -1,6 +1,6 @@
 """Sets of TensorFlow Datasets (TFDS), prepared and read without TensorFlow.
 
-TFDS is imported inside functions: it takes longer to import than merge_jax does, and few programs need it.
+TFDS is imported inside functions: it imports more slowly than merge_jax, and few programs need it.
 """
 
 import contextlib
@@ -29,13 +29,13 @@ __all__ = [
 ]
 
 _FINGERPRINT = "archive.sha256"
-# Bytes that an archive may unpack to: IMDb has half of that, and a small archive may claim more than the memory holds.
+# Maximum unpacked bytes of an archive: IMDb needs half, and a small archive may claim more than memory holds.
 _LARGEST = 2**30
-_RETRIES = 4  # Of a download; the ten of TFDS take over three minutes.
+_RETRIES = 4  # Retries per download; TFDS's ten take over three minutes.
 
 
 def root_folder(data_dir: Path | str | None) -> Path:
-    """Returns `data_dir`, or TFDS's own folder where it is None; raises ValueError for what can be no path."""
+    """Returns `data_dir`, or TFDS's folder if it is None; raises ValueError for an invalid path."""
     from tensorflow_datasets.core import constants
 
     root = Path(constants.DATA_DIR if data_dir is None else data_dir)
@@ -46,13 +46,14 @@ def root_folder(data_dir: Path | str | None) -> Path:
 
 @contextlib.contextmanager
 def quiet_tfds() -> Iterator[None]:
-    """Keeps TFDS from printing, and from trying for minutes where there is no network."""
+    """Keeps TFDS from printing, and from retrying for minutes without a network."""
     from tensorflow_datasets.core.download import downloader
 
-    # TFDS reads this constant whenever it opens an address, and has no option for it.
+    # TFDS reads this constant whenever it opens a URL, and has no option for it.
     retries, downloader.MAX_RETRIES = downloader.MAX_RETRIES, _RETRIES
     try:
-        # It prints advice about TensorFlow, which is not needed, and where it writes; its bars go to stderr and stay.
+        # It prints advice about TensorFlow, which is not needed, and its output folder; its progress bars stay on
+        # stderr.
         with contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
@@ -60,13 +61,13 @@ def quiet_tfds() -> Iterator[None]:
 
 
 def prepare(name: str, root: Path, check: Callable[[str, Any], None], *, hint: str = "") -> Any:
-    """Returns the builder of any set, prepared in `root` as its official builder does it.
+    """Returns the builder of any set, prepared in `root` by its official builder.
 
     Args:
-      name: of the set, with its config where it has several.
+      name: the set's name, with its config if it has several.
       root: the folder of all sets.
       check: raises ValueError for a name and features that do not fit, before anything is downloaded.
-      hint: the end of the message on an unknown name.
+      hint: the end of the message for an unknown name.
 
     Raises:
       ValueError: the set is unknown, does not pass the check, or cannot be downloaded or prepared.
@@ -76,7 +77,7 @@ def prepare(name: str, root: Path, check: Callable[[str, Any], None], *, hint: s
     builder = _builder(name, root, hint)
     check(name, builder.info.features)
     try:
-        # Returns at once where the set is there already.
+        # Returns at once if the set exists.
         builder.download_and_prepare(file_format="array_record")
     except ImportError as error:
         raise ValueError(
@@ -85,7 +86,7 @@ def prepare(name: str, root: Path, check: Callable[[str, Any], None], *, hint: s
             f".download_and_prepare(file_format='array_record'), and move the result into {root}"
         ) from error
     except (OSError, tfds.download.DownloadError, AssertionError) as error:
-        # TFDS asserts that the files are there which one has to download by hand.
+        # TFDS asserts that manually downloaded files exist.
         raise ValueError(f"{name} cannot be downloaded or prepared in {root}: {one_line(error)}") from error
     return builder
 
@@ -98,7 +99,7 @@ def _builder(name: str, root: Path, hint: str) -> Any:
     except ImportError as error:
         raise ValueError(f"{name} needs another package ({one_line(error)})") from error
     except (ValueError, AssertionError) as error:
-        # Without the community's sets, whose list may come from the network.
+        # Without community sets, whose list may come from the network.
         names = tfds.list_builders(with_community_datasets=False)
         family = re.split("[/:]", name)[0]
         if family in names:
@@ -107,14 +108,14 @@ def _builder(name: str, root: Path, hint: str) -> Any:
 
 
 def prepare_from_files(builder: Any) -> None:
-    """Prepares the set of a builder that gets its `sources` by `fetch`; one that is there already is used as it is.
+    """Prepares the set of a builder that gets its `sources` by `fetch`; an existing set is used as is.
 
     Raises:
-      ValueError: a file by hand is not the one that the set was prepared from, or what the builder raises.
+      ValueError: a manual file is not the one that the set was prepared from, or an error of the builder.
     """
     prepared = Path(builder.data_dir)
     if prepared.exists():
-        # Without a record the set is TFDS's own, which takes the official files alone.
+        # Without a record the set was made by TFDS, which accepts only official files.
         record = prepared / _FINGERPRINT
         official = [builder.url_infos[url].checksum for url in builder.sources]
         known = record.read_text().split() if record.exists() else official
@@ -131,17 +132,17 @@ def prepare_from_files(builder: Any) -> None:
 def fetch(builder: Any, dl_manager: Any) -> list[Path]:
     """Returns the file of each address in `builder.sources`.
 
-    It is the one in `<data_dir>/downloads/manual/` if it lies there, and downloaded otherwise. Which files they were
-    stays on record beside the set.
+    It is read from `<data_dir>/downloads/manual/` if it is there, and downloaded otherwise. A record of the files is
+    stored beside the set.
 
     Raises:
-      ValueError: a file neither lies there nor can be downloaded.
+      ValueError: a file neither exists there nor can be downloaded.
     """
     files = []
     for url in builder.sources:
         manual = _manual_file(builder, url)
         files.append(manual if manual.exists() else _download(dl_manager, url, manual))
-    # `data_dir` is a temporary one here, which TFDS renames once all is written: no set lacks its record.
+    # Here `data_dir` is a temporary folder, which TFDS renames once all is written: no set lacks its record.
     (Path(builder.data_dir) / _FINGERPRINT).write_text("\n".join(map(_fingerprint, files)))
     return files
 
@@ -165,13 +166,13 @@ def _fingerprint(file: Path) -> str:
 
 
 def archive_members(archive: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes | None]]:
-    """Yields the name of every member of a tar.gz, and the bytes of those that are wanted files, None of others.
+    """Yields the name of every member of a tar.gz, with the bytes of wanted files and None for others.
 
-    Nothing is written to the disk, so no member can do anything.
+    Nothing is written to disk, so members cannot do harm.
 
     Raises:
-      ValueError: the archive is truncated or broken; at its end too, where the checksum is. It unpacks to more than
-        1 GiB.
+      ValueError: the archive is truncated or broken (also detected at the end, by the checksum), or unpacks to more
+        than 1 GiB.
     """
     try:
         with gzip.open(archive) as file, tarfile.open(fileobj=cast(Any, _Bounded(file, archive)), mode="r|") as tar:
@@ -179,7 +180,7 @@ def archive_members(archive: Path, wanted: Callable[[str], bool]) -> Iterator[tu
                 check_unpacked(archive, member.name, member.size, _LARGEST)
                 content = tar.extractfile(member) if member.isreg() and wanted(member.name) else None
                 yield member.name, None if content is None else content.read()
-            # The checksum is at the end of the file, behind the last member.
+            # The checksum follows the last member.
             while file.read(1 << 20):
                 pass
     except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
@@ -189,7 +190,7 @@ def archive_members(archive: Path, wanted: Callable[[str], bool]) -> Iterator[tu
 
 
 class _Bounded:
-    """What a file unpacks to, as far as `_LARGEST` bytes: headers too may claim any size."""
+    """The unpacked content of a file, up to `_LARGEST` bytes: headers may also claim any size."""
 
     def __init__(self, file: gzip.GzipFile, archive: Path) -> None:
         self._file, self._archive, self._size = file, archive, 0
@@ -202,7 +203,7 @@ class _Bounded:
 
 
 def check_unpacked(archive: Path, what: str, size: int, limit: int) -> None:
-    """Raises ValueError where a part of an archive unpacks to more bytes than it may."""
+    """Raises ValueError if a part of an archive unpacks to more bytes than allowed."""
     if size > limit:
         raise ValueError(f"the archive {archive} unpacks to {size} bytes ({what}), over the limit of {limit}")
 
@@ -211,7 +212,7 @@ def open_split(builder: Any, split: str, **options: Any) -> Any:
     """Returns the examples of a split, by index; options are those of TFDS's `as_data_source`.
 
     Raises:
-      ValueError: the split is empty, or lies there in a format that needs TensorFlow.
+      ValueError: the split is empty, or stored in a format that needs TensorFlow.
     """
     try:
         source = builder.as_data_source(split, **options)

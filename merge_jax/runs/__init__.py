@@ -1,4 +1,4 @@
-"""Run folders, written, read and shown: tables, curves, an HTML page, several runs side by side."""
+"""Writing, reading and showing run folders: tables, curves, an HTML page, comparisons of runs."""
 
 from etils import epy
 

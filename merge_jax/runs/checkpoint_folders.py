@@ -1,4 +1,4 @@
-"""Where the checkpoints of a run are."""
+"""Finds the checkpoints of a run."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ def locate_checkpoints(path: Path) -> tuple[Path, int | None]:
     """Returns the checkpoint folder that a path names, and the step, if it names one.
 
     Raises:
-      ValueError: there is no such folder, or it has no checkpoints; what is there is named.
+      ValueError: there is no such folder, or it has no checkpoints; the message lists what exists.
     """
     if path.is_file():
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Several runs in one table and one picture."""
+"""Several runs in one table and one figure."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,27 +25,27 @@ if TYPE_CHECKING:
 
 __all__ = ["Comparison", "compare"]
 
-_GRID = "grid.toml"  # What the folder of a study has, and that of a run has not.
+_GRID = "grid.toml"  # Present in a study's folder, but not in a run's.
 
 
 class Comparison(NamedTuple):
-    """Runs side by side: a text for people, and the picture of their curves."""
+    """A comparison of runs: a text table, and a figure of their curves."""
 
     text: str
     figure: "Figure"
 
 
 def compare(paths: Sequence[Path | str], baseline: str | None = None) -> Comparison:
-    """Returns runs side by side; one run alone is its own table.
+    """Returns a comparison of runs; a single run yields its own table.
 
     Args:
-      paths: the run folders; that of a study stands for all of its runs that have results so far.
-      baseline: the method of the first run that all others are compared with, paired by seed; `vanilla` by default, or
-        the first method where there is none.
+      paths: the run folders; a study's folder stands for all of its runs with results.
+      baseline: the first run's method that all others are compared with, paired by seed; by default `vanilla`, or the
+        first method if there is no `vanilla`.
 
     Raises:
-      ValueError: no folders, one that is named twice or is no run with results, or a baseline that the first run has
-        not.
+      ValueError: no folders, one that is named twice or is not a run with results, or a baseline missing from the first
+        run.
     """
     if not paths:
         raise ValueError("no run folders to compare")
@@ -67,10 +67,10 @@ def compare(paths: Sequence[Path | str], baseline: str | None = None) -> Compari
 
 
 def _runs_in(path: Path) -> list[Run]:
-    """Returns the runs that a folder stands for; of a study, those of the baseline come first.
+    """Returns the runs that a folder stands for; for a study, those with the baseline come first.
 
     Raises:
-      ValueError: what `Run.read` refuses, or a study none of whose runs has results yet.
+      ValueError: as `Run.read`, or a study without results yet.
     """
     if not (path / _GRID).exists():
         return [Run.read(path)]
@@ -81,7 +81,7 @@ def _runs_in(path: Path) -> list[Run]:
 
 
 def _names(runs: Sequence[Run]) -> list[str]:
-    """Returns what tells the runs apart: the last parts of their paths, as many as it takes."""
+    """Returns distinct names of the runs: as many last parts of their paths as needed."""
     for count in range(1, max(len(run.path.resolve().parts) for run in runs)):
         names = ["/".join(run.path.resolve().parts[-count:]) for run in runs]
         if len(set(names)) == len(names):
@@ -122,7 +122,7 @@ def _table(runs: Sequence[Run], names: Sequence[str], baseline: str) -> Rows:
 
 
 def _same_test(run: Run, other: Run) -> bool:
-    """Whether two runs judge their targets alike, as far as their plans tell."""
+    """Whether two runs score their targets alike, as far as their plans tell."""
     mine, others = run.plan.target, other.plan.target
     return (run.plan.experiment, mine.metric, mine.examples[2]) == (
         other.plan.experiment,
@@ -161,7 +161,7 @@ def _notes(runs: Sequence[Run], names: Sequence[str], baseline: str) -> list[str
 
 
 def _weak_points(run: Run, first: Run, name: str, of_first: str, baseline: str) -> list[str]:
-    """Returns what makes differences between two runs mean less than they seem to."""
+    """Returns reasons why differences between two runs may mislead."""
     lines = []
     compared = first.by_seed(baseline, "target_test").keys()
     common = {method: len(run.by_seed(method, "target_test").keys() & compared) for method in run.methods}

@@ -1,4 +1,4 @@
-"""Pictures of a run over its steps."""
+"""Curves of a run over its steps."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -29,7 +29,7 @@ class Curve(NamedTuple):
 def judged(run: Run) -> tuple[dict[str, Curve], str]:
     """Returns the curve of each method's validation metric, and its title.
 
-    Where nothing is held out to validate on, it is the accuracy on the batches.
+    Without a validation split, it is the accuracy on the batches.
     """
     metric = run.plan.target.metric
     validated = any(f"target/validation_{metric}" in record for record in run.records)
@@ -39,7 +39,7 @@ def judged(run: Run) -> tuple[dict[str, Curve], str]:
 
 
 def followed(run: Run) -> tuple[dict[str, Curve], str]:
-    """Returns the curves of gates and of what else a transfer has to follow, if there are any, and what they are."""
+    """Returns the curves of gates and other monitored values of a transfer, if any, and their title."""
     names = {
         (method, name)
         for record in run.records
@@ -65,7 +65,7 @@ def overlaid(runs: Mapping[str, Run]) -> tuple[dict[str, Curve], str]:
 def _curve(run: Run, method: str, name: str, scale: float = 1.0) -> Curve:
     values: dict[int, list[float]] = {}
     for record in run.records:
-        # A number that is not finite stands as text.
+        # A non-finite number is stored as text.
         if record["run"].rsplit("-seed", 1)[0] == method and name in record:
             values.setdefault(record["step"], []).append(scale * float(record[name]))
     steps = sorted(values)
@@ -75,8 +75,8 @@ def _curve(run: Run, method: str, name: str, scale: float = 1.0) -> Curve:
 
 
 def draw(curves: Mapping[str, Curve], label: str) -> "Figure":
-    """Returns the picture of curves."""
-    from matplotlib.figure import Figure  # It takes half a second that --help should not.
+    """Returns the figure of curves."""
+    from matplotlib.figure import Figure  # The import takes half a second, too long for --help.
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -87,14 +87,14 @@ def draw(curves: Mapping[str, Curve], label: str) -> "Figure":
     axes.grid(alpha=0.3)
     if len(curves) <= 4:
         axes.legend()
-    else:  # Beside the curves: over them it would hide some.
+    else:  # Beside the curves: it would hide some of them.
         figure.set_size_inches(10, max(4.5, 0.25 * len(curves)))
         figure.legend(loc="outside right upper", fontsize="small")
     return figure
 
 
 def as_svg(figure: "Figure") -> str:
-    """Returns a picture as SVG, the same text for the same curves."""
+    """Returns a figure as SVG, the same text for the same curves."""
     from matplotlib import rc_context
 
     file = io.StringIO()

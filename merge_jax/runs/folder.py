@@ -1,4 +1,4 @@
-"""A run folder: the config, the environment, the metrics and the results of a run, where anyone can read them."""
+"""A run folder: the config, environment, metrics and results of a run, in readable files."""
 
 import contextlib
 import datetime
@@ -30,8 +30,8 @@ __all__ = ["MetricsLog", "RunFolder", "check_space", "describe_environment", "nu
 _RUNS = Path("runs")
 _CONFIG = "config.json"
 _CONTENTS = "contents"
-_FLUSH = 10.0  # Seconds that events may wait in memory.
-# What a process leaves that was killed as it made the folder.
+_FLUSH = 10.0  # Seconds that events may stay in memory.
+# Left by a process killed while creating the folder.
 _BEFORE_CONFIG = (LOCK, f"{_CONFIG}.part")
 
 Translate = Callable[[Mapping[str, Any]], Mapping[str, Any]]
@@ -59,41 +59,41 @@ Go on after an interruption with the command above and `--resume --run-dir` this
 
 
 class RunFolder:
-    """The folder of one run; opening it checks all that could go wrong, before anything is trained.
+    """The folder of one run; opening it checks for problems before training.
 
-    One process at a time has it open to write; another is refused.
+    Only one process at a time may open it for writing.
     """
 
     def __init__(self, path: Path):
-        """Takes a folder to read; use `RunFolder.open` to write into it."""
+        """Takes a folder to read; use `RunFolder.open` to write."""
         self.path = path
         self.checkpoints = path / "checkpoints"
         self._lock: FolderLock | None = None
 
     @classmethod
     def open(cls, path: Path | str, config: Mapping[str, Any], *, resume: bool, translate: Translate = dict) -> Self:
-        """Returns the folder, made new, or the one that is there where `resume` is set.
+        """Creates and returns the folder, or opens the existing one if `resume` is set.
 
         Args:
           path: the folder; a new one, or an empty one, unless `resume` is set.
-          config: all options that say what the run is, as JSON types. Under `contents` may stand what options hold that
-            are paths, by name: where a run in the folder knows that too, the paths themselves may differ.
-          resume: go on with the run in the folder.
-          translate: makes the saved config of an earlier version one of this version.
+          config: all options that define the run, as JSON types. `contents` may hold digests of path options, by name;
+            if the saved run has them too, the paths themselves may differ.
+          resume: whether to continue the run in the folder.
+          translate: converts an earlier version's saved config to this version.
 
-        Where several processes share a run, process 0 alone writes, and it alone reports errors.
+        If several processes share a run, only process 0 writes and reports errors.
 
         Raises:
-          ValueError: the folder holds a run and `resume` is not set; `resume` is set and there is none, or one
-            with another config (the message names the fields); another process is writing into it; the folder
-            cannot be written.
+          ValueError: the folder holds a run and `resume` is not set; `resume` is set and there is no run, or one with
+            another config (the message names the fields); another process is writing into it; the folder is not
+            writable.
         """
         path = Path(path)
         if jax.process_index() > 0:
             return cls(path)
         cls.check(path, config, resume=resume, translate=translate)
         config_path = path / _CONFIG
-        config = json.loads(json.dumps(config))  # As it will be read back: tuples are lists.
+        config = json.loads(json.dumps(config))  # As it will be read back: tuples become lists.
         try:
             path.mkdir(parents=True, exist_ok=True)
             folder = cls(path)
@@ -111,7 +111,7 @@ class RunFolder:
 
     @staticmethod
     def check(path: Path | str, config: Mapping[str, Any], *, resume: bool, translate: Translate = dict) -> None:
-        """Raises ValueError where `open` would because of what is in the folder; writes nothing."""
+        """Raises ValueError if `open` would because of the folder's content; writes nothing."""
         path = Path(path)
         config_path = path / _CONFIG
         try:
@@ -141,7 +141,7 @@ class RunFolder:
             raise ValueError(f"the run folder {path} cannot be read: {error}") from None
 
     def close(self) -> None:
-        """Lets other processes write into the folder."""
+        """Releases the folder to other writers."""
         if self._lock is not None:
             self._lock.release()
 
@@ -156,13 +156,13 @@ class RunFolder:
         write_whole(self.path / name, content)
 
     def read_json(self, name: str, default: Any) -> Any:
-        """Returns the content of a file of the folder, or `default` where there is none."""
+        """Returns the content of a file of the folder, or `default` if it is missing."""
         path = self.path / name
         return json.loads(path.read_text()) if path.exists() else default
 
 
 def _by_contents(config: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the options of a config, with their contents instead of paths where another config knows it too."""
+    """Returns a config's options, with digests instead of paths if the other config has them too."""
     known = config.get(_CONTENTS, {}).keys() & other.get(_CONTENTS, {}).keys()
     options = {name: value for name, value in config.items() if name != _CONTENTS}
     return options | {name: config[_CONTENTS][name] for name in known}
@@ -172,7 +172,7 @@ class MetricsLog:
     """The metrics of all runs of a folder, as `metrics.jsonl` and as TensorBoard events."""
 
     def __init__(self, folder: RunFolder):
-        """Opens, or goes on with, the metrics of the folder."""
+        """Opens or continues the metrics of the folder."""
         self._folder = folder
         self._path = folder.path / "metrics.jsonl"
 
@@ -180,19 +180,19 @@ class MetricsLog:
         """Returns all records, each with `run`, `step` and metrics by name."""
         if not self._path.exists():
             return []
-        # A process that was killed as it wrote leaves a line without an end; its checkpoint is older than that.
+        # A process killed while writing leaves an incomplete line; its checkpoint is older.
         lines = self._path.read_text().splitlines(keepends=True)
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def rewind(self, run: str, step: int) -> None:
-        """Forgets what a run reported after `step`: it goes on from there and will report it again."""
+        """Drops a run's reports after `step`: the run continues from there and reports again."""
         if not self._path.exists():
             return
         kept = [r for r in self.records() if r["run"] != run or r["step"] <= step]
         self._folder.write_text(self._path.name, "".join(json.dumps(r) + "\n" for r in kept))
 
     def writer(self, run: str, step: int) -> "RunWriter":
-        """Returns the writer of one run, which goes on after `step` (0 for a new one)."""
+        """Returns the writer of one run, which continues after `step` (0 for a new run)."""
         self.rewind(run, step)
         return RunWriter(self._path, run, self._folder.path / "tensorboard" / run, step)
 
@@ -200,12 +200,12 @@ class MetricsLog:
 class RunWriter:
     """Writes the metrics of one run, as lines of JSON and as events; a context manager.
 
-    Events are not written by tensorboardX's own `SummaryWriter` (2.6.5): its thread dies where the disk is full, and
-    the eleventh event after that waits for it for ever.
+    We do not use tensorboardX's `SummaryWriter` (2.6.5): its thread dies if the disk is full, and the eleventh event
+    after that waits for it forever.
     """
 
     def __init__(self, path: Path, run: str, events: Path, after: int):
-        """Begins a file of events; TensorBoard forgets what earlier ones hold of steps above `after`, if any."""
+        """Starts an event file; TensorBoard drops earlier events of steps above `after`, if any."""
         self._path, self._run, self._events = path, run, events
         self._writer: RecordWriter | None = None
         if jax.process_index() > 0:  # Only process 0 writes.
@@ -226,15 +226,15 @@ class RunWriter:
         return self
 
     def __exit__(self, *unused: object) -> None:
-        """Writes out what is left; raises OSError as `write`."""
+        """Writes remaining events; raises OSError as `write`."""
         if self._writer is not None:
             with naming_file(self._events):
                 self._writer.close()
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Writes one record; raises OSError, with the name of a file or a folder, where that fails.
+        """Writes one record; on failure, raises OSError with the name of a file or folder.
 
-        JSON has no word for a number that is not finite, so it stands as a string there.
+        JSON cannot represent non-finite numbers, so they are stored as strings.
         """
         if self._writer is None:
             return
@@ -252,18 +252,18 @@ class RunWriter:
 
 @contextlib.contextmanager
 def numbered_folder(name: str, resume: bool = False, *, given: Path | None = None) -> Iterator[Path]:
-    """Makes the next folder `runs/<name>-<number>`, for this process alone; a context manager.
+    """Creates the next folder `runs/<name>-<number>` for this process; a context manager.
 
     >>> with numbered_folder("mine") as folder:  # doctest: +SKIP
     ...     (folder / "table.txt").write_text("...")  # What is still empty at the end is removed.
 
     Args:
-      name: of what is run.
-      resume: make none, and find the last that holds a run.
-      given: the folder that the user names; it is taken as it is.
+      name: the name of the run.
+      resume: whether to return the last folder with a run instead of a new one.
+      given: a folder named by the user, used as is.
 
     Raises:
-      ValueError: the folder cannot be made.
+      ValueError: the folder cannot be created.
     """
     if given is not None:
         yield given
@@ -280,7 +280,7 @@ def numbered_folder(name: str, resume: bool = False, *, given: Path | None = Non
         try:
             folder.mkdir(parents=True)
             break
-        except FileExistsError:  # Of a run that has begun meanwhile.
+        except FileExistsError:  # Of a run that has started meanwhile.
             number += 1
         except OSError as error:
             raise ValueError(f"the run folder {folder} cannot be written: {error}") from None
@@ -296,7 +296,7 @@ def _folder(name: str, number: int) -> Path:
 
 
 def check_space(folder: Path, needed: int) -> None:
-    """Raises ValueError if the disk lacks the bytes that a run will need in a folder, which may not exist yet."""
+    """Raises ValueError if the disk lacks space for a run in a folder, which may not exist yet."""
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     free = shutil.disk_usage(existing).free
@@ -328,7 +328,7 @@ def _command() -> str:
 
 
 def _commit() -> str | None:
-    """Returns the commit of the code, with a mark where it is changed, or None outside a git checkout."""
+    """Returns the commit of the code, marked if it has changes, or None outside a git checkout."""
     try:
         git = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=12"],

@@ -1,4 +1,4 @@
-"""A run as one HTML file that needs nothing else: no network, no other files."""
+"""A run as one self-contained HTML file: no network, no other files."""
 
 import base64
 import html
@@ -34,7 +34,7 @@ summary { cursor: pointer; }
 
 
 def html_report(run: Run) -> str:
-    """Returns the report of a run: plan, table, curves, gates, samples, options, and where and when it ran."""
+    """Returns the report of a run: plan, table, curves, gates, samples, options, machine and date."""
     curves, label = judged(run)
     sections = [
         _section("What was done", _list(run.plan.lines())),
@@ -83,7 +83,7 @@ def _table(table: Rows) -> str:
 
 
 def _wide(table: str) -> str:
-    # A table that is wider than a phone scrolls by itself, and not the page with it.
+    # A table wider than a phone scrolls by itself, not with the page.
     return f'<div class="wide">\n{table}\n</div>'
 
 
@@ -96,7 +96,7 @@ def _pairs(entries: Mapping[str, str]) -> str:
 
 
 def _options(run: Run) -> list[str]:
-    """Returns the options that the command gave, and all others folded."""
+    """Returns the options set by the command, and all others folded."""
     given = _given(run)
     tables = {True: {}, False: {}}
     for name, value in run.config.items():
@@ -108,7 +108,7 @@ def _options(run: Run) -> list[str]:
 
 
 def _given(run: Run) -> set[str]:
-    """Returns the options that the run was started with, by their names in the config."""
+    """Returns the options the run was started with, by their config names."""
     words = shlex.split(run.sessions[0]["command"])
     # tyro takes `-` for `_`; `--no-x` is False for x; `--x.y` is a part of x.
     names = {word[2:].partition("=")[0].replace("-", "_").partition(".")[0] for word in words if word[:2] == "--"}
@@ -143,7 +143,7 @@ def _commands(run: Run) -> str:
 
 
 def _resuming(run: Run) -> str:
-    """Returns the command that goes on with a run."""
+    """Returns the command that resumes a run."""
     command = run.sessions[0]["command"]
     words = command.split()
     given = any(word.split("=")[0].replace("_", "-") == "--run-dir" for word in words)

@@ -1,4 +1,4 @@
-"""A run folder as a reader finds it: what was planned, and what came out."""
+"""A run read from its folder: plan and results."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -25,12 +25,12 @@ class Model:
     """A model of a run.
 
     Attributes:
-      name: for people.
-      parameters: how many it has.
-      metric: what it is judged by.
-      examples: how many there are to train, to validate and to test.
-      code: lines of Python that make `model`, its variables as shapes, `like`, and its `apply` function; empty where
-        they are not known.
+      name: the display name.
+      parameters: the number of parameters.
+      metric: the metric that scores it.
+      examples: the numbers of training, validation and test examples.
+      code: Python lines that define `model`, its variables as shapes, `like`, and its `apply` function; empty if
+        unknown.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Model:
     code: str = ""
 
     def __str__(self) -> str:
-        """Returns the model in a line."""
+        """Returns a one-line description."""
         train, validate, test = self.examples
         return (
             f"{self.name}, {self.parameters:,} parameters; "
@@ -54,7 +54,7 @@ class RouteStats:
 
     Attributes:
       routes: each as `target <- source`.
-      parameters: how many the adapter has.
+      parameters: the number of adapter parameters.
     """
 
     routes: tuple[str, ...]
@@ -63,23 +63,23 @@ class RouteStats:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The plan of a run; with the results, all that the tables need.
+    """The plan of a run; with the results, it contains everything the tables need.
 
     Attributes:
-      experiment: its name.
-      source: the model that gives; None where the target is its own source.
-      target: the model that receives.
-      origin: where the source comes from, in words that follow "source".
-      steps: how long the target is trained.
-      batch_size: examples in a batch.
-      methods: that are compared, in their order.
-      seeds: how many there are.
-      transfers: what is moved, of each method that moves anything by name.
-      devices: how many of what kind.
-      control: what is done to the source to compare it; empty for nothing.
-      expected: how long this took where it was measured; empty where it was not.
-      caution: why its figures mean little; empty where they do not.
-      moments: how many steps of how many transfer; empty where none does.
+      experiment: the experiment's name.
+      source: the source model; None if the target is its own source.
+      target: the target model.
+      origin: where the source comes from, worded to follow "source".
+      steps: the target's training steps.
+      batch_size: examples per batch.
+      methods: the compared methods, in order.
+      seeds: the number of seeds.
+      transfers: the routes of each method that transfers, by name.
+      devices: the number and kind of devices.
+      control: the control applied to the source; empty for none.
+      expected: the measured duration; empty if not measured.
+      caution: why its figures mean little, if so; otherwise empty.
+      moments: how many of the steps transfer; empty if none.
     """
 
     experiment: str
@@ -103,7 +103,7 @@ class Plan:
 
     @classmethod
     def from_json(cls, content: Any) -> Self:
-        """Returns the plan that `to_json` gave; whatever else raises KeyError, TypeError or AttributeError."""
+        """Returns the plan from `to_json`; other input raises KeyError, TypeError or AttributeError."""
 
         def model(entry: Mapping[str, Any]) -> Model:
             train, validate, test = entry["examples"]
@@ -125,7 +125,7 @@ class Plan:
         )
 
     def lines(self) -> list[str]:
-        """Returns the plan for people."""
+        """Returns the plan as readable lines."""
         lines = [] if self.source is None else [f"source: {self.source}"]
         lines += [f"target: {self.target}", f"source {self.origin}"]
         if self.control:
@@ -149,7 +149,7 @@ class Plan:
 
     @property
     def models(self) -> str:
-        """The models in a few words."""
+        """A short description of the models."""
         if self.source is None:
             return f"{self.target.name} to itself"
         pair = f"{self.source.name} -> {self.target.name}"
@@ -164,13 +164,13 @@ class Run:
 
     Attributes:
       path: the folder.
-      plan: what was to be done.
+      plan: the plan of the run.
       config: every option.
-      sessions: where and when it ran, the first time and each time that it was resumed.
-      results: one entry of each method and seed that has ended.
-      records: its reports.
-      opponents: one entry of each opponent and seed: what no method trains, such as a regression on the inputs; none
-        of a run of an earlier version.
+      sessions: the environment and date of the first session and of each resume.
+      results: one entry for each finished method and seed.
+      records: the metric records.
+      opponents: one entry for each opponent and seed: baselines that no method trains, such as a regression on the
+        inputs; empty for runs of earlier versions.
     """
 
     path: Path
@@ -186,8 +186,8 @@ class Run:
         """Returns the run of a folder.
 
         Raises:
-          ValueError: there is no such folder, it holds no run, one of a version without plans, or one of which no
-            method has ended; or a file of it is damaged.
+          ValueError: the folder is missing or holds no run, the run has no plan (an old version) or no finished method,
+            or a file is damaged.
         """
         path = Path(path)
         if not path.is_dir():
@@ -219,23 +219,23 @@ class Run:
 
     @property
     def methods(self) -> tuple[str, ...]:
-        """The methods that have ended for at least one seed, in the order of the plan."""
+        """The methods finished for at least one seed, in the order of the plan."""
         ended = {result["method"] for result in self.results}
         return tuple(method for method in self.plan.methods if method in ended)
 
     @property
     def trained(self) -> Path | None:
-        """The checkpoint folder of the last method and the first seed; None where a run of version 0.1 has none."""
+        """The checkpoint folder of the last method and the first seed; None if a run of version 0.1 has none."""
         folder = self.path / "checkpoints" / f"{self.methods[-1]}-seed0"
         return folder if folder.is_dir() else None
 
     def by_seed(self, method: str, name: str, scale: float = 1.0) -> dict[int, float]:
-        """Returns a number of a method, of each seed that has it."""
+        """Returns a value of a method, for each seed that has it."""
         rows = sorted((r["seed"], r[name]) for r in self.results if r["method"] == method and r.get(name) is not None)
         return {seed: scale * value for seed, value in rows}
 
     def opponents_by_seed(self, scale: float = 1.0) -> dict[str, dict[int, float]]:
-        """Returns the test accuracy of each opponent, of each seed that has it."""
+        """Returns the test accuracy of each opponent, for each seed that has it."""
         found: dict[str, dict[int, float]] = {}
         for entry in self.opponents:
             found.setdefault(entry["opponent"], {})[entry["seed"]] = scale * entry["target_test"]
@@ -249,5 +249,5 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def words(metric: str) -> str:
-    """Returns the name of a metric for people."""
+    """Returns the display name of a metric."""
     return metric.replace("_", " ").replace("f1", "F1")

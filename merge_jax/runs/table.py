@@ -45,11 +45,11 @@ _WIDTH = 100
 
 
 class Rows(NamedTuple):
-    """A table before it is drawn.
+    """The content of a table.
 
     Attributes:
-      title: above it.
-      headings: of its columns; the first one's cells are names.
+      title: the title above it.
+      headings: the column headings; the first column holds names.
       rows: the cells.
     """
 
@@ -68,7 +68,7 @@ class Rows(NamedTuple):
 
 
 def result_tables(run: Run) -> list[Rows]:
-    """Returns the table of a run, a row a method, and, where there are other test metrics, a second one of them."""
+    """Returns the table of a run, one row per method, and a second table of other test metrics, if any."""
     metric = words(run.plan.target.metric)
     starts = starts_in(run.results)
     headings = ("method", "target", f"- {BASELINE}", *starts, "best val.", "source", "s/run", "compile s", "adapter")
@@ -104,13 +104,13 @@ def result_tables(run: Run) -> list[Rows]:
 
 
 def starts_in(results: Iterable[Mapping[str, Any]]) -> dict[str, str]:
-    """Returns those of `STARTS` that any result has; those of runs of earlier versions have none."""
+    """Returns those of `STARTS` that any result has; results of earlier versions have none."""
     results = list(results)
     return {heading: name for heading, name in STARTS.items() if any(one.get(name) is not None for one in results)}
 
 
 def _tested(run: Run, method: str) -> dict[str, list[float]]:
-    """Returns all metrics of the target on the test split, over seeds."""
+    """Returns all test metrics of the target, over seeds."""
     values: dict[str, list[float]] = {}
     for result in run.results:
         if result["method"] == method:
@@ -120,13 +120,13 @@ def _tested(run: Run, method: str) -> dict[str, list[float]]:
 
 
 def difference(values: dict[int, float], baseline: dict[int, float]) -> str:
-    """Returns the mean difference of the seeds that both have, paired; nothing where there are none."""
+    """Returns the mean paired difference over shared seeds; an empty string without any."""
     common = sorted(values.keys() & baseline.keys())
     return format_values([values[seed] - baseline[seed] for seed in common], "+")
 
 
 def format_values(values: Iterable[float], sign: str = "") -> str:
-    """Returns mean and standard error with one digit; an empty string for no values."""
+    """Returns mean and standard error with one digit; an empty string without values."""
     values = list(values)
     if not values:
         return ""
@@ -135,10 +135,10 @@ def format_values(values: Iterable[float], sign: str = "") -> str:
 
 
 def meaning(run: Run) -> str:
-    """Returns in one sentence what the result of a run means: which method gains most, and whether that is sure.
+    """Returns one sentence on a run's result: which method gains most, and whether that is sure.
 
-    Sure is a gain of more than twice its standard error over three seeds or more (our choice: a reader's rule of thumb,
-    not a test; `experiments.ablation` has tests).
+    A gain is sure if it exceeds twice its standard error over at least three seeds (our choice: a rule of thumb, not a
+    test; `experiments.ablation` has tests).
     """
     if run.plan.caution:
         return f"This is {run.plan.caution}."
@@ -162,7 +162,7 @@ def meaning(run: Run) -> str:
 
 
 def notes(run: Run) -> list[str]:
-    """Returns the notes below a table: models, protocol, command, hardware, versions, date, and what went wrong."""
+    """Returns the notes below a table: models, protocol, command, hardware, versions, date and problems."""
     plan, session = run.plan, run.sessions[0]
     several = f"mean ± standard error over {plan.seeds} seeds, differences paired by seed and taken before rounding"
     protocol = (
@@ -189,14 +189,14 @@ def notes(run: Run) -> list[str]:
 
 
 def opponent_note(names: Iterable[str]) -> str:
-    """Returns in a sentence what opponents are."""
+    """Returns one sentence that explains opponents."""
     return f"Not trained here, with the same labelled examples: {'; '.join(OPPONENT_NOTES.get(n, n) for n in names)}."
 
 
 def as_text(tables: Sequence[Rows], lines: Sequence[str]) -> str:
-    """Returns tables and the lines below them, the same on any terminal and in a file."""
+    """Returns tables and their notes, the same on any terminal and in a file."""
     file = io.StringIO()
-    console = Console(file=file, width=1000)  # No table is cut; it takes what it needs.
+    console = Console(file=file, width=1000)  # Tables are never cut; they take the width they need.
     for table in tables:
         console.print(table.drawn())
     written = "\n".join(line.rstrip() for line in file.getvalue().splitlines())

@@ -7,7 +7,7 @@ __all__ = ["installed_versions"]
 
 
 def installed_versions(packages: Iterable[str]) -> dict[str, str]:
-    """Returns the version of each package by its name; `not installed` where there is none."""
+    """Returns the version of each package by name, or `not installed`."""
     versions = {}
     for package in packages:
         try:

@@ -1,7 +1,7 @@
-"""The engine of experiments: options, methods, trials and their runs, grids of them and reports.
+"""The engine of experiments: options, methods, trials, runs, grids and reports.
 
-Your own scenario needs only `from merge_jax import study`. Each name is imported when it is first used,
-so that `--help` of a scenario imports no JAX.
+Your own scenario needs only `from merge_jax import study`. Names are imported on first use, so that `--help` of a
+scenario imports no JAX.
 """
 
 from etils import epy

@@ -1,4 +1,4 @@
-"""The command line of a study: a grid by name or file, and how its runs go."""
+"""The command line of a study: a grid by name or file, and options for its runs."""
 
 from collections.abc import Sequence
 
@@ -11,12 +11,12 @@ __all__ = ["main"]
 
 
 def main(module: str, description: str | None, arguments: Sequence[str] | None = None) -> None:
-    """Checks, runs and reports; what is wrong with grid or options is one line on standard error and exit code 2.
+    """Checks, runs and reports; an invalid grid or option is one line on standard error and exit code 2.
 
-    A run that fails is named, and the others go on; then the exit code is 1.
+    If a run fails, it is named and the others continue; the exit code is then 1.
     """
     description = folded(as_found(description or "", module))
     options = tyro.cli(Options, args=arguments, prog=f"python -m {module}", description=description)
-    from merge_jax.study.grid_runner import run_study  # With JAX, which --help needs none of.
+    from merge_jax.study.grid_runner import run_study  # This imports JAX, which --help does not need.
 
     run_study(options)

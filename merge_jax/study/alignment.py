@@ -1,4 +1,4 @@
-"""Aligned transfers of a scenario: by the channels of its models, fitted on the target's training inputs."""
+"""Aligned transfers of a scenario: by its models' channels, fitted on the target's training inputs."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -15,17 +15,17 @@ from merge_jax.types import Adapter, Batch, ModelState, Params
 
 __all__ = ["Alignment", "align"]
 
-_EXAMPLES = 512  # So many inputs suffice to estimate each layer's second moments.
+_EXAMPLES = 512  # This many inputs suffice to estimate each layer's second moments.
 
 
 class Alignment(NamedTuple):
-    """An aligned transfer, and what fits its adapter to what the target's training inputs are to the source.
+    """An aligned transfer, with functions that fit its adapter on the target's training inputs.
 
     Attributes:
-      transfer: of the channels.
-      fit: its closed form.
-      pruned: starts the target as the source, pruned by the magnitude of its channels.
-      random_channels: starts the target as `fit` does, from channels chosen at random.
+      transfer: the transfer of channels.
+      fit: its closed-form fit.
+      pruned: starts the target as the source, pruned by channel magnitude.
+      random_channels: starts the target like `fit`, with randomly chosen channels.
     """
 
     transfer: mj.Transfer
@@ -38,7 +38,7 @@ def align(source: StudyModel, target: StudyModel, routes: Sequence[mj.Route]) ->
     """Returns the aligned transfer of two models that both read the target's inputs.
 
     Raises:
-      ValueError: the target's examples lack an input of the source, or routes that cannot be aligned.
+      ValueError: the target's examples lack an input of the source, or routes cannot be aligned.
     """
     examples = target.splits(0).train
 
@@ -69,7 +69,7 @@ def align(source: StudyModel, target: StudyModel, routes: Sequence[mj.Route]) ->
         return chosen.apply(chosen.fit(moments, source.params, target_params), source.params, target_params)
 
     def pruned(key: jax.Array, state: mj.TrainState, target: mj.TrainState, examples: Batch) -> mj.TrainState:
-        del key, examples  # The source alone says which channels are large.
+        del key, examples  # Only the source determines which channels are large.
         return target.replace(params=write(state, target.params, (), None, "magnitude"))
 
     def random_channels(key: jax.Array, state: mj.TrainState, target: mj.TrainState, examples: Batch) -> mj.TrainState:
@@ -81,7 +81,7 @@ def align(source: StudyModel, target: StudyModel, routes: Sequence[mj.Route]) ->
 def _inputs(model: StudyModel, examples: Any) -> list[np.ndarray]:
     inputs = inputs_of(examples, model.inputs)
     total = len(inputs[0])
-    rows = evenly_chosen(min(_EXAMPLES, total), total)  # Of a set that may be sorted by class.
+    rows = evenly_chosen(min(_EXAMPLES, total), total)  # The set may be sorted by class.
     return [np.asarray(entry[rows]) for entry in inputs]
 
 

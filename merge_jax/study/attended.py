@@ -1,7 +1,7 @@
-"""Runs a module as `python -m` does, for as long as standard input stays open.
+"""Runs a module like `python -m`, as long as standard input stays open.
 
-The process that starts a run holds the other end of that pipe. When it closes it, or dies however, the run gets
-SIGTERM, saves and ends: nothing is left behind on a machine that was given up.
+The process that starts a run holds the other end of the pipe. When it closes it, or dies in any way, the run receives
+SIGTERM, saves and ends, so no process is left on an abandoned machine.
 """
 
 import os
@@ -14,10 +14,10 @@ __all__ = ["main"]
 
 
 def main() -> None:
-    """Runs the module that the first word names, with the other words as its own."""
+    """Runs the module named by the first argument, with the remaining arguments."""
     module, *words = sys.argv[1:]
     if hasattr(signal, "SIGUSR2"):
-        # Slurm sends it to all processes of a job when its time is nearly up: submitit takes it, and stops this one.
+        # Slurm sends it to all processes of a job when its time is nearly up; submitit handles it, and stops this one.
         signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     threading.Thread(target=_stop_at_end_of_input, daemon=True).start()
     sys.argv = [module, *words]

@@ -1,4 +1,4 @@
-"""Names that options choose from. They stand apart from what they name: options are read before JAX is imported."""
+"""Names that options choose from. They are separate from their objects: options are parsed before importing JAX."""
 
 from typing import Literal
 

@@ -31,7 +31,7 @@ _Config = TypeVar("_Config", bound=RunConfig)
 
 
 def parse(presets: Mapping[str, _Options], module: str, description: str, arguments: Sequence[str]) -> _Options:
-    """Returns the preset that the first word names (`default` where there is none), changed by the options.
+    """Returns the preset named by the first argument (by default `default`), changed by the options.
 
     Raises:
       ValueError: no preset has that name.
@@ -49,15 +49,15 @@ def parse(presets: Mapping[str, _Options], module: str, description: str, argume
 
 
 def as_found(description: str, module: str) -> str:
-    """Returns a description with its commands as the module is found: what a package brings has another parent."""
+    """Returns a description with commands for the module's location: in a package, its parent differs."""
     package = module.rpartition(".")[0]
     return description.replace("python -m experiments.", f"python -m {package}.") if package else description
 
 
 def folded(text: str) -> str:
-    """Returns the text in lines that fit the terminal; what follows `#` goes below a command.
+    """Returns the text wrapped to the terminal; a comment after `#` goes below its command.
 
-    Every line begins with a space: tyro joins those that begin with a letter.
+    Every line begins with a space: tyro joins lines that begin with a letter.
     """
     lines: list[str] = []
     width = shutil.get_terminal_size().columns
@@ -82,21 +82,21 @@ def main(
     *,
     measured: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Parses, checks and runs; wrong options are one line on standard error and exit code 2.
+    """Parses, checks and runs; invalid options are one line on standard error and exit code 2.
 
     Args:
-      presets: configs by name, with one called `default`.
-      module: name of the module, for the help.
-      description: what the experiment is.
-      build: makes the scenario of a config, or raises ValueError.
-      arguments: words of the command line; those of this process by default.
-      measured: how long presets took where that was measured, in words.
+      presets: configs by name, including `default`.
+      module: the module's name, for the help.
+      description: a description of the experiment.
+      build: builds the scenario of a config, or raises ValueError.
+      arguments: the command line arguments; by default those of this process.
+      measured: measured durations of presets, in words.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         config = parse(presets, module, description or "", arguments)
         config.check()
-        # JAX is imported only for options that are right.
+        # JAX is imported only for valid options.
         import jax
 
         from merge_jax.training.distributed import await_all, connect, exit_on_error
@@ -107,7 +107,7 @@ def main(
         elif config.coordinator is not None:
             print(f"waiting for all {config.num_processes} processes at {config.coordinator}", file=sys.stderr)
             connect(config.coordinator, config.num_processes, config.process_id)
-        if config.process_id > 0 or (config.hosts and jax.process_index() > 0):  # Process 0 speaks for all.
+        if config.process_id > 0 or (config.hosts and jax.process_index() > 0):  # Only process 0 prints.
             sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
     except (ValueError, TimeoutError) as error:
         _refuse(error)
@@ -115,8 +115,8 @@ def main(
         matching = (name for name, preset in presets.items() if run_options(preset) == run_options(config))
         caution = _SMOKE if _split_preset(arguments)[0] == "smoke" else ""
         run = _prepare(build, config, measured.get(next(matching, ""), ""), caution)
-        run()  # An error in here is no fault of the options, and keeps its traceback.
-        await_all(None)  # All leave together: JAX waits a short time only for those that have more to print.
+        run()  # An error here is not the options' fault, and keeps its traceback.
+        await_all(None)  # All exit together: JAX waits only a short time for processes that still print.
 
 
 def _split_preset(arguments: Sequence[str]) -> tuple[str, list[str]]:
@@ -127,7 +127,7 @@ def _split_preset(arguments: Sequence[str]) -> tuple[str, list[str]]:
 
 
 def _prepare(build: Callable[[_Config], Scenario], config: _Config, expected: str, caution: str) -> Callable[[], None]:
-    """Returns the function that trains; where one of several processes is refused, all of them are."""
+    """Returns the training function; if one of several processes is refused, all are."""
     from merge_jax.study.runner import check_paths, prepare_run
     from merge_jax.training.distributed import await_all
 
@@ -135,7 +135,7 @@ def _prepare(build: Callable[[_Config], Scenario], config: _Config, expected: st
     try:
         check_paths(config)
         run = prepare_run(build(config), config, expected, caution)
-    except (ValueError, OSError) as error:  # Of the options, or of files and folders that they name.
+    except (ValueError, OSError) as error:  # From the options, or from files and folders that they name.
         problem = error
     try:
         await_all(problem)

@@ -1,6 +1,6 @@
-"""A run of a study as plain data, and the function that does it wherever an executor calls it.
+"""A run of a study as plain data, and the function that executes it under any executor.
 
-It may be called any number of times: what is done stays done, and what was begun goes on from its last checkpoint.
+It may be called repeatedly: finished work is kept, and started runs resume from their last checkpoint.
 """
 
 import contextlib
@@ -27,9 +27,9 @@ __all__ = ["PATIENCE", "Command", "Outcome", "Session", "last_line", "open_sessi
 PATIENCE = 30.0
 """Seconds that a run has to save and end."""
 
-_LOOK = 1.0  # Seconds between looks at whether the study goes on.
+_LOOK = 1.0  # Seconds between checks whether the study continues.
 _FILE = "session.json"
-# What figures depend on: rows of one table are of one version.
+# Figures depend on these: rows of one table must share versions.
 _PACKAGES = ("merge_jax", "jax", "jaxlib", "flax", "optax")
 _STOPPED = frozenset(128 + number for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM))
 
@@ -38,10 +38,10 @@ class Outcome(NamedTuple):
     """How a run ended.
 
     Attributes:
-      seconds: that it took.
-      problem: what went wrong, in a line; None if nothing.
-      stopped: whether something other than the study asked it to stop, so that it may go on elsewhere.
-      unfit: whether it was never begun, because the worker can do none of the study's runs.
+      seconds: its duration.
+      problem: the error in one line, or None.
+      stopped: whether something other than the study stopped it, so that it may continue elsewhere.
+      unfit: whether it never started, because the worker cannot execute the study's runs.
     """
 
     seconds: float
@@ -52,13 +52,13 @@ class Outcome(NamedTuple):
 
 @dataclass(frozen=True)
 class Session:
-    """What all runs share, of one call of the study.
+    """The data that all runs of one call of the study share.
 
     Attributes:
-      study: its folder, absolute.
-      token: stands in the folder's file for as long as the study goes on.
-      cwd: the folder in which runs start, for relative paths and the user's own modules.
-      versions: of packages, where the study was called.
+      study: the study's absolute folder.
+      token: stored in a file of the folder while the study continues.
+      cwd: the working folder of runs, for relative paths and the user's modules.
+      versions: the package versions where the study was called.
     """
 
     study: str
@@ -67,22 +67,22 @@ class Session:
     versions: Mapping[str, str]
 
     def goes_on(self) -> bool:
-        """Returns whether the study has not ended, or been called again."""
+        """Returns whether the study has neither ended nor been called again."""
         try:
-            # By opening it: other hosts' looks at a folder of NFS may be a minute old, but not what is opened.
+            # By opening the file: on NFS, another host's folder listing may be a minute old, but not an opened file.
             return json.loads(Path(self.study, _FILE).read_text())["token"] == self.token
         except FileNotFoundError:
             return False
-        except (OSError, ValueError):  # Of a disk with a moment's trouble; the next look tells.
+        except (OSError, ValueError):  # A temporary disk error; the next check decides.
             return True
 
     def end(self) -> None:
-        """Lets runs save and stop, wherever they are; those of a later session go on."""
+        """Makes runs save and stop, wherever they are; runs of a later session continue."""
         if self.goes_on():
             Path(self.study, _FILE).unlink(missing_ok=True)
 
     def unfit(self) -> str | None:
-        """Returns why this process can do none of the study's runs, if so."""
+        """Returns why this process cannot execute the study's runs, if so."""
         found, here = package_versions(), f"{platform.node()} ({sys.executable})"
         for name, version in self.versions.items():
             if found[name] != version:
@@ -98,11 +98,11 @@ class Command:
     """One run of a study.
 
     Attributes:
-      module: of the experiment.
-      words: of its command line, but for --resume.
+      module: the experiment's module.
+      words: its command line arguments, except --resume.
       run_dir: its folder.
-      log: the file that it prints into.
-      session: that it is of.
+      log: the file for its output.
+      session: its session.
     """
 
     module: str
@@ -114,7 +114,7 @@ class Command:
 
 @contextlib.contextmanager
 def open_session(study: Path) -> Iterator[Session]:
-    """Begins a session of the study in a folder; runs of an earlier one save and stop, as all do at its end."""
+    """Starts a session of the study in a folder; runs of an earlier session save and stop, as all do at its end."""
     session = Session(str(study.absolute()), uuid.uuid4().hex, os.getcwd(), package_versions())
     write_whole(study / _FILE, json.dumps({"token": session.token, "pid": os.getpid(), "host": platform.node()}))
     try:
@@ -124,16 +124,16 @@ def open_session(study: Path) -> Iterator[Session]:
 
 
 def package_versions() -> dict[str, str]:
-    """Returns the versions of what figures depend on, as installed here."""
+    """Returns the installed versions of the packages that figures depend on."""
     return installed_versions(_PACKAGES)
 
 
 def run_command(command: Command) -> Outcome:
-    """Does a run in a process of its own, or goes on with it; returns when it has ended or the study has.
+    """Executes or resumes a run in a separate process; returns when the run or the study has ended.
 
-    In a process of its own JAX's state, the cores of a worker and signals are the run's own; the worker stays free to
-    answer its scheduler while JAX compiles. It waits as long as another process writes into the run's folder: one whose
-    worker was given up for lost saves, and ends.
+    A separate process isolates JAX's state, the worker's cores and signals, and the worker can answer its scheduler
+    while JAX compiles. It waits while another process writes into the run's folder: if that process's worker was
+    considered lost, it saves and ends.
     """
     start = time.perf_counter()
     session = command.session
@@ -162,7 +162,7 @@ def run_command(command: Command) -> Outcome:
 
 def _start(command: Command, folder: Path, log: Path) -> subprocess.Popen[bytes]:
     words = [*command.words, *(["--resume"] if (folder / "config.json").exists() else [])]
-    paths = [path or command.session.cwd for path in sys.path]  # What can be imported here can be there.
+    paths = [path or command.session.cwd for path in sys.path]  # Imports that work here also work there.
     with log.open("ab") as output:
         output.write(f"# {datetime.datetime.now():%Y-%m-%d %H:%M:%S} on {platform.node()}\n".encode())
         output.flush()
@@ -173,12 +173,12 @@ def _start(command: Command, folder: Path, log: Path) -> subprocess.Popen[bytes]
             stderr=subprocess.STDOUT,
             cwd=command.session.cwd,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-            start_new_session=True,  # An interruption comes from here, once.
+            start_new_session=True,  # Interruptions are sent from here, once.
         )
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Lets a process save and end, and kills it if it does not."""
+    """Asks a process to save and end, and kills it if it does not."""
     assert process.stdin is not None
     process.stdin.close()
     try:
@@ -189,7 +189,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def last_line(log: Path) -> str:
-    """Returns the last line that a run has printed."""
+    """Returns the last line of a run's output."""
     text = log.read_text(errors="replace").replace("\r", "\n")
     lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("# ")]
     return lines[-1] if lines else "it printed nothing"

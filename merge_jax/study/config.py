@@ -15,7 +15,7 @@ from merge_jax.training.compilation_cache import CacheChoice
 
 __all__ = ["RunConfig", "check_types", "run_options"]
 
-# They say where and how far a run goes on, not what it is: a resumed run may have others.
+# They determine where and how far a run continues, not its identity: a resumed run may change them.
 _NOT_IDENTIFYING = (
     *("run_dir", "resume", "compilation_cache"),
     *("devices", "parallel", "shard_state", "hosts", "coordinator", "num_processes", "process_id"),
@@ -86,7 +86,7 @@ class RunConfig:
     def check(self) -> None:
         """Raises ValueError for an option of another type or out of range.
 
-        Every class that a config is made of checks its own options in `check_options`; this calls each of them once.
+        Every class of a config checks its options in `check_options`; this calls each once.
         """
         check_types(self)
         for kind in reversed(type(self).__mro__):
@@ -135,7 +135,7 @@ class RunConfig:
 
     @property
     def axis_name(self) -> str | None:
-        """The axis of the devices that models average over and losses compare examples along; None under jit."""
+        """The device axis over which models average and losses compare examples; None under jit."""
         if self.parallel != "pmap":
             return None
         from merge_jax.training.sharding import DATA_AXIS
@@ -144,14 +144,14 @@ class RunConfig:
 
 
 def run_options(config: RunConfig) -> dict[str, Any]:
-    """Returns the options that say what a run is."""
+    """Returns the options that identify a run."""
     return {name: value for name, value in asdict(config).items() if name not in _NOT_IDENTIFYING}
 
 
 def check_types(options: Any, prefix: str = "") -> None:
-    """Raises ValueError unless every field of a dataclass is of its declared type, and every number finite.
+    """Raises ValueError unless every field of a dataclass has its declared type, and every number is finite.
 
-    A command line has typed its options already; this is for options that are made in Python or read from a file.
+    A command line already types its options; this is for options from Python or a file.
     """
     for field, hint in get_type_hints(type(options)).items():
         name, value = f"{prefix}{field}", getattr(options, field)

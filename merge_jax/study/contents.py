@@ -1,4 +1,4 @@
-"""What a run is: its options, and what the files and folders that they name hold, wherever these lie."""
+"""The identity of a run: its options, and the contents of files and folders that they name, at any path."""
 
 import hashlib
 import json
@@ -11,27 +11,27 @@ from merge_jax.study.config import RunConfig, run_options
 
 __all__ = ["contents_of", "current_options", "run_identity"]
 
-# Options of version 0.1 that are gone, by the value that stands for what this version does.
+# Options removed since version 0.1, with the value that matches this version's behaviour.
 _REMOVED = {"vectorized": False, "cycle_end": None, "gate": "learned", "max_width": 512}
 
 _RENAMED = {"view": "compare_on"}
 
-# Options of transfers that are new, by the value that stands for what was done before.
+# New options of transfers, with the value that matches the previous behaviour.
 _ADDED = {"routes": ["**=**"], "unlabelled": 0, "head_first": False, "target_rate": 1.0}
 
-_PLACES = ("data_dir",)  # Data sets are kept there; which examples are learned from is a fact of every checkpoint.
+_PLACES = ("data_dir",)  # Data sets are stored there; every checkpoint records which examples were used for training.
 _BLOCK, _BLOCKS, _FILES = 2**16, 16, 64
-_SOURCE_LEAVES = ("target/params/", "target/model_state/")  # On its own, the source is trained as a target.
+_SOURCE_LEAVES = ("target/params/", "target/model_state/")  # Pre-training trains the source as a target.
 
 
 def run_identity(config: RunConfig) -> dict[str, Any]:
-    """Returns what a run is; with anything other, it is another run.
+    """Returns the identity of a run; any change makes it another run.
 
-    That is its options, and under `contents` what those hold that are paths, by which a run folder knows them
-    wherever they lie; see `contents_of`.
+    It consists of the options and, under `contents`, digests of those that are paths, so that moved files are
+    recognised; see `contents_of`.
 
     Raises:
-      ValueError: the folder of a run is named whose checkpoints are damaged.
+      ValueError: an option names a run folder with damaged checkpoints.
     """
     options = run_options(config)
     contents = contents_of(options)
@@ -40,9 +40,9 @@ def run_identity(config: RunConfig) -> dict[str, Any]:
 
 
 def current_options(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the saved options of a run as options of this version; what it cannot do stays, and shows as a change.
+    """Returns a run's saved options as options of this version; unsupported ones stay, and count as changes.
 
-    A run of version 0.1 with a method of MergeNet is one of them: the same names mean other forms now.
+    An example is a run of version 0.1 with a MergeNet method: the same names now mean other forms.
     """
     options = {
         _RENAMED.get(name, name): value for name, value in saved.items() if (name, value) not in _REMOVED.items()
@@ -57,10 +57,10 @@ def current_options(saved: Mapping[str, Any]) -> dict[str, Any]:
 def contents_of(options: Mapping[str, Any]) -> dict[str, str]:
     """Returns a digest of the contents of each option that is a path of something that exists.
 
-    Cheap however large a file is. Of a file, its size and 16 blocks of 64 KiB are read, evenly spread from its first
-    byte to its last, which is all of a file of up to 1 MiB. Of a folder, the names and sizes of all files that are not
-    hidden, and as much of 64 of them. Of the folder of a run, the digests of every number that its sources have, which
-    stand beside their checkpoints, and its vocabulary; its tables and logs may change.
+    This is cheap for files of any size. For a file, it reads the size and 16 blocks of 64 KiB, evenly spread from the
+    first byte to the last, which covers files of up to 1 MiB. For a folder, it reads the names and sizes of all files
+    that are not hidden, and as much of 64 of them. For a run folder, it reads the digests of its sources, stored beside
+    their checkpoints, and its vocabulary; tables and logs may change.
     """
     paths = {name: Path(value) for name, value in options.items() if _is_path(value)}
     return {name: _digest(name, path, options) for name, path in paths.items() if os.path.exists(path)}

@@ -1,4 +1,4 @@
-"""Distillation, as objectives of a scenario: of another classifier's outputs, or without a teacher."""
+"""Distillation objectives of a scenario: from another classifier's outputs, or without a teacher."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,22 +22,22 @@ def distillation_objectives(
     weight: float = 0.9,
     axis_name: str | None = None,
 ) -> dict[str, Objective]:
-    """Returns `kd`, `kd_mixed`, `rkd`, `dkd` and `nkd` for two classifiers of one input with the same classes.
+    """Returns `kd`, `kd_mixed`, `rkd`, `dkd` and `nkd` for two single-input classifiers with the same classes.
 
-    Each is the label's cross entropy and its own loss; see `distillation_loss` and its relatives. `kd_mixed` compares
-    logits on means of neighbouring examples (`mixed`), and learns labels of the examples as they are. Options of `rkd`,
-    `dkd` and `nkd` are those of their papers. Where the target has a pool of unlabelled inputs, `kd` and `kd_mixed`
-    compare logits on that; the others are of labelled examples.
+    Each adds its loss to the labels' cross entropy; see `distillation_loss` and its relatives. `kd_mixed` compares
+    logits on means of neighbouring examples (`mixed`), and learns labels from the unmixed examples. Options of `rkd`,
+    `dkd` and `nkd` are those of their papers. If the target has a pool of unlabelled inputs, `kd` and `kd_mixed`
+    compare logits on it; the others use labelled examples.
 
     Args:
       source: the teacher.
       target: the student.
-      temperature: of `kd` and `kd_mixed`.
-      weight: of the distillation in these two; the labels have the rest.
+      temperature: the temperature of `kd` and `kd_mixed`.
+      weight: the distillation's weight in these two; the labels get the rest.
       axis_name: the axis of the devices that share a batch, if any.
 
     Raises:
-      ValueError: a model without `apply`, or of several inputs.
+      ValueError: a model without `apply`, or with several inputs.
     """
     teach, learn = source.apply, target.apply
     if teach is None or learn is None or not len(source.inputs) == len(target.inputs) == 1:
@@ -106,7 +106,7 @@ def distillation_objectives(
 
 
 def tf_kd_objective(model: StudyModel) -> Objective:
-    """Returns the distillation of a classifier of one input without a teacher; see `tf_kd_loss`."""
+    """Returns teacher-free distillation of a single-input classifier; see `tf_kd_loss`."""
     if model.apply is None:
         raise ValueError(f"tf_kd needs a model with `apply`, which {model.name} does not have")
     (entry,) = model.inputs

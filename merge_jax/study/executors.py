@@ -1,4 +1,4 @@
-"""Where the runs of a study are done: a `concurrent.futures.Executor` for each engine, by the name of `--executor`."""
+"""Executes a study's runs: a `concurrent.futures.Executor` for each engine, by the name of `--executor`."""
 
 import asyncio
 import contextlib
@@ -27,19 +27,19 @@ __all__ = ["Engine", "check_executor", "open_engine"]
 
 _ADDRESS = re.compile(r"(?:(?:tcp|tls|ws|wss|ucx)://)?(?:[\w.-]+|\[[0-9A-Fa-f:.]+\]):\d{1,5}")
 _FORMS = "local, slurm, or dask:HOST:PORT as `dask scheduler` prints it, such as dask:tcp://10.0.0.1:8786"
-_ANSWER = 10.0  # Seconds in which a scheduler must answer.
-_POLL = 1.0  # Seconds between looks at jobs of Slurm.
-_REQUEUES = 100  # Each goes on from the last checkpoint.
+_ANSWER = 10.0  # Seconds within which a scheduler must answer.
+_POLL = 1.0  # Seconds between checks of Slurm jobs.
+_REQUEUES = 100  # Each continues from the last checkpoint.
 
 
 class Engine(NamedTuple):
-    """What does runs.
+    """An engine that executes runs.
 
     Attributes:
-      executor: takes them.
-      run: the function that is submitted with a `Command`.
-      cancel: takes back what has not begun.
-      problem: says why it answers no more, if so.
+      executor: accepts the runs.
+      run: the function submitted with a `Command`.
+      cancel: cancels runs that have not started.
+      problem: returns why it no longer answers, if so.
     """
 
     executor: Executor
@@ -49,7 +49,7 @@ class Engine(NamedTuple):
 
 
 def check_executor(name: str, jobs: int) -> None:
-    """Raises ValueError for a name that is no executor's, or jobs where the executor decides how many go at a time."""
+    """Raises ValueError for an unknown executor, or for `jobs` if the executor decides the number itself."""
     kind, _, address = name.partition(":")
     if kind == "dask" and not _ADDRESS.fullmatch(address):
         raise ValueError(f"the executor must be {_FORMS}; got {name!r}")
@@ -68,15 +68,15 @@ def open_engine(
     """Returns the engine of a name, as a context manager.
 
     Args:
-      name: as `check_executor` takes it.
-      shares: the cores of each run that goes at a time, of the local engine.
-      folder: of the study; it need not be there yet.
-      slurm: what runs ask of Slurm.
-      here: does a run in this process; so goes the local engine with one share.
+      name: as in `check_executor`.
+      shares: the cores of each concurrent run, for the local engine.
+      folder: the study's folder; it need not exist yet.
+      slurm: what runs request from Slurm.
+      here: executes a run in this process; used by the local engine with one share.
 
     Raises:
-      ValueError: on entry; a scheduler that does not answer, no workers, or workers that are unfit.
-      ImportError: a package is missing; the message has the command that installs it.
+      ValueError: on entry: a scheduler that does not answer, no workers, or unfit workers.
+      ImportError: a package is missing; the message has the command to install it.
     """
     kind, _, address = name.partition(":")
     factories: Mapping[str, Callable[[], contextlib.AbstractContextManager[Engine]]] = {
@@ -89,16 +89,15 @@ def open_engine(
 
 @contextlib.contextmanager
 def _local(shares: Sequence[set[int]], here: Callable[[Command], Outcome]) -> Iterator[Engine]:
-    """One run after another in this process, or several in processes of their own, each on its share of the cores.
+    """Runs one after another in this process, or several in separate processes, each on its share of the cores.
 
-    Their processes are kept by threads. A pool of processes would stand between them and this one, and breaks as a
-    whole when one of them is killed.
+    Threads own these processes. A process pool would add a layer, and breaks as a whole if one process is killed.
     """
     if len(shares) == 1:
         yield Engine(_Here(), here)
         return
     left = iter(shares)
-    # A thread's cores are those of the processes that it starts, from their first instruction on.
+    # Processes inherit the cores of the thread that starts them, from their first instruction on.
     with ThreadPoolExecutor(len(shares), "run", initializer=lambda: _hold_to(next(left))) as executor:
         yield Engine(executor, run_command)
 
@@ -109,7 +108,7 @@ def _hold_to(cores: set[int]) -> None:
 
 
 class _Here(Executor):
-    """Does what is submitted at once, in the thread that submits it: signals reach the main one alone."""
+    """Executes submitted work at once in the submitting thread: only the main thread receives signals."""
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         future: Future[Any] = Future()
@@ -119,7 +118,7 @@ class _Here(Executor):
 
 @contextlib.contextmanager
 def _dask(address: str, folder: Path) -> Iterator[Engine]:
-    """Runs on the workers of a Dask scheduler, which gives those of a lost worker to another."""
+    """Runs on the workers of a Dask scheduler, which reassigns the runs of a lost worker."""
     try:
         from distributed import Client
     except ImportError:
@@ -130,22 +129,22 @@ def _dask(address: str, folder: Path) -> Iterator[Engine]:
         _check_workers(client, address, folder)
 
         def lost() -> str | None:
-            # Dask takes runs after its scheduler is gone too, and never says how they end.
+            # Dask accepts runs even after its scheduler is gone, and never reports how they end.
             gone = client.status not in ("running", "connecting")
             return f"the Dask scheduler at {address} is lost" if gone else None
 
         def cancel(future: Future[Outcome]) -> None:
-            # Of a run that a worker is at, Dask says that it is cancelled, and lets it go on unseen. So all are waited
-            # for: what has not begun ends as soon as a worker takes it, since the session has ended.
+            # Dask reports a run in progress as cancelled, but lets it continue unseen. So we wait for all: a run not
+            # yet started ends as soon as a worker takes it, since the session has ended.
             if lost():
                 future.cancel()
 
-        # Not pure: Dask would answer a run that is tried again with how it ended before.
+        # Not pure: otherwise Dask would answer a retried run with its previous outcome.
         yield Engine(client.get_executor(pure=False), run_command, cancel, lost)
 
 
 def _await_scheduler(address: str) -> None:
-    """Raises ValueError unless a Dask scheduler answers in time; `Client` may wait longer than its timeout."""
+    """Raises ValueError unless a Dask scheduler answers in time; `Client` may wait beyond its timeout."""
     from distributed.comm.core import connect
     from distributed.security import Security
 
@@ -155,7 +154,7 @@ def _await_scheduler(address: str) -> None:
 
     try:
         asyncio.run(asyncio.wait_for(shake_hands(), _ANSWER))
-    except Exception as error:  # Of whatever else listens there.
+    except Exception as error:  # From another program that listens there.
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
             f"no Dask scheduler answers at {address} within {_ANSWER:.0f} s ({reason}): `dask scheduler` starts one, "
@@ -164,9 +163,9 @@ def _await_scheduler(address: str) -> None:
 
 
 def _check_workers(client: "Client", address: str, folder: Path) -> None:
-    """Raises ValueError for a scheduler or workers that cannot do the runs of a study in a folder.
+    """Raises ValueError for a scheduler or workers that cannot execute a study's runs in a folder.
 
-    All by functions of Python itself: a worker without this package answers them too.
+    Uses only functions of Python itself: a worker without this package answers them too.
     """
     try:
         client.wait_for_workers(1, timeout=_ANSWER)
@@ -212,7 +211,7 @@ def _check_workers(client: "Client", address: str, folder: Path) -> None:
 
 
 def _ask(client: "Client", function: Callable[..., Any], *args: Any) -> dict[str, Any]:
-    """Returns what each worker answers, an exception where it raises one."""
+    """Returns each worker's answer, or the exception it raises."""
     return cast(dict[str, Any], client.run(function, *args, on_error="return"))
 
 
@@ -225,7 +224,7 @@ def _refuse(unfit: Mapping[str, Any], problem: Callable[[Any], str], remedy: str
 
 @contextlib.contextmanager
 def _slurm(options: SlurmOptions, folder: Path, cluster: str = "slurm") -> Iterator[Engine]:
-    """Runs as jobs of Slurm, through submitit, which puts one whose time is up back into the queue."""
+    """Runs as Slurm jobs through submitit, which requeues a job whose time is up."""
     try:
         from submitit import AutoExecutor
     except ImportError:
@@ -255,21 +254,21 @@ def _slurm(options: SlurmOptions, folder: Path, cluster: str = "slurm") -> Itera
 
 
 class RequeuedRun:
-    """`run_command`, which submitit may put back into the queue of Slurm: it then goes on from its last checkpoint."""
+    """`run_command` as a job that submitit may requeue: it then continues from its last checkpoint."""
 
     def __call__(self, command: Command) -> Outcome:
         """Does the run."""
         return run_command(command)
 
     def checkpoint(self, command: Command) -> "DelayedSubmission":
-        """Returns what is put back; the run itself saves when submitit leaves this process."""
+        """Returns the job to requeue; the run itself saves when submitit ends this process."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self, command)
 
 
 class _SlurmQueue(Executor):
-    """Futures of submitit's jobs; what is submitted within a second is one array of jobs, by one call of sbatch."""
+    """Futures of submitit's jobs; jobs submitted within a second form one array, by one call of sbatch."""
 
     def __init__(self, submitter: "Submitter"):
         self._submitter = submitter
@@ -289,7 +288,7 @@ class _SlurmQueue(Executor):
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         self._closed.set()
         self._thread.join()
-        self._look()  # At what was cancelled meanwhile.
+        self._look()  # For jobs cancelled meanwhile.
 
     def problem(self) -> str | None:
         return None if self._thread.is_alive() else "submitit failed, as is printed above"
@@ -305,7 +304,7 @@ class _SlurmQueue(Executor):
         try:
             with self._submitter.batch():
                 jobs = [self._submitter.submit(fn, *args) for _, fn, args in new]
-        except Exception as error:  # What sbatch refuses.
+        except Exception as error:  # A refusal by sbatch.
             for future, *_ in new:
                 _settle(future, error)
         else:

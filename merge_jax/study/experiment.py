@@ -1,4 +1,4 @@
-"""Experiments by name: those that ship, those of the folder at hand, and a user's own."""
+"""Finds experiments by name: built-in ones, those in the working folder, and the user's."""
 
 import importlib
 import importlib.util
@@ -10,12 +10,12 @@ from merge_jax.checks import check_choice
 
 __all__ = ["experiment_names", "find_experiment", "find_grid", "load_experiment"]
 
-# In the repository, the modules of its folder; elsewhere the same modules, as the package brings them.
+# In the repository, the modules of its folder; elsewhere the same modules from the package.
 _PACKAGES = ("experiments", "merge_jax.experiments")
 
 
 def experiment_names() -> dict[str, str]:
-    """Returns the modules of all experiments that can be found, by name."""
+    """Returns the modules of all available experiments, by name."""
     found: dict[str, str] = {}
     for package in _PACKAGES:
         for module in pkgutil.iter_modules(_folders(package)):
@@ -29,9 +29,9 @@ def _folders(package: str) -> list[str]:
 
 
 def find_experiment(name: str) -> str:
-    """Returns the module of an experiment: of one that ships by its name, of any other by its own.
+    """Returns the module of an experiment: a built-in one by name, any other by module name.
 
-    That is `package.module`, or `module` where a file of that name lies in the working folder.
+    That is `package.module`, or `module` for a file in the working folder.
 
     Raises:
       ValueError: there is no such module; near misses are named.
@@ -44,19 +44,19 @@ def find_experiment(name: str) -> str:
     try:
         if "." in name and importlib.util.find_spec(name) is not None:
             return name
-    except ImportError:  # Of a package that is not there, or a relative name.
+    except ImportError:  # For a missing package, or a relative name.
         pass
     if name.endswith(".py"):
         raise ValueError(f"an experiment is named by its module: {name.removesuffix('.py')!r}, not {name!r}")
     check_choice("experiment", name, names)
-    raise AssertionError(name)  # What is no choice has raised.
+    raise AssertionError(name)  # Other choices have raised.
 
 
 def load_experiment(name: str) -> ModuleType:
     """Returns the module of an experiment that a study can run.
 
     Raises:
-      ValueError: there is no such module, or it lacks what a study needs: `Config`, `PRESETS` and `build`.
+      ValueError: there is no such module, or it lacks one of `Config`, `PRESETS` and `build`.
     """
     module = importlib.import_module(find_experiment(name))
     missing = [part for part in ("PRESETS", "build", "Config") if not hasattr(module, part)]
@@ -66,7 +66,7 @@ def load_experiment(name: str) -> ModuleType:
 
 
 def find_grid(name: str) -> Path:
-    """Returns the file of a grid: of one that ships by its name, of any other by its path.
+    """Returns the file of a grid: a built-in one by name, any other by path.
 
     Raises:
       ValueError: there is no such file; near misses are named.

@@ -1,4 +1,4 @@
-"""A study as a grid: settings by rows, read from a TOML file, and the runs that they make."""
+"""A study as a grid: settings by rows, read from a TOML file, and the resulting runs."""
 
 import itertools
 import re
@@ -22,7 +22,7 @@ __all__ = ["Grid", "GridRun", "Options", "Row", "Setting", "SlurmOptions", "make
 
 _NOT_IN_NAMES = re.compile(r"[^\w=+. -]")
 _NAME = re.compile(r"[\w=+][\w=+. -]*")
-# The study says them once for all of its runs.
+# The study sets these once for all runs.
 _NOT_OPTIONS = {
     "methods": "a row's method says it",
     "seeds": "seeds stand at the top of the grid, or in a setting",
@@ -85,17 +85,17 @@ class Options:
 
 @dataclass(frozen=True)
 class Setting:
-    """What is the same for all rows of a table: an experiment, a preset and options.
+    """The common part of a table's rows: an experiment, a preset and options.
 
     Attributes:
-      name: of the setting.
-      experiment: of one that ships the name, of any other its module, `package.module`.
+      name: the setting's name.
+      experiment: a built-in experiment's name, or any other's module, `package.module`.
       preset: one of its presets.
-      options: by name, as in TOML; nested ones are `name.name`.
-      seeds: how many, from 0 on.
-      routes: lists of routes that a row may ask for by name.
-      curve: settings with the same one make one picture over `size`.
-      size: where this setting stands in it.
+      options: the options by name, as in TOML; nested ones are `name.name`.
+      seeds: the number of seeds, from 0 on.
+      routes: named lists of routes that rows may use.
+      curve: settings with the same value form one figure over `size`.
+      size: this setting's position in it.
     """
 
     name: str
@@ -110,15 +110,15 @@ class Setting:
 
 @dataclass(frozen=True)
 class Row:
-    """What is compared: a method with options of its own.
+    """A compared row: a method with its options.
 
     Attributes:
-      name: of the row.
-      method: of the experiment.
-      options: by name; they come after the setting's.
-      routes: the name of a list of the setting; None for the experiment's own routes.
-      settings: globs of settings that have the row.
-      choice_of: the row that this is one choice of, where a row chooses among options on validation; else None.
+      name: the row's name.
+      method: the experiment's method.
+      options: the options by name; they override the setting's.
+      routes: the name of a list in the setting; None for the experiment's routes.
+      settings: globs of the settings with this row.
+      choice_of: the row that chooses among options on validation, if this is one of the choices; else None.
     """
 
     name: str
@@ -130,13 +130,13 @@ class Row:
 
     @property
     def shown(self) -> str:
-        """The name of the row in tables."""
+        """The row's name in tables."""
         return self.choice_of or self.name
 
 
 @dataclass(frozen=True)
 class Grid:
-    """A study: settings, rows, and the rows or opponents that others are compared with, paired by seed."""
+    """A study: settings, rows, and the rows or opponents to compare with, paired by seed."""
 
     name: str
     settings: tuple[Setting, ...]
@@ -156,12 +156,12 @@ class _File:
 
 @dataclass(frozen=True)
 class GridRun:
-    """Rows of a setting that differ by their method alone: one command of an experiment.
+    """Rows of a setting that differ only by method: one command of an experiment.
 
     Attributes:
-      setting: that they are of.
-      rows: in order.
-      words: of the command line, without methods and run folder.
+      setting: their setting.
+      rows: the rows, in order.
+      words: the command line arguments, without methods and run folder.
     """
 
     setting: Setting
@@ -170,20 +170,20 @@ class GridRun:
 
     @property
     def name(self) -> str:
-        """`<setting>/<first row>`, the folder of the run within that of the study."""
+        """`<setting>/<first row>`, the run's folder within the study's."""
         return f"{self.setting.name}/{self.rows[0].name}".replace(" ", "_")
 
     @property
     def arguments(self) -> list[str]:
-        """The words of the whole command line, but for the run folder."""
+        """All command line arguments except the run folder."""
         return [*self.words, "--methods", *(row.method for row in self.rows)]
 
 
 def read_grid(path: Path, seeds: int | None = None) -> Grid:
-    """Returns the grid of a file, with another number of seeds where one is given.
+    """Returns the grid of a file, with `seeds` replaced if given.
 
     Raises:
-      ValueError: the file is no TOML, or a key, a name or a value in it is wrong; near misses are named.
+      ValueError: the file is not TOML, or has an invalid key, name or value; near misses are named.
     """
     try:
         content = tomllib.loads(path.read_text())
@@ -208,11 +208,11 @@ def read_grid(path: Path, seeds: int | None = None) -> Grid:
 
 
 def make_runs(grid: Grid, *, apart: bool = False) -> list[GridRun]:
-    """Returns the runs of a grid, setting by setting; rows with the same options are one run, unless `apart`.
+    """Returns the runs of a grid, setting by setting; rows with the same options share a run, unless `apart`.
 
     Raises:
-      ValueError: an experiment, preset, method, option or list of routes that is not there; a row without a setting;
-        two rows that are the same command. Near misses are named.
+      ValueError: an unknown experiment, preset, method, option or list of routes; a row without a setting; two rows
+        with the same command. Near misses are named.
     """
     for row in grid.rows:
         for glob in row.settings:
@@ -240,7 +240,7 @@ def make_runs(grid: Grid, *, apart: bool = False) -> list[GridRun]:
 
 
 def select(runs: Sequence[GridRun], patterns: Sequence[str]) -> list[GridRun]:
-    """Returns the runs with a setting, a row, or a `setting/row` that one of the globs matches; all without globs.
+    """Returns the runs whose setting, row or `setting/row` matches one of the globs; all without globs.
 
     Raises:
       ValueError: a glob that matches nothing.
@@ -261,10 +261,10 @@ def select(runs: Sequence[GridRun], patterns: Sequence[str]) -> list[GridRun]:
 
 
 def _make(kind: type[_Made], place: str, table: Any, **given: Any) -> _Made:
-    """Returns a dataclass of a table of the file.
+    """Returns a dataclass from a table of the file.
 
     Raises:
-      ValueError: a key that no field has, one that is missing, or a value of another type.
+      ValueError: an unknown key, a missing one, or a value of another type.
     """
     _check_table(place, table)
     with error_context(place):
@@ -291,9 +291,9 @@ def _setting(name: str, table: Any, default_seeds: int, seeds: int | None) -> Se
 
 
 def _rows(name: str, table: Any) -> list[Row]:
-    """Returns the row of a table, or all rows of a crossing, one for each choice of the values that vary.
+    """Returns the row of a table, or all rows of a crossing, one for each combination of varied values.
 
-    Of those that a row is to choose among, each is a row too, and the report shows the best of them.
+    If a row chooses among options, each choice is a row too, and the report shows the best.
     """
     place = f"the row {name!r}"
     _check_table(place, table)
@@ -318,7 +318,7 @@ def _rows(name: str, table: Any) -> list[Row]:
 
 
 def _flatten_options(place: str, table: Any, prefix: str = "") -> dict[str, Any]:
-    """Returns options by name: `-` is `_`, and those of a table in it are `name.name`."""
+    """Returns options by name: `-` becomes `_`, and those of a nested table `name.name`."""
     _check_table(place, table)
     options: dict[str, Any] = {}
     for key, value in table.items():
@@ -356,7 +356,7 @@ def _words(setting: Setting, row: Row) -> tuple[str, ...]:
 
 
 def _check_option(name: str, config: Any) -> None:
-    """Raises ValueError unless a config has the option; of a part of it, as `part.option`."""
+    """Raises ValueError unless a config has the option; for a part of it, `part.option`."""
     first, _, rest = name.partition(".")
     check_choice("option", first, [option.name for option in fields(config) if option.name not in _NOT_OPTIONS])
     if rest and is_dataclass(getattr(config, first)):
@@ -388,7 +388,7 @@ def _check_once(problem: str, names: Iterable[str]) -> None:
 
 
 def _shown(value: Any) -> str:
-    """Returns a value as it stands in the name of a row."""
+    """Returns a value as shown in a row's name."""
     if isinstance(value, list):
         return "+".join(map(_shown, value))
     if isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""The runs of a study in an executor: each as soon as the run that trains its source is done."""
+"""Submits a study's runs to an executor: each as soon as the run that trains its source is done."""
 
 import contextlib
 import queue
@@ -20,9 +20,9 @@ from merge_jax.study.grid import GridRun
 
 __all__ = ["Ended", "Job", "Progress", "run_jobs"]
 
-_TRIES = 3  # Of a run that is stopped from elsewhere, or whose worker is lost.
-_LOOK = 1.0  # Seconds between looks at whether the executor still answers.
-_SEEN = 60.0  # Seconds until a host of NFS sees what another has written.
+_TRIES = 3  # For a run stopped from elsewhere, or with a lost worker.
+_LOOK = 1.0  # Seconds between checks whether the executor still answers.
+_SEEN = 60.0  # Seconds until an NFS host sees another's writes.
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,11 @@ class Job:
     """A run of the study.
 
     Attributes:
-      run: of the grid.
-      alone: its config with a source of its own.
+      run: the run of the grid.
+      alone: its config with a separate source.
       config: its config, whose source may be that of the run `base`.
-      arguments: words of its command line.
-      base: the name of the run that trains the source it reads; None for one of its own, or none.
+      arguments: its command line arguments.
+      base: the name of the run that trains its source; None if it trains its own, or has none.
     """
 
     run: GridRun
@@ -45,13 +45,13 @@ class Job:
 
     @property
     def folder(self) -> RunFolder:
-        """The folder of the run."""
+        """The run's folder."""
         assert self.config.run_dir is not None
         return RunFolder(self.config.run_dir)
 
     @property
     def log(self) -> Path:
-        """The file with what the run prints."""
+        """The file with the run's output."""
         path = self.folder.path
         return path.with_name(f"{path.name}.log")
 
@@ -67,35 +67,35 @@ class Job:
 
     @property
     def words(self) -> list[str]:
-        """The command line by which the user can do the run alone."""
+        """The command line to execute the run alone."""
         return ["python", "-m", find_experiment(self.run.setting.experiment), *self.arguments]
 
     def command(self, session: Session) -> Command:
         """Returns the run as plain data."""
-        cache = self.config.compilation_cache  # Of the study, so not of the run's own command.
+        cache = self.config.compilation_cache  # These belong to the study, not to the run's command.
         extra = () if cache == "default" else ("--compilation-cache", str(cache))
         _, _, module, *words = self.words
         return Command(module, (*words, *extra), str(self.folder.path), str(self.log), session)
 
 
 class Ended(NamedTuple):
-    """A run that has ended, and how."""
+    """A finished run and its outcome."""
 
     job: Job
     outcome: Outcome
 
 
 class Progress:
-    """What is left of a study, and for how long: by the rows that ended since it began."""
+    """The remaining runs of a study and an estimate of the time, from the rows finished so far."""
 
     def __init__(self, jobs: Sequence[Job]):
-        """Begins to count the time."""
+        """Starts the clock."""
         self._left = list(jobs)
         self._rows = 0
         self._start = time.monotonic()
 
     def line(self, ended: Ended) -> str:
-        """Returns the line of a run that has ended."""
+        """Returns the progress line of a finished run."""
         job, outcome = ended
         self._left.remove(job)
         self._rows += 0 if outcome.problem else len(job.run.rows)
@@ -112,13 +112,13 @@ class Progress:
 
 
 def run_jobs(left: Sequence[Job], engine: Engine, session: Session) -> Generator[Ended, None, None]:
-    """Submits runs and yields each as it ends; those that train a source for others go first.
+    """Submits runs and yields each as it ends; runs that train a source for others go first.
 
-    One that is stopped from elsewhere, or whose worker is lost, is submitted again. When this is interrupted or closed,
-    what waits is cancelled, and what runs saves and ends.
+    A run stopped from elsewhere, or with a lost worker, is resubmitted. On interruption or close, waiting runs are
+    cancelled, and active ones save and end.
 
     Raises:
-      ValueError: a worker is unfit, or the executor takes no more runs.
+      ValueError: a worker is unfit, or the executor accepts no more runs.
     """
     waiting = sorted(left, key=lambda job: job.base is not None)
     running: dict[Future[Outcome], Job] = {}
@@ -159,7 +159,7 @@ def run_jobs(left: Sequence[Job], engine: Engine, session: Session) -> Generator
 
 
 def _next(waiting: Sequence[Job], running: Sequence[Job]) -> Job | None:
-    """Returns the first run that waits for no other."""
+    """Returns the first run that does not wait for another."""
     busy = {job.run.name for jobs in (waiting, running) for job in jobs}
     return next((job for job in waiting if job.base not in busy), None)
 
@@ -172,10 +172,10 @@ def _submit(engine: Engine, job: Job, session: Session) -> Future[Outcome]:
 
 
 def _outcome(future: Future[Outcome], job: Job) -> Outcome:
-    """Returns how a run ended; what it says must be in its folder."""
+    """Returns how a run ended; its reported results must be in its folder."""
     try:
         outcome = future.result()
-    except (Exception, CancelledError) as error:  # Of the executor: runs raise nothing.
+    except (Exception, CancelledError) as error:  # From the executor: runs raise nothing.
         lines = str(error).strip().splitlines() or [""]
         return Outcome(0.0, f"its worker was lost: {type(error).__name__}: {lines[-1]}", stopped=True)
     until = time.monotonic() + _SEEN
@@ -187,7 +187,7 @@ def _outcome(future: Future[Outcome], job: Job) -> Outcome:
 
 
 def _stop(running: dict[Future[Outcome], Job], engine: Engine, session: Session) -> None:
-    """Ends the session, cancels what waits, and lets what runs save."""
+    """Ends the session, cancels waiting runs, and lets active ones save."""
     session.end()
     for future in running:
         engine.cancel(future)

@@ -1,4 +1,4 @@
-"""The runs of a study: planned and checked before the first trains, run one by one or side by side, and reported."""
+"""Plans and checks a study's runs, executes them one by one or in parallel, and reports."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from merge_jax.training.compilation_cache import use_cache
 
 __all__ = ["run_study"]
 
-# Options that cannot touch a source that is trained before the target. The control is of what methods are handed,
-# but for another seed, which is another source.
+# Options that cannot affect a source trained before the target. A control changes what methods receive; only another
+# seed is another source.
 _TARGET_OPTIONS = frozenset(
     {
         *(field.name for field in fields(TransferOptions)),
@@ -40,7 +40,7 @@ _TARGET_OPTIONS = frozenset(
         *("temperature", "distillation_weight", "source_control"),
     }
 )
-_REPORT_SHARE = 50  # A report is written again after as many times the seconds that the last one took.
+_REPORT_SHARE = 50  # A report is rewritten after this many times the seconds of the last one.
 
 _README = """\
 # A study: `{command}`
@@ -56,12 +56,12 @@ Go on after an interruption with the command above and `--resume --run-dir` this
 
 
 def run_study(options: Options) -> None:
-    """Checks, runs and reports; what is wrong with grid or options is one line on standard error and exit code 2.
+    """Checks, runs and reports; an invalid grid or option is one line on standard error and exit code 2.
 
-    A run that fails is named, and the others go on; then the exit code is 1.
+    If a run fails, it is named and the others continue; the exit code is then 1.
     """
     if options.jobs > 1 or options.executor != "local":
-        # Several processes share an accelerator: none may take all of its memory.
+        # Several processes share an accelerator: none may reserve all of its memory.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     with contextlib.ExitStack() as stack:
         try:
@@ -107,7 +107,7 @@ def run_study(options: Options) -> None:
 
 
 def _shares(jobs: int) -> list[set[int]]:
-    """Returns the cores of each job, none where a process cannot be held to some."""
+    """Returns the cores of each job; none if processes cannot be pinned."""
     if jobs < 1:
         raise ValueError(f"jobs must be at least 1, got {jobs}")
     if not hasattr(os, "sched_setaffinity"):
@@ -120,13 +120,13 @@ def _shares(jobs: int) -> list[set[int]]:
 
 
 def _make_jobs(runs: Sequence[GridRun], chosen: Sequence[GridRun], run_dir: Path) -> list[Job]:
-    """Returns the chosen runs, with those that train a source that they read, in the order of the grid.
+    """Returns the chosen runs and those that train their sources, in grid order.
 
     Raises:
-      ValueError: options that an experiment refuses, of any run.
+      ValueError: an experiment refuses the options of a run.
     """
     alone = {run.name: _parsed(run, run.arguments, run_dir) for run in runs}
-    # What a run reads must not depend on what else is chosen, or it would be another run.
+    # A run's inputs must not depend on the other chosen runs, or it would be another run.
     settings = {run.setting.name for run in chosen}
     bases = _bases([run for run in runs if run.setting.name in settings], alone)
     names = {run.name for run in chosen}
@@ -148,20 +148,20 @@ def _parsed(run: GridRun, arguments: Sequence[str], run_dir: Path) -> RunConfig:
     with _naming(run):
         try:
             config = replace(parse(module.PRESETS, module.__name__, "", arguments), run_dir=run_dir / run.name)
-        except SystemExit:  # What is wrong is printed already.
+        except SystemExit:  # The error is already printed.
             raise ValueError(f"its command is python -m {module.__name__} {shlex.join(arguments)}") from None
         config.check()
     return config
 
 
 def _naming(run: GridRun) -> contextlib.AbstractContextManager[None]:
-    """Puts the rows and the setting of a run before the message of a ValueError."""
+    """Prefixes a ValueError's message with the run's rows and setting."""
     names = ", ".join(repr(row.name) for row in run.rows)
     return error_context(f"{names} of the setting {run.setting.name!r}")
 
 
 def _bases(runs: Sequence[GridRun], configs: Mapping[str, RunConfig]) -> dict[str, str]:
-    """Returns the name of the run that trains the source, by the names of those that read it."""
+    """Returns the name of the run that trains the source, by the names of its readers."""
     sharing: dict[str, list[GridRun]] = {}
     for run in runs:
         config = configs[run.name]
@@ -182,15 +182,15 @@ def _build(run: GridRun, config: RunConfig) -> Scenario:
 
 
 def _check(jobs: Sequence[Job], *, traced: bool) -> None:
-    """Raises ValueError for a run that cannot be, or that its folder holds with other options."""
+    """Raises ValueError for an invalid run, or one saved in its folder with other options."""
     for job in jobs:
         source = job.config.source_from
-        if job.begun and (source is None or source.exists()):  # One that is not there is trained before.
+        if job.begun and (source is None or source.exists()):  # A missing source is trained first.
             RunFolder.check(job.folder.path, run_identity(job.config), resume=True, translate=current_options)
     left = [job for job in jobs if not job.done]
     for number, job in enumerate(left, 1):
         print(f"checking {number}/{len(left)}: {job.run.name}", file=sys.stderr)
-        # A source to be read does not exist yet: one of its own has the same shapes.
+        # The source to read does not exist yet: a separate one has the same shapes.
         scenario = _build(job.run, job.alone)
         if traced:
             with _naming(job.run):
@@ -198,7 +198,7 @@ def _check(jobs: Sequence[Job], *, traced: bool) -> None:
 
 
 def _run_all(jobs: Sequence[Job], engine: Engine, grid: Grid, runs: Sequence[GridRun], folder: RunFolder) -> list[str]:
-    """Runs what is not done yet, reports as runs end, and returns the names of those that failed."""
+    """Executes unfinished runs, reports as runs end, and returns the names of failed ones."""
     left = [job for job in jobs if not job.done]
     rows = sum(len(job.run.rows) for job in jobs)
     print(f"{len(jobs)} runs of {rows} rows: {len(jobs) - len(left)} done, {len(left)} to do")
@@ -232,7 +232,7 @@ def _run_here(command: Command) -> Outcome:
             _write_command(folder, command)
             run()
         except SystemExit as left:
-            if left.code not in (1, 2):  # Of an interruption.
+            if left.code not in (1, 2):  # After an interruption.
                 raise KeyboardInterrupt from None
             problem = last_line(log)
         except Exception as error:
@@ -242,7 +242,7 @@ def _run_here(command: Command) -> Outcome:
 
 
 def _write_command(folder: RunFolder, command: Command) -> None:
-    """Lets the folder of a run name the command of that, and not of the study."""
+    """Records in a run's folder the run's command instead of the study's."""
     sessions = folder.read_json("environment.json", [])
     words = shlex.join(["python", "-m", command.module, *command.words])
     readme = folder.path / "README.md"

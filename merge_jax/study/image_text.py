@@ -1,4 +1,4 @@
-"""Models of images with text of a scenario: their tasks, data by name or folder, and their scores."""
+"""Models of images with text in a scenario: tasks, data by name or folder, and scores."""
 
 import sys
 from collections import Counter
@@ -56,10 +56,10 @@ _EVALUATED_AT_ONCE = 100
 _NUM_SHOWN = 6
 _CANDIDATES = 200
 _LARGEST_RANK = 10
-# A study makes many scenarios of one set; none of them changes its images or texts.
+# A study makes many scenarios of one set; none changes its images or texts.
 _sort_of_clevr = lru_cache(maxsize=2)(sort_of_clevr)
 _scene_captions = lru_cache(maxsize=2)(scene_captions)
-_SEEN = 1000  # Images that mean and deviation of the pixels are taken of: no pass over all that are streamed.
+_SEEN = 1000  # Images used for the pixels' mean and deviation, to avoid a pass over all streamed images.
 
 
 def load_image_text(
@@ -69,15 +69,15 @@ def load_image_text(
 
     Args:
       task: one of `ImageTextTaskName`.
-      data: `synthetic` for rendered scenes; for vqa, `clevr` of TFDS or the folder of the files of VQA v2.0; for
-        retrieval, the name of a set of TFDS whose classes are its captions, or a folder of MSCOCO.
-      data_dir: of TFDS.
-      image_size: height and width that images are brought to.
-      unreadable: what to do with images that are missing or cannot be read, `error` or `skip`.
-      num_shapes: on each rendered image that is asked about.
+      data: `synthetic` for rendered scenes; for vqa, TFDS's `clevr` or a folder of VQA v2.0 files; for retrieval, a
+        TFDS set whose class names are the captions, or a folder of MSCOCO.
+      data_dir: TFDS's folder.
+      image_size: the height and width to resize images to.
+      unreadable: how to handle missing or unreadable images, `error` or `skip`.
+      num_shapes: the number of shapes on each rendered image for questions.
 
     Raises:
-      ValueError: the task is unknown, or the data cannot be had.
+      ValueError: the task is unknown, or the data is unavailable.
     """
     check_choice("task", task, get_args(ImageTextTaskName))
     is_folder = "/" in data or Path(data).is_dir()
@@ -107,7 +107,7 @@ def check_image_text_weights(
     max_length: int,
     image_size: int | None,
 ) -> None:
-    """Raises ValueError for weights of other encoders, before data is read: their header is enough."""
+    """Raises ValueError for other encoders' weights, before reading data: their header suffices."""
     if text_weights is not None:
         check_text_weights(text_weights, architecture.text, max_length, architecture.text_attributes)
     if vision_weights is not None and image_size is not None:
@@ -116,7 +116,7 @@ def check_image_text_weights(
 
 
 def texts_with_images(found: VisualQuestionSet | CaptionSet) -> Sequence[str]:
-    """Returns the questions or captions there are to learn from."""
+    """Returns the training questions or captions."""
     return found.train.questions if isinstance(found, VisualQuestionSet) else found.train.captions
 
 
@@ -136,26 +136,27 @@ def image_text_model(
     text_weights: Path | None = None,
     vision_weights: Path | None = None,
 ) -> StudyModel:
-    """Returns a model that learns to answer questions on images, or to find captions and images.
+    """Returns a model for questions on images, or for retrieval of captions and images.
 
     Args:
-      task: its name.
-      found: its data.
+      task: the task's name.
+      found: the task's data.
       tokens: the vocabulary of its texts.
       architecture: the model.
-      max_length: tokens of a text.
-      too_long: what to do with longer ones, `truncate` or `error`.
-      validation: how many training images to hold out, with all their questions or captions, drawn for each seed.
-      images: how many of the others it learns from; None for all.
-      num_answers: how many answers a model chooses from.
-      uncovered: what to do with training questions none of whose answers are among these, `error` or `skip`.
-      learning_rate: of its AdamW.
-      text_weights: a Hugging Face safetensors file or folder that its text encoder starts from.
-      vision_weights: the same for its vision transformer; a preprocessor_config.json beside them scales the pixels.
+      max_length: the maximum tokens of a text.
+      too_long: how to handle longer ones, `truncate` or `error`.
+      validation: the number of training images to hold out, with all their questions or captions, drawn for each seed.
+      images: how many of the others to train on; None for all.
+      num_answers: the number of answers to choose from.
+      uncovered: how to handle training questions with none of these answers, `error` or `skip`.
+      learning_rate: AdamW's learning rate.
+      text_weights: a Hugging Face safetensors file or folder with the text encoder's initial weights.
+      vision_weights: the same for its vision transformer; a preprocessor_config.json beside them sets the pixel
+        normalisation.
 
     Raises:
-      ValueError: the model does not fit the images, a text or weights do not fit the model, there are fewer images, or
-        answers that the training questions have are not among those to choose from.
+      ValueError: the model does not fit the images, a text or weights do not fit the model, there are too few images,
+        or training questions have none of the answers to choose from.
     """
     shape = found.train.images.shape
     rate, sizes = architecture.dropout, architecture.text_attributes
@@ -210,7 +211,7 @@ def image_text_model(
 
 
 def _scale_of_pixels(found: VisualQuestionSet | CaptionSet, weights: Path | None) -> tuple[Sequence[float], ...]:
-    """Returns mean and deviation that pixels are scaled by: those that weights learned with, or the images' own."""
+    """Returns the pixels' mean and deviation for normalisation: those of the weights, or of the images."""
     if weights is not None:
         config = (weights if weights.is_dir() else weights.parent) / "preprocessor_config.json"
         learned = read_json(config) if config.exists() else {}
@@ -218,7 +219,7 @@ def _scale_of_pixels(found: VisualQuestionSet | CaptionSet, weights: Path | None
             return tuple(_numbers(learned[key], f"{key} of {config}") for key in ("image_mean", "image_std"))
     images = found.train.images
     mean, std = channel_statistics(images[np.arange(min(_SEEN, images.shape[0]))])
-    return mean, tuple(max(one, 1 / 255) for one in std)  # A channel may be the same everywhere.
+    return mean, tuple(max(one, 1 / 255) for one in std)  # A channel may be constant.
 
 
 def _numbers(values: Any, name: str) -> Sequence[float]:
@@ -229,7 +230,7 @@ def _numbers(values: Any, name: str) -> Sequence[float]:
 
 @dataclass(frozen=True)
 class _Parts:
-    """What a task makes of its data: all training and test examples, which entries are learned from, and the rest."""
+    """A task's processed data: all training and test examples, the trained entries, and the rest."""
 
     arrays: tuple[Arrays, Arrays]
     learned: tuple[str, ...]
@@ -290,7 +291,7 @@ def _finder(found: CaptionSet, module: Any, pixels: Any, encode: Any) -> _Parts:
     for group, caption in zip(found.test.caption_group, captions, strict=True):
         captions_of.setdefault(int(group), []).append(str(caption))
     _, first = np.unique(test["caption_id"], return_index=True)
-    first = first[:_CANDIDATES]  # At once on the device.
+    first = first[:_CANDIDATES]  # All on the device.
     candidates = test["tokens"][first]
 
     @jax.jit
@@ -337,7 +338,7 @@ def _read(arrays: Arrays) -> np.ndarray:
 
 
 def _one_an_image(arrays: Arrays) -> np.ndarray:
-    """Returns an example of each of a few images, each with another of its questions."""
+    """Returns one example for each of a few images, with varied questions."""
     images = np.unique(arrays["image_id"])[:_NUM_SHOWN]
     rows = [np.flatnonzero(arrays["image_id"] == image) for image in images]
     return np.array([own[i % len(own)] for i, own in enumerate(rows)])
@@ -360,7 +361,7 @@ def _encode(name: str, tokens: WordPiece, max_length: int, too_long: str, texts:
 def _splits_by_image(
     name: str, train: Arrays, test: Arrays, validation: int, images: int | None, learned: Sequence[str]
 ) -> Any:
-    """Returns `seed -> Splits`; no image is in two of them, and what is learned from has the learned entries alone."""
+    """Returns `seed -> Splits`; no image is in two splits, and training examples have only the trained entries."""
     all_images = np.unique(train["image_id"])
     left = len(all_images) - validation
     if not 1 <= validation < len(all_images):

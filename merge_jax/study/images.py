@@ -1,4 +1,4 @@
-"""Image classifiers as models of a scenario: by name, with data by name, and what they are trained with."""
+"""Image classifiers as models of a scenario: models by name, data by name, and training."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -49,7 +49,7 @@ __all__ = [
 
 VISION_ATTENTION = "encoder/*/attention"
 
-# A study makes many scenarios of one set, with two kinds of labels at most; none of them changes the arrays.
+# A study makes many scenarios of one set, with at most two kinds of labels; none changes the arrays.
 _tfds_images = lru_cache(maxsize=2)(load_tfds_images)
 _scene_shapes = lru_cache(maxsize=2)(scene_shapes)
 
@@ -62,14 +62,14 @@ Pixels = tuple[tuple[float, ...], tuple[float, ...]]
 
 @dataclass(frozen=True)
 class ImageData:
-    """Images to train, validate and test on.
+    """Training, validation and test images.
 
     Attributes:
-      name: of the set.
+      name: the set's name.
       splits: `seed -> Splits`; the test split is the same for every seed.
-      shape: of an image, `(H, W, C)`.
-      num_classes: how many classes there are.
-      pixels: mean and standard deviation of each channel, where images are uint8; None for float images in [0, 1].
+      shape: an image's shape, `(H, W, C)`.
+      num_classes: the number of classes.
+      pixels: each channel's mean and standard deviation for uint8 images; None for float images in [0, 1].
     """
 
     name: str
@@ -82,17 +82,18 @@ class ImageData:
 def load_images(
     name: str, data_dir: Path | None, image_size: int | None, validation: int, label: str = "label"
 ) -> ImageData:
-    """Returns the images of that name: `digits`, `shifted_digits`, a TFDS set such as `cifar100`, or a folder's.
+    """Returns the named images: `digits`, `shifted_digits`, a TFDS set such as `cifar100`, or a folder.
 
     Args:
-      name: what to load; what has a slash in it, or is a folder, is a path.
-      data_dir: of TFDS.
-      image_size: height and width to bring images to; None for as they are.
-      validation: how many training images to hold out, drawn again for each seed; 0 for none. Digits always hold 200.
-      label: the feature of a TFDS set that is the label.
+      name: the set; a name with a slash, or of a folder, is a path.
+      data_dir: TFDS's folder.
+      image_size: the height and width to resize images to; None for no change.
+      validation: the number of training images to hold out, redrawn for each seed; 0 for none. Digits always hold out
+        200.
+      label: the label feature of a TFDS set.
 
     Raises:
-      ValueError: the images cannot be had, or fewer can be held out than that.
+      ValueError: the images are unavailable, or too few can be held out.
     """
     if name in _DIGITS:
         load, size = _DIGITS[name]
@@ -159,16 +160,16 @@ def _relabelled(data: ImageData, name: str, num_classes: int, relabel: Callable[
 def make_model(
     name: str, num_classes: int, *, stages: int, dtype: Any = jnp.float32, **options: Any
 ) -> mj.models.ResNet | mj.models.MobileNetV2 | mj.models.EfficientNetLite:
-    """Returns the model of that name; `stages` are those of the small ones, options the models' other attributes.
+    """Returns the named model; `stages` are those of small models, options the models' other attributes.
 
     Raises:
-      ValueError: no model has that name.
+      ValueError: the model is unknown.
     """
     check_choice("model", name, get_args(ImageModelName))
     options["dtype"] = jnp.dtype(dtype)
     width = 0.5 if name.endswith("_half") else 1.0
     if name.startswith("efficientnet_lite0"):
-        # The original's momentum of 0.99 is for longer runs than these.
+        # The original's momentum of 0.99 suits longer runs.
         return mj.models.efficientnet_lite(num_classes, width, momentum=0.9, **options)
     if "_imagenet" in name:
         return getattr(mj.models, name.removesuffix("_half"))(num_classes, width, **options)
@@ -207,25 +208,25 @@ def image_classifier(
     pixels: Pixels | None = None,
     weights: Weights = OF_PYTORCH,
 ) -> StudyModel:
-    """Returns a model that learns to classify images.
+    """Returns a model that classifies images.
 
     Args:
-      name: of the model, for people.
+      name: the display name.
       module: the Linen module, called as `(images, train=...)`, with logits.
       data: its images.
       optimizer: `steps -> optimizer`.
-      labels: how many of them it learns from, drawn with the classes in proportion; None for all.
-      unlabelled: how many others it has without their labels, see `StudyModel.pool`.
-      augment: crop, mirror and rotate its training images at random.
+      labels: the number of training images, drawn stratified by class; None for all.
+      unlabelled: the number of additional unlabelled images, see `StudyModel.pool`.
+      augment: whether to crop, flip and rotate its training images at random.
       attention: its attention blocks, see `StudyModel`.
-      pixels: mean and deviation of the channels that its pretrained weights want; the module's own `pixels` by default.
-      weights: how these are read, where there are `pixels`.
+      pixels: the channels' mean and deviation for its pretrained weights; by default the module's `pixels`.
+      weights: how to read these weights, if `pixels` are given.
     """
 
-    own = getattr(module, "pixels", None) if pixels is None else pixels  # Of what pretrained weights are known of.
+    own = getattr(module, "pixels", None) if pixels is None else pixels  # For models with known pretrained weights.
     pixels, pretrained = data.pixels, None
     if own is not None and pixels is not None and data.shape[-1] == 3:
-        # Pretrained weights want the scale of their own images, and a target that takes them over wants it too.
+        # Pretrained weights need their images' normalisation, and so does a target that receives them.
         pixels = own
     apply = module.apply if pixels is None else mj.on_pixels(module.apply, *pixels)
     model = classifier(
@@ -267,7 +268,7 @@ def vision_classifier(
     dtype: Any = jnp.float32,
     attributes: Mapping[str, Any] = MappingProxyType({}),
 ) -> StudyModel:
-    """Returns a vision transformer that learns to classify images by AdamW; see `make_vision_encoder`.
+    """Returns a vision transformer that classifies images, trained by AdamW; see `make_vision_encoder`.
 
     Raises:
       ValueError: as `make_vision_encoder`, or images that are not square.
@@ -304,27 +305,27 @@ def named_classifier(
     momentum: float = 0.9,
     attributes: Mapping[str, Any] = MappingProxyType({}),
 ) -> StudyModel:
-    """Returns a network that ships, by its name, as a model that learns to classify images.
+    """Returns a built-in network, by name, as a model that classifies images.
 
-    A vision transformer learns by AdamW, and has `attributes`, see `vision_classifier`. Others learn by SGD.
+    Vision transformers use AdamW and accept `attributes`, see `vision_classifier`. Others use SGD.
 
     Args:
       model: one of `ImageModelName` or `VisionModelName`.
       data: its images.
-      learning_rate: of its optimizer.
-      name: of the model, for people; that of the network by default.
+      learning_rate: the optimizer's learning rate.
+      name: the display name; by default the network's.
       labels: see `image_classifier`.
       unlabelled: the same.
       augment: the same.
-      stages: of a small convolutional network, 1 to 3.
-      dtype: of the computation.
-      axis_name: the axis of the devices that BatchNorm averages over, if any.
-      schedule: the course of the learning rate of SGD.
-      momentum: of SGD.
-      attributes: of a small vision transformer, see `make_vision_encoder`.
+      stages: the stages of a small convolutional network, 1 to 3.
+      dtype: the dtype of the computation.
+      axis_name: the device axis that BatchNorm averages over, if any.
+      schedule: SGD's learning rate schedule.
+      momentum: SGD's momentum.
+      attributes: attributes of a small vision transformer, see `make_vision_encoder`.
 
     Raises:
-      ValueError: no network has that name, or it does not take these images.
+      ValueError: the network is unknown, or does not accept these images.
     """
     name = model if name is None else name
     options = {"labels": labels, "unlabelled": unlabelled, "augment": augment}
@@ -348,10 +349,10 @@ def image_model(
     learning_rate: float,
     attributes: Mapping[str, Any] = MappingProxyType({}),
 ) -> StudyModel:
-    """Returns a model that learns an image task; see `load_image_task` and `named_classifier`.
+    """Returns a model for an image task; see `load_image_task` and `named_classifier`.
 
     Raises:
-      ValueError: the model or the task is unknown, or the images cannot be had.
+      ValueError: the model or the task is unknown, or the images are unavailable.
     """
     data = load_image_task(task, data_dir, image_size, validation)
     return named_classifier(
@@ -372,17 +373,16 @@ def make_vision_encoder(
     attributes: Mapping[str, Any] = MappingProxyType({}),
     **options: Any,
 ) -> mj.models.VisionTransformer:
-    """Returns the vision transformer of that name for square images.
+    """Returns the named vision transformer for square images.
 
     Args:
       model: one of `VisionModelName`.
-      image_size: their height and width.
-      attributes: of a small one, such as layers, width and patch size; that is a quarter of the image by default.
-      options: attributes of any.
+      image_size: the images' height and width.
+      attributes: attributes of a small model, such as layers, width and patch size, by default a quarter of the image.
+      options: attributes of any model.
 
     Raises:
-      ValueError: the model is unknown, takes images of another size, has sizes of its own, or patches do not fill the
-        image.
+      ValueError: the model is unknown, needs images of another size, has fixed sizes, or patches do not fill the image.
     """
     check_choice("vision model", model, get_args(VisionModelName))
     if model == "vit_base":

@@ -38,19 +38,19 @@ __all__ = [
 ]
 
 _AT_ONCE = 200
-_MOST = 10_000  # Examples that a regression is fitted to: more cost minutes.
-_SOME, _SEVERAL = 16, 64  # Examples that tell a head, and what dropout does to it.
-_STEPS = 200  # Digits need 50; of 12,288 pixels and 100 classes 400 are no better.
+_MOST = 10_000  # Maximum examples to fit a regression: more cost minutes.
+_SOME, _SEVERAL = 16, 64  # Examples that suffice to check a head, and the effect of dropout on it.
+_STEPS = 200  # Digits need 50; for 12,288 pixels and 100 classes, 400 are no better.
 
 
 class Observed(NamedTuple):
-    """What a model makes of N examples: its features `[N, d]`, the input of its last layer, and its logits `[N, C]`."""
+    """A model's outputs for N examples: features `[N, d]`, the input of its last layer, and logits `[N, C]`."""
 
     features: np.ndarray
     logits: np.ndarray
 
     def accuracy(self, labels: np.ndarray) -> float:
-        """Returns the fraction of labels `[N]` that the largest logit names."""
+        """Returns the fraction of labels `[N]` that equal the largest logit's class."""
         return float(np.mean(self.logits.argmax(axis=1) == labels))
 
 
@@ -59,23 +59,23 @@ Observe = Callable[[Params, ModelState, Arrays], Observed]
 
 
 class Sample(NamedTuple):
-    """Labelled examples to fit a regression to, and those that it is read on."""
+    """Labelled examples to fit a regression, and those to evaluate it."""
 
     fitted: Arrays
     test: Arrays
 
 
 class Measures(NamedTuple):
-    """What is read of a target on the test split, beside its last metrics; models are compiled once for both.
+    """Measurements of a target on the test split, besides its final metrics; models are compiled once for both.
 
     Attributes:
-      start: `(target, seed) -> {"test", "reset", "probe"}` before its first step. `test` is its metric as it stands.
-        `reset` is the same with BatchNorm's statistics of the training inputs, since a write moves parameters alone;
-        None without such statistics. `probe` is the probe of that.
-      end: `(target, seed) -> the probe`, as the target stands.
+      start: `(target, seed) -> {"test", "reset", "probe"}` before its first step. `test` is its metric. `reset` is the
+        same with BatchNorm statistics recomputed from the training inputs, since a write changes only parameters; None
+        without such statistics. `probe` is the probe of that model.
+      end: `(target, seed) -> the probe`, without changes to the target.
 
     A probe is the accuracy of a logistic regression on its features, fitted to the labelled training examples (see
-    `probe`); None of what is no classifier, or sows no `features`.
+    `probe`); None if the model is not a classifier, or sows no `features`.
     """
 
     start: Callable[[TrainState, int], dict[str, float | None]]
@@ -90,11 +90,11 @@ Opponents = Callable[[TrainState, int], dict[str, float]]
 
 
 def make_measures(model: StudyModel, observe: Observe | None, axis_name: str | None = None) -> Measures:
-    """Returns what measures a target.
+    """Returns the measurements of a target.
 
     Args:
       model: the target.
-      observe: what `observer` gives for it and its test split.
+      observe: the result of `observer` for it and its test split.
       axis_name: the axis that its BatchNorm averages over under `pmap`, if any.
     """
 
@@ -122,7 +122,7 @@ def make_measures(model: StudyModel, observe: Observe | None, axis_name: str | N
 
 
 def _probed(observe: Observe, state: TrainState, sample: Sample, penalty: float) -> tuple[float | None, float]:
-    """Returns the probe of a model's features, and its own accuracy."""
+    """Returns the probe of a model's features, and the model's accuracy."""
     labels = _labels(sample)
     fitted, test = (observe(state.params, state.model_state, arrays) for arrays in sample)
     return probe(fitted.features, labels[0], test.features, labels[1], penalty), test.accuracy(labels[1])
@@ -131,13 +131,13 @@ def _probed(observe: Observe, state: TrainState, sample: Sample, penalty: float)
 def make_fit_head(
     model: StudyModel, observe: Observe | None, axis_name: str | None = None
 ) -> tuple[tuple[str, str], FitHead]:
-    """Returns the paths of a classifier's last layer, kernel and bias, and what fits it to the labelled examples.
+    """Returns the kernel and bias paths of a classifier's last layer, and a function that fits it to labels.
 
-    That is `mj.fit_head`, on features with the statistics of BatchNorm that the training inputs give. Arguments are
+    That is `mj.fit_head`, on features with BatchNorm statistics recomputed from the training inputs. Arguments are
     those of `make_measures`.
 
     Raises:
-      ValueError: no classifier, one that sows no `features`, or whose logits are not a dense layer of them.
+      ValueError: not a classifier, one that sows no `features`, or whose logits are not a dense layer of them.
     """
     test = model.splits(0).test
     if observe is None or sampled(model, 0) is None:
@@ -147,12 +147,12 @@ def make_fit_head(
     params, model_state = model.init(jax.random.key(0))
     few = take(test, np.arange(min(_SOME, len(test["label"]))))
     kernel, bias = _last_layer(model.name, params, *observe(params, model_state, few))
-    checked = False  # Once a run will do.
+    checked = False  # Once per run suffices.
 
     def fit_head(target: TrainState, seed: int) -> tuple[dict[str, np.ndarray], ModelState]:
         nonlocal checked
         sample = sampled(model, seed)
-        assert sample is not None  # It was there for seed 0.
+        assert sample is not None  # It existed for seed 0.
         target = reset_to_inputs(model, target, sample, seed, axis_name)
         found = observe(target.params, target.model_state, sample.fitted)
         labels = np.asarray(sample.fitted["label"])
@@ -172,9 +172,9 @@ def make_fit_head(
 def _warn_of_dropout(
     model: StudyModel, params: Params, model_state: ModelState, fitted: Mapping[str, Any], calm: float
 ) -> None:
-    """Says on standard error where dropout takes away what a fitted last layer knows, so that steps would undo it.
+    """Warns on standard error if dropout destroys a fitted last layer's predictions, so that training would undo it.
 
-    That is where features differ from example to example by far less than by what is dropped of them.
+    This happens if features differ between examples by far less than dropout changes them.
     """
     given = jax.random.key(0), params, model_state, take(fitted, np.arange(min(_SEVERAL, len(fitted["label"]))))
     traced = jax.jit(lambda key, params, state, batch: model.loss(params, state, batch, key)[0]).trace(*given)
@@ -192,7 +192,7 @@ def _warn_of_dropout(
 
 
 def _last_layer(name: str, params: Any, features: np.ndarray, logits: np.ndarray) -> tuple[str, str]:
-    """Returns the paths of the kernel and the bias that make the logits of the features."""
+    """Returns the paths of the kernel and bias that map features to logits."""
     leaves = flatten(params)
     for path, kernel in leaves.items():
         bias = f"{path.removesuffix('kernel')}bias"
@@ -204,11 +204,11 @@ def _last_layer(name: str, params: Any, features: np.ndarray, logits: np.ndarray
 
 
 def make_opponents(scenario: Scenario, source_plan: SourcePlan, *, controlled: bool = False) -> Opponents:
-    """Returns what a doubter would put beside a classifier, with the same labelled examples and nothing trained.
+    """Returns a classifier's baselines (opponents), with the same labelled examples and without training.
 
     `inputs_lr` is a logistic regression on its raw inputs, `source_lr` one on the source's features of these inputs,
-    and `source` the source itself, where its labels are the target's. Those of a source are there where it can read the
-    inputs, and is trained before the target. One that tells its own labels no better than chance is warned of, unless
+    and `source` the source itself, if its labels are the target's. The latter two need a source that can read the
+    inputs and is trained before the target. A source no better than chance on its own labels causes a warning, unless
     it is `controlled`, such as an untrained one.
     """
     target, source = scenario.target, scenario.source
@@ -235,9 +235,9 @@ def make_opponents(scenario: Scenario, source_plan: SourcePlan, *, controlled: b
 
 
 def _warn_of_chance(source: StudyModel, observe: Observe, state: TrainState, seed: int) -> None:
-    """Warns of a source that is right on its validation split no more often than its most frequent class is.
+    """Warns of a source that is no more accurate on its validation split than the most frequent class.
 
-    By less than two standard errors of that fraction.
+    The margin is two standard errors of that fraction.
     """
     held_out = source.splits(seed).validation
     if source.metric != "accuracy" or "label" not in held_out or not set(source.inputs) <= held_out.keys():
@@ -261,7 +261,7 @@ def _labels(sample: Sample) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _on_host(state: TrainState) -> TrainState | None:
-    """Returns a model where it is compiled for once, wherever it was; None where no process has all of it."""
+    """Returns a model on the host; None if no process holds all of it."""
     state = state.replace(opt_state=None)
     arrays = [leaf for leaf in jax.tree.leaves(state) if isinstance(leaf, jax.Array)]
     if all(array.is_fully_addressable or array.is_fully_replicated for array in arrays):
@@ -270,9 +270,9 @@ def _on_host(state: TrainState) -> TrainState | None:
 
 
 def sampled(model: StudyModel, seed: int) -> Sample | None:
-    """Returns what regressions are fitted to, and tested on; None for a model that is no classifier.
+    """Returns the examples to fit and test regressions; None if the model is not a classifier.
 
-    They are fitted to all labelled training examples, or to 10,000 of them, drawn by the seed.
+    They are fitted to all labelled training examples, at most 10,000, drawn by the seed.
     """
     splits = model.splits(seed)
     total = num_examples(splits.train)
@@ -286,10 +286,10 @@ def sampled(model: StudyModel, seed: int) -> Sample | None:
 
 
 def observer(model: StudyModel, arrays: Arrays) -> Observe | None:
-    """Returns what reads a model's features of such examples, compiled once.
+    """Returns a function that reads a model's features of such examples, compiled once.
 
-    None for a model without `apply`, one that does not sow `features` (the input of its last layer, as the models of
-    `merge_jax.models` do), and one that cannot read these examples.
+    None for a model without `apply`, one that does not sow `features` (the input of its last layer, as models of
+    `merge_jax.models` do), or one that cannot read these examples.
     """
     if model.apply is None or not set(model.inputs) <= arrays.keys():
         return None
@@ -304,14 +304,14 @@ def observer(model: StudyModel, arrays: Arrays) -> Observe | None:
     inputs = [jax.ShapeDtypeStruct((1, *arrays[name].shape[1:]), arrays[name].dtype) for name in model.inputs]
     try:
         _, logits = jax.eval_shape(read, *shapes, *inputs)
-    except (ValueError, TypeError, FlaxError):  # It is another model's data, or there are no features.
+    except (ValueError, TypeError, FlaxError):  # The data belongs to another model, or there are no features.
         return None
     if len(logits.shape) != 2:
         return None
 
     def observed(params: Params, model_state: ModelState, arrays: Arrays) -> Observed:
         size = num_examples(arrays)
-        # One width for all sets of examples, so that one compilation serves them.
+        # One batch size for all sets of examples, so that one compilation serves them.
         rows = np.resize(np.arange(size), max(size, _AT_ONCE))
         used = {name: arrays[name] for name in model.inputs}
         found = of_all_rows(lambda batch: read(params, model_state, *batch.values()), used, rows, _AT_ONCE)
@@ -323,9 +323,9 @@ def observer(model: StudyModel, arrays: Arrays) -> Observe | None:
 def reset_to_inputs(
     model: StudyModel, target: TrainState, sample: Sample, seed: int, axis_name: str | None
 ) -> TrainState:
-    """Returns a model with the statistics of BatchNorm that its training inputs give, labelled ones and the pool.
+    """Returns a model with BatchNorm statistics recomputed from its training inputs, labelled and pool.
 
-    Of more than 10,000 the first count. The model itself where it has no statistics.
+    Uses at most the first 10,000. Returns the model itself if it has no statistics.
     """
     if model.apply is None or "batch_stats" not in target.model_state:
         return target
@@ -341,16 +341,16 @@ def probe(
 ) -> float | None:
     """Returns the test accuracy of a logistic regression on standardised features `[N, d]`, a fraction.
 
-    Its penalty is `penalty |w|^2 / 2` beside the sum of the losses (scikit-learn's 1 / C). None where features are not
-    finite, or all labels are one.
+    Its penalty is `penalty |w|^2 / 2`, added to the sum of the losses (scikit-learn's 1 / C). None if features are not
+    finite, or all labels are equal.
     """
     if len(np.unique(labels)) < 2 or not (np.isfinite(features).all() and np.isfinite(test_features).all()):
         return None
-    from sklearn.preprocessing import StandardScaler  # Half a second that --help should not.
+    from sklearn.preprocessing import StandardScaler  # The import takes half a second, too long for --help.
 
     scaler = StandardScaler().fit(features)
     fitted, test = (np.asarray(scaler.transform(part)) for part in (features, test_features))
-    # What the examples do not span has weight 0: the same solution, many times sooner.
+    # Directions that the examples do not span have weight 0: the same solution, many times faster.
     if fitted.shape[1] > len(fitted):
         basis = np.linalg.svd(fitted, full_matrices=False)[2].T
         fitted, test = fitted @ basis, test @ basis
@@ -362,15 +362,15 @@ def _fitted(features: Any, labels: np.ndarray, penalty: float) -> Any:
     from sklearn.linear_model import LogisticRegression
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # It is as good as so many steps make it.
+        warnings.simplefilter("ignore", ConvergenceWarning)  # The result after this many steps is good enough.
         return LogisticRegression(C=1 / penalty, max_iter=_STEPS).fit(features, labels)
 
 
 def inputs_lr(model: StudyModel, sample: Sample) -> float | None:
     """Returns the test accuracy of a logistic regression on a model's raw inputs; the same for any model of these.
 
-    Numbers, such as pixels, are flattened and standardised. Whole numbers but uint8 are tokens: their counts, weighted
-    by TF-IDF. None where inputs are streamed, of several entries, or all labels are one.
+    Numbers, such as pixels, are flattened and standardised. Integers other than uint8 are tokens; their counts are
+    weighted by TF-IDF. None if inputs are streamed or have several entries, or all labels are equal.
     """
     if len(model.inputs) != 1 or any(is_streamed({name: sample.test[name]}) for name in model.inputs):
         return None
@@ -390,7 +390,7 @@ def inputs_lr(model: StudyModel, sample: Sample) -> float | None:
 
 
 def _counts(tokens: np.ndarray, words: int) -> Any:
-    """Returns how often each text `[N, L]` has each token, sparse, `[N, words]`."""
+    """Returns the token counts of texts `[N, L]`, sparse, `[N, words]`."""
     from scipy.sparse import coo_array
 
     tokens = tokens.reshape(len(tokens), -1)

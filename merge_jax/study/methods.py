@@ -1,4 +1,4 @@
-"""Scenarios of two models: the methods that their options and routes make, every transfer with every objective."""
+"""Scenarios of two models: methods from options and routes, every transfer with every objective."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -39,13 +39,13 @@ Routes = Sequence[mj.Route] | Mapping[str, Sequence[mj.Route]]
 
 
 class Objective(NamedTuple):
-    """What a target learns, and what of the source it is shown for it.
+    """A target's objective, and the source outputs that it needs.
 
     Attributes:
-      loss: of the target.
-      teacher: adds the source's outputs to the target's batches; None where the loss needs none.
-      pooled: whether they read the target's pool, see `Method`.
-      each_alone: whether the teacher shows each example on its own, see `Method`.
+      loss: the target's loss.
+      teacher: adds the source's outputs to the target's batches; None if the loss needs none.
+      pooled: whether they use the target's pool, see `Method`.
+      each_alone: whether the teacher processes examples independently, see `Method`.
     """
 
     loss: LossFn
@@ -55,7 +55,7 @@ class Objective(NamedTuple):
 
 
 class _Moves(NamedTuple):
-    """A transfer, the fraction of the run that it lasts, and what makes the adapter and the target it starts from."""
+    """A transfer, its fraction of the run, and functions that make the initial adapter and target."""
 
     transfer: mj.Transfer
     stop: float
@@ -80,21 +80,21 @@ def make_scenario(
     starts: Mapping[str, StartFactory] = MappingProxyType({}),
     attach: Callable[[Path], None] | None = None,
 ) -> Scenario:
-    """Returns the scenario of transfer from a source to a target, with the methods that the config names.
+    """Returns the scenario of transfer from a source to a target, with the config's methods.
 
     Args:
-      name: of the scenario.
+      name: the scenario's name.
       config: `TransferOptions` and `RunConfig` in one class.
-      source: the model that gives; None where the target is its own source.
-      target: the model that receives.
-      routes: from the source to the target; by default those of the config.
-      objectives: what the target may learn beside its own loss, by the name that a method has for it.
-      transfers: your own, by the same; each makes a transfer of routes.
-      starts: what targets may start from, by the same; each makes a `StartFn` of the source, the target and the routes.
-      attach: writes what belongs to a run into its folder.
+      source: the source model; None if the target is its own source.
+      target: the target model.
+      routes: the routes from source to target; by default those of the config.
+      objectives: additional objectives of the target, by their name in methods.
+      transfers: your own transfers, likewise by name; each makes a transfer from routes.
+      starts: starts of targets, likewise by name; each makes a `StartFn` from source, target and routes.
+      attach: writes additional files of a run into its folder.
 
     Raises:
-      ValueError: an unknown method, or one that is not for these models; a batch larger than the data.
+      ValueError: an unknown method, or one that does not suit these models; a batch larger than the data.
       TypeError: a config without `TransferOptions`.
     """
     if not isinstance(config, TransferOptions):
@@ -131,10 +131,10 @@ def make_scenario(
 
 
 def _make_schedule(config: RunConfig, source_examples: int, target_examples: int) -> Schedule:
-    """Returns the lengths in steps, for as many examples to train each model on.
+    """Returns the lengths in steps, for the given numbers of training examples.
 
     Raises:
-      ValueError: a batch has more examples than there are.
+      ValueError: a batch has more examples than the data.
     """
     for role, examples in (("target", target_examples), ("source", source_examples)):
         learns = role == "target" or config.source != "frozen"
@@ -170,13 +170,13 @@ def make_methods(
     transfers: Mapping[str, TransferFactory] = MappingProxyType({}),
     starts: Mapping[str, StartFactory] = MappingProxyType({}),
 ) -> dict[str, Callable[[], Method]]:
-    """Returns the factory of each method: every transfer or start with every objective, alone and with agreement.
+    """Returns the factory of each method: every transfer or start with every objective, with or without agreement.
 
-    A method is named after its transfer or start and its objective (`share_kd_agree`), and after one of the two where
-    the other is none (`share`, `kd`, `agree`); `vanilla` has neither. Arguments are those of `make_scenario`.
+    A method is named after its transfer or start and its objective (`share_kd_agree`), or after one of them if the
+    other is absent (`share`, `kd`, `agree`); `vanilla` has neither. Arguments are those of `make_scenario`.
     """
     optimizer = target.optimizer(num_steps)
-    if options.target_rate != 1:  # What the rate multiplies is the update, of SGD and of AdamW.
+    if options.target_rate != 1:  # The rate scales the update, for SGD and AdamW.
         optimizer = optax.chain(optimizer, optax.scale(options.target_rate))
 
     def bind(make: TransferFactory) -> mj.Transfer:
@@ -184,7 +184,7 @@ def make_methods(
             return mj.several_sources({name: make(own) for name, own in routes.items()})
         return make(routes) if source is not None else mj.self_transfer(make(routes))
 
-    @cache  # Its models are traced, and its fit compiled, once for all methods.
+    @cache  # Its models are traced and its fit compiled once for all methods.
     def alignment() -> Alignment:
         if source is None or source.apply is None or target.apply is None or isinstance(routes, Mapping):
             raise ValueError(
@@ -213,7 +213,7 @@ def make_methods(
         "": lambda: _Moves(mj.identity_transfer(), 0.0),
         **{name: by_routes(make) for name, make in _transfers(options).items()},
         "aligned": aligned,
-        # Opponent and control of an alignment, both written once, before the first step.
+        # An alignment's opponent and control, both written once, before the first step.
         "pruned": lambda: _Moves(mj.identity_transfer(), 0.0, start=alignment().pruned),
         "random_channels": lambda: _Moves(mj.identity_transfer(), 0.0, start=alignment().random_channels),
         "mergenet_residual_aligned": then_residual,
@@ -224,7 +224,7 @@ def make_methods(
     moves |= {name: partial(started, name, make) for name, make in starts.items()}
     learned = {"": Objective(target.loss), **objectives}
 
-    @cache  # One teacher for all methods, so that what it shows is computed once.
+    @cache  # One teacher for all methods, so that its outputs are computed once.
     def objective_of(name: str, agree: str) -> Objective:
         return _with_agreement(options, axis_name, source, target, learned[name]) if agree else learned[name]
 
@@ -241,10 +241,10 @@ def make_methods(
 
 
 def choose_methods(methods: Mapping[str, Callable[[], Method]], names: Sequence[str]) -> dict[str, Method]:
-    """Returns the named methods in the order of their names; only these are made.
+    """Returns the named methods in order; only these are created.
 
     Raises:
-      ValueError: no names, a name that is no method's, or one that appears twice.
+      ValueError: no names, an unknown name, or a repeated one.
     """
     if not names:
         raise ValueError(f"no methods: name one or more of {', '.join(methods)}")
@@ -263,7 +263,7 @@ def _check_own_names(
     starts: Mapping[str, StartFactory],
     objectives: Mapping[str, Objective],
 ) -> None:
-    """Raises ValueError for a given name that another method's name would mean too."""
+    """Raises ValueError for a given name that would be ambiguous with another method's."""
     taken = {"", "vanilla", "agree", *shipped}
     for kind, names in (("transfer", transfers), ("start", starts), ("objective", objectives)):
         for name in names:
@@ -276,7 +276,7 @@ def _check_own_names(
 
 
 def _starts(options: TransferOptions) -> dict[str, StartFactory]:
-    """Returns what targets start from by name, as functions that make it of source, target and routes."""
+    """Returns the starts of targets by name, as functions of source, target and routes."""
     return {
         "refit": refit_start,
         "prepare": partial(prepare_start, options),
@@ -287,7 +287,7 @@ def _starts(options: TransferOptions) -> dict[str, StartFactory]:
 
 
 def _transfers(options: TransferOptions) -> dict[str, TransferFactory]:
-    """Returns the transfers by name, as functions that make them of routes."""
+    """Returns the transfers by name, as functions of routes."""
 
     def lpka(output: OutputForm, routes: Sequence[mj.Route]) -> mj.Transfer:
         return _lpka(options, output, _adapter_routes(options, routes))
@@ -305,19 +305,19 @@ def _transfers(options: TransferOptions) -> dict[str, TransferFactory]:
         "linear_operators": mj.linear_operator_transfer,
         "generator": mj.parameter_generator_transfer,
         "transport": mj.optimal_transport_transfer,
-        # Controls: as many parameters as mergenet_residual's, which read nothing, or the target itself.
+        # Controls with as many parameters as mergenet_residual; they read nothing, or the target itself.
         "no_source": lambda routes: mj.without_source(lpka("residual", routes)),
         "itself": itself,
     }
 
 
 def _adapter_routes(options: TransferOptions, routes: Sequence[mj.Route]) -> Sequence[mj.Route]:
-    """Returns the routes that learned adapters take part in."""
+    """Returns the routes for learned adapters."""
     return parse_routes(options.adapter_routes) if options.adapter_routes else routes
 
 
 def _lpka(options: TransferOptions, output: OutputForm, routes: Sequence[mj.Route]) -> mj.Transfer:
-    """Returns the transfer of LPKA in an output form."""
+    """Returns the LPKA transfer in an output form."""
     return mj.lpka_transfer(
         routes,
         num_layers=options.num_layers,
@@ -337,10 +337,10 @@ def _with_agreement(
     target: StudyModel,
     objective: Objective,
 ) -> Objective:
-    """Returns the objective with the target's features drawn to the source's.
+    """Returns the objective with feature agreement added.
 
     Raises:
-      ValueError: no layers that could agree, or a model that cannot be looked into.
+      ValueError: no layers that could agree, or a model whose features cannot be read.
     """
     if source is None or source.apply is None or target.apply is None:
         raise ValueError("a method with agree needs one source that is a separate model")
@@ -371,7 +371,7 @@ def _with_agreement(
 
 
 def adapter_optimizer(options: TransferOptions, cycle: int, num_steps: int) -> optax.GradientTransformation:
-    """Returns the adapter's AdamW; its rate goes by the number of its own updates, one a transfer."""
+    """Returns the adapter's AdamW; its schedule counts the adapter's updates, one per transfer."""
     rate: optax.ScalarOrSchedule = options.adapter_learning_rate
     if options.adapter_schedule == "cosine":
         updates = max(2, mj.TransferSteps(cycle, options.stop, num_steps).count())
@@ -382,12 +382,12 @@ def adapter_optimizer(options: TransferOptions, cycle: int, num_steps: int) -> o
 
 
 def parse_routes(words: Iterable[str]) -> list[mj.Route]:
-    """Returns the routes that are given as `target=source`, each path or pattern as in `merge_jax.Route`.
+    """Returns the routes given as `target=source`, with paths or patterns as in `merge_jax.Route`.
 
-    Paths that both end in `attention` are blocks of attention, which move head by head.
+    If both paths end in `attention`, they are attention blocks, which transfer head by head.
 
     Raises:
-      ValueError: a word that is no such pair.
+      ValueError: an argument that is not such a pair.
     """
     routes = []
     for target, source in parse_pairs(words, "a route", "fc/kernel=fc/kernel"):

@@ -1,4 +1,4 @@
-"""One model of a scenario: what it must be able to say, a classifier of arrays, and its pool of unlabelled inputs."""
+"""One model of a scenario: its interface, a classifier of arrays, and its pool of unlabelled inputs."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,7 +19,7 @@ from merge_jax.types import LossFn, ModelApply, ModelState, Params
 
 __all__ = ["POOL", "SampleImages", "StudyModel", "check_pool", "classifier", "draw_pool", "inputs_of", "pool_inputs"]
 
-_EVALUATED_AT_ONCE = 200  # Divides the digits' validation and test: one compilation serves both.
+_EVALUATED_AT_ONCE = 200  # Divides the digits' validation and test sizes: one compilation serves both.
 
 POOL = "pool/"
 """What the names of inputs from the pool begin with, in a batch and in the examples that `fit` and `start` get."""
@@ -27,13 +27,13 @@ POOL = "pool/"
 
 @dataclass(frozen=True)
 class SampleImages:
-    """A few test images, for a picture of the models' outputs.
+    """A few test images, for a figure of the models' outputs.
 
     Attributes:
       images: reads them, uint8 `[n, H, W, C]`.
-      asked: what is asked of each, if anything is.
-      right: of each, all answers that are right, the one to show first.
-      answer: `(params, model_state) -> answers`, n of them.
+      asked: the question on each, if any.
+      right: all correct answers of each, the one to show first.
+      answer: `(params, model_state) -> n answers`.
     """
 
     images: Callable[[], np.ndarray]
@@ -44,29 +44,29 @@ class SampleImages:
 
 @dataclass(frozen=True, kw_only=True)
 class StudyModel:
-    """One model of a scenario: how it starts, what it learns from, how it is judged.
+    """One model of a scenario: its initialisation, data, training and evaluation.
 
     Attributes:
-      name: of the model, for people.
+      name: the display name.
       init: `key -> (params, model_state)`.
-      loss: what it learns.
-      optimizer: `steps -> optimizer` that it learns by.
+      loss: its loss.
+      optimizer: `steps -> optimizer`.
       splits: `seed -> Splits`.
-      evaluate: `(params, model_state, arrays) -> metrics`, with the one it is judged by, a fraction in [0, 1].
-      metric: the name of that one.
-      apply: its apply function, for losses that look inside of it; None for several models in one.
-      inputs: the entries of a batch that are its inputs, in order.
-      attention: its attention blocks as a pattern of paths, by what they attend to: `vision`, `text`.
-      augment: changes its batches at random while it trains; None for batches as they are.
-      load: `(path, params) -> params` from a file of weights, where `params` is the model as it starts.
-      load_pretrained: `(path, variables, seed) -> variables` from a file of another library. Variables are
-        `{"params": ..., **model_state}` as the model starts. What the file lacks, such as a last layer for the labels
-        at hand, is fitted to the seed's training examples. For no seed it is only checked to fit, and variables may be
-        shapes. None for `load`, which knows parameters alone.
-      sample_images: test images that it is shown with; None for a model of other things.
-      code: lines of Python that make it, see `model_code`; empty where there are none.
-      head_penalty: of logistic regressions on its features, see `merge_jax.fit_head`.
-      pool: `seed -> inputs` without labels, those of the labelled examples first; None for these alone.
+      evaluate: `(params, model_state, arrays) -> metrics`, including its main metric, a fraction in [0, 1].
+      metric: the name of the main metric.
+      apply: its apply function, for losses that read intermediates; None for several models in one.
+      inputs: its input entries of a batch, in order.
+      attention: path patterns of its attention blocks, by modality: `vision`, `text`.
+      augment: augments its training batches; None for no change.
+      load: `(path, params) -> params` from a weight file; the given `params` are the initial ones.
+      load_pretrained: `(path, variables, seed) -> variables` from another library's file. The given variables are the
+        initial `{"params": ..., **model_state}`. Missing parts, such as a last layer for the task's labels, are fitted
+        to the seed's training examples. Without a seed, only checks the fit, and variables may be shapes. None to use
+        `load`, which handles only parameters.
+      sample_images: test images for its figure; None for a model without images.
+      code: Python lines that define it, see `model_code`; may be empty.
+      head_penalty: the penalty of logistic regressions on its features, see `merge_jax.fit_head`.
+      pool: `seed -> inputs` without labels, starting with those of the labelled examples; None for these alone.
     """
 
     name: str
@@ -106,27 +106,27 @@ def classifier(
     unlabelled: int = 0,
     apply: ModelApply | None = None,
 ) -> StudyModel:
-    """Returns a model that learns to classify the examples of arrays, by cross entropy.
+    """Returns a model that classifies the examples of arrays, trained by cross entropy.
 
     Args:
-      name: of the model, for people.
+      name: the display name.
       module: the Linen module, called as `(inputs, train=...)`, with logits.
       splits: `seed -> Splits` of examples with an entry of inputs and their `label`.
-      inputs: the name of that entry.
+      inputs: the name of the input entry.
       optimizer: `steps -> optimizer`.
-      labels: how many training examples it learns from, drawn with the classes in proportion; None for all.
-      unlabelled: how many others it has without their labels, see `StudyModel.pool`.
-      apply: its apply function where that changes the inputs first, such as `merge_jax.on_pixels`.
+      labels: the number of training examples, drawn stratified by class; None for all.
+      unlabelled: the number of additional unlabelled examples, see `StudyModel.pool`.
+      apply: its apply function, if it transforms the inputs first, such as `merge_jax.on_pixels`.
 
     Raises:
-      ValueError: examples without such an entry, or fewer than that.
+      ValueError: examples without such an entry, or too few examples.
     """
     train = splits(0).train
     check_entries(train, inputs, "label")
     if unlabelled:
         check_pool(train, labels, unlabelled)
     entry = train[inputs]
-    # Of uint8, `apply` makes numbers.
+    # `apply` converts uint8 to floats.
     example = np.zeros((1, *entry.shape[1:]), np.float32 if entry.dtype == np.uint8 else entry.dtype)
 
     def init(key: jax.Array) -> tuple[Params, ModelState]:
@@ -156,7 +156,7 @@ def classifier(
 
 
 def check_pool(train: Arrays, labels: int | None, unlabelled: int) -> None:
-    """Raises ValueError unless there are so many training examples beside the labelled ones."""
+    """Raises ValueError unless there are that many training examples besides the labelled ones."""
     total = num_examples(train)
     left = 0 if labels is None else total - labels
     if unlabelled > left:
@@ -167,9 +167,9 @@ def check_pool(train: Arrays, labels: int | None, unlabelled: int) -> None:
 
 
 def draw_pool(train: Arrays, labels: int, unlabelled: int, seed: int, inputs: tuple[str, ...]) -> dict[str, Any]:
-    """Returns the inputs of the labelled examples, those that `class_balanced` draws, and then of so many others.
+    """Returns the inputs of the labelled examples, drawn by `class_balanced`, and then of that many others.
 
-    What is drawn first of the others is the same however many there are.
+    The order of the others does not depend on their number.
     """
     total = num_examples(train)
     labelled = class_balanced({"row": np.arange(total), "label": train["label"]}, labels, seed)["row"]
@@ -179,12 +179,12 @@ def draw_pool(train: Arrays, labels: int, unlabelled: int, seed: int, inputs: tu
 
 
 def pool_inputs(model: StudyModel) -> tuple[str, ...]:
-    """Returns the entries of a batch on which a target is compared with its source, of the target's inputs."""
+    """Returns a batch's entries, of the target's inputs, on which it is compared with its source."""
     return model.inputs if model.pool is None else tuple(POOL + name for name in model.inputs)
 
 
 def inputs_of(examples: Mapping[str, Any], names: tuple[str, ...]) -> list[Any]:
-    """Returns inputs without labels: those of the pool, or of the labelled examples where there is no pool.
+    """Returns inputs without labels: those of the pool, or, without a pool, of the labelled examples.
 
     Raises:
       ValueError: the examples lack an input.

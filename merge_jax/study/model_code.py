@@ -1,4 +1,4 @@
-"""A model as lines of Python, for who takes its weights out of a run."""
+"""A model as lines of Python, for users who export its weights from a run."""
 
 import dataclasses
 import sys
@@ -13,20 +13,20 @@ from merge_jax import models
 
 __all__ = ["model_code"]
 
-# What a module has, but a trained model does not need: where it hangs, how it started, and the devices of its training.
+# Attributes that a trained model does not need: its parent, its initialisation, and its training devices.
 _LEFT_OUT = ("parent", "name", "kernel_init", "axis_name")
 
 
 def model_code(model: nn.Module, inputs: Mapping[str, str], pixels: Sequence[Sequence[float]] | None = None) -> str:
-    """Returns lines that make `model`, its variables as shapes, `like`, and its `apply` function.
+    """Returns lines that define `model`, its variables as shapes, `like`, and its `apply` function.
 
-    They need `jax`, `jax.numpy` as `jnp` and `merge_jax` as `mj`; a line of their own imports what is of no
+    They need `jax`, `jax.numpy` as `jnp` and `merge_jax` as `mj`; further lines import names outside
     `merge_jax.models`.
 
     Args:
-      model: any of Flax.
-      inputs: what it is called with, as expressions, and what they are, in words.
-      pixels: mean and deviation of each channel that uint8 images are scaled by; None for inputs as they are.
+      model: any Flax model.
+      inputs: its inputs as expressions, with descriptions.
+      pixels: each channel's mean and deviation, which normalise uint8 images; None for unscaled inputs.
     """
     apply = "model.apply"
     if pixels is not None:
@@ -45,7 +45,7 @@ def model_code(model: nn.Module, inputs: Mapping[str, str], pixels: Sequence[Seq
 
 
 def _expression(value: Any, own: dict[str, str]) -> str:
-    """Returns the expression that makes a value, and adds the lines that its names need to `own`, by name."""
+    """Returns the expression of a value, and adds the import lines of its names to `own`, by name."""
     if isinstance(value, nn.Module):
         given = {
             field.name: getattr(value, field.name)
@@ -68,13 +68,13 @@ def _call(value: Any, arguments: dict[str, Any], own: dict[str, str]) -> str:
 
 
 def _named(value: Any, own: dict[str, str]) -> str:
-    """Returns the name of a class or a function: one of ours, or one that a line imports."""
+    """Returns the name of a class or function: one of ours, or one that a line imports."""
     name, module = value.__qualname__, value.__module__
     if getattr(models, name, None) is value:
         return f"mj.models.{name}"
-    if module == "__main__":  # A script, or a module that was run by -m.
+    if module == "__main__":  # A script, or a module run with -m.
         module = getattr(getattr(sys.modules[module], "__spec__", None), "name", module)
-    if "." in name:  # Inside of a function or a class.
+    if "." in name:  # Inside a function or a class.
         own[name] = f"# {name} is of {module}; no import reaches it."
     else:
         own[name] = f"from {module} import {name}"

@@ -1,4 +1,4 @@
-"""Several sources as one: models side by side that learn their tasks in one step, and share nothing."""
+"""Several sources as one: independent models that train on their tasks in one step."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,11 +15,11 @@ __all__ = ["side_by_side"]
 
 
 def side_by_side(models: Mapping[str, StudyModel]) -> StudyModel:
-    """Returns the models as one whose parameters are `{name: parameters}`, as `several_sources` takes them.
+    """Returns the models as one with parameters `{name: parameters}`, as in `several_sources`.
 
-    Its loss is the sum of their losses, so that each gets its own gradient; each has its own optimizer, which clips by
-    the norm of that gradient alone; its metric is the mean of theirs. An epoch is as long as the longest: examples of
-    the others come again.
+    Its loss is the sum of their losses, so each receives only its own gradient. Each has a separate optimizer, which
+    clips by that gradient's norm alone. Its metric is the mean of theirs. An epoch is as long as the longest; examples
+    of the others repeat.
     """
 
     def init(key: jax.Array) -> tuple[Params, ModelState]:
@@ -40,7 +40,7 @@ def side_by_side(models: Mapping[str, StudyModel]) -> StudyModel:
         metrics: dict[str, float] = {}
         for name, model in models.items():
             own = _part(arrays, name)
-            new = own.pop("new")  # Those that came again would count twice.
+            new = own.pop("new")  # Repeated examples would count twice.
             own_metrics = model.evaluate(params[name], model_state[name], take(own, np.flatnonzero(new)))
             metrics |= {f"{name}_{metric}": value for metric, value in own_metrics.items()}
         judged = [metrics[f"{name}_{model.metric}"] for name, model in models.items()]
@@ -73,7 +73,7 @@ def side_by_side(models: Mapping[str, StudyModel]) -> StudyModel:
 
 
 def _joined(arrays: Mapping[str, Arrays]) -> Arrays:
-    """Returns the arrays as one, entries `name/entry`, with as many rows as the longest, and what of them is new."""
+    """Returns the arrays as one, entries `name/entry`, as long as the longest, and which rows are not repeats."""
     size = max(num_examples(one) for one in arrays.values())
     joined: dict[str, Any] = {}
     for name, one in arrays.items():
@@ -84,5 +84,5 @@ def _joined(arrays: Mapping[str, Arrays]) -> Arrays:
 
 
 def _part(arrays: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Returns what is of one model."""
+    """Returns the entries of one model."""
     return {entry.removeprefix(f"{name}/"): array for entry, array in arrays.items() if entry.startswith(f"{name}/")}

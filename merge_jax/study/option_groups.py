@@ -1,4 +1,4 @@
-"""Options of a scenario in groups, as `--help` shows them. The config itself stays flat."""
+"""Groups a scenario's options for `--help`. The config itself stays flat."""
 
 import dataclasses
 import inspect
@@ -83,7 +83,7 @@ def parse_grouped(preset: _Options, arguments: Sequence[str], prog: str, descrip
 
 
 def _texts(kind: type) -> dict[str, str]:
-    """Returns what stands below each field of a dataclass, in one line; a class's own comes before its parents'."""
+    """Returns each dataclass field's docstring on one line; a class's own overrides its parents'."""
     texts = {}
     for parent in reversed(kind.__mro__):
         if dataclasses.is_dataclass(parent):

@@ -1,6 +1,6 @@
 """Options of scenarios, side by side: a scenario's `Config` names those it has, and `RunConfig`.
 
-None of this imports JAX, so that `--help` and wrong options are quick.
+None of this imports JAX, so that `--help` and invalid options are fast.
 """
 
 from collections.abc import Iterable
@@ -32,7 +32,7 @@ BY_DEPTH = "by depth"
 
 @dataclass(frozen=True, kw_only=True)
 class TransferOptions:
-    """Options of the transfer, and of what the target learns from the source beside it."""
+    """Options of the transfer, and of the target's other objectives from the source."""
 
     methods: tuple[str, ...] = ("vanilla", "share", "mergenet_warm")
     """Methods to compare: a transfer, an objective, or both, as in share_agree; see experiments/README.md."""
@@ -97,10 +97,10 @@ class TransferOptions:
         self.agreeing_layers()
 
     def agreeing_layers(self) -> list[tuple[str, str]]:
-        """Returns the pairs of layers, of target and source, whose features are to agree.
+        """Returns the pairs of target and source layers for feature agreement.
 
         Raises:
-          ValueError: a word that is no such pair.
+          ValueError: an argument that is not such a pair.
         """
         return parse_pairs(self.agree, "a pair of layers", "stage1_0=stage1_0")
 
@@ -179,22 +179,22 @@ class Architecture:
 
     @property
     def vision_attributes(self) -> dict[str, Any]:
-        """Attributes of the vision encoder that are not its usual ones."""
+        """Attributes of the vision encoder that differ from its defaults."""
         patch_size = {} if self.patch_size is None else {"patch_size": self.patch_size}
         return {**self.text_attributes, **patch_size}
 
     @property
     def text_attributes(self) -> dict[str, Any]:
-        """Attributes of the text encoder that are not its usual ones."""
+        """Attributes of the text encoder that differ from its defaults."""
         sizes = {"num_layers": self.layers, "width": self.width}
         return {name: size for name, size in sizes.items() if size is not None}
 
 
 def parse_pairs(words: Iterable[str], noun: str, example: str) -> list[tuple[str, str]]:
-    """Returns the two sides of each word.
+    """Returns the two sides of each argument.
 
     Raises:
-      ValueError: a word that is no `target=source`.
+      ValueError: an argument that is not `target=source`.
     """
     pairs = []
     for word in words:

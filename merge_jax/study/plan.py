@@ -1,4 +1,4 @@
-"""What a run is going to do, as it is printed before it starts, and the disk that it needs for that."""
+"""The plan of a run, printed before it starts, and the disk space that it needs."""
 
 import math
 from collections.abc import Mapping
@@ -52,13 +52,13 @@ def make_plan(
 
 
 def checkpoint_bytes(trials: Mapping[str, Trial], lowered: Mapping[str, Lowered], seeds: int) -> int:
-    """Returns about how many bytes the checkpoints of a run take on the disk when it has ended."""
+    """Returns the approximate bytes on disk of a finished run's checkpoints."""
     total = 0
     for name, trial in trials.items():
         state, *_ = lowered[name].args_info[0]
         size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
         saves = math.ceil(trial.lengths.steps / trial.lengths.checkpoint_every)
-        kept = saves if trial.keep is None else min(saves, trial.keep + 1)  # The best one too.
+        kept = saves if trial.keep is None else min(saves, trial.keep + 1)  # The best one is kept too.
         total += size * kept * seeds
     return total
 

@@ -1,4 +1,4 @@
-"""Pretrained networks: what they make of examples, and a last layer for the labels at hand, fitted to these."""
+"""Pretrained networks: their features of examples, and a last layer fitted to the task's labels."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,7 +22,7 @@ _PENALTY = 100.0
 
 
 class Weights(NamedTuple):
-    """How the weights of a pretrained network are read.
+    """How to read a pretrained network's weights.
 
     Attributes:
       read: `(path, variables) -> PretrainedVariables`.
@@ -37,9 +37,9 @@ OF_PYTORCH = Weights(mj.models.from_pytorch, "params/fc")
 
 
 def read_features(apply: ModelApply, variables: Mapping[str, Any], inputs: np.ndarray) -> np.ndarray:
-    """Returns what a model sows as `features`, the input of its last layer, `[N, d]`, of inputs `[N, ...]`.
+    """Returns a model's sown `features`, the input of its last layer, `[N, d]`, for inputs `[N, ...]`.
 
-    In evaluation mode, and in batches of one width, so that one compilation serves them.
+    Runs in evaluation mode, in batches of one size, so that one compilation serves them.
     """
     observe = mj.objectives.with_features(apply)
     read = jax.jit(lambda variables, inputs: observe(variables, inputs, train=False)[1][0])
@@ -59,27 +59,27 @@ def fitted_head(
 def with_fitted_head(
     apply: ModelApply, examples: Callable[[int], Arrays], num_classes: int, weights: Weights = OF_PYTORCH
 ) -> Callable[[Path, dict[str, Any], int | None], dict[str, Any]]:
-    """Returns `StudyModel.load_pretrained` of a network whose weights are read so.
+    """Returns `StudyModel.load_pretrained` of a network with such weights.
 
-    Where the file has as many classes as the model, its last layer is taken; otherwise one is fitted to the features of
-    the seed's training examples. These are all that the source sees of the labels.
+    If the file has as many classes as the model, its last layer is used; otherwise one is fitted to the features of the
+    seed's training examples. The source sees no other labels.
 
     Args:
-      apply: the model's apply function, of images as in the examples.
+      apply: the model's apply function, for images as in the examples.
       examples: `seed -> labelled examples`.
-      num_classes: of the model.
-      weights: how they are read.
+      num_classes: the model's number of classes.
+      weights: how to read them.
     """
     heads: dict[tuple[Path, int], mj.training.Head] = {}
 
     def load(path: Path, variables: dict[str, Any], seed: int | None) -> dict[str, Any]:
-        if seed is None:  # Of shapes; what the file has not is fitted later.
+        if seed is None:  # For shapes; missing parts are fitted later.
             last = {name: leaf for name, leaf in mj.flatten(variables).items() if name.startswith(f"{weights.last}/")}
             variables = mj.replace(variables, {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in last.items()})
         loaded = weights.read(path, variables)
         if not loaded.kept or seed is None:
             return loaded.variables
-        if (path, seed) not in heads:  # A run asks once to check, and once to train.
+        if (path, seed) not in heads:  # A run calls this once to check, and once to train.
             train = examples(seed)
             images = np.asarray(train["image"])
             heads[path, seed] = fitted_head(apply, loaded.variables, images, train["label"], num_classes)

@@ -1,4 +1,4 @@
-"""The report of a study: tables with tests, every number as JSON, and pictures."""
+"""The report of a study: tables with tests, every number as JSON, and figures."""
 
 import io
 import math
@@ -39,11 +39,11 @@ class Measured:
     """The results of a row in a setting.
 
     Attributes:
-      setting: of the grid.
-      row: of the grid.
-      command: that gives it.
-      results: of each seed, as in the run's `results.json`.
-      opponent: whether it is none that a method trains; it is compared, and not among what Holm counts.
+      setting: the grid's setting.
+      row: the grid's row.
+      command: the command that produces it.
+      results: the results of each seed, as in the run's `results.json`.
+      opponent: whether no method trains it; it is compared, but not counted in Holm's adjustment.
     """
 
     setting: Setting
@@ -54,19 +54,19 @@ class Measured:
 
     @property
     def metric(self) -> str:
-        """What the target is judged by."""
+        """The target's metric."""
         return self.results[0]["target_metric"].replace("_", " ").replace("f1", "F1")
 
     def by_seed(self, name: str, scale: float = 1.0) -> dict[int, float]:
-        """Returns a number of each seed that has it."""
+        """Returns a value for each seed that has it."""
         return {result["seed"]: scale * result[name] for result in self.results if result.get(name) is not None}
 
     def values(self, name: str, scale: float = 1.0) -> list[float]:
-        """Returns a number of all seeds that have it."""
+        """Returns the values of all seeds that have it."""
         return list(self.by_seed(name, scale).values())
 
     def minus(self, other: "Measured") -> Comparison | None:
-        """Returns the comparison of test metrics on the seeds that both have, as fractions; None without any."""
+        """Returns the comparison of test metrics on shared seeds, as fractions; None without any."""
         mine, others = self.by_seed("target_test"), other.by_seed("target_test")
         seeds = sorted(mine.keys() & others.keys())
         return paired_difference([mine[seed] for seed in seeds], [others[seed] for seed in seeds]) if seeds else None
@@ -74,7 +74,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class _Comparisons:
-    """The comparisons of a setting with each baseline row, and those that are significant after Holm's adjustment."""
+    """A setting's comparisons with each baseline row, and those significant after Holm's adjustment."""
 
     by_pair: Mapping[tuple[str, str], Comparison]
     significant: frozenset[tuple[str, str]]
@@ -82,7 +82,7 @@ class _Comparisons:
 
 
 def write_report(grid: Grid, runs: Sequence[GridRun], folder: RunFolder) -> str:
-    """Writes tables, numbers and pictures of all that is done into the study's folder, and returns the tables."""
+    """Writes tables, numbers and figures of finished runs into the study's folder, and returns the tables."""
     measured = [one for run in runs for one in _measured(run, folder)]
     folder.write_json("results.json", [entry for one in measured for entry in _entries(one)])
     console = Console(record=True, width=_WIDTH, file=io.StringIO())
@@ -116,7 +116,7 @@ def write_report(grid: Grid, runs: Sequence[GridRun], folder: RunFolder) -> str:
 
 
 def _measured(run: GridRun, folder: RunFolder) -> list[Measured]:
-    """Returns the rows of a run that have results."""
+    """Returns the rows of a run with results."""
     results = RunFolder(folder.path / run.name).read_json("results.json", [])
     command = f"python -m {find_experiment(run.setting.experiment)} {shlex.join(run.arguments)}"
     found = []
@@ -128,9 +128,9 @@ def _measured(run: GridRun, folder: RunFolder) -> list[Measured]:
 
 
 def _setting_rows(grid: Grid, setting: Setting, measured: Sequence[Measured]) -> dict[str, Measured]:
-    """Returns the rows of a setting by the names they are shown by, in the order of the grid.
+    """Returns the rows of a setting by display name, in grid order.
 
-    Of those that a row chooses among, that is the one with the best mean validation over seeds, the first of equals.
+    If a row chooses among options, uses the choice with the best mean validation over seeds, the first if tied.
     """
     found = {one.row.name: one for one in measured if one.setting.name == setting.name}
     rows: dict[str, Measured] = {}
@@ -148,7 +148,7 @@ def _validation(one: Measured) -> float:
 
 
 def _opponents(rows: Mapping[str, Measured], runs: Sequence[GridRun], folder: RunFolder) -> dict[str, Measured]:
-    """Returns the opponents of a setting, of the run that has the fewest options beside the setting's."""
+    """Returns the opponents of a setting, from the run with the fewest options besides the setting's."""
     first = next(iter(rows.values()))
     own = [run for run in runs if run.setting.name == first.setting.name]
     found: dict[str, Measured] = {}
@@ -197,7 +197,7 @@ def _entries(one: Measured) -> list[dict[str, Any]]:
 
 
 def _comparisons(rows: Mapping[str, Measured], against: Sequence[str]) -> _Comparisons:
-    """Returns all comparisons of a setting; of two rows that others are compared with, Holm counts theirs once."""
+    """Returns all comparisons of a setting; Holm counts the comparison of two baseline rows once."""
     by_pair: dict[tuple[str, str], Comparison] = {}
     for other in [name for name in against if name in rows]:
         for name, one in rows.items():
@@ -218,7 +218,7 @@ def _comparisons(rows: Mapping[str, Measured], against: Sequence[str]) -> _Compa
 def _table(
     rows: Mapping[str, Measured], comparisons: _Comparisons, against: str | None
 ) -> tuple[list[str], list[list[str]]]:
-    """Returns headings and lines of the table that compares the rows of a setting with one of them."""
+    """Returns headings and lines of a table that compares a setting's rows with one of them."""
     differences = [] if against is None else [f"- {against}", "p (t)"]
     starts = {heading: name for heading, name in STARTS.items() if any(one.values(name) for one in rows.values())}
     headings = ["row", "n", "test", *starts, "validation", *differences, "s/run", "adapter"]
@@ -258,7 +258,7 @@ def _comparison_note(grid: Grid, setting: str, rows: Mapping[str, Measured], com
 
 
 def _note(measured: Sequence[Measured], opponents: Iterable[str], runs: Sequence[GridRun], folder: RunFolder) -> str:
-    """Returns what the columns are, what is missing yet, and where and when it was measured."""
+    """Returns notes on columns, missing results, machine and date."""
     environment = folder.read_json("environment.json", [])[0]
     expected = [(run.setting, row) for run in runs for row in run.rows]
     seeds = sum(setting.seeds for setting, _ in expected)
@@ -302,7 +302,7 @@ def _as_markdown(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> lis
 
 
 def _save_differences(grid: Grid, by_setting: Mapping[str, Mapping[str, Measured]], folder: RunFolder) -> None:
-    """Saves `differences.png`: the difference of each row to the first it is compared with, a panel a setting."""
+    """Saves `differences.png`: each row's difference to the first baseline, one panel per setting."""
     if not grid.against:
         return
     against, panels = grid.against[0], {}
@@ -321,19 +321,19 @@ def _save_differences(grid: Grid, by_setting: Mapping[str, Mapping[str, Measured
 
 
 def _is_control(one: Measured) -> bool:
-    """Returns whether a row shows what a gain is worth, and is no method to take."""
+    """Returns whether a row is a control, not a method to use."""
     options = {**one.setting.options, **one.row.options}
     return one.opponent or one.row.method in _CONTROLS or options.get("source_control", "none") != "none"
 
 
 def _draw_differences(panels: Mapping[str, Sequence[_Difference]], label: str) -> "Figure":
-    """Draws differences, best first and controls below, in a panel each: all of one scale and one spacing of rows.
+    """Draws differences in one panel per setting, best first and controls below, with a common scale and row spacing.
 
     Args:
       panels: the differences of each setting, at least one.
-      label: of the common scale.
+      label: the label of the common scale.
     """
-    from matplotlib.figure import Figure  # It takes half a second that --help should not.
+    from matplotlib.figure import Figure  # The import takes half a second, too long for --help.
 
     columns = min(3, len(panels))
     longest_first = sorted(panels.items(), key=lambda panel: -len(panel[1]))
@@ -361,7 +361,7 @@ def _draw_differences(panels: Mapping[str, Sequence[_Difference]], label: str) -
 
 
 def _save_sizes(grid: Grid, by_setting: Mapping[str, Mapping[str, Measured]], folder: RunFolder) -> None:
-    """Saves `sizes.png`: the test metric of each row over the size of the settings of a curve, a panel a curve."""
+    """Saves `sizes.png`: the test metric of each row over the settings' sizes, one panel per curve."""
     from matplotlib.figure import Figure
 
     curves: dict[str, list[Setting]] = {}

@@ -1,4 +1,4 @@
-"""What came out of a run: an entry of its results for each trial, and the table, pictures and report of all."""
+"""The results of a run: one entry per trial, and the table, figures and report of all."""
 
 import sys
 import textwrap
@@ -20,13 +20,13 @@ _LINE = 52
 def trial_result(
     trial: Trial, seed: int, trained: Trained, frozen: Mapping[str, float] | None = None
 ) -> dict[str, Any]:
-    """Returns what the table says of a method on a seed.
+    """Returns the result entry of a method on a seed.
 
     Args:
-      trial: of the method.
+      trial: the method's trial.
       seed: the seed.
-      trained: what its training came to.
-      frozen: the metrics of a source that no method changes, where they are known; it is tested where they are not.
+      trained: the outcome of its training.
+      frozen: the metrics of a source that no method changes, if known; otherwise it is tested.
     """
     state, seconds, compile_seconds, start, records = trained
     metrics = {"target": trial.test(state, seed, "target")}
@@ -52,15 +52,15 @@ def trial_result(
         "faults": _count_faults(records),
         "seconds": seconds,
         "compile_seconds": compile_seconds,
-        # Without the zeros around padded ones.
+        # Without the zeros around padded images.
         "adapter_parameters": sum(row.parameters for row in rows),
     }
 
 
 def _count_faults(records: Iterable[Mapping[str, Any]]) -> dict[str, int]:
-    """Returns how many updates were skipped, and transfers rejected, by role; none where there were none.
+    """Returns the numbers of skipped updates and rejected transfers, by role; empty if none.
 
-    Steps of a report that was cut short by a stop are not counted.
+    Steps of a report interrupted by a stop are not counted.
     """
     counts: dict[str, int] = {}
     last = 0
@@ -73,7 +73,7 @@ def _count_faults(records: Iterable[Mapping[str, Any]]) -> dict[str, int]:
 
 
 def show_results(run: Run, folder: RunFolder) -> None:
-    """Prints and saves the table, the pictures and the report."""
+    """Prints and saves the table, the figures and the report."""
     text = as_text(result_tables(run), notes(run))
     print(text, end="")
     folder.write_text("table.txt", text)
@@ -92,7 +92,7 @@ def show_results(run: Run, folder: RunFolder) -> None:
 def save_sample_images(scenario: Scenario, results: Sequence[Mapping[str, Any]], folder: RunFolder) -> None:
     """Saves `samples.png`: a few test images, if the target has some, with every method's answers for seed 0.
 
-    A mark says whether an answer is right. Where the source was asked the same, its answers stand first.
+    A mark shows whether an answer is correct. If the source has the same questions, its answers come first.
     """
     samples = scenario.target.sample_images
     if samples is None:
@@ -102,7 +102,7 @@ def save_sample_images(scenario: Scenario, results: Sequence[Mapping[str, Any]],
     if source is not None and (source.asked, source.right) == (samples.asked, samples.right):
         answers = {"source": results[0]["answers"]["source"], **answers}
 
-    from matplotlib.figure import Figure  # It takes half a second that --help should not.
+    from matplotlib.figure import Figure  # The import takes half a second, too long for --help.
 
     images = samples.images()
     rows = -(-len(images) // _COLUMNS)

@@ -1,4 +1,4 @@
-"""Runs a scenario: every method on every seed, paired, in one run folder that can be resumed."""
+"""Runs a scenario: every method on every seed, paired, in one resumable run folder."""
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -32,12 +32,12 @@ __all__ = ["Checked", "check_paths", "check_run", "prepare_run"]
 
 
 class Checked(NamedTuple):
-    """A run whose parts fit together.
+    """A validated run.
 
     Attributes:
       source_plan: where the source comes from.
-      trials: what is trained, by name.
-      layout: how it lies on devices.
+      trials: the trials, by name.
+      layout: its placement on devices.
       lowered: the traced epoch of each trial.
     """
 
@@ -48,17 +48,17 @@ class Checked(NamedTuple):
 
 
 def prepare_run(scenario: Scenario, config: RunConfig, expected: str = "", caution: str = "") -> Callable[[], None]:
-    """Checks all that can be checked, opens the run folder, and returns the function that trains.
+    """Checks everything checkable, opens the run folder, and returns the training function.
 
     Args:
-      scenario: what to run.
-      config: how.
-      expected: how long this took where it was measured; empty where it was not.
-      caution: why its figures mean little; empty where they do not.
+      scenario: the scenario to run.
+      config: the options of the run.
+      expected: the measured duration; empty if not measured.
+      caution: why its figures mean little, if so; otherwise empty.
 
     Raises:
-      ValueError: an option out of range, a route or a loss that does not fit the models, data that cannot be
-        had, a run folder that cannot be used.
+      ValueError: an option out of range, a route or a loss that does not fit the models, unavailable data, or an
+        unusable run folder.
     """
     print("checking that models, data and routes fit together", file=sys.stderr)
     with Console(stderr=True).status("tracing"):
@@ -97,7 +97,7 @@ def prepare_run(scenario: Scenario, config: RunConfig, expected: str = "", cauti
 
 
 def check_paths(config: RunConfig) -> None:
-    """Raises ValueError for a run folder or a source that cannot be used, before models and data are made."""
+    """Raises ValueError for an unusable run folder or source, before creating models and data."""
     if config.source_from is not None:
         path = find_weights(config.source_from)
         if not path.exists():
@@ -112,14 +112,13 @@ def check_paths(config: RunConfig) -> None:
 
 
 def check_run(scenario: Scenario, config: RunConfig) -> Checked:
-    """Checks all that can be checked without a run folder.
+    """Checks everything that does not need a run folder.
 
     Raises:
-      ValueError: an option out of range, a route or a loss that does not fit the models, data or a source that cannot
-        be had.
+      ValueError: an option out of range, a route or a loss that does not fit the models, or unavailable data or source.
     """
     source_plan = plan_source(scenario, config)
-    if source_plan.read is not None and not config.resume:  # Before what takes long; a resumed run began with this.
+    if source_plan.read is not None and not config.resume:  # Before slow work; a resumed run started with this.
         for seed in range(config.seeds):
             check_finite(f"the source of seed {seed}", source_plan.read(seed).params)
     trials = make_trials(scenario, config, source_plan)
@@ -131,14 +130,14 @@ def check_run(scenario: Scenario, config: RunConfig) -> Checked:
         layout = pmap_layout(config.devices)
     else:
         layout = jit_layout(data_mesh(config.devices), sharded=config.shard_state)
-    # Shapes alone tell whether all fits together.
+    # Shapes suffice to check that everything fits.
     return Checked(source_plan, trials, layout, {name: trial.lower(layout) for name, trial in trials.items()})
 
 
 def _run(
     scenario: Scenario, config: RunConfig, checked: Checked, plan: Plan, folder: RunFolder, signals: StopSignals
 ) -> None:
-    """Trains what is not done yet, then prints and saves what came out."""
+    """Trains unfinished trials, then prints and saves the results."""
     results = folder.read_json("results.json", [])
     folder.write_json(PLAN, plan.to_json())
     print("\n".join(plan.lines()))
@@ -156,7 +155,7 @@ def _run(
 
 
 def _compile(checked: Checked, missing: Mapping[int, Sequence[str]], folder: RunFolder) -> Programs:
-    """Returns the programs, those of trials compiled that are not done yet for every seed."""
+    """Returns the programs; compiles those of trials with unfinished seeds."""
     wanted = {name for names in missing.values() for name in names}
     if "source" in checked.trials:
         source = checked.trials["source"]
@@ -182,7 +181,7 @@ def _train(
     signals: StopSignals,
     results: list[dict[str, Any]],
 ) -> None:
-    """Trains every method on every seed that has no result yet, and adds its results to the list and the folder."""
+    """Trains every method on every seed without a result, and adds the results to the list and the folder."""
     programs = _compile(checked, missing, folder)
     measure = make_opponents(scenario, checked.source_plan, controlled=config.source_control != "none")
     opponents = folder.read_json(OPPONENTS, [])
@@ -207,12 +206,12 @@ def _train(
 
 
 def _progress(scenario: Scenario, checked: Checked, missing: Mapping[int, Sequence[str]]) -> tqdm:
-    """Returns the progress bar of all steps, which begins with those that are done.
+    """Returns the progress bar of all steps, starting with finished ones.
 
-    In a file, a line for each method and seed that has ended is what a reader can use instead.
+    In a file, one line for each finished method and seed is more useful.
     """
     steps = {name: trial.lengths.steps for name, trial in checked.trials.items()}
-    # Where no method of a seed is missing, its source is not needed.
+    # If no method of a seed is missing, its source is not needed.
     done = [scenario.methods.keys() - names if names else steps.keys() for names in missing.values()]
     return tqdm(
         total=len(missing) * sum(steps.values()),
@@ -225,7 +224,7 @@ def _progress(scenario: Scenario, checked: Checked, missing: Mapping[int, Sequen
 
 
 def _source(trainer: Trainer, checked: Checked, seed: int, folder: RunFolder) -> TrainState:
-    """Returns the source that all methods of a seed start from: read, trained first, or fresh where it is live."""
+    """Returns the source that all methods of a seed start from: read, pre-trained, or fresh if live."""
     source_plan, trials = checked.source_plan, checked.trials
     if source_plan.read is not None:
         return source_plan.read(seed)

@@ -1,4 +1,4 @@
-"""What a scenario is: two models and the methods to compare. It says what to run; the runner says how."""
+"""A scenario: two models and the methods to compare. It defines what to run; the runner defines how."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -17,12 +17,12 @@ __all__ = ["FitFn", "Lengths", "Method", "Scenario", "Schedule", "StartFn"]
 
 
 class Lengths(NamedTuple):
-    """How long a model is trained, in steps.
+    """A model's training lengths, in steps.
 
     Attributes:
-      steps: all of them.
-      report_every: from one report to the next.
-      checkpoint_every: from one checkpoint to the next.
+      steps: the total number of steps.
+      report_every: steps between reports.
+      checkpoint_every: steps between checkpoints.
     """
 
     steps: int
@@ -31,7 +31,7 @@ class Lengths(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """How long the target is trained, and the source before it where it is pretrained."""
+    """The lengths of the target's training and of the source's pre-training, if any."""
 
     source: Lengths
     target: Lengths
@@ -53,19 +53,19 @@ the target that was given; the key is consumed.
 
 @dataclass(frozen=True)
 class Method:
-    """A method to compare: a transfer and what the target learns.
+    """A method to compare: a transfer and the target's task.
 
     Attributes:
       task: the target's loss and optimizer.
-      transfer: what moves parameters from the source to the target.
-      stop: the fraction of the run after which it moves no more; 0 for no transfer.
-      teacher: adds the source's outputs to the target's batches, for a loss that distils them.
-      fit: makes the adapter that the run starts from; None for the one that the transfer makes.
-      start: makes the target that the run starts from, before `fit` and before the first step, once: not where a run
-        goes on; None for the target as it is initialised.
-      pooled: whether its loss compares on the target's pool, so that each batch has as many inputs of that.
-      each_alone: whether the teacher shows the source's outputs of each example on its own, of the pool where it is
-        pooled: those of a frozen source are then computed once. Not where it compares examples, or shows both kinds.
+      transfer: the transfer from the source to the target.
+      stop: the fraction of the run after which it stops; 0 for no transfer.
+      teacher: adds the source's outputs to the target's batches, for distillation.
+      fit: makes the initial adapter; None for that of the transfer.
+      start: makes the initial target, once, before `fit` and the first step (not on resume); None for the target's own
+        initialisation.
+      pooled: whether its loss compares on the target's pool; each batch then has as many inputs from it.
+      each_alone: whether the teacher computes the source's outputs for each example independently (of the pool, if
+        pooled); those of a frozen source are then computed once. False if it compares examples, or uses both kinds.
     """
 
     task: Task
@@ -84,14 +84,14 @@ class Scenario:
 
     Attributes:
       name: of the scenario.
-      source: the model that gives; None where the target is its own source.
-      target: the model that receives.
-      source_task: what the source learns, if there is one.
-      methods: by name.
+      source: the source model; None if the target is its own source.
+      target: the target model.
+      source_task: the source's task, if any.
+      methods: the methods by name.
       schedule: the lengths of the run.
-      adapter_optimizer: of every method's adapter.
+      adapter_optimizer: the optimizer of every method's adapter.
       axis_name: the `pmap` axis that the models average over; None under jit.
-      attach: writes what belongs to a run beside its checkpoints, such as a vocabulary, into its folder.
+      attach: writes additional files of a run, such as a vocabulary, into its folder.
       head_first: whether the target's last layer is fitted before the first step.
     """
 

@@ -1,4 +1,4 @@
-"""Where the source of each seed comes from: trained in the run, or read from a file or from another run."""
+"""Determines each seed's source: trained in the run, or read from a file or another run."""
 
 import math
 from collections.abc import Callable
@@ -34,7 +34,7 @@ another."""
 
 PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
 
-_PARAMS, _MODEL_STATE = "target/params", "target/model_state"  # On its own, the source is trained as a target.
+_PARAMS, _MODEL_STATE = "target/params", "target/model_state"  # Pre-training trains the source as a target.
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,10 @@ class SourcePlan:
     """Where the source of each seed comes from.
 
     Attributes:
-      live: whether it learns beside the target.
-      lengths: how long it is trained on its own before, 0 steps where it is as it starts; None where it is not.
-      snapshots: how many steps of its training a trajectory has; None for no trajectory.
-      read: `seed -> source`, where it is read, or as it starts; None where it is trained.
+      live: whether it trains together with the target.
+      lengths: the lengths of its pre-training, 0 steps for an untrained source; None without pre-training.
+      snapshots: the number of saved steps in its trajectory; None for no trajectory.
+      read: `seed -> source`, if it is read or untrained; None if it is trained.
     """
 
     live: bool = False
@@ -58,8 +58,8 @@ def plan_source(scenario: Scenario, config: RunConfig) -> SourcePlan:
     """Returns where the source of a scenario comes from.
 
     Raises:
-      ValueError: there is no file or run to read it from, or the run has not saved it for every seed; a control of
-        the source where the target is its own.
+      ValueError: there is no file or run to read it from, the run has not saved it for every seed, or a source control
+        although the target is its own source.
     """
     role, lengths = scenario.source, scenario.schedule.source
     if role is None:
@@ -80,12 +80,12 @@ def plan_source(scenario: Scenario, config: RunConfig) -> SourcePlan:
         return SourcePlan(lengths=lengths)
     path = config.source_from
     if config.source == "trajectory" and path is None:
-        # Saves fall on reports.
+        # Saves coincide with reports.
         every = lengths.report_every * max(1, round(lengths.steps / config.snapshots / lengths.report_every))
         return SourcePlan(lengths=lengths._replace(checkpoint_every=every), snapshots=math.ceil(lengths.steps / every))
     assert path is not None  # config.check
     path = find_weights(path)
-    shapes = jax.eval_shape(lambda: start(0))  # What does not fit them is refused before a model is made.
+    shapes = jax.eval_shape(lambda: start(0))  # Mismatches are refused before a model is created.
     if config.source == "frozen" and not (path / "checkpoints").is_dir():
         _read_variables(role, path, shapes, None)
         return SourcePlan(read=lambda seed: _read_file(role, path, start(seed), seed))
@@ -99,22 +99,22 @@ def plan_source(scenario: Scenario, config: RunConfig) -> SourcePlan:
 
 
 def initial_key(seed: int, purpose: Purpose) -> jax.Array:
-    """Returns the key of a seed for one purpose; what it draws is the same on every backend."""
+    """Returns a seed's key for one purpose; it draws the same values on every backend."""
     return jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), PURPOSES.index(purpose))
 
 
 def control_source(control: SourceControl, source: TrainState, seed: int) -> TrainState:
-    """Returns the source that methods get instead of a trained one.
+    """Returns the control source that replaces a trained one.
 
-    `shuffled`: the entries of each leaf of its parameters permuted among themselves, which keeps the numbers and no
-    structure. `noise`: each leaf redrawn from the normal distribution of its mean and standard deviation. Statistics
-    of the model (BatchNorm) stay. Other controls are of the training, and the source is returned as it is. Our choice:
-    leaf by leaf, so that a layer's scale, which helps by itself, stays as well.
+    `shuffled` permutes the entries of each parameter leaf, which keeps values but no structure. `noise` redraws each
+    leaf from a normal distribution with its mean and standard deviation. BatchNorm statistics stay. Other controls
+    concern the training, and the source is returned unchanged. Our choice: leaf by leaf, so that a layer's scale, which
+    helps by itself, is kept.
 
     Args:
-      control: by name.
-      source: the trained one.
-      seed: what is drawn depends on it alone.
+      control: the control's name.
+      source: the trained source.
+      seed: determines all random draws.
     """
     draws = {"shuffled": _permuted, "noise": _normal}
     if control not in draws:
@@ -124,10 +124,10 @@ def control_source(control: SourceControl, source: TrainState, seed: int) -> Tra
 
 
 def read_trajectory(folder: Path, start: TrainState) -> TrainState:
-    """Returns all saved steps of a source that was trained on its own, leaves `[K, ...]`.
+    """Returns all saved steps of a pre-trained source, leaves `[K, ...]`.
 
     Raises:
-      ValueError: what is saved does not fit the model.
+      ValueError: the saved steps do not fit the model.
     """
     with Checkpoints(folder, read_only=True) as checkpoints:
         return _read_parts(folder, start, lambda parts: load_trajectory(checkpoints, parts).parts)
@@ -156,7 +156,7 @@ def _source_folders(run: Path, seeds: int) -> list[Path]:
 
 
 def _count_snapshots(run: Path, folders: list[Path]) -> int:
-    """Returns how many steps were saved, the same number of every seed."""
+    """Returns the number of saved steps, which is the same for every seed."""
     counts = []
     for folder in folders:
         with Checkpoints(folder, read_only=True) as checkpoints:
@@ -177,7 +177,7 @@ def _read_last(folder: Path, start: TrainState) -> TrainState:
 
 
 def _read_parts(folder: Path, start: TrainState, read: Callable[[dict[str, Any]], dict[str, Any]]) -> TrainState:
-    """Returns what is read of a source that was trained on its own."""
+    """Returns the parts to read of a pre-trained source."""
     with error_context(f"the source in {folder} cannot be that of this run"):
         parts = read({_PARAMS: start.params, _MODEL_STATE: start.model_state})
     return TrainState(parts[_PARAMS], parts[_MODEL_STATE], None)
@@ -190,17 +190,17 @@ def _read_file(role: StudyModel, path: Path, start: TrainState, seed: int) -> Tr
 
 
 def _read_variables(role: StudyModel, path: Path, start: TrainState, seed: int | None) -> dict[str, Any]:
-    """Returns parameters and model state by name; where the file has no model state, that of the start stays."""
+    """Returns parameters and model state by name; without model state in the file, keeps the initial one."""
     variables = {"params": start.params, **start.model_state}
     try:
         leaves = weight_paths(path)
         ours = flatten(start.params).keys()
         found = {leaf.removeprefix("params/") for leaf in leaves}
-        # Some names are the same everywhere, such as fc/bias; big_vision has its own in params.
+        # Some names occur everywhere, such as fc/bias; big_vision uses params itself.
         if role.load_pretrained is not None and 2 * len(ours & found) < len(ours):
             return role.load_pretrained(path, variables, seed)
         if any(leaf.startswith("params/") for leaf in leaves):
-            # With its model state, as `merge-jax export` writes it.
+            # With its model state, as written by `merge-jax export`.
             return dict(load_params(path, variables))
         return {**variables, "params": role.load(path, start.params)}
     except (OSError, ImportError) as error:

@@ -1,4 +1,4 @@
-"""What a target may start from, made of the source and of inputs without labels: the refit, and its like."""
+"""Starts of a target from the source and unlabelled inputs: the refit and similar methods."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,7 +19,7 @@ from merge_jax.types import Batch, ModelApply
 
 __all__ = ["prepare_start", "refit_start"]
 
-_MOST = 2000  # More inputs cost time and memory, and change nothing that was seen on digits.
+_MOST = 2000  # More inputs cost time and memory, without visible effect on digits.
 _MIXED_UP_TO = 1000
 _LARGEST_WEIGHT = 0.9
 
@@ -29,12 +29,12 @@ def refit_start(
 ) -> StartFn:
     """Returns the start that refits a target of the source's family, see `merge_jax.refit`.
 
-    On at most 2,000 inputs, drawn at random. Where there are fewer than 1,000 and they are images, means of two, of
-    weight 0.5 to 0.9, make up for it: of few images, most of what the source can tell lies between them. Our choice.
+    It uses at most 2,000 random inputs. If there are fewer than 1,000 images, weighted means of two (weights 0.5 to
+    0.9) are added: with few images, most of the source's information lies between them. Our choice.
     """
     source_apply, target_apply = _applies("refit", source, target)
     shapes = _shapes(source), _shapes(target)
-    resolve(routes_with_state(routes, *shapes), *shapes)  # Refused now, and not when the first seed starts.
+    resolve(routes_with_state(routes, *shapes), *shapes)  # Refuse now, not when the first seed starts.
 
     @jax.jit
     def run(source_variables: Any, target_variables: Any, inputs: list[jax.Array], key: jax.Array) -> Any:
@@ -59,11 +59,11 @@ def prepare_start(
     *,
     objective: Any = mj.objectives.disagreement,
 ) -> StartFn:
-    """Returns the start that draws the target's features to the source's by some steps, see `merge_jax.prepare`.
+    """Returns the start that trains the target's features toward the source's, see `merge_jax.prepare`.
 
-    On all of its inputs, and on the view of them (`compare_on`) that agreement has.
+    It uses all of its inputs, and the same `compare_on` as agreement.
     """
-    del routes  # Features need none.
+    del routes  # Features need no labels.
     source_apply, target_apply = _applies("prepare", source, target)
     if not options.agree:
         raise ValueError("a method with prepare needs layers: --agree target=source, such as stage1_0=stage1_0")
@@ -118,7 +118,7 @@ def _drawn(key: jax.Array, model: StudyModel, examples: Batch) -> list[jax.Array
 
 
 def _with_means(key: jax.Array, inputs: list[jax.Array]) -> list[jax.Array]:
-    """Returns images with weighted means of two, up to a number; tokens cannot be averaged, and stay alone."""
+    """Returns images with weighted means of two, up to a number; tokens cannot be averaged, and stay unchanged."""
     count = len(inputs[0])
     if count >= _MIXED_UP_TO or not all(map(can_be_averaged, inputs)):
         return inputs

@@ -1,4 +1,4 @@
-"""Differences between rows of a study: paired by seed, tested, and adjusted for how many there are."""
+"""Differences between rows of a study: paired by seed, tested, and adjusted for multiple comparisons."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,17 +10,17 @@ from merge_jax.runs import mean_and_error
 
 __all__ = ["Comparison", "holm", "paired_difference"]
 
-_DECIMALS = 12  # Metrics are fractions in [0, 1]: what differs less is rounding.
+_DECIMALS = 12  # Metrics are fractions in [0, 1]: smaller differences are rounding.
 
 
 class Comparison(NamedTuple):
     """Differences of paired values.
 
     Attributes:
-      n: pairs.
-      mean: of the differences.
+      n: the number of pairs.
+      mean: the mean difference.
       error: its standard error; None for one pair.
-      p_t: two-sided p of the paired t-test; None where it is undefined: one pair, or differences that are all the same.
+      p_t: two-sided p of the paired t-test; None if undefined: one pair, or identical differences.
     """
 
     n: int
@@ -32,11 +32,11 @@ class Comparison(NamedTuple):
 def paired_difference(values: Sequence[float], others: Sequence[float]) -> Comparison:
     """Returns the comparison of `d_i = values_i - others_i`.
 
-    Where all differences are 0, p is 1. Where all are the same, but not 0, the t-test has no spread to go by, and no p
-    (our choice; its limit is 0, after two seeds too).
+    If all differences are 0, p is 1. If all are equal but not 0, the spread is zero and p is undefined (our choice; its
+    limit is 0, even with two seeds).
 
     Raises:
-      ValueError: no values, or not as many of either.
+      ValueError: no values, or unequal numbers.
     """
     if len(values) != len(others) or not len(values):
         raise ValueError(
@@ -55,7 +55,7 @@ def paired_difference(values: Sequence[float], others: Sequence[float]) -> Compa
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Returns p values adjusted for their number by Holm's step-down procedure, in the order given.
+    """Returns p values adjusted by Holm's step-down procedure, in the given order.
 
     `p'_(i) = max_{j <= i} min(1, (m - j + 1) p_(j))` of the m values in ascending order. Source: Holm, A Simple
     Sequentially Rejective Multiple Test Procedure, 1979.

@@ -1,4 +1,4 @@
-"""Models that learn tasks by name, of images, of text, or of both, and the one vocabulary of those with text."""
+"""Models for named tasks on images, text or both, and the shared vocabulary of those with text."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -39,18 +39,18 @@ class TaskSpec:
     """A model and its task.
 
     Attributes:
-      task: by name.
-      model: by name, or of what it is made; a task of one modality has the encoder of that.
-      data: where the text of a task with text comes from, and its images.
+      task: the task's name.
+      model: the model's name, or its parts; a task of one modality uses only that encoder.
+      data: the source of a task's texts and images.
       weights: a Hugging Face safetensors file or folder that its text encoder starts from.
-      vision_weights: the same of the vision transformer of a model of images with text.
-      labels: how many training examples it learns from; None for all.
-      unlabelled: how many others it has without their labels.
-      validation: how many training examples to hold out; None for the number of the options.
-      learning_rate: of its optimizer; None for that of the options.
-      sizes: a Hugging Face safetensors file or folder, with its config.json, whose sizes a text model has.
-      pooler: of a classifier of text, see `merge_jax.models.TextClassifier`; None for that of its architecture.
-      fit_head: whether the last layer of a source that is read from a file is fitted to its training examples.
+      vision_weights: the same for the vision transformer of a model of images with text.
+      labels: the number of training examples; None for all.
+      unlabelled: the number of additional unlabelled examples.
+      validation: the number of training examples to hold out; None for the options' number.
+      learning_rate: its optimizer's learning rate; None for the options' rate.
+      sizes: a Hugging Face safetensors file or folder, with its config.json, that sets a text model's sizes.
+      pooler: a text classifier's pooler, see `merge_jax.models.TextClassifier`; None for its architecture's.
+      fit_head: whether to fit the last layer of a source read from a file to its training examples.
     """
 
     task: str
@@ -68,7 +68,7 @@ class TaskSpec:
 
     @property
     def encoder(self) -> tuple[str, dict[str, Any]]:
-        """The name and the attributes of the one encoder of a task of one modality."""
+        """The name and attributes of the encoder of a task of one modality."""
         if isinstance(self.model, str):
             return self.model, {}
         if self.task in _TEXT_TASKS:
@@ -77,14 +77,14 @@ class TaskSpec:
 
 
 def make_models(config: RunConfig, specs: Sequence[TaskSpec]) -> tuple[list[StudyModel], Callable[[Path], None] | None]:
-    """Returns the models, the target last, and what saves the one vocabulary of those of text into a folder.
+    """Returns the models, the target last, and a function that saves the text models' vocabulary into a folder.
 
     Args:
-      config: `TaskOptions` and `RunConfig` in one class, with `ImageTextOptions` where images with text are learned.
-      specs: of the models.
+      config: `TaskOptions` and `RunConfig` in one class, with `ImageTextOptions` for images with text.
+      specs: the specs of the models.
 
     Raises:
-      ValueError: an unknown task or model, data that cannot be had, or a vocabulary that is not the source's.
+      ValueError: an unknown task or model, unavailable data, or a vocabulary that is not the source's.
       TypeError: a config without these options.
     """
     if not isinstance(config, TaskOptions):
@@ -110,13 +110,13 @@ def make_models(config: RunConfig, specs: Sequence[TaskSpec]) -> tuple[list[Stud
 def routes_by_depth(
     source: StudyModel, target: StudyModel, giving: str | None = None, receiving: str | None = None
 ) -> list[mj.Route]:
-    """Returns routes from all attention blocks of the source to all of the target, by depth.
+    """Returns routes from all attention blocks of the source to all of the target, matched by depth.
 
     Args:
-      source: the model that gives.
-      target: the model that receives.
-      giving: what the source's blocks attend to, `vision` or `text`; None for a model of one.
-      receiving: the same of the target's.
+      source: the source model.
+      target: the target model.
+      giving: the modality of the source's blocks, `vision` or `text`; None for a model of one modality.
+      receiving: the same for the target.
 
     Raises:
       ValueError: a model without such blocks.
@@ -137,10 +137,10 @@ def routes_by_depth(
 
 
 def routes_to_lower_half(model: StudyModel) -> list[mj.Route]:
-    """Returns routes inside a text model, from the attention blocks of its upper half to those of its lower.
+    """Returns routes within a text model, from attention blocks of its upper half to those of its lower.
 
     Raises:
-      ValueError: a model without an encoder of text.
+      ValueError: a model without a text encoder.
     """
     shapes = jax.eval_shape(model.init, jax.random.key(0))[0]
     if "encoder" not in shapes:
@@ -152,13 +152,13 @@ def routes_to_lower_half(model: StudyModel) -> list[mj.Route]:
 
 
 def _with_its_files(path: Path | None) -> Path | None:
-    """Returns the folder of the weights that a package brings, where its vocabulary is too; any other path as it is."""
+    """Returns the folder of a package's weights, which also holds its vocabulary; any other path unchanged."""
     found = None if path is None else find_weights(path)
     return found if found is None or found == path else found.parent
 
 
 def _with_sizes(spec: TaskSpec, source_from: Path | None) -> TaskSpec:
-    """Returns the spec of a text model with the file that has its sizes, where there is one."""
+    """Returns a text model's spec with the file that sets its sizes, if there is one."""
     file = source_from if spec.weights is None else spec.weights
     if spec.task not in _TEXT_TASKS or file is None:
         return spec
@@ -168,7 +168,7 @@ def _with_sizes(spec: TaskSpec, source_from: Path | None) -> TaskSpec:
 
 
 def _check_modality(spec: TaskSpec) -> None:
-    """Raises ValueError for weights of an encoder that the model of a task has not, or a head that it has not."""
+    """Raises ValueError for weights of an encoder or head that a task's model lacks."""
     if spec.fit_head and (spec.task not in _TEXT_TASKS or spec.task == "qa"):
         raise ValueError(f"a last layer is fitted to the labels of texts: {spec.task} has none to fit it to")
     if not isinstance(spec.model, Architecture) or spec.task in _IMAGE_TEXT_TASKS:
@@ -184,7 +184,7 @@ def _check_modality(spec: TaskSpec) -> None:
 
 
 def _check_weights(options: TaskOptions, spec: TaskSpec) -> None:
-    """Raises ValueError for weights of another encoder, before data is read: their header is enough."""
+    """Raises ValueError for another encoder's weights, before reading data: their header suffices."""
     name, attributes = spec.encoder
     if spec.task in _IMAGE_TEXT_TASKS and isinstance(spec.model, Architecture):
         sizes = {"max_length": options.max_length, "image_size": options.image_size}
@@ -194,17 +194,17 @@ def _check_weights(options: TaskOptions, spec: TaskSpec) -> None:
 
 
 def _is_huggingface(path: Path | None) -> bool:
-    """Returns whether a source is read from a file of Hugging Face, and not from one of ours or from a run."""
+    """Returns whether a source is read from a Hugging Face file, not from one of ours or from a run."""
     if path is None or not path.exists() or (path / "checkpoints").is_dir():
         return False
     return not any(leaf.startswith(("encoder/embeddings/", "params/")) for leaf in weight_paths(path))
 
 
 def _load_texts(options: TaskOptions, spec: TaskSpec) -> Texts | None:
-    """Returns the data of a task that has text in it; None for one of images alone.
+    """Returns the data of a task with text; None for images alone.
 
     Raises:
-      ValueError: the task is unknown, or its data cannot be had.
+      ValueError: the task is unknown, or its data is unavailable.
     """
     if spec.task in _TEXT_TASKS:
         return load_text(spec.task, spec.data, options.data_dir)
@@ -219,12 +219,12 @@ def _load_texts(options: TaskOptions, spec: TaskSpec) -> Texts | None:
 
 
 def _words(texts: Texts) -> Sequence[str]:
-    """Returns all texts there are to learn from."""
+    """Returns all training texts."""
     return texts_with_images(texts) if isinstance(texts, VisualQuestionSet | CaptionSet) else learned_texts(texts)
 
 
 def _make_model(options: TaskOptions, spec: TaskSpec, texts: Texts | None, tokens: WordPiece | None) -> StudyModel:
-    """Returns a model that is to learn, from texts in these tokens, or from images alone.
+    """Returns a model of texts in these tokens, or of images alone.
 
     Raises:
       ValueError: the model is unknown, or does not fit its data.
@@ -246,7 +246,7 @@ def _make_model(options: TaskOptions, spec: TaskSpec, texts: Texts | None, token
             attributes=attributes,
         )
     if isinstance(texts, VisualQuestionSet | CaptionSet):
-        assert isinstance(options, ImageTextOptions)  # Or they had not been loaded.
+        assert isinstance(options, ImageTextOptions)  # Otherwise they would not have loaded.
         assert isinstance(spec.model, Architecture)
         return image_text_model(
             spec.task,
@@ -285,10 +285,10 @@ def _make_model(options: TaskOptions, spec: TaskSpec, texts: Texts | None, token
 def _tokens(
     options: TaskOptions, words: Iterable[str], weights: Sequence[Path | None], source: Path | None
 ) -> WordPiece:
-    """Returns the vocabulary: the one that is named, the one that the source has, or one that is learned."""
+    """Returns the vocabulary: the named one, the source's, or a trained one."""
     files = [path for path in (source, *weights) if path is not None]
     known = next(filter(None, map(_vocabulary_in, files)), None)
-    # Weights mean nothing under other numbers of the same words, and would fit all the same.
+    # Weights are meaningless under other word ids, yet their shapes would fit.
     if known is None:
         if files and options.vocabulary is None:
             raise ValueError(
@@ -303,6 +303,6 @@ def _tokens(
 
 
 def _vocabulary_in(folder: Path) -> Path | None:
-    """Returns the vocabulary that the folder of a run or of a model has; None of a file, which may lie anywhere."""
+    """Returns the vocabulary in a run's or model's folder; None for a file, which may lie anywhere."""
     files = (folder / name for name in (_VOCABULARY, *MODEL_VOCABULARIES))
     return next((file for file in files if file.is_file()), None)

@@ -1,4 +1,4 @@
-"""Weights that a text model starts from."""
+"""Initial weights of a text model."""
 
 import contextlib
 import sys
@@ -16,7 +16,7 @@ __all__ = ["check_weights", "read_weights", "weights_error", "with_weights"]
 
 
 def check_weights(path: Path, encoder: nn.Module, inputs: Any) -> None:
-    """Raises ValueError for weights of Hugging Face that are of another encoder, as far as their header tells."""
+    """Raises ValueError for Hugging Face weights of another encoder, as far as their header tells."""
     shapes: Any = jax.eval_shape(encoder.init, jax.random.key(0), inputs)
     with weights_error():
         check_huggingface(path, shapes["params"])
@@ -32,18 +32,18 @@ def weights_error() -> Iterator[None]:
 
 
 def with_weights(given: Loaded, params: Any) -> Any:
-    """Returns the weights that were read, with what they lacked as it was drawn."""
+    """Returns the weights read, with missing ones at their random initial values."""
     drawn = mj.flatten(params)
     return mj.replace(given.params, {leaf: drawn[leaf] for leaf in given.kept})
 
 
 def read_weights(path: Path, params: Any, fitted: str | None = None) -> Loaded:
-    """Returns weights of Hugging Face for a model, and says on standard error what they lack.
+    """Returns Hugging Face weights for a model, and reports on standard error what they lack.
 
     Args:
-      path: of the weights.
-      params: of the model.
-      fitted: prefixes of leaves that are not reported, since they are fitted next.
+      path: the path of the weights.
+      params: the model's parameters.
+      fitted: prefixes of leaves not to report, since they are fitted next.
 
     Raises:
       ValueError: they cannot be read, or do not fit the model or its vocabulary.

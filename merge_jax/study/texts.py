@@ -1,4 +1,4 @@
-"""Text models of a scenario: tasks by name, data by name or file, and what they are trained with."""
+"""Text models of a scenario: tasks by name, data by name or file, and training."""
 
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -60,7 +60,7 @@ __all__ = [
 
 TEXT_ATTENTION = "encoder/*/attention"
 
-# A study makes many scenarios of one set: it is made once a process. None of them changes it.
+# A study makes many scenarios of one set, created once per process. None of them changes it.
 _SYNTHETIC: dict[str, Callable[[], TextSet | QuestionSet]] = {
     "sentiment": cache(partial(synthetic_reviews, 2000, 1000, seed=0)),
     "topic": cache(partial(synthetic_topics, 2000, 1000, seed=0)),
@@ -79,14 +79,13 @@ _EVALUATED_AT_ONCE = 200
 
 @dataclass(frozen=True)
 class TextData:
-    """Where the text of one model comes from.
+    """The source of one model's text.
 
     Attributes:
-      data: `synthetic`, `tfds` for the set of TFDS that the task is known by, the name of another, or the path of a
-        file.
-      test_data: the file that is tested on, where `data` is one; a fifth of that one by default.
-      text: the columns, or features, that are the text.
-      label: the column of the label.
+      data: `synthetic`, `tfds` for the task's standard TFDS set, another set's name, or a file's path.
+      test_data: the test file, if `data` is a file; by default a fifth of that file.
+      text: the text columns or features.
+      label: the label column.
     """
 
     data: str
@@ -99,7 +98,7 @@ def load_text(task: str, data: TextData, data_dir: Path | None) -> TextSet | Que
     """Returns the texts of a task.
 
     Raises:
-      ValueError: the task is unknown, or the data cannot be had.
+      ValueError: the task is unknown, or the data is unavailable.
     """
     check_choice("task", task, get_args(TextTaskName))
     path = Path(data.data)
@@ -137,10 +136,10 @@ def _column(name: str) -> str | int:
 
 
 def vocabulary(path: Path | None, words: Iterable[str], size: int) -> WordPiece:
-    """Returns the vocabulary of a file, or one learned from texts.
+    """Returns the vocabulary of a file, or one trained on texts.
 
     Raises:
-      ValueError: the file is no vocabulary, or the size leaves no place for every letter.
+      ValueError: the file is not a vocabulary, or the size is too small for all letters.
     """
     if path is not None:
         return WordPiece.from_vocabulary(path)
@@ -151,7 +150,7 @@ _learned = lru_cache(maxsize=8)(WordPiece.train)
 
 
 def learned_texts(texts: TextSet | QuestionSet) -> list[str]:
-    """Returns all texts there are to learn from."""
+    """Returns all training texts."""
     if isinstance(texts, TextSet):
         return list(texts.train.texts)
     passages = dict.fromkeys(question.passage for question in texts.train)
@@ -161,9 +160,9 @@ def learned_texts(texts: TextSet | QuestionSet) -> list[str]:
 def check_text_weights(
     path: Path, model: str, max_length: int, attributes: Mapping[str, Any], sizes: Path | None = None
 ) -> None:
-    """Raises ValueError for weights that are of another encoder, before texts are read: their header is enough.
+    """Raises ValueError for another encoder's weights, before reading texts: their header suffices.
 
-    What depends on the vocabulary is checked once that is there.
+    Checks that depend on the vocabulary follow later.
     """
     encoder = make_text_encoder(model, None, max_length, attributes, sizes)
     check_weights(path, encoder, jnp.zeros((1, 1), jnp.int32))
@@ -177,19 +176,19 @@ def make_text_encoder(
     sizes: Path | None = None,
     **options: Any,
 ) -> mj.models.TextEncoder:
-    """Returns the encoder of that name, or of the sizes that a file of Hugging Face has.
+    """Returns the named encoder, or one with the sizes of a Hugging Face file.
 
     Args:
       model: one of `TextModelName`.
-      tokens: the vocabulary; None where it is not known yet, for the names and shapes of all else.
-      max_length: of a text, in tokens.
-      attributes: of a small one, such as layers and width.
-      sizes: the file or folder whose sizes it has, whatever the name.
-      options: attributes of any.
+      tokens: the vocabulary; None if not known yet, for the names and shapes of everything else.
+      max_length: the maximum length of a text, in tokens.
+      attributes: attributes of a small model, such as layers and width.
+      sizes: the file or folder that sets its sizes, regardless of the name.
+      options: attributes of any model.
 
     Raises:
-      ValueError: the model is unknown, has no such length, or has sizes of its own; a file that does not tell its
-        sizes, or has another vocabulary.
+      ValueError: the model is unknown, does not support the length, or has fixed sizes; a file without sizes, or with
+        another vocabulary.
     """
     check_choice("text model", model, get_args(TextModelName))
     name, small = (model, model.startswith("small_")) if sizes is None else (str(sizes), False)
@@ -207,8 +206,8 @@ def make_text_encoder(
             )
     else:
         if small:
-            # As in vision: BERT's deviation of 0.02 is for its width of 768. A small encoder that starts so learns
-            # slowly, and gains from any larger numbers that are copied into it, those of an untrained source too.
+            # As in vision: BERT's deviation of 0.02 suits its width of 768. A small encoder with it learns slowly, and
+            # gains from copying any larger numbers, even an untrained source's.
             options |= {"max_length": max_length, "kernel_init": nn.initializers.xavier_uniform(), **attributes}
         encoder = getattr(mj.models, model)(vocab_size, separator=separator, **options)
     if max_length > encoder.max_length:
@@ -217,7 +216,7 @@ def make_text_encoder(
 
 
 def adamw(learning_rate: float, steps: int) -> optax.GradientTransformation:
-    """Returns AdamW as BERT is fine-tuned: a tenth of the run to warm up, then evenly to 0; gradients clipped at 1."""
+    """Returns AdamW as for fine-tuning BERT: warm-up for a tenth of the run, linear to 0, gradients clipped at 1."""
     warmup = max(1, round(0.1 * steps))
     rising = optax.linear_schedule(0.0, learning_rate, warmup)
     falling = optax.linear_schedule(learning_rate, 0.0, max(1, steps - warmup))
@@ -243,29 +242,29 @@ def text_model(
     pooler: PoolerName | None = None,
     fit_head: bool = False,
 ) -> StudyModel:
-    """Returns a model that learns a text task.
+    """Returns a model for a text task.
 
     Args:
-      task: its name.
-      texts: its data.
+      task: the task's name.
+      texts: the task's data.
       tokens: the vocabulary.
       model: one of `TextModelName`.
-      max_length: tokens of a text, or of a question and its passage.
-      too_long: what to do with longer ones; those that are cut are counted on standard error.
-      validation: how many training examples to hold out, drawn again for each seed.
-      labels: how many of the others it learns from; None for all.
-      unlabelled: how many of the rest a classifier has without their labels, see `StudyModel.pool`.
-      learning_rate: of its AdamW.
+      max_length: the maximum tokens of a text, or of a question and its passage.
+      too_long: how to handle longer ones; the number of truncated ones is printed on standard error.
+      validation: the number of training examples to hold out, redrawn for each seed.
+      labels: how many of the others to train on; None for all.
+      unlabelled: how many of the rest a classifier uses without labels, see `StudyModel.pool`.
+      learning_rate: AdamW's learning rate.
       weights: a Hugging Face safetensors file or folder to start from; None for random ones.
-      attributes: of a small model, see `make_text_encoder`.
-      sizes: the file or folder whose sizes it has, see `make_text_encoder`.
-      pooler: of a classifier; None for that of its architecture.
-      fit_head: whether the last layer of a classifier that is read from a file, as a source is, is fitted to its
-        training examples: logistic regression on its features.
+      attributes: attributes of a small model, see `make_text_encoder`.
+      sizes: the file or folder that sets its sizes, see `make_text_encoder`.
+      pooler: a classifier's pooler; None for its architecture's.
+      fit_head: whether to fit the last layer of a classifier read from a file, such as a source, to its training
+        examples: logistic regression on its features.
 
     Raises:
-      ValueError: the model is unknown, fewer examples can be held out than that, a text does not fit, or weights that
-        do not fit the model and its vocabulary.
+      ValueError: the model is unknown, too few examples can be held out, a text does not fit, or weights do not fit the
+        model and its vocabulary.
     """
     encoder = make_text_encoder(model, tokens, max_length, attributes, sizes)
     name = f"{model if sizes is None else sizes.name} ({texts.name} {task})"
@@ -279,7 +278,7 @@ def text_model(
     def random_init(key: jax.Array) -> Any:
         return mj.models.initialize(module, key, np.zeros((1, max_length), np.int32))["params"]
 
-    # Read once, and now, so that what does not fit is refused before anything else.
+    # Read once, and now, to refuse mismatches before anything else.
     given = None if weights is None else read_weights(weights, jax.eval_shape(random_init, jax.random.key(0)))
     if isinstance(texts, QuestionSet):
         train, test, evaluate = _questions(texts, tokens, max_length, too_long, module.apply)
@@ -316,7 +315,7 @@ def text_model(
         return draw_pool(split(train, validation, seed)[1], labels, unlabelled, seed, ("tokens",))
 
     def load(path: Path, params: Any) -> Any:
-        if _WORDS in weight_paths(path):  # By our names, as save_safetensors wrote it.
+        if _WORDS in weight_paths(path):  # With our names, as written by save_safetensors.
             return mj.load_params(path, params)
         return read_weights(path, params).params
 
@@ -351,13 +350,13 @@ def text_model(
 def _questions(
     texts: QuestionSet, tokens: WordPiece, max_length: int, too_long: str, apply: Any
 ) -> tuple[Arrays, Arrays, Callable[..., dict[str, float]]]:
-    """Returns the encoded questions to learn from and to test on, and what scores the answers to either."""
+    """Returns the encoded training and test questions, and the scorers of their answers."""
     questions = [*texts.train, *texts.test]
     encoded = tokens.encode_questions(questions, max_length, too_long=too_long)
     if encoded.truncated:
         _warn(f"{texts.name}: {encoded.truncated} of {len(questions)} passages were longer, and lost their end")
     size = len(texts.train)
-    # A question whose answer was cut off would teach that there is none where there is one.
+    # A question with a truncated answer would wrongly teach "no answer".
     learned = np.flatnonzero(encoded.arrays["kept"][:size])
     if len(learned) < size:
         _warn(f"{texts.name}: {size - len(learned)} of {size} questions lost their answer: not learned from")
@@ -373,19 +372,19 @@ def _questions(
 
 
 def _to_learn_from(arrays: Arrays) -> Arrays:
-    """Returns what goes to the device: without what only scores need."""
+    """Returns the arrays for the device, without those that only scores need."""
     return {name: array for name, array in arrays.items() if name in ("tokens", "label", "start", "end")}
 
 
 def warn_of_cuts(name: str, encoded: Encoded) -> Arrays:
-    """Returns the arrays of texts, and says on standard error how many were cut."""
+    """Returns the arrays of texts, and prints the number of truncated ones on standard error."""
     if encoded.truncated:
         _warn(f"{name}: {encoded.truncated} of {num_examples(encoded.arrays)} texts were longer, and lost their end")
     return encoded.arrays
 
 
 def describe_tokens(max_length: int) -> str:
-    """Returns what a model of texts takes, in words."""
+    """Returns a description of a text model's inputs."""
     return f"tokens [N, {max_length}] of vocabulary.json, int32"
 
 
@@ -394,7 +393,7 @@ def _warn(line: str) -> None:
 
 
 def _check_classes(name: str, texts: LabelledTexts, classes: Sequence[str]) -> None:
-    """Raises ValueError for a class with less than a text to learn from, one to validate and one to test."""
+    """Raises ValueError for a class without a text for each of training, validation and test."""
     counts = np.bincount(texts.labels, minlength=len(classes))
     rare = [f"{one!r} has {count}" for one, count in zip(classes, counts, strict=True) if count < 3]
     if rare:

@@ -28,17 +28,17 @@ _START = "start.json"
 
 
 class RunStoppedError(Exception):
-    """A signal has stopped the run; the step that it reached is saved."""
+    """A signal has stopped the run; the current step is saved."""
 
 
 class Trained(NamedTuple):
-    """What training one trial on one seed came to.
+    """The result of training one trial on one seed.
 
     Attributes:
-      state: at the last step.
-      seconds: that it was trained, evaluation included, before interruptions too.
-      compile_seconds: how long its epoch compiled; 0 where that was not needed.
-      start: what the target was worth before the first step; empty where that was not measured.
+      state: the state at the last step.
+      seconds: the training time, including evaluation and earlier sessions.
+      compile_seconds: the compilation time of its epoch; 0 if not compiled.
+      start: measurements of the target before the first step; empty if not measured.
       records: its reports, in order.
     """
 
@@ -50,10 +50,10 @@ class Trained(NamedTuple):
 
 
 class Programs:
-    """The epochs of all trials by name, each compiled once, when it is first asked for.
+    """The epochs of all trials by name, each compiled once on first use.
 
     Attributes:
-      seconds: how long the compilation of those took that were asked for, by name.
+      seconds: the compilation times of those used, by name.
     """
 
     def __init__(self, lowered: Mapping[str, Lowered]):
@@ -63,11 +63,11 @@ class Programs:
         self._epochs: dict[str, Any] = {}
 
     def compile(self, name: str, place: str = "") -> Any:
-        """Returns the compiled epoch, and says how long that took: on a CPU, it may be longer than the training.
+        """Returns the compiled epoch, and prints the compilation time: on a CPU, it may exceed the training time.
 
         Args:
-          name: of the trial.
-          place: which of how many programs it is, in words.
+          name: the trial's name.
+          place: its position among the programs, in words.
         """
         if name not in self._epochs:
             with Console(stderr=True).status(f"compiling {name}{place}"):
@@ -80,24 +80,24 @@ class Programs:
 
 
 class Trainer:
-    """Trains trials; it holds what all of them share."""
+    """Trains trials, and holds their shared objects."""
 
     def __init__(self, layout: Layout, programs: Programs, folder: RunFolder, bar: tqdm, signals: StopSignals):
-        """Takes how a run lies on devices, the compiled trials, where to write, and what may stop it."""
+        """Takes the device layout, the compiled trials, the run folder, and the stop signals."""
         self._layout, self._programs = layout, programs
         self._folder, self._log, self._bar = folder, MetricsLog(folder), bar
         self._signals = signals
 
     def announce(self, line: str) -> None:
-        """Prints a line on standard error, above the bar; of several processes, the first speaks for all."""
+        """Prints a line on standard error, above the bar; only the first of several processes prints."""
         if jax.process_index() == 0:
             self._bar.write(line, file=sys.stderr)
 
     def train(self, trial: Trial, seed: int, source: TrainState) -> Trained:
-        """Returns what training a trial on a seed came to.
+        """Trains a trial on a seed, and returns the result.
 
         Raises:
-          RunStoppedError: a signal asked for it.
+          RunStoppedError: a signal requested a stop.
         """
         name, num_steps = trial.run_name(seed), trial.lengths.steps
         self._bar.set_postfix_str(name)
@@ -109,16 +109,16 @@ class Trainer:
         ):
             first, state = self._first_state(trial, seed, source, state, checkpoints)
             if not self._bar.disable:
-                self._bar.initial += first  # Not of this session, so not of its pace.
+                self._bar.initial += first  # From an earlier session, so not part of this one's pace.
                 self._bar.update(first)
-            timed = f"checkpoints/{name}/seconds.json"  # Up to each report, so that a run which goes on counts on.
+            timed = f"checkpoints/{name}/seconds.json"  # Up to each report, so that a resumed run continues the count.
             seconds = {step: s for step, s in self._folder.read_json(timed, {}).items() if int(step) <= first}
             before = seconds.get(str(first), 0.0)
             if first < num_steps:
                 if first > 0:
                     self.announce(f"{name} goes on from step {first} of {num_steps}")
                 writer = open_files.enter_context(self._log.writer(name, first))
-                self._programs.compile(trial.name)  # Where the last checkpoint is damaged, only now.
+                self._programs.compile(trial.name)  # If the last checkpoint is damaged, this is known only now.
                 start = time.perf_counter()
                 advance = self._make_advance(trial, seed, source, open_files)
 
@@ -156,22 +156,22 @@ class Trainer:
     def _first_state(
         self, trial: Trial, seed: int, source: TrainState, blank: JointState, checkpoints: Checkpoints
     ) -> tuple[int, JointState]:
-        """Returns the step that a trial goes on from, and its state: the saved one, or that before the first step."""
+        """Returns the step from which a trial continues, and its state: the saved or the initial one."""
         restored = checkpoints.restore_latest(self._layout.put_state(blank))
         if restored is not None:
             return restored
         state = trial.initial_state(seed, source) if trial.prepares else blank
-        # Kept, since a run that goes on has the state before its first step no more.
+        # Saved, since a resumed run no longer has its initial state.
         self._folder.write_json(f"checkpoints/{trial.run_name(seed)}/{_START}", trial.measure_start(state, seed))
         return 0, self._layout.put_state(state)
 
     def _make_advance(
         self, trial: Trial, seed: int, source: TrainState, open_files: contextlib.ExitStack
     ) -> Advance[JointState]:
-        """Returns the trial's compiled epoch with its data, as the loop wants it."""
+        """Returns the trial's compiled epoch with its data, in the form that the loop needs."""
         epoch, layout, most = self._programs.compile(trial.name), self._layout, trial.steps_per_call
 
-        # Always as many rows as were compiled for; those after `count` are not read.
+        # Always the compiled number of rows; those after `count` are not read.
         if trial.streams:
             reader = open_files.enter_context(trial.read_ahead(seed))
 

@@ -1,4 +1,4 @@
-"""The trials of a run: one trains a method, or the source on its own, once a seed."""
+"""The trials of a run: each trains a method, or pre-trains the source, on one seed at a time."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -36,27 +36,27 @@ Digest = Callable[[Callable[[int], Splits], int], str]
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """What is trained once a seed: a method, or the source on its own.
+    """A method, or the source's pre-training, trained once per seed.
 
-    That too is a joint run, of a target that is the scenario's source and has nothing to receive from.
+    Pre-training is also a joint run: its target is the scenario's source, and it has no source.
 
     Attributes:
-      name: of the method, or `source`.
-      roles: the models by the part they play; without `source` there is none, and its parameters are `{}`.
-      source_task: what the source learns beside the target; None for a frozen source, or none.
+      name: the method's name, or `source`.
+      roles: the models by role; without `source` its parameters are `{}`.
+      source_task: the source's task during joint training; None for a frozen source, or none.
       method: the method.
-      lengths: how long it is trained.
-      config: options of the run.
+      lengths: the training lengths.
+      config: the run's options.
       optimizer: the adapter's optimizer.
       axis_name: the `pmap` axis that the models average over; None under jit.
-      digest: of the training split; all trials share it, since it reads every number.
-      fit_head: fits the target's last layer before the first step, where the run asks for that.
-      measures: of the target; all trials share them, since they are compiled once. None for the source's own.
-      shown: outputs of a frozen source that are computed once; None where there are none, or a step computes them.
-      snapshots: steps of the source's training, where the source is a trajectory.
-      keep: how many checkpoints stay; None for all.
-      seed_offset: added to a seed for the start and the batches, not for the split.
-      trains_source: whether it is the source on its own, which draws its start, its batches and its steps as the
+      digest: digests the training split; all trials share it, since it reads every number.
+      fit_head: fits the target's last layer before the first step, if the run requests it.
+      measures: the target's measurements; all trials share them, since they are compiled once. None for pre-training.
+      shown: a frozen source's outputs that are computed once; None if there are none, or each step computes them.
+      snapshots: the number of saved steps, if the source is a trajectory.
+      keep: the number of checkpoints to keep; None for all.
+      seed_offset: added to the seed for initialisation and batches, not for the split.
+      trains_source: whether it pre-trains the source, which then draws its initialisation, batches and steps as the
         source.
     """
 
@@ -79,7 +79,7 @@ class Trial:
 
     @cached_property
     def epoch(self) -> Epoch:
-        """Many joint steps in one loop, of one seed."""
+        """Many joint steps of one seed in one loop."""
         method = self.method
         step = make_joint_step(
             self.source_task,
@@ -100,21 +100,21 @@ class Trial:
         return make_epoch(augmented(step, augment, axis_name=self.axis_name) if augment else step)
 
     def run_name(self, seed: int) -> str:
-        """Returns the name that a seed has in the metrics, and that its checkpoint folder has."""
+        """Returns a seed's name in the metrics and for its checkpoint folder."""
         return f"{self.name}-seed{seed}"
 
     @cached_property
     def steps_per_call(self) -> int:
-        """How many steps one call of the compiled epoch takes: all between two reports.
+        """The number of steps per call of the compiled epoch: all between two reports.
 
-        On a CPU at most ten: calls cost nothing there, steps take long, and the progress bar should move. As many
-        where examples are streamed, since those of all its steps are in memory.
+        At most ten on a CPU: calls cost nothing there, steps are slow, and the progress bar should move. At most ten
+        also with streamed examples, since those of all its steps are in memory.
         """
         most = self.lengths.report_every
         return min(most, 10) if self.streams or jax.default_backend() == "cpu" else most
 
     def lower(self, layout: Layout) -> Lowered:
-        """Returns the jitted epoch, traced for the shapes of its arguments alone."""
+        """Returns the jitted epoch, traced from the shapes of its arguments alone."""
         state = jax.eval_shape(lambda: self._state(0, self.fresh_source(0), self.method.fit))
         steps = self.steps_per_call
         indices = self.indices_at(0)(0, steps)
@@ -125,7 +125,7 @@ class Trial:
         return layout.lower(self.epoch, *shapes, jax.ShapeDtypeStruct((), np.int32))
 
     def fresh_source(self, seed: int) -> TrainState:
-        """Returns the source of a seed as it starts; a trajectory starts as copies of that."""
+        """Returns a seed's initial source; a trajectory starts as copies of it."""
         if "source" not in self.roles:
             return TrainState({}, {}, None)
         source = TrainState(*self.roles["source"].init(initial_key(seed, "source")), None)
@@ -134,10 +134,10 @@ class Trial:
         return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (self.snapshots, *leaf.shape)), source)
 
     def initial_state(self, seed: int, source: TrainState) -> JointState:
-        """Returns the state before the first step: for a seed the same for every method, but for what a method starts.
+        """Returns the initial state: the same for every method of a seed, except for a method's start.
 
         Raises:
-          ValueError: what the method starts from is no such target.
+          ValueError: the method's start does not match the target.
         """
         state = self._state(seed, source, self.method.fit, self.method.start)
         if self.fit_head is None:
@@ -148,11 +148,11 @@ class Trial:
 
     @property
     def prepares(self) -> bool:
-        """Whether anything is fitted or started before the first step: without, the blank state is the initial one."""
+        """Whether anything is fitted or started before the first step; if not, the blank state is the initial one."""
         return not all(one is None for one in (self.method.fit, self.method.start, self.fit_head))
 
     def blank_state(self, seed: int, source: TrainState) -> JointState:
-        """Returns a state as the initial one, neither started nor fitted: what a saved one is read into."""
+        """Returns a state like the initial one, neither started nor fitted: the template for restoring."""
         return self._state(seed, source)
 
     def _state(
@@ -183,9 +183,9 @@ class Trial:
         return state.replace(key=initial_key(seed, "source_steps" if self.trains_source else "steps"))
 
     def measure_start(self, state: JointState, seed: int) -> dict[str, float | None]:
-        """Returns what the target is worth right after the write, of the state before the first step.
+        """Returns measurements of the target right after the write, from the initial state.
 
-        That is after `start` and `fit`, with the first write of the transfer, where there is one, and no step.
+        That is after `start` and `fit`, with the first write of the transfer, if any, and before any step.
         """
         if self.measures is None:
             return {}
@@ -236,18 +236,18 @@ class Trial:
         return {**target.splits(seed).train, **{POOL + name: entry for name, entry in pool.items()}}
 
     def arrays(self, seed: int) -> dict[str, Batch]:
-        """Returns all examples to train on, of the roles that learn, and the target's pool where it is read."""
+        """Returns all training examples of the trained roles, and the target's pool if it is used."""
         return {role: dict(arrays) for role, (arrays, _) in self._read(seed).items()}
 
     def shown_arrays(self, seed: int, source: TrainState) -> dict[str, Batch]:
-        """Returns these with the outputs of a frozen source, where they are computed once."""
+        """Returns these with the outputs of a frozen source, if they are computed once."""
         arrays = self.arrays(seed)
         if self.shown is not None:
             arrays[self.shown.role] |= self.shown.outputs(seed, source, arrays[self.shown.role])
         return arrays
 
     def _read(self, seed: int) -> dict[str, tuple[Arrays, int]]:
-        """Returns the examples by role, and the stream that their order is of."""
+        """Returns the examples by role, and the stream of their order."""
         read: dict[str, tuple[Arrays, int]] = {
             role: (self.roles[role].splits(seed).train, int(role == "source" or self.trains_source))
             for role in self._learning_roles
@@ -257,18 +257,18 @@ class Trial:
 
     @cached_property
     def streams(self) -> bool:
-        """Whether examples are read when they are needed, and not all on the device."""
+        """Whether examples are streamed, instead of all being on the device."""
         return any(is_streamed(arrays) for arrays in self.arrays(0).values())
 
     def facts(self, seed: int) -> dict[str, str | int]:
-        """Returns what the steps of a seed depend on beside the state: which examples come in which order."""
+        """Returns what a seed's steps depend on besides the state: the examples and their order."""
         data = {f"{role}_data": self.digest(self.roles[role].splits, seed) for role in self._learning_roles}
         if "pool" in (read := self._read(seed)):
             data["pool_data"] = fingerprint(read["pool"][0])
         return {"seeds": str(seed), "batch_size": self.config.batch_size, **data}
 
     def read_ahead(self, seed: int) -> ReadAhead:
-        """Returns what reads the examples of one call of the epoch at a time."""
+        """Returns a reader of the examples for one call of the epoch at a time."""
         return ReadAhead(self.arrays(seed), self._indices(seed), self.steps_per_call)
 
     def indices_at(self, seed: int) -> Callable[[int, int], Indices]:
@@ -283,7 +283,7 @@ class Trial:
         }
 
     def _array_shapes(self, steps: int, source: TrainState) -> Any:
-        """Returns shapes of the examples that one call of the epoch has: all of them, or those of its own steps."""
+        """Returns shapes of the examples of one call of the epoch: all of them, or those of its steps."""
 
         def shape(entry: Any) -> jax.ShapeDtypeStruct:
             leading = steps * self.config.batch_size if self.streams else len(entry)
@@ -295,7 +295,7 @@ class Trial:
         return arrays
 
     def validate(self, state: JointState, seed: int) -> dict[str, float]:
-        """Returns the metrics on the validation splits, of the models that learn; none where a split is empty."""
+        """Returns the validation metrics of the trained models; none if a split is empty."""
         return {
             f"{role}/validation_{name}": value
             for role in self._learning_roles
@@ -304,11 +304,11 @@ class Trial:
         }
 
     def test(self, state: JointState, seed: int, role: str) -> dict[str, float]:
-        """Returns a model's metrics on the test split; read once, after the last step. None of no model."""
+        """Returns a model's metrics on the test split, read once, after the last step. None without a model."""
         return self._evaluate(state, seed, role, "test") if role in self.roles else {}
 
     def answers(self, state: JointState) -> dict[str, list[str]]:
-        """Returns what each model that has samples makes of them."""
+        """Returns the answers of each model with sample images."""
         answers = {}
         for role, model in self.roles.items():
             if model.sample_images is not None:
@@ -333,7 +333,7 @@ class Trial:
 
 
 def make_trials(scenario: Scenario, config: RunConfig, source_plan: SourcePlan) -> dict[str, Trial]:
-    """Returns the trials of a seed in order: the source's own training, where it has one, then the methods."""
+    """Returns the trials of a seed in order: the source's pre-training, if any, then the methods."""
 
     @cache
     def digest(splits: Callable[[int], Splits], seed: int) -> str:
@@ -342,7 +342,7 @@ def make_trials(scenario: Scenario, config: RunConfig, source_plan: SourcePlan) 
     make_trial = partial(
         Trial, config=config, optimizer=scenario.adapter_optimizer, axis_name=scenario.axis_name, digest=digest
     )
-    make_shown = cache(Shown)  # Methods share what a teacher shows.
+    make_shown = cache(Shown)  # Methods share a teacher's outputs.
     snapshots = source_plan.snapshots
     trials = {}
     roles = {"target": scenario.target}
@@ -372,7 +372,7 @@ def make_trials(scenario: Scenario, config: RunConfig, source_plan: SourcePlan) 
                 "there is none before the first step; take pretrained or frozen"
             )
         transfer, teacher = method.transfer, method.teacher
-        if snapshots is not None:  # All of them are shown while there are transfers; the last one teaches.
+        if snapshots is not None:  # All are shown while there are transfers; the last one teaches.
             transfer = replayed(transfer, replay_evenly(snapshots, max(1, round(method.stop * lengths.steps))))
             teacher = None if teacher is None else last_of(teacher)
         if head and writes(transfer):
@@ -396,7 +396,7 @@ def make_trials(scenario: Scenario, config: RunConfig, source_plan: SourcePlan) 
 def _shown_once(
     scenario: Scenario, plan: SourcePlan, method: Method, make_shown: Callable[[str, TeacherFn], Shown]
 ) -> Shown | None:
-    """Returns what a frozen source shows of examples that stay as they are; None where a step is to compute it."""
+    """Returns a frozen source's outputs for fixed examples; None if each step should compute them."""
     source, target = scenario.source, scenario.target
     if source is None or method.teacher is None or not method.each_alone:
         return None
@@ -404,7 +404,7 @@ def _shown_once(
         return None
     pool = target.pool if method.pooled else None
     arrays = target.splits(0).train if pool is None else pool(0)
-    if is_streamed(arrays) or jax.process_count() > 1:  # Of several processes, none may have all of the source.
+    if is_streamed(arrays) or jax.process_count() > 1:  # With several processes, none may hold the whole source.
         return None
     shown = make_shown("target" if pool is None else "pool", method.teacher)
     params, model_state = jax.eval_shape(source.init, jax.random.key(0))
@@ -412,7 +412,7 @@ def _shown_once(
 
 
 def _pooled(step: JointStep, inputs: tuple[str, ...]) -> JointStep:
-    """Returns the step whose target's batch has inputs of the pool beside the labelled examples."""
+    """Returns the step with inputs of the pool in the target's batch, besides the labelled examples."""
 
     def with_pool(state: JointState, batches: Mapping[str, Batch]) -> tuple[JointState, Metrics]:
         others = {role: batch for role, batch in batches.items() if role != "pool"}
@@ -423,7 +423,7 @@ def _pooled(step: JointStep, inputs: tuple[str, ...]) -> JointStep:
 
 
 def keeping(transfer: Transfer, paths: tuple[str, ...]) -> Transfer:
-    """Returns the transfer that leaves these leaves of the target as they are."""
+    """Returns the transfer that leaves these leaves of the target unchanged."""
 
     def apply(
         adapter: Adapter, source_params: Params, target_params: Params, *, key: Key = None, step: Step = None

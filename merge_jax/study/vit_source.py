@@ -1,4 +1,4 @@
-"""A vision transformer with the weights of a file, as the frozen source of a scenario."""
+"""A vision transformer with weights from a file, as the frozen source of a scenario."""
 
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from merge_jax.study.texts import adamw
 
 __all__ = ["vit_of_file"]
 
-_PIXELS = ((0.5,) * 3, (0.5,) * 3)  # Of Google, Hugging Face and most of timm; no tensor tells.
+_PIXELS = ((0.5,) * 3, (0.5,) * 3)  # Of Google, Hugging Face and most of timm; not stored in the tensors.
 
 
 def vit_of_file(
@@ -26,19 +26,19 @@ def vit_of_file(
     labels: int | None,
     dtype: Any = jnp.float32,
 ) -> StudyModel:
-    """Returns a file's vision transformer for the images of a data set; its positions are resized to their size.
+    """Returns a file's vision transformer for the images of a data set; positions are resized to match.
 
-    Its last layer is the file's where that has as many classes, and is fitted otherwise, see `with_fitted_head`.
+    Its last layer is the file's if the number of classes matches, and is fitted otherwise, see `with_fitted_head`.
 
     Args:
-      path: of the file, as `merge_jax.models.vision_transformer_of`.
-      data: its images.
-      num_heads: as `vision_transformer_of`.
-      labels: how many of the images its last layer is fitted to; None for all.
-      dtype: of the computation.
+      path: the path of the file, as in `merge_jax.models.vision_transformer_of`.
+      data: the images.
+      num_heads: as in `vision_transformer_of`.
+      labels: the number of images to fit its last layer to; None for all.
+      dtype: the dtype of the computation.
 
     Raises:
-      ValueError: no path, a file of no vision transformer that is known, or images that its patches do not fill.
+      ValueError: no path, a file without a known vision transformer, or images that its patches do not fill.
     """
     if path is None:
         raise ValueError("source_model vit_of_file is a file's network: give --source frozen --source-from FILE")

@@ -1,4 +1,4 @@
-"""The joint step, the loop around it, and what devices and signals ask of both."""
+"""The joint step, its loop, devices and signals."""
 
 from etils import epy
 

@@ -1,4 +1,4 @@
-"""JAX's cache of compiled programs, in a bounded folder of the user's, so that a second run need not compile."""
+"""JAX's cache of compiled programs, in a bounded user folder, so that a second run need not compile."""
 
 import functools
 import os
@@ -17,9 +17,9 @@ CacheChoice = Literal["default", "none"] | Path
 MAX_BYTES = 2**29
 """What the cache may grow to; what was not used for the longest time goes first."""
 
-# To write one program, JAX reads the stamps of all: 0.05 ms each. Many small ones would cost more than they save.
+# To write one program, JAX reads all time stamps: 0.05 ms each. Many small programs would cost more than they save.
 _MIN_SECONDS = 0.1
-_ENTRY, _STAMP = "-cache", "-atime"  # How JAX's cache names a program, and when it was used last.
+_ENTRY, _STAMP = "-cache", "-atime"  # JAX's suffixes for a cached program and for its last use.
 
 
 def default_folder() -> Path:
@@ -28,15 +28,15 @@ def default_folder() -> Path:
 
 
 def use_cache(choice: CacheChoice) -> None:
-    """Lets JAX read and keep compiled programs; call it before anything is compiled.
+    """Enables JAX's compilation cache; call it before anything is compiled.
 
-    By default they are in the folder that the environment (`JAX_COMPILATION_CACHE_DIR`) or the program has given JAX.
-    Its size is left to JAX. Where none is given, they are in `default_folder()`. If that cannot be written, a warning
-    on standard error says so, and nothing is kept. The environment's other settings of JAX's cache stay
-    (`JAX_ENABLE_COMPILATION_CACHE`, `JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS`, `JAX_COMPILATION_CACHE_MAX_SIZE`).
+    By default, uses the folder set by the environment (`JAX_COMPILATION_CACHE_DIR`) or the program, and leaves its size
+    to JAX. If none is set, uses `default_folder()`; if that is not writable, prints a warning to standard error and
+    caches nothing. Other environment settings of JAX's cache are kept (`JAX_ENABLE_COMPILATION_CACHE`,
+    `JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS`, `JAX_COMPILATION_CACHE_MAX_SIZE`).
 
     Raises:
-      ValueError: the folder that is named cannot be written.
+      ValueError: the named folder is not writable.
     """
     import jax
 
@@ -65,12 +65,12 @@ def use_cache(choice: CacheChoice) -> None:
 
 
 def folder_in_use() -> str:
-    """Returns the folder that `use_cache("default")` takes."""
+    """Returns the folder that `use_cache("default")` uses."""
     return os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(default_folder())
 
 
 def bytes_in(folder: str) -> int:
-    """Returns the size of what a folder holds; 0 where there is none."""
+    """Returns the total size of a folder's files; 0 if it does not exist."""
     return sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
 
 
@@ -99,18 +99,18 @@ def _set_folder(folder: Path | None) -> None:
 
     jax.config.update("jax_enable_compilation_cache", folder is not None)
     jax.config.update("jax_compilation_cache_dir", None if folder is None else str(folder))
-    reset_cache()  # Whatever was compiled before has settled on the former folder.
+    reset_cache()  # Earlier compilations have fixed the cache to the former folder.
 
 
 def _make_usable(folder: Path) -> None:
-    """Makes a folder that can be written and locked.
+    """Prepares a folder for writing and locking.
 
-    JAX writes nothing more into a cache where one program has no stamp: one that an interrupted process left, or that
-    was kept without a bound. It gets the oldest one.
+    JAX stops writing to a cache if one program lacks a time stamp, left by an interrupted process or an unbounded
+    cache. Such a program gets the oldest stamp.
     """
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # Whoever can write here can run code in later runs.
     try:
-        with filelock.FileLock(folder / ".lockfile", timeout=0):  # JAX takes it for each program.
+        with filelock.FileLock(folder / ".lockfile", timeout=0):  # JAX locks it for each program.
             pass
     except filelock.Timeout:
         pass

@@ -1,4 +1,4 @@
-"""Several processes, on one host or many, that run one program together."""
+"""Several processes, on one or many hosts, running one program."""
 
 import contextlib
 import os
@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 __all__ = ["await_all", "connect", "exit_on_error"]
 
 _GO = b"go"
-_SHUTDOWN = 10  # Seconds to wait for the others at the end; by default it is 300.
+_SHUTDOWN = 10  # Seconds to wait for the others at the end; JAX's default is 300.
 # Prints its first argument, unless a line comes before its input ends.
 _LAST_WORDS = 'read line || printf "%s\\n" "$0" >&2'
 
@@ -30,29 +30,29 @@ def connect(
     answer_within: float = 10.0,
     lost_after: int = 8,
 ) -> None:
-    """Makes this process one of several that run the same program; call it before anything uses a device.
+    """Joins this process with others that run the same program; call it before anything uses a device.
 
-    Without arguments, JAX finds the others by itself where a cluster has started them: Slurm, Kubernetes with
+    Without arguments, JAX detects processes started by a cluster: Slurm, Kubernetes with
     `pip install kubernetes` (GKE with GPUs), Cloud TPU (GKE too), Open MPI.
 
-    With an address, the processes first meet by a connection of ours, which names what is missing. Alone,
+    With an address, the processes first connect through a socket of ours, which names missing processes. By itself,
     `jax.distributed.initialize` aborts the others at its timeout (SIGABRT, no exception, no name; jax 0.10 and 0.12),
-    and does not name a port that is taken. Later, when one is lost, the others end within seconds; see
+    and does not report an occupied port. If a process is lost later, the others exit within seconds; see
     `exit_on_error`.
 
     Args:
-      address: `host:port` of process 0, on which the others find it.
-      num_processes: how many there are.
-      process_id: which this is, from 0.
+      address: `host:port` of process 0, which the others connect to.
+      num_processes: the number of processes.
+      process_id: the index of this process, from 0.
       timeout: seconds to wait for the others.
       answer_within: seconds within which process 0 must answer at the address.
-      lost_after: seconds without a sign of life after which a process counts as lost. A busy process still gives them,
-        a frozen machine does not.
+      lost_after: seconds without a heartbeat after which a process counts as lost. A busy process still sends
+        heartbeats, a frozen machine does not.
 
     Raises:
-      ValueError: a malformed address, a number out of range, a port that process 0 cannot have, some of the arguments
-        without the others, or no cluster.
-      TimeoutError: process 0 could not be reached, or not all others came, in time.
+      ValueError: a malformed address, a number out of range, an unavailable port on process 0, only some of the
+        arguments, or no cluster.
+      TimeoutError: process 0 could not be reached, or not all others connected, in time.
     """
     if address is None or num_processes is None or process_id is None:
         if (address, num_processes, process_id) != (None, None, None):
@@ -100,10 +100,10 @@ def _join(
 
 
 def await_all(problem: Exception | None) -> None:
-    """Waits for all processes, each of which has met a problem or none; does nothing where there is one process.
+    """Waits for all processes and shares whether one has a problem; does nothing with a single process.
 
     Raises:
-      ValueError: another process has one, and this has none.
+      ValueError: another process has a problem, and this one has none.
     """
     if jax.process_count() == 1:
         return
@@ -115,18 +115,18 @@ def await_all(problem: Exception | None) -> None:
 
 @contextlib.contextmanager
 def exit_on_error(advice: str) -> Iterator[None]:
-    """Ends one of several processes at once on an error; alone, errors pass as they are.
+    """Exits one of several processes at once on an error; a single process raises errors normally.
 
-    An error that unwinds would wait for the other processes, which wait for it, for minutes. The others see that it is
-    gone: at their next exchange of numbers, or when its signs of life stop. Then JAX aborts them, and nothing of Python
-    runs any more, so that the message comes from a small process (`sh`) that waits for this one to end.
+    A process unwinding an error would wait minutes for the others, which wait for it. The others notice its exit at
+    their next collective operation, or when its heartbeats stop. Then JAX aborts them, and no Python code runs any
+    more. So a small process (`sh`), which waits for this one to end, prints the message.
 
     Enter it after `connect`.
 
     Args:
       advice: what to do, printed after the error.
     """
-    # Asking JAX how many there are would start its devices.
+    # Asking JAX for the number would initialise its devices.
     keeper = _keep_last_words(advice) if jax.distributed.is_initialized() else None
     try:
         yield
@@ -150,13 +150,13 @@ def exit_on_error(advice: str) -> Iterator[None]:
 
 
 def _keep_last_words(advice: str) -> subprocess.Popen[bytes]:
-    """Starts a process that prints our message once this one has ended without writing a line to it."""
+    """Starts a process that prints our message if this one ends without writing a line to it."""
     message = f"error: {_who()} was ended from outside, or by JAX as another one has gone; {advice}"
     return subprocess.Popen(
         ["sh", "-c", _LAST_WORDS, message],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
-        start_new_session=True,  # Ctrl-C is not for it.
+        start_new_session=True,  # It must survive Ctrl-C.
     )
 
 
@@ -165,7 +165,7 @@ def _who() -> str:
 
 
 def _await_others(port: int, num_processes: int, deadline: float) -> set[int]:
-    """Waits for all others and lets them go; returns those that did not come."""
+    """Waits for all others and releases them; returns those that never connected."""
     missing, came = set(range(1, num_processes)), []
     try:
         server = socket.create_server(("", port))
@@ -195,7 +195,7 @@ def _await_others(port: int, num_processes: int, deadline: float) -> set[int]:
 def _await_coordinator(
     host: str, port: int, process_id: int, num_processes: int, deadline: float, timeout: float, answer_within: float
 ) -> None:
-    """Waits until process 0 has seen all others; raises TimeoutError where it does not answer, or they do not come."""
+    """Waits until process 0 has met all others; raises TimeoutError if it does not answer or others are missing."""
     who, answered = f"process {process_id} of {num_processes}", False
     no_answer = min(deadline, time.monotonic() + answer_within)
     problem: OSError | None = None

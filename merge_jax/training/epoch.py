@@ -19,7 +19,7 @@ Augment = Callable[[jax.Array, Batch], Batch]
 Epoch = Callable[[JointState, Mapping[str, Batch], Mapping[str, jax.Array], Any], tuple[JointState, Metrics]]
 """`(state, arrays, indices, count) -> (state, sums of the metrics)`; see `make_epoch`."""
 
-_AUGMENTATION = 2**32 - 1  # No step's number: steps are int32.
+_AUGMENTATION = 2**32 - 1  # Not a valid step: steps are int32.
 
 
 def make_epoch(step_fn: JointStep) -> Epoch:
@@ -27,14 +27,14 @@ def make_epoch(step_fn: JointStep) -> Epoch:
 
     - `arrays`, `{role: {entry: [N, ...]}}`: all examples of each role. They stay on the device.
     - `indices`, `{role: [n, B]}` with `n >= count`: the examples of each step's batch. Only the first `count` rows are
-      read, so one compilation serves every count up to `n`. Nothing else comes from the host.
+      read, so one compilation serves every count up to `n`. The host sends nothing else.
     - `sums`: the step's metrics, summed over the steps, float32.
 
-    Jit it with the state donated. It can be vmapped over seeds (`over_seeds`) and laid over devices (`jit_layout`,
-    `pmap_layout`).
+    Jit it with the state donated. It can be vmapped over seeds (`over_seeds`) and distributed over devices
+    (`jit_layout`, `pmap_layout`).
     """
 
-    step_fn = jax.jit(step_fn, inline=True)  # For its trace alone, which both its uses below then share.
+    step_fn = jax.jit(step_fn, inline=True)  # Jitted only so that both uses below share one trace.
 
     def epoch(
         state: JointState, arrays: Mapping[str, Batch], indices: Mapping[str, jax.Array], count: Any
@@ -55,15 +55,15 @@ def make_epoch(step_fn: JointStep) -> Epoch:
 
 
 def augmented(step_fn: JointStep, augment: Mapping[str, Augment], *, axis_name: str | None = None) -> JointStep:
-    """Returns the step with the batches of some roles changed at random first, inside the compiled step.
+    """Returns the step with random augmentation of some roles' batches, inside the compiled step.
 
-    The key of a step is drawn from the state's key and step, apart from all that the step itself draws, so a resumed
-    run sees the same changes. The teacher of a distillation sees the changed batch too.
+    The augmentation key is derived from the state's key and step, independently of the step's own keys, so a resumed
+    run sees the same changes. A distillation teacher sees the changed batch too.
 
     Args:
       step_fn: the joint step.
-      augment: the change of the batch of each role that has one.
-      axis_name: the `pmap` axis, if any: every device draws its own.
+      augment: the augmentation `(key, batch) -> batch` by role.
+      axis_name: the `pmap` axis, if any; each device then draws separately.
     """
 
     def step(state: JointState, batches: Mapping[str, Batch]) -> tuple[JointState, Metrics]:

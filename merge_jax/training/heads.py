@@ -1,4 +1,4 @@
-"""A linear head in closed form or by L-BFGS: what a model's features say, with no step of the model."""
+"""A linear head fitted in closed form or by L-BFGS: a probe of features, without training the model."""
 
 import functools
 import warnings
@@ -17,8 +17,8 @@ from merge_jax.paths import some_of
 
 __all__ = ["Head", "fit_head"]
 
-_HIGHEST = lax.Precision.HIGHEST  # As on a CPU: a GPU's own products are of 10 bits.
-_LEAST_VARIANCE = 1e-10  # Of the largest one's.
+_HIGHEST = lax.Precision.HIGHEST  # As on a CPU: a GPU multiplies with 10-bit mantissas by default.
+_LEAST_VARIANCE = 1e-10  # Relative to the largest variance.
 
 
 class Head(NamedTuple):
@@ -52,11 +52,11 @@ def fit_head(
 
     `z_i` are the features, centred and divided by their standard deviation over the examples; `W` and `b` act on them:
 
-    - labels `[N]`, whole numbers: `min sum_i w_i CE(z_i W + b, y_i) + penalty / 2 |W|^2`, by L-BFGS from 0, until no
+    - labels `[N]`, integers: `min sum_i w_i CE(z_i W + b, y_i) + penalty / 2 |W|^2`, by L-BFGS from 0, until no
       entry of the gradient, divided by `sum_i w_i`, is above the tolerance;
     - logits `[N, C]`, floats: `min sum_i w_i |z_i W + b - y_i|^2 + penalty |W|^2`, in closed form.
 
-    The penalty of 1 is scikit-learn's default for both (`C=1`, `alpha=1`), after a `StandardScaler`; the bias is not
+    A penalty of 1 is scikit-learn's default for both (`C=1`, `alpha=1`), after a `StandardScaler`; the bias is not
     penalised. A feature whose deviation is below 1e-5 of the largest is ignored. Standardisation is folded into kernel
     and bias, so the head applies to the raw features. Use it as a probe of features, or to initialise a last layer:
     write `kernel` and `bias` over its leaves with `replace`.
@@ -66,7 +66,7 @@ def fit_head(
       targets: labels `[N]` in `[0, C)`, or logits `[N, C]`, such as another model's.
       num_classes: `C`; by default the largest label plus one, or the number of logits.
       penalty: weight of the penalty, above 0.
-      weights: of the examples, `[N]`, 0 or more; 1 each by default.
+      weights: example weights `[N]`, 0 or more; 1 by default.
       tolerance: for labels, the largest entry of the gradient at convergence.
       max_steps: for labels, the maximum number of L-BFGS steps.
 
@@ -75,7 +75,7 @@ def fit_head(
         `jit`, values are not checked, and `num_classes` is required for labels.
 
     Warns:
-      UserWarning: classes without an example, which the head never predicts; or no convergence.
+      UserWarning: classes without an example, which the head never predicts, or no convergence.
     """
     check_at_least_one(max_steps=max_steps)
     for name, value in (("penalty", penalty), ("tolerance", tolerance)):
@@ -96,7 +96,7 @@ def fit_head(
     if targets.ndim == 2:
         return _ridge(features, targets.astype(jnp.float32), weights, penalty)
     head, slope = _logistic(features, targets, weights, penalty, tolerance, classes, max_steps)
-    if not isinstance(slope, Tracer) and not slope <= 10 * tolerance:  # Rounding may keep it a little above.
+    if not isinstance(slope, Tracer) and not slope <= 10 * tolerance:  # Rounding may keep it slightly above.
         warnings.warn(
             f"logistic regression has not converged in {max_steps} steps: the largest entry of its gradient is "
             f"{float(slope):.2g}, the tolerance {tolerance:.2g}; give more max_steps, or raise the penalty",
@@ -149,12 +149,12 @@ def _check_targets(targets: jax.Array, size: int, num_classes: int | None) -> in
 
 
 def _standardised(features: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns standardised features, and what they were multiplied by and then had added, `[d]` both."""
+    """Returns the standardised features with their scale and offset, both `[d]`."""
     share = weights / jnp.sum(weights)
     mean = jnp.matmul(share, features, precision=_HIGHEST)
     variance = jnp.matmul(share, jnp.square(features - mean[None]), precision=_HIGHEST)
-    # What is the same of all examples, to rounding, tells nothing, and is not blown up: a weight of 1e9 on it would
-    # answer to the smallest step of the layers before.
+    # A feature that is constant up to rounding is uninformative and is not scaled up: with a weight of 1e9 it would
+    # react to the smallest step of earlier layers.
     varies = variance > jnp.maximum(1e-12 * jnp.square(mean), _LEAST_VARIANCE * variance.max())
     scale = jnp.where(varies, lax.rsqrt(jnp.where(varies, variance, 1)), 0)
     return (features - mean[None]) * scale[None], scale, -mean * scale

@@ -1,7 +1,7 @@
-"""The joint step: source, target and adapter learn side by side, and parameters flow from one to the other.
+"""The joint step: source, target and adapter train together, and parameters move from source to target.
 
-One pure function holds the whole of it, so that it compiles once and the transfer is an ordinary differentiable
-part of it. Order and update rules follow the published training loop of arXiv:2404.13322.
+It is one pure function, so it compiles once and the transfer is an ordinary differentiable part of it. Order and update
+rules follow the published training loop of arXiv:2404.13322.
 """
 
 import warnings
@@ -47,7 +47,7 @@ UpdateRule = Literal["exact", "surrogate"]
 
 
 class Task(NamedTuple):
-    """What one model learns: a loss function and its optimizer.
+    """A training task of one model: a loss function and an optimizer.
 
     Attributes:
       loss_fn: `(params, model_state, batch, key) -> (loss, (model_state, metrics))`.
@@ -59,12 +59,12 @@ class Task(NamedTuple):
 
 
 class TrainState(struct.PyTreeNode):
-    """One model while it trains.
+    """The training state of one model.
 
     Attributes:
       params: the model's parameters.
-      model_state: what the model keeps beside them, e.g. `{"batch_stats": ...}`.
-      opt_state: its optimizer's state; None for a frozen source.
+      model_state: the model's other collections, e.g. `{"batch_stats": ...}`.
+      opt_state: the optimizer's state; None for a frozen source.
     """
 
     params: Params
@@ -73,21 +73,21 @@ class TrainState(struct.PyTreeNode):
 
 
 class AdapterState(struct.PyTreeNode):
-    """The adapter while it trains: its parameters and its optimizer's state."""
+    """The training state of the adapter: parameters and optimizer state."""
 
     params: Adapter
     opt_state: Any
 
 
 class JointState(struct.PyTreeNode):
-    """The complete state of a joint run: everything that a checkpoint holds.
+    """The complete state of a joint run, as saved in a checkpoint.
 
     Attributes:
-      step: steps done, an int32 scalar.
+      step: completed steps, an int32 scalar.
       key: the run's root key; step `i` draws from `fold_in(key, i)`, so resuming needs no other state.
-      source: the model that gives.
-      target: the model that receives.
-      adapter: the parameters of the transfer between them.
+      source: the source model.
+      target: the target model.
+      adapter: the parameters of the transfer.
     """
 
     step: jax.Array
@@ -119,7 +119,7 @@ def init_joint_state(
     The given arrays are copied, since the step may be jitted with its state donated.
 
     Args:
-      key: root of all randomness of the run.
+      key: the run's root random key.
       source: the source's task, or None if it is frozen.
       target: the target's task.
       transfer: the transfer between them; its `init` checks its routes against both trees.
@@ -127,16 +127,16 @@ def init_joint_state(
       target_params: parameters of the target.
       source_state: the source's model state; `{}` if not given.
       target_state: the target's model state; `{}` if not given.
-      adapter: the initial adapter, such as one from `transfer.fit`; by default that of `transfer.init`.
+      adapter: the initial adapter, such as one from `transfer.fit`; by default `transfer.init` creates it.
       adapter_optimizer: the same as in `make_joint_step`; `adapter_adamw()` if not given.
 
     Raises:
-      ValueError: not a task or not a transfer, a trained leaf that is not a float array, or an error of the routes that
-        `transfer.init` finds.
+      ValueError: not a task or a transfer, a trained leaf that is not a float array, or route errors from
+        `transfer.init`.
 
     Warns:
-      UserWarning: the target's optimizer stores its own copy of the parameters, which a transfer does not reach; one
-        matrix is at two paths of a model that is trained; or an optimizer's second moments are bfloat16.
+      UserWarning: the target's optimizer stores a copy of the parameters, which a transfer does not update; one matrix
+        appears at two paths of a trained model; or an optimizer's second moments are bfloat16.
     """
     check_tasks(source, target, transfer)
     check_learnable("target", target_params)
@@ -158,7 +158,7 @@ def init_joint_state(
 
     def train_state(task: Task | None, params: Params, model_state: ModelState) -> TrainState:
         params, model_state = jax.tree.map(_copy, (params, model_state or {}))
-        # Copied too: some optimizers keep the parameters themselves, or one array twice, and neither can be donated.
+        # Copied too: some optimizers store the parameters themselves, or one array twice; neither can be donated.
         opt_state = jax.tree.map(_copy, task.optimizer.init(params)) if task else None
         return TrainState(params, model_state, opt_state)
 
@@ -174,7 +174,7 @@ def init_joint_state(
 
 
 def _copy(leaf: Any) -> jax.Array:
-    # Many times sooner than `jnp.array`, which compiles a program for each shape. An array of NumPy's it would share.
+    # Much faster than `jnp.array`, which compiles a program per shape. But it would share the memory of a NumPy array.
     return jax.device_put(leaf, may_alias=False) if isinstance(leaf, jax.Array) else jnp.array(leaf, copy=True)
 
 
@@ -194,35 +194,35 @@ def make_joint_step(
 ) -> JointStep:
     """Returns one step of joint training as a pure function of the state and both batches.
 
-    At step `i`, with `T` and `S` the parameters of target and source as they stand:
+    At step `i`, with `T` and `S` the current parameters of target and source:
 
     1. If the step transfers, `i % cycle == 0` and `i < stop * num_steps`, `T' = transfer(adapter, S, T)`. Otherwise
-       `T' = T` (self-learning). `TransferSteps(cycle, stop, num_steps)` says which steps those are.
+       `T' = T` (self-learning). `TransferSteps(cycle, stop, num_steps)` defines these steps.
     2. The source takes a gradient step on its batch, unless it is frozen.
-    3. The target takes one on its batch from `T'`. The transfer does not touch its optimizer's state.
+    3. The target takes one on its batch from `T'`. The transfer does not change its optimizer state.
     4. If step 1 transferred, the adapter takes one along `(d T' / d adapter)^T c`, where the cotangent `c` is
 
        - `exact`: `dL_target / dT'`, the true gradient of the target's loss through the transfer (our choice;
-         the target's own backward pass serves both);
-       - `surrogate`: `T' - T_after_step_3`, as published and as in hypernetwork training. It draws the output to
-         where the target's optimizer went.
+         one backward pass of the target serves both);
+       - `surrogate`: `T' - T_after_step_3`, as published and as in hypernetwork training. It pulls the output toward
+         the target's updated parameters.
 
     Numeric faults are contained (our choice):
 
     - If the loss, the gradient or the update of a model is not finite, the model keeps its parameters, model state and
-      optimizer state bit for bit. A transfer that was written at this step is undone.
+      optimizer state bit for bit. A transfer written at this step is undone.
     - If the result of a transfer is not finite, or `|T'| > largest_growth * max(|T|, |S|)`, it is rejected, and the
       target learns from `T`.
-    - The adapter learns only from a transfer that was written and a target that has learned.
+    - The adapter is updated only if the transfer was written and the target was updated.
 
     Metrics are a flat dict of scalars. Those of the adapter are 0 at a step that does not transfer:
 
-    - `source/...` and `target/...`: the loss, and what each loss function reports;
-    - `source/skipped`, `target/skipped`, `adapter/skipped`: 1 where an update was skipped, else 0;
-    - `adapter/transferred`, `adapter/rejected`: 1 where `T'` was written and stayed, or was rejected, else 0;
-    - `adapter/change`: `|T' - T| / |T|`, or `|T'|` where `T` is 0;
+    - `source/...` and `target/...`: the loss, and the metrics of each loss function;
+    - `source/skipped`, `target/skipped`, `adapter/skipped`: 1 if an update was skipped, else 0;
+    - `adapter/transferred`, `adapter/rejected`: 1 if `T'` was written and kept, or was rejected, else 0;
+    - `adapter/change`: `|T' - T| / |T|`, or `|T'|` if `T` is 0;
     - `adapter/norm`, `adapter/norm_before`, `adapter/gradient_norm`: `|T'|`, `|T|`, and the norm before clipping;
-    - what the transfer has to `monitor`: `adapter/gate/<target path>` of learned gates, `adapter/gate` and
+    - the transfer's `monitor` values: `adapter/gate/<target path>` of learned gates, `adapter/gate` and
       `adapter/weight` of schedules.
 
     Args:
@@ -230,24 +230,22 @@ def make_joint_step(
       target: the target's task.
       transfer: the transfer.
       cycle: steps from one transfer to the next, 1 or more, or a schedule of it by the step; see `TransferSteps`.
-      stop: the fraction of `num_steps` after which only self-learning goes on; 0 means no transfer at all. A
-        transfer that shares (`share_transfer`, the output `warm`) overwrites what the target has learned in the
-        overlap, so it should stop early.
-      num_steps: the length of the run in steps; needed where `0 < stop < 1` or the cycle is a schedule.
+      stop: the fraction of `num_steps` after which only self-learning continues; 0 means no transfer. A transfer that
+        shares (`share_transfer`, the output `warm`) overwrites the target's learned overlap, so stop it early.
+      num_steps: the length of the run in steps; required if `0 < stop < 1` or the cycle is a schedule.
       update: `exact` or `surrogate`.
-      teacher: adds the source's outputs to the target's batch before the target's loss, for distillation; it
-        sees the source after step 2.
+      teacher: adds the source's outputs to the target's batch before the target's loss, for distillation; it uses the
+        source after step 2.
       adapter_optimizer: the adapter's optimizer; `adapter_adamw()` if not given.
-      largest_growth: how many times the norm of the merged parameters may be that of the target's or the source's,
-        whichever is larger.
+      largest_growth: the maximum ratio of the merged parameters' norm to the larger of the target's and the source's.
       axis_name: the axis of a `pmap` or `shard_map` that splits the batch: gradients, losses, metrics and model states
-        are averaged over it, and every device draws its own dropout. Losses that compare examples with each other
-        need its name too (`feature_agreement`, `retrieval_loss`). None under `jit`, which needs no such thing.
+        are averaged over it, and each device draws its own dropout masks. Losses that compare examples with each other
+        need its name too (`feature_agreement`, `retrieval_loss`). None under `jit`.
 
     Raises:
-      ValueError: as `TransferSteps`, or an unknown update rule; while tracing, batches without one of the roles, a
-        state made for a frozen source where this one has a task, an optimizer that needs more than values and
-        gradients, or under `axis_name` a model state of whole numbers, whose average means nothing.
+      ValueError: as `TransferSteps`, or an unknown update rule. While tracing: batches without one of the roles, a
+        state made for a frozen source although this one has a task, an optimizer that needs more than values and
+        gradients, or under `axis_name` an integer model state, which cannot be averaged.
     """
     check_tasks(source, target, transfer)
     transfer_steps = TransferSteps(cycle, stop, num_steps)
@@ -263,7 +261,7 @@ def make_joint_step(
 
         def transfer_and_learn() -> tuple[TrainState, AdapterState, Metrics, Metrics]:
             def apply(adapter: Adapter) -> Params:
-                # Source and target as they stood before this step: new_source is not used here.
+                # Source and target before this step: new_source is not used here.
                 source_params, target_params = state.source.params, state.target.params
                 return transfer.apply(adapter, source_params, target_params, key=transfer_key, step=state.step)
 
@@ -291,11 +289,11 @@ def make_joint_step(
         elif transfer_steps.always:
             outcome = transfer_and_learn()
         else:
-            # The target's step stands in both branches, so the adapter's residuals live in one of them only:
-            # steps without a transfer pay nothing for it, and no forward pass of the adapter runs twice.
+            # The target's step is in both branches, so the adapter's residuals exist in only one: steps without a
+            # transfer pay nothing for it, and no forward pass of the adapter runs twice.
             outcome = lax.cond(transfer_steps.includes(state.step), transfer_and_learn, learn_alone)
         new_target, new_adapter, target_metrics, adapter_values = outcome
-        # The gates that this step used, not those it has learned.
+        # The gates that this step used, not the updated ones.
         gates = transfer.monitor(state.adapter.params, state.source.params, state.target.params, step=state.step)
 
         new_state = state.replace(step=state.step + 1, source=new_source, target=new_target, adapter=new_adapter)
@@ -305,7 +303,7 @@ def make_joint_step(
 
 
 def check_tasks(source: Task | None, target: Task, transfer: Transfer) -> None:
-    """Raises ValueError unless the tasks are tasks and the transfer is one."""
+    """Raises ValueError unless the tasks are tasks and the transfer is a transfer."""
     for role, task in (("source", source), ("target", target)):
         if task is None and role == "source":
             continue
@@ -319,8 +317,7 @@ def learn(
 ) -> tuple[TrainState, Params, Metrics]:
     """Takes one gradient step of a task from `params`; returns the new state, the gradient, and the metrics.
 
-    Where the loss, the gradient or the update is not finite, the new state is the old one, and the metric `skipped` is
-    1.
+    If the loss, the gradient or the update is not finite, the new state is the old one, and the metric `skipped` is 1.
     """
     if axis_name is not None:
         key = jax.random.fold_in(key, lax.axis_index(axis_name))
@@ -332,7 +329,7 @@ def learn(
     def value_fn(params: Params) -> jax.Array:
         if axis_name is None:
             return loss_fn(params)[0]
-        # Of the whole batch, and with a gradient of it: or each device would search a line of its own.
+        # Of the whole batch, and differentiable: otherwise each device would run a separate line search.
         return lax.pmean(loss_fn(lax.pmean(params, axis_name))[0], axis_name)
 
     outcome = jax.value_and_grad(loss_fn, has_aux=True)(params)
@@ -355,12 +352,12 @@ def update_model(
 ) -> tuple[TrainState, Metrics]:
     """Moves `params` along their gradient; returns the new state and the metrics with `loss` and `skipped`.
 
-    Where the loss, the gradient or the update is not finite, the new state is the old one. `model_state` and `metrics`
-    are what the loss function gave beside the loss; `value_fn` gives the loss of parameters, for a line search.
+    If the loss, the gradient or the update is not finite, the new state is the old one. `model_state` and `metrics` are
+    the loss function's auxiliary outputs; `value_fn` computes the loss of parameters, for a line search.
     """
     updates, opt_state = optimizer_update(task.optimizer, grads, state.opt_state, params, loss, value_fn)
-    # The gradient, since an optimizer may make a number of an infinite one, as by its sign; the update, since it may
-    # make NaN of a finite one.
+    # Check the gradient, since an optimizer may turn an infinite one into a finite update, as by its sign; check the
+    # update, since a finite gradient may yield NaN.
     ok = all_finite(loss, pack(grads), pack(updates))
     new_state = select_update(ok, TrainState(optax.apply_updates(params, updates), model_state, opt_state), state)
     return new_state, {"loss": loss, "skipped": _as_float32(~ok), **metrics}
@@ -378,7 +375,7 @@ def _check_averages(model_state: ModelState) -> None:
 def learn_adapter(
     optimizer: optax.GradientTransformation, state: AdapterState, grads: Adapter, useful: jax.Array
 ) -> tuple[AdapterState, jax.Array]:
-    """Takes one step of the adapter along its gradient, where it is useful and finite; returns whether it skipped."""
+    """Takes one gradient step of the adapter if it is useful and finite; returns whether it skipped."""
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     ok = useful & all_finite(pack(grads), pack(updates))
     return select_update(ok, AdapterState(optax.apply_updates(state.params, updates), opt_state), state), _as_float32(
@@ -393,10 +390,10 @@ def begin_step(
     batches: Mapping[str, Batch],
     axis_name: str | None = None,
 ) -> tuple[TrainState, Metrics, Batch, jax.Array, jax.Array]:
-    """Checks the roles and lets the source learn; what every kind of joint step begins with.
+    """Checks the roles and trains the source; every kind of joint step begins with this.
 
-    Returns the new source (the old where it is frozen), its metrics, the target's batch as the teacher annotates
-    it, and the keys of the target and of the transfer.
+    Returns the new source (the old if it is frozen), its metrics, the target's batch annotated by the teacher, and the
+    keys of the target and of the transfer.
     """
     check_roles(source, state, batches)
     source_key, target_key, transfer_key = jax.random.split(jax.random.fold_in(state.key, state.step), 3)
@@ -412,7 +409,7 @@ def begin_step(
 
 
 def check_roles(source: Task | None, state: JointState, batches: Mapping[str, Batch]) -> None:
-    """Raises ValueError for batches without a role that learns, or a state made for another kind of source."""
+    """Raises ValueError for batches without a trained role, or a state made for another kind of source."""
     for role in ("target",) if source is None else ("source", "target"):
         if role not in batches:
             raise ValueError(f"batches must hold one for {role!r}, got {sorted(batches)}")
@@ -422,7 +419,7 @@ def check_roles(source: Task | None, state: JointState, batches: Mapping[str, Ba
 
 
 def metrics_by_role(source: Metrics, target: Metrics, adapter: Metrics) -> Metrics:
-    """Returns all metrics, each name after its role."""
+    """Returns all metrics, each name prefixed with its role."""
     roles = {"source": source, "target": target, "adapter": adapter}
     return {f"{role}/{name}": value for role, metrics in roles.items() for name, value in metrics.items()}
 
@@ -433,7 +430,7 @@ _ADAPTER_METRICS = ("transferred", "rejected", "change", "norm", "norm_before", 
 def adapter_metrics(
     old: Params, merged: Params, adapter_grads: Adapter, *, transferred: jax.Array, rejected: jax.Array
 ) -> Metrics:
-    """Returns the adapter's metrics at a step that was to transfer, float32 scalars."""
+    """Returns the adapter's metrics at a transfer step, float32 scalars."""
     norm_before = _norm(old)
     change = _norm(optax.tree.sub(merged, old)) / jnp.where(norm_before > 0, norm_before, 1)
     values = (transferred, rejected, change, _norm(merged), norm_before, _norm(adapter_grads))
@@ -441,7 +438,7 @@ def adapter_metrics(
 
 
 def _norm(tree: Any) -> jax.Array:
-    """Returns the norm of all leaves that are floats, in float32: a frozen source may have others too."""
+    """Returns the norm of all float leaves, in float32: a frozen source may have other leaves too."""
     leaves = [leaf for leaf in jax.tree.leaves(pack(tree)) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
     return optax.tree.norm([leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)) for leaf in leaves])
 

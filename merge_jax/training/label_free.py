@@ -1,4 +1,4 @@
-"""A start without labels: the target's features are drawn to the source's before the first step of a task."""
+"""A start without labels: trains the target's features toward the source's before the task begins."""
 
 import functools
 import operator
@@ -26,7 +26,7 @@ _READ_AT_ONCE = 512
 
 
 class _Plan(NamedTuple):
-    """What a program of `prepare` is compiled for, beside shapes."""
+    """The static arguments of a compiled `prepare`, besides shapes."""
 
     source_apply: ModelApply
     target_apply: ModelApply
@@ -56,21 +56,21 @@ def prepare(
     transfer: Transfer | None = None,
     axis_name: str | None = None,
 ) -> dict[str, Any]:
-    """Returns the target's variables after steps toward the source's features on unlabelled inputs, before any task.
+    """Returns the target's variables after training toward the source's features on unlabelled inputs.
 
-    `min_T D(F(T, x), G(x))` with `F` and `G` the features `[B, ...]` of the layers of target and source, and `D` the
-    objective of `feature_agreement`, the mean of `1 - cka`. Each step is a step of Adam on a batch drawn without
-    replacement; the rate follows a cosine down to 0. The target is in training mode, so its statistics change too; the
-    source is in evaluation mode. The models may differ in everything but their inputs. The source's features are
-    computed once for all inputs and kept on the device, unless all batches together have fewer examples, or
-    `compare_on` changes them. Our choice, as is `feature_agreement`.
+    Solves `min_T D(F(T, x), G(x))`, where `F` and `G` are features `[B, ...]` of the layers of target and source, and
+    `D` is the objective of `feature_agreement`, the mean of `1 - cka`. Each step is an Adam step on a batch drawn
+    without replacement; the rate follows a cosine to 0. The target is in training mode, so its statistics change too;
+    the source is in evaluation mode. The models may differ in everything but their inputs. The source's features are
+    computed once for all inputs and kept on the device, unless all batches together have fewer examples or `compare_on`
+    changes them. Our choice, like `feature_agreement`.
 
-    With a `transfer`, its adapter is trained, in the target's forward pass, and the target's own parameters stay fixed.
-    After the last step, it is applied once: `T' = transfer(adapter, S, T)`. With the same objective and number of
-    steps, this compares an adapter with the target's own parameters.
+    With a `transfer`, only its adapter is trained, in the target's forward pass, and the target's parameters stay
+    fixed. After the last step, the transfer is applied once: `T' = transfer(adapter, S, T)`. With the same objective
+    and number of steps, this compares training an adapter with training the target itself.
 
-    It compiles once for given models, layers, options and shapes, so all seeds and learning rates share a program. It
-    can be part of a `jit`.
+    It compiles once per models, layers, options and shapes, so all seeds and learning rates share a program. It can be
+    used under `jit`.
 
     Args:
       key: for batches, dropout and the adapter; consumed.
@@ -161,7 +161,7 @@ def _learn(
     inputs: tuple[jax.Array, ...],
     shown: tuple[jax.Array, ...] | None,
 ) -> tuple[dict[str, Any], jax.Array]:
-    """Returns the target's variables and the loss of each step; `shown` are the source's features of all inputs."""
+    """Returns the target's variables and the loss of each step; `shown` are the source's features for all inputs."""
     optimizer = packed(optax.adam(optax.cosine_decay_schedule(learning_rate, plan.steps)))
     observe = with_features(plan.target_apply, plan.target_layers)
     own, source_params = target_variables["params"], source_variables["params"]

@@ -1,4 +1,4 @@
-"""The training loop: it runs steps over data, reports, and saves; it can start anywhere."""
+"""The training loop: runs steps over data, reports and saves; it can start at any step."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeVar
@@ -66,32 +66,32 @@ def run_loop(
     should_stop: Callable[[], bool] | None = None,
     most_skipped: int = 100,
 ) -> _State:
-    """Returns the state after step `num_steps`, from whatever step the given state has reached.
+    """Runs from the given state's step to step `num_steps`, and returns the final state.
 
     The state is donated: use the returned one. If batches depend only on the step and the state holds everything else,
-    a run that was stopped and restored equals an uninterrupted one, bit for bit. If it was stopped between two reports,
-    the next report averages the steps after the stop.
+    a stopped and restored run equals an uninterrupted one, bit for bit. After a stop between two reports, the next
+    report averages only the steps after the stop.
 
     Args:
       advance: executes some steps: `stepwise(step_fn, batches_at)`, or a compiled `make_epoch` with its data.
-      state: a state with `step`, the number of steps done.
-      num_steps: steps of the whole run, those already done included.
+      state: a state with `step`, the number of completed steps.
+      num_steps: steps of the whole run, including completed ones.
       report_every: steps between reports.
-      report: gets the number of steps done, the means of all metrics since the last report, and the state; it
+      report: receives the number of completed steps, the means of all metrics since the last report, and the state;
         returns the score of the state, or None.
       steps_per_call: the maximum number of steps per call of `advance`.
       checkpoints: where to save; None saves nothing.
-      checkpoint_every: steps between saves, a multiple of `report_every` so that no mean is cut in two; the last
-        step is always saved.
+      checkpoint_every: steps between saves, a multiple of `report_every` so that no mean is split; the last step is
+        always saved.
       on_steps: called after every call of `advance` with the number of its steps, e.g. to move a progress bar.
       should_stop: called after every call of `advance`; once it returns True, the current step is saved and its state
         returned, as with `StopSignals`.
-      most_skipped: how many updates of one model in a row may be skipped since its loss or gradient was not finite;
-        it is looked at when a report is due.
+      most_skipped: the maximum number of consecutive non-finite updates of one model, each of which is skipped; checked
+        at each report.
 
     Raises:
       ValueError: a number of steps below 1, or saves that do not coincide with reports.
-      NumericFaultError: `most_skipped` updates of one model in a row were skipped; earlier saves stay.
+      NumericFaultError: `most_skipped` consecutive updates of one model were skipped; earlier saves remain.
 
     Warns:
       UserWarning: transfers were rejected, and none was written.

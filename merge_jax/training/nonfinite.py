@@ -17,7 +17,7 @@ _SKIPPED = "/skipped"
 
 
 class NumericFaultError(ArithmeticError):
-    """A model's updates were skipped so often in a row that training it further makes no sense."""
+    """Too many consecutive updates of a model were skipped to continue training."""
 
 
 def select_update(ok: jax.Array, new: _Tree, old: _Tree) -> _Tree:
@@ -26,7 +26,7 @@ def select_update(ok: jax.Array, new: _Tree, old: _Tree) -> _Tree:
 
 
 class RejectedTransfers:
-    """The rejected transfers of a run, from the sums of metrics that it fetches; warns of a run that wrote none."""
+    """Counts a run's rejected transfers from its summed metrics; warns if the run wrote none."""
 
     def __init__(self) -> None:  # noqa: D107
         self._written: Any = 0.0
@@ -34,14 +34,14 @@ class RejectedTransfers:
         self._first: tuple[int, int, float, float] | None = None
 
     def add(self, sums: Mapping[str, Any], count: int, step: int) -> None:
-        """Adds the sums of the metrics of `count` steps; `step` is the number of steps done after them."""
+        """Adds the sums of the metrics of `count` steps; `step` is the number of completed steps after them."""
         if "adapter/rejected" not in sums:
             return
         rejected = np.asarray(sums["adapter/rejected"])
         self._rejected = self._rejected + rejected
         self._written = self._written + np.asarray(sums["adapter/transferred"])
         if self._first is None and rejected.sum():
-            # Of the seeds that had no transfer of another kind, whose norms would be in the sums.
+            # Only of seeds whose transfers were all rejected; otherwise the sums include norms of others.
             alone = (rejected > 0) & (np.asarray(sums["adapter/transferred"]) == 0)
             norm, before = (
                 float(np.sum(np.where(alone, sums[f"adapter/{name}"], 0)) / max(1, np.sum(rejected, where=alone)))
@@ -50,7 +50,7 @@ class RejectedTransfers:
             self._first = (step - count, step - 1, norm, before)
 
     def warn(self) -> None:
-        """Warns where transfers were rejected and none was written, of any of several seeds."""
+        """Warns if transfers were rejected and none was written, for any of several seeds."""
         if self._first is None or not np.any((self._rejected > 0) & (self._written == 0)):
             return
         first, last, norm, before = self._first
@@ -65,20 +65,20 @@ class RejectedTransfers:
 
 
 class SkippedUpdates:
-    """The skipped updates in a row of each model, from the sums of metrics that a run fetches."""
+    """Counts each model's consecutive skipped updates from a run's summed metrics."""
 
     def __init__(self, limit: int):
-        """Takes how many in a row end the run."""
+        """Takes the number of consecutive skipped updates that ends the run."""
         self._limit = limit
         self._in_a_row: dict[str, np.ndarray] = {}
 
     def add(self, sums: Mapping[str, Any], count: int, step: int) -> None:
-        """Adds some steps, of which only the sum is known: they lengthen a row only where all of them were skipped.
+        """Adds some steps by their sum: they extend the count only if all of them were skipped.
 
         Args:
-          sums: the sums of the metrics; those named `<role>/skipped` are read.
-          count: of how many steps.
-          step: the number of steps done after them.
+          sums: the summed metrics; reads those named `<role>/skipped`.
+          count: the number of steps summed.
+          step: the number of completed steps after them.
 
         Raises:
           NumericFaultError: the limit is reached.
@@ -86,7 +86,7 @@ class SkippedUpdates:
         for name, skipped in sums.items():
             if not name.endswith(_SKIPPED):
                 continue
-            if name == "adapter/skipped":  # A transfer that is rejected leaves nothing to learn, and is no fault.
+            if name == "adapter/skipped":  # A rejected transfer leaves nothing to learn; it is no fault.
                 skipped = np.asarray(skipped) - np.asarray(sums.get("adapter/rejected", 0))
             before = self._in_a_row.get(name, np.zeros(np.shape(skipped)))
             self._in_a_row[name] = np.where(np.asarray(skipped) >= count, before + count, 0)

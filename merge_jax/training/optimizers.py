@@ -1,4 +1,4 @@
-"""Optimizers: the adapter's own, and what the joint step asks of those of the models."""
+"""Optimizers: the adapter's, and the joint step's requirements on the models'."""
 
 import inspect
 import math
@@ -27,11 +27,11 @@ def adapter_adamw(
     """Returns the adapter's published optimizer: clip by global norm, then AdamW.
 
     Only kernels decay; biases, norms and gates do not. Small leaves are updated as one vector. A schedule counts the
-    adapter's own updates, one per transfer. The published grid of rates is 0.1, 0.01, 0.001, 0.0001; 0.001 is our
-    choice among them.
+    adapter's updates, one per transfer. The published grid of rates is 0.1, 0.01, 0.001, 0.0001; 0.001 is our choice
+    among them.
 
     Raises:
-      ValueError: a rate or a norm that is not a finite number above 0, or a decay that is not one of at least 0.
+      ValueError: a rate or a norm that is not finite and above 0, or a decay that is not finite and at least 0.
     """
     for name, value in {"learning_rate": learning_rate, "max_norm": max_norm}.items():
         if not callable(value) and not 0 < value < math.inf:
@@ -55,10 +55,10 @@ def optimizer_update(
     value: jax.Array,
     value_fn: Callable[[Params], jax.Array],
 ) -> tuple[Params, Any]:
-    """Returns the update of an optimizer, which may also ask for the loss: `polyak_sgd`, `lbfgs`, `contrib.momo`.
+    """Returns the update of an optimizer, which may also need the loss: `polyak_sgd`, `lbfgs`, `contrib.momo`.
 
     Raises:
-      ValueError: it asks for more, or for parameters of its own.
+      ValueError: it needs other arguments, or stores parameters itself.
     """
     extra = {"value": value, "grad": grads, "value_fn": value_fn}
     parameters = inspect.signature(optimizer.update).parameters
@@ -74,20 +74,20 @@ def optimizer_update(
 
 
 def holds_parameters(optimizer: optax.GradientTransformation, params: Params) -> bool:
-    """Returns whether the state of an optimizer begins as something that depends on the parameters' values.
+    """Returns whether an optimizer's initial state depends on the parameters' values.
 
-    Then it keeps parameters, or distances to them, beside the model's: what is written into the model from outside, as
-    by a transfer, does not reach these. Seen from the trace of its `init`, without computing it.
+    If so, it stores parameters, or distances to them, and external writes to the model, such as a transfer's, do not
+    update these. Determined from the trace of its `init`, without computing it.
     """
     try:
         jaxpr = jax.make_jaxpr(optimizer.init)(params).jaxpr
-    except TypeError:  # It looks at values, which a trace does not have: nothing can be said.
+    except TypeError:  # It reads concrete values, which a trace lacks, so the answer is unknown.
         return False
     return any(_reached(jaxpr, [True] * len(jaxpr.invars)))
 
 
 def warn_of_short_moments(*opt_states: Any) -> None:
-    """Warns of second moments in bfloat16: one step's decay is less than half of their last digit."""
+    """Warns of second moments in bfloat16, which round away one step's decay."""
     short = [
         jax.tree_util.keystr(path, simple=True, separator="/")
         for path, leaf in jax.tree_util.tree_leaves_with_path(opt_states)
@@ -102,7 +102,7 @@ def warn_of_short_moments(*opt_states: Any) -> None:
 
 
 def _reached(jaxpr: Any, from_inputs: Sequence[bool]) -> list[bool]:
-    """Returns which outputs of a program depend on the values of the inputs that are marked."""
+    """Returns which outputs of a program depend on the values of the marked inputs."""
     reached = {var for var, marked in zip(jaxpr.invars, from_inputs, strict=True) if marked}
 
     def marks(variables: Sequence[Any]) -> list[bool]:

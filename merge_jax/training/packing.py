@@ -1,4 +1,4 @@
-"""Trees of many small arrays as few: what is done to each number alike is one program instead of one for each leaf."""
+"""Packs trees of many small arrays into few, so elementwise work is one program instead of one per leaf."""
 
 import math
 from typing import Any
@@ -12,18 +12,18 @@ from merge_jax.paths import flatten
 
 __all__ = ["pack", "packed", "unpack"]
 
-# A leaf of more numbers is worth a program of its own, and may be split over devices.
+# A larger leaf is worth a separate program, and may be sharded over devices.
 _SMALL = 2**16
-# A vector of so many numbers may be split over devices, whose number then divides the multiple.
+# A vector this long may be sharded; the number of devices must then divide the multiple.
 _SHARED, _MULTIPLE = 2**12, 2**8
 
 
 def pack(tree: Any) -> dict[str, Any]:
     """Returns the leaves of a tree as `{"kernel": [k], "other": [o], "large": {path: leaf}}`.
 
-    The first two hold the small leaves of one dtype, float32, one after the other, kernels apart from all else, since
-    only kernels decay; a kind without any leaf is left out. Leaves of more than 65,536 numbers or of other dtypes stay
-    as they are. A long vector ends with zeros, to a multiple of 256, so that devices can share it.
+    The first two concatenate the small float32 leaves. Kernels are separate, since only they decay; an empty kind is
+    left out. Leaves of more than 65,536 numbers or of other dtypes are unchanged. A long vector is zero-padded to a
+    multiple of 256, so that devices can shard it.
     """
     parts = _parts(tree)
     leaves = flatten(tree)
@@ -36,13 +36,13 @@ def pack(tree: Any) -> dict[str, Any]:
 
 
 def _even(vector: jax.Array) -> jax.Array:
-    """Returns the vector with zeros behind it, so that devices can share it; a short one, which they copy, as it is."""
+    """Returns a long vector zero-padded for sharding; a short one, which devices replicate, unchanged."""
     rest = -vector.size % _MULTIPLE
     return jnp.pad(vector, (0, rest)) if rest and vector.size >= _SHARED else vector
 
 
 def unpack(packed_tree: Any, like: Any) -> Any:
-    """Returns the tree whose pack is given, with the structure and shapes of another."""
+    """Returns the unpacked tree, with the structure and shapes of another."""
     parts, leaves = _parts(like), flatten(like)
     new = dict(packed_tree["large"])
     for name in ("kernel", "other"):
@@ -64,10 +64,10 @@ def _parts(tree: Any) -> dict[str, list[str]]:
 
 
 def packed(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Returns an optimizer of the packed tree as one of the tree; its state is of the packed tree.
+    """Wraps an optimizer of the packed tree for the original tree; its state stays packed.
 
-    It must treat every number alike, but for a mask by the names `kernel` and `other` and the paths of large leaves.
-    Compiling an AdamW of 46 leaves took as long as compiling the adapter's gradient; packed, a third of that.
+    It must act elementwise, except for masks by the names `kernel` and `other` and the paths of large leaves. Compiling
+    AdamW for 46 leaves took as long as compiling the adapter's gradient; packed, a third of that.
     """
 
     def init(params: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Reparameterised training: the transfer stands inside the target's forward pass at every step."""
+"""Reparameterised training: the transfer is part of the target's forward pass at every step."""
 
 from collections.abc import Mapping
 
@@ -32,26 +32,25 @@ def make_reparameterised_step(
     teacher: TeacherFn | None = None,
     adapter_optimizer: optax.GradientTransformation | None = None,
 ) -> JointStep:
-    """Returns a joint step that trains the target through the transfer, which is never written into it.
+    """Returns a joint step that trains the target through the transfer without writing it.
 
-    The target is `T' = transfer(adapter, S, T)`; its loss is `L(T')`, and one backward pass gives the gradients of
-    `T` and of the adapter, both of which take a step. The source takes one on its own loss, and gets no gradient
-    from the target's. In the state, `state.target.params` is `T`: evaluate and keep `bake(transfer, state)`.
-    Beyond arXiv:2404.13322, whose transfers are written at every `cycle`-th step. A state of `init_joint_state`
-    serves both kinds of step.
+    The target is `T' = transfer(adapter, S, T)`; its loss is `L(T')`, and one backward pass computes the gradients of
+    `T` and of the adapter, and both take a step. The source takes one on its own loss, and receives no gradient of the
+    target's. `state.target.params` is `T`: evaluate and keep `bake(transfer, state)`. This extends arXiv:2404.13322,
+    whose transfers are written at every `cycle`-th step. A state of `init_joint_state` works for both kinds of step.
 
     If the loss, the gradient or the update of the target is not finite, target and adapter do not change, as in
-    `make_joint_step`. Metrics are those of `make_joint_step`; `adapter/transferred` is 1 if the target learned.
+    `make_joint_step`. Metrics are those of `make_joint_step`; `adapter/transferred` is 1 if the target was updated.
 
     Args:
       source: the source's task; None freezes the source, and its batch is not needed.
-      target: the target's task; its optimizer moves `T`.
+      target: the target's task; its optimizer updates `T`.
       transfer: the transfer.
       teacher: as in `make_joint_step`.
       adapter_optimizer: the adapter's optimizer; `adapter_adamw()` if not given.
 
     Raises:
-      ValueError: for what is no task or no transfer; while tracing, as `make_joint_step`.
+      ValueError: not a task or a transfer; while tracing, as in `make_joint_step`.
     """
     check_tasks(source, target, transfer)
     adapter_optimizer = adapter_optimizer or adapter_adamw()
@@ -85,7 +84,7 @@ def make_reparameterised_step(
 def bake(transfer: Transfer, state: JointState) -> Params:
     """Returns the target's parameters with the transfer applied, without dropout: plain parameters of the target.
 
-    `T' = transfer(adapter, S, T)` for a state that a reparameterised step has trained. Adapter and source are then no
-    longer needed.
+    `T' = transfer(adapter, S, T)` for a state trained by a reparameterised step. Adapter and source are then no longer
+    needed.
     """
     return transfer.apply(state.adapter.params, state.source.params, state.target.params, step=state.step)

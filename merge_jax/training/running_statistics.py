@@ -1,4 +1,4 @@
-"""Statistics of BatchNorm, recomputed from given inputs."""
+"""Recomputes BatchNorm statistics from given inputs."""
 
 import functools
 import itertools
@@ -25,7 +25,7 @@ _COLLECTION = "batch_stats"
 def reset_statistics(
     apply: ModelApply, variables: Mapping[str, Any], *inputs: Any, batch_size: int = 512, axis_name: str | None = None
 ) -> dict[str, Any]:
-    """Returns the variables with the running statistics of BatchNorm replaced by those of exactly these inputs.
+    """Returns the variables with BatchNorm's running statistics recomputed from exactly these inputs.
 
     With batches `b` of `n_b` of the `N` inputs, `mean = sum_b n_b mean_b / N` and `var = sum_b n_b (var_b + (mean_b -
     mean)^2) / N`. These are mean and variance over all inputs, not an exponential average, whatever the momentum is. Up
@@ -64,15 +64,16 @@ def reset_statistics(
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _moments(apply: ModelApply, axis_name: str | None, variables: dict[str, Any], inputs: tuple[Any, ...]) -> Any:
-    """Returns the statistics of one batch, where training mode gives their running average."""
+    """Returns the statistics of one batch, from the running average that training mode computes."""
 
-    leaves = _floats(variables[_COLLECTION])  # Whole numbers, such as a counter, are no averages.
+    leaves = _floats(variables[_COLLECTION])  # Integers, such as counters, are not averages.
 
     def averaged(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
         statistics = replace(variables[_COLLECTION], leaves)
         return _floats(_in_training(apply, {**variables, _COLLECTION: statistics}, inputs, axis_name))
 
-    # new = momentum old + (1 - momentum) batch: the derivative is the momentum, and from 0 the rest is the batch's.
+    # new = momentum old + (1 - momentum) batch: the derivative is the momentum; starting from 0 yields the batch's
+    # part.
     _, momentum = jax.jvp(averaged, (leaves,), (jax.tree.map(jnp.ones_like, leaves),))
     moves = jax.tree.map(lambda m: m < 1, momentum)
     new = averaged(jax.tree.map(lambda moved, leaf: jnp.where(moved, 0, leaf), moves, leaves))
@@ -103,7 +104,7 @@ def _in_training(apply: ModelApply, variables: Mapping[str, Any], inputs: Any, a
 
 
 def _pooled(statistics: Any, found: list[dict[str, jax.Array]], weights: np.ndarray) -> Any:
-    """Returns the statistics with mean and variance of all batches as one; of anything else its mean."""
+    """Returns pooled mean and variance of all batches, and the mean of any other statistic."""
     batches = jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
 
     def mean(leaves: jax.Array) -> jax.Array:
@@ -118,31 +119,31 @@ def _pooled(statistics: Any, found: list[dict[str, jax.Array]], weights: np.ndar
 
 
 def bind_axis(run: Callable[[], Any], axis_name: str | None) -> Any:
-    """Returns what a function gives where the axis is one device's, whose averages are those of the batch it has."""
+    """Calls a function with the axis bound to one device, so that averages are those of its batch."""
     if axis_name is None:
         return run()
     return jax.vmap(run, in_axes=(), out_axes=None, axis_size=1, axis_name=axis_name)()
 
 
 def evenly_split(size: int, most: int) -> list[slice]:
-    """Returns slices of so many examples at most, as few as that takes, whose sizes differ by one at most."""
+    """Returns the fewest slices of at most that many examples, whose sizes differ by at most one."""
     count = math.ceil(size / most)
     bounds = [size * i // count for i in range(count + 1)]
     return [slice(*pair) for pair in itertools.pairwise(bounds)]
 
 
 def check_variables(name: str, variables: Any) -> None:
-    """Raises ValueError unless these are all variables of a model, by collection."""
+    """Raises ValueError unless these are a model's variables by collection."""
     if not isinstance(variables, Mapping) or "params" not in variables:
         found = sorted(map(str, variables)) if isinstance(variables, Mapping) else type(variables).__name__
         raise ValueError(f'{name} must be {{"params": ..., **model_state}}, as model.init gives them, got {found}')
 
 
 def check_inputs(inputs: Any, **sizes: int) -> int:
-    """Returns how many examples there are.
+    """Returns the number of examples.
 
     Raises:
-      ValueError: there are none, or different numbers of them; or an option that is no whole number of at least 1.
+      ValueError: no examples, different numbers of them, or an option that is not a positive integer.
     """
     check_at_least_one(**sizes)
     counts = {len(one) if np.ndim(one) else 0 for one in inputs}

@@ -1,4 +1,4 @@
-"""Which steps of a run transfer."""
+"""The transfer steps of a run."""
 
 import math
 from dataclasses import dataclass
@@ -16,21 +16,21 @@ __all__ = ["TransferSteps"]
 
 @dataclass(frozen=True)
 class TransferSteps:
-    """The steps that transfer: the first, and from each one the next after a cycle, before `stop` of the run is over.
+    """The steps that transfer: the first, then one per cycle, until the fraction `stop` of the run.
 
-    `0, cycle, 2 cycle, ...` below `round(stop * num_steps)`. A cycle that changes is read at each step that transfers:
-    after step `i` the next is `i + max(1, round(cycle(i)))` (our choice: so no step is skipped or counted twice). The
-    joint step, the plan and the documents ask this one place.
+    `0, cycle, 2 cycle, ...` below `round(stop * num_steps)`. A scheduled cycle is evaluated at each transfer: after
+    step `i` the next is `i + max(1, round(cycle(i)))` (our choice: no step is skipped or counted twice). The joint
+    step, the plan and the documents all use this class.
 
     Attributes:
-      cycle: steps from one transfer to the next, 1 or more (the published grid is 1 to 5); or a schedule of it by the
-        step, for transfers that grow rarer or denser (the outlook of arXiv:2404.13322).
-      stop: the fraction of the run after which only self-learning goes on; 0 means no transfer at all.
-      num_steps: the length of the run in steps; needed where `0 < stop < 1`, and for a cycle that changes.
+      cycle: steps from one transfer to the next, 1 or more (the published grid is 1 to 5); or a schedule over steps,
+        for transfers that become rarer or denser (the outlook of arXiv:2404.13322).
+      stop: the fraction of the run after which only self-learning continues; 0 means no transfer.
+      num_steps: the length of the run in steps; required if `0 < stop < 1`, and for a scheduled cycle.
 
     Raises:
-      ValueError: a cycle below 1, a stop outside [0, 1], without `num_steps` or before the first step, or a cycle that
-        changes in a run of unknown length.
+      ValueError: a cycle below 1; a stop outside [0, 1], without `num_steps`, or before the first step; or a scheduled
+        cycle in a run of unknown length.
     """
 
     cycle: int | optax.Schedule = 4
@@ -54,7 +54,7 @@ class TransferSteps:
 
     @property
     def _until(self) -> int | None:
-        """The first step from which on none transfers; None where there is no such step."""
+        """The first step from which on none transfers, or None."""
         if self.stop == 0:
             return 0
         return None if self.stop == 1 or self.num_steps is None else round(self.stop * self.num_steps)
@@ -70,7 +70,7 @@ class TransferSteps:
         return not callable(self.cycle) and self.cycle == 1 and self._until is None
 
     def includes(self, step: Any) -> Any:
-        """Returns whether a step transfers, for a number, an array of them, or a traced scalar."""
+        """Returns whether a step transfers, for a number, an array, or a traced scalar."""
         if callable(self.cycle):
             changing = jnp.asarray(self._changing(self.cycle))
             return changing.at[step].get(mode="fill", fill_value=False)
@@ -78,7 +78,7 @@ class TransferSteps:
         return transfers if self._until is None else transfers & (step < self._until)
 
     def count(self) -> int:
-        """Returns how many steps of the whole run transfer.
+        """Returns the number of steps in the run that transfer.
 
         Raises:
           ValueError: the length of the run is not known.
@@ -88,7 +88,7 @@ class TransferSteps:
         return int(np.sum(self.includes(np.arange(self.num_steps))))
 
     def _changing(self, cycle: optax.Schedule) -> np.ndarray:
-        """Returns for each step of the run whether it transfers, `[num_steps]`."""
+        """Returns whether each step of the run transfers, `[num_steps]`."""
         assert self.num_steps is not None  # __post_init__
         until = self.num_steps if self._until is None else self._until
         transfers, step = np.zeros(self.num_steps, bool), 0

@@ -18,7 +18,7 @@ _AXES = JointState(step=None, key=0, source=0, target=0, adapter=0)  # type: ign
 
 
 def stack_seeds(states: Sequence[JointState]) -> JointState:
-    """Returns the states of S seeds as one, leaves `[S, ...]`; the step is common to all.
+    """Stacks the states of S seeds into one, leaves `[S, ...]`; all share the step.
 
     Raises:
       ValueError: no states, or states at different steps.
@@ -30,7 +30,7 @@ def stack_seeds(states: Sequence[JointState]) -> JointState:
 
 
 def unstack_seeds(state: JointState) -> list[JointState]:
-    """Returns the states of the seeds that were stacked."""
+    """Returns the separate states of stacked seeds."""
     return [
         jax.tree.map(operator.itemgetter(i), state.replace(step=())).replace(step=_copy(state.step))
         for i in range(len(state.key))
@@ -38,15 +38,15 @@ def unstack_seeds(state: JointState) -> list[JointState]:
 
 
 def _copy(step: jax.Array) -> jax.Array:
-    # States may be donated, each on its own.
+    # Each state may be donated separately.
     return jnp.array(step, copy=True)
 
 
 def over_seeds(epoch: Epoch) -> Epoch:
     """Returns the epoch over stacked states, arrays `[S, N, ...]` and indices `[S, n, B]`; metrics are `[S]`.
 
-    It computes what each seed would alone, up to the rounding of batched products, provided that the states' keys
-    are threefry's: `rbg` keys draw differently under vmap.
+    Each seed computes the same as alone, up to the rounding of batched products, if the keys are threefry: `rbg` keys
+    draw differently under vmap.
     """
 
     def stacked_epoch(

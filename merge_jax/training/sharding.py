@@ -1,4 +1,4 @@
-"""A compiled epoch over several devices, of one process or of several hosts."""
+"""A compiled epoch over several devices, of one process or several hosts."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
@@ -16,21 +16,21 @@ __all__ = ["DATA_AXIS", "Layout", "data_mesh", "jit_layout", "pmap_layout", "sta
 DATA_AXIS = "data"
 """The name of the axis along which batches are split."""
 
-_SMALLEST_SHARDED = 2**12  # Elements; a smaller leaf costs more to gather than to keep.
+_SMALLEST_SHARDED = 2**12  # Elements; gathering a smaller leaf costs more than replicating it.
 
 _Tree = TypeVar("_Tree")
 
 
 class Layout(NamedTuple):
-    """How a run is placed on its devices, as functions of trees.
+    """Functions that place a run's trees on its devices.
 
     Attributes:
       num_devices: the number of devices that share a batch.
       put_state: places a training state; its values stay the same.
       put_arrays: places the examples, a copy on every device.
-      put_indices: places `{role: [..., B]}`, the last axis split over the devices; raises ValueError where it
-        does not divide.
-      lower: `(epoch, state, arrays, indices, count) -> Lowered`, of arrays or of their shapes; the state is donated.
+      put_indices: places `{role: [..., B]}`, the last axis split over the devices; raises ValueError if it is not
+        divisible.
+      lower: `(epoch, state, arrays, indices, count) -> Lowered`, for arrays or their shapes; the state is donated.
     """
 
     num_devices: int
@@ -41,9 +41,9 @@ class Layout(NamedTuple):
 
 
 def data_mesh(num_devices: int | None = None) -> Mesh:
-    """Returns a mesh of one axis, `data`, over the first devices there are, on all hosts; all of them by default.
+    """Returns a mesh of one axis, `data`, over the first devices on all hosts; all of them by default.
 
-    Its axis is of the type `Auto`: the compiler splits the work from the placement of the arguments.
+    Its axis has type `Auto`: the compiler partitions the work from the placement of the arguments.
 
     Raises:
       ValueError: there are fewer devices.
@@ -53,7 +53,7 @@ def data_mesh(num_devices: int | None = None) -> Mesh:
 
 
 def _auto(mesh: Mesh) -> Mesh:
-    """Returns the mesh with axes of the type Auto; under Explicit ones of `jax.make_mesh` no compiler splits."""
+    """Returns the mesh with Auto axes; with Explicit axes, as in `jax.make_mesh`, the compiler does not shard."""
     return mesh.update(axis_types=(AxisType.Auto,) * len(mesh.axis_names))
 
 
@@ -68,12 +68,12 @@ def _first_devices(number: int | None) -> list[Any]:
 
 
 def state_shardings(state: _Tree, mesh: Mesh, *, sharded: bool) -> _Tree:
-    """Returns the placement of each leaf: a copy on every device, or where `sharded` a part on each (FSDP).
+    """Returns the placement of each leaf: replicated on every device, or, if `sharded`, split over them (FSDP).
 
-    Then every leaf (parameters, moments of the optimizers, adapter) is split along its largest axis that the devices
-    divide; small ones and those without such an axis are copied. It changes where numbers are, not which: the
-    compiler gathers what it needs, or works on parts and adds them up where that moves less. Moments lie as their
-    parameters do, since they have their shapes. Our choice: the largest axis, so that parts stay contiguous more often.
+    If sharded, every leaf (parameters, optimizer moments, adapter) is split along its largest axis that the number of
+    devices divides; small leaves and those without such an axis are replicated. Values do not change: the compiler
+    gathers leaves, or computes on shards and sums the results if that moves less. Moments are placed like their
+    parameters, since their shapes match. Our choice: the largest axis, so that shards are contiguous more often.
     """
     mesh = _auto(mesh)
 
@@ -89,13 +89,13 @@ def state_shardings(state: _Tree, mesh: Mesh, *, sharded: bool) -> _Tree:
 
 
 def jit_layout(mesh: Mesh, *, sharded: bool = False) -> Layout:
-    """Returns data parallelism by `jit`: one program over the whole batch that the compiler splits.
+    """Returns data parallelism by `jit`: the compiler partitions one program over the whole batch.
 
-    The program is that of one device, so BatchNorm is over the whole batch, and no model needs to know.
+    The program is that of one device, so BatchNorm normalises over the whole batch, and models need no change.
 
     Args:
-      mesh: of `data_mesh`, or another with an axis `data`; it may span several hosts. Axes are taken as Auto.
-      sharded: split the state over the devices too, see `state_shardings`.
+      mesh: from `data_mesh`, or another with an axis `data`; it may span several hosts. Axes are treated as Auto.
+      sharded: whether to shard the state too; see `state_shardings`.
     """
     mesh = _auto(mesh)
     replicated = NamedSharding(mesh, PartitionSpec())
@@ -109,7 +109,7 @@ def jit_layout(mesh: Mesh, *, sharded: bool = False) -> Layout:
 
     def lower(epoch: Epoch, state: Any, arrays: Any, indices: Any, count: Any) -> Lowered:
         _check_divides(indices, mesh.size)
-        # Shapes will do, and several processes take no arrays of their own that are to be split.
+        # Shapes suffice, and several processes cannot pass local arrays that are to be sharded.
         state, arrays, indices, count = jax.eval_shape(lambda *trees: trees, state, arrays, indices, count)
         placement = state_shardings(state, mesh, sharded=sharded)
         program = jax.jit(
@@ -130,12 +130,12 @@ def jit_layout(mesh: Mesh, *, sharded: bool = False) -> Layout:
 
 
 def pmap_layout(num_devices: int | None = None) -> Layout:
-    """Returns data parallelism by `pmap`: one program a device, which averages over the axis `data`.
+    """Returns data parallelism by `pmap`: one program per device, with averages over the axis `data`.
 
-    For those who ask for it; JAX keeps `pmap` in maintenance, and `jit_layout` does all this and more. The joint step
-    needs `axis_name=DATA_AXIS`, and so do models with BatchNorm if it shall be over the whole batch, and losses that
-    compare examples with each other (`feature_agreement`, `mixed`, `retrieval_loss`); for one of your own,
-    `whole_batch` gathers what it compares. State and examples are given and come back as on one device.
+    JAX keeps `pmap` in maintenance only, and `jit_layout` does all this and more. The joint step needs
+    `axis_name=DATA_AXIS`. So do models whose BatchNorm should cover the whole batch, and losses that compare examples
+    with each other (`feature_agreement`, `mixed`, `retrieval_loss`); in your own loss, `whole_batch` gathers the
+    compared values. State and examples are passed and returned as on one device.
 
     Raises:
       ValueError: there are fewer devices, or several processes.
@@ -157,7 +157,7 @@ def pmap_layout(num_devices: int | None = None) -> Layout:
         )
         return program.lower(state, arrays, jax.eval_shape(put_indices, indices), count)
 
-    # A compiled program takes its arguments where it wants them, and a restored state may lie anywhere.
+    # A compiled program requires fixed placements, and a restored state may be placed anywhere.
     replicated = NamedSharding(data_mesh(len(devices)), PartitionSpec())
 
     def put(tree: Any) -> Any:
@@ -176,7 +176,7 @@ def _check_divides(indices: Mapping[str, Any], num_devices: int) -> None:
 
 
 def _put(leaf: Any, sharding: NamedSharding) -> jax.Array:
-    """Places an array that is the same in every process."""
+    """Places an array that is identical in every process."""
     if sharding.is_fully_addressable:
         return jax.device_put(leaf, sharding)
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):

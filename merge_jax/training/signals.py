@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: heard between steps, so that the step that was reached is saved."""
+"""Signals that stop a run: handled between steps, so that the current step is saved."""
 
 import contextlib
 import os
@@ -18,9 +18,9 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, *([signal.SIGHUP] if hasattr(signal, 
 class StopSignals:
     """Catches SIGTERM, SIGHUP and the first Ctrl-C and requests a clean stop; a context manager.
 
-    A second Ctrl-C raises KeyboardInterrupt at once. Several processes that run one program agree on where to stop,
-    through JAX's preemption service, whichever of them was asked. Signals that the process ignores (`nohup`) stay
-    ignored, and outside the main thread, where Python receives none, nothing changes.
+    A second Ctrl-C raises KeyboardInterrupt at once. Several processes of one program agree on where to stop through
+    JAX's preemption service, whichever one receives the signal. Signals that the process ignores (`nohup`) stay
+    ignored. Outside the main thread, where Python receives no signals, nothing changes.
 
     >>> with StopSignals() as signals:  # doctest: +SKIP
     ...     state = run_loop(..., should_stop=signals.should_stop)
@@ -44,12 +44,12 @@ class StopSignals:
         return self
 
     def __exit__(self, *unused: object) -> None:
-        """Leaves signals to whoever heard them before."""
+        """Restores the previous handlers."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def should_stop(self) -> bool:
-        """Returns whether to stop now; several processes call it after the same steps and get the same answer."""
+        """Returns whether to stop now; all processes must call it after the same steps, and get the same answer."""
         self._calls += 1
         if self._multi_process:
             if multihost_utils.reached_preemption_sync_point(self._calls):
@@ -64,7 +64,7 @@ class StopSignals:
             raise KeyboardInterrupt
         if self.received is None:
             self.received = signal.Signals(number)
-            with contextlib.suppress(OSError):  # The terminal may be gone. No print: it may be in one that was stopped.
+            with contextlib.suppress(OSError):  # The terminal may be gone. No print: it may have been interrupted.
                 os.write(2, b"\nstopping after this step, which is saved; Ctrl-C again leaves at once\n")
             if self._multi_process:
                 os.kill(os.getpid(), signal.SIGTERM)

@@ -1,7 +1,7 @@
-"""The source's whole training as what the target learns from: saved steps, replayed in order.
+"""The source's whole training as a source: saved steps, replayed in order.
 
-A trajectory is one tree whose leaves `[K, ...]` hold K saved steps of the source, oldest first. So it is parameters
-like any other: it can be jitted, donated, laid over devices and saved.
+A trajectory is one tree whose leaves `[K, ...]` hold K saved steps of the source, oldest first. Like other parameters,
+it can be jitted, donated, distributed over devices and saved.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -28,8 +28,8 @@ class Trajectory(NamedTuple):
     """Saved steps of a run.
 
     Attributes:
-      steps: their numbers, in order.
-      parts: what was saved, by path, leaves `[K, ...]`.
+      steps: the step numbers, in order.
+      parts: the saved trees, by path, leaves `[K, ...]`.
     """
 
     steps: tuple[int, ...]
@@ -39,15 +39,15 @@ class Trajectory(NamedTuple):
 def load_trajectory(
     checkpoints: Checkpoints, parts: Mapping[str, Any], *, steps: Sequence[int] | None = None
 ) -> Trajectory:
-    """Returns saved steps of a run, stacked in the order of their numbers; all of them by default.
+    """Returns saved steps of a run, stacked in order; all of them by default.
 
     Args:
-      checkpoints: of the run; save them with `Checkpoints(folder, keep=None)`, which keeps every step.
-      parts: trees of what to read, by path, e.g. `{"target/params": params}`; see `Checkpoints.restore_parts`.
+      checkpoints: the run's checkpoints; `Checkpoints(folder, keep=None)` keeps every step.
+      parts: the trees to read, by path, e.g. `{"target/params": params}`; see `Checkpoints.restore_parts`.
       steps: the steps to read.
 
     Raises:
-      ValueError: no steps are saved, one that is asked for is missing (all that are there are named), or they are of
+      ValueError: no steps are saved, a requested one is missing (the message lists those that exist), or they belong to
         another architecture (each difference is named).
     """
     saved = checkpoints.steps
@@ -61,17 +61,17 @@ def load_trajectory(
 
 
 def replay_evenly(num_snapshots: int, num_steps: int) -> Replay:
-    """Returns the schedule that shows each of K saved steps for as long: `k(i) = min(floor(i K / n), K - 1)`.
+    """Returns the schedule that shows K saved steps equally long: `k(i) = min(floor(i K / n), K - 1)`.
 
     Args:
       num_snapshots: the number of saved steps, K.
-      num_steps: steps of the target over which they are shown, n; the last one is shown from there on.
+      num_steps: the number of target steps over which they are shown, n; the last one is shown from then on.
 
     Raises:
       ValueError: either is below 1.
     """
     check_at_least_one(num_snapshots=num_snapshots, num_steps=num_steps)
-    # Whole numbers, since a product of 32 bits may overflow: the first step of each saved step is worked out here.
+    # Integers, since a 32-bit product may overflow: this computes the first step that shows each saved step.
     starts = -(-np.arange(1, num_snapshots, dtype=np.int64) * num_steps // num_snapshots)
 
     def replay(step: Any) -> Any:
@@ -83,17 +83,17 @@ def replay_evenly(num_snapshots: int, num_steps: int) -> Replay:
 def replayed(transfer: Transfer, replay: Replay) -> Transfer:
     """Returns a transfer that replays the source's saved checkpoints: `T' = t(S[k(i)], T)` at step `i`.
 
-    The source's parameters are a trajectory, leaves `[K, ...]`, as `load_trajectory` gives; the source's task is None.
-    The adapter is the transfer's own. Source: the paper's view of knowledge along the source's training (arXiv:
-    2404.13322), here without having to train both models at once.
+    The source's parameters are a trajectory, leaves `[K, ...]`, from `load_trajectory`; the source's task is None. The
+    adapter is that of the transfer. Source: the paper's view of knowledge along the source's training (arXiv:
+    2404.13322), here without training both models at once.
 
     Args:
       transfer: the transfer from one saved step.
       replay: `step -> k`, e.g. `replay_evenly(K, num_steps)`; beyond [0, K) it is the first or the last.
 
     Raises:
-      ValueError: something that is no transfer, or a schedule that is no function; in `apply` and `monitor`, where
-        there is no step: `transfer.apply(..., step=step)`, as the joint step does; leaves of unequal K.
+      ValueError: not a transfer, or a schedule that is not a function; in `apply` and `monitor`, a missing step (call
+        `transfer.apply(..., step=step)`, as the joint step does), or leaves of unequal K.
     """
     check_transfer("what is replayed", transfer)
     if not callable(replay):
@@ -135,7 +135,7 @@ def last_of(teacher: TeacherFn) -> TeacherFn:
 
 
 def _snapshot(trajectory: _Tree, number: Any) -> _Tree:
-    """Returns one saved step; numbers outside of the trajectory are its ends."""
+    """Returns one saved step; out-of-range indices are clipped to the ends."""
     lengths = {leaf.shape[0] if leaf.ndim else 0 for leaf in jax.tree.leaves(trajectory)}
     if not lengths:
         return trajectory

@@ -1,3 +1,3 @@
-"""Files of weights in the formats of other libraries: a file a format, and the table of them."""
+"""Weight files in other libraries' formats: one module per format, and their table."""
 
 __all__: list[str] = []

@@ -1,4 +1,4 @@
-"""Zip archives that hold weights: what of their directory is refused before a member is read."""
+"""Zip archives of weights: checks of the directory before any member is read."""
 
 import contextlib
 import zipfile
@@ -8,13 +8,13 @@ from pathlib import Path
 
 __all__ = ["member_names", "open_archive"]
 
-_LARGEST_RATIO = 1032  # No stream of deflate unpacks to more than so many times its size.
+_LARGEST_RATIO = 1032  # A deflate stream never unpacks to more than this many times its size.
 _ENCRYPTED = 1
-_BROKEN = (zipfile.BadZipFile, NotImplementedError, ValueError)  # The last is of names that are no text.
+_BROKEN = (zipfile.BadZipFile, NotImplementedError, ValueError)  # The last is raised for names that are not text.
 
 
 def member_names(path: Path, head: bytes) -> list[str]:
-    """Returns the names in a zip archive; none of what is no zip, or is broken."""
+    """Returns the names in a zip archive; none if it is not a zip or is broken."""
     if head.startswith(b"PK\3\4"):
         with contextlib.suppress(*_BROKEN, OSError), zipfile.ZipFile(path) as archive:
             return archive.namelist()
@@ -26,7 +26,7 @@ def open_archive(path: Path) -> Iterator[zipfile.ZipFile]:
     """Opens a zip archive of weights.
 
     Raises:
-      ValueError: it is truncated, a member is encrypted, two have one name, or one claims more than it can unpack to.
+      ValueError: it is truncated, a member is encrypted, two share a name, or one claims more than it can unpack to.
     """
     try:
         archive = zipfile.ZipFile(path)

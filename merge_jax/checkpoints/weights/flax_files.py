@@ -1,4 +1,4 @@
-"""Flax: a tree or a whole training state as `flax.serialization.to_bytes` writes it, in msgpack."""
+"""Flax: a tree or a whole training state in msgpack, as written by `flax.serialization.to_bytes`."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -16,14 +16,14 @@ from merge_jax.checkpoints.weights.training_state import model_part
 
 __all__ = ["FLAX"]
 
-# The kinds of extensions and the keys of arrays in parts, of flax/serialization.py.
+# The extension types and the keys of chunked arrays, from flax/serialization.py.
 _ARRAY, _COMPLEX, _SCALAR = 1, 2, 3
 _IN_PARTS, _SHAPE, _PARTS = "__msgpack_chunked_array__", "shape", "chunks"
 
 
 def _detect(path: Path, head: bytes) -> bool:
     del path
-    return len(head) > 1 and (0x81 <= head[0] <= 0x8F or head[0] in (0xDE, 0xDF))  # A map that is not empty.
+    return len(head) > 1 and (0x81 <= head[0] <= 0x8F or head[0] in (0xDE, 0xDF))  # A non-empty map.
 
 
 def _open(path: Path) -> Stored:
@@ -38,7 +38,7 @@ def _open(path: Path) -> Stored:
 
 
 def _leaves(path: Path, extension: Callable[[bytes], Any]) -> dict[str, Any]:
-    """Returns the leaves of a file, each as the function of its bytes gives it."""
+    """Returns the leaves of a file, each converted from its bytes by the function."""
 
     def unpacked(code: int, content: bytes) -> Any:
         if code == _COMPLEX:
@@ -79,14 +79,14 @@ def _shape(content: bytes) -> jax.ShapeDtypeStruct:
 
 
 def _dtype(name: bytes) -> np.dtype:
-    dtype = jnp.dtype("bfloat16" if name == b"V2" else name.decode())  # An older writer's name of it.
+    dtype = jnp.dtype("bfloat16" if name == b"V2" else name.decode())  # An older writer's name for it.
     if dtype.hasobject:
         raise ValueError("Python objects instead of numbers")
     return dtype
 
 
 def _whole(entries: dict[str, Any]) -> Any:
-    """Returns one array, or its shape, of those that Flax cuts into parts of a gigabyte."""
+    """Returns an array, or its shape, that Flax has split into chunks of a gigabyte."""
     shape, parts = (tuple(entries[name][str(i)] for i in range(len(entries[name]))) for name in (_SHAPE, _PARTS))
     if isinstance(parts[0], jax.ShapeDtypeStruct):
         if sum(part.size for part in parts) != math.prod(shape):

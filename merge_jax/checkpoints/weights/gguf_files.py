@@ -1,4 +1,4 @@
-"""GGUF: weights of llama.cpp; what is quantised comes as float32, axes in the order of PyTorch."""
+"""GGUF: weights of llama.cpp; quantised tensors become float32, axes follow PyTorch's order."""
 
 import re
 import warnings
@@ -19,7 +19,7 @@ __all__ = ["GGUF"]
 
 _PLAIN = {"F16": "float16", "F32": "float32", "F64": "float64", "BF16": "bfloat16"}
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
-# What the converter of llama.cpp changes beside names, and transformers changes back.
+# What llama.cpp's converter changes besides names, and transformers reverts.
 _ONE_MORE = (re.compile(r"norm\.weight$"), "1 more than the model's")
 _MOVED = "the model's rows in another order"
 _CHANGED = {
@@ -56,7 +56,7 @@ def _open(path: Path) -> Stored:
 
     def shape(tensor: Any) -> jax.ShapeDtypeStruct:
         dtype = _PLAIN.get(tensor.tensor_type.name, "float32")
-        # The file has the fastest axis first.
+        # The file lists the fastest axis first.
         return jax.ShapeDtypeStruct(tuple(map(int, tensor.shape))[::-1], jnp.dtype(dtype))
 
     names, how = _changed(path, parts[path])
@@ -88,15 +88,15 @@ def _open(path: Path) -> Stored:
 
 
 def _parts(path: Path, read: Callable[[Path], Any]) -> dict[Path, Any]:
-    """Returns the reader of a file, or of all files of a split model, which is named by any of them.
+    """Returns the readers of a file, or of all files of a split model, given any of them.
 
     Raises:
       FileNotFoundError: one of them is missing.
-      ValueError: one is broken, or is no part of the same model.
+      ValueError: one is broken, or not part of the same model.
     """
 
     def opened(part: Path) -> Any:
-        # The library computes with the numbers of a broken header, and NumPy warns of them before it raises.
+        # The library computes with a broken header's numbers, and NumPy warns of them before it raises.
         with reading(part, "GGUF file"), np.errstate(all="ignore"):
             return read(part)
 
@@ -120,7 +120,7 @@ def _parts(path: Path, read: Callable[[Path], Any]) -> dict[Path, Any]:
         if place != (i, count):
             raise ValueError(f"{part} says that it is part {place[0]} (from 0) of {place[1]}, expected {i} of {count}")
     found = sum(len(reader.tensors) for reader in parts.values())
-    for part, reader in parts.items():  # Of every part: one of them may be another model's.
+    for part, reader in parts.items():  # Of every part: one may belong to another model.
         total = _number(part, reader, "split.tensors.count")
         if total not in (None, found):
             raise ValueError(f"{part} is of {total} tensors in {count} parts, but those beside it hold {found} in all")
@@ -128,7 +128,7 @@ def _parts(path: Path, read: Callable[[Path], Any]) -> dict[Path, Any]:
 
 
 def _changed(path: Path, reader: Any) -> tuple[re.Pattern[str] | None, str]:
-    """Returns which tensors have other numbers than the model that was converted, and what they are."""
+    """Returns the tensors whose values differ from those of the original model, and how."""
     field = reader.get_field("general.architecture")
     with reading(path, "GGUF file: general.architecture is no text"):
         return _CHANGED.get(field and str(field.contents()), (None, ""))

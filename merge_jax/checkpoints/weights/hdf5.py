@@ -1,4 +1,4 @@
-"""HDF5 files as plain trees of groups; what leads into another file, or claims more than it holds, is refused."""
+"""HDF5 files as plain trees of groups; refuses links to other files and oversized claims."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,14 +15,14 @@ from merge_jax.checkpoints.weights.stored import needing, reading
 
 __all__ = ["Array", "Group", "join_groups", "read_arrays", "read_groups"]
 
-_LARGEST_RATIO = 1032  # As of a zip; HDF5 compresses no better.
+_LARGEST_RATIO = 1032  # As for a zip; HDF5 compresses no better.
 _DEEPEST = 100
 _ATTRIBUTES = ("name", "layer_names", "weight_names")
 _BLOCK = 2**20
 
 
 class Array(NamedTuple):
-    """An array: its file, its place in it, shape and dtype."""
+    """An array: its file, its path in it, shape and dtype."""
 
     file: Path
     place: str
@@ -31,7 +31,7 @@ class Array(NamedTuple):
 
 @dataclass(frozen=True)
 class Group:
-    """A group of an HDF5 file: its place, those attributes that Keras reads, groups and arrays by name."""
+    """A group of an HDF5 file: its path, the attributes that Keras reads, groups and arrays by name."""
 
     place: str
     attributes: Mapping[str, Any]
@@ -40,26 +40,26 @@ class Group:
 
 
 def read_groups(path: Path, member: str) -> Group:
-    """Returns the groups of an HDF5 file, or of that member of an archive, without its numbers.
+    """Returns the groups of an HDF5 file, or of an archive member, without reading numbers.
 
     Raises:
       ImportError: h5py is not installed.
-      ValueError: the file is broken (of a member, by its checksum), or has a link, numbers in another file, what is no
-        number, or claims more than it can hold.
+      ValueError: the file is broken (for a member, by its checksum), has a link, external data or non-numeric data, or
+        claims more than it can hold.
     """
     if _is_archive(path):
         with reading(path, "archive"), open_archive(path) as archive, archive.open(member) as opened:
-            while opened.read(_BLOCK):  # To its end, where the checksum is compared.
+            while opened.read(_BLOCK):  # To the end, where the checksum is compared.
                 pass
     with _opened(path, member) as file:
         return _group(file, path, set())
 
 
 def join_groups(groups: Sequence[Group]) -> Group:
-    """Returns the groups of several files as those of one.
+    """Returns the merged groups of several files.
 
     Raises:
-      ValueError: two files have an array at one place.
+      ValueError: two files have an array at the same path.
     """
     arrays: dict[str, Array] = {}
     for array in (found for group in groups for found in group.arrays.values()):
@@ -74,7 +74,7 @@ def join_groups(groups: Sequence[Group]) -> Group:
 
 
 def read_arrays(arrays: Sequence[Array], member: str) -> list[np.ndarray]:
-    """Returns arrays that `read_groups` has found, one file after another; bfloat16 lies in it as bytes."""
+    """Returns arrays found by `read_groups`, one file after another; bfloat16 is stored as bytes."""
     found: dict[Array, np.ndarray] = {}
     for path in dict.fromkeys(array.file for array in arrays):
         with _opened(path, member) as file:
@@ -110,7 +110,7 @@ def _group(node: Any, path: Path, seen: set[Any]) -> Group:
         raise ValueError(f"{path} has groups of more than {_DEEPEST} levels, which is the limit")
     groups, arrays = {}, {}
     for name in node:
-        # Before it is followed: it may lead into another file.
+        # Before following it: it may lead into another file.
         if type(node.get(name, getlink=True)).__name__ != "HardLink":
             raise ValueError(f"{path} has the link {name!r} in {node.name!r}, which may point to another file")
         child = node[name]

@@ -1,4 +1,4 @@
-"""An index of shards as Hugging Face writes it for PyTorch, `pytorch_model.bin.index.json`, and for Flax."""
+"""An index of shards in Hugging Face's format for PyTorch, `pytorch_model.bin.index.json`, and Flax."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ from merge_jax.checkpoints.weights.torch_files import TORCH
 
 __all__ = ["INDEX"]
 
-_OTHERS = (".safetensors", ".h5")  # Whose formats read their shards themselves.
+_OTHERS = (".safetensors", ".h5")  # These formats read their shards themselves.
 _IN_FOLDERS = "*.index.json"
 
 
@@ -23,13 +23,13 @@ def _detect(path: Path, head: bytes) -> bool:
 
 
 def _open(path: Path) -> Stored:
-    file = only_file(path, path.glob(_IN_FOLDERS)) or path  # The glob of a file finds nothing.
+    file = only_file(path, path.glob(_IN_FOLDERS)) or path  # Globbing a file finds nothing.
     index = read_index(file, single=True)
     paths = paths_of(index, file)
     shards = {paths[name]: found for name, found in index.items()}
 
     def by_shard(leaves: Sequence[str], of: Callable[[Stored, list[str]], Mapping[str, Any]]) -> dict[str, Any]:
-        """Returns what a function gives of each shard that holds one of the leaves; only these are opened."""
+        """Applies a function to each shard that holds one of the leaves; only these are opened."""
         wanted: dict[Path, list[str]] = {}
         for leaf in leaves:
             wanted.setdefault(shards[leaf][0], []).append(leaf)

@@ -1,4 +1,4 @@
-"""Keras: `.keras`, `.weights.h5` and the older `.h5`; layers by their names in the model, not by their places."""
+"""Keras: `.keras`, `.weights.h5` and the older `.h5`; layers by their names in the model, not by their positions."""
 
 import json
 import warnings
@@ -41,11 +41,11 @@ class _Variable:
     """A variable of a layer.
 
     Attributes:
-      array: in the file.
-      path: in the model.
-      known: whether all of the path is the model's, and no part of it the file's.
-      kind: the class of its layer.
-      scale: what its whole numbers are divided by, along an axis; None where they were not scaled.
+      array: the array in the file.
+      path: the path in the model.
+      known: whether the whole path comes from the model, and no part from the file.
+      kind: its layer's class.
+      scale: the divisor of its integers, along an axis; None if they are not scaled.
     """
 
     array: Array
@@ -62,7 +62,7 @@ class _Variable:
 
     @property
     def parts(self) -> list[Array]:
-        """What is read for it."""
+        """The arrays to read for it."""
         return [self.array] if self.scale is None else [self.array, self.scale[0]]
 
     def numbers(self, parts: Mapping[Array, np.ndarray]) -> np.ndarray:
@@ -76,7 +76,7 @@ class _Variable:
 
 @dataclass(frozen=True)
 class _Layer:
-    """Where a layer is in the model: its class, configuration, and the names on the way to it."""
+    """A layer's position in the model: its class, configuration, and the names leading to it."""
 
     kind: str
     config: Config | None
@@ -114,7 +114,7 @@ def _open_hdf5(path: Path) -> Stored:
 
 
 def _read_shards(file: Path) -> Group:
-    """Returns the groups of all shards of an index, which names groups of variables."""
+    """Returns the groups of all shards of an index, whose names are groups of variables."""
     index, found = read_index(file), []
     for shard in dict.fromkeys(shard for shards in index.values() for shard in shards):
         if not shard.is_file():
@@ -132,7 +132,7 @@ def _read_shards(file: Path) -> Group:
 
 
 def _groups_of_arrays(group: Group) -> Iterator[Group]:
-    """Yields the groups that hold arrays."""
+    """Yields the groups with arrays."""
     if group.arrays:
         yield group
     for inside in group.groups.values():
@@ -177,7 +177,7 @@ def _open(path: Path, root: Group, config: Config | None) -> Stored:
 
 
 def _variables(group: Group, layer: _Layer) -> Iterator[_Variable]:
-    """Yields the variables of a layer, and those of the layers in it."""
+    """Yields the variables of a layer and of its sublayers."""
     own = group.groups.get(_VARIABLES)
     if own is not None:
         places = sorted(own.arrays, key=lambda place: (len(place), place))  # 0, 1, ..., 10.
@@ -188,7 +188,7 @@ def _variables(group: Group, layer: _Layer) -> Iterator[_Variable]:
         places = places if scale is None else places[:-1]
         names = variables_of(layer.kind, layer.config, len(places))
         if scale is None and places and own.arrays[places[0]].shape.dtype == np.int8:
-            names = None  # The last of them is a scale, which may take the place of a bias.
+            names = None  # The last is a scale, which may replace a bias.
         known = layer.known and names is not None
         for place, name in zip(places, names or places, strict=True):
             path = "/".join((*layer.names, name))
@@ -201,12 +201,12 @@ def _variables(group: Group, layer: _Layer) -> Iterator[_Variable]:
                 yield from _variables(inner, _inside(layer, inner, name, class_of(name, config), config))
         elif _VARIABLES in child.groups:
             yield from _variables(child, _inside(layer, child, place, _class_inside(place, layer.kind, child), None))
-        elif place != _VARIABLES:  # A list of layers, or a layer without variables and so without a name.
+        elif place != _VARIABLES:  # A list of layers, or a layer without variables, which has no name.
             yield from _variables(child, _Layer(layer.kind, None, layer.names, layer.known))
 
 
 def _scale(layer: _Layer, arrays: Sequence[Array]) -> tuple[Array, int] | None:
-    """Returns what the first variable of a layer is divided by, and its axis, where `quantize` has scaled it."""
+    """Returns the divisor of a layer's first variable, and its axis, if `quantize` has scaled it."""
     axis = scaled_axis(layer.kind, layer.config)
     if axis is None or len(arrays) < 2 or arrays[0].shape.dtype != np.int8 or len(arrays[0].shape.shape) != 2:
         return None
@@ -219,7 +219,7 @@ def _inside(layer: _Layer, group: Group, place: str, kind: str, config: Config |
 
 
 def _class_inside(place: str, parent: str, group: Group) -> str:
-    """Returns the class of a layer that is an attribute of another, which no configuration names."""
+    """Returns the class of a layer that is another's attribute, which no configuration names."""
     kind = f"{parent}_cell" if place == "cell" else class_of(place, None)
     names = variables_of(kind, None, len(group.groups[_VARIABLES].arrays))
     name = _written_name(group)
@@ -227,13 +227,13 @@ def _class_inside(place: str, parent: str, group: Group) -> str:
 
 
 def _written_name(group: Group) -> str | None:
-    """Returns the name of a layer that newer files have at its variables."""
+    """Returns a layer's name as newer files store it with its variables."""
     name = group.groups[_VARIABLES].attributes.get("name") if _VARIABLES in group.groups else None
     return name if isinstance(name, str) else None
 
 
 def _older_variables(root: Group, path: Path) -> Iterator[_Variable]:
-    """Yields the variables of a file of Keras 2, or of `model.save("x.h5")`, whose groups have the layers' names."""
+    """Yields the variables of a Keras 2 or `model.save("x.h5")` file, whose groups have the layers' names."""
     for layer, group in root.groups.items():
         for written in group.attributes.get(_OLDER_WEIGHTS, ()):
             name = written.decode() if isinstance(written, bytes) else str(written)
@@ -243,7 +243,7 @@ def _older_variables(root: Group, path: Path) -> Iterator[_Variable]:
                 inner = None if inner is None else inner.groups.get(parent)
             if inner is None or last not in inner.arrays:
                 raise ValueError(f"{path} lacks the weight {name!r} of the layer {layer!r}")
-            # Before the layer's own name may be that of the model.
+            # The model's name may precede the layer's.
             bare = name.removesuffix(":0").partition(f"{layer}/")[2] or name.removesuffix(":0")
             yield _Variable(inner.arrays[last], f"{layer}/{bare}", True, class_of(layer, None))
 

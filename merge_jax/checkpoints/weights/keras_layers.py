@@ -1,4 +1,4 @@
-"""What the layers of Keras call their variables, and how these are matrices; its files number both."""
+"""The variable names and matrix layouts of Keras layers, whose files only number both."""
 
 import re
 from collections.abc import Mapping
@@ -28,11 +28,11 @@ _VARIABLES = {
     "p_re_lu": ("alpha",),
     "seed_generator": ("seed_generator_state",),
 }
-# Which option of a layer leaves a variable out.
+# The layer option that omits a variable.
 _OPTIONS = {"bias": "use_bias", "gamma": "scale", "beta": "center"}
-# Which axis of its matrix the last variable of a layer scales, after `quantize("int8")`.
+# The matrix axis that a layer's last variable scales, after `quantize("int8")`.
 _SCALED_AXES = {"dense": 1, "embedding": 0}
-# What layers call those that they are made of.
+# Layers' names for their sublayers.
 _SUBLAYERS = {
     **dict.fromkeys(("query_dense", "key_dense", "value_dense", "output_dense"), "einsum_dense"),
     "seed_generator": "seed_generator",
@@ -40,7 +40,7 @@ _SUBLAYERS = {
 
 
 def class_of(name: str, config: Config | None) -> str:
-    """Returns the class of a layer in Keras's small letters, by its configuration or by its name in a file.
+    """Returns the class of a layer in Keras's snake case, by its configuration or its name in a file.
 
     >>> class_of("conv2d_transpose_3", None)
     'conv2d_transpose'
@@ -59,19 +59,19 @@ def name_of(config: Config | None) -> str | None:
 
 
 def mode_of(config: Config | None) -> str | None:
-    """Returns how a layer was quantised by its configuration, `int8` and the like."""
+    """Returns a layer's quantisation mode by its configuration, such as `int8`."""
     for name in ("config", "dtype", "config", "mode"):
         config = config.get(name) if isinstance(config, Mapping) else None
     return config if isinstance(config, str) else None
 
 
 def scaled_axis(kind: str, config: Config | None) -> int | None:
-    """Returns the axis along which a layer's matrix was scaled to int8; None where it was not, or is not known."""
+    """Returns the axis along which a layer's matrix was scaled to int8; None if it was not, or is unknown."""
     return _SCALED_AXES.get(kind) if mode_of(config) == "int8" else None
 
 
 def sublayers(config: Config | None) -> dict[str, Config]:
-    """Returns the layers of a Sequential or Functional model by what its files of weights call them."""
+    """Returns the layers of a Sequential or Functional model by their names in its weight files."""
     layers = (config or {}).get("config")
     layers = layers.get("layers") if isinstance(layers, Mapping) else None
     found: dict[str, Config] = {}
@@ -85,7 +85,7 @@ def sublayers(config: Config | None) -> dict[str, Config]:
 
 
 def variables_of(kind: str, config: Config | None, count: int) -> tuple[str, ...] | None:
-    """Returns the names of a layer's variables in the order of its files; None where nothing tells them."""
+    """Returns the names of a layer's variables in file order; None if unknown."""
     names = _VARIABLES.get(kind)
     options = (config or {}).get("config")
     if names is not None and isinstance(options, Mapping):
@@ -96,8 +96,8 @@ def variables_of(kind: str, config: Config | None, count: int) -> tuple[str, ...
 
 
 def spec_of(kind: str, variable: str, rank: int) -> MatrixSpec | None:
-    """Returns how a variable is a matrix where its class tells more than its name."""
-    if variable == "bias" and rank > 1:  # Of heads, or of the two products of a GRU.
+    """Returns a variable's matrix spec, if its class tells more than its name."""
+    if variable == "bias" and rank > 1:  # Heads, or the two products of a GRU.
         return MatrixSpec((), tuple(range(rank)))
     out, before, window = rank - 1, rank - 2, tuple(range(rank - 2))
     if variable.endswith("kernel") and rank > 2:
@@ -111,7 +111,7 @@ def spec_of(kind: str, variable: str, rank: int) -> MatrixSpec | None:
 
 
 def _small(name: str) -> str:
-    """Returns the name of a class as Keras writes it in files: `Conv2DTranspose` as `conv2d_transpose`."""
+    """Returns a class name as Keras writes it in files: `Conv2DTranspose` as `conv2d_transpose`."""
     name = re.sub(r"\W+", "", name)
     name = re.sub("(.)([A-Z][a-z]+)", r"\1_\2", name)
     return re.sub("([a-z])([A-Z])", r"\1_\2", name).lower()

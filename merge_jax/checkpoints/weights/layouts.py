@@ -1,4 +1,4 @@
-"""How the leaves of a file of weights are matrices: as it was given, as the file tells, or as their names say."""
+"""Matrix layouts of a weight file's leaves: from given specs, the file, or the leaves' names."""
 
 import os
 from collections.abc import Mapping
@@ -13,20 +13,20 @@ __all__ = ["layouts_of"]
 def layouts_of(
     path: str | os.PathLike[str], select: Select = None, specs: Mapping[Pattern, MatrixSpec] | None = None
 ) -> dict[str, MatrixSpec]:
-    """Returns how each leaf of a file of weights is a matrix, by the paths that `load_weights` gives.
+    """Returns the matrix spec of each leaf of a weight file, by the paths that `load_weights` returns.
 
-    By `specs`, where they name it; else by the file: the operations of an ONNX graph (`Gemm` with `transB`), the
-    classes of Keras's layers; else by its name, as `matrix_spec`, and the size of the bias beside it, which is that of
-    the rows. Scalars, and leaves without elements, have none.
+    Uses `specs` if they name the leaf; else the file: the operations of an ONNX graph (`Gemm` with `transB`), or the
+    classes of Keras layers; else the leaf's name, as in `matrix_spec`, and the size of its bias, which equals the
+    number of rows. Scalars and empty leaves have no spec.
 
     Args:
       path: as `load_weights`; no numbers are read.
       select: as `load_weights`.
-      specs: of leaves, by paths or patterns of what is read.
+      specs: specs of leaves, by paths or patterns.
 
     Raises:
-      FileNotFoundError, ImportError, ValueError: as `load_weights`; nothing says how a leaf is a matrix, or its name
-        and its bias disagree: the likely specs are listed, of which one is to be given.
+      FileNotFoundError, ImportError, ValueError: as `load_weights`; or a leaf's spec is unknown, or its name and its
+        bias disagree: the message lists likely specs to choose from.
     """
     file = find_weights(path)
     stored, names = open_leaves(file, select)

@@ -1,4 +1,4 @@
-"""Weights of any format as one tree of arrays: the content says which format it is, not the name."""
+"""Loads weights of any format as one tree of arrays; the content determines the format, not the name."""
 
 import dataclasses
 import importlib.util
@@ -43,8 +43,8 @@ FORMATS: tuple[Format, ...] = (SAFETENSORS, INDEX, TORCH, KERAS, HDF5, NPZ, GGUF
 """All formats, those with the surest marks first."""
 
 _PACKAGE = "package:"
-_SCALES = ("_scale", "_scale_inv")  # Of quantised transformers, as compressed-tensors and DeepSeek name them.
-_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")  # Of the files that packages bring.
+_SCALES = ("_scale", "_scale_inv")  # Of quantised transformers, by the names of compressed-tensors and DeepSeek.
+_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")  # Of files in packages.
 
 Select = Pattern | Sequence[Pattern] | None
 
@@ -64,8 +64,8 @@ def load_weights(path: str | os.PathLike[str], select: Select = None, like: Para
     Args:
       path: a file or folder, or `package:NAME` for the single weight file in an installed package.
       select: paths or patterns of the leaves to read, over paths with `/`.
-      like: a tree of arrays or shapes: the result has its structure, and every leaf has its shape and dtype. Of a file
-        whose leaves are all in `params`, or in what wraps a PyTorch model (`module`), it may be what is in it.
+      like: a tree of arrays or shapes: the result has its structure, and every leaf has its shape and dtype. If all
+        leaves of the file are inside `params`, or a PyTorch wrapper (`module`), it may describe only the inner tree.
 
     Raises:
       FileNotFoundError: the file or folder, or a part of it, does not exist.
@@ -74,7 +74,7 @@ def load_weights(path: str | os.PathLike[str], select: Select = None, like: Para
         the leaves differ from `like` (the first ten differences are listed).
 
     Warns:
-      UserWarning: quantised numbers whose scales are other tensors of the file: both are read as stored.
+      UserWarning: quantised values whose scales are separate tensors: both are returned as stored.
     """
     file = find_weights(path)
     stored, names = open_leaves(file, select)
@@ -97,7 +97,7 @@ def load_params(path: str | os.PathLike[str], like: Params) -> Params:
 
     Args:
       path: as `load_weights`; `save_safetensors` writes such files.
-      like: the model's parameters as they start, or their shapes.
+      like: the model's initial parameters, or their shapes.
 
     Raises:
       FileNotFoundError, ImportError, ValueError: as `load_weights`.
@@ -106,7 +106,7 @@ def load_params(path: str | os.PathLike[str], like: Params) -> Params:
 
 
 def weight_shapes(path: str | os.PathLike[str], select: Select = None) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns shape and dtype of each leaf that `load_weights` would read, by path, without reading the numbers.
+    """Returns the shape and dtype of each leaf that `load_weights` would read, by path, without reading values.
 
     Raises:
       FileNotFoundError, ImportError, ValueError: as `load_weights`.
@@ -117,7 +117,7 @@ def weight_shapes(path: str | os.PathLike[str], select: Select = None) -> dict[s
 
 
 def weight_paths(path: str | os.PathLike[str]) -> tuple[str, ...]:
-    """Returns the paths of the leaves that `load_weights` would read, without reading the numbers.
+    """Returns the paths of the leaves that `load_weights` would read, without reading values.
 
     Raises:
       FileNotFoundError, ImportError, ValueError: as `load_weights`.
@@ -126,7 +126,7 @@ def weight_paths(path: str | os.PathLike[str]) -> tuple[str, ...]:
 
 
 def open_leaves(file: Path, select: Select) -> tuple[Stored, dict[str, str]]:
-    """Returns an opened file, and the leaves that are wanted of it: their names, each with its path in the file."""
+    """Returns an opened file, and the names of the wanted leaves, each with its path in the file."""
     kind = find_format(file)
     stored = _native(kind.open(file))
     if not stored.paths:
@@ -137,7 +137,7 @@ def open_leaves(file: Path, select: Select) -> tuple[Stored, dict[str, str]]:
 
 
 def _warn_of_scales(file: Path, stored: Stored, arrays: Mapping[str, np.ndarray]) -> None:
-    """Warns of numbers of one byte that a file keeps with scales beside them, as quantised transformers are saved."""
+    """Warns of one-byte values stored with separate scales, as in quantised transformers."""
     there = set(stored.paths)
     scaled = [
         path
@@ -153,7 +153,7 @@ def _warn_of_scales(file: Path, stored: Stored, arrays: Mapping[str, np.ndarray]
 
 
 def _native(stored: Stored) -> Stored:
-    """Returns the leaves in this machine's order of bytes; NumPy, HDF5 and GGUF files may be in the other."""
+    """Returns the leaves in native byte order; NumPy, HDF5 and GGUF files may use the other."""
 
     def shapes(paths: Sequence[str]) -> Mapping[str, jax.ShapeDtypeStruct]:
         found = stored.shapes(paths)
@@ -170,12 +170,12 @@ def _native_dtype(dtype: np.dtype) -> np.dtype:
 
 
 def find_weights(path: str | os.PathLike[str]) -> Path:
-    """Returns the path itself, or the file of weights that `package:NAME` stands for.
+    """Returns the path itself, or the weight file of `package:NAME`.
 
-    That is the one file of safetensors or PyTorch in an installed Python package; nothing of the package is run.
+    That is the only safetensors or PyTorch file in an installed Python package; no code of the package runs.
 
     Raises:
-      ValueError: the package is not installed, or does not hold one such file.
+      ValueError: the package is not installed, or does not hold exactly one such file.
     """
     text = os.fspath(path)
     if not text.startswith(_PACKAGE):
@@ -195,13 +195,13 @@ def find_weights(path: str | os.PathLike[str]) -> Path:
 
 
 def find_format(file: Path) -> Format:
-    """Returns the format of a file or folder, by what is in it.
+    """Returns the format of a file or folder, by its content.
 
     Raises:
-      FileNotFoundError: there is none.
-      ValueError: it is of no known format; what it is and what to do is said where that is known.
+      FileNotFoundError: it does not exist.
+      ValueError: its format is unknown; the message identifies it and gives advice, if possible.
     """
-    if not os.path.exists(file):  # Path.exists raises for names that the disk does not take.
+    if not os.path.exists(file):  # Path.exists raises for names that the file system rejects.
         raise FileNotFoundError(f"there is no file or folder {file}")
     head = b""
     if not file.is_dir():
@@ -218,8 +218,8 @@ def find_format(file: Path) -> Format:
 
 
 def _fitted(file: Path, found: Mapping[str, jax.ShapeDtypeStruct], like: Params) -> list[str]:
-    """Returns the names of a file's leaves in the order of `like`'s; raises ValueError where they do not fit."""
-    # A key may have dots of its own, which a file does not tell from those between keys.
+    """Returns the names of a file's leaves in the order of `like`; raises ValueError if they do not fit."""
+    # A key may contain dots, which a file does not distinguish from those between keys.
     names = {name.replace(".", "/"): name for name in found}
     wanted = {path.replace(".", "/"): leaf for path, leaf in flatten(like).items()}
     wanted = {path: leaf if hasattr(leaf, "dtype") else np.asarray(leaf) for path, leaf in wanted.items()}

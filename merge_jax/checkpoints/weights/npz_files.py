@@ -1,4 +1,4 @@
-"""npz: arrays by flat names such as `params/encoder/kernel`, as `numpy.savez` and repositories of vision write them."""
+"""npz: arrays by flat names such as `params/encoder/kernel`, as written by `numpy.savez` and vision repositories."""
 
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -62,7 +62,7 @@ def _shape(archive: zipfile.ZipFile, path: Path, name: str, size: int) -> jax.Sh
             raise ValueError(
                 f"{path} has {stored} in {name!r}, which is not a numeric dtype: NumPy wrote one it has not"
             )
-        # Python's whole numbers have no bound.
+        # Python's integers are unbounded.
         if size - member.tell() != stored.itemsize * int(np.prod(shape, dtype=object)):
             raise ValueError(f"{path} has {size} bytes for {name!r}, which claims to be {stored}{list(shape)}")
     return jax.ShapeDtypeStruct(shape, dtype)
@@ -71,7 +71,7 @@ def _shape(archive: zipfile.ZipFile, path: Path, name: str, size: int) -> jax.Sh
 def _array(archive: zipfile.ZipFile, name: str, spec: jax.ShapeDtypeStruct) -> np.ndarray:
     with archive.open(name + _ENDING) as member:
         array = np.lib.format.read_array(member, allow_pickle=False)
-    return array if array.dtype == spec.dtype else array.view(spec.dtype)  # bfloat16, which comes back as V2.
+    return array if array.dtype == spec.dtype else array.view(spec.dtype)  # bfloat16, which is read as V2.
 
 
 NPZ = Format("npz", _detect, _open)

@@ -1,4 +1,4 @@
-"""Orbax: one checkpoint of a tree, or a folder of steps; of `Checkpoints`, every number is compared with its digest."""
+"""Orbax: one checkpoint of a tree, or a folder of steps; those of `Checkpoints` are verified by digest."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -19,11 +19,11 @@ from merge_jax.paths import flatten, some_of
 __all__ = ["ORBAX", "is_ours"]
 
 _TREE = "_METADATA"  # In the folder of every tree.
-_STEP = "_CHECKPOINT_METADATA"  # In that of a step, one or more trees and more.
-_UNFINISHED = ".orbax-checkpoint-tmp"  # In the name of a folder that is being written; some have a number at its end.
-_LARGEST_RATIO = 2**16  # No block of zstd unpacks to more than half as many times its size.
+_STEP = "_CHECKPOINT_METADATA"  # In the folder of a step, with one or more trees.
+_UNFINISHED = ".orbax-checkpoint-tmp"  # In the name of a folder being written; some end with a number.
+_LARGEST_RATIO = 2**16  # A zstd block never unpacks to more than half this many times its size.
 _SMALL = 2**27  # Bytes that need no such check.
-_VARIABLE = "/value"  # What Flax NNX calls the array of a variable.
+_VARIABLE = "/value"  # Flax NNX's name for a variable's array.
 
 
 def _detect(path: Path, head: bytes) -> bool:
@@ -32,7 +32,7 @@ def _detect(path: Path, head: bytes) -> bool:
 
 
 def _is_step(path: Path) -> bool:
-    """Returns whether a folder is a step: `100`, or `ckpt_100` where Orbax has written it."""
+    """Returns whether a folder is a step: `100`, or `ckpt_100` if written by Orbax."""
     if _UNFINISHED in path.name:
         return False
     return path.is_dir() and (path.name.isdecimal() or (path.name[-1:].isdecimal() and (path / _STEP).exists()))
@@ -63,7 +63,7 @@ def _open(path: Path) -> Stored:
 
 
 def _has_arrays(tree: Path) -> bool:
-    """Returns whether a tree has more than texts, as Keras saves the configuration of a model."""
+    """Returns whether a tree has more than strings; Keras saves a model's configuration as strings."""
     with reading(tree, "checkpoint of Orbax"):
         entries = json.loads((tree / _TREE).read_bytes())["tree_metadata"].values()
         return any(entry["value_metadata"]["value_type"] != "string" for entry in entries)
@@ -98,7 +98,7 @@ def _open_tree(folder: Path) -> Stored:
         def wanted(key_path: Any, leaf: Any) -> Any:
             return leaf if jax.tree_util.keystr(key_path, simple=True, separator="/") in stored else ocp.PLACEHOLDER
 
-        # Of NumPy: the devices that the arrays were saved on need not be here.
+        # As NumPy: the devices that saved the arrays need not exist here.
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
         request = ocp.args.PyTreeRestore(item=jax.tree_util.tree_map_with_path(wanted, tree), restore_args=as_numpy)
         with reading(folder, "checkpoint of Orbax"):
@@ -115,7 +115,7 @@ def _open_tree(folder: Path) -> Stored:
 
 
 def _check_sizes(folder: Path, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> None:
-    """Raises ValueError for an array that is larger than what a folder's files can hold, before it is allocated."""
+    """Raises ValueError for an array larger than a folder's files can hold, before allocating it."""
     path = max(shapes, key=lambda path: shapes[path].size, default=None)
     if path is None or (size := shapes[path].size * shapes[path].dtype.itemsize) <= _SMALL:
         return
@@ -125,14 +125,14 @@ def _check_sizes(folder: Path, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> No
 
 
 def _unwrapped(stored: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the path of each leaf; of variables of NNX, `kernel/value` where all of a model end so, without that."""
+    """Returns the path of each leaf; if all end as NNX variables do (`kernel/value`), without that ending."""
     if stored and all(path.endswith(_VARIABLE) for path in model_part(stored).values()):
         return {path.removesuffix(_VARIABLE): path for path in stored}
     return {path: path for path in stored}
 
 
 def is_ours(step: Path) -> bool:
-    """Returns whether a folder is a step that `Checkpoints` has saved, with a manifest."""
+    """Returns whether a folder is a step saved by `Checkpoints`, with a manifest."""
     try:
         return bool(json.loads((step / _STEP).read_bytes())["custom_metadata"]["manifest"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -140,14 +140,14 @@ def is_ours(step: Path) -> bool:
 
 
 def _open_ours(step: Path) -> Stored:
-    from merge_jax.checkpoints.orbax import Checkpoints  # As Orbax itself.
+    from merge_jax.checkpoints.orbax import Checkpoints  # As Orbax does.
 
     def open_steps() -> Checkpoints:
         return Checkpoints(step.parent, read_only=True)
 
     with open_steps() as checkpoints:
         leaves = checkpoints.manifest(int(step.name)).leaves
-    # Random keys are no numbers.
+    # Random keys are not numeric.
     shapes = {
         path: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(leaf.dtype)) for path, leaf in leaves.items() if not leaf.key
     }

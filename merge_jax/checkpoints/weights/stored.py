@@ -1,4 +1,4 @@
-"""What a format of weights is, and what an opened file of one gives."""
+"""The interface of weight formats and of opened weight files."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,12 +21,12 @@ class Stored:
     """The leaves of an opened file.
 
     Attributes:
-      paths: of the leaves, in the order of the file.
+      paths: the leaves' paths, in file order.
       shapes: `paths -> shape and dtype by path`; reads no numbers.
       read: `paths -> arrays by path`.
-      specs: how leaves are matrices, where the file itself tells: by a graph's operations or by the classes of layers.
-      model: the model's leaves, where the file may hold a whole training state: names, each with its path in the file.
-      names_tell: whether the other leaves' names say how they are matrices; those of a graph's tensors do not.
+      specs: the leaves' matrix specs, if the file states them by a graph's operations or layer classes.
+      model: the model's leaves, if the file may hold a whole training state: names, each with its path in the file.
+      names_tell: whether the other leaves' names determine their specs; the names of a graph's tensors do not.
     """
 
     paths: Sequence[str]
@@ -39,12 +39,12 @@ class Stored:
 
 @dataclass(frozen=True)
 class Format:
-    """A format of weights.
+    """A weight format.
 
     Attributes:
-      name: as users know it.
-      detect: `(path, first bytes) -> whether it is of this format`; the bytes of a folder are empty.
-      open: `path -> what is in it`; raises ValueError for what is broken.
+      name: its common name.
+      detect: `(path, first bytes) -> whether it has this format`; a folder's bytes are empty.
+      open: `path -> its leaves`; raises ValueError for a broken file.
     """
 
     name: str
@@ -59,12 +59,12 @@ def needing(file: Path, library: str, extra: str) -> ImportError:
 
 @contextlib.contextmanager
 def reading(file: Path, what: str) -> Iterator[None]:
-    """Raises ValueError for whatever a library raises that reads a broken file; our own ValueErrors name the file."""
+    """Turns a library's errors on a broken file into ValueError; our own ValueErrors name the file."""
     try:
         yield
     except (FileNotFoundError, ImportError):
         raise
-    except Exception as error:  # Of many kinds.
+    except Exception as error:  # Many types.
         if str(file) in str(error) and isinstance(error, ValueError):
             raise
         line = next(iter(str(error).splitlines()), "")[:200] or type(error).__name__

@@ -1,4 +1,4 @@
-"""PyTorch: a state dict, or a training state with one in it, as `torch.save` writes it."""
+"""PyTorch: a state dict, or a training state that holds one, as written by `torch.save`."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from merge_jax.checks import error_context
 
 __all__ = ["TORCH"]
 
-_OLDER = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # What files begin with that are no zip.
+_OLDER = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # The first bytes of files that are not zip.
 _IN_FOLDERS = "pytorch_model.bin"
 
 
@@ -29,7 +29,7 @@ def _detect(path: Path, head: bytes) -> bool:
 def _open(path: Path) -> Stored:
     tensors, model = open_torch(
         path / _IN_FOLDERS if path.is_dir() else path
-    )  # Of a newer file, mapped: no number is read.
+    )  # For a newer file, mapped: no values are read.
 
     def shape(name: str) -> jax.ShapeDtypeStruct:
         tensor = tensors[name]

@@ -1,4 +1,4 @@
-"""Which leaves of a saved training state are the model's."""
+"""Finds the model's leaves in a saved training state."""
 
 from collections.abc import Iterable
 
@@ -12,19 +12,19 @@ _OTHERS = {
     *("optimizer_state_dict", "optimizer_states", "optim", "scheduler", "lr_scheduler", "lr_schedulers", "scaler"),
     *("callbacks", "rng_state", "loss"),
 }
-_BESIDE_TARGET = {"adapter", "source"}  # Of a joint run, whose target is the model.
+_BESIDE_TARGET = {"adapter", "source"}  # Of a joint run: the target is the model.
 _MODEL_STATE = "model_state/"
 _OF_KERAS = {"trainable_variables", "non_trainable_variables"}
 _BESIDE_KERAS = {"optimizer_variables", "metrics_variables"}
 
 
 def model_part(paths: Iterable[str]) -> dict[str, str]:
-    """Returns the model's leaves of a training state: their names, each with its path in the file.
+    """Returns the names of the model's leaves in a training state, each with its path in the file.
 
-    What stands beside `params` stays beside it (`batch_stats`; what is in `model_state` comes out of it), but for the
-    optimizer's state, step and random keys. The names `model`, `state`, `target` and `state_dict` go where nothing else
-    is beside them. Where nothing is called so, or what is beside them is not known, all leaves stay as they are. Keras
-    keeps a layer in `trainable_variables` or beside it, as it was frozen or not; both are the model's.
+    The siblings of `params` stay (`batch_stats`; `model_state` is unwrapped), except for the optimizer's state, step
+    and random keys. The names `model`, `state`, `target` and `state_dict` are removed if nothing else stands beside
+    them. Without such names, or with unknown siblings, all leaves stay unchanged. Keras stores a layer in
+    `trainable_variables` or beside it, depending on whether it was frozen; both belong to the model.
     """
     names = {path: path for path in paths}
     if layers := _keras_part(names):
@@ -47,7 +47,7 @@ def model_part(paths: Iterable[str]) -> dict[str, str]:
 
 
 def _keras_part(paths: Iterable[str]) -> dict[str, str]:
-    """Returns the layers of a state of Keras, under names that do not tell what was frozen; none of another state."""
+    """Returns the layers of a Keras state, under names independent of freezing; none for other states."""
     parted = {path: path.partition("/") for path in paths}
     tops = {top for top, _, _ in parted.values()}
     if not tops & _OF_KERAS or tops - _OF_KERAS - _BESIDE_KERAS:

@@ -1,1 +1,1 @@
-"""Images with captions or questions, drawn or read."""
+"""Images with captions or questions, generated or read."""

@@ -1,4 +1,4 @@
-"""Captions of scenes: what shapes there are, and where one stands to the others."""
+"""Captions of scenes: their shapes, and one shape's position relative to the others."""
 
 import itertools
 from collections.abc import Iterator
@@ -14,17 +14,17 @@ __all__ = ["scene_captions"]
 
 _OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 _ARTICLED = {"left of": "to the left of", "right of": "to the right of", "above": "above", "below": "below"}
-# Of `{0}`, which stands `{1}` of `{2}`.
+# For `{0}`, which is `{1}` of `{2}`.
 _TWO = ("a {0} {1} a {2}", "there is a {0} {1} a {2}", "the {0} is {1} the {2}", "a {2} with a {0} {1} it")
-# Of `{0}`, which stands `{1}` of `{2}` and `{3}` of `{4}`, or the other way round with it in the middle.
+# For `{0}`, which is `{1}` of `{2}` and `{3}` of `{4}`, or reversed, with it in the middle.
 _THREE = ("a {0} {1} a {2} and {3} a {4}", "{0} {1} {2} and {3} {4}")
 _THREE_TURNED = ("{0} with {2} {1} it and {4} {3} it",)
-# What a scene of two shapes has at least, as one of them may be only above the other.
+# The minimum for two shapes, as one may be only above the other.
 _MOST_CAPTIONS = 2 * len(_TWO)
 
 
 class _Relation(NamedTuple):
-    """Where the first stands to the second, both in words, so that it says the same of every scene."""
+    """The relation of the first shape to the second, both described in words, independent of the scene."""
 
     first: str
     name: str
@@ -34,24 +34,23 @@ class _Relation(NamedTuple):
 def scene_captions(
     num_train: int, num_test: int, seed: int, *, image_size: int = 32, num_captions: int = 1
 ) -> CaptionSet:
-    """Returns images of two or three shapes with captions that tell their sizes, colours, kinds and relations.
+    """Returns images of two or three shapes with captions of their sizes, colours, kinds and relations.
 
-    "a small red circle to the left of a large blue square" is one. They are drawn from 7 wordings, and the longest has
-    17 words. Shapes are squares, circles and triangles of the colours of `sort_of_clevr`, small or large; no colour
-    comes twice in an image. A caption names all shapes of its image, and tells of one of them where it stands to each
-    of the others: left of another if no column of the grid has both, and so on. Where two stand apart both ways, it
-    tells one.
+    An example is "a small red circle to the left of a large blue square". There are 7 wordings of at most 17 words.
+    Shapes are squares, circles and triangles in the colours of `sort_of_clevr`, small or large; colours do not repeat
+    within an image. A caption names all shapes of its image, and the position of one relative to each of the others:
+    left of another if no column of the grid has both, and so on. If two are apart in both directions, it states one.
 
-    No caption and no image comes twice, and more: read as naming all shapes there are, a caption is true of its own
-    image and of no other, train and test together. (What is said of two shapes can be true of two among three.) So
-    scenes of two shapes, half of those that are tried, are soon used up: they are 39 % of a set of 2,500 images and
-    17 % of one of 10,500, with the same share in train and test.
+    No caption and no image repeats. Moreover, if read as naming all shapes, a caption is true only of its own image, in
+    train and test together. (A caption of two shapes can be true of two among three.) So scenes of two shapes, half of
+    those tried, soon run out: they are 39 % of a set of 2,500 images and 17 % of one of 10,500, equally in train and
+    test.
 
     Source: our own wordings and scenes, so that a run needs no download.
 
     Raises:
-      ValueError: a number of images is below 1, the image size is below 16, `num_captions` of each image is not in
-        [1, 8], which every scene has, or there are no more different scenes.
+      ValueError: a number of images is below 1, the image size is below 16, `num_captions` per image is not in [1, 8]
+        (every scene has 8), or there are too few different scenes.
     """
     check_at_least_one(num_captions=num_captions)
     if num_captions > _MOST_CAPTIONS:
@@ -81,18 +80,18 @@ def _caption(rng: np.random.Generator, scenes: Scenes, num_captions: int) -> Cap
 
 
 def _facts(scene: Scene) -> Iterator[frozenset[_Relation]]:
-    """Yields all that a caption of the scene can tell, in whatever order."""
+    """Yields all facts that a caption of the scene can state, in any order."""
     yield from map(frozenset, _statements(scene))
 
 
 def _statements(scene: Scene) -> Iterator[tuple[_Relation, ...]]:
-    """Yields where one shape stands to each of the others, in all ways that are true and all orders of the others."""
+    """Yields one shape's true relations to the others, in all orders of the others."""
     for first, *others in itertools.permutations(scene):
         yield from itertools.product(*(_relations(first, other) for other in others))
 
 
 def _relations(first: Shape, second: Shape) -> list[_Relation]:
-    """Returns the one or two relations of shapes that are apart."""
+    """Returns the one or two relations of separate shapes."""
     reach = first.radius + second.radius
     right, down = second.x - first.x, second.y - first.y
     true = {"left of": right > reach, "right of": -right > reach, "above": down > reach, "below": -down > reach}

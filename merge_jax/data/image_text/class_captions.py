@@ -1,4 +1,4 @@
-"""The names of classes as captions of labelled images."""
+"""Class names as captions of labelled images."""
 
 import re
 
@@ -11,19 +11,18 @@ from merge_jax.data.images.image_set import ImageSet
 __all__ = ["class_captions"]
 
 _ARTICLE = re.compile(r"\b([Aa]) \{\}")
-# By the letter, but for the commonest words that are spoken with another sound.
+# By the letter, except for common words that sound different.
 _AN = re.compile(r"(?!eu|one\b|uni)[aeiou]|hour|honest", re.IGNORECASE)
 
 
 def class_captions(images: ImageSet, template: str = "a picture of a {}") -> CaptionSet:
-    """Returns the images with one caption for each class: the template with its name, which fits all its images.
+    """Returns the images with one caption per class, shared by all its images: the template with the class name.
 
-    Underscores become spaces, and "a" before the name "an" where it begins with a vowel. The template's words are those
-    of zero-shot classification (Radford et al. 2021, CLIP). Of CIFAR-100:
-    `class_captions(load_tfds_images("cifar100"))`.
+    Underscores become spaces, and "a" becomes "an" before a vowel. The template follows zero-shot classification
+    (Radford et al. 2021, CLIP). For CIFAR-100: `class_captions(load_tfds_images("cifar100"))`.
 
     Raises:
-      ValueError: the template has not exactly one `{}`; the captions of two classes are the same; images are not uint8.
+      ValueError: the template does not have exactly one `{}`; two classes have the same caption; images are not uint8.
     """
     if template.count("{}") != 1 or re.search("[{}]", template.replace("{}", "")):
         raise ValueError(f"the template must have one {{}}, where the name of the class goes, got {template!r}")

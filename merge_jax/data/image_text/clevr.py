@@ -1,4 +1,4 @@
-"""CLEVR, questions on rendered scenes, from its folder, or as in TFDS, without TensorFlow."""
+"""CLEVR, questions about rendered scenes, from its folder or as in TFDS, without TensorFlow."""
 
 import contextlib
 import functools
@@ -32,9 +32,9 @@ _IMAGES = "images/{}"
 _SPLITS = {"train": "train", "val": "validation", "test": "test"}
 _ATTRIBUTES = ("color", "material", "shape", "size")
 _OBJECT = {**dict.fromkeys(_ATTRIBUTES, str), "rotation": float, "3d_coords": list, "pixel_coords": list}
-# Bytes that a member of the archive may unpack to: 0.7 GB of questions, and images of 0.2 MB.
+# Maximum unpacked bytes of an archive member: questions take 0.7 GB, images 0.2 MB.
 _LARGEST_JSON, _LARGEST_IMAGE = 2**31, 2**26
-# Of the last function of a question's program; those of other programs keep their own name.
+# By the last function of a question's program; other functions keep their names.
 _KINDS = {
     **dict.fromkeys(("equal_integer", "less_than", "greater_than"), "compare integer"),
     **dict.fromkeys((f"query_{attribute}" for attribute in _ATTRIBUTES), "query attribute"),
@@ -43,30 +43,28 @@ _KINDS = {
 
 
 def load_clevr(data_dir: Path | str | None = None, *, image_size: int, unreadable: str = "error") -> VisualQuestionSet:
-    """Returns CLEVR v1.0 (Johnson et al. 2017); its validation split is tested on, since the test's answers are hidden.
+    """Returns CLEVR v1.0 (Johnson et al. 2017); its validation split is the test set, since test answers are hidden.
 
-    It is read from the folder `CLEVR_v1.0` as in its archive, where `data_dir` is that folder or holds it. The kind
-    of a question is then what the paper tells scores apart by: "exist", "count", "compare integer", "query attribute"
-    or "compare attribute".
+    If `data_dir` is the folder `CLEVR_v1.0` of the archive, or holds it, reads that folder. Question kinds are then
+    those of the paper's scores: "exist", "count", "compare integer", "query attribute" or "compare attribute".
 
-    Elsewhere it is the set that TFDS calls `clevr`, prepared in `data_dir` at the first call: the archive,
-    `CLEVR_v1.0.zip` of 18 GB, is read from `<data_dir>/downloads/manual/` if it is there, and downloaded otherwise.
-    One's own may hold fewer images. Official TFDS reads what is prepared here. A set that is there already is used as
-    it is, whatever the archive is: to compare them would take minutes (our choice). TFDS keeps no kinds, and has the
-    questions among the images, so that each call reads the whole set once; of a folder, questions and headers do.
+    Otherwise, reads the TFDS set `clevr`, prepared in `data_dir` at the first call: the archive, `CLEVR_v1.0.zip` of 18
+    GB, is read from `<data_dir>/downloads/manual/` if it is there, and downloaded otherwise. Your own archive may hold
+    fewer images. Official TFDS reads the prepared set. An existing set is used without comparing it to the archive,
+    which would take minutes (our choice). TFDS stores no kinds, and stores questions with the images, so each call
+    reads the whole set once; from a folder, only questions and headers are read.
 
-    Images are read when they are asked for. Each question has one answer.
+    Images are read on access. Each question has one answer.
 
     Args:
       data_dir: the folder of all TFDS sets, by default TFDS's own, `~/tensorflow_datasets`; or of `CLEVR_v1.0`.
       image_size: S; the central square of every image is scaled to S x S pixels (bilinear).
-      unreadable: "error" stops at an image of the folder that is missing or no image. "skip" reads every image once,
-        and leaves those that cannot be read out, with their questions. TFDS's are checked when they are prepared, by
-        header and checksum.
+      unreadable: "error" stops at a missing or unreadable image of the folder. "skip" reads every image once, and drops
+        unreadable ones with their questions. TFDS images are checked by header and checksum when prepared.
 
     Raises:
-      ValueError: a file is missing, broken or of another layout, or cannot be downloaded; a question has no answer, or
-        its image is missing; an image is no image.
+      ValueError: a file is missing, broken or has another layout, or cannot be downloaded; a question has no answer, or
+        its image is missing; an image is unreadable.
     """
     check_at_least_one(image_size=image_size)
     check_unreadable(unreadable)
@@ -87,7 +85,7 @@ def _from_folder(folder: Path, image_size: int, unreadable: str) -> VisualQuesti
     folders = [root / _IMAGES.format(split) for split in splits]
     for images in folders:
         check_inside(root, images)
-    # All questions before the first image, since those are soon read and most likely wrong.
+    # All questions before the first image, since they are fast to read and most likely wrong.
     read = [_questions(file) for file in files]
     train, test = (part.on_images(images, image_size, unreadable) for images, part in zip(folders, read, strict=True))
     return VisualQuestionSet("clevr", train, test)
@@ -116,7 +114,7 @@ def _asked(content: Any, name: object, answered: bool) -> dict[str, list[Any]]:
 
 
 def _function_alone(entries: dict[str, Any]) -> Any:
-    """Returns the name of a program's function for the object around it: programs fill most of the 0.7 GB."""
+    """Replaces a program's function object by its name: programs fill most of the 0.7 GB."""
     function = entries.get("function")
     return sys.intern(function) if isinstance(function, str) and "question" not in entries else entries
 
@@ -174,14 +172,14 @@ def _builder_class() -> Any:
 
     official: Any = tfds.builder_cls("clevr")
 
-    # Of the same name, so that official TFDS finds the set; it would not let a second builder of that name register.
+    # Keeps the official name, so that TFDS finds the set; TFDS refuses to register a second builder of that name.
     with registered.skip_registration():
 
         class FromArchive(official):
-            """The official builder without what it has TensorFlow for: to unpack the archive, and to list folders."""
+            """The official builder without its uses of TensorFlow: unpacking the archive and listing folders."""
 
             name = official.name
-            # TFDS looks for checksums beside the code of a class, and takes any file where it finds none.
+            # TFDS looks for checksums beside a class's code, and accepts any file without them.
             url_infos = official.url_infos
             sources = (_URL,)
 
@@ -223,7 +221,7 @@ def _member(path: str, split: str) -> str:
 
 
 def _examples(archive: Path, file: zipfile.ZipFile, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields what the official builder makes of a split, by the name of the image."""
+    """Yields the official builder's examples of a split, by image name."""
     folder = _member(_IMAGES, split) + "/"
     members = set(file.namelist())
     images = sorted(name.removeprefix(folder) for name in members if name.startswith(folder) and name != folder)
@@ -231,7 +229,7 @@ def _examples(archive: Path, file: zipfile.ZipFile, split: str) -> Iterator[tupl
     name = f"{archive}: {_member(_QUESTIONS, split)}"
     annotations = _unpacked(archive, file, _member(_QUESTIONS, split), _LARGEST_JSON)
     asked = _asked(parse_json(annotations, name, _function_alone), name, split != "test")
-    # The test's answers are hidden; TFDS has empty ones.
+    # Test answers are hidden; TFDS stores empty ones.
     answers = asked.get("answer", [""] * len(asked["question"]))
     for image, question, answer in zip(asked["image_filename"], asked["question"], answers, strict=True):
         if image not in questions:
@@ -269,6 +267,6 @@ def _objects(archive: Path, file: zipfile.ZipFile, split: str) -> dict[str, list
 
 
 def _without_relations(entries: dict[str, Any]) -> dict[str, Any]:
-    """Drops what is large in a scene, and in no record."""
+    """Drops large entries of a scene that no record contains."""
     entries.pop("relationships", None)
     return entries

@@ -25,22 +25,22 @@ class _Captions(NamedTuple):
 def load_coco_captions(
     folder: Path | str, *, image_size: int, year: str | None = None, unreadable: str = "error"
 ) -> CaptionSet:
-    """Returns the captions of MSCOCO (Chen et al. 2015) from the official files in one folder, five and more an image.
+    """Returns the captions of MSCOCO (Chen et al. 2015) from a folder of official files, at least five per image.
 
-    For the splits "train", which is learnt from, and "val", which is tested on, these are
-    `annotations/captions_<split><year>.json` and the images, `<split><year>/<file name>`. The split "val2017" has 5,000
-    images. The number of an image and of its captions is the image's row. Images are read when they are asked for.
+    For the splits "train" (training) and "val" (testing), the files are `annotations/captions_<split><year>.json` and
+    the images, `<split><year>/<file name>`. The split "val2017" has 5,000 images. The group of an image and its
+    captions is the image's row. Images are read on access.
 
     Args:
-      folder: of the files; no link may lead out of it.
+      folder: the folder of the files; no link may lead out of it.
       image_size: S; the central square of every image is scaled to S x S pixels (bilinear).
-      year: "2017" or "2014", by default the one that is there. Both have the same images, in other splits.
-      unreadable: "error" stops at an image that is missing or no image. "skip" reads every image once, and leaves those
-        that cannot be read out, with their captions.
+      year: "2017" or "2014", by default the one that exists. Both have the same images, in different splits.
+      unreadable: "error" stops at a missing or unreadable image. "skip" reads every image once, and drops unreadable
+        ones with their captions.
 
     Raises:
-      ValueError: a file is missing, broken or of another layout, or both years are there and none is chosen; an id or a
-        file's name appears twice; an image has no caption, or a caption no image, or no text; an image is missing or
+      ValueError: a file is missing, broken or has another layout; both years exist and none is chosen; an id or a file
+        name appears twice; an image has no caption, or a caption has no image or no text; an image is missing or
         unreadable.
     """
     check_at_least_one(image_size=image_size)
@@ -49,7 +49,7 @@ def load_coco_captions(
     root, files = files_in(folder, [_CAPTIONS.format(split) for split in splits])
     for split in splits:
         check_inside(root, root / split)
-    # All annotations before the first image, since those are soon read and most likely wrong.
+    # All annotations before the first image, since they are fast to read and most likely wrong.
     read = [_read(file) for file in files]
     train, test = (
         _with_images(root / split, part, image_size, unreadable) for split, part in zip(splits, read, strict=True)

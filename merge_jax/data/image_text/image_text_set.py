@@ -1,4 +1,4 @@
-"""Images with text: questions on them, and captions of them, as they are before they become arrays."""
+"""Images with questions or captions, before conversion to arrays."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,11 +15,11 @@ class VisualQuestions:
     """Questions on images.
 
     Attributes:
-      images: uint8 `[M, H, W, C]`, in memory or read when they are asked for.
+      images: uint8 `[M, H, W, C]`, in memory or read on access.
       image: `[N]`, int32: the image of each question.
-      questions: N of them.
-      answers: of each question, what each annotator answered, in any number; the same answer as often as it was given.
-      kinds: the kind of each question, to tell scores apart by; None where there is but one.
+      questions: N questions.
+      answers: each question's answers by any number of annotators, repeated as often as given.
+      kinds: the kind of each question, for separate scores; None if there is only one.
     """
 
     images: Table
@@ -34,9 +34,9 @@ class VisualQuestionSet:
     """A set of questions on images.
 
     Attributes:
-      name: of the set.
-      train: what there is to learn from.
-      test: what is read once, at the end.
+      name: the name of the set.
+      train: the training examples.
+      test: the test examples, read once at the end.
     """
 
     name: str
@@ -46,16 +46,15 @@ class VisualQuestionSet:
 
 @dataclass(frozen=True)
 class CaptionedImages:
-    """Images and captions of them: an image and a caption fit each other where they have the same number.
+    """Images and captions; an image and a caption match if they have the same group.
 
-    Numbers of their own, one an image, are those of images that each have their captions; the number of a class fits
-    all its images to its name.
+    With one group per image, each image has its own captions; with one group per class, all its images match its name.
 
     Attributes:
-      images: uint8 `[M, H, W, C]`, in memory or read when they are asked for.
-      image_group: `[M]`, int32: the number of each image.
+      images: uint8 `[M, H, W, C]`, in memory or read on access.
+      image_group: `[M]`, int32: the group of each image.
       captions: K texts.
-      caption_group: `[K]`, int32: the number of each caption.
+      caption_group: `[K]`, int32: the group of each caption.
     """
 
     images: Table
@@ -64,7 +63,7 @@ class CaptionedImages:
     caption_group: np.ndarray
 
     def pairs(self) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the image and the caption of all N pairs that fit, both `[N]`, int32, image by image."""
+        """Returns image and caption indices of all N matching pairs, both `[N]`, int32, image by image."""
         order = np.argsort(self.caption_group, kind="stable")
         groups = self.caption_group[order]
         first, last = (np.searchsorted(groups, self.image_group, side) for side in ("left", "right"))
@@ -79,9 +78,9 @@ class CaptionSet:
     """A set of images with captions.
 
     Attributes:
-      name: of the set.
-      train: what there is to learn from.
-      test: what is read once, at the end.
+      name: the name of the set.
+      train: the training examples.
+      test: the test examples, read once at the end.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Annotations in JSON files, with errors that name the file and the place in it."""
+"""Annotations in JSON files, with errors that name the file and the position in it."""
 
 import collections
 import json
@@ -16,7 +16,7 @@ Hook = Callable[[dict[str, Any]], Any]
 
 
 def files_in(folder: Path | str, names: Sequence[str]) -> tuple[Path, list[Path]]:
-    """Returns the folder, resolved, and the files of these relative names in it.
+    """Returns the resolved folder, and the files with these relative names in it.
 
     Raises:
       ValueError: the folder or a file is missing, or a link leads out of the folder.
@@ -38,19 +38,19 @@ def files_in(folder: Path | str, names: Sequence[str]) -> tuple[Path, list[Path]
 
 
 def read_json(path: Path, hook: Hook | None = None) -> Any:
-    """Returns what a file of JSON in UTF-8 holds.
+    """Returns the content of a UTF-8 JSON file.
 
     Raises:
-      ValueError: it is no JSON, or not UTF-8.
+      ValueError: it is not JSON, or not UTF-8.
     """
     return parse_json(path.read_bytes(), path, hook)
 
 
 def parse_json(content: bytes, name: object, hook: Hook | None = None) -> Any:
-    """Returns what JSON in UTF-8 holds; `name` is what an error calls it.
+    """Returns the content of UTF-8 JSON; `name` identifies it in errors.
 
     Raises:
-      ValueError: it is no JSON, or not UTF-8.
+      ValueError: it is not JSON, or not UTF-8.
     """
     try:
         return json.loads(content.decode("utf-8-sig"), object_hook=hook)
@@ -61,11 +61,11 @@ def parse_json(content: bytes, name: object, hook: Hook | None = None) -> Any:
 
 
 def columns(content: Any, key: str, kinds: Mapping[str, type], name: object) -> dict[str, list[Any]]:
-    """Returns, by their key, the entries of these kinds of all objects in the list `content[key]`.
+    """Returns, by key, entries of these types from all objects in the list `content[key]`.
 
     Raises:
-      ValueError: `content` is no object with such a list, or the list is empty; one of its objects lacks an entry, or
-        has one of another kind.
+      ValueError: `content` is not an object with such a list, or the list is empty; an object lacks an entry, or has
+        one of another type.
     """
     objects = entry(content, key, list, name)
     if not objects:
@@ -77,14 +77,14 @@ def columns(content: Any, key: str, kinds: Mapping[str, type], name: object) -> 
 
 
 def entry(entries: Any, key: str, kind: type, name: object, *place: tuple[str, int]) -> Any:
-    """Returns the entry of a kind of a JSON object; the place in the file is key and position of each list around it.
+    """Returns an entry of a given type from a JSON object; the position is the key and index of each enclosing list.
 
     Raises:
-      ValueError: `entries` is no object, lacks the entry, or has one of another kind.
+      ValueError: `entries` is not an object, lacks the entry, or has one of another type.
     """
     if isinstance(entries, dict) and key in entries:
         value = entries[key]
-        # True and false are whole numbers to Python, and 0 may stand for 0.0.
+        # Booleans are integers in Python, and 0 may stand for 0.0.
         kinds = (int, float) if kind is float else kind
         if isinstance(value, kinds) and (kind is bool or not isinstance(value, bool)):
             return value
@@ -98,7 +98,7 @@ def entry(entries: Any, key: str, kind: type, name: object, *place: tuple[str, i
 
 
 def check_once(ids: Iterable[Any], noun: str, name: object) -> None:
-    """Raises ValueError where some of the ids appear twice; `noun` is what they are of."""
+    """Raises ValueError if ids repeat; `noun` names what they identify."""
     twice = [id_ for id_, count in collections.Counter(ids).items() if count > 1]
     if twice:
         raise ValueError(f"{name} has {len(twice)} {noun} that appear twice, such as {twice[0]!r}")

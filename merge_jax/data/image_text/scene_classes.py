@@ -1,4 +1,4 @@
-"""Images of shapes to be classified, drawn as those with questions and captions are."""
+"""Images of shapes to classify, drawn like those with questions and captions."""
 
 import functools
 
@@ -15,17 +15,17 @@ _CLASSES = tuple((colour, kind) for colour in COLOURS for kind in ("square", "ci
 
 
 def scene_shapes(num_train: int, num_test: int, seed: int, *, image_size: int = 32) -> ImageSet:
-    """Returns images whose class is the colour and the kind of their large shape, of 12 classes in equal parts.
+    """Returns images classified by colour and kind of their large shape, in 12 balanced classes.
 
-    The large shape is a square or a circle, in any place, of the six colours of `sort_of_clevr`; "red square" is a
-    class. Beside it are none, one or two small shapes, equally likely: squares, circles or triangles of other colours.
-    So colours that are there do not tell the class; a model must find the large shape, drawn as in `scene_captions`.
-    No image comes twice, in train and test together.
+    The large shape is a square or a circle at any position, in one of the six colours of `sort_of_clevr`; "red square"
+    is a class. Beside it are zero, one or two small shapes, equally likely: squares, circles or triangles of other
+    colours. So the colours present do not determine the class; a model must find the large shape, drawn as in
+    `scene_captions`. No image repeats, in train and test together.
 
     Source: our own scenes, so that a run needs no download.
 
     Raises:
-      ValueError: a number of images is below 1, the image size is below 16, or there are no more different images.
+      ValueError: a number of images is below 1, the image size is below 16, or there are too few different images.
     """
     makers = [functools.partial(_scene, colour, kind) for colour, kind in _CLASSES]
     train, test = draw_scenes(np.random.default_rng(seed), makers, num_train, num_test, image_size)

@@ -1,4 +1,4 @@
-"""Sort-of-CLEVR: questions on six shapes, of one of them alone or of how they stand to each other."""
+"""Sort-of-CLEVR: questions about six shapes, individually or in relation to each other."""
 
 from functools import partial
 
@@ -25,22 +25,21 @@ def sort_of_clevr(
     relational: int = 10,
     non_relational: int = 10,
 ) -> VisualQuestionSet:
-    """Returns questions on images of shapes, `num_train` and `num_test` images of `image_size` pixels a side.
+    """Returns questions about images of shapes, `num_train` and `num_test` images of `image_size` pixels a side.
 
-    Each image has a square or a circle, by an even chance, of each of the colours red, green, blue, orange, grey and
-    yellow, or of `num_shapes` of them, with white between them. `non_relational` questions of it ask what shape an
-    object has, whether it is on the left or right, or at the top or bottom; `relational` ones ask what shape the object
-    nearest to it or farthest from it has, or how many objects have its shape, itself among them. They are of three
-    sorts each on each colour of the image, drawn without repetition, so at most 18 of a kind. All answers are one word;
-    without the image, no guess is right for more than 5/16 of the counts or 1/2 of the others (of six shapes; the
-    counts of fewer are guessed more often). No image comes twice, in train and test together.
+    Each image has a square or a circle, equally likely, in each of the colours red, green, blue, orange, grey and
+    yellow, or in `num_shapes` of them, separated by white. `non_relational` questions ask for an object's shape, and
+    whether it is left or right, or at the top or bottom. `relational` ones ask for the shape of the object nearest to
+    or farthest from it, or how many objects share its shape, including itself. There are three sorts of each per
+    colour, drawn without repetition, so at most 18 of a kind. All answers are one word. Without the image, guessing is
+    right for at most 5/16 of the counts and 1/2 of the others (with six shapes; counts of fewer shapes are easier to
+    guess). No image repeats, in train and test together.
 
     Source: Santoro et al., arXiv:1706.01427, section 3.2 and appendix, with 9,800 and 200 images and 10 questions of
-    each kind; sizes, places and colours are those of kimhc6028/relational-networks. Our choices: there may be fewer
-    shapes, which a small model learns sooner; questions are
-    English, where theirs are bits, and positions are named, where that code answers yes or no; squares cannot
-    overlap, as they can there; edges are smooth; no question comes twice on an image; and an image is drawn again
-    where an answer would be a tie, as of two objects equally near, or of one in the middle.
+    each kind; sizes, positions and colours follow kimhc6028/relational-networks. Our choices: there may be fewer
+    shapes, which a small model learns sooner; questions are English instead of bits, and positions are named instead of
+    yes or no; squares cannot overlap; edges are smooth; no question repeats on an image; and an image is redrawn if an
+    answer would be a tie, as with two objects equally near, or one in the middle.
 
     Raises:
       ValueError: a number of images is below 1, the image size is below 16, the number of shapes is not in [2, 6], a
@@ -71,10 +70,10 @@ def _scene(num_shapes: int, rng: np.random.Generator) -> Scene:
 
 
 def _decided(scene: Scene) -> bool:
-    """Returns whether each object is on one side of the middle, with one object nearest to it and one farthest."""
+    """Returns whether each object is on one side of the middle, with a unique nearest and farthest object."""
     # The first of each row is 0, the distance to itself.
     distances = np.sort(_squared_distances(scene), axis=1)
-    # Of two objects, each has but one to be near to: the first comparison is of nothing.
+    # With two objects, each has only one neighbour: the first comparison is empty.
     ties = (distances[:, 1:2] == distances[:, 2:3]).any() or (distances[:, -2] == distances[:, -1]).any()
     return not ties and all(_MIDDLE not in (shape.x, shape.y) for shape in scene)
 

@@ -1,4 +1,4 @@
-"""Scenes of coloured shapes on a white ground, purely by seed: what stands where, and how it is drawn."""
+"""Scenes of coloured shapes on a white background, determined by the seed: layout and drawing."""
 
 import hashlib
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -23,7 +23,7 @@ __all__ = [
     "render",
 ]
 
-# The grid is the published image of Sort-of-CLEVR, a cell a pixel of it. Its middle is the middle of a cell.
+# The grid is the published Sort-of-CLEVR image, one cell per pixel. Its centre is the centre of a cell.
 CELLS = 75
 COLOURS = {
     "red": (255, 0, 0),
@@ -34,17 +34,17 @@ COLOURS = {
     "yellow": (255, 255, 0),
 }
 KINDS = ("square", "circle", "triangle")
-# Radii in cells: 5.5 and 9.8 pixels across in an image of 32, so that three of the large ones have room.
+# Radii in cells: 5.5 and 9.8 pixels across in an image of 32, so that three large ones fit.
 SMALL, LARGE = 6, 11
-# At 16 pixels a shape of Sort-of-CLEVR is 2.3 pixels across, and hardly tells a circle from a square.
+# At 16 pixels a shape of Sort-of-CLEVR is 2.3 pixels across, where circles and squares look nearly the same.
 _SMALLEST_IMAGE = 16
 _OVERSAMPLING = 4
 
 
 class Shape(NamedTuple):
-    """A shape on a grid of 75 x 75 cells, whatever the size of the image.
+    """A shape on a grid of 75 x 75 cells, independent of the image size.
 
-    It touches all four sides of a square of `2 radius + 1` cells; a triangle stands on the lowest of them.
+    It touches all four sides of a square of `2 radius + 1` cells; a triangle stands on the bottom side.
 
     Attributes:
       colour: a name in `COLOURS`.
@@ -77,9 +77,9 @@ class _Seen(NamedTuple):
 
 
 def arrange(rng: np.random.Generator, looks: Sequence[tuple[str, str, int]]) -> Scene:
-    """Returns a scene of shapes of this colour, kind and radius, with one or more white cells between any two.
+    """Returns a scene of shapes with these colours, kinds and radii, at least one white cell apart.
 
-    Every arrangement that fits is equally likely: one that does not is redrawn as a whole. The squares around
+    Every valid arrangement is equally likely: an invalid one is redrawn as a whole. The squares around
     shapes are kept apart whatever their kinds, so that positions carry no information about them.
     """
     radii = np.array([radius for _, _, radius in looks])
@@ -99,7 +99,7 @@ def render(scene: Scene, image_size: int) -> np.ndarray:
     for colour, kind, radius, x, y in scene:
         edges = (x - radius, y - radius, x + radius + 1, y + radius + 1)
         left, top, right, bottom = (round(edge * side / CELLS) for edge in edges)
-        # Pillow also fills the last point that it is given.
+        # Pillow also fills the last given point.
         right, bottom = right - 1, bottom - 1
         if kind == "square":
             pen.rectangle((left, top, right, bottom), COLOURS[colour])
@@ -118,13 +118,13 @@ def draw_scenes(
     image_size: int,
     facts_of: Callable[[Scene], Iterable[Hashable]] = lambda scene: (),
 ) -> tuple[Scenes, Scenes]:
-    """Returns scenes for train and test, of one distribution and in no order.
+    """Returns scenes for train and test, from one distribution and in random order.
 
-    Each maker makes equal parts of both (within 1, the first ones more). No image comes twice, in train and test
-    together, and no two scenes share a fact.
+    The makers contribute equally to both (within 1, the first ones more). No image repeats, in train and test together,
+    and no two scenes share a fact.
 
     Raises:
-      ValueError: a number is below 1, the image size is below 16, or there are no more different scenes.
+      ValueError: a number is below 1, the image size is below 16, or there are too few different scenes.
     """
     check_at_least_one(num_train=num_train, num_test=num_test)
     _check_image_size(image_size)
@@ -134,7 +134,7 @@ def draw_scenes(
     for number, make in enumerate(makers):
         for_train, for_test = (len(range(number, size, len(makers))) for size in (num_train, num_test))
         drawn = [_new(rng, make, facts_of, image_size, seen) for _ in range(for_train + for_test)]
-        # Simple scenes are soon used up. To draw those of the test afterwards would make them less simple ones.
+        # Simple scenes soon run out. Drawing the test scenes afterwards would make them less simple.
         drawn = [drawn[i] for i in rng.permutation(len(drawn))]
         train += drawn[:for_train]
         test += drawn[for_train:]
@@ -142,7 +142,7 @@ def draw_scenes(
 
 
 def _check_image_size(image_size: int) -> None:
-    """Raises ValueError unless the size is a whole number of at least 16, the pixels below which shapes blur."""
+    """Raises ValueError unless the size is an integer of at least 16 pixels, below which shapes blur."""
     if not isinstance(image_size, int) or isinstance(image_size, bool) or image_size < _SMALLEST_IMAGE:
         raise ValueError(f"image_size must be a whole number of at least {_SMALLEST_IMAGE} pixels, got {image_size!r}")
 

@@ -1,4 +1,4 @@
-"""VQA v2.0, open questions on photos of MSCOCO, from its official files."""
+"""VQA v2.0, open questions about MSCOCO photos, from its official files."""
 
 import sys
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ _IMAGE = "COCO_{}_{:012d}.jpg"
 
 
 class AskedOfFiles(NamedTuple):
-    """N questions on images, which are named as in an annotation file."""
+    """N questions on images, named as in an annotation file."""
 
     images: list[str]
     questions: list[str]
@@ -28,7 +28,7 @@ class AskedOfFiles(NamedTuple):
     kinds: list[str] | None
 
     def on_images(self, folder: Path, image_size: int, unreadable: str) -> VisualQuestions:
-        """Returns the questions whose images can be used; raises ValueError as `image_table`."""
+        """Returns the questions with usable images; raises ValueError as `image_table`."""
         table, image = image_table(folder, self.images, image_size, unreadable)
         kept = np.flatnonzero(image >= 0).tolist()
         return VisualQuestions(
@@ -47,22 +47,22 @@ def load_vqa(
     split_names: Sequence[str] = ("train2014", "val2014"),
     unreadable: str = "error",
 ) -> VisualQuestionSet:
-    """Returns VQA v2.0 (Goyal et al. 2017) from the official files in one folder.
+    """Returns VQA v2.0 (Goyal et al. 2017) from a folder of official files.
 
     For each split these are `v2_OpenEnded_mscoco_<split>_questions.json`, `v2_mscoco_<split>_annotations.json`, and the
-    images of MSCOCO, `<split>/COCO_<split>_<12 digits>.jpg`. The ten answers to each question stay as they were given,
-    and its kind is `"yes/no"`, `"number"` or `"other"`. Images are read when they are asked for.
+    images of MSCOCO, `<split>/COCO_<split>_<12 digits>.jpg`. Each question's ten answers are unchanged, and its kind is
+    `"yes/no"`, `"number"` or `"other"`. Images are read on access.
 
     Args:
-      folder: of the files; no link may lead out of it.
+      folder: the folder of the files; no link may lead out of it.
       image_size: S; the central square of every image is scaled to S x S pixels (bilinear).
-      split_names: what to learn from, and what to test on: the answers of the official test splits are not public.
-      unreadable: "error" stops at an image that is missing or no image. "skip" reads every image once, and leaves those
-        that cannot be read out, with their questions.
+      split_names: the training and test splits; answers of the official test splits are not public.
+      unreadable: "error" stops at a missing or unreadable image. "skip" reads every image once, and drops unreadable
+        ones with their questions.
 
     Raises:
-      ValueError: a file is missing, broken or of another layout; questions and annotations do not belong together, an
-        id appears twice, or a question is empty or without an answer; an image is missing or unreadable.
+      ValueError: a file is missing, broken or has another layout; questions and annotations do not match, an id appears
+        twice, or a question is empty or without an answer; an image is missing or unreadable.
     """
     check_at_least_one(image_size=image_size)
     check_unreadable(unreadable)
@@ -72,7 +72,7 @@ def load_vqa(
     root, files = files_in(folder, names)
     for split in split_names:
         check_inside(root, root / split)
-    # All annotations before the first image, since those are soon read and most likely wrong.
+    # All annotations before the first image, since they are fast to read and most likely wrong.
     read = [_read(split, *pair) for split, pair in zip(split_names, (files[:2], files[2:]), strict=True)]
     train, test = (
         part.on_images(root / split, image_size, unreadable) for split, part in zip(split_names, read, strict=True)
@@ -109,7 +109,7 @@ def _read(split: str, questions_file: Path, annotations_file: Path) -> AskedOfFi
 
 
 def _answer_alone(entries: dict[str, Any]) -> Any:
-    """Returns the text of an answer for the object around it: there are 6.6 million, and few different texts."""
+    """Replaces an answer object by its text: there are 6.6 million, with few different texts."""
     answer = entries.get("answer")
     return sys.intern(answer) if isinstance(answer, str) and "question_id" not in entries else entries
 

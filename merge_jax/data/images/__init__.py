@@ -1,1 +1,1 @@
-"""Sets of labelled images, and what reads them."""
+"""Labelled image sets and their loaders."""

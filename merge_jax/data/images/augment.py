@@ -1,4 +1,4 @@
-"""Random changes of images, made on the device from a key."""
+"""Random image augmentation on the device, from a key."""
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +12,8 @@ def crop_flip_rotate(
     """Returns images `[B, H, W, C]` of the same dtype, each cropped, mirrored and rotated at random; `key` is consumed.
 
     In this order, as in the usual CIFAR recipe: a crop of the same size out of the image padded with `padding` black
-    pixels on every side; a mirror image for every other one; a rotation about the centre by an angle in
-    [-degrees, degrees], anticlockwise, with the nearest pixel and black corners. The three are one gather: for each
-    pixel of the result, the pixel of the image that it comes from.
+    pixels on every side; a horizontal flip with probability 1/2; a rotation about the centre by an angle in [-degrees,
+    degrees], anticlockwise, with the nearest pixel and black corners. The three are one gather of source pixels.
 
     Raises:
       ValueError: a negative padding or angle, or images that are not of rank 4.
@@ -30,7 +29,7 @@ def crop_flip_rotate(
     angles = jnp.deg2rad(jax.random.uniform(angle_key, (batch,), minval=-degrees, maxval=degrees))
 
     def change(image: jax.Array, top: jax.Array, left: jax.Array, mirrored: jax.Array, angle: jax.Array) -> jax.Array:
-        # Centres of the pixels of the result, from the centre of the image; y points down.
+        # Pixel centres of the result, relative to the image centre; y points down.
         y, x = jnp.meshgrid(jnp.arange(height) + 0.5 - height / 2, jnp.arange(width) + 0.5 - width / 2, indexing="ij")
         rows = jnp.floor(jnp.sin(angle) * x + jnp.cos(angle) * y + height / 2).astype(jnp.int32)
         columns = jnp.floor(jnp.cos(angle) * x - jnp.sin(angle) * y + width / 2).astype(jnp.int32)

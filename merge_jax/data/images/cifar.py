@@ -23,8 +23,8 @@ def prepare_cifar(name: str, root: Path) -> Any:
     """Returns the builder of one of `CIFAR`, prepared in `root`.
 
     Raises:
-      ValueError: the archive cannot be downloaded, is broken or of another layout, or is another one than the set in
-        `root` was prepared from.
+      ValueError: the archive cannot be downloaded, is broken or has another layout, or differs from the one that the
+        set in `root` was prepared from.
     """
     builder = _builder_class(name)(data_dir=str(root))
     prepare_from_files(builder)
@@ -38,14 +38,14 @@ def _builder_class(name: str) -> Any:
 
     official: Any = tfds.builder_cls(name)
 
-    # Of the same name, so that official TFDS finds the set; it would not let a second builder of that name register.
+    # Keeps the official name, so that TFDS finds the set; TFDS refuses to register a second builder of that name.
     with registered.skip_registration():
 
         class FromArchive(official):
-            """The official builder without what it has TensorFlow for: to read files, and to encode images."""
+            """The official builder without its uses of TensorFlow: reading files and encoding images."""
 
             name = official.name
-            # TFDS looks for checksums beside the code of a class, and takes any file where it finds none.
+            # TFDS looks for checksums beside a class's code, and accepts any file without them.
             url_infos = official.url_infos
 
             @property
@@ -76,7 +76,7 @@ def _builder_class(name: str) -> Any:
 def _read_archive(
     archive: Path, layout: Any, num_classes: dict[str, int]
 ) -> tuple[dict[str, list[str]], np.ndarray, np.ndarray]:
-    """Returns the class names of each kind of label, and the records of train and of test."""
+    """Returns the class names of each kind of label, and the train and test records."""
     files = (*layout.label_files, *layout.train_files, *layout.test_files)
     contents = _read_members(archive, [layout.prefix + file for file in files])
     names: dict[str, list[str]] = {}

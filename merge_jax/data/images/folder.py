@@ -27,20 +27,20 @@ class _Header(NamedTuple):
 def load_image_folder(path: Path | str, *, image_size: int | None = None) -> ImageSet:
     """Returns the images of `<path>/train/<class>/*` and `<path>/test/<class>/*`; classes are in natural order.
 
-    Files that end in png, jpg, jpeg, bmp or webp, in either case, are images; other files, and names that begin with a
-    dot, are passed over. Images are RGB, with C = 3, unless all are 8-bit grey, with C = 1. With `image_size`, the
-    central square of every image is scaled to that many pixels a side (bilinear).
+    Files that end in png, jpg, jpeg, bmp or webp, in either case, are images; other files and hidden files are ignored.
+    Images are RGB, with C = 3, unless all are 8-bit grey, with C = 1. With `image_size`, the central square of every
+    image is scaled to that many pixels a side (bilinear).
 
     Raises:
       ValueError: a folder is missing or a class has no image; train and test have different classes; a file cannot be
-        read, has more than 8 bits a channel, or lies outside of `path` behind a link; images differ in size and there
-        is no `image_size`.
+        read, has more than 8 bits per channel, or lies outside `path` behind a link; images differ in size without
+        `image_size`.
     """
     if image_size is not None:
         check_at_least_one(image_size=image_size)
     try:
         root = Path(path).resolve()
-    except (ValueError, OSError) as error:  # A path with a NUL in it, or too long a name.
+    except (ValueError, OSError) as error:  # A path with a NUL, or a name that is too long.
         raise ValueError(f"the folder {str(path)!r} cannot be opened: {error}") from None
     train_folders, test_folders = (_class_folders(root, split) for split in ("train", "test"))
     classes = tuple(train_folders)
@@ -85,7 +85,7 @@ def _image_files(root: Path, folder: Path) -> list[Path]:
     if not files:
         raise ValueError(f"the class folder {folder} has no image; names must end in {', '.join(sorted(_SUFFIXES))}")
     for file in files:
-        # Only a link can leave a folder that is inside; to resolve every file would take longer than to read it.
+        # Only a link can leave an inner folder; resolving every file would take longer than reading it.
         if file.is_symlink():
             check_inside(root, file)
         if not file.is_file():

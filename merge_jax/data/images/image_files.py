@@ -1,4 +1,4 @@
-"""Images in files, which are read when they are asked for, and checks of the files that annotations name."""
+"""Image files, read on access, and checks of the files that annotations name."""
 
 import os
 import sys
@@ -31,31 +31,31 @@ __all__ = [
 BAR: dict[str, Any] = {"unit": "image", "delay": 1, "leave": False}
 """Options of a bar, shown only where the work takes more than a second."""
 
-# Pillow goes by a file's content, and reads many more formats, some by running other programs.
+# Pillow goes by a file's content, and reads many more formats, some with external programs.
 _FORMATS = ("PNG", "JPEG", "BMP", "WEBP")
 # Pillow would clip these deeper pixels to 255.
 _DEEP_MODES = ("I", "F")
-# Pillow decodes without Python's lock. More threads than these wait for the disk, or hold too many large images.
+# Pillow decodes without the GIL. More threads would wait for the disk, or hold too many large images.
 _THREADS = 8
 _FILES_A_TASK = 64
-# To compare a name with those of a whole set would take seconds.
+# Comparing a name with those of a whole set would take seconds.
 _NEIGHBOURS = 1000
 
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """A `Table` of images in files, of which none is in memory: the central square of each, scaled (bilinear).
+    """A `Table` of images in files, none in memory: the central square of each, scaled (bilinear).
 
     Attributes:
-      files: M of them, in PNG, JPEG, BMP or WEBP.
-      image_size: S, pixels a side.
+      files: M files, in PNG, JPEG, BMP or WEBP.
+      image_size: S, pixels per side.
     """
 
     files: Sequence[Path]
     image_size: int
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a size that is none."""
+        """Raises ValueError for an invalid size."""
         check_at_least_one(image_size=self.image_size)
 
     @property
@@ -72,13 +72,13 @@ class ImageFiles:
         """Reads the images of rows `[n]` in threads, and returns them as RGB `[n, S, S, 3]`.
 
         Raises:
-          ValueError: a file cannot be read any more, or not as a whole.
+          ValueError: a file can no longer be read, or not completely.
         """
         return read_rows(self.shape, rows, lambda row: read_image(self.files[row], "RGB", self.image_size))
 
 
 def read_rows(shape: tuple[int, ...], rows: Any, read: Callable[[int], np.ndarray]) -> np.ndarray:
-    """Returns uint8 `[n, ...]`, rows `[n]` of `shape` `[M, ...]`; what is asked for twice is read once, in threads."""
+    """Returns uint8 `[n, ...]`, rows `[n]` of `shape` `[M, ...]`; reads repeated rows once, in threads."""
     rows = np.arange(shape[0])[rows]
     once, places = np.unique(rows, return_inverse=True)
     images = np.empty((len(once), *shape[1:]), np.uint8)
@@ -97,23 +97,23 @@ def read_image(file: Path | IO[bytes], mode: str, image_size: int | None, name: 
     with open_image(file, name) as image:
         try:
             return as_pixels(image, mode, image_size)
-        except Exception as error:  # Pillow has no one type for a file it cannot read.
+        except Exception as error:  # Pillow raises various types for unreadable files.
             raise _unreadable(name or file, error) from error
 
 
 def open_image(file: Path | IO[bytes], name: object = None) -> Image.Image:
-    """Opens an image of which only the header is read; `name` is what an error calls it, its path by default.
+    """Opens an image, reading only its header; `name` identifies it in errors, by default its path.
 
     Raises:
-      ValueError: the file is missing or no image, has more than 8 bits a channel, or claims more pixels than Pillow's
-        limit, `PIL.Image.MAX_IMAGE_PIXELS`: a small file may decode to more than the memory holds.
+      ValueError: the file is missing or not an image, has more than 8 bits per channel, or claims more pixels than
+        Pillow's limit, `PIL.Image.MAX_IMAGE_PIXELS`: a small file may decode to more than memory holds.
     """
     name = name or file
     try:
         image = Image.open(file, formats=_FORMATS)
     except Exception as error:  # As above.
         raise _unreadable(name, error) from error
-    # Up to twice the limit, Pillow warns alone.
+    # Up to twice the limit, Pillow only warns.
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and image.width * image.height > limit:
         image.close()
@@ -125,33 +125,33 @@ def open_image(file: Path | IO[bytes], name: object = None) -> Image.Image:
 
 
 def check_inside(root: Path, path: Path) -> None:
-    """Raises ValueError where links lead from `path` out of the resolved folder `root`."""
-    # Unlike Path.resolve, this raises nothing for links in a circle, which lead nowhere.
+    """Raises ValueError if links lead from `path` out of the resolved folder `root`."""
+    # Unlike Path.resolve, this does not raise for circular links, which lead nowhere.
     target = Path(os.path.realpath(path))
     if not target.is_relative_to(root):
         raise ValueError(f"{path} leads to {target}, outside of {root}; move what it links to into the folder")
 
 
 def check_unreadable(unreadable: str) -> None:
-    """Raises ValueError unless this is a way of `check_image_files`: to be called before annotations are read."""
+    """Raises ValueError for an invalid `unreadable` option; call it before reading annotations."""
     check_choice("way with unreadable images", unreadable, ("error", "skip"))
 
 
 def check_image_files(
     root: Path | str, names: Sequence[str], unreadable: str = "error"
 ) -> tuple[list[Path], np.ndarray]:
-    """Returns the N files of these names in the folder `root`, and which of them can be used, `[N]` of bool.
+    """Returns the N files with these names in the folder `root`, and whether each is usable, bool `[N]`.
 
     Args:
       root: the folder.
       names: relative paths, as in an annotation file.
-      unreadable: "error" opens every file's header, and raises an error for what is missing or no image. "skip" decodes
-        every file once, since only that tells whether it is whole, and leaves out the others, which it counts and names
-        on standard error.
+      unreadable: "error" opens every file's header, and raises an error for missing or unreadable images. "skip"
+        decodes every file once, since only that detects damage, and drops bad files; it counts and names them on
+        standard error.
 
     Raises:
-      ValueError: the folder is missing; a name is no relative path, or leads out of the folder; with "error", a file is
-        missing or no image; with "skip", all are.
+      ValueError: the folder is missing; a name is not a relative path, or leads out of the folder; with "error", a file
+        is missing or not an image; with "skip", all are.
     """
     check_unreadable(unreadable)
     if not Path(root).is_dir():
@@ -179,7 +179,7 @@ def check_image_files(
 def image_table(
     root: Path | str, names: Sequence[str], image_size: int, unreadable: str = "error"
 ) -> tuple[ImageFiles, np.ndarray]:
-    """Returns the images that names `[N]` name, each once, and the row of each name, `[N]`, int32, -1 if left out.
+    """Returns the images of names `[N]`, each once, and the row of each name, `[N]`, int32, -1 if dropped.
 
     Raises:
       ValueError: as `check_image_files`.
@@ -210,7 +210,7 @@ def _files(root: Path, names: Iterable[str]) -> list[Path]:
 
 
 def _problems(files: list[Path], in_full: bool) -> list[str | None]:
-    """Returns what is wrong with each file, None where nothing is."""
+    """Returns the problem of each file, or None."""
     tasks = [files[start : start + _FILES_A_TASK] for start in range(0, len(files), _FILES_A_TASK)]
     problems: list[str | None] = []
     desc = "reading every image" if in_full else "looking at images"
@@ -222,7 +222,7 @@ def _problems(files: list[Path], in_full: bool) -> list[str | None]:
 
 
 def _problem(file: Path, in_full: bool) -> str | None:
-    # Not Path.is_file, which raises for names that the disk does not take.
+    # Not Path.is_file, which raises for names that the file system rejects.
     if not os.path.isfile(file):
         return f"the image {file} is {'not a file' if os.path.lexists(file) else 'missing'}"
     try:
@@ -236,7 +236,7 @@ def _problem(file: Path, in_full: bool) -> str | None:
 
 
 def _hint(file: Path) -> str:
-    """Returns what may be meant by the name of a file that is missing."""
+    """Returns what a missing file's name may have meant."""
     if os.path.lexists(file):
         return ""
     if not file.parent.is_dir():

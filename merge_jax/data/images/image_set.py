@@ -15,7 +15,7 @@ __all__ = ["ImageSet", "as_pixels", "channel_statistics", "check_images"]
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Labelled images to learn from and to test on, each `{"image": uint8 [N, H, W, C], "label": int32 [N]}`."""
+    """Labelled training and test images, each `{"image": uint8 [N, H, W, C], "label": int32 [N]}`."""
 
     name: str
     train: Arrays
@@ -37,8 +37,8 @@ def check_images(name: str, arrays: Arrays, num_classes: int) -> None:
     """Checks images `[N, H, W, C]`, of uint8 or a float type, and their labels `[N]`, integers in [0, num_classes).
 
     Raises:
-      ValueError: there are no examples, or an entry is missing, of another shape or type, or has a label out of range
-        or a pixel that is not finite; the message names the data set `name` and the first offending value.
+      ValueError: there are no examples, or an entry is missing, has another shape or type, a label out of range or a
+        non-finite pixel; the message names the data set `name` and the first offending value.
     """
     for entry in ("image", "label"):
         if entry not in arrays:
@@ -68,7 +68,7 @@ def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[flo
     _check_uint8("channel statistics", images)
     if images.size == 0:
         raise ValueError(f"channel statistics need pixels, got shape {images.shape}")
-    # Sums of integers are exact, and no copy of the images is made, which as float would have eight times their size.
+    # Integer sums are exact and need no float copy of the images, which would be eight times as large.
     sums = np.einsum("nhwc->c", images, dtype=np.uint64, casting="safe").tolist()
     squares = np.einsum("nhwc,nhwc->c", images, images, dtype=np.uint64, casting="safe").tolist()
     count = math.prod(images.shape[:3])

@@ -23,22 +23,22 @@ _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 def load_tfds_images(
     name: str, data_dir: Path | str | None = None, *, image_size: int | None = None, label: str = "label"
 ) -> ImageSet:
-    """Returns the image classification set that TFDS calls `name`, prepared in `data_dir` at the first call.
+    """Returns the TFDS image classification set `name`, prepared in `data_dir` at the first call.
 
-    The split "train" is learnt from; "test", or "validation" where there is none, is tested on. `data_dir` is TFDS's
-    own by default, `~/tensorflow_datasets`. Official TFDS reads what is prepared here: `tfds.data_source(name)`.
+    The training split is "train"; the test split is "test", or "validation" if there is none. `data_dir` defaults to
+    TFDS's folder, `~/tensorflow_datasets`. Official TFDS reads the prepared set: `tfds.data_source(name)`.
 
     CIFAR-10 and CIFAR-100 need no TensorFlow: their archive, `cifar-100-binary.tar.gz`, is read from
-    `<data_dir>/downloads/manual/` if it is there, and downloaded otherwise. One's own may hold fewer images. For other
-    sets that depends on their TFDS builder.
+    `<data_dir>/downloads/manual/` if it is there, and downloaded otherwise. Your own archive may hold fewer images.
+    Other sets may need TensorFlow, depending on their TFDS builder.
 
     With `image_size`, the central square of every image is scaled to that many pixels a side (bilinear). `label` is the
-    feature that the labels are, such as `coarse_label` of CIFAR-100.
+    label feature, such as `coarse_label` of CIFAR-100.
 
     Raises:
-      ValueError: the set is unknown, is not one of images and labels, cannot be downloaded or prepared, or was prepared
-        from another archive than the one that is there now; the archive is broken; images differ in size and there is
-        no `image_size`.
+      ValueError: the set is unknown, does not consist of images and labels, cannot be downloaded or prepared, or was
+        prepared from another archive than the current one; the archive is broken; images differ in size without
+        `image_size`.
     """
     if image_size is not None:
         check_at_least_one(image_size=image_size)
@@ -63,7 +63,7 @@ def _read(builder: Any, split: str, image_size: int | None, label: str) -> Array
     import tensorflow_datasets as tfds
 
     mode = _MODES[builder.info.features["image"].shape[-1]]
-    # Decoded here, since TFDS takes the indices of a palette for colours.
+    # Decoded here, since TFDS treats palette indices as colours.
     source = open_split(builder, split, decoders={"image": tfds.decode.SkipDecoding()})
     images: np.ndarray | None = None
     labels = np.empty(len(source), np.int32)

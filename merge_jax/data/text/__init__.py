@@ -1,1 +1,1 @@
-"""Sets of texts and questions, their tokens, and what reads them."""
+"""Sets of texts and questions, their loaders and tokens."""

@@ -1,4 +1,4 @@
-"""IMDb's film reviews from their archive, as in TFDS, without TensorFlow."""
+"""IMDb film reviews from their archive, as in TFDS, without TensorFlow."""
 
 import functools
 import re
@@ -23,8 +23,8 @@ def prepare_imdb(name: str, root: Path, check: Callable[[str, Any], None]) -> An
     """Returns the builder of IMDb, prepared in `root`, if its name and features pass the check.
 
     Raises:
-      ValueError: the archive cannot be downloaded, is broken or of another layout, or is another one than the set in
-        `root` was prepared from.
+      ValueError: the archive cannot be downloaded, is broken or has another layout, or differs from the one that the
+        set in `root` was prepared from.
     """
     builder = _builder_class()(data_dir=str(root))
     check(name, builder.info.features)
@@ -39,14 +39,14 @@ def _builder_class() -> Any:
 
     official: Any = tfds.builder_cls(IMDB)
 
-    # Of the same name, so that official TFDS finds the set; it would not let a second builder of that name register.
+    # Keeps the official name, so that TFDS finds the set; TFDS refuses to register a second builder of that name.
     with registered.skip_registration():
 
         class FromArchive(official):
-            """The official builder without what it has TensorFlow for: to read its archive."""
+            """The official builder without its use of TensorFlow: reading its archive."""
 
             name = official.name
-            # TFDS looks for checksums beside the code of a class, and takes any file where it finds none.
+            # TFDS looks for checksums beside a class's code, and accepts any file without them.
             url_infos = official.url_infos
             sources = tuple(official.url_infos)
 
@@ -58,8 +58,8 @@ def _builder_class() -> Any:
 
 
 def _read_archive(archive: Path) -> dict[str, _Examples]:
-    """Returns the examples of each split; that of texts without labels is left out where it has none."""
-    # By name, since of two members of one name the later counts in a tar file.
+    """Returns the examples of each split; omits an empty split of unlabelled texts."""
+    # By name, since the later of two members with one name counts in a tar file.
     splits: dict[str, dict[str, dict[str, Any]]] = {"train": {}, "test": {}, "unsupervised": {}}
     missing = [f"aclImdb/{split}/{label}/" for split in ("train", "test") for label in ("neg", "pos")]
     names = []

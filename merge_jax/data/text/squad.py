@@ -1,4 +1,4 @@
-"""SQuAD from its JSON files, as in TFDS, whether they are downloaded or lie there."""
+"""SQuAD from its JSON files, as in TFDS, downloaded or local."""
 
 import collections
 import functools
@@ -20,8 +20,8 @@ def prepare_squad(name: str, root: Path, check: Callable[[str, Any], None]) -> A
     """Returns the builder of one of `SQUAD`, prepared in `root`, if its name and features pass the check.
 
     Raises:
-      ValueError: a file cannot be downloaded, is broken or of another layout, or is another one than the set in `root`
-        was prepared from.
+      ValueError: a file cannot be downloaded, is broken or has another layout, or differs from the one that the set in
+        `root` was prepared from.
     """
     builder = _builder_class()(data_dir=str(root), config=SQUAD[name])
     check(name, builder.info.features)
@@ -36,14 +36,14 @@ def _builder_class() -> Any:
 
     official: Any = tfds.builder_cls("squad")
 
-    # Of the same name, so that official TFDS finds the set; it would not let a second builder of that name register.
+    # Keeps the official name, so that TFDS finds the set; TFDS refuses to register a second builder of that name.
     with registered.skip_registration():
 
         class FromFiles(official):
-            """The official builder, which takes files that lie there too."""
+            """The official builder, which also accepts local files."""
 
             name = official.name
-            # TFDS looks for checksums beside the code of a class, and takes any file where it finds none.
+            # TFDS looks for checksums beside a class's code, and accepts any file without them.
             url_infos = official.url_infos
 
             @property

@@ -1,6 +1,6 @@
 """Synthetic texts from templates, for machines without data: results on them do not apply to real language.
 
-Reviews, topics and questions share words, so that knowledge of one can be of use to another.
+Reviews, topics and questions share words, so that knowledge can transfer between them.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ _Item = TypeVar("_Item")
 
 _WORKS = ("film", "book", "play", "concert", "song", "show", "novel", "game", "speech", "story")
 _PARTS = ("plot", "cast", "acting", "music", "ending", "script", "dialogue", "pace", "opening", "hero")
-# Each with its opposite at the same place: index 0 is negative, index 1 is positive.
+# Opposites are at the same position: index 0 is negative, index 1 is positive.
 _ADJECTIVES = (
     ("bad", "poor", "dull", "clumsy", "boring", "weak", "cold", "silly", "stale", "tedious", "awful", "flat"),
     (
@@ -44,7 +44,7 @@ _NEGATIONS = ("not", "never", "hardly", "far from")
 _OPENINGS = ("", "", "in the end ", "to be honest ", "for me ", "this time ", "on the whole ")
 _CONCESSIONS = ("although", "though", "while")
 # Half of the reviews have two clauses of opposite sentiment, and a third of the clauses negate the opposite word, so
-# that no word alone tells the class.
+# that no single word determines the class.
 _MIXED_RATE = 1 / 2
 _NEGATED_RATE = 1 / 3
 
@@ -96,7 +96,7 @@ _IMPRESSIONS = tuple(word for words in _ADJECTIVES for word in words)
 
 
 class _Kind(NamedTuple):
-    """A kind of fact: `{0}` is a person, and `{1}` and `{2}` are drawn from `pools`; the last one is asked for."""
+    """A kind of fact: `{0}` is a person, `{1}` and `{2}` are drawn from `pools`; questions ask for the last one."""
 
     statement: str
     ask_value: str
@@ -120,46 +120,45 @@ class _Fact(NamedTuple):
 
 
 def synthetic_reviews(num_train: int, num_test: int, seed: int) -> TextSet:
-    """Returns reviews of one sentence, of at most 20 words and marks, that are negative or positive in equal parts.
+    """Returns one-sentence reviews of at most 20 words and marks, half negative and half positive.
 
     "The plot is hardly a disappointment." is positive, and so is "Although the cast is weak, this film is funny.": the
-    main clause decides. No word alone tells the class. No text comes twice, in train and test together.
+    main clause decides. No single word determines the class. No text repeats, in train and test together.
 
     Source: our own templates, so that a run needs no download.
 
     Raises:
-      ValueError: a number is below 1, or there are no more different texts.
+      ValueError: a number is below 1, or there are too few different texts.
     """
     return _text_set("synthetic_reviews", ("negative", "positive"), _review, num_train, num_test, seed)
 
 
 def synthetic_topics(num_train: int, num_test: int, seed: int) -> TextSet:
-    """Returns news of one sentence, of at most 25 words and marks, on the world, sport, business or science.
+    """Returns one-sentence news of at most 25 words and marks, on the world, sport, business or science.
 
-    The topics have equal parts. Half of the sentences also name someone of another topic, who only looks on; half end
-    with a remark in the words of the reviews. The words tell the topic, whatever their order. No text comes twice, in
-    train and test together.
+    The topics are balanced. Half of the sentences also mention a bystander from another topic; half end with a remark
+    in the words of the reviews. The words determine the topic, in any order. No text repeats, in train and test
+    together.
 
     Source: our own templates, so that a run needs no download.
 
     Raises:
-      ValueError: a number is below 1, or there are no more different texts.
+      ValueError: a number is below 1, or there are too few different texts.
     """
     return _text_set("synthetic_topics", tuple(_TOPICS), _news, num_train, num_test, seed)
 
 
 def synthetic_questions(num_train: int, num_test: int, seed: int) -> QuestionSet:
-    """Returns questions on passages of three facts on two people, of at most 29 words and marks together.
+    """Returns questions on passages of three facts about two people, at most 29 words and marks together.
 
-    Half of the passages tell the same kind of fact of both people. A third of the questions have no answer: half of
-    these ask for a kind of fact that the passage lacks, the others about someone else, or who is what no one in it is.
-    No passage comes twice, in train and test together. Works, and what people found of them, have the words of the
-    reviews.
+    Half of the passages state the same kind of fact about both people. A third of the questions have no answer: half of
+    these ask for a kind of fact that the passage lacks, the others about someone else, or for a description that fits
+    nobody. No passage repeats, in train and test together. Works, and opinions on them, use the words of the reviews.
 
     Source: our own templates, so that a run needs no download.
 
     Raises:
-      ValueError: a number is below 1, or there are no more different passages.
+      ValueError: a number is below 1, or there are too few different passages.
     """
     asks = (_ask_value, _ask_person, _ask_in_vain)
     train, test = _draw(
@@ -234,16 +233,16 @@ def _ask_in_vain(rng: np.random.Generator) -> Question:
     asked = [
         fact.kind.ask_value.format(stranger, fact.detail),
         fact.kind.ask_person.format(fact.person, fact.detail, value),
-        # Where both people have such a fact there is no one to ask about.
+        # If both people have such a fact, the question would be ambiguous.
         *(fact.kind.ask_value.format(other.person, fact.detail) for other in facts if other.person not in having),
     ]
     return _question(facts, _pick(rng, asked))
 
 
 def _facts(rng: np.random.Generator) -> tuple[list[_Fact], str]:
-    """Returns three facts on two people, in any order, and the name of someone else; no value comes twice.
+    """Returns three facts about two people, in any order, and another person's name; no value repeats.
 
-    In half of them one kind of fact is stated about both people.
+    In half of them, one kind of fact concerns both people.
     """
     one, two, stranger = (_PEOPLE[i] for i in rng.permutation(len(_PEOPLE))[:3])
     first, second, third = (_KINDS[i] for i in rng.permutation(len(_KINDS))[:3])
@@ -258,7 +257,7 @@ def _facts(rng: np.random.Generator) -> tuple[list[_Fact], str]:
 def _question(
     facts: list[_Fact], question: str, answer: str | None = None, number: int = 0, start: int = 0
 ) -> Question:
-    """Returns a question whose answer begins at the character `start` of the fact of this number."""
+    """Returns a question whose answer begins at character `start` of the fact with this index."""
     statements = [fact.kind.statement.format(*fact[1:]) for fact in facts]
     passage = " ".join(statements)
     if answer is None:
@@ -290,7 +289,7 @@ def _draw(
     num_test: int,
     seed: int,
 ) -> tuple[list[tuple[_Item, int]], list[tuple[_Item, int]]]:
-    """Returns items of different texts with their labels, which have equal parts (within 1, the first ones more)."""
+    """Returns items with different texts and their balanced labels (within 1, the first ones more)."""
     check_at_least_one(num_train=num_train, num_test=num_test)
     rng = np.random.default_rng(seed)
     train: list[tuple[_Item, int]] = []
@@ -299,7 +298,7 @@ def _draw(
     for label in range(num_labels):
         for_train, for_test = (len(range(label, number, num_labels)) for number in (num_train, num_test))
         items = [(_new(make, text_of, rng, label, known), label) for _ in range(for_train + for_test)]
-        # Short texts are soon used up. To draw those of the test afterwards would make them longer ones.
+        # Short texts soon run out. Drawing the test texts afterwards would make them longer.
         items = _shuffled(rng, items)
         train += items[:for_train]
         test += items[for_train:]

@@ -19,7 +19,7 @@ Column = str | int
 """A column by its name in the header, or by its position, from 0, in a file without a header."""
 
 _SUFFIXES = (".csv", ".jsonl", ".tsv")
-# As long as numbers of 64 bits are.
+# The length of 64-bit integers.
 _WHOLE = re.compile(r"[+-]?[0-9]{1,18}")
 
 
@@ -37,22 +37,22 @@ def load_texts(
     classes: Sequence[str] | None = None,
     first_label: int | None = None,
 ) -> tuple[LabelledTexts, tuple[str, ...]]:
-    """Returns the texts of a `.tsv`, `.csv` or `.jsonl` file in UTF-8, and the names of their classes.
+    """Returns the texts of a UTF-8 `.tsv`, `.csv` or `.jsonl` file, and their class names.
 
-    Columns go by name, of the header or of the keys of a JSON line. A file without a header has its columns given by
-    number, from 0: `text=(1, 2), label=0`. Several columns of text are joined by a space. Quotes are letters of the
-    text in a `.tsv`, as in GLUE, and enclose fields in a `.csv`.
+    Columns are named by the header or the keys of a JSON line, or, in a file without a header, numbered from 0:
+    `text=(1, 2), label=0`. Several text columns are joined by a space. Quotes are literal in a `.tsv`, as in GLUE, and
+    enclose fields in a `.csv`.
 
     Labels are one of
 
-    - whole numbers, from `first_label` on, the smallest one by default: 1 to 4 become 0 to 3. Each between the smallest
-      and the largest must be there, unless `classes` and `first_label` are given. They name the classes by default;
-    - names, numbered in natural order by default, and in the order of `classes` if that is given. Whole numbers are
-      names too if all of `classes` are, as those that this function returns for whole numbers.
+    - integers, from `first_label` on, by default the smallest one: 1 to 4 become 0 to 3. Each between the smallest and
+      the largest must occur, unless `classes` and `first_label` are given. They name the classes by default;
+    - names, numbered in natural order, or in the order of `classes` if given. Integers count as names if all of
+      `classes` are integers, such as those that this function returns for integers.
 
     Raises:
-      ValueError: the file is missing, of another suffix, no UTF-8, or has no rows; a line is broken or has another
-        number of columns than the first; a column is not there; a text is empty; labels do not fit each other or the
+      ValueError: the file is missing, has another suffix, is not UTF-8, or has no rows; a line is broken or has another
+        number of columns than the first; a column is missing; a text is empty; labels do not fit each other or the
         classes, or are all the same.
     """
     columns = _columns(text, label)
@@ -69,10 +69,10 @@ def load_text_set(
     classes: Sequence[str] | None = None,
     first_label: int | None = None,
 ) -> TextSet:
-    """Returns what `load_texts` reads of two files, with the classes of the first; `name` is its folder's by default.
+    """Returns a set from two files as `load_texts`, with the first's classes; `name` defaults to its folder.
 
     Raises:
-      ValueError: as `load_texts`; the test file has a label that the other one lacks.
+      ValueError: as `load_texts`; the test file has a label that the training file lacks.
     """
     columns = _columns(text, label)
     train_path, test_path = Path(train_path), Path(test_path)
@@ -85,15 +85,15 @@ def load_text_set(
 
 
 def load_questions(path: Path | str) -> tuple[Question, ...]:
-    """Returns the questions of a file in the official layout of SQuAD, 1.1 or 2.0.
+    """Returns the questions of a file in SQuAD's official layout, 1.1 or 2.0.
 
     That is `{"data": [{"paragraphs": [{"context": ..., "qas": [{"question": ..., "answers": [{"text": ...,
-    "answer_start": ...}], "is_impossible": ...}]}]}]}`; the last is left out where every question has an answer.
-    An answer that is given several times is kept once.
+    "answer_start": ...}], "is_impossible": ...}]}]}]}`; the last key is absent if every question has an answer.
+    Repeated answers are kept once.
 
     Raises:
-      ValueError: the file is missing, no JSON, of another layout, or without a question; an answer is not at its place
-        in its passage.
+      ValueError: the file is missing, not JSON, in another layout, or without questions; an answer is not at its
+        position in the passage.
     """
     path = Path(path)
     text = _content(path)
@@ -156,7 +156,7 @@ def _table_rows(path: Path, texts: list[Column], label: Column) -> list[_Row]:
 
 
 def _table(path: Path) -> list[tuple[int, list[str]]]:
-    """Returns the fields of each row that has any, with its (first) line."""
+    """Returns the fields of each non-empty row, with its (first) line."""
     content = io.StringIO(_content(path), newline="")
     if path.suffix.lower() == ".tsv":
         reader = csv.reader(content, delimiter="\t", quoting=csv.QUOTE_NONE)
@@ -181,7 +181,7 @@ def _position(path: Path, column: Column, first: list[str]) -> int:
     names = [name.strip() for name in first]
     if names.count(column) != 1:
         found = "twice the" if column in names else "no"
-        # What was taken for a header may be a long text.
+        # The supposed header may be a long text.
         hint = near_misses(column, [name if len(name) <= 40 else f"{name[:37]}..." for name in names])
         raise ValueError(
             f"{path} has {found} column {column!r}; {hint} (without a header, columns go by number from 0)"
@@ -193,7 +193,7 @@ def _json_rows(path: Path, texts: list[Column], label: Column) -> list[_Row]:
     if isinstance(label, int):
         raise ValueError(f"{path}: columns of JSON lines have names, got numbers {[*texts, label]}")
     rows = []
-    # Not splitlines, which also splits at characters that JSON allows inside of a string.
+    # Not splitlines, which also splits at characters that JSON allows inside strings.
     for line, content in enumerate(_content(path).split("\n"), start=1):
         if not content.strip():
             continue
@@ -232,7 +232,7 @@ def _are_whole(labels: Iterable[str]) -> bool:
 
 
 def _check_all_names(path: Path, rows: list[_Row]) -> None:
-    """Raises ValueError where some labels are numbers: the others are rather mistakes than names."""
+    """Raises ValueError if only some labels are numbers: the others are probably mistakes, not names."""
     number = next((row for row in rows if _are_whole([row.label])), None)
     if number is not None:
         other = next(row for row in rows if not _are_whole([row.label]))
@@ -264,7 +264,7 @@ def _by_number(
                 f" {count} classes"
             )
     if len(present) < count and (classes is None or first_label is None):
-        # With a label missing at either end, the first class is unknown.
+        # If a label is missing at either end, the first class is unknown.
         shown = ", ".join(map(str, present[:20])) + (", ..." if len(present) > 20 else "")
         raise ValueError(
             f"{path}: the labels {shown} leave out some of {count} classes; if that is meant, give classes and"
@@ -302,7 +302,7 @@ def _question(passage: str, entry: Any, at: str) -> Question:
 
 
 def _items(entries: Any, key: str, at: str) -> list[tuple[Any, str]]:
-    """Returns the items of a list of JSON, with the place of each."""
+    """Returns the items of a JSON list, each with its position."""
     return [(item, f"{at}, {key} {i}") for i, item in enumerate(_entry(entries, key, list, at))]
 
 
@@ -312,7 +312,7 @@ def _entry(entries: Any, key: str, kind: Any, at: str) -> Any:
     if key not in entries:
         raise ValueError(f"{at}: no entry {key!r}; {near_misses(key, entries)}")
     value = entries[key]
-    # JSON's true and false are whole numbers to Python.
+    # JSON's booleans are integers in Python.
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         kinds = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
         raise ValueError(f"{at}: the entry {key!r} must be {kinds}, got {type(value).__name__}")

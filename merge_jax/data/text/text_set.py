@@ -1,4 +1,4 @@
-"""Texts with labels, and questions on passages, as they are before they become tokens."""
+"""Labelled texts, and questions on passages, before tokenisation."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,10 +12,10 @@ __all__ = ["LabelledTexts", "Question", "QuestionSet", "TextSet"]
 
 @dataclass(frozen=True)
 class LabelledTexts:
-    """Texts, each with the number of its class.
+    """Texts with class labels.
 
     Attributes:
-      texts: N of them.
+      texts: N texts.
       labels: `[N]`, int32, in `[0, classes)`.
     """
 
@@ -28,10 +28,10 @@ class TextSet:
     """A set of texts to classify.
 
     Attributes:
-      name: of the set.
-      train: what there is to learn from.
-      test: what is read once, at the end.
-      classes: their names, in the order of their labels.
+      name: the name of the set.
+      train: the training examples.
+      test: the test examples, read once at the end.
+      classes: the class names, in label order.
     """
 
     name: str
@@ -51,8 +51,8 @@ class Question:
 
     Attributes:
       question: the question.
-      passage: where its answer stands, if it has one.
-      answers: every text that counts as right; the first one is learned. Empty for a question without an answer.
+      passage: the text that contains its answer, if any.
+      answers: all correct answers; training uses the first. Empty for a question without an answer.
       start: the position of the first character of `answers[0]` in the passage; -1 without an answer.
     """
 
@@ -67,9 +67,9 @@ class QuestionSet:
     """A set of questions on passages.
 
     Attributes:
-      name: of the set.
-      train: what there is to learn from.
-      test: what is read once, at the end.
+      name: the name of the set.
+      train: the training examples.
+      test: the test examples, read once at the end.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Text sets of TensorFlow Datasets (TFDS), labelled texts and questions on passages, without TensorFlow."""
+"""Text sets of TensorFlow Datasets (TFDS), labelled texts and questions, without TensorFlow."""
 
 import functools
 import re
@@ -24,25 +24,24 @@ _HIDDEN = -1
 def load_tfds_texts(
     name: str = IMDB, data_dir: Path | str | None = None, *, text: str | Sequence[str] = "text"
 ) -> TextSet:
-    """Returns the text classification set that TFDS calls `name`, prepared in `data_dir` at the first call.
+    """Returns the TFDS text classification set `name`, prepared in `data_dir` at the first call.
 
-    The split "train" is learnt from; "test", or "validation" where there is none with labels, is tested on. `data_dir`
-    is TFDS's own by default, `~/tensorflow_datasets`. Official TFDS reads what is prepared here:
-    `tfds.data_source(name)`.
+    The training split is "train"; the test split is "test", or "validation" if "test" has no labels. `data_dir`
+    defaults to TFDS's folder, `~/tensorflow_datasets`. Official TFDS reads the prepared set: `tfds.data_source(name)`.
 
     IMDb, `imdb_reviews`, needs no TensorFlow: its archive, `aclImdb_v1.tar.gz`, is read from
-    `<data_dir>/downloads/manual/` if it is there, and downloaded otherwise. One's own may hold fewer texts. For other
-    sets that depends on their TFDS builder. Texts stay as they are, `<br />` in IMDb's too.
+    `<data_dir>/downloads/manual/` if it is there, and downloaded otherwise. Your own archive may hold fewer texts.
+    Other sets may need TensorFlow, depending on their TFDS builder. Texts are unchanged, including `<br />` in IMDb.
 
     Args:
-      name: of the set, with its config where it has several: `glue/sst2`.
+      name: the set's name, with its config if it has several: `glue/sst2`.
       data_dir: the folder of all sets.
-      text: the feature that is the text, `"sentence"` of `glue/sst2`; or several, which a space joins,
-        `("title", "description")` of `ag_news_subset`.
+      text: the text feature, such as `"sentence"` of `glue/sst2`; or several, joined by a space, such as `("title",
+        "description")` of `ag_news_subset`.
 
     Raises:
-      ValueError: the set is unknown, is not one of texts and labels, cannot be downloaded or prepared, or was prepared
-        from another archive than the one that is there now; the archive is broken, or a text is not UTF-8.
+      ValueError: the set is unknown, does not consist of texts and labels, cannot be downloaded or prepared, or was
+        prepared from another archive than the current one; the archive is broken, or a text is not UTF-8.
     """
     keys = (text,) if isinstance(text, str) else tuple(text)
     check = functools.partial(_check_texts, keys=keys)
@@ -50,7 +49,7 @@ def load_tfds_texts(
     splits = list(builder.info.splits)
     train_and_test = None
     if "train" in splits:
-        # GLUE keeps the labels of its tests to itself.
+        # GLUE does not publish its test labels.
         tests = (_read_texts(builder, split, keys) for split in _TEST_SPLITS if split in splits)
         test = next((texts for texts in tests if (texts.labels != _HIDDEN).any()), None)
         train_and_test = None if test is None else (_read_texts(builder, "train", keys), test)
@@ -60,21 +59,21 @@ def load_tfds_texts(
 
 
 def load_tfds_questions(name: str = "squad/v2.0", data_dir: Path | str | None = None) -> QuestionSet:
-    """Returns the set of questions on passages that TFDS calls `name`, prepared in `data_dir` at the first call.
+    """Returns the TFDS set `name` of questions on passages, prepared in `data_dir` at the first call.
 
-    The split "train" is learnt from; "test", or "validation" where there is none, is tested on. `data_dir` is TFDS's
-    own by default, `~/tensorflow_datasets`. Official TFDS reads what is prepared here: `tfds.data_source(name)`.
+    The training split is "train"; the test split is "test", or "validation" if there is none. `data_dir` defaults to
+    TFDS's folder, `~/tensorflow_datasets`. Official TFDS reads the prepared set: `tfds.data_source(name)`.
 
     The files of SQuAD, `train-v2.0.json` and `dev-v2.0.json`, are read from `<data_dir>/downloads/manual/` if they are
-    there, and downloaded otherwise. One's own may hold fewer questions. Other sets with SQuAD's features can be read
-    too, where their TFDS builder can prepare them.
+    there, and downloaded otherwise. Your own files may hold fewer questions. Other sets with SQuAD's features can be
+    read too, if their TFDS builder can prepare them.
 
-    A first answer that does not begin where the set says is taken from where it stands nearest to that (our choice:
-    a start a few characters off would teach another span).
+    If a first answer does not begin at the stated position, the nearest occurrence is used (our choice: a start a few
+    characters off would teach another span).
 
     Raises:
-      ValueError: the set is unknown, is not one of questions on passages, cannot be downloaded or prepared, or was
-        prepared from other files than those that are there now; a file is broken, or an answer is not in its passage.
+      ValueError: the set is unknown, does not consist of questions on passages, cannot be downloaded or prepared, or
+        was prepared from other files than the current ones; a file is broken, or an answer is not in its passage.
     """
     builder = _prepared(name, root_folder(data_dir), prepare_squad if name in SQUAD else prepare, _check_questions)
     splits = list(builder.info.splits)
@@ -85,7 +84,7 @@ def load_tfds_questions(name: str = "squad/v2.0", data_dir: Path | str | None = 
 
 
 def _prepared(name: str, root: Path, prepare_set: Callable[..., Any], check: Callable[[str, Any], None]) -> Any:
-    # TFDS would stop looking for its older sets, such as GLUE, at the first one that needs a package that is not there.
+    # TFDS would stop searching its older sets, such as GLUE, at the first one that needs a missing package.
     import tensorflow_datasets.question_answering
     import tensorflow_datasets.text  # noqa: F401
 
@@ -148,7 +147,7 @@ def _read_questions(builder: Any, split: str) -> list[Question]:
     questions: list[Question] = []
     for example in _examples(builder, split, "question"):
         index = len(questions)
-        # The questions on a passage share it.
+        # Questions on a passage share it.
         passage = sys.intern(_decoded(example["context"], where, index))
         answers = tuple(_decoded(answer, where, index) for answer in example["answers"]["text"])
         start = _start(passage, answers[0], int(example["answers"]["answer_start"][0])) if answers else -1
@@ -159,7 +158,7 @@ def _read_questions(builder: Any, split: str) -> list[Question]:
 
 
 def _start(passage: str, answer: str, start: int) -> int:
-    """Returns where the answer begins, nearest to `start`; -1 if it is not in the passage."""
+    """Returns the start of the answer nearest to `start`; -1 if it is not in the passage."""
     if start >= 0 and passage.startswith(answer, start):
         return start
     found = [match.start() for match in re.finditer(f"(?={re.escape(answer)})", passage)]
@@ -168,7 +167,7 @@ def _start(passage: str, answer: str, start: int) -> int:
 
 def _decoded(text: bytes | str, where: str, index: int) -> str:
     try:
-        # TFDS's own mock data are str.
+        # TFDS's mock data are str.
         return text if isinstance(text, str) else text.decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"{where}: the text of example {index} is not UTF-8 ({one_line(error)})") from error

@@ -1,4 +1,4 @@
-"""Text to arrays of tokens by BERT's WordPiece, and answers cut out of their passages again."""
+"""Converts texts to token arrays by BERT's WordPiece, and extracts answers from passages."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ MODEL_VOCABULARIES = ("tokenizer.json", "vocab.txt")
 _NEEDED = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 _SPECIAL = (*_NEEDED, "[MASK]")
 _PADDING = 0
-# Encodings hold every token as a string, which for a whole set of long texts would fill the memory.
+# Encodings hold every token as a string, which would fill the memory for a whole set of long texts.
 _CHUNK = 1000
 
 
@@ -34,7 +34,7 @@ class Encoded:
 
     Attributes:
       arrays: `{"tokens": int32 [N, L], "label": int32 [N]}`.
-      truncated: number of texts that lost their end.
+      truncated: the number of truncated texts.
     """
 
     arrays: Arrays
@@ -47,9 +47,8 @@ class EncodedQuestions:
 
     Attributes:
       arrays: as `WordPiece.encode_questions` describes them.
-      truncated: number of passages that lost their end.
-      cut_off: number of questions whose answer was, in whole or in part, in the end that was lost; those where
-        `arrays["kept"]` is False.
+      truncated: the number of truncated passages.
+      cut_off: the number of questions whose answer was wholly or partly truncated; those with `arrays["kept"]` False.
     """
 
     arrays: Arrays
@@ -58,18 +57,18 @@ class EncodedQuestions:
 
 
 class WordPiece:
-    """The tokens of BERT, by the library `tokenizers`; made by `from_vocabulary` or `train`.
+    """BERT's tokenizer, by the library `tokenizers`; created by `from_vocabulary` or `train`.
 
     A literal `[SEP]` in the input is tokenised as text, never as the special token.
 
-    Source: Devlin et al., "BERT" (2019); the training of the library merges the most frequent pair of pieces.
+    Source: Devlin et al., "BERT" (2019); the library's training merges the most frequent pair of pieces.
     """
 
     def __init__(self, tokenizer: "Tokenizer", source: str) -> None:
-        """Takes a tokenizer of the library; `source` names it in an error.
+        """Takes a tokenizer of the library; `source` identifies it in errors.
 
         Raises:
-          ValueError: it lacks special tokens, `[PAD]` is not 0, or it reads special tokens in a text as such.
+          ValueError: it lacks special tokens, `[PAD]` is not 0, or it parses special tokens in a text.
         """
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
         missing = [token for token in _NEEDED if token not in vocabulary]
@@ -90,15 +89,14 @@ class WordPiece:
 
     @classmethod
     def from_vocabulary(cls, path: Path | str, lowercase: bool = True) -> "WordPiece":
-        """Returns the tokens of a BERT `vocab.txt`, one a line, or of a `tokenizer.json` (by suffix).
+        """Returns the tokenizer of a BERT `vocab.txt`, one token per line, or of a `tokenizer.json` (by suffix).
 
-        Of a model's folder, as Hugging Face saves it, the `tokenizer.json` is read, or the `vocab.txt` where there is
-        none. `lowercase` also strips accents, as uncased BERT does; it goes for a `vocab.txt` only, since a
-        `tokenizer.json` says itself what to do.
+        From a Hugging Face model folder, reads `tokenizer.json`, or else `vocab.txt`. `lowercase` also strips accents,
+        like uncased BERT; it applies only to a `vocab.txt`, since a `tokenizer.json` specifies this itself.
 
         Raises:
-          ValueError: the file is missing, cannot be read or is no WordPiece; a token is there twice or empty; special
-            tokens are missing, or `[PAD]` is not 0.
+          ValueError: the file is missing, unreadable or not WordPiece; a token is duplicate or empty; special tokens
+            are missing, or `[PAD]` is not 0.
         """
         library = _library()
         path = Path(path)
@@ -113,7 +111,7 @@ class WordPiece:
             return cls(_tokenizer(_read_vocabulary(path), lowercase), str(path))
         try:
             tokenizer = library.Tokenizer.from_file(str(path))
-        except Exception as error:  # The library has no one type for a file it cannot read.
+        except Exception as error:  # The library raises various types for unreadable files.
             raise ValueError(f"the tokenizer {path} cannot be read: {error}") from error
         if not isinstance(tokenizer.model, library.models.WordPiece):
             raise ValueError(f"the tokenizer {path} must be a WordPiece, got {type(tokenizer.model).__name__}")
@@ -121,13 +119,13 @@ class WordPiece:
 
     @classmethod
     def train(cls, texts: Sequence[str], vocab_size: int, lowercase: bool = True) -> "WordPiece":
-        """Returns a vocabulary learnt from texts, the same at every call; `lowercase` also strips accents.
+        """Returns a tokenizer trained on texts, deterministically; `lowercase` also strips accents.
 
-        The first ids are `[PAD]`, `[UNK]`, `[CLS]`, `[SEP]` and `[MASK]`. It has fewer than `vocab_size` tokens if
-        there are no more pieces of words to be merged.
+        The first ids are `[PAD]`, `[UNK]`, `[CLS]`, `[SEP]` and `[MASK]`. It has fewer than `vocab_size` tokens if no
+        more pieces of words can be merged.
 
         Raises:
-          ValueError: there is no letter in the texts, or no place for all of them in the vocabulary.
+          ValueError: the texts have no letters, or the vocabulary is too small for all letters.
         """
         library = _library()
         check_at_least_one(vocab_size=vocab_size)
@@ -139,8 +137,8 @@ class WordPiece:
             )
             return tokenizer.get_vocab(with_added_tokens=True)
 
-        # The library numbers the letters inside words in the order of a hash map, which differs at every call, and
-        # breaks ties by these numbers. Hence it is first asked for the letters alone, and then given them in order.
+        # The library numbers the letters inside words in hash map order, which differs at every call, and breaks ties
+        # by these numbers. So we first collect only the letters, and then pass them in order.
         letters = sorted(set(learnt(0, list(_SPECIAL))) - set(_SPECIAL))
         if not letters:
             raise ValueError(f"there is no letter to learn from in {len(texts)} texts")
@@ -153,7 +151,7 @@ class WordPiece:
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens, the rows of a model's table."""
+        """The number of tokens, which is the number of rows of a model's embedding table."""
         return self._size
 
     @property
@@ -179,10 +177,10 @@ class WordPiece:
     def encode_texts(
         self, texts: Sequence[str], labels: np.ndarray, max_length: int, *, too_long: str = "truncate"
     ) -> Encoded:
-        """Returns `{"tokens": int32 [N, max_length], "label": int32 [N]}`: `[CLS] text [SEP]`, and 0 after it.
+        """Returns `{"tokens": int32 [N, max_length], "label": int32 [N]}`: `[CLS] text [SEP]`, padded with 0.
 
         Raises:
-          ValueError: there are no texts; labels are no whole numbers `[N]`; a text has no tokens, as an empty one, or
+          ValueError: there are no texts; labels are not integers `[N]`; a text has no tokens, such as an empty one, or
             is too long under `too_long="error"`.
         """
         _check_options(max_length, 3, too_long)
@@ -211,22 +209,22 @@ class WordPiece:
     def encode_questions(
         self, questions: Sequence[Question], max_length: int, *, too_long: str = "truncate"
     ) -> EncodedQuestions:
-        """Returns `[CLS] question [SEP] passage [SEP]`, and 0 after it; only the passage loses its end if need be.
+        """Returns `[CLS] question [SEP] passage [SEP]`, padded with 0; only the passage is truncated if needed.
 
         With L = `max_length`, the arrays are
 
         - "tokens": int32 `[N, L]`;
-        - "start", "end": int32 `[N]`, the positions of the first and the last token of the first answer. Both are 0,
-          that is `[CLS]`, for a question without an answer, or with one that was cut off;
-        - "offset": int32 `[N, L, 2]`, the characters of each of the passage's tokens in the passage, end exclusive;
-          (0, 0) elsewhere;
+        - "start", "end": int32 `[N]`, the positions of the first and the last token of the first answer. Both are 0
+          (`[CLS]`) if a question has no answer or its answer was truncated;
+        - "offset": int32 `[N, L, 2]`, the character range in the passage of each of its tokens, end exclusive; (0, 0)
+          elsewhere;
         - "example": int32 `[N]`, the question's index;
-        - "kept": bool `[N]`, False where the answer was cut off. Such questions teach that there is no answer where
-          there is one, so leave them out of training, but not of a test.
+        - "kept": bool `[N]`, False if the answer was truncated. Such questions would wrongly teach "no answer", so
+          leave them out of training, but not out of a test.
 
         Raises:
           ValueError: there are no questions; a question, a passage or an answer has no tokens; an answer is not at its
-            place in its passage; a question leaves no room for its passage; a passage is too long under
+            position in the passage; a question leaves no room for its passage; a passage is too long under
             `too_long="error"`.
         """
         _check_options(max_length, 5, too_long)
@@ -295,15 +293,15 @@ class WordPiece:
 def decode_spans(logits: np.ndarray, arrays: Arrays, passages: Sequence[str], max_answer_tokens: int = 30) -> list[str]:
     """Returns the likeliest answer to each question, "" for none.
 
-    The answer is `argmax_{s <= e} logits[s, 0] + logits[e, 1]` over the tokens of the passage, e - s below
-    `max_answer_tokens`; none where `logits[0, 0] + logits[0, 1]`, the score of `[CLS]`, is as high. Of equal scores the
-    shorter and then the earlier answer counts. It is cut out of the passage as it is written there.
+    The answer is `argmax_{s <= e} logits[s, 0] + logits[e, 1]` over the passage's tokens, with `e - s` below
+    `max_answer_tokens`; none if `logits[0, 0] + logits[0, 1]`, the score of `[CLS]`, is as high. Ties go to the
+    shorter, then the earlier answer. The answer is the literal substring of the passage.
 
     Args:
-      logits: `[N, L, 2]`, of the start and of the end.
-      arrays: of `encode_questions`, or N rows of them; "offset" and "example" are used.
-      passages: of all questions; the one of row i is `passages[arrays["example"][i]]`.
-      max_answer_tokens: the most tokens an answer may have.
+      logits: `[N, L, 2]`, for the start and the end.
+      arrays: from `encode_questions`, or N rows of them; uses "offset" and "example".
+      passages: the passages of all questions; row i uses `passages[arrays["example"][i]]`.
+      max_answer_tokens: the maximum number of tokens in an answer.
 
     Source: the rule of BERT (2019), section 4.3, with a threshold of 0.
 
@@ -331,7 +329,7 @@ def decode_spans(logits: np.ndarray, arrays: Arrays, passages: Sequence[str], ma
         better = spans[rows, start] > best
         best = np.where(better, spans[rows, start], best)
         first, last = np.where(better, start, first), np.where(better, start + extra, last)
-    # Where nothing was better than [CLS], its own offsets, (0, 0), cut out "".
+    # If nothing beats [CLS], its offsets, (0, 0), yield "".
     return [
         passages[int(example)][offset[s, 0] : offset[e, 1]]
         for example, offset, s, e in zip(examples, offsets, first, last, strict=True)
@@ -339,7 +337,7 @@ def decode_spans(logits: np.ndarray, arrays: Arrays, passages: Sequence[str], ma
 
 
 def _library() -> ModuleType:
-    import tokenizers  # Not at the top: who has no texts need not wait for it.
+    import tokenizers  # Not at the top: only texts need this slow import.
 
     return tokenizers
 
@@ -394,7 +392,7 @@ def _check_answer(index: int, question: Question) -> None:
 def _offsets(encoding: "Encoding", passage: str) -> np.ndarray:
     offsets = np.array(encoding.offsets, np.int32)
     if not passage.isascii():
-        # The library drops an accent that is a character of its own at the end of a word, but it is part of the text.
+        # The library drops an accent that is a separate character at the end of a word, but it is part of the text.
         for row, (_, end) in enumerate(offsets):
             while end < len(passage) and combining(passage[end]):
                 end += 1
