@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-__all__ = ["example_numbers", "of_all_rows", "padded_batches"]
+__all__ = ["apply_in_batches", "example_numbers", "padded_batches"]
 
 
 def padded_batches(
@@ -40,7 +40,7 @@ def example_numbers(arrays: Mapping[str, Any], count: int) -> np.ndarray:
     return example
 
 
-def of_all_rows(
+def apply_in_batches(
     fn: Callable[[dict[str, np.ndarray]], Any], arrays: Mapping[str, Any], rows: np.ndarray, batch_size: int
 ) -> Any:
     """Returns the outputs of a function of a batch, leaves `[B, ...]`, for all these rows, `[len(rows), ...]`.

@@ -9,7 +9,7 @@ import numpy as np
 
 from merge_jax.checks import check_at_least_one, count_examples
 from merge_jax.objectives.device_axis import whole_batch
-from merge_jax.objectives.evaluation import of_all_rows
+from merge_jax.objectives.evaluation import apply_in_batches
 from merge_jax.objectives.losses import model_loss
 from merge_jax.types import Batch, LossFn, ModelApply, ModelState, Params
 
@@ -168,7 +168,7 @@ def evaluate_retrieval(
         jitted = jax.jit(lambda variables, batch: apply_fn(variables, batch, train=False))
 
         def embed(variables: Any, entry: Any, rows: np.ndarray) -> np.ndarray:
-            made = of_all_rows(lambda batch: jitted(variables, batch["entry"]), {"entry": entry}, rows, batch_size)
+            made = apply_in_batches(lambda batch: jitted(variables, batch["entry"]), {"entry": entry}, rows, batch_size)
             return made.astype(np.float32)
 
         return embed

@@ -16,7 +16,7 @@ import numpy as np
 
 from merge_jax.checks import check_at_least_one, count_examples
 from merge_jax.objectives.distillation import cross_entropy
-from merge_jax.objectives.evaluation import example_numbers, of_all_rows
+from merge_jax.objectives.evaluation import apply_in_batches, example_numbers
 from merge_jax.objectives.losses import model_loss
 from merge_jax.types import Batch, LossFn, ModelApply, ModelState, Params
 
@@ -89,7 +89,7 @@ def evaluate_spans(
         example = example_numbers(arrays, len(answers))
         used = {name: arrays[name] for name in (inputs, "start", "end")}
         run = functools.partial(losses_and_logits, params, model_state)
-        losses, logits = of_all_rows(run, used, np.arange(size), batch_size)
+        losses, logits = apply_in_batches(run, used, np.arange(size), batch_size)
         predictions = decode(logits.astype(np.float32), arrays)
         if len(predictions) != size:
             raise ValueError(f"decode must give an answer to each of {size} examples, got {len(predictions)}")

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from merge_jax.checks import check_at_least_one, count_examples
-from merge_jax.objectives.evaluation import example_numbers, of_all_rows
+from merge_jax.objectives.evaluation import apply_in_batches, example_numbers
 from merge_jax.objectives.losses import model_loss
 from merge_jax.types import Batch, LossFn, ModelApply, ModelState, Params
 
@@ -154,7 +154,7 @@ def evaluate_vqa(
         example = example_numbers(arrays, len(answers))
         used = {name: arrays[name] for name in ("image", "tokens", "answers")}
         run = functools.partial(losses_and_best, params, model_state)
-        losses, best = of_all_rows(run, used, np.arange(size), batch_size)
+        losses, best = apply_in_batches(run, used, np.arange(size), batch_size)
         scores = vqa_scores(
             [vocabulary[int(place)] for place in best],
             [answers[int(number)] for number in example],
@@ -190,7 +190,7 @@ def predict_answers(
     def predict(params: Params, model_state: ModelState, arrays: Mapping[str, Any]) -> list[str]:
         size = count_examples(arrays, "image", "tokens")
         used = {name: arrays[name] for name in ("image", "tokens")}
-        best = of_all_rows(functools.partial(largest, params, model_state), used, np.arange(size), batch_size)
+        best = apply_in_batches(functools.partial(largest, params, model_state), used, np.arange(size), batch_size)
         return [vocabulary[int(place)] for place in best]
 
     return predict

@@ -12,7 +12,7 @@ from flax.errors import FlaxError
 
 import merge_jax as mj
 from merge_jax.data import Arrays, is_streamed, num_examples, take
-from merge_jax.objectives.evaluation import of_all_rows
+from merge_jax.objectives.evaluation import apply_in_batches
 from merge_jax.paths import flatten
 from merge_jax.study.model import StudyModel
 from merge_jax.study.scenario import Scenario
@@ -314,7 +314,7 @@ def observer(model: StudyModel, arrays: Arrays) -> Observe | None:
         # One batch size for all sets of examples, so that one compilation serves them.
         rows = np.resize(np.arange(size), max(size, _AT_ONCE))
         used = {name: arrays[name] for name in model.inputs}
-        found = of_all_rows(lambda batch: read(params, model_state, *batch.values()), used, rows, _AT_ONCE)
+        found = apply_in_batches(lambda batch: read(params, model_state, *batch.values()), used, rows, _AT_ONCE)
         return Observed(*(part[:size] for part in found))
 
     return observed

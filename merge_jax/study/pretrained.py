@@ -10,7 +10,7 @@ import numpy as np
 import merge_jax as mj
 from merge_jax.data import Arrays
 from merge_jax.models.key_maps import PretrainedVariables
-from merge_jax.objectives.evaluation import of_all_rows
+from merge_jax.objectives.evaluation import apply_in_batches
 from merge_jax.types import ModelApply
 
 __all__ = ["OF_PYTORCH", "Weights", "fitted_head", "read_features", "with_fitted_head"]
@@ -43,7 +43,7 @@ def read_features(apply: ModelApply, variables: Mapping[str, Any], inputs: np.nd
     """
     observe = mj.objectives.with_features(apply)
     read = jax.jit(lambda variables, inputs: observe(variables, inputs, train=False)[1][0])
-    return of_all_rows(
+    return apply_in_batches(
         lambda batch: read(variables, batch["inputs"]), {"inputs": inputs}, np.arange(len(inputs)), _AT_ONCE
     )
 

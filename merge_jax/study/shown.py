@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from merge_jax.data import num_examples
-from merge_jax.objectives.evaluation import of_all_rows
+from merge_jax.objectives.evaluation import apply_in_batches
 from merge_jax.study.model import POOL
 from merge_jax.training.joint import TrainState
 from merge_jax.types import Batch, ModelState, Params, TeacherFn
@@ -51,7 +51,7 @@ class Shown:
             self._latest = None  # Not both at once in memory.
             show = partial(self._show, *jax.device_get((source.params, source.model_state)))  # Wherever it was placed.
             named = self._named(arrays)
-            self._latest = seed, of_all_rows(show, named, np.arange(num_examples(named)), _AT_ONCE)
+            self._latest = seed, apply_in_batches(show, named, np.arange(num_examples(named)), _AT_ONCE)
         return self._latest[1]
 
     def _named(self, arrays: Mapping[str, Any]) -> dict[str, Any]:

@@ -32,9 +32,9 @@ class Rows:
     """A linear map from the rows of a source leaf to rows of a target leaf: `row t = sum_s w[t, s] row s`.
 
     Rows have a fixed meaning: words and positions of an embedding, pixels of a patch, labels of a last layer. They are
-    along the first axis of a table, along the inputs for `of_patches`, along the outputs of any other kernel, and along
-    a bias. Target rows without a source row do not change. Create a map with `by_name`, `by_index`, `of_grids` or
-    `of_patches`, and pass it to a `Route`.
+    along the first axis of a table, along the inputs for `from_patches`, along the outputs of any other kernel, and
+    along a bias. Target rows without a source row do not change. Create a map with `by_name`, `by_index`, `from_grids`
+    or `from_patches`, and pass it to a `Route`.
 
     Attributes:
       made: the target rows that are replaced, in increasing order.
@@ -94,7 +94,7 @@ class Rows:
         return cls(tuple(map(int, made)), parts, (len(numbers), source_rows))
 
     @classmethod
-    def of_grids(cls, source: tuple[int, int], target: tuple[int, int], *, leading: int = 0) -> Self:
+    def from_grids(cls, source: tuple[int, int], target: tuple[int, int], *, leading: int = 0) -> Self:
         """Returns the rows of a grid of positions, resampled if the grids differ in size.
 
         Bilinear between the centres of cells, and averaged over the covered cells if the target's grid is coarser:
@@ -118,7 +118,7 @@ class Rows:
         return cls._of_matrix(matrix)
 
     @classmethod
-    def of_patches(cls, source: tuple[int, int, int], target: tuple[int, int, int]) -> Self:
+    def from_patches(cls, source: tuple[int, int, int], target: tuple[int, int, int]) -> Self:
         """Returns the rows of a kernel that reads patches: pixels, in the order height, width, channels.
 
         On a patch, the new kernel computes the source kernel's output for that patch, converted to the source's size
@@ -289,13 +289,13 @@ def _unlike(target: End, source: End, target_rows: _NamedRows, source_rows: _Nam
         how = (
             "rows=mj.match_vocabulary(source_tokens, target_tokens) for words, "
             "rows=mj.Rows.by_name(source_names, target_names) for labels, "
-            "rows=mj.Rows.of_grids(source_grid, target_grid) "
+            "rows=mj.Rows.from_grids(source_grid, target_grid) "
             "for places in images, or rows='first' for row i from row i, as for positions in a text"
         )
     else:
         how = (
-            "rows=mj.Rows.of_patches(source_patch, target_patch), each (height, width, channels), or rows='first' for "
-            "pixel i from pixel i"
+            "rows=mj.Rows.from_patches(source_patch, target_patch), each (height, width, channels), or rows='first' "
+            "for pixel i from pixel i"
         )
     counts = ["x".join(map(str, sizes)) for _, sizes in (target_rows, source_rows)]
     return ValueError(

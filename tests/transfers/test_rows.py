@@ -117,9 +117,9 @@ def test_grids_are_resampled_as_images_and_the_class_token_stays(source, target)
 
     trees = positions(*source, 5), positions(*target, 3)
     path = "position/embedding"
-    with pytest.raises(ValueError, match=r"rows=mj\.Rows\.of_grids"):
+    with pytest.raises(ValueError, match=r"rows=mj\.Rows\.from_grids"):
         mj.share_transfer({path: path}).apply({}, *trees)
-    transfer = mj.share_transfer(route(mj.Rows.of_grids(source, target, leading=1), path))
+    transfer = mj.share_transfer(route(mj.Rows.from_grids(source, target, leading=1), path))
     merged = transfer.apply({}, *trees)["position"]["embedding"]
     table = trees[0]["position"]["embedding"][:, :3]
     np.testing.assert_array_equal(merged[0], table[0])
@@ -129,7 +129,7 @@ def test_grids_are_resampled_as_images_and_the_class_token_stays(source, target)
 
 def test_positions_with_an_axis_before_them_have_grids_too():
     source, target = ({"pos_embed": normal(1, rows, 2)} for rows in (16, 4))
-    rows = mj.Rows.of_grids((4, 4), (2, 2))
+    rows = mj.Rows.from_grids((4, 4), (2, 2))
     merged = mj.share_transfer(route(rows, "pos_embed")).apply({}, source, target)["pos_embed"]
     image = jax.image.resize(source["pos_embed"].reshape(4, 4, 2), (2, 2, 2), "linear")
     np.testing.assert_allclose(merged, image.reshape(1, 4, 2), atol=1e-5)
@@ -145,7 +145,7 @@ def test_patches_of_other_channels_are_refused(path):
         return leaf
 
     with pytest.raises(
-        ValueError, match=rf"^give Route\('{path}', .*rows=mj\.Rows\.of_patches.* pixels, .* no number says"
+        ValueError, match=rf"^give Route\('{path}', .*rows=mj\.Rows\.from_patches.* pixels, .* no number says"
     ):
         mj.share_transfer({path: path}).apply({}, tree(3), tree(1))
     mj.share_transfer({path: path}).apply({}, tree(3), tree(3))
@@ -162,7 +162,7 @@ def test_a_kernel_of_patches_gives_what_the_sources_gives_on_the_patch_resampled
 
     (old, path), (start, _) = kernel(source), kernel(target)
     name = path.split("/")[1]
-    rows = mj.Rows.of_patches(source, target)
+    rows = mj.Rows.from_patches(source, target)
     new = mj.share_transfer(route(rows, path)).apply({}, {"patch": {name: old}}, {"patch": {name: start}})["patch"][
         name
     ]
@@ -183,7 +183,7 @@ def test_a_kernel_of_patches_gives_what_the_sources_gives_on_the_patch_resampled
 def test_the_first_layer_of_any_network_reads_another_number_of_colours():
     """Nothing tells that its inputs are colours, so that nothing is refused; who knows it, says it."""
     source, target = ({"stem": {"kernel": normal(3, 3, channels, 4)}} for channels in (3, 1))
-    rows = mj.Rows.of_patches((3, 3, 3), (3, 3, 1))
+    rows = mj.Rows.from_patches((3, 3, 3), (3, 3, 1))
     merged = mj.share_transfer(route(rows, "stem/kernel")).apply({}, source, target)["stem"]["kernel"]
     np.testing.assert_allclose(merged, source["stem"]["kernel"].sum(axis=2, keepdims=True), atol=1e-6)
 
@@ -227,8 +227,8 @@ def test_a_vision_transformer_takes_positions_and_patches_of_another():
     )
     patch, position = "encoder/patch/kernel", "encoder/position/embedding"
     routes = [
-        *route(mj.Rows.of_patches((2, 2, 3), (4, 4, 1)), patch),
-        *route(mj.Rows.of_grids((4, 4), (2, 2), leading=1), position),
+        *route(mj.Rows.from_patches((2, 2, 3), (4, 4, 1)), patch),
+        *route(mj.Rows.from_grids((4, 4), (2, 2), leading=1), position),
     ]
     merged = mj.flatten(mj.share_transfer(routes).apply({}, source, target))
     grey = normal(4, 4, 1)
@@ -267,10 +267,10 @@ def test_tokens_of_two_vocabularies_meet_in_padded_tables_too():
         (lambda: mj.Rows.by_index([0, 3], 3), "those of 3 rows of the source, or -1; got 3"),
         (lambda: mj.Rows.by_index([-1], 3), "got none but -1"),
         (lambda: mj.Rows.by_index([0.5], 3), "must be a row of whole numbers"),
-        (lambda: mj.Rows.of_grids((2, 0), (2, 2)), "w of the source must be a whole number of at least 1, got 0"),
-        (lambda: mj.Rows.of_grids((2,), (2, 2)), r"sizes of the source must be 2 \(h, w\), got \(2,\)"),
-        (lambda: mj.Rows.of_grids((2, 2), (2, 2), leading=-1), "leading must be a whole number of 0 or more"),
-        (lambda: mj.Rows.of_patches((2, 2, 3), (2, 2, 4)), "nothing says how 4 channels become 3"),
+        (lambda: mj.Rows.from_grids((2, 0), (2, 2)), "w of the source must be a whole number of at least 1, got 0"),
+        (lambda: mj.Rows.from_grids((2,), (2, 2)), r"sizes of the source must be 2 \(h, w\), got \(2,\)"),
+        (lambda: mj.Rows.from_grids((2, 2), (2, 2), leading=-1), "leading must be a whole number of 0 or more"),
+        (lambda: mj.Rows.from_patches((2, 2, 3), (2, 2, 4)), "nothing says how 4 channels become 3"),
     ],
 )
 def test_rows_that_cannot_be_are_refused(make, message):
@@ -283,7 +283,7 @@ def test_rows_that_cannot_be_are_refused(make, message):
     [
         (route(mj.Rows.by_index([0, 1], 5)), "give rows of 6 from 5, as many as 'word/embedding'.*not of 2 from 5"),
         ([mj.Route(PATH, ("a/kernel", "a/kernel_2"), rows=BY_NAME)], "routes of one leaf from one leaf"),
-        ([mj.Route("conv/kernel", "b/kernel", rows=mj.Rows.of_patches((2, 2, 1), (2, 2, 1)))], "other's layout"),
+        ([mj.Route("conv/kernel", "b/kernel", rows=mj.Rows.from_patches((2, 2, 1), (2, 2, 1)))], "other's layout"),
         ([mj.Route("conv/kernel", "conv/kernel", rows=mj.Rows((0,), (((0, 1.0),),), (4, 4), True))], "make all rows"),
         ([mj.Route("patch/conv/kernel", "patch/kernel", rows="first")], "reshape one of the leaves"),
         ([mj.Route("block", "block", rows="first", view="attention")], "has rows and the view 'attention'"),
