@@ -196,6 +196,7 @@ def test_any_adapter_keeps_the_targets_structure(source, target, options, data):
 # Each shape compiles anew.
 @settings(max_examples=max(8, settings.default.max_examples // 4))
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 4), st.integers(0, 2**16))
+@pytest.mark.slow
 def test_a_basis_is_orthonormal_and_decoding_keeps_what_it_does_not_see(m, n, rank, seed):
     assume(rank <= min(m, n))
     w = np.random.default_rng(seed).normal(size=(m, n)).astype(np.float32)

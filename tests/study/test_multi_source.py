@@ -43,6 +43,7 @@ def models():
     return BOTH.init(jax.random.key(0))
 
 
+@pytest.mark.slow
 def test_each_model_has_the_gradient_it_would_have_alone(models):
     params, model_state = models
     batch = BOTH.splits(0).train

@@ -53,6 +53,7 @@ def source_of(folder):
         return checkpoints.restore_parts(checkpoints.latest_step, {"target/params": params})["target/params"]
 
 
+@pytest.mark.slow
 def test_a_frozen_source_of_another_run_is_that_runs_source(pretrained, tmp_path):
     folder, results, records = pretrained
     frozen = run("tiny", tmp_path / "run", *LITTLE, "--source", "frozen", "--source-from", folder)
@@ -97,6 +98,7 @@ def test_a_trajectory_of_another_run_is_that_runs(trajectory, tmp_path):
     assert again[1] == of_methods(records)
 
 
+@pytest.mark.slow
 def test_the_last_step_of_a_trajectory_teaches_and_is_tested(trajectory, pretrained):
     """Distillation and the source's own score are those of the source at its last step."""
     assert scores(trajectory[1])["kd"] == scores(pretrained[1])["kd"]

@@ -52,6 +52,7 @@ def run_together():
     return epoch, mj.training.over_seeds(epoch), mj.training.stack_seeds(states), arrays, indices
 
 
+@pytest.mark.slow
 def test_seeds_side_by_side_come_to_what_each_would_alone():
     epoch, together, state, arrays, indices = run_together()
     # In two parts, as a run with a report in between.

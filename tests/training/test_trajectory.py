@@ -66,6 +66,7 @@ def test_saved_steps_are_shown_evenly_and_in_order(snapshots, steps):
         assert int(replay(step)) == min(step * snapshots // steps, snapshots - 1)
 
 
+@pytest.mark.slow
 def test_the_joint_step_replays(next_key):
     """Compiled, through a transfer that learns, with the number of the snapshot among the metrics."""
     source, _ = helpers.variables(helpers.SOURCE, 0)

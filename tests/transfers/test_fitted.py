@@ -123,6 +123,7 @@ def test_of_the_input_of_a_depthwise_convolution_no_shifted_copy_is_kept(monkeyp
         assert max(map(len, kept)) == 2
 
 
+@pytest.mark.slow
 def test_deeper_models_need_no_more_memory():
     x = jax.ShapeDtypeStruct((4096, 64), jnp.float32)
 
@@ -215,6 +216,7 @@ def test_rows_are_drawn_where_there_are_many():
     assert not np.allclose(some["last"]["kernel"], other["last"]["kernel"], rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_it_can_be_differentiated():
     source, target = perceptron(0, 8), perceptron(1, 4)
 
@@ -364,6 +366,7 @@ def test_what_is_scaled_by_place_is_kept():
     np.testing.assert_allclose(made.variables["first"]["kernel"], source["first"]["kernel"], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_inputs_that_fill_the_last_batch_count_for_nothing_where_time_comes_first():
     def model(params, x):
         hidden = jax.nn.relu(x.swapaxes(0, 1) @ params["first"]["kernel"] + params["first"]["bias"][None, None])

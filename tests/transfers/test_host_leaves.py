@@ -86,6 +86,7 @@ def test_one_layer_is_on_the_device_at_a_time(mapped, name):
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, atol=1e-6), merged, expected)
 
 
+@pytest.mark.slow
 def test_moments_are_taken_with_one_layer_on_the_device(mapped):
     inputs = jnp.asarray(np.random.default_rng(2).normal(size=(32, 8)), jnp.float32)
     moments, most = live_bytes(lambda: mj.input_moments(model, mapped, inputs))

@@ -313,6 +313,7 @@ def test_transport_of_weight_nothing_is_the_target_and_each_weight_lies_between(
     chex.assert_trees_all_close(half, jax.tree.map(lambda a, b: (a + b) / 2, target, all_), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_transport_has_the_derivative_that_differences_have():
     """Of both models, through the plan: the first layer moves the second by its map alone."""
     source, target = layers(180, (3, 6, 5, 4)), layers(190, (3, 6, 5, 4))
