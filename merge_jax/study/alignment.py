@@ -43,8 +43,7 @@ def align(source: StudyModel, target: StudyModel, routes: Sequence[mj.Route]) ->
     examples = target.splits(0).train
 
     def channel_graph(model: StudyModel) -> mj.transfers.ChannelGraph:
-        params, model_state = jax.eval_shape(model.init, jax.random.key(0))
-        return mj.channel_graph(_evaluated(model), params, model_state, *_inputs(model, examples))
+        return mj.channel_graph(_evaluated(model), *model.shapes, *_inputs(model, examples))
 
     graphs = channel_graph(source), channel_graph(target)
     transfer = mj.aligned_transfer(routes, *graphs)

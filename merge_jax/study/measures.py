@@ -300,10 +300,9 @@ def observer(model: StudyModel, arrays: Arrays) -> Observe | None:
         logits, (features,) = observe({"params": params, **model_state}, *inputs, train=False)
         return features.reshape(features.shape[0], -1).astype(jnp.float32), logits
 
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
     inputs = [jax.ShapeDtypeStruct((1, *arrays[name].shape[1:]), arrays[name].dtype) for name in model.inputs]
     try:
-        _, logits = jax.eval_shape(read, *shapes, *inputs)
+        _, logits = jax.eval_shape(read, *model.shapes, *inputs)
     except (ValueError, TypeError, FlaxError):  # The data belongs to another model, or there are no features.
         return None
     if len(logits.shape) != 2:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,11 @@ class StudyModel:
                 f"the model {self.name!r} has an apply function and no inputs: name the entries of a batch that it "
                 "reads, such as inputs=('image',)"
             )
+
+    @cached_property
+    def shapes(self) -> tuple[Params, ModelState]:
+        """Shapes of the parameters and of the model state."""
+        return jax.eval_shape(self.init, jax.random.key(0))
 
 
 def classifier(

@@ -24,8 +24,8 @@ def make_plan(
     scenario: Scenario, config: RunConfig, source_plan: SourcePlan, layout: Layout, expected: str, caution: str
 ) -> Plan:
     """Returns the plan of a run; `expected` and `caution` as in the plan."""
-    target = _shapes(scenario.target)
-    source = {} if scenario.source is None else _shapes(scenario.source)
+    target = scenario.target.shapes[0]
+    source = {} if scenario.source is None else scenario.source.shapes[0]
     transfers = {}
     for name, method in scenario.methods.items():
         rows = method.transfer.describe(source, target)
@@ -61,11 +61,6 @@ def checkpoint_bytes(trials: Mapping[str, Trial], lowered: Mapping[str, Lowered]
         kept = saves if trial.keep is None else min(saves, trial.keep + 1)  # The best one is kept too.
         total += size * kept * seeds
     return total
-
-
-def _shapes(role: StudyModel) -> Params:
-    params, _ = jax.eval_shape(role.init, jax.random.key(0))
-    return params
 
 
 def _model(role: StudyModel, params: Params) -> Model:

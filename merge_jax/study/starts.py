@@ -99,7 +99,7 @@ def _variables(state: mj.TrainState) -> dict[str, Any]:
 
 
 def _shapes(model: StudyModel) -> dict[str, Any]:
-    params, model_state = jax.eval_shape(model.init, jax.random.key(0))
+    params, model_state = model.shapes
     return {"params": params, **model_state}
 
 

@@ -5,8 +5,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
-import jax
-
 import merge_jax as mj
 from merge_jax.checkpoints.weights.load import find_weights, weight_paths
 from merge_jax.checks import check_choice
@@ -131,8 +129,7 @@ def routes_by_depth(
             has = " and ".join(attention) or "none"
             raise ValueError(f"routes {BY_DEPTH} need a {role} with {needed}; {model.name} has {has}")
         patterns[role] = attention[modality]
-    shapes = (jax.eval_shape(model.init, jax.random.key(0))[0] for model in (source, target))
-    found = mj.match(*shapes, **patterns, view="attention")
+    found = mj.match(source.shapes[0], target.shapes[0], **patterns, view="attention")
     return [mj.Route(target, source, view="attention") for target, source in found.items()]
 
 
@@ -142,7 +139,7 @@ def routes_to_lower_half(model: StudyModel) -> list[mj.Route]:
     Raises:
       ValueError: a model without a text encoder.
     """
-    shapes = jax.eval_shape(model.init, jax.random.key(0))[0]
+    shapes, _ = model.shapes
     if "encoder" not in shapes:
         raise ValueError(f'routes "{BY_DEPTH}" are for text models; name those of {model.name} as shallow=deep')
     layers = sum(name.startswith("layer_") for name in shapes["encoder"])

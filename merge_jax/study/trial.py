@@ -407,8 +407,7 @@ def _shown_once(
     if is_streamed(arrays) or jax.process_count() > 1:  # With several processes, none may hold the whole source.
         return None
     shown = make_shown("target" if pool is None else "pool", method.teacher)
-    params, model_state = jax.eval_shape(source.init, jax.random.key(0))
-    return shown if shown.fits(TrainState(params, model_state, None), arrays) else None
+    return shown if shown.fits(TrainState(*source.shapes, None), arrays) else None
 
 
 def _pooled(step: JointStep, inputs: tuple[str, ...]) -> JointStep:
