@@ -66,8 +66,8 @@ def _open(path: Path) -> Stored:
         changed = [leaf for leaf in paths if names is not None and names.search(str(tensors[leaf].name))]
         if changed:
             warnings.warn(
-                f"at {some_of(changed, 3)} of {path} stand numbers that llama.cpp changes for its architecture ({how}):"
-                " turn them back before a model of other code gets them",
+                f"llama.cpp changed the numbers at {some_of(changed, 3)} of {path} for its architecture ({how}):"
+                " undo that before you use them in another model",
                 stacklevel=4,
             )
         for leaf in paths:

@@ -6,7 +6,7 @@ from typing import Any
 
 from merge_jax.layouts import MatrixSpec
 
-__all__ = ["Config", "class_of", "mode_of", "name_of", "scaled_axis", "spec_of", "sublayers", "variables_of"]
+__all__ = ["Config", "class_of", "name_of", "scaled_axis", "spec_of", "sublayers", "variables_of"]
 
 Config = Mapping[str, Any]
 """A layer in the `config.json` of a model: `class_name`, and its options in `config`."""
@@ -58,7 +58,7 @@ def name_of(config: Config | None) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def mode_of(config: Config | None) -> str | None:
+def _mode_of(config: Config | None) -> str | None:
     """Returns a layer's quantisation mode by its configuration, such as `int8`."""
     for name in ("config", "dtype", "config", "mode"):
         config = config.get(name) if isinstance(config, Mapping) else None
@@ -67,7 +67,7 @@ def mode_of(config: Config | None) -> str | None:
 
 def scaled_axis(kind: str, config: Config | None) -> int | None:
     """Returns the axis along which a layer's matrix was scaled to int8; None if it was not, or is unknown."""
-    return _SCALED_AXES.get(kind) if mode_of(config) == "int8" else None
+    return _SCALED_AXES.get(kind) if _mode_of(config) == "int8" else None
 
 
 def sublayers(config: Config | None) -> dict[str, Config]:

@@ -60,7 +60,7 @@ def _shape(archive: zipfile.ZipFile, path: Path, name: str, size: int) -> jax.Sh
             )
         if jnp.dtype(dtype).kind == "V" and dtype is not jnp.bfloat16:
             raise ValueError(
-                f"{path} has {stored} in {name!r}, which is not a numeric dtype: NumPy wrote one it has not"
+                f"{path} has {stored} in {name!r}, which is not a numeric dtype: the array had one that NumPy lacks"
             )
         # Python's integers are unbounded.
         if size - member.tell() != stored.itemsize * int(np.prod(shape, dtype=object)):
