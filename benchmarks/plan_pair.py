@@ -3,6 +3,7 @@
     python -m benchmarks.plan_pair                        # sizes for 8, 64 and 512 devices; nothing is compiled
     python -m benchmarks.plan_pair traffic                # compiled for 8 virtual devices, and its collectives counted
     python -m benchmarks.plan_pair traffic --devices 64 --batch-size 64
+    python -m benchmarks.plan_pair traffic --devices 512 --batch-size 512 --routings one --layers 2
 
 The source has the shapes of Llama 2 7B and is frozen, the target those of Llama 3.2 1B; the target and the adapter
 train with AdamW. Routes connect all attention and feed-forward kernels, at proportional depth, by an LPKA at rank 64:
@@ -181,10 +182,16 @@ class Config:
     """Texts in a batch, over all devices, where it is compiled."""
     length: int = 128
     """Tokens of a text, where it is compiled."""
+    layers: int = SMALL.num_layers
+    """Layers of the target; the source has twice as many."""
+
+    def pair(self) -> tuple[Decoder, Decoder]:
+        """Returns the sizes of source and target."""
+        return LARGE._replace(num_layers=2 * self.layers), SMALL._replace(num_layers=self.layers)
 
     def check(self) -> None:
         """Raises ValueError for an option out of range."""
-        check_at_least_one(rank=self.rank, batch_size=self.batch_size, length=self.length)
+        check_at_least_one(rank=self.rank, batch_size=self.batch_size, length=self.length, layers=self.layers)
         if not self.routings or not self.devices or min(self.devices) < 1:
             raise ValueError(f"routings and devices must be named, devices be at least 1, got {self}")
         if self.compile and any(self.batch_size % number for number in self.devices):
@@ -193,10 +200,11 @@ class Config:
 
 def _sizes(config: Config, plans: Mapping[Routing, Plan]) -> None:
     rows, figures = [], []
+    source, target = config.pair()
     for routing, plan in plans.items():
         parts = {role: getattr(plan.state, role) for role in ("source", "target", "adapter")}
         learned = bytes_of((parts["target"].params, parts["adapter"].params))
-        routed = {row.source: row for row in plan.transfer.describe(LARGE.shapes(), SMALL.shapes())}
+        routed = {row.source: row for row in plan.transfer.describe(source.shapes(), target.shapes())}
         given = sum(math.prod(row.source_matrix) * 4 for row in routed.values())
         for number in config.devices:
             held = {role: bytes_on_a_device(part, number) for role, part in parts.items()}
@@ -259,7 +267,7 @@ def main() -> None:
     config = parse_config(presets, "benchmarks.plan_pair", __doc__, Config.check)
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", max(config.devices) if config.compile else 1)
-    plans: dict[Routing, Plan] = {one: plan_state(LARGE, SMALL, one, config.rank) for one in config.routings}
+    plans: dict[Routing, Plan] = {one: plan_state(*config.pair(), one, config.rank) for one in config.routings}
     (_traffic if config.compile else _sizes)(config, plans)
 
 
