@@ -52,7 +52,8 @@ def load_safetensors(path: str | os.PathLike[str], *, select: Pattern | Sequence
 
     Names are split at dots, so `encoder.layer.0.attention.self.query.weight` is the leaf
     `encoder/layer/0/attention/self/query/weight`. Torch's layouts, `[out, in]` and `[out, in, kh, kw]`, are unchanged:
-    `matrix_spec` recognises them by the name `weight`.
+    `matrix_spec` recognises them by the name `weight`. Of tied tensors, `save_model` of safetensors stores one, and the
+    names of the others in the header: each of these is a leaf too, and the same array.
 
     The arrays are memory-mapped: values are read on access and use no extra memory. Writes to an array do not reach the
     file; if another program changes the file in place, the arrays change too.
@@ -128,8 +129,13 @@ def leaf_shapes(path: str | os.PathLike[str], leaves: Iterable[str] | None = Non
 def _listed(path: str | os.PathLike[str]) -> tuple[dict[str, Path], dict[str, str]]:
     """Returns the shard of each tensor by name, and the name of each leaf by path."""
     file = _weights_file(Path(path))
-    shard_of = _read_index(file) if file.suffix == ".json" else dict.fromkeys(_names(file), file)
-    return shard_of, {path: name for name, path in paths_of(shard_of, file).items()}
+    index = file.suffix == ".json"
+    shard_of = _read_index(file) if index else dict.fromkeys(_names(file), file)
+    strings = parse_json(file.read_text("utf-8"), file).get("metadata") if index else _header(file)[0].get(_METADATA)
+    # Of tied tensors, save_model of safetensors stores one; the strings map the others' names to it.
+    pairs = strings.items() if isinstance(strings, dict) else ()
+    tied = {name: kept for name, kept in pairs if name not in shard_of and isinstance(kept, str) and kept in shard_of}
+    return shard_of, {path: tied.get(name, name) for name, path in paths_of([*shard_of, *tied], file).items()}
 
 
 def save_safetensors(

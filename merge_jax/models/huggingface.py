@@ -150,7 +150,7 @@ def from_huggingface(
         their leaves and shapes; leaves that are kept need values.
       epsilon: that of the model's norms; for a `VisionTransformer` it may differ from 1e-12.
       resize_positions: whether a vision transformer's positions on a grid of another size are resized, bicubic, as in
-        timm. By default they are refused.
+        transformers. By default they are refused.
 
     Raises:
       FileNotFoundError: as `load_weights`.
@@ -179,7 +179,8 @@ def read_huggingface(
         patch, position = encoder + PATCH, encoder + POSITION
         kernel, rows = tensors[names[patch]], leaves[position].shape[0]
         num_channels = check_patches(path, kernel, leaves[patch].shape[0])
-        table = positions_of(path, tensors[names[position]], rows, kernel.shape[2], resize=resize_positions)
+        table, side = tensors[names[position]], kernel.shape[2]
+        table = positions_of(path, table, rows, side, resize=resize_positions, antialias=False)
         tensors[names[position]] = table
     layouts = {leaf: torch_layout(leaf.removeprefix(encoder), old.shape, num_channels) for leaf, old in leaves.items()}
     for leaf in in_encoder:

@@ -50,14 +50,15 @@ class _Embeddings(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: jax.Array, segments: jax.Array, *, train: bool) -> jax.Array:
-        x = self._embed(self.vocab_size, "word")(tokens)
-        x += self._embed(self.max_length, "position")(jnp.arange(tokens.shape[1])[None])
+        x = self._embed(self.vocab_size, "word", tokens)
+        x += self._embed(self.max_length, "position", jnp.arange(tokens.shape[1])[None])
         if self.num_segments:
-            x += self._embed(self.num_segments, "segment")(segments)
+            x += self._embed(self.num_segments, "segment", segments)
         return nn.Dropout(self.dropout_rate, deterministic=not train)(layer_norm(self.dtype, "norm")(x))
 
-    def _embed(self, count: int, name: str) -> nn.Embed:
-        return nn.Embed(count, self.width, dtype=self.dtype, embedding_init=_INIT, name=name)
+    def _embed(self, count: int, name: str, rows: jax.Array) -> jax.Array:
+        # Cast after the lookup: the gradient of a row sums its uses in the lookup's dtype, and bfloat16 counts to 256.
+        return nn.Embed(count, self.width, embedding_init=_INIT, name=name)(rows).astype(self.dtype)
 
 
 class _Layer(nn.Module):

@@ -252,7 +252,9 @@ def check_patches(path: Any, kernel: Any, size: int) -> int:
     return channels
 
 
-def positions_of(path: Any, table: Any, rows: int, side: int, *, resize: bool, token: bool = True) -> Any:
+def positions_of(
+    path: Any, table: Any, rows: int, side: int, *, resize: bool, token: bool = True, antialias: bool = True
+) -> Any:
     """Returns positions `[1, rows, width]`, that of the class token first, from a file's `[1, N, width]`.
 
     Args:
@@ -260,8 +262,9 @@ def positions_of(path: Any, table: Any, rows: int, side: int, *, resize: bool, t
       table: the file's table; one of another rank is returned unchanged, and refused later by its shape.
       rows: number of the model's positions.
       side: height of a patch, pixels.
-      resize: whether a grid of another size is resized: bicubic, with antialiasing, as in timm.
+      resize: whether a grid of another size is resized, bicubic.
       token: whether the file's table has a row for the class token; otherwise that row is zeros.
+      antialias: resize as timm does; otherwise as Hugging Face. PyTorch then has another cubic, also for larger grids.
 
     Raises:
       ValueError: a grid of another size without `resize`, or one that is not square.
@@ -280,7 +283,8 @@ def positions_of(path: Any, table: Any, rows: int, side: int, *, resize: bool, t
                 f" {new * side}x{new * side} pixels{squares}"
             )
         square = grid.reshape(old, old, -1).astype(np.float32)
-        grid = np.asarray(jax.image.resize(square, (new, new, square.shape[2]), "bicubic")).reshape(wanted, -1)
+        shape = (new, new, square.shape[2])
+        grid = np.asarray(jax.image.resize(square, shape, "bicubic-pytorch", antialias)).reshape(wanted, -1)
     return np.concatenate([first, grid.astype(table.dtype)])[None]
 
 

@@ -45,7 +45,7 @@ def load_vision_transformer(
       path: as `vision_transformer_of`.
       variables: as `from_pytorch`.
       epsilon: of the model's norms, as `from_huggingface`.
-      resize_positions: as `from_pytorch`.
+      resize_positions: as in the function for the file.
 
     Raises:
       FileNotFoundError, ValueError: as `from_pytorch`, `from_flax` and `from_huggingface`.

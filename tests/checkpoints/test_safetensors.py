@@ -80,6 +80,19 @@ def test_only_what_is_selected_is_read(sharded):
     assert len(mj.flatten(mj.load_safetensors(sharded, select=both))) == 2
 
 
+def test_tied_tensors_have_all_their_names(sharded, tmp_path):
+    """safetensors' save_model keeps the first name in the alphabet, and the others as strings (0.8.0)."""
+    strings = {"format": "pt", "word.weight": "head.weight", "other": "elsewhere"}
+    save_file({"head.weight": np.ones((3, 2))}, tmp_path / "tied.safetensors", metadata=strings)
+    tree = mj.load_weights(tmp_path / "tied.safetensors", "word/**")
+    np.testing.assert_array_equal(tree["word"]["weight"], np.ones((3, 2)))
+    assert leaf_paths(tmp_path / "tied.safetensors") == ("head/weight", "word/weight")
+
+    path = sharded / "model.safetensors.index.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "metadata": {"total_size": 1, "a": "conv.weight"}}))
+    np.testing.assert_array_equal(mj.load_safetensors(sharded)["a"], TENSORS["conv.weight"])
+
+
 def test_a_link_to_a_store_is_followed(file, tmp_path):
     """As in the cache of Hugging Face's hub, where a model's files are links out of its folder."""
     folder = tmp_path / "snapshot"

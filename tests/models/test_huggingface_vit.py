@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -152,7 +153,15 @@ def test_positions_of_another_grid_are_resized_where_that_is_asked_for(tmp_path)
     path, params = write(tmp_path, tensors), vit_params(None, image_size=16)
     table = tensors["vit.embeddings.position_embeddings"][0]
     found = models.from_huggingface(path, params, resize_positions=True).params["position"]["embedding"]
-    grid = jax.image.resize(table[1:].reshape(3, 3, WIDTH), (4, 4, WIDTH), "bicubic").reshape(16, WIDTH)
+    # PyTorch's cubic without antialiasing, a = -0.75, along both axes; outside the grid, its border counts again.
+    weights = np.zeros((4, 3))
+    for new in range(4):
+        centre = (new + 0.5) * 3 / 4 - 0.5
+        for old in range(math.floor(centre) - 1, math.floor(centre) + 3):
+            d = abs(centre - old)
+            near, far = 1.25 * d**3 - 2.25 * d**2 + 1, -0.75 * (d**3 - 5 * d**2 + 8 * d - 4)
+            weights[new, min(max(old, 0), 2)] += near if d <= 1 else far
+    grid = np.einsum("ai,bj,ijc->abc", weights, weights, table[1:].reshape(3, 3, WIDTH)).reshape(16, WIDTH)
     np.testing.assert_allclose(found, np.concatenate([table[:1], grid]), atol=1e-6)
 
 

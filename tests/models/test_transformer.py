@@ -7,7 +7,7 @@ import pytest
 
 import merge_jax as mj
 from merge_jax import models
-from merge_jax.models.transformer import _Layer, _segments
+from merge_jax.models.transformer import _Embeddings, _Layer, _segments
 from tests.models.common import (
     count,
     in_training,
@@ -118,6 +118,25 @@ def test_attention_weights_of_equal_texts_are_dropped_apart():
     _, found = in_training(layer, params, x, mask)
     (attended,) = found["attention"]["__call__"]
     assert jnp.abs(attended[0] - attended[1]).max() > 0.1 * jnp.abs(attended).max()
+
+
+def test_in_bfloat16_a_token_of_a_thousand_texts_has_a_thousand_gradients():
+    """Flax's Embed sums the gradient of a row in its dtype, and bfloat16 loses each use after 256 (0.12.8)."""
+    tokens = jnp.full((1000, 1), 5, jnp.int32)
+    layer = _Embeddings(8, 4, 1, 0, 0.0, jnp.bfloat16)
+    random = np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda: layer.init(jax.random.key(0), tokens, tokens, train=False))
+    params = jax.tree.map(lambda leaf: jnp.asarray(random.normal(size=leaf.shape), leaf.dtype), shapes)
+
+    @jax.jit
+    def gradient(tokens):
+        def loss(params):
+            return layer.apply(params, tokens, tokens, train=False)[..., 0].astype(jnp.float32).sum()
+
+        return jax.grad(loss)(params)["params"]["word"]["embedding"][5]
+
+    one = gradient(tokens[:1])
+    np.testing.assert_allclose(gradient(tokens), 1000 * one, atol=10 * np.abs(one).max())
 
 
 def test_an_answer_is_in_the_passage_or_at_the_first_token():

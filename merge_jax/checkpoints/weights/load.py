@@ -44,6 +44,7 @@ FORMATS: tuple[Format, ...] = (SAFETENSORS, INDEX, TORCH, KERAS, HDF5, NPZ, GGUF
 
 _PACKAGE = "package:"
 _SCALES = ("_scale", "_scale_inv")  # Of quantised transformers, by the names of compressed-tensors and DeepSeek.
+_BESIDE = "/scales"  # Of the layer: MLX, GPTQ and AWQ pack several numbers into one.
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")  # Of files in packages.
 
 Select = Pattern | Sequence[Pattern] | None
@@ -137,16 +138,18 @@ def open_leaves(file: Path, select: Select) -> tuple[Stored, dict[str, str]]:
 
 
 def _warn_of_scales(file: Path, stored: Stored, arrays: Mapping[str, np.ndarray]) -> None:
-    """Warns of one-byte values stored with separate scales, as in quantised transformers."""
+    """Warns of whole numbers and one-byte values stored with separate scales, as in quantised transformers."""
     there = set(stored.paths)
     scaled = [
         path
         for path, leaf in arrays.items()
-        if leaf.dtype.itemsize == 1 and not there.isdisjoint(path + end for end in _SCALES)
+        if (leaf.dtype.itemsize == 1 and not there.isdisjoint(path + end for end in _SCALES))
+        or (leaf.dtype.kind in "iu" and path.rpartition("/")[0] + _BESIDE in there)
     ]
     if scaled:
         warnings.warn(
-            f"{file} stores {some_of(scaled, 3)} quantised, with scales beside them, named *{' or *'.join(_SCALES)}: "
+            f"{file} stores {some_of(scaled, 3)} quantised, with scales beside them, named"
+            f" {' or '.join(f'*{end}' for end in (*_SCALES, _BESIDE))}: "
             "they are read as stored, without their scales. Scale them yourself, or load the original model",
             stacklevel=3,
         )

@@ -58,9 +58,11 @@ def test_small_floats_of_safetensors(tmp_path):
     assert_leaves(mj.flatten(mj.load_weights(tmp_path / "m.safetensors")), leaves)
 
 
-@pytest.mark.parametrize(("dtype", "end"), [("float8_e4m3fn", "_scale_inv"), ("int8", "_scale")])
-def test_numbers_with_scales_beside_them_are_warned_of(dtype, end, tmp_path):
-    tree = {"fc": {"weight": jnp.ones((2, 3), dtype), f"weight{end}": jnp.ones(()), "bias": jnp.ones(2)}}
+@pytest.mark.parametrize(
+    ("dtype", "scales"), [("float8_e4m3fn", "weight_scale_inv"), ("int8", "weight_scale"), ("uint32", "scales")]
+)
+def test_numbers_with_scales_beside_them_are_warned_of(dtype, scales, tmp_path):
+    tree = {"fc": {"weight": jnp.ones((2, 3), dtype), scales: jnp.ones(()), "bias": jnp.ones(2)}}
     mj.save_safetensors(tmp_path / "m.safetensors", tree)
     with pytest.warns(UserWarning, match=r"stores fc/weight quantised.*read as stored, without their scales"):
         mj.load_weights(tmp_path / "m.safetensors", select="**/weight")
@@ -392,6 +394,17 @@ def test_layers_that_keras_has_scaled_to_int8_are_divided_by_their_scale(keras, 
         pytest.warns(UserWarning, match=r"whole numbers of quantised layers in fc/0, head/0, words/0, which"),
     ):
         assert set(mj.load_weights(tmp_path / "m.weights.h5")["fc"]) == {"0", "1", "2"}
+
+
+def test_a_layer_of_keras_with_lora_has_its_merged_kernel(keras, tmp_path):
+    layer = keras.layers.Dense(4, name="fc")
+    model = keras.Sequential([keras.Input((3,)), layer])
+    layer.enable_lora(2)
+    layer.lora_kernel_b.assign(np.ones((2, 4)))
+    model.save(tmp_path / "m.keras")
+    found = mj.load_weights(tmp_path / "m.keras")["fc"]
+    assert found.keys() == {"kernel", "bias"}  # Its factors are not saved (Keras 3.15.1).
+    np.testing.assert_allclose(found["kernel"], np.asarray(layer.kernel), rtol=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore:.*")
