@@ -144,7 +144,7 @@ def _warn_of_scales(file: Path, stored: Stored, arrays: Mapping[str, np.ndarray]
         path
         for path, leaf in arrays.items()
         if (leaf.dtype.itemsize == 1 and not there.isdisjoint(path + end for end in _SCALES))
-        or (leaf.dtype.kind in "iu" and path.rpartition("/")[0] + _BESIDE in there)
+        or (leaf.ndim > 1 and leaf.dtype.kind in "iu" and path.rpartition("/")[0] + _BESIDE in there)
     ]
     if scaled:
         warnings.warn(
