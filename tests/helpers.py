@@ -1,5 +1,6 @@
 """A pair of tiny models with dropout and BatchNorm, of different shapes, and what trains them."""
 
+import functools
 import socket
 
 import flax.linen as nn
@@ -31,11 +32,21 @@ SOURCE, TARGET = Tiny(8), Tiny(5)
 ROUTES = {"hidden/kernel": "fc/kernel"}
 
 
+@functools.cache
+def _jitted(model):
+    return jax.jit(model.init)
+
+
 def jitted_init(model, seed, *inputs):
     """Returns the variables of a Linen model: one program, where without jit each of its operations is one."""
-    return jax.jit(model.init)(jax.random.key(seed), *inputs)
+    try:
+        init = _jitted(model)  # Traced once for equal models.
+    except TypeError:  # A list among its attributes, which has no hash.
+        init = jax.jit(model.init)
+    return init(jax.random.key(seed), *inputs)
 
 
+@functools.cache
 def variables(model, seed):
     both = jitted_init(model, seed, jnp.zeros((1, 6)))
     return both["params"], {"batch_stats": both["batch_stats"]}
@@ -72,6 +83,7 @@ def initial_state(transfer, *, frozen=False, **options):
     )
 
 
+@functools.cache
 def joint_step(transfer, *, frozen=False, **options):
     # Jitted, since each operation by itself would be a program to compile.
     return jax.jit(mj.make_joint_step(None if frozen else task(SOURCE), task(TARGET), transfer, **options))

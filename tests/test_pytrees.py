@@ -18,6 +18,7 @@ from flax.core import FrozenDict, freeze
 
 import merge_jax as mj
 from tests.checkpoints.weights.writers import keras
+from tests.helpers import jitted_init
 
 __all__ = ["keras"]  # A fixture.
 
@@ -32,7 +33,7 @@ def lpka(target):
 
 def merged_by(transfer, target, source=SOURCE):
     """Returns what both an adapter and sharing make of a tree; at the start they are the same."""
-    adapter = transfer.init(jax.random.key(0), source, target)
+    adapter = jax.jit(transfer.init)(jax.random.key(0), source, target)
     return jax.jit(lambda source, target: transfer.apply(adapter, source, target))(source, target)
 
 
@@ -44,7 +45,7 @@ class Linen(nn.Module):
 
 @pytest.mark.parametrize("wrap", [dict, freeze])
 def test_linen_dicts_and_frozen_dicts(wrap):
-    target = wrap(Linen().init(jax.random.key(0), X)["params"])
+    target = wrap(jitted_init(Linen(), 0, X)["params"])
     merged = merged_by(lpka("hidden/kernel"), target)
     assert type(merged) is type(target)
     assert isinstance(merged, FrozenDict) == (wrap is freeze)
@@ -228,7 +229,7 @@ def test_named_arrays_of_haliax():
 
 def test_haiku_parameters():
     net = hk.without_apply_rng(hk.transform(lambda x: hk.nets.MLP([6, 3])(x)))
-    target = net.init(jax.random.key(0), X)
+    target = jax.jit(net.init)(jax.random.key(0), X)
     (path,) = mj.paths.find_paths(mj.flatten(target), "**/linear_0/w")
     assert path == "mlp/~/linear_0/w"
     merged = merged_by(lpka(path), target)
@@ -245,7 +246,7 @@ def test_haiku_embeddings_norms_and_transposed_convolutions():
 
     nets = [hk.transform_with_state(lambda *x, width=width: forward(*x, width)) for width in (5, 3)]
     inputs = jnp.zeros((2,), jnp.int32), jnp.ones((1, 4, 4, 2))
-    source, target = (net.init(jax.random.key(i), *inputs)[0] for i, net in enumerate(nets))
+    source, target = (jax.jit(net.init)(jax.random.key(i), *inputs)[0] for i, net in enumerate(nets))
     source["batch_norm"]["offset"] = jnp.array([1.0, 2.0]).reshape(1, 1, 1, 2)
     merged = mj.share_transfer({"**": "**"}).apply({}, source, target)
     np.testing.assert_array_equal(merged["embed"]["embeddings"], source["embed"]["embeddings"][:, :3])

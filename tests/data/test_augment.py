@@ -46,7 +46,7 @@ def share_of_pixels_that_differ(a, b):
     return (np.asarray(a) != np.asarray(b)).any(axis=-1).mean()
 
 
-@pytest.mark.parametrize("size", [(24, 31), (32, 32), (7, 7)])
+@pytest.mark.parametrize("size", [(24, 31), pytest.param((32, 32), marks=pytest.mark.slow), (7, 7)])
 @pytest.mark.parametrize(("padding", "degrees"), [(4, 15.0), (0, 180.0), (9, 60.0)])
 def test_images_are_cropped_mirrored_and_rotated_as_numpy_and_pillow_do(size, padding, degrees):
     images = noise(64, *size)

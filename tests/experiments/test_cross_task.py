@@ -9,6 +9,7 @@ import pytest
 
 import merge_jax as mj
 import merge_jax.study.tasks
+import merge_jax.study.texts
 from experiments import cross_task
 from merge_jax.data import WordPiece
 from merge_jax.study.cli import parse
@@ -22,6 +23,17 @@ LITTLE = [
     *("--labels", "40", "--validation", "20", "--batch-size", "8", "--cycle", "1", "--stop", "1.0", "--num-heads", "2"),
 ]
 IMAGES = ["smoke", *LITTLE, "--methods", "share"]
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch):
+    """A tenth of the texts and questions that are drawn, which are encoded for each scenario."""
+    drawn = {
+        "sentiment": partial(mj.data.synthetic_reviews, 200, 100, seed=0),
+        "topic": partial(mj.data.synthetic_topics, 200, 100, seed=0),
+        "qa": partial(mj.data.synthetic_questions, 400, 100, seed=0),
+    }
+    monkeypatch.setattr(merge_jax.study.texts, "_SYNTHETIC", drawn)
 
 
 @pytest.fixture
@@ -331,11 +343,11 @@ def test_bad_options_are_refused_by_name(tmp_path):
     for options, message in [
         (
             ["--labels", "9999"],
-            r"labels, the number of labelled training examples, must lie in \[1, 1980\], as synthetic_reviews keeps",
+            r"labels, the number of labelled training examples, must lie in \[1, 180\], as synthetic_reviews keeps",
         ),
         (
             ["--validation", "5000"],
-            r"validation must lie in \[1, 3999\], for 4000 training examples of synth",
+            r"validation must lie in \[1, 399\], for 400 training examples of synth",
         ),
         (["--target-model", "resnet18"], "unknown text model 'resnet18'"),
         (["--target-data", tmp_path / "none.tsv"], "none.tsv"),

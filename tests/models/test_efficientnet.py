@@ -169,6 +169,7 @@ def test_all_leaves_of_the_sibling_are_aligned():
     assert changed == set(mj.flatten(target))
 
 
+@pytest.mark.slow
 def test_of_the_same_width_alignment_writes_the_source_itself():
     source, target = tiny(), tiny(momentum=0.5)
     variables = dict(random_variables(source))

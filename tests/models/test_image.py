@@ -11,6 +11,14 @@ import merge_jax as mj
 from merge_jax.models.layers import Conv, DepthwiseConv, _convolution, _product_of_windows
 
 SMALL = {"resnet": mj.models.small_resnet, "mobilenet": mj.models.small_mobilenet_v2}
+# Both for what they have in common.
+small = pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(make, id=name, marks=pytest.mark.slow if name == "mobilenet" else ())
+        for name, make in SMALL.items()
+    ],
+)
 
 
 @functools.cache
@@ -96,7 +104,7 @@ def test_the_published_route_is_there_by_name():
 
 @pytest.mark.parametrize("implementation", [_convolution, _product_of_windows])
 @pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("size", [(8, 8), (5, 7)])
+@pytest.mark.parametrize("size", [pytest.param((8, 8), marks=pytest.mark.slow), (5, 7)])
 def test_both_convolutions_equal_xlas_in_value_and_gradient(implementation, stride, size):
     x = jax.random.normal(jax.random.key(0), (2, *size, 5))
     kernel = jax.random.normal(jax.random.key(1), (3, 3, 5, 4))
@@ -120,9 +128,7 @@ def test_the_convolution_layer_equals_xlas_on_the_device_at_hand(stride):
     np.testing.assert_allclose(jax.jit(layer.apply)(variables, x), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("use_bias", [True, False])
-@pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("size", [7, 8])
+@pytest.mark.parametrize(("stride", "size", "use_bias"), [(1, 7, True), (2, 7, True), (2, 8, False)])
 def test_depthwise_convolution_equals_the_grouped_one(stride, size, use_bias):
     x, layer = images(size, 5), DepthwiseConv(stride, use_bias)
     variables = initialised(layer, x)
@@ -136,7 +142,13 @@ def test_depthwise_convolution_equals_the_grouped_one(stride, size, use_bias):
 
 @pytest.mark.parametrize("platform", ["cpu", pytest.param("default", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    ("stride", "window", "padding"), [(1, 3, "even"), (2, 3, "even"), (1, 5, "same"), (2, 5, "same")]
+    ("stride", "window", "padding"),
+    [
+        pytest.param(1, 3, "even", marks=pytest.mark.slow),
+        (2, 3, "even"),
+        (1, 5, "same"),
+        pytest.param(2, 5, "same", marks=pytest.mark.slow),
+    ],
 )
 def test_gradients_of_a_depthwise_convolution_are_those_of_the_grouped_one(
     stride, window, padding, platform, monkeypatch
@@ -166,7 +178,7 @@ def test_gradients_of_a_depthwise_convolution_in_bfloat16_are_summed_in_float32(
 
 @pytest.mark.parametrize("make", SMALL.values(), ids=SMALL)
 def test_small_models_map_images_to_logits_and_keep_statistics(make):
-    model, x = make(10), images()
+    model, x = make(10, num_stages=1), images()
     variables = jax.jit(model.init)(jax.random.key(1), x)
     apply = jax.jit(lambda v, x: model.apply(v, x, train=True, mutable=["batch_stats"]))
     logits, updates = apply(variables, x)
@@ -177,7 +189,7 @@ def test_small_models_map_images_to_logits_and_keep_statistics(make):
     assert all(not np.array_equal(before[path], after[path]) for path in before)
 
 
-@pytest.mark.parametrize("make", SMALL.values(), ids=SMALL)
+@small
 def test_the_logits_are_the_last_layer_of_the_sown_features(make):
     model, x = make(10, num_stages=1, dtype=jnp.bfloat16), images()
     variables = initialised(model, x)
@@ -201,7 +213,7 @@ def test_in_bfloat16_parameters_statistics_and_logits_stay_float32(make):
     assert dtypes(updates) == {"float32"}
 
 
-@pytest.mark.parametrize("make", SMALL.values(), ids=SMALL)
+@small
 def test_bfloat16_computes_every_layer_but_the_last_and_comes_near_float32(make):
     model, x = make(10, num_stages=1), images()
     variables = initialised(model, x)

@@ -91,7 +91,7 @@ def test_segments_are_those_of_berts_tokenizers():
     np.testing.assert_array_equal(_segments(alone, SEP), jnp.zeros_like(alone))
 
 
-@pytest.mark.parametrize("num_segments", [2, 0])
+@pytest.mark.parametrize("num_segments", [pytest.param(2, marks=pytest.mark.slow), 0])
 def test_padding_changes_nothing_elsewhere(num_segments):
     encoder = tiny(num_segments=num_segments, num_layers=2)
     short, full = (outputs(encoder, initialised(encoder), tokens) for tokens in (TOKENS[:, :8], TOKENS))

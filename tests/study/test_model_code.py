@@ -27,7 +27,10 @@ def made(code):
     return names["like"], names["apply"]
 
 
-@pytest.mark.parametrize("experiment", ["cross_structure", "cross_task", "cross_modal", "self_transfer"])
+@pytest.mark.parametrize(
+    "experiment",
+    ["cross_structure", "cross_task", pytest.param("cross_modal", marks=pytest.mark.slow), "self_transfer"],
+)
 def test_the_code_of_a_role_makes_its_variables(experiment):
     module = importlib.import_module(f"experiments.{experiment}")
     scenario = module.build(parse(module.PRESETS, "", "", ["smoke"]))

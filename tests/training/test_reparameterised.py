@@ -1,3 +1,5 @@
+import functools
+
 import chex
 import jax
 import numpy as np
@@ -16,14 +18,17 @@ def step_of(transfer, *, frozen=False):
     return mj.make_reparameterised_step(source, helpers.task(helpers.TARGET), transfer, adapter_optimizer=OPTIMIZER)
 
 
+@functools.cache
+def both():
+    """The step of both models."""
+    return jax.jit(step_of(OPERATORS))
+
+
 def test_one_backward_pass_moves_target_and_adapter():
     """Against the gradient of the loss of what `bake` gives, with the step's own keys."""
-    state = helpers.initial_state(OPERATORS, adapter_optimizer=OPTIMIZER)
-    (state, _), batches = (
-        jax.jit(step_of(OPERATORS))(state, helpers.batches(0)),
-        helpers.batches(1),
-    )  # The gate is open now.
-    after, metrics = jax.jit(step_of(OPERATORS))(state, batches)
+    state, batches, step = helpers.initial_state(OPERATORS, adapter_optimizer=OPTIMIZER), helpers.batches(1), both()
+    state, _ = step(state, helpers.batches(0))  # The gate is open now.
+    after, metrics = step(state, batches)
     _, target_key, transfer_key = jax.random.split(jax.random.fold_in(state.key, 1), 3)
     task = helpers.task(helpers.TARGET)
 
@@ -44,10 +49,8 @@ def test_one_backward_pass_moves_target_and_adapter():
 
 def test_the_source_learns_as_in_the_joint_step_and_metrics_have_the_same_names():
     state = helpers.initial_state(OPERATORS, adapter_optimizer=OPTIMIZER)
-    after, metrics = jax.jit(step_of(OPERATORS))(state, helpers.batches(0))
-    joint, joint_metrics = jax.jit(helpers.joint_step(OPERATORS, adapter_optimizer=OPTIMIZER))(
-        state, helpers.batches(0)
-    )
+    after, metrics = both()(state, helpers.batches(0))
+    joint, joint_metrics = helpers.joint_step(OPERATORS, adapter_optimizer=OPTIMIZER)(state, helpers.batches(0))
     chex.assert_trees_all_close(after.source, joint.source, atol=1e-6)
     assert metrics.keys() == joint_metrics.keys()
     assert int(after.step) == 1

@@ -150,7 +150,7 @@ def test_where_one_of_two_is_asked_to_stop_both_stop_at_the_same_step(tmp_path):
         assert 3 <= checkpoints.latest_step < 100
 
 
-@pytest.mark.parametrize("mode", ["killed", "fails"])
+@pytest.mark.parametrize("mode", ["killed", pytest.param("fails", marks=pytest.mark.slow)])
 def test_where_one_of_two_dies_the_other_ends_in_seconds_and_says_why(tmp_path, mode):
     codes, outputs, seconds = pair(mode, tmp_path)
     assert codes[0] not in (0, None)

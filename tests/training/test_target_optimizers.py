@@ -100,7 +100,7 @@ ASKING = {"polyak_sgd": optax.polyak_sgd(), "lbfgs": optax.lbfgs(), "momo": cont
 ASKING["sam"] = contrib.sam(optax.sgd(0.1), optax.sgd(0.1))  # It takes no loss.
 
 
-@pytest.mark.parametrize("name", ASKING)
+@pytest.mark.parametrize("name", ["polyak_sgd", pytest.param("lbfgs", marks=pytest.mark.slow), "momo", "sam"])
 def test_optimizers_get_what_they_ask_for_and_no_more(name):
     """All come near the minimum of a square in a few steps."""
     state, step = begun(ASKING[name], mj.identity_transfer())

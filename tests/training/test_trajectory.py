@@ -27,7 +27,7 @@ def saved(tmp_path):
         yield checkpoints, state.target
 
 
-@pytest.mark.parametrize("steps", [None, [6], [9, 3]])
+@pytest.mark.parametrize("steps", [None, [6], pytest.param([9, 3], marks=pytest.mark.slow)])
 def test_each_replayed_step_is_the_one_named(saved, steps):
     checkpoints, model = saved
     found = load_trajectory(checkpoints, {"target/params": model.params}, steps=steps)

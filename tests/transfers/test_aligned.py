@@ -74,7 +74,7 @@ def test_of_equal_models_it_copies():
         np.testing.assert_array_equal(leaf, mj.flatten(source)[path])
 
 
-@pytest.mark.parametrize("fitted", [False, True])
+@pytest.mark.parametrize("fitted", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_wider_target_computes_what_the_source_does(fitted):
     (source, state), (target, wide_state) = variables_of(SMALL), variables_of(LARGE)
     transfer = aligned(SMALL, LARGE)
@@ -121,7 +121,7 @@ def test_channels_may_be_chosen_by_magnitude_or_at_random():
 
     def chosen(moments, **options):
         transfer = mj.aligned_transfer(EVERYTHING, *graphs, **options)
-        written = jax.jit(transfer.apply)(jax.jit(transfer.fit)(moments, source, target), source, target)
+        written = transfer.apply(jax.jit(transfer.fit)(moments, source, target), source, target)
         found = [np.flatnonzero((row == np.asarray(source["first"]["kernel"]).T).all(axis=1))
                  for row in np.asarray(written["first"]["kernel"]).T]  # fmt: skip
         return np.concatenate(found).tolist(), written
@@ -129,12 +129,12 @@ def test_channels_may_be_chosen_by_magnitude_or_at_random():
     places, pruned = chosen({}, choice="magnitude")
     assert places == [3, 1, 5]
     np.testing.assert_allclose(pruned["last"]["kernel"], source["last"]["kernel"][np.array(places)], rtol=1e-6)
-    moments = mj.input_moments(mlp, source, x)
-    assert chosen(moments, choice="magnitude")[0] == places
-    assert np.any(chosen(moments, choice="magnitude")[1]["last"]["kernel"] != pruned["last"]["kernel"])
+    again, solved = chosen(mj.input_moments(mlp, source, x), choice="magnitude")
+    assert again == places
+    assert np.any(solved["last"]["kernel"] != pruned["last"]["kernel"])
     assert chosen(moments, choice="even")[0] == [0, 2, 5]
-    drawn = {tuple(chosen(moments, choice="random", key=jax.random.key(seed))[0]) for seed in range(6)}
-    assert len(drawn) > 3
+    drawn = {tuple(chosen({}, choice="random", key=jax.random.key(seed))[0]) for seed in range(4)}
+    assert len(drawn) > 2
     assert all(len(set(one)) == 3 for one in drawn)
 
 
@@ -280,12 +280,14 @@ def test_what_reads_channels_together_is_not_kept_by_a_wider_target():
 
 
 def test_tokens_meet_one_by_one_without_a_matrix_of_the_vocabulary():
-    models = [mj.models.TextEncoder(3000, width, 1, 2, width, 16) for width in (32, 16)]
-    x = jnp.zeros((1, 8), jnp.int32)
-    trees = [jitted_init(model, seed, x)["params"] for seed, model in enumerate(models)]
-    path = "embeddings/word/embedding"
-    runs = [lambda params, x, m=model: m.apply({"params": params}, x) for model in models]
-    graphs = [mj.channel_graph(run, params, x) for run, params in zip(runs, trees, strict=True)]
+    def read(params, x):
+        return jnp.tanh(params["word"]["embedding"][x]) @ params["last"]["kernel"]
+
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+    trees = [{"word": {"embedding": normal(3000, w)}, "last": {"kernel": normal(w, 3)}} for w in (32, 16)]
+    path = "word/embedding"
+    graphs = [mj.channel_graph(read, params, jnp.zeros((1, 8), jnp.int32)) for params in trees]
     transfer = mj.aligned_transfer({path: path}, *graphs)
     adapter = transfer.init(jax.random.key(0), *trees)
     assert {name: matrix.shape for name, matrix in mj.flatten(adapter).items()} == {

@@ -92,9 +92,8 @@ def moved(run, variables, inputs, routes):
     return [max(map(float, jax.tree.leaves(of_model))) for of_model in changes]
 
 
-@pytest.mark.parametrize(
-    "name", [name if name == "mobilenet" else pytest.param(name, marks=pytest.mark.slow) for name in PAIRS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PAIRS)
 def test_the_order_of_channels_and_heads_does_not_matter(name):
     make, inputs = PAIRS[name]
     models = [make(size) for size in (2, 1)]

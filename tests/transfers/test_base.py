@@ -42,7 +42,7 @@ def trees():
 
 
 def small_lpka(**options):
-    return mj.lpka_transfer(ROUTES, **{"num_layers": 1, "num_heads": 2, **options})
+    return mj.lpka_transfer(ROUTES, **{"num_layers": 1, "num_heads": 2, "attentions": ("rows_rows",), **options})
 
 
 TRANSFERS = {
@@ -55,7 +55,7 @@ TRANSFERS = {
 
 @functools.cache
 def closed_adapter(name):
-    return TRANSFERS[name].init(jax.random.key(7), randomised(SOURCE, 0), randomised(ARRAYS, 1))
+    return jax.jit(TRANSFERS[name].init)(jax.random.key(7), randomised(SOURCE, 0), randomised(ARRAYS, 1))
 
 
 def opened_adapter(name):
@@ -239,7 +239,7 @@ def test_a_batch_is_its_routes_one_by_one():
     routes = {f"layer_{i}/kernel": f"layer_{(i + 1) % 3}/kernel" for i in (2, 0, 1)}
     options = {"num_layers": 1, "num_heads": 1, "attentions": ("rows_rows",), "output": "published"}
     together = mj.lpka_transfer(routes, **options)
-    ((name, adapter),) = together.init(jax.random.key(0), source, target).items()
+    ((name, adapter),) = jax.jit(together.init)(jax.random.key(0), source, target).items()
     merged = jax.jit(together.apply)({name: adapter}, source, target)
     for i, (path, source_path) in enumerate(routes.items()):
         alone = mj.lpka_transfer({path: source_path}, **options)
@@ -255,8 +255,9 @@ def test_more_heads_than_width_are_refused(trees, next_key):
 
 def test_a_vector_can_be_routed(trees, next_key):
     source, target = trees
-    transfer = mj.lpka_transfer({"fc/bias": "conv/bias"}, num_layers=1, num_heads=2, output="published")
-    merged = jax.jit(transfer.apply)(transfer.init(next_key(), source, target), source, target)
+    options = {"num_layers": 1, "num_heads": 2, "attentions": ("rows_rows",), "output": "published"}
+    transfer = mj.lpka_transfer({"fc/bias": "conv/bias"}, **options)
+    merged = jax.jit(transfer.apply)(jax.jit(transfer.init)(next_key(), source, target), source, target)
     np.testing.assert_allclose(merged["fc"]["bias"].var(), 1, rtol=1e-4)
 
 

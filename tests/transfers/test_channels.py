@@ -41,7 +41,10 @@ def members(graph):
     return found
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name",
+    ["resnet", "distilbert", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mobilenet", "vit"))],
+)
 def test_channels_of_a_group_may_change_places_and_the_model_stays(name):
     model, inputs = MODELS[name]
     params, state = variables_of(model, inputs)
@@ -362,7 +365,10 @@ def primitives(jaxpr):
     return found
 
 
-@pytest.mark.parametrize("name", FORWARD)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow) if name.startswith("mobilenet_") else name for name in FORWARD],
+)
 def test_each_primitive_of_our_models_is_known_and_each_model_can_be_followed(name):
     model, inputs = FORWARD[name]
     inputs = inputs if isinstance(inputs, tuple) else (inputs,)

@@ -43,7 +43,7 @@ def test_directions_are_those_of_the_svd_in_order_and_sign():
 
 def test_decoding_changes_what_the_code_changes_and_keeps_the_rest():
     w = matrix(4, 20, 15)
-    basis = transfers.row_basis(w, 4)
+    basis = row_basis(w, 4)
     code = transfers.encode(w, basis)
     change = jnp.asarray(np.random.default_rng(5).normal(size=code.shape), jnp.float32)
     new = transfers.decode(w, change, basis)

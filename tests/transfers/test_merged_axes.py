@@ -115,7 +115,9 @@ def test_channels_in_merged_axes_may_change_places_and_the_model_stays(name):
     np.testing.assert_allclose(fn(mj.replace(params, leaves), x), fn(params, x), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["flattened", "as torch", "group norm", "heads"])
+@pytest.mark.parametrize(
+    "name", ["flattened", "heads", *(pytest.param(name, marks=pytest.mark.slow) for name in ("as torch", "group norm"))]
+)
 def test_an_aligned_target_of_the_source_s_size_computes_what_it_does(name):
     fn, x, source, _ = MODELS[name]
     graph, start = mj.channel_graph(fn, source, x), jax.tree.map(jnp.zeros_like, source)

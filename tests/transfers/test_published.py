@@ -48,7 +48,14 @@ def test_there_are_files_of_both_kinds():
     assert set(ADAPTER_FILES) | set(TRAJECTORY_FILES) == set(FILES)
 
 
-@pytest.mark.parametrize("path", ADAPTER_FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [
+        # What two layers do, one does.
+        pytest.param(path, id=path.stem, marks=pytest.mark.slow if path.stem == "lpka_one_layer" else ())
+        for path in ADAPTER_FILES
+    ],
+)
 def test_adapter_output_and_gradients(path):
     golden = load(path)
     official = mj.transfers.load_published_adapter(golden, prefix="state/")
