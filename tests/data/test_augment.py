@@ -9,6 +9,8 @@ from PIL import Image
 from merge_jax.data import crop_flip_rotate
 
 KEY = jax.random.key(3)
+# One program for a shape, where without jit each operation is one.
+changed_by = jax.jit(crop_flip_rotate, static_argnames=("padding", "flip", "degrees"))
 
 
 def noise(batch=32, height=24, width=31, channels=3, dtype=np.uint8):
@@ -50,7 +52,7 @@ def share_of_pixels_that_differ(a, b):
 @pytest.mark.parametrize(("padding", "degrees"), [(4, 15.0), (0, 180.0), (9, 60.0)])
 def test_images_are_cropped_mirrored_and_rotated_as_numpy_and_pillow_do(size, padding, degrees):
     images = noise(64, *size)
-    changed = crop_flip_rotate(KEY, images, padding=padding, degrees=degrees)
+    changed = changed_by(KEY, images, padding=padding, degrees=degrees)
     expected = one_by_one(images, padding, *draws(KEY, len(images), padding, degrees))
     # A place on the border of two pixels falls to either by the last bit: ours are of float32, Pillow's of fixed point.
     # That is one pixel in some thousands; any other shift would change nearly every pixel of noise.
@@ -60,20 +62,20 @@ def test_images_are_cropped_mirrored_and_rotated_as_numpy_and_pillow_do(size, pa
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
 def test_without_a_rotation_no_pixel_differs(dtype):
     images = noise(dtype=dtype)
-    changed = crop_flip_rotate(KEY, images, padding=5, degrees=0)
+    changed = changed_by(KEY, images, padding=5, degrees=0)
     np.testing.assert_array_equal(changed, one_by_one(images, 5, *draws(KEY, len(images), 5, 0.0)))
 
 
 @pytest.mark.parametrize("size", [(8, 8), (7, 9)])
 def test_without_any_change_the_images_come_back(size):
     images = noise(8, *size)
-    np.testing.assert_array_equal(crop_flip_rotate(KEY, images, padding=0, flip=False, degrees=0), images)
+    np.testing.assert_array_equal(changed_by(KEY, images, padding=0, flip=False, degrees=0), images)
 
 
 @pytest.mark.parametrize("dtype", [jnp.uint8, jnp.float32, jnp.bfloat16])
 def test_the_dtype_is_kept(dtype):
     images = jnp.asarray(noise(), dtype)
-    assert crop_flip_rotate(KEY, images).dtype == dtype
+    assert changed_by(KEY, images).dtype == dtype
 
 
 def test_a_compiled_change_is_the_same():
@@ -86,21 +88,21 @@ def test_a_compiled_change_is_the_same():
 
 def test_a_key_gives_the_same_images_again_and_another_key_others():
     images = noise()
-    first, again = (crop_flip_rotate(KEY, images) for _ in range(2))
+    first, again = (changed_by(KEY, images) for _ in range(2))
     np.testing.assert_array_equal(first, again)
-    other = crop_flip_rotate(jax.random.key(4), images)
+    other = changed_by(jax.random.key(4), images)
     assert share_of_pixels_that_differ(first, other) > 0.9
 
 
 def test_the_images_of_a_batch_are_changed_each_in_its_own_way():
     image = noise(1)
-    changed = np.asarray(crop_flip_rotate(KEY, np.repeat(image, 32, axis=0)))
+    changed = np.asarray(changed_by(KEY, np.repeat(image, 32, axis=0)))
     assert len({one.tobytes() for one in changed}) == 32
 
 
 def test_half_of_the_images_are_mirrored():
     images = noise(2000, 2, 3, 1)
-    changed = np.asarray(crop_flip_rotate(KEY, images, padding=0, degrees=0))
+    changed = np.asarray(changed_by(KEY, images, padding=0, degrees=0))
     mirrored = (changed == images[:, :, ::-1]).all(axis=(1, 2, 3))
     np.testing.assert_array_equal(changed[~mirrored], images[~mirrored])
     assert 0.45 < mirrored.mean() < 0.55  # 4.5 standard deviations.
@@ -110,7 +112,7 @@ def test_every_offset_within_the_padding_comes_equally_often():
     # One pixel says where its image has gone: down and to the right where the crop starts up and to the left.
     images = np.zeros((3000, 9, 9, 1), np.uint8)
     images[:, 4, 4] = 1
-    changed = crop_flip_rotate(KEY, images, padding=2, flip=False, degrees=0)
+    changed = changed_by(KEY, images, padding=2, flip=False, degrees=0)
     _, rows, columns, _ = np.nonzero(changed)
     assert len(rows) == 3000
     for offsets in (rows - 4, columns - 4):
@@ -124,7 +126,7 @@ def test_angles_fill_both_sides_of_their_range():
     # A pixel far right of the centre says by how much its image was rotated; anticlockwise is up, at smaller rows.
     images = np.zeros((100, 201, 201, 1), np.uint8)
     images[:, 99:102, 188:191] = 1
-    changed = np.asarray(crop_flip_rotate(KEY, images, padding=0, flip=False, degrees=20))
+    changed = np.asarray(changed_by(KEY, images, padding=0, flip=False, degrees=20))
     rows = np.array([np.nonzero(image)[0].mean() for image in changed])
     columns = np.array([np.nonzero(image)[1].mean() for image in changed])
     angles = np.rad2deg(np.arctan2(100 - rows, columns - 100))
@@ -135,9 +137,9 @@ def test_angles_fill_both_sides_of_their_range():
 
 def test_corners_and_margins_are_black():
     images = np.full((64, 16, 16, 3), 200, np.uint8)
-    changed = np.asarray(crop_flip_rotate(KEY, images, padding=4, degrees=45))
+    changed = np.asarray(changed_by(KEY, images, padding=4, degrees=45))
     assert set(np.unique(changed)) == {0, 200}
-    rotated_only = np.asarray(crop_flip_rotate(KEY, images, padding=0, degrees=45))
+    rotated_only = np.asarray(changed_by(KEY, images, padding=0, degrees=45))
     assert (rotated_only[:, 0, 0] == 0).all(axis=-1).mean() > 0.8
     assert (rotated_only[:, 4:12, 4:12] == 200).all()
 

@@ -143,6 +143,7 @@ def test_labels_of_digits_are_those_of_the_task(task):
     np.testing.assert_array_equal(target, expected)
 
 
+@pytest.mark.usefixtures("shallow")
 def test_weights_of_hugging_face_are_where_a_model_starts(tmp_path, capsys):
     scenario = build(*LITTLE, "--methods", "vanilla")
     params, _ = scenario.source.init(jax.random.key(5))
@@ -160,7 +161,7 @@ def test_weights_of_hugging_face_are_where_a_model_starts(tmp_path, capsys):
 def write_encoder(folder, tokens, width=24, num_layers=3, num_heads=3, **config):
     """Writes an encoder of no usual size as Hugging Face saves it."""
     encoder = mj.models.TextEncoder(tokens.vocab_size, width, num_layers, num_heads, 40, 64, separator=tokens.separator)
-    params = encoder.init(jax.random.key(5), np.ones((1, 4), np.int32))["params"]
+    params = helpers.jitted_init(encoder, 5, np.ones((1, 4), np.int32))["params"]
     mj.save_safetensors(folder / "model.safetensors", mj.models.to_huggingface(params))
     (folder / "config.json").write_text(json.dumps({"num_attention_heads": num_heads, "hidden_act": "gelu", **config}))
     return params

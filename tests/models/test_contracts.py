@@ -23,7 +23,7 @@ MODELS = {
 # One of each encoder and of each head.
 UNLIKE = ("vit", "bert", "distilbert, spans", "answerer", "dual")
 # Their encoders are those of the others.
-SLOW = ("distilbert, spans", "answerer", "dual")
+SLOW = ("bert", "distilbert, spans", "answerer", "dual")
 ENCODERS = ("encoder", "image_encoder", "text_encoder")
 LAST = {
     "vit": "classifier",

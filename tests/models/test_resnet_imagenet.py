@@ -13,7 +13,9 @@ from merge_jax.models import ResNet, ResNetStage, from_pytorch, to_pytorch
 SIZE, WIDTHS, BLOCKS, CLASSES = 24, (4, 6), (1, 2), 3
 KINDS = {"basic": (3, 3), "bottleneck": (1, 3, 1)}  # The windows of a block's convolutions.
 IMAGES = np.random.default_rng(1).normal(size=(2, SIZE, SIZE, 3)).astype(np.float32)
-kinds = pytest.mark.parametrize("kind", KINDS)
+kinds = pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if kind == "bottleneck" else pytest.mark.slow) for kind in KINDS]
+)
 
 
 def model_of(kind, classes=CLASSES, stem="pooled_7x7"):

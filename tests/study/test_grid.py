@@ -139,7 +139,14 @@ def test_only_takes_runs_by_setting_row_or_both(tmp_path):
         names("plane")
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("experiments/grids/*.toml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [
+        # One within an experiment and one of several settings; CI runs them all.
+        pytest.param(path, id=path.stem, marks=() if path.stem in ("smoke", "digits") else pytest.mark.slow)
+        for path in sorted(ROOT.glob("experiments/grids/*.toml"))
+    ],
+)
 def test_the_grids_that_come_along_are_right(path):
     assert find_grid(path.stem) == path
     for one in make_runs(read_grid(path)):

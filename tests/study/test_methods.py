@@ -38,6 +38,7 @@ def test_a_teacher_shows_what_each_part_of_an_objective_needs():
     assert shown["kd_mixed"] == {"mixed_logits"}
 
 
+@pytest.mark.slow
 def test_distillation_on_mixed_images_is_that_of_their_logits():
     scenario = cross_structure.build(replace(SMOKE, methods=("kd_mixed",)))
     method = scenario.methods["kd_mixed"]

@@ -83,6 +83,7 @@ def test_one_compilation_gives_for_every_count_what_single_steps_give():
     assert len(traces) == 1
 
 
+@pytest.mark.slow
 def test_a_frozen_source_needs_neither_examples_nor_indices():
     arrays, indices = ({"target": each["target"]} for each in data())
     step, initial = helpers.joint_step(SHARE, frozen=True, cycle=2), helpers.initial_state(SHARE, frozen=True)

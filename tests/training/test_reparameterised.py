@@ -69,6 +69,7 @@ def test_baking_gives_plain_parameters_and_changes_no_output():
     assert np.abs(baked["hidden"]["kernel"] - state.target.params["hidden"]["kernel"]).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_a_gradient_step_lowers_the_loss_of_the_baked_target():
     state = helpers.initial_state(OPERATORS, frozen=True)
     step = jax.jit(mj.make_reparameterised_step(None, helpers.task(helpers.TARGET), OPERATORS))

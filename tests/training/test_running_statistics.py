@@ -73,6 +73,7 @@ def test_layers_that_training_leaves_alone_stay_and_are_used():
     np.testing.assert_allclose(new["batch_stats"]["second"]["mean"], hidden["__call__"][0].mean(0), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_model_of_the_library_inside_of_jit():
     model = mj.models.small_mobilenet_v2(10, num_stages=1)
     images = np.random.default_rng(0).normal(size=(6, 8, 8, 1)).astype(np.float32)

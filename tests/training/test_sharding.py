@@ -191,3 +191,21 @@ def test_whole_numbers_of_a_model_state_are_not_averaged():
         jax.pmap(step, mj.training.DATA_AXIS, in_axes=(None, 0))(state, {"target": jnp.zeros((1, 4))})
     after, _ = jax.jit(mj.make_joint_step(None, task, same))(state, {"target": jnp.zeros(4)})
     assert after.target.model_state["seen"] == 4
+
+
+def test_parts_of_an_axis_take_the_step_of_the_whole_batch():
+    """As devices of a pmap do, here by vmap: gradients and metrics are means over the axis."""
+
+    def loss_fn(params, model_state, batch, key):
+        loss = jnp.mean(jnp.square(batch @ params["w"] - 1))
+        return loss, (model_state, {"error": loss})
+
+    task, same = mj.Task(loss_fn, optax.sgd(0.1)), mj.identity_transfer()
+    state = mj.init_joint_state(jax.random.key(0), None, task, same, source_params={}, target_params={"w": jnp.ones(3)})
+    batch = jnp.arange(24.0).reshape(8, 3) / 10
+    of_part = mj.make_joint_step(None, task, same, axis_name="parts")
+    parts, seen = jax.jit(jax.vmap(of_part, (None, 0), axis_name="parts"))(state, {"target": batch.reshape(4, 2, 3)})
+    whole, expected = jax.jit(mj.make_joint_step(None, task, same))(state, {"target": batch})
+    for part in range(4):
+        np.testing.assert_allclose(parts.target.params["w"][part], whole.target.params["w"], rtol=1e-5)
+        np.testing.assert_allclose(seen["target/error"][part], expected["target/error"], rtol=1e-5)

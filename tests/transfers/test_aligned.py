@@ -10,7 +10,6 @@ import pytest
 
 import merge_jax as mj
 from merge_jax.transfers.aligned import free_memory
-from tests.helpers import jitted_init
 
 IMAGES = jnp.asarray(np.random.default_rng(0).normal(size=(16, 8, 8, 1)), jnp.float32)
 LARGE, SMALL = mj.models.small_resnet(10, num_stages=2), mj.models.small_resnet(10, num_stages=2, width=0.5)
@@ -18,12 +17,18 @@ EVERYTHING = {"**": "**"}
 
 
 def start(model, seed):
-    variables = dict(jitted_init(model, seed, IMAGES))
-    params = variables.pop("params")
+    """Returns random parameters, of gains around 1, and statistics of mean 0 and variance 1."""
+    variables = dict(jax.eval_shape(model.init, jax.random.key(0), IMAGES))
+    shapes, rng = variables.pop("params"), np.random.default_rng(seed)
     variables.pop("intermediates", None)
-    rng = np.random.default_rng(seed)
-    noisy = jax.tree.map(lambda leaf: leaf + jnp.asarray(0.1 * rng.normal(size=leaf.shape), jnp.float32), params)
-    return noisy, variables
+
+    def leaf(path, shape):
+        size = 0.1 if len(shape) == 1 else np.prod(shape[:-1]) ** -0.5
+        return jnp.asarray(path.endswith("scale") + size * rng.normal(size=shape), jnp.float32)
+
+    params = mj.replace(shapes, {path: leaf(path, one.shape) for path, one in mj.flatten(shapes).items()})
+    state = {path: jnp.full(one.shape, float(path.endswith("var"))) for path, one in mj.flatten(variables).items()}
+    return params, mj.replace(variables, state)
 
 
 @functools.cache
@@ -132,7 +137,7 @@ def test_channels_may_be_chosen_by_magnitude_or_at_random():
     again, solved = chosen(mj.input_moments(mlp, source, x), choice="magnitude")
     assert again == places
     assert np.any(solved["last"]["kernel"] != pruned["last"]["kernel"])
-    assert chosen(moments, choice="even")[0] == [0, 2, 5]
+    assert chosen({}, choice="even")[0] == [0, 2, 5]
     drawn = {tuple(chosen({}, choice="random", key=jax.random.key(seed))[0]) for seed in range(4)}
     assert len(drawn) > 2
     assert all(len(set(one)) == 3 for one in drawn)

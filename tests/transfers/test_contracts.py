@@ -172,7 +172,14 @@ def slow(names, *slow_ones):
 
 
 # Of each kind of transfer and of combinator that can hold a seed's numbers apart, one.
-SIDE_BY_SIDE = ["lpka published", "lpka attention", "mlp", "weight selection", "linear operators", "parameter generator"]
+SIDE_BY_SIDE = [
+    "lpka published",
+    "lpka attention",
+    "mlp",
+    "weight selection",
+    "linear operators",
+    "parameter generator",
+]
 SIDE_BY_SIDE += ["optimal transport", "aligned", "chain", "several sources", "replayed"]
 
 every_row = pytest.mark.parametrize("name", TABLE)

@@ -321,6 +321,7 @@ def test_the_intercept_goes_through_what_scales_the_bias(scale):
     np.testing.assert_allclose(model(made, X), plain(other, X), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_bias_of_each_place_is_no_intercept():
     def model(params, x):
         hidden = x @ params["first"]["kernel"] + params["first"]["bias"][None, None] + params["place"][None]
@@ -409,6 +410,7 @@ def test_one_output_is_solved_with_its_bias():
     np.testing.assert_allclose(1 - jnp.var(left) / jnp.var(model(source, X)), made.solved["last/kernel"], atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_one_input_explains_no_variance():
     assert all(bool(jnp.isnan(one)) for one in refit_mlp(perceptron(0, 8), perceptron(1, 4), X[:1]).solved.values())

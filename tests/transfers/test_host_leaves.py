@@ -75,7 +75,9 @@ def transfers(source, target, inputs):
     }
 
 
-@pytest.mark.parametrize("name", ["copies", pytest.param("selection", marks=pytest.mark.slow), "aligned"])
+@pytest.mark.parametrize(
+    "name", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("copies", "selection")), "aligned"]
+)
 def test_one_layer_is_on_the_device_at_a_time(mapped, name):
     target, inputs = jax.tree.map(jnp.asarray, draw(SMALL, 1)), jnp.ones((4, 8))
     transfer = transfers(mapped, target, inputs)[name]

@@ -10,7 +10,9 @@ def random_matrix(shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (20, 10), (64, 100), pytest.param((320, 160), marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (1, 7), (20, 10), (64, 100), pytest.param((320, 160), marks=pytest.mark.slow)]
+)
 def test_norm_and_gradient_equal_those_of_the_svd(shape):
     matrix = random_matrix(shape)
     u, s, vt = np.linalg.svd(matrix.astype(np.float64), full_matrices=False)
