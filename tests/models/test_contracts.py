@@ -38,7 +38,7 @@ def of(*names):
     def row(name):
         model, initialised, inputs = MODELS[name]
         # Those of two encoders compile for as long as all others.
-        slow = pytest.mark.slow if names == UNLIKE and name in SLOW else ()
+        slow = pytest.mark.slow if (names == UNLIKE and name in SLOW) or name == "answerer" else ()
         return pytest.param(model, initialised, inputs, id=name, marks=slow)
 
     return pytest.mark.parametrize(("model", "initialised", "inputs"), list(map(row, names)))

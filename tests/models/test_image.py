@@ -357,6 +357,7 @@ def test_a_start_is_that_of_the_models_own_init():
     )
 
 
+@pytest.mark.slow
 def test_a_flag_of_the_call_is_part_of_the_program_of_a_start():
     class Flagged(nn.Module):
         @nn.compact

@@ -296,6 +296,7 @@ def test_a_rate_is_a_factor_on_every_update(scenario):
         jax.tree.map(lambda update: update / 2, updates[0]), updates[1])])  # fmt: skip
 
 
+@pytest.mark.slow
 def test_channels_by_magnitude_are_the_largest_and_random_ones_the_seeds(scenario, source):
     config = replace(CONFIG, methods=("pruned", "random_channels"))
     trials = trials_of(cross_structure.build(config), config)

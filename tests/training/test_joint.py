@@ -86,10 +86,11 @@ def test_a_state_shares_no_memory_with_numpy():
     assert not np.asarray(state.source.params["w"]).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("cycle", "stop", "expected"), [
-    pytest.param(1, 1.0, [1, 1, 1, 1, 1, 1, 1, 1], marks=pytest.mark.slow),
+    (1, 1.0, [1, 1, 1, 1, 1, 1, 1, 1]),
     (3, 0.5, [1, 0, 0, 1, 0, 0, 0, 0]),
-    pytest.param(2, 0.0, [0, 0, 0, 0, 0, 0, 0, 0], marks=pytest.mark.slow),
+    (2, 0.0, [0, 0, 0, 0, 0, 0, 0, 0]),
 ])  # fmt: skip
 def test_transfers_follow_cycle_and_stop(cycle, stop, expected):
     step = helpers.joint_step(SHARE, cycle=cycle, stop=stop, num_steps=8)
@@ -158,7 +159,7 @@ def test_the_transfer_reads_both_models_as_they_stood_and_spares_the_optimizer()
     chex.assert_trees_all_close(after.target.opt_state, opt_state, atol=1e-6)
 
 
-@pytest.mark.parametrize("update", ["exact", "surrogate"])
+@pytest.mark.parametrize("update", ["exact", pytest.param("surrogate", marks=pytest.mark.slow)])
 def test_the_adapter_follows_its_cotangent(update):
     """The adapter's step is the vjp of the transfer at dL/dT', or at T' minus the target after its step."""
     optimizer = optax.sgd(0.5)  # So that the step shows the gradient.

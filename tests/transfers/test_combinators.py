@@ -65,6 +65,7 @@ def test_the_step_of_joint_training_reaches_every_schedule():
     assert changes[0] > 0 == changes[1]
 
 
+@pytest.mark.slow
 def test_a_gate_on_a_schedule_is_a_gate_of_its_value():
     source, target = {"w": jnp.arange(12.0).reshape(3, 4)}, {"w": jnp.ones((5, 4))}
     options = {"num_layers": 1, "num_heads": 1, "attentions": ("rows_rows",)}

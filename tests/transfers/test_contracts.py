@@ -165,6 +165,9 @@ TABLE = {
 # Without jit an LPKA is hundreds of programs: one row of it is run so.
 IN_CHUNKS = "lpka convolution, gate fixed, in chunks"
 WITHOUT_JIT = [name for name in TABLE if not name.startswith("lpka") or name == IN_CHUNKS]
+# One of each factory and of each kind of combinator is quick.
+SLOW_WITHOUT_JIT = ["optimal transport", "mlp", "without source", "replayed", "scheduled", "self"]
+SLOW_SIDE_BY_SIDE = ["lpka attention", "mlp", "parameter generator", "optimal transport", "chain", "replayed"]
 
 
 def slow(names, *slow_ones):
@@ -256,7 +259,7 @@ def test_it_is_traced_once(name):
         assert len(traces) == 1
 
 
-@pytest.mark.parametrize("name", slow(WITHOUT_JIT, IN_CHUNKS))
+@pytest.mark.parametrize("name", slow(WITHOUT_JIT, IN_CHUNKS, *SLOW_WITHOUT_JIT))
 def test_jit_equals_no_jit(name):
     row, apply, adapter = made(name)
     run, _ = compiled(name)
@@ -296,7 +299,7 @@ def test_constant_and_extreme_values_stay_finite(name, value):
         assert np.isfinite(leaf).all()
 
 
-@pytest.mark.parametrize("name", slow(SIDE_BY_SIDE, "lpka attention", "chain"))
+@pytest.mark.parametrize("name", slow(SIDE_BY_SIDE, *SLOW_SIDE_BY_SIDE))
 def test_seeds_side_by_side_are_those_alone_and_a_key_decides_all(name):
     row, apply, _ = made(name)
 

@@ -101,6 +101,7 @@ def test_moments_are_taken_with_one_layer_on_the_device(mapped):
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, atol=1e-5), fitted, expected)
 
 
+@pytest.mark.slow
 def test_a_refit_reads_the_source_layer_by_layer(mapped, monkeypatch):
     """It gives back a source that the target has room for, and of the source's leaves those of one site are there."""
     alive, paths, most = [], set(), 0

@@ -92,6 +92,7 @@ def test_there_are_about_twenty_arrays_however_many_layers():
         assert {leaf.shape[0] for leaf in leaves} == {layers}
 
 
+@pytest.mark.slow
 def test_layers_in_a_loop_are_layers_one_after_the_other():
     options = LPKAOptions(num_layers=3, num_heads=2)
     params, (target, source) = made(SIZES, options), matrices(SIZES)

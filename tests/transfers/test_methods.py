@@ -23,7 +23,7 @@ SMALL = {"dense": {"kernel": normal(10, 4, 5)}, "conv": {"kernel": normal(11, 1,
 MIXED = {"dense": {"kernel": normal(20, 3, 9)}, "conv": {"kernel": normal(21, 5, 1, 9, 2)}, "bias": normal(22, 7)}
 TREES = {"down": (LARGE, SMALL), "up": (SMALL, LARGE), "mixed": (MIXED, SMALL)}
 ROUTES = {"dense/kernel": "dense/kernel", "conv/kernel": "conv/kernel", "bias": "bias"}
-every_pair = pytest.mark.parametrize("pair", TREES)
+every_pair = pytest.mark.parametrize("pair", [pytest.param("down", marks=pytest.mark.slow), "up", "mixed"])
 
 
 def as_blocks(leaf):
