@@ -136,7 +136,6 @@ def test_a_stream_is_linear_where_no_operation_tells_its_channels_apart(name, pl
     assert bool(plans[0].streams.pairs) == expected
 
 
-@pytest.mark.slow
 def test_a_transformer_s_stream_is_one_and_its_embeddings_are_turned(plans):
     source, target = text(16), text(8)
     given = [jitted_init(model, seed, TOKENS) for seed, model in enumerate((source, target))]
