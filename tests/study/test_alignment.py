@@ -52,7 +52,6 @@ def test_a_run_starts_from_what_enters_the_source_on_the_targets_images(scenario
     assert any(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (state.adapter.params, even)), strict=True))
 
 
-@pytest.mark.slow
 def test_it_writes_at_the_first_step_alone(scenario, trials):
     assert trials["aligned"].method.stop * scenario.schedule.target.steps == 1
     trial = trials["mergenet_residual_aligned"]

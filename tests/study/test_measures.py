@@ -53,7 +53,6 @@ def test_a_probe_is_the_regression_as_a_layer():
     assert found > 0.8
 
 
-@pytest.mark.slow
 def test_more_features_than_examples_give_the_same_regression():
     random = np.random.default_rng(0)
     features, test_features = random.normal(size=(2, 40, 90)).astype(np.float32)
@@ -204,7 +203,7 @@ def test_a_head_is_that_of_a_classifier_with_features(scenario):
         trials_of(replace(scenario, target=bare, head_first=True))
 
 
-@pytest.mark.parametrize("rate", [pytest.param(0.0, marks=pytest.mark.slow), 0.5])
+@pytest.mark.parametrize("rate", [0.0, 0.5])
 def test_a_head_that_dropout_would_undo_is_warned_of(rate, capsys):
     class Classifier(nn.Module):
         @nn.compact
