@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 
 from merge_jax.checks import check_choice
-from merge_jax.paths import flatten, near_misses
-from merge_jax.transfers.alignment_fit import ChannelChoice, even_adapter, fitted_adapter
+from merge_jax.paths import flatten, near_misses, replace
+from merge_jax.transfers.alignment_fit import ChannelChoice, choose, even_adapter, fitted_adapter
 from merge_jax.transfers.alignment_plan import AlignedLeaf, AlignmentPlan, plan_alignment
-from merge_jax.transfers.alignment_write import aligned_leaf, new_leaf
+from merge_jax.transfers.alignment_write import aligned_leaf, new_leaf, written_leaves
 from merge_jax.transfers.base import Key, Step, Transfer
 from merge_jax.transfers.channel_axes import ChannelGraph
+from merge_jax.transfers.channels import LayerMoments, held_moments
 from merge_jax.transfers.describe import RouteCost, count_flops
 from merge_jax.transfers.layerwise import kernel_routes
 from merge_jax.transfers.merged_axes import apart
@@ -24,7 +25,7 @@ from merge_jax.transfers.routed import ByPath, routed_transfer
 from merge_jax.transfers.routes import Routes
 from merge_jax.types import Adapter, Params
 
-__all__ = ["aligned_transfer", "free_memory"]
+__all__ = ["align", "aligned_transfer", "free_memory"]
 
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -101,9 +102,7 @@ def aligned_transfer(
         in `init` and `fit`, an adapter that needs more than half of the free memory; in `fit`, moments of another size
         than the layer's input; in `apply`, an adapter of other routes.
     """
-    check_choice("choice of channels", choice, get_args(ChannelChoice))
-    if (choice == "random") != (key is not None):
-        raise ValueError(f"a key is for the random choice of channels, and needed there; the choice is {choice!r}")
+    _check_choice(choice, key)
     named_routes = kernel_routes(routes)
 
     def plan_routes(resolved: tuple[ResolvedRoute, ...]) -> AlignmentPlan:
@@ -145,6 +144,52 @@ def aligned_transfer(
 
     transfer = routed_transfer(named_routes, plan_routes, move, start=start, costs=costs)
     return dataclasses.replace(transfer, fit=fit)
+
+
+def align(
+    routes: Routes,
+    source_graph: ChannelGraph,
+    target_graph: ChannelGraph,
+    source_params: Params,
+    target_params: Params,
+    moments: Mapping[str, jax.Array] | LayerMoments | None = None,
+    *,
+    choice: ChannelChoice = "moments",
+    key: jax.Array | None = None,
+) -> Params:
+    """Returns the target that `aligned_transfer` writes once: `apply(fit(moments, ...), ...)`, without an adapter.
+
+    The matrices of each leaf are made when it is written, and dropped. So a source on the host needs memory for the new
+    target and one layer. With `layer_moments`, this includes the moments: the model is then computed once for the
+    choice of channels and once for the layers that read them. Without moments, channels are chosen evenly for the
+    choice `moments`, as in `init`.
+
+    Args:
+      routes: as in `aligned_transfer`.
+      source_graph: the source's channel graph.
+      target_graph: the target's channel graph.
+      source_params: the source's parameters.
+      target_params: the target's parameters; leaves without a route do not change.
+      moments: of the source: `layer_moments(fn, params, *inputs)`, or those of `input_moments`.
+      choice: how channels are chosen.
+      key: for the random choice only.
+
+    Raises:
+      ValueError: as `aligned_transfer`.
+    """
+    _check_choice(choice, key)
+    resolved = resolve(kernel_routes(routes), source_params, target_params)
+    plan, source = plan_alignment(resolved, source_graph, target_graph), flatten(source_params)
+    given = moments if isinstance(moments, LayerMoments) else held_moments(moments or {})
+    chosen = choose(plan, source_graph, given, apart(source, source_graph.factors), choice, key)
+    leaves = written_leaves(plan, chosen, source_graph, given, source, flatten(target_params))
+    return replace(target_params, leaves)
+
+
+def _check_choice(choice: ChannelChoice, key: jax.Array | None) -> None:
+    check_choice("choice of channels", choice, get_args(ChannelChoice))
+    if (choice == "random") != (key is not None):
+        raise ValueError(f"a key is for the random choice of channels, and needed there; the choice is {choice!r}")
 
 
 def _matrices(leaf: AlignedLeaf, adapter: Adapter) -> list[jax.Array]:

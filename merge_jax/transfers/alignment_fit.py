@@ -12,7 +12,7 @@ from jax import lax
 
 from merge_jax.transfers.alignment_plan import AlignedLeaf, AlignmentPlan, GroupPair, subscripts
 from merge_jax.transfers.channel_axes import ChannelGraph
-from merge_jax.transfers.channels import LayerMoments
+from merge_jax.transfers.channels import LayerMoments, held_moments
 from merge_jax.transfers.weight_selection import choice_matrix, evenly_chosen
 from merge_jax.types import Adapter
 
@@ -84,12 +84,7 @@ def fitted_adapter(
     key: jax.Array | None = None,
 ) -> Adapter:
     """Returns the adapter that preserves most of what the source's layers compute; see `aligned_transfer`."""
-
-    def visit(names: Collection[str], take: Callable[[str, jax.Array], None]) -> None:
-        for name in names:
-            take(name, moments[name])
-
-    given, inputs = LayerMoments(frozenset(moments), visit), dict[str, jax.Array]()
+    given, inputs = held_moments(moments), dict[str, jax.Array]()
     chosen = choose(plan, source_graph, given, source, choice, key)
 
     def put(leaf: AlignedLeaf, matrix: jax.Array | None) -> None:

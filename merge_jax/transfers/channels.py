@@ -3,7 +3,7 @@
 import functools
 import math
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +15,7 @@ from merge_jax.transfers.channel_sums import Sum
 from merge_jax.transfers.channel_trace import ChannelTrace
 from merge_jax.types import Params
 
-__all__ = ["LayerMoments", "channel_graph", "input_moments", "layer_moments"]
+__all__ = ["LayerMoments", "channel_graph", "held_moments", "input_moments", "layer_moments"]
 
 
 def channel_graph(fn: Callable[..., Any], params: Params, *inputs: Any, strict: bool = True) -> ChannelGraph:
@@ -84,6 +84,16 @@ class LayerMoments(NamedTuple):
 
     names: frozenset[str]
     visit: Callable[[Collection[str], Callable[[str, jax.Array], None]], None]
+
+
+def held_moments(moments: Mapping[str, jax.Array]) -> LayerMoments:
+    """Returns moments that are already computed as `LayerMoments`."""
+
+    def visit(names: Collection[str], take: Callable[[str, jax.Array], None]) -> None:
+        for name in names:
+            take(name, moments[name])
+
+    return LayerMoments(frozenset(moments), visit)
 
 
 def layer_moments(fn: Callable[..., Any], params: Params, *inputs: Any) -> LayerMoments:
