@@ -90,8 +90,9 @@ def held_moments(moments: Mapping[str, jax.Array]) -> LayerMoments:
     """Returns moments that are already computed as `LayerMoments`."""
 
     def visit(names: Collection[str], take: Callable[[str, jax.Array], None]) -> None:
-        for name in names:
-            take(name, moments[name])
+        for name in moments:  # In their order: that of a set would change from process to process, and so would sums.
+            if name in names:
+                take(name, moments[name])
 
     return LayerMoments(frozenset(moments), visit)
 
