@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-__all__ = ["bytes_of", "give_back", "memory_now", "peak_bytes"]
+__all__ = ["bytes_of", "give_back", "memory_now", "peak_bytes", "trim"]
 
 
 def bytes_of(tree: Any) -> int:
@@ -31,7 +31,12 @@ def memory_now(kind: str) -> int:
 
 
 def give_back() -> None:
-    """Gives the memory that is free back to the system, where the C library is GNU's, which keeps some otherwise."""
+    """Frees what nothing refers to, and gives free memory back to the system, as `trim`."""
     gc.collect()
+    trim()
+
+
+def trim() -> None:
+    """Gives the memory that is free back to the system, where the C library is GNU's, which keeps some otherwise."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)

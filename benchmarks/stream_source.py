@@ -2,21 +2,25 @@
 
     python -m benchmarks.stream_source                              # to DistilBERT base from 12, 24, 48 layers
     python -m benchmarks.stream_source --layers 12 --methods refit  # of BERT base's widths, random weights
+    python -m benchmarks.stream_source --size half --layers 12 --methods fitted refit  # to a target of half the width
     python -m benchmarks.stream_source --layers 4 8 --size small
 
 `streamed` passes the transfer the leaves mapped by `mj.load_weights`; `loaded` first copies all leaves to the device.
-Each runs in a separate process. Memory is the process's peak anonymous memory (Linux's RssAnon, sampled every 2 ms)
-beyond that with only the target loaded. It excludes pages of the mapped file, which the system can reclaim. `bound` is
-the new target, the adapter, the moments that it is fitted to, and three largest leaves: of the source, the old target
-and the new one.
+Each runs in a separate process. Memory is the process's peak anonymous memory (Linux's RssAnon, sampled every 5 ms)
+beyond that with only the target loaded. It includes the compiler's memory. It excludes pages of the mapped file, which
+the system can reclaim, and freed memory that the C library keeps. `bound` is the new target, and the largest layer's
+inputs and outputs: its leaf of the source, the old and the new target, and for methods that compute the source, its
+activations on all inputs and their moments.
 """
 
 import argparse
+import functools
 import json
+import math
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +31,21 @@ from safetensors.numpy import save_file
 
 import merge_jax as mj
 from benchmarks.apart import measure_apart
-from benchmarks.memory import bytes_of, memory_now
+from benchmarks.memory import bytes_of, give_back, memory_now, trim
 from merge_jax.models import TextEncoder
 
 __all__ = ["main", "measure"]
 
 _METHODS, _WAYS = ("copies", "aligned", "fitted", "refit"), ("streamed", "loaded")
-_SIZES = {"base": (30522, 768, 12, 3072, 512), "small": (2000, 128, 4, 512, 64)}
-_TARGET_LAYERS, _SHARD_LAYERS = {"base": 6, "small": 2}, 4
+_BASE, _SMALL = (30522, 768, 12, 3072, 512), (2000, 128, 4, 512, 64)
+_SIZES = {"base": (_BASE, _BASE, 6), "half": (_BASE, (30522, 384, 6, 1536, 512), 6), "small": (_SMALL, _SMALL, 2)}
+"""Sizes of the source and of the target, and the target's layers."""
+_SHARD_LAYERS, _TOKENS = 4, 32
 _MIB = 2**20
 
 
-def _encoder(size: str, num_layers: int) -> TextEncoder:
-    words, width, heads, hidden, length = _SIZES[size]
+def _encoder(sizes: tuple[int, ...], num_layers: int) -> TextEncoder:
+    words, width, heads, hidden, length = sizes
     return TextEncoder(words, width, num_layers, heads, hidden, length, num_segments=0)
 
 
@@ -56,7 +62,7 @@ def _draw(shapes: Any, seed: int) -> Any:
 def write_source(folder: Path, size: str, num_layers: int) -> None:
     """Writes random weights to shards of a few layers each, and their index."""
     weight_map, names = {}, {}
-    for path in mj.flatten(shapes := _shapes(_encoder(size, num_layers))):
+    for path in mj.flatten(shapes := _shapes(_encoder(_SIZES[size][0], num_layers))):
         layer = path.split("/")[0].removeprefix("layer_")
         shard = f"{int(layer) // _SHARD_LAYERS:04}.safetensors" if layer.isdigit() else "embeddings.safetensors"
         names.setdefault(shard, []).append(path)
@@ -81,62 +87,71 @@ class _Peak:
         self._thread.join()
 
     def _look(self) -> None:
-        while not self._done.wait(0.002):
+        while not self._done.wait(0.005):
+            trim()
             self.bytes = max(self.bytes, memory_now("RssAnon"))
 
 
 def measure(folder: str, size: str, layers: str, method: str, way: str, batch: str) -> dict[str, float]:
     """Returns memory and CPU seconds of a transfer from a folder, with the sizes to compare them with, in bytes."""
-    source_model, target_model = _encoder(size, int(layers)), _encoder(size, _TARGET_LAYERS[size])
+    source_sizes, target_sizes, target_layers = _SIZES[size]
+    source_model, target_model = _encoder(source_sizes, int(layers)), _encoder(target_sizes, target_layers)
     shapes, target_shapes = _shapes(source_model), _shapes(target_model)
     target = jax.block_until_ready(jax.tree.map(jnp.asarray, _draw(target_shapes, 99)))
     routes = mj.match(shapes, target_shapes, source="**", target="**")
-    tokens = jnp.asarray(np.random.default_rng(0).integers(1, 1000, (int(batch), 32)), jnp.int32)
-    transfer, extra = _transfer(method, routes, (source_model, target_model), (shapes, target_shapes), tokens)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(1, 1000, (int(batch), _TOKENS)), jnp.int32)
+    transfer, computed = _transfer(method, routes, (source_model, target_model), (shapes, target_shapes), tokens)
+    give_back()
     before, cpu = memory_now("RssAnon"), time.process_time()
     with _Peak() as peak:
         source = mj.load_weights(folder, like=shapes)
         if way == "loaded":
             source = jax.block_until_ready(jax.tree.map(jnp.asarray, source))
         made = jax.block_until_ready(transfer(source, target))
-    sizes = [leaf.nbytes for leaf in jax.tree.leaves(target)]
     return {
         "memory": peak.bytes - before,
         "source": bytes_of(shapes),
-        "bound": sum(sizes) + 3 * max(sizes) + extra,
+        "bound": _bound(routes, shapes, target_shapes, computed, tokens.size),
         "cpu": time.process_time() - cpu,
         "sum": float(sum(jnp.abs(leaf).sum() for leaf in jax.tree.leaves(made))),
     }
 
 
+def _bound(routes: Any, source: Any, target: Any, moments: Mapping[str, Any], rows: int) -> int:
+    """Returns the bytes of the new target and of the largest layer's inputs and outputs; see above."""
+    sources, targets, layers = mj.flatten(source), mj.flatten(target), []
+    for one in mj.share_transfer(routes).describe(source, target):
+        leaf, own = sources[one.source], moments.get(one.source)
+        inputs = math.isqrt(own.size) if own is not None else 0
+        activations = inputs + (leaf.size // inputs if inputs else leaf.shape[-1])
+        layers.append(bytes_of((leaf, targets[one.target], targets[one.target], own)) + 4 * rows * activations)
+    return bytes_of(target) + max(layers)
+
+
 def _transfer(
     method: str, routes: Any, models: Sequence[TextEncoder], shapes: Sequence[Any], tokens: jax.Array
-) -> tuple[Callable[[Any, Any], Any], int]:
-    """Returns `(source, target) -> new target` of a method, and the bytes of its adapter and moments."""
+) -> tuple[Callable[[Any, Any], Any], Mapping[str, Any]]:
+    """Returns `(source, target) -> new target` of a method, and the shapes of the moments of what it computes."""
 
     def apply(model: TextEncoder) -> Callable[..., Any]:
         return lambda params, tokens: model.apply({"params": params}, tokens)
 
     if method == "copies":
         transfer = mj.share_transfer(routes)
-        return lambda source, target: transfer.apply({}, source, target), 0
+        return lambda source, target: transfer.apply({}, source, target), {}
     graphs = [mj.channel_graph(apply(model), one, tokens) for model, one in zip(models, shapes, strict=True)]
-    aligned = mj.aligned_transfer(routes, *graphs)
-    adapter = bytes_of(jax.eval_shape(aligned.init, jax.random.key(0), *shapes))
+    align = functools.partial(mj.transfers.align, routes, *graphs)
     if method == "aligned":
-        init = aligned.init
-        return lambda source, target: aligned.apply(init(jax.random.key(0), source, target), source, target), adapter
-    extra = adapter + bytes_of(jax.eval_shape(lambda one: mj.input_moments(apply(models[0]), one, tokens), shapes[0]))
+        return align, {}
+    moments = jax.eval_shape(lambda one: mj.input_moments(apply(models[0]), one, tokens), shapes[0])
 
     def fitted(source: Any, target: Any) -> Any:
-        assert aligned.fit is not None
-        moments = mj.input_moments(apply(models[0]), source, tokens)
-        return aligned.apply(aligned.fit(moments, source, target), source, target)
+        return align(source, target, mj.transfers.layer_moments(apply(models[0]), source, tokens))
 
     def refit(source: Any, target: Any) -> Any:
         return mj.refit(routes, apply(models[0]), apply(models[1]), source, target, tokens, batch_size=8).variables
 
-    return {"fitted": fitted, "refit": refit}[method], extra
+    return {"fitted": fitted, "refit": refit}[method], moments
 
 
 def main(arguments: list[str] | None = None) -> None:

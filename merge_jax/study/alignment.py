@@ -62,10 +62,9 @@ def align(source: StudyModel, target: StudyModel, routes: Sequence[mj.Route]) ->
     def write(
         source: mj.TrainState, target_params: Params, inputs: Sequence[jax.Array], key: jax.Array | None, choice: Any
     ) -> Params:
-        chosen = mj.aligned_transfer(routes, *graphs, choice=choice, key=key)
-        moments = mj.input_moments(apply_source, source.params, source.model_state, *inputs) if inputs else {}
-        assert chosen.fit is not None
-        return chosen.apply(chosen.fit(moments, source.params, target_params), source.params, target_params)
+        given = (apply_source, source.params, source.model_state, *inputs)
+        moments = mj.transfers.layer_moments(*given) if inputs else None
+        return mj.transfers.align(routes, *graphs, source.params, target_params, moments, choice=choice, key=key)
 
     def pruned(key: jax.Array, state: mj.TrainState, target: mj.TrainState, examples: Batch) -> mj.TrainState:
         del key, examples  # Only the source determines which channels are large.

@@ -4,10 +4,10 @@ from etils import epy
 
 with epy.lazy_api_imports(globals()):
     from merge_jax.transfers.adapter import adapter_transfer
-    from merge_jax.transfers.aligned import aligned_transfer
+    from merge_jax.transfers.aligned import align, aligned_transfer
     from merge_jax.transfers.base import RouteSummary, Transfer, identity_transfer
     from merge_jax.transfers.channel_axes import ChannelGraph
-    from merge_jax.transfers.channels import channel_graph, input_moments
+    from merge_jax.transfers.channels import LayerMoments, channel_graph, input_moments, layer_moments
     from merge_jax.transfers.combinators import chain, scheduled, self_transfer, several_sources, without_source
     from merge_jax.transfers.describe import summarize
     from merge_jax.transfers.fitted import FewRowsWarning, Refit, refit
@@ -31,6 +31,7 @@ __all__ = [
     "ChannelGraph",
     "FewRowsWarning",
     "LPKAOptions",
+    "LayerMoments",
     "LowRankConv",
     "LowRankDense",
     "PublishedAdapter",
@@ -40,6 +41,7 @@ __all__ = [
     "Rows",
     "Transfer",
     "adapter_transfer",
+    "align",
     "aligned_transfer",
     "chain",
     "channel_graph",
@@ -48,6 +50,7 @@ __all__ = [
     "export_published_adapter",
     "identity_transfer",
     "input_moments",
+    "layer_moments",
     "linear_operator_transfer",
     "load_published_adapter",
     "lpka_network",

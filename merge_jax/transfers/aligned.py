@@ -2,24 +2,22 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import get_args
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from merge_jax.checks import check_choice
-from merge_jax.layouts import overlap_blocks
-from merge_jax.paths import flatten, near_misses
-from merge_jax.transfers.alignment_fit import ChannelChoice, even_adapter, fitted_adapter
-from merge_jax.transfers.alignment_plan import AlignedLeaf, AlignmentPlan, plan_alignment, subscripts
+from merge_jax.paths import flatten, near_misses, replace
+from merge_jax.transfers.alignment_fit import ChannelChoice, choose, even_adapter, fitted_adapter
+from merge_jax.transfers.alignment_plan import AlignedLeaf, AlignmentPlan, plan_alignment
+from merge_jax.transfers.alignment_write import aligned_leaf, new_leaf, written_leaves
 from merge_jax.transfers.base import Key, Step, Transfer
 from merge_jax.transfers.channel_axes import ChannelGraph
+from merge_jax.transfers.channels import LayerMoments, held_moments
 from merge_jax.transfers.describe import RouteCost, count_flops
-from merge_jax.transfers.host_leaves import any_on_host, on_device
 from merge_jax.transfers.layerwise import kernel_routes
 from merge_jax.transfers.merged_axes import apart
 from merge_jax.transfers.pairing import ResolvedRoute, resolve
@@ -27,9 +25,8 @@ from merge_jax.transfers.routed import ByPath, routed_transfer
 from merge_jax.transfers.routes import Routes
 from merge_jax.types import Adapter, Params
 
-__all__ = ["aligned_transfer", "free_memory"]
+__all__ = ["align", "aligned_transfer", "free_memory"]
 
-_PRECISION = lax.Precision.HIGHEST
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -105,9 +102,7 @@ def aligned_transfer(
         in `init` and `fit`, an adapter that needs more than half of the free memory; in `fit`, moments of another size
         than the layer's input; in `apply`, an adapter of other routes.
     """
-    check_choice("choice of channels", choice, get_args(ChannelChoice))
-    if (choice == "random") != (key is not None):
-        raise ValueError(f"a key is for the random choice of channels, and needed there; the choice is {choice!r}")
+    _check_choice(choice, key)
     named_routes = kernel_routes(routes)
 
     def plan_routes(resolved: tuple[ResolvedRoute, ...]) -> AlignmentPlan:
@@ -123,12 +118,8 @@ def aligned_transfer(
         _check_adapter(adapter, plan)
         new_leaves = {}
         for leaf in plan.leaves:
-            given = _matrices(leaf, adapter), targets[leaf.target], sources[leaf.source]
-            if any_on_host(given[2], given):
-                made = _new_leaf_apart(leaf.nameless(), *on_device(given))
-                new_leaves[leaf.target] = jax.block_until_ready(made)
-            else:
-                new_leaves[leaf.target] = _new_leaf(leaf, *given)
+            given = targets[leaf.target], sources[leaf.source]
+            new_leaves[leaf.target] = new_leaf(leaf, _matrices(leaf, adapter), *given)
         return new_leaves
 
     def costs(plan: AlignmentPlan) -> dict[int, RouteCost]:
@@ -141,7 +132,7 @@ def aligned_transfer(
                 one.size for one in matrices[len(leaf.making) :]
             )
             leaves = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in leaf.shapes]
-            flops = count_flops(functools.partial(_aligned_leaf, leaf), matrices, *leaves)
+            flops = count_flops(functools.partial(aligned_leaf, leaf), matrices, *leaves)
             found[number] = RouteCost("outputs", size, flops)
         return found
 
@@ -155,51 +146,56 @@ def aligned_transfer(
     return dataclasses.replace(transfer, fit=fit)
 
 
+def align(
+    routes: Routes,
+    source_graph: ChannelGraph,
+    target_graph: ChannelGraph,
+    source_params: Params,
+    target_params: Params,
+    moments: Mapping[str, jax.Array] | LayerMoments | None = None,
+    *,
+    choice: ChannelChoice = "moments",
+    key: jax.Array | None = None,
+) -> Params:
+    """Returns the target that `aligned_transfer` writes once: `apply(fit(moments, ...), ...)`, without an adapter.
+
+    The matrices of each leaf are made when it is written, and dropped. So a source on the host needs memory for the new
+    target and one layer. With `layer_moments`, this includes the moments: the model is then computed once for the
+    choice of channels and once for the layers that read them. Without moments, channels are chosen evenly for the
+    choice `moments`, as in `init`.
+
+    Args:
+      routes: as in `aligned_transfer`.
+      source_graph: the source's channel graph.
+      target_graph: the target's channel graph.
+      source_params: the source's parameters.
+      target_params: the target's parameters; leaves without a route do not change.
+      moments: of the source: `layer_moments(fn, params, *inputs)`, or those of `input_moments`.
+      choice: how channels are chosen.
+      key: for the random choice only.
+
+    Raises:
+      ValueError: as `aligned_transfer`.
+    """
+    _check_choice(choice, key)
+    resolved = resolve(kernel_routes(routes), source_params, target_params)
+    plan, source = plan_alignment(resolved, source_graph, target_graph), flatten(source_params)
+    given = moments if isinstance(moments, LayerMoments) else held_moments(moments or {})
+    chosen = choose(plan, source_graph, given, apart(source, source_graph.factors), choice, key)
+    leaves = written_leaves(plan, chosen, source_graph, given, source, flatten(target_params))
+    return replace(target_params, leaves)
+
+
+def _check_choice(choice: ChannelChoice, key: jax.Array | None) -> None:
+    check_choice("choice of channels", choice, get_args(ChannelChoice))
+    if (choice == "random") != (key is not None):
+        raise ValueError(f"a key is for the random choice of channels, and needed there; the choice is {choice!r}")
+
+
 def _matrices(leaf: AlignedLeaf, adapter: Adapter) -> list[jax.Array]:
     """Returns the adapter's matrices for a leaf: those of its channels, then that of its inputs."""
     read = [adapter["inputs"][leaf.input_name]] if leaf.reading else []
-    return [*(adapter["outputs"][str(leaf.axes[i].pair)] for i in leaf.making), *read]
-
-
-def _new_leaf(leaf: AlignedLeaf, matrices: list[jax.Array], target: jax.Array, source: jax.Array) -> jax.Array:
-    """Returns the new target leaf."""
-    target_view, source_view = leaf.views
-    arranged = target_view.arrange(target), source_view.arrange(source)
-    apart_leaves = [one.reshape(shape) for one, shape in zip(arranged, leaf.shapes, strict=True)]
-    return target_view.restore(_aligned_leaf(leaf, matrices, *apart_leaves).reshape(arranged[0].shape))
-
-
-_new_leaf_apart = jax.jit(_new_leaf, static_argnums=0)
-
-
-def _aligned_leaf(leaf: AlignedLeaf, matrices: list[jax.Array], target: jax.Array, source: jax.Array) -> jax.Array:
-    """Returns the new target leaf, with rows arranged and merged axes split, as in the given leaves."""
-    order = [[getattr(axis, role) for axis in leaf.axes] for role in ("target", "source")]
-    permutations = [(*channels, *window) for channels, window in zip(order, leaf.windows, strict=True)]
-    given, old = source.astype(jnp.float32).transpose(permutations[1]), target.transpose(permutations[0])
-    every, reading = tuple(range(len(leaf.axes))), leaf.reading
-    matrix_axes, _, _ = subscripts(leaf, leaf.making)
-    if reading:
-        _, target_axes, source_axes = subscripts(leaf, reading)
-        matrix_axes.append(target_axes + source_axes)
-    _, after, before = subscripts(leaf, every)
-    before = "".join(before[i] if axis.pair is not None else after[i] for i, axis in enumerate(leaf.axes))
-    # The highest precision, so that a product with the identity returns the source exactly.
-    equation = f"{','.join([*matrix_axes, f'{before}...'])}->{after}..."
-    made = jnp.einsum(equation, *matrices, given, precision=_PRECISION)
-    # Target rows without a source row.
-    missing = [axis.sizes[0] - axis.sizes[1] if axis.pair is None else 0 for axis in leaf.axes]
-    made = jnp.pad(made, [(0, count) for count in (*missing, *(0,) * (made.ndim - len(missing)))])
-    # Windows are aligned at their centres and padded with 0: as kernels whose rows are all channels.
-    channels, wanted = old.shape[: len(leaf.axes)], old.shape[len(leaf.axes) :]
-    around = jnp.zeros((math.prod(channels), 1, *wanted), old.dtype)
-    made = overlap_blocks(around, made.reshape(math.prod(channels), 1, *made.shape[len(channels) :])).reshape(old.shape)
-    for i, axis in enumerate(leaf.axes):
-        count, known = axis.sizes
-        if i not in reading and axis.kept and count > known:
-            made = jnp.where(jnp.arange(count).reshape(-1, *(1,) * (made.ndim - i - 1)) < known, made, old)
-    inverse = [permutations[0].index(axis) for axis in range(target.ndim)]
-    return made.transpose(inverse)
+    return [*(adapter["outputs"][name] for name in leaf.pairs_made), *read]
 
 
 def free_memory() -> int | None:

@@ -3,19 +3,20 @@
 import functools
 import math
 import string
-from collections.abc import Collection, Mapping
-from typing import Literal
+from collections.abc import Callable, Collection, Mapping
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from merge_jax.transfers.alignment_plan import AlignedLeaf, AlignmentPlan, subscripts
+from merge_jax.transfers.alignment_plan import AlignedLeaf, AlignmentPlan, GroupPair, subscripts
 from merge_jax.transfers.channel_axes import ChannelGraph
+from merge_jax.transfers.channels import LayerMoments, held_moments
 from merge_jax.transfers.weight_selection import choice_matrix, evenly_chosen
 from merge_jax.types import Adapter
 
-__all__ = ["ChannelChoice", "directions", "even_adapter", "fitted_adapter"]
+__all__ = ["ChannelChoice", "Choice", "choose", "each_leaf", "even_adapter", "fitted_adapter"]
 
 ChannelChoice = Literal["moments", "magnitude", "random", "even"]
 
@@ -25,38 +26,53 @@ _TIE = 1e-5
 _PRECISION = lax.Precision.HIGHEST
 
 
-def _even_outputs(plan: AlignmentPlan) -> dict[str, jax.Array]:
-    """Returns `A` of all pairs, with channels chosen evenly."""
-    outputs = {}
+class Choice(NamedTuple):
+    """What an alignment chooses for each pair of channel groups, from which the matrices of a leaf are made.
+
+    Attributes:
+      pairs: of the plan.
+      channels: `{pair: source channels, int [k]}`, or `[h, k]` for each enclosing channel.
+      directions: `{pair: orthonormal directions [m, p]}`, for the streams.
+      fitted: the pairs whose readers reconstruct all inputs from the chosen ones.
+    """
+
+    pairs: Mapping[str, GroupPair]
+    channels: Mapping[str, jax.Array]
+    directions: Mapping[str, jax.Array]
+    fitted: frozenset[str]
+
+    def selection(self, name: str) -> jax.Array:
+        """Returns `A` of the chosen channels."""
+        (m, p), chosen = self.pairs[name].sizes, self.channels[name]
+        return choice_matrix(chosen, m, p)
+
+    def values(self, name: str) -> jax.Array:
+        """Returns `A` of the target's values: a stream's directions, else the chosen channels."""
+        return self.directions[name] if name in self.directions else self.selection(name)
+
+    def inputs(self, leaf: AlignedLeaf) -> jax.Array:
+        """Returns `R` of a leaf that selects the target's values, without reconstruction."""
+        matrix_axes, target_axes, source_axes = subscripts(leaf, leaf.reading)
+        matrices = [self.values(name) for name in leaf.pairs_read]
+        return jnp.einsum(f"{','.join(matrix_axes)}->{target_axes}{source_axes}", *matrices, precision=_PRECISION)
+
+
+def _even_choice(plan: AlignmentPlan) -> Choice:
+    channels = {}
     for name, ((m, p), _, around) in plan.pairs.items():
-        matrix = choice_matrix(evenly_chosen(min(m, p), p), m, p)
-        outputs[name] = matrix if around is None else jnp.tile(matrix, (plan.pairs[around].sizes[0], 1, 1))
-    return outputs
+        chosen = jnp.asarray(evenly_chosen(min(m, p), p))
+        channels[name] = chosen if around is None else jnp.tile(chosen, (plan.pairs[around].sizes[0], 1))
+    return Choice(plan.pairs, channels, {}, frozenset())
 
 
 def even_adapter(plan: AlignmentPlan) -> Adapter:
     """Returns the adapter that chooses channels evenly."""
-    return _adapter(plan, _even_outputs(plan), {})
+    choice = _even_choice(plan)
+    return _adapter(plan, choice, {leaf.input_name: choice.inputs(leaf) for leaf in plan.leaves if leaf.reading})
 
 
-def _adapter(plan: AlignmentPlan, outputs: Mapping[str, jax.Array], inputs: Mapping[str, jax.Array]) -> Adapter:
-    """Returns the adapter, with the given `R`, and the outputs' choice for the other inputs."""
-    made = plan.made()
-    reading = [leaf for leaf in plan.leaves if leaf.reading]
-    return {
-        "outputs": {name: matrix for name, matrix in outputs.items() if name in made},
-        "inputs": {
-            leaf.input_name: inputs[leaf.input_name] if leaf.input_name in inputs else _chosen_inputs(leaf, outputs)
-            for leaf in reading
-        },
-    }
-
-
-def _chosen_inputs(leaf: AlignedLeaf, outputs: Mapping[str, jax.Array]) -> jax.Array:
-    """Returns `R` of a leaf's inputs that selects the outputs' choice, without reconstruction."""
-    matrix_axes, target_axes, source_axes = subscripts(leaf, leaf.reading)
-    matrices = [outputs[str(leaf.axes[i].pair)] for i in leaf.reading]
-    return jnp.einsum(f"{','.join(matrix_axes)}->{target_axes}{source_axes}", *matrices, precision=_PRECISION)
+def _adapter(plan: AlignmentPlan, choice: Choice, inputs: dict[str, jax.Array]) -> Adapter:
+    return {"outputs": {name: choice.selection(name) for name in plan.made()}, "inputs": inputs}
 
 
 def fitted_adapter(
@@ -68,132 +84,172 @@ def fitted_adapter(
     key: jax.Array | None = None,
 ) -> Adapter:
     """Returns the adapter that preserves most of what the source's layers compute; see `aligned_transfer`."""
-    outputs, made, chosen = _even_outputs(plan), plan.made(), set()
-    for number, name in enumerate(plan.outermost_first()):
-        (m, p), group, around = plan.pairs[name]
-        if m >= p or name not in made:
-            continue
-        sizes = _magnitudes(plan, name, source)
-        if choice == "moments":
-            found = _group_moments(group, around is not None, source_graph, moments, source)
-            if not found:
-                continue
-            given, choose = (sum(found[1:], found[0]), sizes), _choose
-        elif choice == "magnitude":
-            given, choose = (sizes,), _largest
-        elif choice == "random":
-            assert key is not None  # aligned_transfer
-            drawn = jax.random.uniform(jax.random.fold_in(key, number), sizes.shape)
-            given, choose = (drawn,), _largest
-        else:
-            chosen.add(name)  # Stays even.
-            continue
-        chosen.add(name)
-        if around is None:
-            outputs[name] = choice_matrix(choose(*given, count=m), m, p)
-        else:
-            given = tuple(jnp.tensordot(outputs[around], one, 1, precision=_PRECISION) for one in given)
-            indices = jax.vmap(functools.partial(choose, count=m))(*given)
-            outputs[name] = jax.nn.one_hot(indices, p, dtype=jnp.float32)
-    return _adapter(plan, outputs, _reconstructed(plan, chosen, source_graph, moments, outputs))
+    given, inputs = held_moments(moments), dict[str, jax.Array]()
+    chosen = choose(plan, source_graph, given, source, choice, key)
+
+    def put(leaf: AlignedLeaf, matrix: jax.Array | None) -> None:
+        if matrix is not None:
+            inputs[leaf.input_name] = matrix
+
+    each_leaf(plan, chosen, source_graph, given, put)
+    return _adapter(plan, chosen, inputs)
 
 
-def directions(
+def choose(
     plan: AlignmentPlan,
-    streams: Collection[str],
-    source_graph: ChannelGraph,
-    moments: Mapping[str, jax.Array],
-    source: Mapping[str, jax.Array],
-    adapter: Adapter,
-) -> tuple[Adapter, Adapter]:
-    """Returns the adapter for the alignment, and one whose outputs are the target values of these streams.
-
-    The latter are the orthonormal directions of the largest second moments, `A = U V^T` of the leading eigenvectors
-    `V`, rotated toward the channels that the adapter chose, so the aligned leaves stay a prior. Layers that read the
-    stream are aligned to these directions. Layers that write it are aligned to channels, since a norm in between has
-    entries for channels. As for channels, gradients do not pass through the choice of directions.
-    """
-    outputs = dict(adapter["outputs"])
-    for name in sorted(outputs.keys() & set(streams)):
-        (m, _), group, _ = plan.pairs[name]
-        if found := _group_moments(group, False, source_graph, moments, source):
-            largest = jnp.linalg.eigh(lax.stop_gradient(sum(found[1:], found[0])))[1][:, -m:]
-            left, _, right = jnp.linalg.svd(jnp.matmul(outputs[name], largest, precision=_PRECISION))
-            turned = jnp.matmul(left, right, precision=_PRECISION)
-            outputs[name] = lax.stop_gradient(jnp.matmul(turned, largest.T, precision=_PRECISION))
-    inputs = adapter["inputs"] | _reconstructed(plan, set(streams), source_graph, moments, outputs)
-    return {**adapter, "inputs": inputs}, {**adapter, "inputs": inputs, "outputs": outputs}
-
-
-def _reconstructed(
-    plan: AlignmentPlan,
-    chosen: set[str],
     graph: ChannelGraph,
-    moments: Mapping[str, jax.Array],
-    outputs: Mapping[str, jax.Array],
-) -> dict[str, jax.Array]:
-    """Returns `R` of the leaves that read a pair with chosen channels."""
-    inputs = {}
+    moments: LayerMoments,
+    source: Mapping[str, jax.Array],
+    choice: ChannelChoice,
+    key: jax.Array | None,
+    streams: Collection[str] = (),
+) -> Choice:
+    """Returns the choice for each pair, visiting the moments once; see `aligned_transfer`.
+
+    Streams are for the choice `moments`: their values are the orthonormal directions of the largest second moments,
+    `A = U V^T` of the leading eigenvectors `V`, rotated toward the chosen channels, so the aligned leaves stay a prior.
+    Layers that read the stream are aligned to these directions. Layers that write it are aligned to channels, since a
+    norm in between has entries for channels. As for channels, gradients do not pass through the choice of directions.
+    """
+    even, made, order = _even_choice(plan), plan.made(), plan.outermost_first()
+    reduced = [name for name in order if name in made and plan.pairs[name].sizes[0] < plan.pairs[name].sizes[1]]
+    channels, directions = dict(even.channels), dict[str, jax.Array]()
+
+    def fit(name: str, best: Callable[..., jax.Array], *given: jax.Array) -> None:
+        (m, _), _, around = plan.pairs[name]
+        if around is None:
+            channels[name] = best(*given, count=m)
+        else:
+            outer = choice_matrix(channels[around], *plan.pairs[around].sizes)
+            given = tuple(jnp.tensordot(outer, one, 1, precision=_PRECISION) for one in given)
+            channels[name] = jax.vmap(functools.partial(best, count=m))(*given)
+
+    def fit_to_moments(name: str, total: jax.Array) -> None:
+        fit(name, _choose, total, _magnitudes(plan, name, source))
+        if name in streams:
+            directions[name] = _directions(total, choice_matrix(channels[name], *plan.pairs[name].sizes))
+
+    if choice == "moments":
+        readers = {name: _readers(plan.pairs[name].source, graph) & moments.names for name in reduced}
+        reduced = [name for name in reduced if readers[name]]
+        _visit_groups(plan, graph, moments, source, {name: readers[name] for name in reduced}, fit_to_moments)
+    elif choice == "magnitude":
+        for name in reduced:
+            fit(name, _largest, _magnitudes(plan, name, source))
+    elif choice == "random":
+        assert key is not None  # aligned_transfer
+        for name in reduced:
+            (_, p), _, around = plan.pairs[name]
+            shape = (p,) if around is None else (plan.pairs[around].sizes[1], p)
+            fit(name, _largest, jax.random.uniform(jax.random.fold_in(key, order.index(name)), shape))
+    return Choice(plan.pairs, channels, directions, frozenset(reduced))
+
+
+def _visit_groups(
+    plan: AlignmentPlan,
+    graph: ChannelGraph,
+    moments: LayerMoments,
+    source: Mapping[str, jax.Array],
+    readers: Mapping[str, Collection[str]],
+    fit: Callable[[str, jax.Array], None],
+) -> None:
+    """Passes on the summed moments of each pair's source channels, once its readers and its enclosing pair are done."""
+    left, totals = {name: set(own) for name, own in readers.items()}, dict[str, jax.Array]()
+
+    def take(path: str, own: jax.Array) -> None:
+        for name in [name for name in left if path in left[name]]:
+            group, around = plan.pairs[name].source, plan.pairs[name].around
+            part = _group_moments(path, group, around is not None, graph, own, source)
+            totals[name] = totals[name] + part if name in totals else part
+            left[name].remove(path)
+        for name in [name for name, rest in left.items() if not rest]:
+            if plan.pairs[name].around not in left:  # An enclosing pair comes first, so it is done.
+                del left[name]
+                fit(name, totals.pop(name))
+
+    moments.visit(set().union(*readers.values()), take)
+
+
+def each_leaf(
+    plan: AlignmentPlan,
+    choice: Choice,
+    graph: ChannelGraph,
+    moments: LayerMoments,
+    put: Callable[[AlignedLeaf, jax.Array | None], None],
+) -> None:
+    """Passes on each leaf with `R` of its inputs, None if it reads none; visits the moments of those that need them."""
+    readers: dict[str, list[AlignedLeaf]] = {}
+    others = []
     for leaf in plan.leaves:
-        pairs = [str(leaf.axes[i].pair) for i in leaf.reading]
-        if leaf.source in moments and chosen.intersection(pairs) and outputs.keys() >= set(pairs):
-            matrix = _chosen_inputs(leaf, outputs)
-            half = matrix.ndim // 2
-            rows, columns = math.prod(matrix.shape[:half]), math.prod(matrix.shape[half:])
-            own_moments = _leaf_moments(leaf, graph, moments).reshape(columns, columns)
-            inputs[leaf.input_name] = _reconstruction(own_moments, matrix.reshape(rows, columns)).reshape(matrix.shape)
-    return inputs
+        fitted = leaf.source in moments.names and choice.fitted.intersection(leaf.pairs_read)
+        (readers.setdefault(leaf.source, []) if fitted else others).append(leaf)
+
+    def take(path: str, own: jax.Array) -> None:
+        for leaf in readers[path]:
+            put(leaf, _reconstruction(_leaf_moments(leaf, graph, own), choice.inputs(leaf)))
+
+    moments.visit(readers.keys(), take)
+    for leaf in others:
+        put(leaf, choice.inputs(leaf) if leaf.reading else None)
 
 
-def _checked(path: str, graph: ChannelGraph, moments: Mapping[str, jax.Array], shape: tuple[int, ...]) -> jax.Array:
-    """Returns the input moments of a source leaf, checked."""
+def _directions(moments: jax.Array, chosen: jax.Array) -> jax.Array:
+    """Returns the orthonormal directions of the largest moments, rotated toward the chosen channels."""
+    largest = jnp.linalg.eigh(lax.stop_gradient(moments))[1][:, -chosen.shape[0] :]
+    left, _, right = jnp.linalg.svd(jnp.matmul(chosen, largest, precision=_PRECISION))
+    turned = jnp.matmul(left, right, precision=_PRECISION)
+    return lax.stop_gradient(jnp.matmul(turned, largest.T, precision=_PRECISION))
+
+
+def _readers(group: str, graph: ChannelGraph) -> set[str]:
+    """Returns the names of the moments of a group's channels: its leaves', and its own."""
+    groups = graph.channel_groups
+    return {group, *(path for path in groups if group in [groups[path][axis] for axis in graph.moment_axes(path)])}
+
+
+def _check(path: str, graph: ChannelGraph, moments: jax.Array, shape: tuple[int, ...]) -> None:
+    """Raises ValueError for input moments of another size than a source leaf's."""
     sizes = tuple(shape[axis] for axis in graph.moment_axes(path))
-    if moments[path].shape != sizes * 2:
-        raise ValueError(f"moments of {path!r} must be {sizes * 2}, got {moments[path].shape}")
-    return moments[path]
+    if moments.shape != sizes * 2:
+        raise ValueError(f"moments of {path!r} must be {sizes * 2}, got {moments.shape}")
 
 
 def _group_moments(
-    group: str, apart: bool, graph: ChannelGraph, moments: Mapping[str, jax.Array], leaves: Mapping[str, jax.Array]
-) -> list[jax.Array]:
-    """Returns all moments of a group's channels, `[p, p]`; with `apart` for each enclosing channel, `[h, p, p]`."""
-    found = []
-    if group in moments:
-        products = moments[group]
-        found.append(products if apart or products.ndim == 2 else products.sum(0))
-    for path, leaf_groups in graph.channel_groups.items():
-        axes = graph.moment_axes(path)
-        summed = [leaf_groups[axis] for axis in axes]
-        if path not in moments or group not in summed:
-            continue
-        entering, number, count = _checked(path, graph, moments, leaves[path].shape), summed.index(group), len(axes)
-        left, right = string.ascii_lowercase[:count], string.ascii_uppercase[:count]
-        if apart:
-            # The moments within each enclosing channel; along any other axis, summed over its channels.
-            around = left[summed.index(graph.within[group])]
-            same = "".join(right[i] if i == number else left[i] for i in range(count))
-            found.append(jnp.einsum(f"{left}{same}->{around}{left[number]}{right[number]}", entering))
-        elif count == 1:
-            found.append(entering)
-        else:
-            # Each channel's contribution to the outputs, which does not depend on the order of other axes.
-            kernel = jnp.moveaxis(jnp.asarray(leaves[path], jnp.float32), axes, range(count))
-            kernel = kernel.reshape(*kernel.shape[:count], -1)
-            added = jnp.einsum(
-                f"{left}{right},{left}z,{right}z->{left[number]}{right[number]}", entering, kernel, kernel
-            )
-            found.append(added)
-    return found
+    name: str, group: str, apart: bool, graph: ChannelGraph, moments: jax.Array, leaves: Mapping[str, jax.Array]
+) -> jax.Array:
+    """Returns what the moments of one name are of a group's channels.
+
+    `[p, p]`, or with `apart` for each enclosing channel, `[h, p, p]`.
+    """
+    if name == group:
+        return moments if apart or moments.ndim == 2 else moments.sum(0)
+    axes = graph.moment_axes(name)
+    _check(name, graph, moments, leaves[name].shape)
+    summed = [graph.channel_groups[name][axis] for axis in axes]
+    number, count = summed.index(group), len(axes)
+    left, right = string.ascii_lowercase[:count], string.ascii_uppercase[:count]
+    if apart:
+        # The moments within each enclosing channel; along any other axis, summed over its channels.
+        around = left[summed.index(graph.within[group])]
+        same = "".join(right[i] if i == number else left[i] for i in range(count))
+        return jnp.einsum(f"{left}{same}->{around}{left[number]}{right[number]}", moments)
+    if count == 1:
+        return moments
+    # Each channel's contribution to the outputs, which does not depend on the order of other axes.
+    kernel = jnp.moveaxis(jnp.asarray(leaves[name], jnp.float32), axes, range(count))
+    kernel = kernel.reshape(*kernel.shape[:count], -1)
+    return jnp.einsum(f"{left}{right},{left}z,{right}z->{left[number]}{right[number]}", moments, kernel, kernel)
 
 
-def _leaf_moments(leaf: AlignedLeaf, graph: ChannelGraph, moments: Mapping[str, jax.Array]) -> jax.Array:
+def _leaf_moments(leaf: AlignedLeaf, graph: ChannelGraph, moments: jax.Array) -> jax.Array:
     """Returns the moments of the inputs that one matrix of the adapter reads, `[*inputs, *inputs]`."""
     axes = graph.moment_axes(leaf.source)
+    _check(leaf.source, graph, moments, leaf.shapes[1])
     read = [leaf.axes[i].source for i in leaf.reading]
     left, right = string.ascii_lowercase[: len(axes)], string.ascii_uppercase[: len(axes)]
     same = "".join(right[i] if axis in read else left[i] for i, axis in enumerate(axes))
     found = [text[axes.index(axis)] for text in (left, right) for axis in read]
-    return jnp.einsum(f"{left}{same}->{''.join(found)}", _checked(leaf.source, graph, moments, leaf.shapes[1]))
+    return jnp.einsum(f"{left}{same}->{''.join(found)}", moments)
 
 
 def _magnitudes(plan: AlignmentPlan, name: str, source: Mapping[str, jax.Array]) -> jax.Array:
@@ -204,10 +260,15 @@ def _magnitudes(plan: AlignmentPlan, name: str, source: Mapping[str, jax.Array])
             if axis.pair == name:
                 kept = [axis.source] if axis.around is None else [leaf.axes[axis.around].source, axis.source]
                 rest = tuple(i for i in range(len(leaf.shapes[1])) if i not in kept)
-                squares = jnp.square(jnp.asarray(source[leaf.source], jnp.float32)).sum(rest)
+                squares = _sum_of_squares(source[leaf.source], rest)
                 total += squares if kept == sorted(kept) else squares.T
                 jax.block_until_ready(total)  # If the source is on the host, only one leaf is on the device.
     return total
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _sum_of_squares(leaf: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    return jnp.square(leaf.astype(jnp.float32)).sum(axes)
 
 
 def _largest(sizes: jax.Array, count: int) -> jax.Array:
@@ -215,6 +276,7 @@ def _largest(sizes: jax.Array, count: int) -> jax.Array:
     return lax.top_k(sizes, count)[1]
 
 
+@functools.partial(jax.jit, static_argnames="count")
 def _choose(moments: jax.Array, sizes: jax.Array, count: int) -> jax.Array:
     """Returns `count` channels, chosen greedily so that a linear map reconstructs all channels best; best first."""
     size = moments.shape[0]
@@ -238,9 +300,13 @@ def _choose(moments: jax.Array, sizes: jax.Array, count: int) -> jax.Array:
     return lax.fori_loop(0, count, add, state)[2]
 
 
+@jax.jit
 def _reconstruction(moments: jax.Array, chosen: jax.Array) -> jax.Array:
-    """Returns `R [m, p]` of `fit` for the choice in a matrix's rows of length 1; rows of zeros choose nothing."""
-    crossed = jnp.matmul(chosen, moments, precision=_PRECISION)
-    among = jnp.matmul(crossed, chosen.T, precision=_PRECISION)
-    ridge = _RIDGE * jnp.trace(among) / jnp.sum(jnp.any(chosen != 0, axis=1)) + 1e-30
-    return jnp.linalg.solve(among + ridge * jnp.eye(among.shape[0]), crossed)
+    """Returns `R [*m, *p]` of `fit` for the choice in a matrix's rows of length 1; rows of zeros choose nothing."""
+    half = chosen.ndim // 2
+    rows, columns = math.prod(chosen.shape[:half]), math.prod(chosen.shape[half:])
+    flat, moments = chosen.reshape(rows, columns), moments.reshape(columns, columns)
+    crossed = jnp.matmul(flat, moments, precision=_PRECISION)
+    among = jnp.matmul(crossed, flat.T, precision=_PRECISION)
+    ridge = _RIDGE * jnp.trace(among) / jnp.sum(jnp.any(flat != 0, axis=1)) + 1e-30
+    return jnp.linalg.solve(among + ridge * jnp.eye(rows), crossed).reshape(chosen.shape)

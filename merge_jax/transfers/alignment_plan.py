@@ -62,6 +62,16 @@ class AlignedLeaf(NamedTuple):
         return tuple(i for i, axis in enumerate(self.axes) if not axis.contracted and axis.pair is not None)
 
     @property
+    def pairs_made(self) -> tuple[str, ...]:
+        """The pairs of the axes that use the matrices of their channel groups."""
+        return tuple(str(self.axes[i].pair) for i in self.making)
+
+    @property
+    def pairs_read(self) -> tuple[str, ...]:
+        """The pairs of the axes that one matrix of the adapter reads together."""
+        return tuple(str(self.axes[i].pair) for i in self.reading)
+
+    @property
     def input_name(self) -> str:
         """The name of its input matrix in the adapter."""
         return f"{self.target}:{','.join(str(self.axes[i].target) for i in self.reading)}"
@@ -94,7 +104,7 @@ class AlignmentPlan(NamedTuple):
 
     def made(self) -> set[str]:
         """Returns the pairs whose channels a routed leaf produces; readers of others read the target's channels."""
-        return {str(leaf.axes[i].pair) for leaf in self.leaves for i in leaf.making}
+        return {name for leaf in self.leaves for name in leaf.pairs_made}
 
     def outermost_first(self) -> list[str]:
         """Returns the names of the pairs, each after its enclosing pair."""

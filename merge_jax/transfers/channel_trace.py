@@ -11,7 +11,7 @@ import numpy as np
 
 from merge_jax.paths import flatten
 from merge_jax.transfers.channel_axes import ChannelGraph
-from merge_jax.transfers.channel_sums import OnSum, SummedAxes, Value
+from merge_jax.transfers.channel_sums import OnSum, Sum, SummedAxes, Value
 from merge_jax.transfers.host_leaves import any_on_host, on_device
 from merge_jax.transfers.merged_axes import Factors, apart
 from merge_jax.transfers.program import BY_ENTRY, CALLS, Constant, Equation, Program
@@ -68,6 +68,8 @@ class ChannelTrace(SummedAxes):
         self.program = Program(fn, params, inputs, self.factors)
         self.nodes: dict[int, tuple[int, ...]] = {}
         """The nodes of the axes of each value of the program, available after tracing."""
+        self.sums: list[Sum] = []
+        """The contractions without their values, in order; available after `followed`."""
 
     @classmethod
     def followed(
@@ -80,7 +82,7 @@ class ChannelTrace(SummedAxes):
         factors: dict[str, Factors] = {}
         while True:
             trace = cls(fn, params, inputs, factors)
-            jax.eval_shape(lambda params, *inputs, to=trace: to.run(params, inputs, lambda _: None), params, *inputs)
+            jax.eval_shape(lambda params, *inputs, to=trace: to.run(params, inputs, to.note), params, *inputs)
             graph = trace.graph()
             if not (more := trace.merged()):
                 break
@@ -122,6 +124,11 @@ class ChannelTrace(SummedAxes):
             for number in program.last_read.get(place, ()):
                 del known[number]
         return [read(one).value for one in program.outputs]
+
+    def note(self, one: Sum) -> None:
+        """Adds a contraction to `sums`."""
+        entering = tuple(value._replace(value=None) for value in one.entering)
+        self.sums.append(one._replace(entering=entering))
 
     def _apart(self, params: Params) -> dict[str, Any]:
         return apart(flatten(params), self.factors)

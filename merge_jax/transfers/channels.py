@@ -1,8 +1,10 @@
 """Channels of a model, found by tracing: the axes that share channels, and the inputs of each layer."""
 
+import functools
 import math
-from collections.abc import Callable
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,7 @@ from merge_jax.transfers.channel_sums import Sum
 from merge_jax.transfers.channel_trace import ChannelTrace
 from merge_jax.types import Params
 
-__all__ = ["channel_graph", "input_moments"]
+__all__ = ["LayerMoments", "channel_graph", "held_moments", "input_moments", "layer_moments"]
 
 
 def channel_graph(fn: Callable[..., Any], params: Params, *inputs: Any, strict: bool = True) -> ChannelGraph:
@@ -66,37 +68,106 @@ def input_moments(fn: Callable[..., Any], params: Params, *inputs: Any) -> dict[
     Raises:
       ValueError: leaves that cannot be named, as `flatten`.
     """
+    found: dict[str, jax.Array] = {}
+    moments = layer_moments(fn, params, *inputs)
+    moments.visit(moments.names, found.__setitem__)
+    return found
+
+
+class LayerMoments(NamedTuple):
+    """The second moments of a model's layer inputs, each computed when it is asked for.
+
+    Attributes:
+      names: of all of them, as in `input_moments`.
+      visit: `(names, take)`: calls `take(name, moments)` for each of these names, one after the other.
+    """
+
+    names: frozenset[str]
+    visit: Callable[[Collection[str], Callable[[str, jax.Array], None]], None]
+
+
+def held_moments(moments: Mapping[str, jax.Array]) -> LayerMoments:
+    """Returns moments that are already computed as `LayerMoments`."""
+
+    def visit(names: Collection[str], take: Callable[[str, jax.Array], None]) -> None:
+        for name in moments:  # In their order: that of a set would change from process to process, and so would sums.
+            if name in names:
+                take(name, moments[name])
+
+    return LayerMoments(frozenset(moments), visit)
+
+
+def layer_moments(fn: Callable[..., Any], params: Params, *inputs: Any) -> LayerMoments:
+    """Returns the moments of `input_moments`, computed when they are asked for.
+
+    `visit` computes the model once, if there are names, and only the moments of these. It passes on each at the last
+    call of its layer, and then drops it.
+
+    Raises:
+      ValueError: as `input_moments`.
+    """
     trace, graph = ChannelTrace.followed(fn, params, inputs, strict=False)
-    found: dict[str, list[tuple[tuple[int, ...], jax.Array]]] = {}
+    name_of = _namer(trace, graph)
+    calls = Counter(filter(None, map(name_of, trace.sums)))
 
-    def take(one: Sum) -> None:
-        if one.path is not None:
-            wanted = graph.moment_axes(one.path)
-            kept = [pair for pair in zip(one.axes, one.places[0], strict=True) if pair[0] in wanted]
-            axes, places = zip(*kept or zip(one.axes, one.places[0], strict=True), strict=True)
-            found.setdefault(one.path, []).append((axes, _moments(one.entering[0].value, places)))
-            return
-        group = trace.channel_group(one.entering[0].nodes[one.places[0][0]])
-        if len(one.places[0]) > 1 or group not in graph.hidden:
-            return
-        around, factors = graph.within.get(group), []
-        for value, places in zip(one.entering, one.places, strict=True):
-            outer = [axis for axis, node in enumerate(value.nodes) if around and trace.channel_group(node) == around]
-            factors.append(_moments(value.value, places, tuple(outer)))
-        found.setdefault(group, []).append(((), factors[0] * factors[1]))
+    def visit(names: Collection[str], take: Callable[[str, jax.Array], None]) -> None:
+        left = {name: calls[name] for name in names}
+        sums: dict[str, jax.Array] = {}
 
-    trace.run(params, inputs, take)
-    sums: dict[str, list[jax.Array]] = {}
-    for name, entries in found.items():
-        alike = len({axes for axes, _ in entries}) == 1
-        for axes, moments in entries:
-            if alike:
-                sums.setdefault(name, []).append(moments)
-            elif len(axes) == 1:
-                sums.setdefault(graph.channel_groups[name][axes[0]], []).append(moments)
-    return {name: sum(entries[1:], entries[0]) for name, entries in sums.items()}
+        def add(one: Sum) -> None:
+            name = name_of(one)
+            if name not in left:
+                return
+            if one.path is None:
+                made = _product_moments(one, trace, graph)
+            else:
+                made = _moments(one.entering[0].value, _kept(one, graph)[1])
+            sums[name] = sums[name] + made if name in sums else made
+            left[name] -= 1
+            if not left[name]:
+                take(name, sums.pop(name))
+
+        if left:
+            trace.run(params, inputs, add)
+
+    return LayerMoments(frozenset(calls), visit)
 
 
+def _namer(trace: ChannelTrace, graph: ChannelGraph) -> Callable[[Sum], str]:
+    """Returns the function that names the moments of a contraction; empty if it has none."""
+    axes: dict[str | None, set[tuple[int, ...]]] = {}
+    for one in trace.sums:
+        axes.setdefault(one.path, set()).add(_kept(one, graph)[0])
+
+    def name(one: Sum) -> str:
+        if one.path is None:
+            group = trace.channel_group(one.entering[0].nodes[one.places[0][0]])
+            return group if len(one.places[0]) == 1 and group in graph.hidden else ""
+        if len(axes[one.path]) == 1:
+            return one.path
+        kept, _ = _kept(one, graph)
+        return graph.channel_groups[one.path][kept[0]] if len(kept) == 1 else ""
+
+    return name
+
+
+def _kept(one: Sum, graph: ChannelGraph) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Returns the axes of a leaf whose moments are taken, and the axes of its input that meet them."""
+    wanted = () if one.path is None else graph.moment_axes(one.path)
+    kept = [number for number, axis in enumerate(one.axes) if axis in wanted] or range(len(one.axes))
+    return tuple(one.axes[number] for number in kept), tuple(one.places[0][number] for number in kept)
+
+
+def _product_moments(one: Sum, trace: ChannelTrace, graph: ChannelGraph) -> jax.Array:
+    """Returns the moments of the summed products of two values, such as queries and keys."""
+    around, factors = graph.within.get(trace.channel_group(one.entering[0].nodes[one.places[0][0]])), []
+    for value, places in zip(one.entering, one.places, strict=True):
+        outer = [axis for axis, node in enumerate(value.nodes) if around and trace.channel_group(node) == around]
+        factors.append(_moments(value.value, places, tuple(outer)))
+    return factors[0] * factors[1]
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
 def _moments(value: jax.Array, axes: tuple[int, ...], around: tuple[int, ...] = ()) -> jax.Array:
     """Returns the second moments `[*around, *axes, *axes]` of a value's entries along axes, for each place around."""
     sizes = [[value.shape[axis] for axis in some] for some in (around, axes)]

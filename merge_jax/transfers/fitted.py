@@ -1,13 +1,13 @@
 """Refit: after an aligned write, every target layer is solved to reproduce the source's layer."""
 
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn, get_args
 
 import jax
 import jax.numpy as jnp
 from flax.errors import ApplyScopeInvalidVariablesTypeError, ScopeCollectionNotFound
 from jax.core import Tracer
 
-from merge_jax.checks import all_finite, check_above_zero, check_arrays, check_at_least_one
+from merge_jax.checks import all_finite, check_above_zero, check_arrays, check_at_least_one, check_choice
 from merge_jax.paths import flatten, some_of
 from merge_jax.transfers.alignment_fit import ChannelChoice
 from merge_jax.transfers.host_leaves import any_on_host
@@ -110,6 +110,7 @@ def refit(
     count = _count(inputs)
     check_at_least_one(batch_size=batch_size, max_rows=max_rows)
     check_above_zero(ridge=ridge)
+    check_choice("choice of channels", choice, get_args(ChannelChoice))
     check_arrays("source's", source_variables)
     check_arrays("target's", target_variables)
     named_routes = routes_with_state(routes, source_variables, target_variables)

@@ -2,7 +2,7 @@
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -12,11 +12,11 @@ from jax.core import Tracer
 
 from merge_jax.checks import all_finite, error_context
 from merge_jax.paths import flatten, replace
-from merge_jax.transfers.aligned import aligned_transfer
-from merge_jax.transfers.alignment_fit import ChannelChoice, directions
+from merge_jax.transfers.alignment_fit import ChannelChoice, choose
 from merge_jax.transfers.alignment_plan import plan_alignment
+from merge_jax.transfers.alignment_write import written_leaves
 from merge_jax.transfers.channel_trace import ChannelTrace
-from merge_jax.transfers.channels import input_moments
+from merge_jax.transfers.channels import LayerMoments, layer_moments
 from merge_jax.transfers.followed import FollowedModel
 from merge_jax.transfers.merged_axes import apart
 from merge_jax.transfers.pairing import resolve
@@ -127,41 +127,42 @@ def _prepare(
     def run(
         source_variables: Params, target_variables: Params, inputs: list[jax.Array], key: jax.Array
     ) -> tuple[Params, dict[str, jax.Array], jax.Array]:
-        transfer = aligned_transfer(routes, *graphs, choice=choice, key=key if choice == "random" else None)
-        fit_transfer = transfer.fit
-        assert fit_transfer is not None  # The aligned transfer has one.
         some = jax.random.permutation(key, count)[: min(_ALIGNED_ON, count)]
-        moments = input_moments(source, source_variables, *(one[some] for one in inputs))
+        moments = layer_moments(source, source_variables, *(one[some] for one in inputs))
         if axis_name is not None:
-            moments = lax.pmean(moments, axis_name)
-        adapter = fit_transfer(moments, source_variables, target_variables)
-        source_leaves = apart(flatten(source_variables), graphs[0].factors)
-        wanted = adapter
-        if choice == "moments":
-            adapter, wanted = directions(alignment, plan.streams.pairs, graphs[0], moments, source_leaves, adapter)
-        del moments
-        written = transfer.apply(adapter, source_variables, target_variables)
-        if plan.streams.tables and wanted is not adapter:
-            turned = flatten(transfer.apply(wanted, source_variables, target_variables))
-            written = replace(written, {path: turned[path] for path in plan.streams.tables})
-        target_leaves = apart(flatten(written), graphs[1].factors)
-        leaves, solved = walk.run(
-            {"outputs": wanted["outputs"]},
+            moments = _averaged(moments, axis_name)
+        whole, source_leaves = flatten(source_variables), apart(flatten(source_variables), graphs[0].factors)
+        drawn = key if choice == "random" else None
+        streams, tables = plan.streams
+        chosen = choose(alignment, graphs[0], moments, source_leaves, choice, drawn, streams)
+        old = flatten(target_variables)
+        leaves = old | written_leaves(alignment, chosen, graphs[0], moments, whole, old, tables)
+        # A new dictionary, in which the walk replaces leaves: nothing else holds the aligned ones.
+        leaves = {walk.target.leaves[path]: leaf for path, leaf in apart(leaves, graphs[1].factors).items()}
+        solved = walk.run(
+            chosen.values,
             {number: source_leaves[path] for path, number in walk.source.leaves.items()},
-            {number: target_leaves[path] for path, number in walk.target.leaves.items()},
+            leaves,
             *in_batches(inputs, size),
             key,
         )
-        finite = all_finite(leaves)
-        whole = {path: jnp.shape(leaf) for path, leaf in flatten(written).items()}
-        made = {path: leaves[number].reshape(whole[path]) for path, number in walk.target.leaves.items()}
-        return replace(written, made), solved, finite
+        new = {path: leaves[number].reshape(jnp.shape(old[path])) for path, number in walk.target.leaves.items()}
+        return replace(target_variables, new), solved, all_finite(new)
 
     operands = [one for program in programs for equation in program.equations for one in equation.inputs]
     constants = [one.value for one in operands if isinstance(one, Constant)]
     held = sum(math.prod(jnp.shape(one)) * jnp.result_type(one).itemsize for one in constants)
     of_a_trace = any(isinstance(one, Tracer) for one in constants)
     return Prepared(walk, plan.kept, run, jax.jit(run), math.inf if of_a_trace else held)
+
+
+def _averaged(moments: LayerMoments, axis_name: str) -> LayerMoments:
+    """Returns the moments over all devices."""
+
+    def visit(names: Collection[str], take: Callable[[str, jax.Array], None]) -> None:
+        moments.visit(names, lambda name, own: take(name, lax.pmean(own, axis_name)))
+
+    return moments._replace(visit=visit)
 
 
 def _followed(role: str, fn: ModelFn, variables: Params, batch: list[Any]) -> FollowedModel:

@@ -4,6 +4,7 @@ import functools
 import math
 import string
 import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +29,6 @@ from merge_jax.transfers.refit_solve import (
     without,
     write,
 )
-from merge_jax.types import Adapter
 
 __all__ = ["FewRowsWarning", "Walk"]
 
@@ -55,14 +55,17 @@ class Walk:
 
     def run(
         self,
-        adapter: Adapter,
+        matrix_of: Callable[[str], jax.Array],
         source_leaves: dict[int, jax.Array],
         leaves: dict[int, jax.Array],
         inputs: list[jax.Array],
         weights: jax.Array,
         key: jax.Array,
-    ) -> tuple[dict[int, jax.Array], dict[str, jax.Array]]:
-        """Returns the target's leaves and how well each site was solved."""
+    ) -> dict[str, jax.Array]:
+        """Replaces the target's `leaves` by solved ones, and returns how well each site was solved.
+
+        So no leaf is held twice. `matrix_of` makes `A` of a pair.
+        """
         source_values = dict(zip(self.source.inputs, inputs, strict=True))
         values = dict(zip(self.target.inputs, inputs, strict=True))
         source_kept, kept, solved = self._source_kept(), self._target_kept(), {}
@@ -74,21 +77,22 @@ class Walk:
             used = {one: source_leaves[one] for one in self.source.leaves_for(source_values, wanted)}
             if apart:
                 step, used = jax.jit(step), on_device(used)
+            matrices = {axis.name: matrix_of(axis.name) for axis in site.pairs if axis.name is not None}
             written, r2, source_values, values, after = step(
-                adapter, used, leaves, source_values, values, weights, keys, after
+                matrices, used, leaves, source_values, values, weights, keys, after
             )
-            leaves = {**leaves, **written}
+            leaves.update(written)
             solved |= {one.layer.leaf: r2 for one in site.unknowns}
             if apart:
                 jax.block_until_ready(after)
-        return leaves, solved
+        return solved
 
     def _step(
         self,
         site: Site,
         source_kept: frozenset[int],
         kept: frozenset[int],
-        adapter: Adapter,
+        matrices: Mapping[str, jax.Array],
         source_leaves: dict[int, jax.Array],
         leaves: dict[int, jax.Array],
         source_values: dict[int, jax.Array],
@@ -100,13 +104,13 @@ class Walk:
         """Returns the leaves that a site writes, how well it was solved, and the kept values of both models."""
         unknowns = [(one, slope(self.target, site, one, leaves)) for one in site.unknowns]
         priors = [matrix(self.target, one, leaves) * (scale[None] if site.dense else 1) for one, scale in unknowns]
-        gather = functools.partial(self._gather, site, adapter, source_leaves, leaves, source_kept, kept)
+        gather = functools.partial(self._gather, site, matrices, source_leaves, leaves, source_kept, kept)
         # Known values that are needed again stay in place.
         known = [{one: rows for one, rows in of.items() if one in ones}
                  for of, ones in ((source_values, source_kept), (values, kept))]  # fmt: skip
         moments, made = stacked(gather, no_moments(site), (source_values, values, weights, keys), after)
         source_values, values = ({**old, **new} for old, new in zip(known, made, strict=True))
-        solution = solve(site, moments, jnp.concatenate(priors), self._valid(site, adapter), self.ridge)
+        solution = solve(site, moments, jnp.concatenate(priors), self._valid(site, matrices), self.ridge)
         new = write(self.target, site, leaves, solution, moments)
         written = {number: leaf for number, leaf in new.items() if leaf is not leaves[number]}
         return written, solution.r2, source_values, values, moments.weight
@@ -114,7 +118,7 @@ class Walk:
     def _gather(
         self,
         site: Site,
-        adapter: Adapter,
+        matrices: Mapping[str, jax.Array],
         source_leaves: dict[int, jax.Array],
         leaves: dict[int, jax.Array],
         source_kept: frozenset[int],
@@ -132,7 +136,7 @@ class Walk:
         rows = jnp.arange(site.rows) if site.rows <= limit else jax.random.randint(key, (limit,), 0, site.rows)
         chosen = None if site.rows <= limit else rows
         x = entering(self.target, site, known, leaves, chosen)
-        wanted = self._in_target(site, adapter, found[site.source_end].reshape(site.source_shape))
+        wanted = self._in_target(site, matrices, found[site.source_end].reshape(site.source_shape))
         wanted = channel_rows(wanted, site.channel_axes, chosen)
         rest = end_rows(self.target, site, without(self.target, site, known), chosen)
         of_rows = weights[rows // site.stride % len(weights)]
@@ -141,25 +145,25 @@ class Walk:
         made = (source_kept - source_values.keys(), found), (kept - values.keys(), known)
         return moments, tuple({one: of[one] for one in ones} for ones, of in made)
 
-    def _in_target(self, site: Site, adapter: Adapter, value: jax.Array) -> jax.Array:
+    def _in_target(self, site: Site, matrices: Mapping[str, jax.Array], value: jax.Array) -> jax.Array:
         """Returns a value of the source at the target's channels."""
         letters, large = string.ascii_lowercase[: value.ndim], list(string.ascii_lowercase[: value.ndim])
-        matrices, names = [], []
+        given, names = [], []
         for axis, place in zip(site.pairs, site.channel_axes, strict=True):
             if axis.name is not None:
                 large[place] = letters[place].upper()
                 around = "" if axis.around is None else letters[site.channel_axes[axis.around]]
-                matrices.append(adapter["outputs"][axis.name])
+                given.append(matrices[axis.name])
                 names.append(f"{around}{letters[place]}{large[place]}")
         equation = f"{','.join([*names, ''.join(large)])}->{letters}"
-        return jnp.einsum(equation, *matrices, value.astype(jnp.float32), precision=lax.Precision.HIGHEST)
+        return jnp.einsum(equation, *given, value.astype(jnp.float32), precision=lax.Precision.HIGHEST)
 
-    def _valid(self, site: Site, adapter: Adapter) -> jax.Array:
+    def _valid(self, site: Site, matrices: Mapping[str, jax.Array]) -> jax.Array:
         """Returns which channels of a site have a source channel, bool `[m]`."""
         valid = jnp.ones(site.channels, bool)
         for number, axis in enumerate(site.pairs):
             if axis.name is not None:
-                chosen = jnp.any(adapter["outputs"][axis.name] != 0, -1)
+                chosen = jnp.any(matrices[axis.name] != 0, -1)
                 places = [number] if axis.around is None else [axis.around, number]
                 chosen = chosen if places == sorted(places) else chosen.T
                 valid &= jnp.expand_dims(chosen, [i for i in range(valid.ndim) if i not in places])

@@ -25,9 +25,12 @@ def evenly_chosen(size: int, total: int) -> np.ndarray:
 
 
 def choice_matrix(chosen: Any, size: int, total: int) -> jax.Array:
-    """Returns the matrix `[size, total]`, float32, that selects the chosen entries of a vector, followed by zeros."""
+    """Returns the matrix `[size, total]`, float32, that selects the chosen entries of a vector, followed by zeros.
+
+    If entries are chosen for each of `h` vectors, `[h, k]`, these are `h` matrices.
+    """
     matrix = jax.nn.one_hot(jnp.asarray(chosen), total, dtype=jnp.float32)
-    return jnp.pad(matrix, ((0, size - matrix.shape[0]), (0, 0)))
+    return jnp.pad(matrix, (*((0, 0),) * (matrix.ndim - 2), (0, size - matrix.shape[-2]), (0, 0)))
 
 
 def weight_selection_transfer(routes: Routes) -> Transfer:

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import merge_jax as mj
-from merge_jax.transfers import refit_walk
+from merge_jax.transfers import channels, refit_walk
 from merge_jax.transfers.host_leaves import on_device
 
 WIDTH, SMALL, DEPTH = 96, 64, 3
@@ -101,8 +101,32 @@ def test_moments_are_taken_with_one_layer_on_the_device(mapped):
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, atol=1e-5), fitted, expected)
 
 
+@pytest.fixture
+def taken(monkeypatch):
+    """Collects the shapes of the inputs whose moments are computed."""
+    found, moments = [], channels._moments
+    monkeypatch.setattr(channels, "_moments", lambda value, *axes: found.append(value.shape) or moments(value, *axes))
+    return found
+
+
+def test_an_alignment_that_writes_once_takes_the_moments_of_what_is_reduced(mapped, taken):
+    inputs = jnp.asarray(np.random.default_rng(2).normal(size=(32, 8)), jnp.float32)
+    target, narrow = draw(WIDTH, 1), draw(SMALL, 1)
+    target["layer_1"] = {"kernel": target["layer_1"]["kernel"][:, :SMALL], "bias": narrow["layer_1"]["bias"]}
+    target["layer_2"]["kernel"] = target["layer_2"]["kernel"][:SMALL]
+    target = jax.tree.map(jnp.asarray, target)
+    graphs = [mj.channel_graph(model, one, inputs) for one in (mapped, target)]
+    moments = mj.transfers.layer_moments(model, mapped, inputs)
+    merged, most = live_bytes(lambda: mj.transfers.align(EVERYTHING, *graphs, mapped, target, moments))
+    assert taken == [(32, WIDTH)] * 2  # What layer_2 reads: for the choice, and for its map. Not the other three.
+    assert most < 4 * LAYER  # The moments of one layer, and its matrices.
+    transfer = mj.aligned_transfer(EVERYTHING, *graphs)
+    expected = transfer.apply(transfer.fit(mj.input_moments(model, mapped, inputs), mapped, target), mapped, target)
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, atol=1e-5), merged, expected)
+
+
 @pytest.mark.slow
-def test_a_refit_reads_the_source_layer_by_layer(mapped, monkeypatch):
+def test_a_refit_reads_the_source_layer_by_layer(mapped, monkeypatch, taken):
     """It gives back a source that the target has room for, and of the source's leaves those of one site are there."""
     alive, paths, most = [], set(), 0
     named = {leaf.tobytes(): path for path, leaf in mj.flatten(mapped).items()}
@@ -118,9 +142,12 @@ def test_a_refit_reads_the_source_layer_by_layer(mapped, monkeypatch):
         return put
 
     monkeypatch.setattr(refit_walk, "on_device", counted)
-    inputs = jnp.asarray(np.random.default_rng(2).normal(size=(512, 8)), jnp.float32)
+    inputs = jnp.asarray(np.random.default_rng(2).normal(size=(128, 8)), jnp.float32)
     start = jax.tree.map(lambda leaf: 0.5 * jnp.asarray(leaf) + 0.1, mapped)
-    made = mj.refit(EVERYTHING, model, model, mapped, start, inputs, ridge=1e-5)
+    made, held = live_bytes(lambda: mj.refit(EVERYTHING, model, model, mapped, start, inputs, ridge=1e-5))
+    assert not taken  # No channels are left out, so no moments are needed.
+    # Activations at two depths of both models (5.3), a leaf, and a matrix: no other copy of the target's kernels (2).
+    assert held < 7.5 * LAYER
     assert paths == set(named.values())
     assert most < 1.1 * LAYER
     wanted = jax.jit(model)(jax.tree.map(jnp.asarray, mapped), inputs)
