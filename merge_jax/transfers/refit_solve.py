@@ -213,7 +213,8 @@ def solve(site: Site, moments: Moments, prior: jax.Array, valid: jax.Array, ridg
         size = ridge * jnp.maximum(1.0, d / count) * jnp.trace(xx) / d + _TINY
         found = jnp.asarray(jax.scipy.linalg.solve(xx + size * jnp.eye(d), xt + size * prior, assume_a="pos"))
         added = jnp.matmul(x, found, precision=_PRECISION)
-        left = tt - 2 * jnp.sum(found * xt, 0) + jnp.sum(found * jnp.matmul(xx, found, precision=_PRECISION), 0)
+        # X'X W = X'T + r (W0 - W): so X'X need not stay in memory beside its factors.
+        left = tt - jnp.sum(found * (xt - size * (prior - found)), 0)
     else:
         if not centred:
             xx, xt = xx + x[:, :, None] * x[:, None], xt + x * t[:, None]
