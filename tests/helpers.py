@@ -47,8 +47,13 @@ def jitted_init(model, seed, *inputs):
 
 
 @functools.cache
+def _initial(model, seed):
+    with jax.ensure_compile_time_eval():  # The first who asks may be a function that is traced.
+        return jax.device_get(jitted_init(model, seed, jnp.zeros((1, 6))))
+
+
 def variables(model, seed):
-    both = jitted_init(model, seed, jnp.zeros((1, 6)))
+    both = jax.tree.map(jnp.array, _initial(model, seed))  # Copies: who gets them may donate them.
     return both["params"], {"batch_stats": both["batch_stats"]}
 
 
