@@ -53,10 +53,10 @@ def outcomes(session):
 
 
 @pytest.fixture(scope="module")
-def outcomes_of_modes(session):
+def outcomes_of_modes(tmp_path_factory):
     """The same of the other modes too."""
-    out, _ = session
-    finish(start(out, 8, "jit8,pmap8"))
+    out = tmp_path_factory.mktemp("modes")
+    finish(start(out, 8, "jit1,sharded8,jit8,pmap8"))
     train_here(out)
     return read(out)
 
