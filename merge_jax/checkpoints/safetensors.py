@@ -27,6 +27,7 @@ __all__ = [
     "read_leaves",
     "save_safetensors",
     "select_paths",
+    "tensor_names",
 ]
 
 _INDEX = "model.safetensors.index.json"
@@ -104,7 +105,12 @@ def leaf_paths(path: str | os.PathLike[str]) -> tuple[str, ...]:
     Raises:
       FileNotFoundError, ValueError: as `load_safetensors`, but for what only the numbers show.
     """
-    return tuple(_listed(path)[1])
+    return tuple(tensor_names(path))
+
+
+def tensor_names(path: str | os.PathLike[str]) -> dict[str, str]:
+    """Returns the name in the file of each leaf's tensor, by path; tied leaves share one."""
+    return _listed(path)[1]
 
 
 def leaf_shapes(path: str | os.PathLike[str], leaves: Iterable[str] | None = None) -> dict[str, jax.ShapeDtypeStruct]:

@@ -87,6 +87,10 @@ def test_tied_tensors_have_all_their_names(sharded, tmp_path):
     tree = mj.load_weights(tmp_path / "tied.safetensors", "word/**")
     np.testing.assert_array_equal(tree["word"]["weight"], np.ones((3, 2)))
     assert leaf_paths(tmp_path / "tied.safetensors") == ("head/weight", "word/weight")
+    for name in ("head", "word"):  # A model has both layers or one; a tensor that neither name reads is left over.
+        assert mj.load_weights(tmp_path / "tied.safetensors", like={name: {"weight": np.ones((3, 2))}}).keys() == {name}
+    with pytest.raises(ValueError, match="head/weight is there, but not in the model"):
+        mj.load_weights(tmp_path / "tied.safetensors", like={"last": {"weight": np.ones((3, 2))}})
 
     path = sharded / "model.safetensors.index.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "metadata": {"total_size": 1, "a": "conv.weight"}}))

@@ -87,7 +87,7 @@ def load_weights(path: str | os.PathLike[str], select: Select = None, like: Para
             put(tree, name, arrays[leaf])
         return tree
     found = stored.shapes(list(names.values()))
-    wanted = _fitted(file, {name: found[leaf] for name, leaf in names.items()}, like)
+    wanted = _fitted(file, {name: found[leaf] for name, leaf in names.items()}, like, stored.tensors)
     arrays = stored.read([names[name] for name in wanted])
     _warn_of_scales(file, stored, arrays)
     return jax.tree.unflatten(jax.tree.structure(like), [arrays[names[name]] for name in wanted])
@@ -220,7 +220,9 @@ def find_format(file: Path) -> Format:
     )
 
 
-def _fitted(file: Path, found: Mapping[str, jax.ShapeDtypeStruct], like: Params) -> list[str]:
+def _fitted(
+    file: Path, found: Mapping[str, jax.ShapeDtypeStruct], like: Params, tensors: Mapping[str, str]
+) -> list[str]:
     """Returns the names of a file's leaves in the order of `like`; raises ValueError if they do not fit."""
     # A key may contain dots, which a file does not distinguish from those between keys.
     names = {name.replace(".", "/"): name for name in found}
@@ -231,7 +233,10 @@ def _fitted(file: Path, found: Mapping[str, jax.ShapeDtypeStruct], like: Params)
         names = bare if len(bare) == len(names) else names
     names = without_prefix(file, names, wanted)
     problems = [f"{path} is missing; {near_misses(path, names)}" for path in wanted.keys() - names.keys()]
-    problems += [f"{path} is there, but not in the model" for path in names.keys() - wanted.keys()]
+    # A model without one of two tied layers reads their tensor under the other's name.
+    used = {tensors.get(names[path], names[path]) for path in wanted.keys() & names.keys()}
+    left = [path for path in names.keys() - wanted.keys() if tensors.get(names[path], names[path]) not in used]
+    problems += [f"{path} is there, but not in the model" for path in left]
     for path in wanted.keys() & names.keys():
         there, here = (f"{leaf.dtype}{list(leaf.shape)}" for leaf in (found[names[path]], wanted[path]))
         if there != here:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from merge_jax.checkpoints.safetensors import leaf_paths, leaf_shapes, read_leaves
+from merge_jax.checkpoints.safetensors import leaf_shapes, read_leaves, tensor_names
 from merge_jax.checkpoints.shards import index_ending
 from merge_jax.checkpoints.weights.stored import Format, Stored
 from merge_jax.paths import flatten
@@ -18,8 +18,10 @@ def _detect(path: Path, head: bytes) -> bool:
 
 
 def _open(path: Path) -> Stored:
+    names = tensor_names(path)
     return Stored(
-        paths=leaf_paths(path),
+        paths=tuple(names),
+        tensors=names,
         shapes=lambda paths: leaf_shapes(path, paths),
         read=lambda paths: flatten(read_leaves(path, paths)),
     )

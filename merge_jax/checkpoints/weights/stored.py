@@ -27,6 +27,7 @@ class Stored:
       specs: the leaves' matrix specs, if the file states them by a graph's operations or layer classes.
       model: the model's leaves, if the file may hold a whole training state: names, each with its path in the file.
       names_tell: whether the other leaves' names determine their specs; the names of a graph's tensors do not.
+      tensors: names of the leaves' tensors in the file, if tied leaves may share one.
     """
 
     paths: Sequence[str]
@@ -35,6 +36,7 @@ class Stored:
     specs: Mapping[str, MatrixSpec] = field(default_factory=dict)
     model: Mapping[str, str] | None = None
     names_tell: bool = True
+    tensors: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
