@@ -158,6 +158,6 @@ def _explain(inputs: list[jax.Array], source: Params, target: Params) -> NoRetur
         + (
             f"there are non-finite values in {some_of(wrong, 3)}"
             if wrong
-            else "the source or the target computes non-finite values"
+            else "the source or the target computes non-finite values, or the ridge is too small to solve in float32"
         )
     )

@@ -223,7 +223,7 @@ def solve(site: Site, moments: Moments, prior: jax.Array, valid: jax.Array, ridg
         solved = jnp.linalg.solve(xx + size[:, None, None] * jnp.eye(d)[None], wanted[..., None])[..., 0]
         found, added = solved.T, jnp.sum(x * solved, 1)
         left = tt - 2 * jnp.sum(solved * xt, 1) + jnp.einsum("md,mde,me->m", solved, xx, solved)
-    left = left if centred else left + jnp.square(t)
+    left = jnp.maximum(left if centred else left + jnp.square(t), 0)  # Rounding makes a perfect fit negative.
     found = jnp.where(valid[None], found, prior)
     intercept = jnp.where(valid, t - added, 0.0) if centred else jnp.zeros_like(t)
     spread = jnp.sum(jnp.where(valid, moments.yy / count, 0))
