@@ -99,8 +99,8 @@ def aligned_transfer(
       ValueError: an unknown choice, or a random one without a key; as `share_transfer`; a route with the view
         `attention`, or of several leaves; leaves with different numbers of channel axes or in different layouts; axes
         of unequal sizes that are not both hidden channels (labels, tokens, pixels); a channel graph of another model;
-        in `init` and `fit`, an adapter that needs more than half of the free memory; in `fit`, moments of another size
-        than the layer's input; in `apply`, an adapter of other routes.
+        in `init` and `fit`, an adapter that needs more than half of the free memory; in `fit`, moments of other
+        names, or of another size than the layer's input; in `apply`, an adapter of other routes.
     """
     _check_choice(choice, key)
     named_routes = kernel_routes(routes)
@@ -180,7 +180,7 @@ def align(
     _check_choice(choice, key)
     resolved = resolve(kernel_routes(routes), source_params, target_params)
     plan, source = plan_alignment(resolved, source_graph, target_graph), flatten(source_params)
-    given = moments if isinstance(moments, LayerMoments) else held_moments(moments or {})
+    given = moments if isinstance(moments, LayerMoments) else held_moments({} if moments is None else moments)
     chosen = choose(plan, source_graph, given, apart(source, source_graph.factors), choice, key)
     leaves = written_leaves(plan, chosen, source_graph, given, source, flatten(target_params))
     return replace(target_params, leaves)

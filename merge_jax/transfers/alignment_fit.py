@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from merge_jax.paths import near_misses
 from merge_jax.transfers.alignment_plan import AlignedLeaf, AlignmentPlan, GroupPair, subscripts
 from merge_jax.transfers.channel_axes import ChannelGraph
 from merge_jax.transfers.channels import LayerMoments, held_moments
@@ -111,6 +112,7 @@ def choose(
     Layers that read the stream are aligned to these directions. Layers that write it are aligned to channels, since a
     norm in between has entries for channels. As for channels, gradients do not pass through the choice of directions.
     """
+    _check_names(moments, graph)
     even, made, order = _even_choice(plan), plan.made(), plan.outermost_first()
     reduced = [name for name in order if name in made and plan.pairs[name].sizes[0] < plan.pairs[name].sizes[1]]
     channels, directions = dict(even.channels), dict[str, jax.Array]()
@@ -159,6 +161,8 @@ def _visit_groups(
     def take(path: str, own: jax.Array) -> None:
         for name in [name for name in left if path in left[name]]:
             group, around = plan.pairs[name].source, plan.pairs[name].around
+            if path == group:
+                _check_group(group, own, plan.pairs[name].sizes[1])
             part = _group_moments(path, group, around is not None, graph, own, source)
             totals[name] = totals[name] + part if name in totals else part
             left[name].remove(path)
@@ -205,6 +209,22 @@ def _readers(group: str, graph: ChannelGraph) -> set[str]:
     """Returns the names of the moments of a group's channels: its leaves', and its own."""
     groups = graph.channel_groups
     return {group, *(path for path in groups if group in [groups[path][axis] for axis in graph.moment_axes(path)])}
+
+
+def _check_names(moments: LayerMoments, graph: ChannelGraph) -> None:
+    """Raises ValueError for moments of a model with other names: they would silently not be used."""
+    known = set(graph.channel_groups).union(*graph.channel_groups.values())
+    for name in sorted(moments.names - known):
+        raise ValueError(
+            f"there are moments of {name!r}, but the source's channel graph has no such leaf or channel group; were "
+            f"they taken of another model or tree? {near_misses(name, sorted(known))}"
+        )
+
+
+def _check_group(group: str, moments: jax.Array, size: int) -> None:
+    """Raises ValueError for moments of products of another size than a channel group's."""
+    if moments.shape[-2:] != (size, size):
+        raise ValueError(f"moments of {group!r} must be {(size, size)} in their last axes, got {moments.shape}")
 
 
 def _check(path: str, graph: ChannelGraph, moments: jax.Array, shape: tuple[int, ...]) -> None:

@@ -87,7 +87,16 @@ class LayerMoments(NamedTuple):
 
 
 def held_moments(moments: Mapping[str, jax.Array]) -> LayerMoments:
-    """Returns moments that are already computed as `LayerMoments`."""
+    """Returns moments that are already computed as `LayerMoments`.
+
+    Raises:
+      ValueError: not moments by name.
+    """
+    if not isinstance(moments, Mapping):
+        raise ValueError(f"moments must be arrays by name, as of input_moments, got {type(moments).__name__}")
+    for name, one in moments.items():
+        if not hasattr(one, "shape"):
+            raise ValueError(f"the moments of {name!r} must be an array, got {type(one).__name__}")
 
     def visit(names: Collection[str], take: Callable[[str, jax.Array], None]) -> None:
         for name in moments:  # In their order: that of a set would change from process to process, and so would sums.

@@ -426,3 +426,7 @@ def test_an_adapter_or_moments_of_other_models_are_refused():
     moments = mj.input_moments(reading(LARGE), source, state, IMAGES)
     with pytest.raises(ValueError, match=r"must be \(16, 16\), got \(3, 3\)"):
         transfer.fit({**moments, "stage1_0/conv1/kernel": jnp.eye(3)}, source, target)
+    with pytest.raises(ValueError, match=r"no such leaf or channel group.*did you mean 'fc/kernel'"):
+        transfer.fit({f"params/{name}": one for name, one in moments.items()}, source, target)
+    with pytest.raises(ValueError, match="by name, as of input_moments, got PjitFunction"):
+        mj.transfers.align(EVERYTHING, channels_of(LARGE), channels_of(SMALL), source, target, reading(LARGE))
