@@ -21,7 +21,6 @@ from merge_jax.paths import Pattern, find_paths, flatten
 from merge_jax.types import Params
 
 __all__ = [
-    "leaf_paths",
     "leaf_shapes",
     "load_safetensors",
     "read_leaves",
@@ -70,7 +69,7 @@ def load_safetensors(path: str | os.PathLike[str], *, select: Pattern | Sequence
         it, if known), a duplicate name, tensors missing from the index or the shards, names that collide as paths, a
         shard outside the folder of its index, or a pattern that matches nothing (near misses are listed).
     """
-    return read_leaves(path, select_paths(leaf_paths(path), select))
+    return read_leaves(path, select_paths(tensor_names(path), select))
 
 
 def select_paths(paths: Iterable[str], select: Pattern | Sequence[Pattern] | None) -> list[str]:
@@ -99,17 +98,14 @@ def read_leaves(path: str | os.PathLike[str], paths: Iterable[str]) -> Params:
     return tree
 
 
-def leaf_paths(path: str | os.PathLike[str]) -> tuple[str, ...]:
-    """Returns the paths of the leaves that `load_safetensors` would read, from the headers alone.
+def tensor_names(path: str | os.PathLike[str]) -> dict[str, str]:
+    """Returns the name in the file of the tensor of each leaf that `load_safetensors` would read, by path.
+
+    Tied leaves share one.
 
     Raises:
       FileNotFoundError, ValueError: as `load_safetensors`, but for what only the numbers show.
     """
-    return tuple(tensor_names(path))
-
-
-def tensor_names(path: str | os.PathLike[str]) -> dict[str, str]:
-    """Returns the name in the file of each leaf's tensor, by path; tied leaves share one."""
     return _listed(path)[1]
 
 
@@ -135,9 +131,12 @@ def leaf_shapes(path: str | os.PathLike[str], leaves: Iterable[str] | None = Non
 def _listed(path: str | os.PathLike[str]) -> tuple[dict[str, Path], dict[str, str]]:
     """Returns the shard of each tensor by name, and the name of each leaf by path."""
     file = _weights_file(Path(path))
-    index = file.suffix == ".json"
-    shard_of = _read_index(file) if index else dict.fromkeys(_names(file), file)
-    strings = parse_json(file.read_text("utf-8"), file).get("metadata") if index else _header(file)[0].get(_METADATA)
+    if file.suffix == ".json":
+        shard_of, strings = _read_index(file), parse_json(file.read_text("utf-8"), file).get("metadata")
+    else:
+        header = _checked_header(file)
+        strings = header.pop(_METADATA, None)
+        shard_of = dict.fromkeys(header, file)
     # Of tied tensors, save_model of safetensors stores one; the strings map the others' names to it.
     pairs = strings.items() if isinstance(strings, dict) else ()
     tied = {name: kept for name, kept in pairs if name not in shard_of and isinstance(kept, str) and kept in shard_of}
@@ -227,14 +226,15 @@ def _read_index(file: Path) -> dict[str, Path]:
 
 
 def _check_shard(shard: Path, shard_of: Mapping[str, Path]) -> None:
-    check_shard(shard, _names(shard), {name: (file,) for name, file in shard_of.items()})
+    names = [name for name in _checked_header(shard) if name != _METADATA]
+    check_shard(shard, names, {name: (file,) for name, file in shard_of.items()})
 
 
-def _names(file: Path) -> list[str]:
-    """Returns the names of a file's tensors, after the library has checked its header."""
+def _checked_header(file: Path) -> dict[str, Any]:
+    """Returns the header of a file, after the library has checked it."""
     with _opened(file):
         pass
-    return [name for name in _header(file)[0] if name != _METADATA]
+    return _header(file)[0]
 
 
 def _header(file: Path) -> tuple[dict[str, Any], int]:

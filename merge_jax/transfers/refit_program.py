@@ -131,9 +131,8 @@ def _prepare(
         moments = layer_moments(source, source_variables, *(one[some] for one in inputs))
         if axis_name is not None:
             moments = _averaged(moments, axis_name)
-        whole, source_leaves = flatten(source_variables), apart(flatten(source_variables), graphs[0].factors)
-        drawn = key if choice == "random" else None
-        streams, tables = plan.streams
+        whole, drawn = flatten(source_variables), key if choice == "random" else None
+        source_leaves, (streams, tables) = apart(whole, graphs[0].factors), plan.streams
         chosen = choose(alignment, graphs[0], moments, source_leaves, choice, drawn, streams)
         old = flatten(target_variables)
         leaves = old | written_leaves(alignment, chosen, graphs[0], moments, whole, old, tables)

@@ -15,7 +15,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import merge_jax as mj
-from merge_jax.checkpoints.safetensors import leaf_paths
+from merge_jax.checkpoints.safetensors import tensor_names
 from merge_jax.commands import main
 
 TENSORS = {
@@ -86,7 +86,7 @@ def test_tied_tensors_have_all_their_names(sharded, tmp_path):
     save_file({"head.weight": np.ones((3, 2))}, tmp_path / "tied.safetensors", metadata=strings)
     tree = mj.load_weights(tmp_path / "tied.safetensors", "word/**")
     np.testing.assert_array_equal(tree["word"]["weight"], np.ones((3, 2)))
-    assert leaf_paths(tmp_path / "tied.safetensors") == ("head/weight", "word/weight")
+    assert tuple(tensor_names(tmp_path / "tied.safetensors")) == ("head/weight", "word/weight")
     for name in ("head", "word"):  # A model has both layers or one; a tensor that neither name reads is left over.
         assert mj.load_weights(tmp_path / "tied.safetensors", like={name: {"weight": np.ones((3, 2))}}).keys() == {name}
     with pytest.raises(ValueError, match="head/weight is there, but not in the model"):
@@ -362,8 +362,8 @@ def test_a_selection_that_finds_nothing_names_near_misses(file):
 def test_the_paths_of_leaves_are_those_that_are_read(tmp_path):
     tree = {"params": {"fc": {"kernel": np.ones((2, 3), np.float32)}}, "batch_stats": {"mean": np.zeros(3, np.float32)}}
     mj.save_safetensors(tmp_path / "m.safetensors", tree)
-    assert set(leaf_paths(tmp_path / "m.safetensors")) == set(
+    assert set(tensor_names(tmp_path / "m.safetensors")) == set(
         mj.flatten(mj.load_safetensors(tmp_path / "m.safetensors"))
     )
     with pytest.raises(FileNotFoundError, match="there is no file or folder"):
-        leaf_paths(tmp_path / "n.safetensors")
+        tensor_names(tmp_path / "n.safetensors")

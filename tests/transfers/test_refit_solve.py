@@ -1,0 +1,18 @@
+"""The regression of a layer, by itself."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from merge_jax.transfers import refit_solve
+
+
+def test_no_more_than_everything_is_explained():
+    """Without a bias, the rest is a small difference of squared means, so rounding makes it negative."""
+    x = jax.random.normal(jax.random.key(3), (64, 4)) + 1e3
+    t = x @ jax.random.normal(jax.random.key(9), (4, 3))
+    moments = refit_solve.batch_moments(x, t, t, jnp.ones(64), lambda total: total)
+    site: Any = SimpleNamespace(num_unknowns=4, unknowns=[SimpleNamespace(bias=None)], dense=True)
+    assert refit_solve.solve(site, moments, jnp.zeros((4, 3)), jnp.ones(3, bool), 1e-7).r2 <= 1
