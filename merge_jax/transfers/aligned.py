@@ -162,7 +162,7 @@ def align(
     The matrices of each leaf are made when it is written, and dropped. So a source on the host needs memory for the new
     target and one layer. With `layer_moments`, this includes the moments: the model is then computed once for the
     choice of channels and once for the layers that read them. Without moments, channels are chosen evenly for the
-    choice `moments`, as in `init`.
+    choice `moments`, as in `init`. Source: as `aligned_transfer`; our choice is the order, by leaf.
 
     Args:
       routes: as in `aligned_transfer`.

@@ -110,7 +110,7 @@ def layer_moments(fn: Callable[..., Any], params: Params, *inputs: Any) -> Layer
     """Returns the moments of `input_moments`, computed when they are asked for.
 
     `visit` computes the model once, if there are names, and only the moments of these. It passes on each at the last
-    call of its layer, and then drops it.
+    call of its layer, and then drops it. Shapes and source: as in `input_moments`.
 
     Raises:
       ValueError: as `input_moments`.
