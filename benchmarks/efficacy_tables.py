@@ -6,7 +6,7 @@ python -m benchmarks.efficacy_tables cifar100 --against vanilla refit  # and pai
 python -m benchmarks.efficacy_tables sst2 --add runs/sst2              # takes the results of a run folder in first
 
 A file has the runs (command, commit, date, jax, cores) and, for each row and seed, test accuracy right after the write
-and after the last step. A row is a method at a rate; `--suffix` distinguishes rows of one method, such as ", 200
+and after the last step. A row is a method at a rate, such as `refit@0.1`; `--suffix` distinguishes rows of one method, such as ", 200
 labels".
 """
 
@@ -115,9 +115,9 @@ def table(results: list[dict[str, Any]], against: list[str]) -> str:
         cells = [format_values(columns[column].values()) for column in _COLUMNS]
         lines.append(f"| {row[0]} | {row[1] or ''} | {max(map(len, columns.values()))} | {' | '.join(cells)} |")
     for name in against:
-        bases = [row for row in found if row[0] == name]
+        bases = [row for row in found if name in (row[0], f"{row[0]}@{row[1]}")]
         if len(bases) != 1:
-            rows = ", ".join(sorted({row[0] for row in found}))
+            rows = ", ".join(f"{row[0]}@{row[1]}" for row in bases) or ", ".join(sorted({row[0] for row in found}))
             raise ValueError(f"{name} is {len(bases)} of the rows, not one: {rows}")
         lines += ["", *_differences(found, bases[0])]
     return "\n".join(lines)

@@ -38,8 +38,13 @@ def test_p_is_adjusted_for_the_comparisons_of_the_table():
 def test_bad_rows_are_refused():
     with pytest.raises(ValueError, match="other is 0 of the rows, not one: refit, source_lr, vanilla"):
         table(RESULTS, ["other"])
-    with pytest.raises(ValueError, match="vanilla is 2 of the rows, not one"):
+    with pytest.raises(ValueError, match=r"vanilla is 2 of the rows, not one: vanilla@\S+, vanilla@\S+$"):
         table([*RESULTS, entry("vanilla", 0, 0.5, rate=0.1)], ["vanilla"])
+
+
+def test_a_row_at_several_rates_is_named_with_one():
+    lines = table([*RESULTS, entry("vanilla", 0, 0.5, rate=0.1)], ["vanilla@1.0"]).splitlines()
+    assert "| refit | 1.0 | after the last step | 3 | +12.0 ± 0.6 | 0.002 |" in lines
 
 
 def write_run(folder):
