@@ -6,8 +6,8 @@ python -m benchmarks.efficacy_tables cifar100 --against vanilla refit  # and pai
 python -m benchmarks.efficacy_tables sst2 --add runs/sst2              # takes the results of a run folder in first
 
 A file has the runs (command, commit, date, jax, cores) and, for each row and seed, test accuracy right after the write
-and after the last step. A row is a method at a rate, such as `refit@0.1`; `--suffix` distinguishes rows of one method, such as ", 200
-labels".
+and after the last step. A row is a method at a rate, such as `refit@0.1`; `--suffix` distinguishes rows of one method,
+such as ", 200 labels".
 """
 
 import argparse
