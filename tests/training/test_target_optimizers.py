@@ -111,6 +111,23 @@ def test_optimizers_get_what_they_ask_for_and_no_more(name):
     assert losses[-1] < 0.2 * losses[0]
 
 
+def test_the_value_for_a_line_search_is_that_of_all_devices():
+    def update(updates, state, params, value_fn, **_):
+        return updates, value_fn(params)
+
+    asking = optax.GradientTransformationExtraArgs(lambda params: jnp.zeros(()), update)
+
+    def loss_fn(params, model_state, batch, key):
+        return jnp.mean(batch) * jnp.sum(params["w"]), (model_state, {})
+
+    task, same = mj.Task(loss_fn, asking), mj.identity_transfer()
+    state = mj.init_joint_state(jax.random.key(0), None, task, same, source_params={}, target_params={"w": jnp.ones(3)})
+    step = mj.make_joint_step(None, task, same, axis_name="devices")
+    batch = jnp.array([[1.0], [3.0]])
+    after, _ = jax.vmap(step, (None, 0), axis_name="devices")(state, {"target": batch})
+    np.testing.assert_allclose(after.target.opt_state, [6.0, 6.0])
+
+
 def test_an_optimizer_of_other_parameters_is_refused():
     lookahead = optax.lookahead(optax.sgd(0.1), 5, 0.5)
     state, step = begun(lookahead, mj.identity_transfer())
