@@ -199,7 +199,11 @@ def _check_workers(client: "Client", address: str, folder: Path) -> None:
             f"the Dask scheduler at {address} has no merge_jax: it deserialises submitted runs, so install it there too"
         ) from None
     ancestor = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
-    with tempfile.TemporaryDirectory(prefix=".probe-", dir=ancestor) as probe:
+    try:
+        probing = tempfile.TemporaryDirectory(prefix=".probe-", dir=ancestor)
+    except OSError as error:
+        raise ValueError(f"the study's folder {folder} cannot be written: {error}") from None
+    with probing as probe:
         for path, access in ((probe, os.W_OK), (os.getcwd(), os.R_OK)):
             seen = _ask(client, os.access, path, access)
             _refuse(

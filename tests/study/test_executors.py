@@ -148,6 +148,15 @@ def test_fit_workers_are_taken(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError("Permission denied")
+
+    monkeypatch.setattr("tempfile.mkdtemp", refuse)
+    with pytest.raises(ValueError, match=r"the study.s folder .*study cannot be written: Permission denied"):
+        executors._check_workers(Workers(), "A", tmp_path / "study")
+
+
 @cores
 def test_each_local_run_is_held_to_its_share_from_the_start():
     everything = os.sched_getaffinity(0)
