@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 __all__ = [
     "all_finite",
     "check_above_zero",
+    "check_apply",
     "check_arrays",
     "check_at_least_one",
     "check_below_one",
@@ -25,6 +26,7 @@ __all__ = [
     "check_float_dtype",
     "check_learnable",
     "check_number_or_schedule",
+    "check_numbers",
     "count_examples",
     "error_context",
     "what_to_give",
@@ -132,6 +134,28 @@ def what_to_give(leaf: Any) -> str:
     if hasattr(leaf, "dtype") and hasattr(leaf, "shape"):
         return "give its numbers (jnp.asarray)"
     return "give arrays alone; of an Equinox module, params, static = eqx.partition(module, eqx.is_inexact_array)"
+
+
+def check_numbers(name: str, array: Any) -> None:
+    """Raises ValueError for texts or objects, such as the names of classes, where an array of numbers is expected."""
+    import numpy as np
+
+    if isinstance(array, list | tuple) and any(isinstance(one, str) for one in array):
+        array = np.array(array)
+    if isinstance(array, np.ndarray) and array.dtype.kind in "OSU":
+        raise ValueError(f"{name} must be numbers, got an array of {array.dtype}")
+
+
+def check_apply(**functions: Any) -> None:
+    """Raises ValueError for a Linen module where its `apply` is expected."""
+    import flax.linen as nn
+
+    for name, function in functions.items():
+        if isinstance(function, nn.Module):
+            raise ValueError(
+                f"{name} must be a function of variables and inputs: give model.apply, not the "
+                f"{type(function).__name__} itself"
+            )
 
 
 def check_learnable(role: str, params: Any) -> None:

@@ -11,7 +11,7 @@ import optax
 from jax import lax
 from jax.core import Tracer
 
-from merge_jax.checks import check_at_least_one
+from merge_jax.checks import check_at_least_one, check_numbers
 from merge_jax.objectives.distillation import cross_entropy
 from merge_jax.paths import some_of
 
@@ -84,6 +84,7 @@ def fit_head(
     if np.ndim(features) != 2 or 0 in np.shape(features):
         raise ValueError(f"features must be [N, d], a vector of each example, got {list(np.shape(features))}")
     size = np.shape(features)[0]
+    check_numbers("targets", targets)
     features, targets = jnp.asarray(features, jnp.float32), jnp.asarray(targets)
     weights = jnp.ones(size) if weights is None else jnp.asarray(weights, jnp.float32)
     if weights.shape != (size,):

@@ -11,7 +11,7 @@ import optax
 from jax import lax
 from jax.core import Tracer
 
-from merge_jax.checks import all_finite, check_learnable, error_context
+from merge_jax.checks import all_finite, check_apply, check_learnable, error_context
 from merge_jax.objectives.features import CompareOn, FeatureObjective, disagreement, with_features
 from merge_jax.objectives.losses import name_missing_collections
 from merge_jax.training.nonfinite import NumericFaultError
@@ -101,6 +101,7 @@ def prepare(
         raise ValueError(f"layers must be one or more pairs {{target's layer: source's layer}}, got {layers!r}")
     if not isinstance(learning_rate, Tracer) and not 0 < learning_rate < float("inf"):
         raise ValueError(f"learning_rate must be a finite number above 0, got {learning_rate!r}")
+    check_apply(source_apply=source_apply, target_apply=target_apply)
     size = check_inputs(inputs, steps=steps, batch_size=batch_size)
     if size < 2:
         raise ValueError("features of two examples at least are compared, got 1")

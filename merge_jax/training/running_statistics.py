@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from merge_jax.checks import check_at_least_one
+from merge_jax.checks import check_apply, check_at_least_one
 from merge_jax.objectives.losses import name_missing_collections
 from merge_jax.paths import flatten, replace
 from merge_jax.types import ModelApply
@@ -48,6 +48,7 @@ def reset_statistics(
       ValueError: no inputs or examples, different numbers of examples, no `params`, or a model that reads a missing
         collection.
     """
+    check_apply(apply=apply)
     size = check_inputs(inputs, batch_size=batch_size)
     check_variables("variables", variables)
     statistics = variables.get(_COLLECTION, {})

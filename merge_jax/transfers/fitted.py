@@ -1,5 +1,6 @@
 """Refit: after an aligned write, every target layer is solved to reproduce the source's layer."""
 
+import warnings
 from typing import NamedTuple, NoReturn, get_args
 
 import jax
@@ -7,7 +8,15 @@ import jax.numpy as jnp
 from flax.errors import ApplyScopeInvalidVariablesTypeError, ScopeCollectionNotFound
 from jax.core import Tracer
 
-from merge_jax.checks import all_finite, check_above_zero, check_arrays, check_at_least_one, check_choice
+from merge_jax.checks import (
+    all_finite,
+    check_above_zero,
+    check_apply,
+    check_arrays,
+    check_at_least_one,
+    check_choice,
+    check_numbers,
+)
 from merge_jax.paths import flatten, some_of
 from merge_jax.transfers.alignment_fit import ChannelChoice
 from merge_jax.transfers.host_leaves import any_on_host
@@ -106,8 +115,10 @@ def refit(
 
     Warns:
       FewRowsWarning: a layer has more unknowns than rows, so its ridge is raised by their ratio.
+      UserWarning: a model does not read its running statistics, as in training mode.
     """
     count = _count(inputs)
+    check_apply(source=source, target=target)
     check_at_least_one(batch_size=batch_size, max_rows=max_rows)
     check_above_zero(ridge=ridge)
     check_choice("choice of channels", choice, get_args(ChannelChoice))
@@ -129,6 +140,13 @@ def refit(
             f"a model reads a collection that it was not given: pass variables as model.init returns them, "
             f"{{'params': ...}} and the model's state, got {found} ({error})"
         ) from None
+    for role, paths in made.unread.items():
+        if paths:
+            warnings.warn(
+                f"the {role} does not read its statistics {some_of(paths, 2)}: it seems to be in training mode; give "
+                "the model in evaluation mode",
+                stacklevel=2,
+            )
     made.walk.check_rows(min(batch_size, count))
     run = made.run if any_on_host(*arguments) else made.compiled
     variables, solved, finite = run(*arguments)
@@ -141,6 +159,8 @@ def _count(inputs: tuple[jax.Array, ...]) -> int:
     wrong = [type(one).__name__ for one in inputs if not hasattr(one, "shape")]
     if wrong:
         raise ValueError(f"the refit takes its inputs as arrays, one after the other, got {', '.join(wrong)}")
+    for place, one in enumerate(inputs):
+        check_numbers(f"input {place} of the refit", one)
     counts = {jnp.shape(one)[0] if jnp.ndim(one) else 0 for one in inputs}
     if len(counts) != 1 or not min(counts):
         raise ValueError(f"the refit needs inputs, as many of each, got {[jnp.shape(one) for one in inputs]}")

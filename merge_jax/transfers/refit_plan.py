@@ -137,6 +137,8 @@ def plan_refit(alignment: AlignmentPlan, source: FollowedModel, target: Followed
         if site is not None:
             sites.append(site)
     written = frozenset().union(*(site.leaves for site in sites))
+    for one in (unknown for site in sites for unknown in site.unknowns if unknown.bias is not None):
+        kept |= {path: f"the intercept of its layer goes to {one.bias}" for path in one.layer.biases if path in kept}
     solved = {one.layer.leaf for site in sites for one in site.unknowns}
     layers = [layer for members in found.values() for leaf, layer, _ in members if leaf.target in solved]
     streams = find_streams(alignment, source, target, layers)

@@ -2,7 +2,7 @@
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,9 +18,10 @@ from merge_jax.transfers.alignment_write import written_leaves
 from merge_jax.transfers.channel_trace import ChannelTrace
 from merge_jax.transfers.channels import LayerMoments, layer_moments
 from merge_jax.transfers.followed import FollowedModel
+from merge_jax.transfers.layer_sites import is_state
 from merge_jax.transfers.merged_axes import apart
 from merge_jax.transfers.pairing import resolve
-from merge_jax.transfers.program import Constant
+from merge_jax.transfers.program import Constant, Program
 from merge_jax.transfers.refit_batches import in_batches
 from merge_jax.transfers.refit_plan import plan_refit
 from merge_jax.transfers.refit_walk import Walk
@@ -58,6 +59,7 @@ class Prepared(NamedTuple):
       compiled: `run` under `jax.jit`.
       run: maps source variables, target variables, inputs and a key to the target's variables, `solved`, and whether
         all are finite.
+      unread: running means and variances that a model is given but does not read, by its role.
       constants: bytes of the arrays that the models contain as constants; infinite if one is traced.
     """
 
@@ -65,6 +67,7 @@ class Prepared(NamedTuple):
     kept: Mapping[str, str]
     run: _Run
     compiled: Any
+    unread: Mapping[str, Sequence[str]]
     constants: float
 
 
@@ -152,7 +155,16 @@ def _prepare(
     constants = [one.value for one in operands if isinstance(one, Constant)]
     held = sum(math.prod(jnp.shape(one)) * jnp.result_type(one).itemsize for one in constants)
     of_a_trace = any(isinstance(one, Tracer) for one in constants)
-    return Prepared(walk, plan.kept, run, jax.jit(run), math.inf if of_a_trace else held)
+    unread = {role: _unread(one) for role, one in zip(("source", "target"), programs, strict=True)}
+    return Prepared(walk, plan.kept, run, jax.jit(run), unread, math.inf if of_a_trace else held)
+
+
+def _unread(program: Program) -> list[str]:
+    """Returns the running statistics that do not affect the outputs."""
+    read = program.ancestors(one for one in program.outputs if not isinstance(one, Constant))
+    leaves, statistics = program.leaves, ("mean", "var")
+    state = [path for path in leaves if is_state(path, list(leaves)) and path.rpartition("/")[2] in statistics]
+    return [path for path in state if leaves[path] not in read]
 
 
 def _averaged(moments: LayerMoments, axis_name: str) -> LayerMoments:

@@ -97,6 +97,7 @@ def test_no_convergence_is_told():
         ({"features": np.where(FEATURES == 5, np.nan, FEATURES)}, "features must be finite numbers: those of"),
         ({"targets": LABELS + 0.0}, r"labels \[N\], whole numbers, or logits .* got float32 \[300\]"),
         ({"targets": np.eye(10, dtype=int)[LABELS]}, "of one-hot labels, take argmax"),
+        ({"targets": LABELS.astype(str)}, "targets must be numbers, got an array of <U"),
         ({"num_classes": 9}, r"labels must lie in \[0, 9\), got 9"),
         ({"targets": LABELS - 1}, r"labels must lie in \[0, 9\), got -1"),
         ({"num_classes": 400}, "300 examples cannot cover 400 classes"),

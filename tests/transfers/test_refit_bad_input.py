@@ -1,0 +1,58 @@
+"""What a refit, and what comes before and after it, refuse or warn of, before any work."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import merge_jax as mj
+
+EVERYTHING = {"**": "**"}
+X = jnp.asarray(np.random.default_rng(0).normal(size=(20, 5)), jnp.float32)
+
+
+def test_inputs_are_arrays_one_after_the_other():
+    fit = functools.partial(mj.refit, EVERYTHING, None, None, {}, {})
+    with pytest.raises(ValueError, match=r"inputs as arrays, one after the other, got dict$"):
+        fit({"image": jnp.zeros((4, 2))})
+    with pytest.raises(ValueError, match=r"got list$"):
+        fit([[0.0, 1.0], [1.0, 0.0]])
+    with pytest.raises(ValueError, match="input 0 of the refit must be numbers, got an array of <U6"):
+        fit(np.array(["a text"]))
+
+
+@pytest.mark.filterwarnings("error:the source does not read")
+def test_a_model_in_training_mode_is_told():
+    def model(variables, x, *, train):
+        own = variables["batch_stats"]["norm"]
+        mean = x.mean(0) if train else own["mean"]
+        own["mean"] * 0.9  # As an updated average, which nothing returns.
+        return (x - mean[None]) @ variables["params"]["last"]["kernel"]
+
+    given = {"params": {"last": {"kernel": jnp.ones((5, 3))}}, "batch_stats": {"norm": {"mean": jnp.ones(5)}}}
+    training, evaluating = (functools.partial(model, train=train) for train in (True, False))
+    with pytest.raises(UserWarning, match="the source does not read its statistics batch_stats/norm/mean: it"):
+        mj.refit(EVERYTHING, training, evaluating, given, given, X)
+
+
+def test_a_module_is_not_its_apply():
+    model, variables = nn.Dense(2), {"params": {}}
+    for call in (
+        lambda: mj.refit(EVERYTHING, model.apply, model, {}, {}, X),
+        lambda: mj.prepare(jax.random.key(0), {"a": "a"}, model, model.apply, variables, variables, X),
+        lambda: mj.reset_statistics(model, variables, X),
+    ):
+        with pytest.raises(ValueError, match=r"give model\.apply, not the Dense itself"):
+            call()
+
+
+@pytest.mark.parametrize("model", [nn.Dense(2), nn.Sequential([nn.Dense(2)])])  # Flax has an error for each.
+def test_parameters_without_their_collection_are_named(model):
+    x = jnp.zeros((4, 3))
+    variables = model.init(jax.random.key(0), x)
+    names = ", ".join(map(repr, variables["params"]))
+    with pytest.raises(ValueError, match=f"as model.init returns them, .* got source_variables with {names} and"):
+        mj.refit(EVERYTHING, model.apply, model.apply, variables["params"], variables, x)
