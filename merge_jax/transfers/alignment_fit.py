@@ -310,9 +310,8 @@ def _choose(moments: jax.Array, sizes: jax.Array, count: int) -> jax.Array:
         explained = jnp.where(own > _EPSILON * mean, jnp.sum(jnp.square(left), axis=0) / jnp.maximum(own, 1e-30), 0)
         explained = jnp.where(taken, -1.0, explained)
         # Rounding would break ties by position; parameters break them by content.
-        best = jnp.argmax(
-            jnp.where(explained >= jnp.max(explained) - _TIE * size * mean, jnp.where(taken, -1, sizes), -1)
-        )
+        first = explained >= jnp.max(explained) - _TIE * size * mean
+        best = lax.argmax(jnp.where(first, jnp.where(taken, -1, sizes), -1), 0, jnp.int32)  # Also in 64 bits.
         # Read first, so that XLA updates `left` in place: a third of the time on a CPU.
         column, row, own = lax.optimization_barrier((left[:, best], left[best], own[best]))
         left -= jnp.outer(column, row) / jnp.maximum(own, 1e-30)

@@ -249,7 +249,7 @@ def _bound(role: str, group: str, graph: ChannelGraph) -> str:
     if group in graph.consumed:
         return (
             f"those of the {role} come from outside of it, as tokens and pixels do, or meet constants of an order, "
-            "such as running statistics that the function does not take as an input"
+            "such as running statistics that the function does not take as an input, or dropout in training mode"
         )
     return (
         f"nothing in the {role} that can be followed reads those, as it is with labels and tokens, with the angles of "

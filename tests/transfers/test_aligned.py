@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import merge_jax as mj
+from merge_jax.transfers import alignment_fit
 from merge_jax.transfers.aligned import free_memory
 
 IMAGES = jnp.asarray(np.random.default_rng(0).normal(size=(16, 8, 8, 1)), jnp.float32)
@@ -430,3 +431,9 @@ def test_an_adapter_or_moments_of_other_models_are_refused():
         transfer.fit({f"params/{name}": one for name, one in moments.items()}, source, target)
     with pytest.raises(ValueError, match="by name, as of input_moments, got PjitFunction"):
         mj.transfers.align(EVERYTHING, channels_of(LARGE), channels_of(SMALL), source, target, reading(LARGE))
+
+
+@pytest.mark.filterwarnings("error:scatter inputs have incompatible types")
+def test_a_choice_of_channels_has_one_type_also_in_64_bits():
+    with jax.enable_x64(True):
+        jax.eval_shape(functools.partial(alignment_fit._choose, count=2), jnp.eye(3), jnp.ones(3))

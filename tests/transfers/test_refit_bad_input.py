@@ -29,7 +29,7 @@ def test_a_model_in_training_mode_is_told():
     def model(variables, x, *, train):
         own = variables["batch_stats"]["norm"]
         mean = x.mean(0) if train else own["mean"]
-        own["mean"] * 0.9  # As an updated average, which nothing returns.
+        _ = own["mean"] * 0.9  # As an updated average, which nothing returns.
         return (x - mean[None]) @ variables["params"]["last"]["kernel"]
 
     given = {"params": {"last": {"kernel": jnp.ones((5, 3))}}, "batch_stats": {"norm": {"mean": jnp.ones(5)}}}
