@@ -72,9 +72,10 @@ def refit(
 
         W = (X'X/n + r I)^-1 (X'T/n + r W0),    r = ridge tr(X'X/n) / d max(1, d/n),    b = mean T - mean X W,
 
-    with centred `X` and `T`, and `W0` the aligned kernel. So each layer corrects the errors of those before it. The
-    intercept goes to the bias or to the norm that follows. Running statistics become those of the same inputs, and gain
-    and bias of the norm compensate for them; a norm without both keeps the aligned statistics.
+    with centred `X` and `T` (not centred, and `b = 0`, without a bias or norm that takes `b`), and `W0` the aligned
+    kernel. So each layer corrects the errors of those before it. The intercept goes to the bias or to the norm that
+    follows. Running statistics become those of the same inputs, and gain and bias of the norm compensate for them; a
+    norm without both keeps the aligned statistics.
     **Streams**: between the blocks of a MobileNetV2 or a transformer, only solved layers act on single channels. Layers
     and embeddings write into the stream, layers read it, and norms divide by its total size. So any directions serve as
     well as channels. There, `T` is the source's value along as many orthonormal directions, those of its largest second
