@@ -21,6 +21,7 @@ __all__ = [
 
 _VECTORS = {"bias", "scale", "offset", "gamma", "beta"}
 _KERNELS = {"kernel", "weight", "w"}
+_EXPERTS = {"gate_up_proj", "down_proj"}  # Of transformers: [out, in] for some architectures, [in, out] for others.
 _TABLES = {"embed", "embedding", "embeddings", "embedder", "emb", "wte", "wpe", "table", "encoding"}
 _DENSE = {"proj", "project", "projection", "linear", "mapping", "decoder"}
 _PATCHES = re.compile(r"patch(es|ify)?(_?(embed(ding|dings|der|s)?|proj(ection)?|conv|linear|dense|stem))*(_?[0-9]+)?")
@@ -188,6 +189,8 @@ def matrix_spec(path: str, shape: tuple[int, ...]) -> MatrixSpec:
         # An axis of size 1 before the tokens broadcasts over a batch.
         rows = (0,) if rank == 2 else tuple(range(1, rank - 1))
         return MatrixSpec(rows, tuple(axis for axis in range(rank) if axis not in rows))
+    if rank == 2 and name in _EXPERTS and "experts" in path.split("/"):
+        raise _unknown(path, shape, {"[out, in]": MatrixSpec((0,), (1,)), "[in, out]": MatrixSpec((1,), (0,))})
     if rank == 2:
         return MatrixSpec((0,), (1,)) if _is_torch(name) else MatrixSpec((1,), (0,))
     if name not in _KERNELS and _is_flat(shape):

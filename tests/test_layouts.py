@@ -127,6 +127,7 @@ def test_attention_and_embedding_of_flax_have_their_matrices(next_key):
         ("block/qkv/kernel", (8, 3, 2, 4), "MatrixSpec(rows=(1, 2, 3), inputs=(0,))"),
         ("qkv/kernel", (3, 3, 2, 4), "MatrixSpec(rows=(1, 2, 3), inputs=(0,))"),
         ("moe/experts/kernel", (4, 8, 16), "taken apart first"),
+        ("mlp/experts/gate_up_proj", (8, 16), "MatrixSpec(rows=(0,), inputs=(1,)) ([out, in])"),
         ("attn/q_einsum/w", (2, 8, 4), "MatrixSpec(rows=(0, 2), inputs=(1,))"),
         ("attn/kv_einsum/w", (2, 2, 8, 4), "MatrixSpec(rows=(0, 1, 3), inputs=(2,))"),
         ("DenseGeneral_0/kernel", (8, 2, 4), "MatrixSpec(rows=(1, 2), inputs=(0,))"),

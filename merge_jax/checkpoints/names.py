@@ -10,6 +10,7 @@ from merge_jax.paths import some_of
 __all__ = ["check_inside", "check_paths", "leaves_of", "paths_of", "put", "without_prefix"]
 
 _Leaf = TypeVar("_Leaf")
+_NF4 = (".absmax", ".quant_map")  # Beside the weights that bitsandbytes quantised.
 _DEEPEST = 100  # Parts of a name; a tree of thousands of levels would crash the program.
 
 
@@ -47,7 +48,10 @@ def check_paths(names: dict[str, str], file: Path) -> None:
             raise ValueError(f"{file} has a tensor whose name has {len(parts)} parts, over the limit of {_DEEPEST}")
         for i in range(1, len(parts)):
             if (parent := "/".join(parts[:i])) in names:
-                raise ValueError(f"{file} has the tensors {names[parent]!r} and {name!r}, one inside the other")
+                known = (
+                    ": bitsandbytes packed it into 4 bits; save the model dequantised" if name.endswith(_NF4) else ""
+                )
+                raise ValueError(f"{file} has the tensors {names[parent]!r} and {name!r}, one inside the other{known}")
 
 
 def leaves_of(tree: Any, file: Path, path: str = "") -> dict[str, Any]:

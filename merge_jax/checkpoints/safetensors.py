@@ -2,6 +2,7 @@
 
 import mmap
 import os
+import re
 import stat
 import struct
 import uuid
@@ -32,6 +33,8 @@ __all__ = [
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _METADATA = "__metadata__"
+_PIECES = "DCP_SHARDING_INFO"  # Where each tensor starts within the whole one, by torch.distributed.checkpoint.
+_PART = re.compile(r"shard-\d+(-model-.*)")
 _DTYPES = {  # By the format's names.
     "BOOL": "bool",
     **{f"I{bits}": f"int{bits}" for bits in (8, 16, 32, 64)},
@@ -136,6 +139,7 @@ def _listed(path: str | os.PathLike[str]) -> tuple[dict[str, Path], dict[str, st
     else:
         header = _checked_header(file)
         strings = header.pop(_METADATA, None)
+        _check_whole(file, strings)
         shard_of = dict.fromkeys(header, file)
     # Of tied tensors, save_model of safetensors stores one; the strings map the others' names to it.
     pairs = strings.items() if isinstance(strings, dict) else ()
@@ -228,6 +232,21 @@ def _read_index(file: Path) -> dict[str, Path]:
 def _check_shard(shard: Path, shard_of: Mapping[str, Path]) -> None:
     names = [name for name in _checked_header(shard) if name != _METADATA]
     check_shard(shard, names, {name: (file,) for name, file in shard_of.items()})
+
+
+def _check_whole(file: Path, strings: Any) -> None:
+    """Raises ValueError for one process's part of a distributed checkpoint, whose tensors are pieces."""
+    if not isinstance(strings, dict) or not isinstance(pieces := strings.get(_PIECES), str):
+        return
+    starts = [piece.get("saved_offsets") for piece in parse_json(pieces, file).values() if isinstance(piece, dict)]
+    later = any(isinstance(start, list) and any(start) for start in starts)
+    name = _PART.fullmatch(file.name)  # The first piece starts at zero, and says nothing of the others.
+    if later or (name and len(list(file.parent.glob(f"shard-*{name[1]}"))) > 1):
+        raise ValueError(
+            f"{file} is one process's part of a checkpoint of torch.distributed.checkpoint: its tensors are pieces."
+            " Save it with HuggingFaceStorageWriter(..., save_distributed=True, enable_consolidation=True), or load all"
+            " parts with HuggingFaceStorageReader"
+        )
 
 
 def _checked_header(file: Path) -> dict[str, Any]:

@@ -354,6 +354,21 @@ def test_folders_without_or_with_too_many_files_are_refused(tmp_path):
         mj.load_safetensors(tmp_path)
 
 
+def test_parts_of_a_distributed_checkpoint_are_refused(tmp_path):
+    parts = [tmp_path / f"shard-0000{i}-model-00001-of-00001.safetensors" for i in (1, 2)]
+
+    def save(part, start):  # As torch.distributed.checkpoint, for which a test would need several processes.
+        starts = json.dumps({"w": {"saved_offsets": [start, 0]}})
+        save_file({"w": np.ones((3, 2), np.float32)}, part, metadata={"DCP_SHARDING_INFO": starts, "format": "pt"})
+
+    save(parts[0], 0)
+    assert mj.load_safetensors(parts[0])["w"].shape == (3, 2)  # The only part is the whole.
+    save(parts[1], 3)
+    for part in parts:
+        with pytest.raises(ValueError, match=r"shard-0000.* is one process's part of .*enable_consolidation=True"):
+            mj.load_safetensors(part)
+
+
 def test_a_selection_that_finds_nothing_names_near_misses(file):
     with pytest.raises(ValueError, match=r"file pattern '\*\*/query/kernel' matches no leaf; .*'conv/weight'"):
         mj.load_safetensors(file, select="**/query/kernel")

@@ -43,8 +43,9 @@ FORMATS: tuple[Format, ...] = (SAFETENSORS, INDEX, TORCH, KERAS, HDF5, NPZ, GGUF
 """All formats, those with the surest marks first."""
 
 _PACKAGE = "package:"
-_SCALES = ("_scale", "_scale_inv")  # Of quantised transformers, by the names of compressed-tensors and DeepSeek.
-_BESIDE = "/scales"  # Of the layer: MLX, GPTQ and AWQ pack several numbers into one.
+_SCALES = ("_scale", "_scales", "_scale_inv")  # As in compressed-tensors, MXFP4 and DeepSeek.
+_PACKED = ("_packed", "_blocks", "_qdata")  # Several numbers in one: the same, and torchao.
+_BESIDE = ("/scales", "/SCB")  # Of the layer: MLX, GPTQ and AWQ, which pack; int8 of bitsandbytes.
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")  # Of files in packages.
 
 Select = Pattern | Sequence[Pattern] | None
@@ -140,17 +141,19 @@ def open_leaves(file: Path, select: Select) -> tuple[Stored, dict[str, str]]:
 def _warn_of_scales(file: Path, stored: Stored, arrays: Mapping[str, np.ndarray]) -> None:
     """Warns of whole numbers and one-byte values stored with separate scales, as in quantised transformers."""
     there = set(stored.paths)
-    scaled = [
-        path
-        for path, leaf in arrays.items()
-        if (leaf.dtype.itemsize == 1 and not there.isdisjoint(path + end for end in _SCALES))
-        or (leaf.ndim > 1 and leaf.dtype.kind in "iu" and path.rpartition("/")[0] + _BESIDE in there)
-    ]
-    if scaled:
+
+    def is_scaled(path: str, leaf: np.ndarray) -> bool:
+        whole = leaf.ndim > 1 and leaf.dtype.kind in "iu"
+        stems = [path] if leaf.dtype.itemsize == 1 else []
+        stems += [path.removesuffix(end) for end in _PACKED if whole and path.endswith(end)]
+        beside = [path.rpartition("/")[0] + end for end in _BESIDE if whole]
+        return not there.isdisjoint([*(stem + end for stem in stems for end in _SCALES), *beside])
+
+    if scaled := [path for path, leaf in arrays.items() if is_scaled(path, leaf)]:
         warnings.warn(
             f"{file} stores {some_of(scaled, 3)} quantised, with scales beside them, named"
-            f" {' or '.join(f'*{end}' for end in (*_SCALES, _BESIDE))}: "
-            "they are read as stored, without their scales. Scale them yourself, or load the original model",
+            f" {' or '.join(f'*{end}' for end in (*_SCALES, *_BESIDE))}: they are read as stored, without their scales,"
+            " and may hold several numbers in one. Scale them yourself, or load the original model",
             stacklevel=3,
         )
 

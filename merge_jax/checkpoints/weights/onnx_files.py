@@ -49,6 +49,11 @@ def _open(path: Path) -> Stored:
             for entry in tensor.external_data:
                 if entry.key == "location":
                     check_inside(entry.value, path, "file of weights")
+                    if not (path.parent / entry.value).is_file():
+                        raise FileNotFoundError(
+                            f"{path} keeps {name!r} in {path.parent / entry.value}, which is missing: move it there."
+                            " If onnx saved this model twice, only the first save has the numbers"
+                        )
         for node in graph.node:  # A PyTorch exporter stores equal tensors once, and the others' names this way.
             if node.op_type == "Identity" and node.input[0] in tensors and not node.output[0].startswith("/"):
                 if node.output[0] in tensors:

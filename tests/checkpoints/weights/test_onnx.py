@@ -89,6 +89,18 @@ def test_constants_beside_the_file_stay_in_its_folder(tmp_path):
         mj.load_weights(tmp_path / "m.onnx")
 
 
+def test_a_second_save_of_a_model_lacks_the_numbers_of_the_first(tmp_path):
+    onnx = importlib.import_module("onnx")
+    model = helper.make_model(helper.make_graph([], "g", [], [], [tensor(MATRIX, "w")]))
+    for folder, beside in (("first", True), ("second", False)):
+        (tmp_path / folder).mkdir()
+        path = tmp_path / folder / "m.onnx"
+        onnx.save_model(model, path, save_as_external_data=beside, size_threshold=0, location="data")
+    assert_leaves(mj.flatten(mj.load_weights(tmp_path / "first" / "m.onnx")), {"w": MATRIX})
+    with pytest.raises(FileNotFoundError, match=r"keeps 'w' in .*second/data, which is missing.*only the first save"):
+        mj.checkpoints.weight_shapes(tmp_path / "second" / "m.onnx")
+
+
 def test_kernels_that_onnx_runtime_has_put_in_blocks_are_refused(tmp_path):
     kernel, bias = tensor(np.zeros((8, 4, 3, 3), np.float32), "reorder"), tensor(np.zeros(8, np.float32), "c.bias")
     fused = helper.make_node("FusedConv", ["x", "reorder", "c.bias"], ["y"], domain="com.microsoft", activation="Relu")
