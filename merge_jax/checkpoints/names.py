@@ -10,7 +10,7 @@ from merge_jax.paths import some_of
 __all__ = ["check_inside", "check_paths", "leaves_of", "paths_of", "put", "without_prefix"]
 
 _Leaf = TypeVar("_Leaf")
-_NF4 = (".absmax", ".quant_map")  # Beside the weights that bitsandbytes quantised.
+_NF4 = ("absmax", "quant_map")  # Beside the weights that bitsandbytes quantised.
 _DEEPEST = 100  # Parts of a name; a tree of thousands of levels would crash the program.
 
 

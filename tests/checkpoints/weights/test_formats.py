@@ -83,8 +83,10 @@ def test_numbers_with_scales_beside_them_are_warned_of(dtype, name, scales, tmp_
 
 
 def test_weights_that_bitsandbytes_packed_are_refused(tmp_path):
-    save_file({"fc.weight": np.ones((6, 1), np.uint8), "fc.weight.absmax": np.ones(2)}, tmp_path / "m.safetensors")
-    with pytest.raises(ValueError, match=r"'fc\.weight' and 'fc\.weight\.absmax', .*bitsandbytes packed it"):
+    save_file(
+        {"fc.weight": np.ones((6, 1), np.uint8), "fc.weight.nested_absmax": np.ones(2)}, tmp_path / "m.safetensors"
+    )
+    with pytest.raises(ValueError, match=r"'fc\.weight' and 'fc\.weight\.nested_absmax', .*bitsandbytes packed it"):
         mj.load_weights(tmp_path / "m.safetensors")
 
 
