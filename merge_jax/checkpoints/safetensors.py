@@ -240,7 +240,7 @@ def _check_whole(file: Path, strings: Any) -> None:
         return
     starts = [piece.get("saved_offsets") for piece in parse_json(pieces, file).values() if isinstance(piece, dict)]
     later = any(isinstance(start, list) and any(start) for start in starts)
-    name = _PART.fullmatch(file.name)  # The first piece starts at zero, and says nothing of the others.
+    name = _PART.fullmatch(file.name)  # The first piece starts at zero, like a whole tensor.
     if later or (name and len(list(file.parent.glob(f"shard-*{name[1]}"))) > 1):
         raise ValueError(
             f"{file} is one process's part of a checkpoint of torch.distributed.checkpoint: its tensors are pieces."
