@@ -113,7 +113,7 @@ class Program:
     def evaluate(self, known: Mapping[int, Any], wanted: Iterable[int]) -> dict[int, Any]:
         """Returns the known values, the wanted ones, and all intermediate values."""
         values = dict(known)
-        equations, needed = self._needed(values.keys(), wanted)
+        equations, needed = self.needed(values.keys(), wanted)
         if needed:
             raise AssertionError(f"values {sorted(needed)} are neither known nor computed")
         for equation in equations:
@@ -123,9 +123,9 @@ class Program:
 
     def leaves_for(self, known: Collection[int], wanted: Iterable[int]) -> set[int]:
         """Returns the numbers of the leaves that values depend on, given the known values."""
-        return self._needed(known, wanted)[1].intersection(self.leaves.values())
+        return self.needed(known, wanted)[1].intersection(self.leaves.values())
 
-    def _needed(self, known: Collection[int], wanted: Iterable[int]) -> tuple[list[Equation], set[int]]:
+    def needed(self, known: Collection[int], wanted: Iterable[int]) -> tuple[list[Equation], set[int]]:
         """Returns the equations that compute values from the known ones, and the other values that these read."""
         needed, equations = set(wanted) - set(known), []
         for equation in reversed(self.equations):

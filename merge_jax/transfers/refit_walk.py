@@ -4,7 +4,7 @@ import functools
 import math
 import string
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,6 +74,13 @@ class Walk:
             keys = jax.random.split(jax.random.fold_in(key, number), len(weights))
             step = functools.partial(self._step, site, source_kept[number], kept[number])
             wanted = {site.source_end, *source_kept[number]}
+            for stop in self._stops(source_values.keys(), wanted) if apart else ():
+                read = self.source.leaves_for(source_values, stop)
+                advance = jax.jit(functools.partial(self._advance, stop))
+                source_values, after = advance(
+                    on_device({one: source_leaves[one] for one in read}), source_values, after
+                )
+                jax.block_until_ready(after)
             used = {one: source_leaves[one] for one in self.source.leaves_for(source_values, wanted)}
             if apart:
                 step, used = jax.jit(step), on_device(used)
@@ -86,6 +93,39 @@ class Walk:
             if apart:
                 jax.block_until_ready(after)
         return solved
+
+    def _stops(self, known: Collection[int], wanted: set[int]) -> list[frozenset[int]]:
+        """Returns the source's values to compute first, stop by stop, on the way from known to wanted ones.
+
+        So a program reads leaves of at most the largest one's size, or those of one equation. A source that is deeper
+        than the target computes several layers between two sites, which would all be on the device at once.
+        """
+        program, leaves = self.source, set(self.source.leaves.values())
+        most = max(map(program.size, leaves), default=0)
+        equations, stops, read, total = program.needed(known, wanted)[0], list[frozenset[int]](), set[int](), 0
+        made = set(known)
+        for place, equation in enumerate(equations):
+            new = leaves.intersection(equation.reads) - read
+            size = sum(map(program.size, new))
+            if read and total + size > most:
+                later = wanted.union(*(one.reads for one in equations[place:]))
+                stops.append(frozenset(later & made & program.data))
+                read, total = set(), 0
+            read, total = read | new, total + size
+            made.update(equation.outputs)
+        return stops
+
+    def _advance(
+        self, stop: frozenset[int], leaves: dict[int, jax.Array], values: dict[int, jax.Array], after: jax.Array
+    ) -> tuple[dict[int, jax.Array], jax.Array]:
+        """Returns the source's values at a stop, of all batches."""
+
+        def compute(count: jax.Array, batch: dict[int, jax.Array]) -> tuple[jax.Array, dict[int, jax.Array]]:
+            found = self.source.evaluate({**leaves, **batch}, stop)
+            return count + 1, {one: found[one] for one in stop - batch.keys()}
+
+        count, made = stacked(compute, jnp.zeros(()), values, after)
+        return {**{one: rows for one, rows in values.items() if one in stop}, **made}, count
 
     def _step(
         self,
