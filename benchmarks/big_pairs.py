@@ -1,7 +1,7 @@
 """Compiles and runs one step of large pairs: process memory, CPU seconds and bytes per device.
 
     python -m benchmarks.big_pairs                          # each pair and method on one device, compiled and run
-    python -m benchmarks.big_pairs devices                  # joint steps over 1, 2, 4 and 8 virtual devices, compiled
+    python -m benchmarks.big_pairs devices                  # over 1, 2, 4 and 8 virtual devices, compiled
     python -m benchmarks.big_pairs --pairs resnet --methods refit
 
 `bert` is BERT base to DistilBERT base, `resnet` a ResNet50 to a MobileNetV2, both of full size. Routes connect all
@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import PartitionSpec
 
 import merge_jax as mj
 from benchmarks.apart import measure_apart
@@ -33,6 +34,7 @@ from benchmarks.memory import bytes_of, give_back, peak_bytes
 from benchmarks.report import parse_config, report
 from merge_jax.checks import check_at_least_one
 from merge_jax.models import TextClassifier, bert_base, distilbert_base
+from merge_jax.training.sharding import DATA_AXIS
 
 __all__ = ["Pair", "main", "make_pair", "measure", "transfer_of"]
 
@@ -62,6 +64,8 @@ class Config:
         check_at_least_one(batch_size=self.batch_size, rank=self.rank)
         if not self.pairs or not self.methods or not self.devices or min(self.devices) < 1:
             raise ValueError(f"pairs, methods and devices must be named, devices be at least 1, got {self}")
+        if any(self.batch_size % number for number in self.devices):
+            raise ValueError(f"devices must divide the batch of {self.batch_size}, got {self.devices}")
 
 
 class Pair(NamedTuple):
@@ -190,15 +194,21 @@ def joint_step(pair: Pair, method: Method, num_devices: int, *, batch_size: int,
     return Program(layout.lower(step, *arguments), arguments)
 
 
-def refit_program(pair: Pair, *, batch_size: int) -> Program:
-    """Returns the refit of a pair from four batches, as one program."""
+def refit_program(pair: Pair, num_devices: int, *, batch_size: int) -> Program:
+    """Returns the refit of a pair from four batches, as one program; devices share the inputs."""
+    several = num_devices > 1
 
     def fit(source: Any, target: Any, inputs: jax.Array) -> Any:
         models = pair.source.apply, pair.target.apply
-        return mj.refit(pair.aligned_routes, *models, source, target, inputs, batch_size=batch_size).variables
+        options = {"batch_size": batch_size // num_devices, "axis_name": DATA_AXIS if several else None}
+        return mj.refit(pair.aligned_routes, *models, source, target, inputs, **options).variables
 
     shapes = [variables_of(model, pair.example) for model in (pair.source, pair.target)]
     inputs = pair.batch(4 * batch_size)[pair.entry]
+    if several:
+        split = PartitionSpec(), PartitionSpec(), PartitionSpec(DATA_AXIS)
+        mesh = mj.data_mesh(num_devices)
+        fit = jax.shard_map(fit, mesh=mesh, in_specs=split, out_specs=PartitionSpec(), check_vma=False)
     return Program(jax.jit(fit).lower(*shapes, inputs), (*shapes, inputs))
 
 
@@ -224,7 +234,7 @@ def measure(name: PairName, method: Method, devices: str, batch_size: str, rank:
     start = time.process_time()
     pair = make_pair(name)
     if method == "refit":
-        program = refit_program(pair, batch_size=size)
+        program = refit_program(pair, number, batch_size=size)
     else:
         program = joint_step(pair, method, number, batch_size=size, rank=int(rank))
     traced = time.process_time()
@@ -253,13 +263,13 @@ def measure(name: PairName, method: Method, devices: str, batch_size: str, rank:
 
 def main() -> None:
     """Runs the benchmark."""
-    presets = {"default": Config(), "devices": Config(methods=("lpka", "aligned"), devices=(1, 2, 4, 8), batch_size=8)}
+    presets = {"default": Config(), "devices": Config(devices=(1, 2, 4, 8), batch_size=8)}
     config = parse_config(presets, "benchmarks.big_pairs", __doc__, Config.check)
     kinds = ("argument MiB", "temp MiB", "output MiB", "trace CPU s", "compile CPU s", "run CPU s", "peak MiB")
     rows, figures = [], []
     for name in config.pairs:
         for method in config.methods:
-            for number in config.devices if method != "refit" else (1,):
+            for number in config.devices:
                 words = [name, method, str(number), str(config.batch_size), str(config.rank)]
                 found = measure_apart("benchmarks.big_pairs", *words)
                 cells = [f"{found[kind]:,.0f}" if kind in found else "" for kind in kinds]
