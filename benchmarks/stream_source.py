@@ -8,10 +8,10 @@
 `streamed` passes the transfer the leaves mapped by `mj.load_weights`; `loaded` first copies all leaves to the device.
 Each runs in a separate process. Memory is the process's peak anonymous memory (Linux's RssAnon, sampled every 5 ms)
 beyond that with only the target loaded. It includes the compiler's memory. It excludes pages of the mapped file, which
-the system can reclaim, and freed memory that the C library keeps. `kept` is the part of it that still stands afterwards
-beside the new target: programs, and what JAX keeps of their traces. `bound` is the new target, and the largest layer's
-inputs and outputs: its leaf of the source, the old and the new target, and for methods that compute the source, its
-activations on all inputs and their moments.
+the system can reclaim, and freed memory that the C library keeps. `programs` is the part of it that still stands
+afterwards beside the new target: compiled programs, and what JAX keeps of their traces. `bound` is the new target, and
+the largest layer's inputs and outputs: its leaf of the source, the old and the new target, and for methods that compute
+the source, its activations on all inputs and their moments.
 """
 
 import argparse
@@ -113,7 +113,7 @@ def measure(folder: str, size: str, layers: str, method: str, way: str, batch: s
     give_back()
     return {
         "memory": peak.bytes - before,
-        "kept": memory_now("RssAnon") - before - bytes_of(made),
+        "programs": memory_now("RssAnon") - before - bytes_of(made),
         "source": bytes_of(shapes),
         "bound": _bound(routes, shapes, target_shapes, computed, tokens.size),
         "cpu": time.process_time() - cpu,
@@ -167,7 +167,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--size", choices=_SIZES, default="base")
     parser.add_argument("--texts", type=int, default=16, help="of 32 tokens, that moments and refit are from")
     options = parser.parse_args(arguments)
-    print("| method | layers | source MiB | way | memory MiB | of the source | kept MiB | bound MiB | CPU s |")
+    print("| method | layers | source MiB | way | memory MiB | of the source | programs MiB | bound MiB | CPU s |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for layers in options.layers:
         with tempfile.TemporaryDirectory() as folder:
@@ -178,7 +178,7 @@ def main(arguments: list[str] | None = None) -> None:
                     words = [folder, options.size, str(layers), method, way, str(options.texts)]
                     one = measure_apart("benchmarks.stream_source", *words)
                     sums.add(float(f"{one['sum']:.4g}"))
-                    mebibytes = [f"{one[name] / _MIB:.0f}" for name in ("source", "memory", "kept", "bound")]
+                    mebibytes = [f"{one[name] / _MIB:.0f}" for name in ("source", "memory", "programs", "bound")]
                     ratio = f"{one['memory'] / one['source']:.2f}"
                     print(
                         f"| {method} | {layers} | {mebibytes[0]} | {way} | {mebibytes[1]} | {ratio} | {mebibytes[2]} | "

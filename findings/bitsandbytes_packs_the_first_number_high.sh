@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # bitsandbytes 0.50.2, compressed-tensors 0.20.1, torch 2.14.1: of two numbers in a byte, bitsandbytes has the first in the upper four bits,
-# compressed-tensors in the lower four, as do ONNX and MXFP4. Both bytes are uint8 tensors of a safetensors file. Read in the other order,
+# compressed-tensors in the lower four. Both bytes are uint8 tensors of a safetensors file. Read in the other order,
 # each number changes places with its neighbour, and all statistics of the layer stay right.
 # Guess written down before the run: one order, the lower bits first, as of the bytes in a word.
 set -euo pipefail

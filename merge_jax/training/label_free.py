@@ -93,7 +93,7 @@ def prepare(
 
     Raises:
       ValueError: fewer than two inputs, inputs with different numbers of examples, no layers or an unknown one,
-        variables without `params`, or a transfer that does not fit.
+        variables without `params`, a module instead of its `apply`, or a transfer that does not fit.
       NumericFaultError: the loss or the result is not finite (not checked under `jit`).
     """
     pairs = tuple(layers.items() if isinstance(layers, Mapping) else layers)

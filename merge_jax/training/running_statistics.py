@@ -45,8 +45,8 @@ def reset_statistics(
       axis_name: the axis that the model's BatchNorm averages over under `pmap`, if any; here each batch is whole.
 
     Raises:
-      ValueError: no inputs or examples, different numbers of examples, no `params`, or a model that reads a missing
-        collection.
+      ValueError: no inputs or examples, different numbers of examples, no `params`, a module instead of its `apply`,
+        or a model that reads a missing collection.
     """
     check_apply(apply=apply)
     size = check_inputs(inputs, batch_size=batch_size)

@@ -111,8 +111,9 @@ def refit(
       axis_name: the axis of `pmap` or `shard_map` whose devices share the inputs.
 
     Raises:
-      ValueError: no inputs, or unequal numbers of them; a result that is not finite (not checked under `jit`);
-        variables without a collection that a model reads; no layer to solve; as `channel_graph` and `aligned_transfer`.
+      ValueError: no inputs, texts, or unequal numbers of them; a module instead of its `apply`; a result that is not
+        finite (not checked under `jit`); variables without a collection that a model reads; no layer to solve; as
+        `channel_graph` and `aligned_transfer`.
 
     Warns:
       FewRowsWarning: a layer has more unknowns than rows, so its ridge is raised by their ratio.

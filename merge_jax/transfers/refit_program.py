@@ -162,9 +162,9 @@ def _prepare(
 def _unread(program: Program) -> list[str]:
     """Returns the running statistics that do not affect the outputs."""
     read = program.ancestors(one for one in program.outputs if not isinstance(one, Constant))
-    leaves, statistics = program.leaves, ("mean", "var")
-    state = [path for path in leaves if is_state(path, list(leaves)) and path.rpartition("/")[2] in statistics]
-    return [path for path in state if leaves[path] not in read]
+    paths = list(program.leaves)
+    statistics = [path for path in paths if path.rpartition("/")[2] in ("mean", "var") and is_state(path, paths)]
+    return [path for path in statistics if program.leaves[path] not in read]
 
 
 def _averaged(moments: LayerMoments, axis_name: str) -> LayerMoments:

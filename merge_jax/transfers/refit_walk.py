@@ -70,18 +70,19 @@ class Walk:
         values = dict(zip(self.target.inputs, inputs, strict=True))
         source_kept, kept, solved = self._source_kept(), self._target_kept(), {}
         apart, after = any_on_host(source_leaves, leaves, inputs), jnp.zeros(())
+
+        def read(wanted: Collection[int]) -> dict[int, jax.Array]:
+            return {one: source_leaves[one] for one in self.source.leaves_for(source_values, wanted)}
+
         for number, site in enumerate(self.plan.sites):
             keys = jax.random.split(jax.random.fold_in(key, number), len(weights))
             step = functools.partial(self._step, site, source_kept[number], kept[number])
             wanted = {site.source_end, *source_kept[number]}
             for stop in self._stops(source_values.keys(), wanted) if apart else ():
-                read = self.source.leaves_for(source_values, stop)
                 advance = jax.jit(functools.partial(self._advance, stop))
-                source_values, after = advance(
-                    on_device({one: source_leaves[one] for one in read}), source_values, after
-                )
+                source_values, after = advance(on_device(read(stop)), source_values, after)
                 jax.block_until_ready(after)
-            used = {one: source_leaves[one] for one in self.source.leaves_for(source_values, wanted)}
+            used = read(wanted)
             if apart:
                 step, used = jax.jit(step), on_device(used)
             matrices = {axis.name: matrix_of(axis.name) for axis in site.pairs if axis.name is not None}

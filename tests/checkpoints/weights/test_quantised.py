@@ -1,0 +1,42 @@
+"""Weights of quantised models, which are read as stored or refused."""
+
+import warnings
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import merge_jax as mj
+
+
+@pytest.mark.parametrize(
+    ("dtype", "name", "scales"),
+    [
+        ("float8_e4m3fn", "weight", "weight_scale_inv"),
+        ("int8", "weight", "weight_scale"),
+        ("uint32", "weight", "scales"),
+        ("int8", "weight", "SCB"),  # bitsandbytes.
+        ("int32", "weight_packed", "weight_scale"),  # compressed-tensors.
+        ("uint8", "gate_up_proj_blocks", "gate_up_proj_scales"),  # MXFP4, as in gpt-oss.
+        ("uint8", "_weight_qdata", "_weight_scale"),  # torchao.
+    ],
+)
+def test_numbers_with_scales_beside_them_are_warned_of(dtype, name, scales, tmp_path):
+    tree = {"fc": {name: jnp.ones((2, 3), dtype), scales: jnp.ones(()), "bias": jnp.ones(2)}}
+    mj.save_safetensors(tmp_path / "m.safetensors", tree)
+    with pytest.warns(UserWarning, match=rf"stores fc/{name} quantised.*read as stored, without their scales"):
+        mj.load_weights(tmp_path / "m.safetensors", select=f"**/{name}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mj.load_weights(tmp_path / "m.safetensors", select="fc/bias")
+        mj.save_safetensors(tmp_path / "n.safetensors", {"fc": {name: tree["fc"][name]}})
+        mj.load_weights(tmp_path / "n.safetensors")
+
+
+def test_weights_that_bitsandbytes_packed_are_refused(tmp_path):
+    save_file(
+        {"fc.weight": np.ones((6, 1), np.uint8), "fc.weight.nested_absmax": np.ones(2)}, tmp_path / "m.safetensors"
+    )
+    with pytest.raises(ValueError, match=r"'fc\.weight' and 'fc\.weight\.nested_absmax', .*bitsandbytes packed it"):
+        mj.load_weights(tmp_path / "m.safetensors")
