@@ -1,6 +1,6 @@
 """Names that options choose from. They are separate from their objects: options are parsed before importing JAX."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 __all__ = [
     "OPPONENTS",
@@ -9,6 +9,7 @@ __all__ = [
     "ImageTaskName",
     "ImageTextTaskName",
     "LearningRateSchedule",
+    "OpponentName",
     "PoolerName",
     "SourceControl",
     "TextModelName",
@@ -72,5 +73,7 @@ SourceControl = Literal["none", "random", "shuffled", "noise", "other_seed"]
 UpdateRule = Literal["exact", "surrogate"]
 """Those of `merge_jax.make_joint_step`."""
 
-OPPONENTS = ("inputs_lr", "source_lr", "source")
+OpponentName = Literal["inputs_lr", "source_lr", "source"]
 """What stands in the tables of classifiers beside the methods, and is trained by none."""
+
+OPPONENTS: tuple[OpponentName, ...] = get_args(OpponentName)

@@ -10,14 +10,14 @@ from typing import Any, Literal, get_type_hints
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 from merge_jax.checks import check_at_least_one
-from merge_jax.study.choices import SourceControl, UpdateRule
+from merge_jax.study.choices import OPPONENTS, OpponentName, SourceControl, UpdateRule
 from merge_jax.training.compilation_cache import CacheChoice
 
 __all__ = ["RunConfig", "check_types", "run_options"]
 
 # They determine where and how far a run continues, not its identity: a resumed run may change them.
 _NOT_IDENTIFYING = (
-    *("run_dir", "resume", "compilation_cache"),
+    *("run_dir", "resume", "compilation_cache", "opponents"),
     *("devices", "parallel", "shard_state", "hosts", "coordinator", "num_processes", "process_id"),
 )
 
@@ -56,6 +56,9 @@ class RunConfig:
     """Steps from one transfer to the next; in between, the target learns alone."""
     update: UpdateRule = "exact"
     """How the adapter learns: by the exact gradient of the target's loss, or by the published surrogate."""
+    opponents: tuple[OpponentName, ...] = OPPONENTS
+    """Baselines of a classifier's tables that train no network: logistic regression on the raw inputs and on the source's
+    features, and the source itself. With many labels they take minutes."""
     report_every: int = 15
     """Steps (or epochs) between reports, which show metrics and validate."""
     checkpoint_every: int = 150

@@ -2,7 +2,7 @@
 
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +14,7 @@ import merge_jax as mj
 from merge_jax.data import Arrays, is_streamed, num_examples, take
 from merge_jax.objectives.evaluation import apply_in_batches
 from merge_jax.paths import flatten
+from merge_jax.study.choices import OPPONENTS
 from merge_jax.study.model import StudyModel
 from merge_jax.study.scenario import Scenario
 from merge_jax.study.sources import SourcePlan
@@ -203,13 +204,19 @@ def _last_layer(name: str, params: Any, features: np.ndarray, logits: np.ndarray
     raise ValueError(f"head_first: no kernel and bias of {name} make its logits of its 'features'")
 
 
-def make_opponents(scenario: Scenario, source_plan: SourcePlan, *, controlled: bool = False) -> Opponents:
+def make_opponents(
+    scenario: Scenario,
+    source_plan: SourcePlan,
+    *,
+    controlled: bool = False,
+    names: Collection[str] = OPPONENTS,
+) -> Opponents:
     """Returns a classifier's baselines (opponents), with the same labelled examples and without training.
 
     `inputs_lr` is a logistic regression on its raw inputs, `source_lr` one on the source's features of these inputs,
     and `source` the source itself, if its labels are the target's. The latter two need a source that can read the
     inputs and is trained before the target. A source no better than chance on its own labels causes a warning, unless
-    it is `controlled`, such as an untrained one.
+    it is `controlled`, such as an untrained one. Only those in `names` are measured.
     """
     target, source = scenario.target, scenario.source
     observe = None if source is None or source_plan.live else observer(source, target.splits(0).test)
@@ -218,20 +225,19 @@ def make_opponents(scenario: Scenario, source_plan: SourcePlan, *, controlled: b
         sample = sampled(target, seed)
         if sample is None:
             return {}
-        found = {"inputs_lr": inputs_lr(target, sample)}
+        found = {"inputs_lr": inputs_lr(target, sample)} if "inputs_lr" in names else {}
         if source_plan.snapshots is not None:
             state = jax.tree.map(lambda leaf: leaf[-1], state)
         given = None if observe is None else _on_host(state)
         if observe is not None and source is not None and given is not None:
             if not controlled:
                 _warn_of_chance(source, observe, given, seed)
-            found["source_lr"], accuracy = _probed(observe, given, sample, target.head_penalty)
-            own = source.splits(seed).test
-            if "label" in own and np.array_equal(np.asarray(own["label"]), _labels(sample)[1]):
-                found["source"] = accuracy
-        return {name: accuracy for name, accuracy in found.items() if accuracy is not None}
-
-    return opponents
+            if not {"source_lr", "source"}.isdisjoint(names):
+                found["source_lr"], accuracy = _probed(observe, given, sample, target.head_penalty)
+                own = source.splits(seed).test
+                if "label" in own and np.array_equal(np.asarray(own["label"]), _labels(sample)[1]):
+                    found["source"] = accuracy
+        return {name: value for name, value in found.items() if value is not None and name in names}
 
 
 def _warn_of_chance(source: StudyModel, observe: Observe, state: TrainState, seed: int) -> None:
@@ -349,8 +355,9 @@ def probe(
 
     scaler = StandardScaler().fit(features)
     fitted, test = (np.asarray(scaler.transform(part)) for part in (features, test_features))
-    # Directions that the examples do not span have weight 0: the same solution, many times faster.
-    if fitted.shape[1] > len(fitted):
+    # Directions that the examples do not span have weight 0: the same solution, many times faster. Of nearly as many
+    # examples as features, the decomposition would take longer than the regression.
+    if fitted.shape[1] > 2 * len(fitted):
         basis = np.linalg.svd(fitted, full_matrices=False)[2].T
         fitted, test = fitted @ basis, test @ basis
     return float(_fitted(fitted, labels, penalty).score(test, test_labels))

@@ -45,7 +45,10 @@ GROUPS: dict[str, tuple[str, tuple[str, ...]]] = {
          "image_size", "augment", "max_length", "too_long", "vocabulary", "vocabulary_size", "num_shapes",
          "num_answers", "uncovered", "unreadable"),
     ),
-    "output": ("Reports, checkpoints, compiled programs.", ("report_every", "checkpoint_every", "compilation_cache")),
+    "output": (
+        "Reports, checkpoints, compiled programs.",
+        ("opponents", "report_every", "checkpoint_every", "compilation_cache"),
+    ),
     "device": (
         "Multiple devices and processes.",
         ("devices", "parallel", "shard_state", "hosts", "coordinator", "num_processes", "process_id"),

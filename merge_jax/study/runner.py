@@ -183,7 +183,8 @@ def _train(
 ) -> None:
     """Trains every method on every seed without a result, and adds the results to the list and the folder."""
     programs = _compile(checked, missing, folder)
-    measure = make_opponents(scenario, checked.source_plan, controlled=config.source_control != "none")
+    controlled = config.source_control != "none"
+    measure = make_opponents(scenario, checked.source_plan, controlled=controlled, names=config.opponents)
     opponents = folder.read_json(OPPONENTS, [])
     with _progress(scenario, checked, missing) as bar, signals:
         trainer = Trainer(checked.layout, programs, folder, bar, signals)

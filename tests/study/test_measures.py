@@ -142,6 +142,8 @@ def test_opponents_are_the_inputs_and_the_source(scenario, source):
     other = replace(scenario, source=replace(scenario.source, splits=relabelled))
     assert list(make_opponents(other, plan)(source, 0)) == ["inputs_lr", "source_lr"]
     assert list(make_opponents(replace(scenario, source=None), plan)(source, 0)) == ["inputs_lr"]
+    assert make_opponents(scenario, plan, names=["source"])(source, 0) == {"source": found["source"]}
+    assert make_opponents(scenario, plan, names=[])(source, 0) == {}
 
 
 def test_a_source_that_knows_nothing_is_warned_of(scenario, source, capsys):
