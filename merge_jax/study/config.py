@@ -57,7 +57,7 @@ class RunConfig:
     update: UpdateRule = "exact"
     """How the adapter learns: by the exact gradient of the target's loss, or by the published surrogate."""
     opponents: tuple[OpponentName, ...] = OPPONENTS
-    """Baselines of a classifier's tables that train no network: logistic regression on the raw inputs and on the source's
+    """Baselines in a classifier's tables, without training: logistic regression on the raw inputs and on the source's
     features, and the source itself. With many labels they take minutes."""
     report_every: int = 15
     """Steps (or epochs) between reports, which show metrics and validate."""

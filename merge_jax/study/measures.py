@@ -239,6 +239,8 @@ def make_opponents(
                     found["source"] = accuracy
         return {name: value for name, value in found.items() if value is not None and name in names}
 
+    return opponents
+
 
 def _warn_of_chance(source: StudyModel, observe: Observe, state: TrainState, seed: int) -> None:
     """Warns of a source that is no more accurate on its validation split than the most frequent class.
