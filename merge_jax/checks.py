@@ -24,6 +24,7 @@ __all__ = [
     "check_finite",
     "check_flag",
     "check_float_dtype",
+    "check_key",
     "check_learnable",
     "check_number_or_schedule",
     "check_numbers",
@@ -52,8 +53,8 @@ def check_at_least_one(**options: Any) -> None:
 def check_above_zero(**options: float) -> None:
     """Raises ValueError unless every option is a finite number above 0."""
     for name, value in options.items():
-        if not 0 < value < math.inf:
-            raise ValueError(f"{name} must be above 0, got {value}")
+        if isinstance(value, (str, bool, type(None))) or not 0 < value < math.inf:
+            raise ValueError(f"{name} must be above 0, got {value!r}")
 
 
 def check_below_one(**options: float) -> None:
@@ -99,6 +100,17 @@ def check_number_or_schedule(**options: Any) -> None:
         number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
         if not number and not callable(value):
             raise ValueError(f"{name} must be a finite number or a schedule of the step, got {value!r}")
+
+
+def check_key(key: Any) -> None:
+    """Raises ValueError unless it is one of JAX's random keys, of the new or the old kind."""
+    import jax
+    import jax.numpy as jnp
+
+    if isinstance(key, jax.Array) and (key.dtype == jnp.uint32 or jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
+        return
+    found = f"an array of {key.dtype}" if isinstance(key, jax.Array) else repr(key)
+    raise ValueError(f"the key must be one of JAX's, such as jax.random.key(0), got {found}")
 
 
 def check_float_dtype(dtype: Any) -> None:

@@ -34,6 +34,7 @@ with epy.lazy_api_imports(globals()):
         distilbert_base,
         minilm,
         minilm_half,
+        minilm_short,
         small_bert,
         small_distilbert,
     )
@@ -66,6 +67,7 @@ __all__ = [
     "load_vision_transformer",
     "minilm",
     "minilm_half",
+    "minilm_short",
     "mobilenet_v2",
     "mobilenet_v2_half",
     "mobilenet_v2_imagenet",

@@ -5,7 +5,6 @@ from typing import NamedTuple, NoReturn, get_args
 
 import jax
 import jax.numpy as jnp
-from flax.errors import ApplyScopeInvalidVariablesTypeError, ScopeCollectionNotFound
 from jax.core import Tracer
 
 from merge_jax.checks import (
@@ -15,6 +14,7 @@ from merge_jax.checks import (
     check_arrays,
     check_at_least_one,
     check_choice,
+    check_key,
     check_numbers,
 )
 from merge_jax.paths import flatten, some_of
@@ -112,7 +112,7 @@ def refit(
 
     Raises:
       ValueError: no inputs, texts, or unequal numbers of them; a module instead of its `apply`; a result that is not
-        finite (not checked under `jit`); variables without a collection that a model reads; no layer to solve; as
+        finite (not checked under `jit`); variables or inputs that do not fit a model; no layer to solve; as
         `channel_graph` and `aligned_transfer`.
 
     Warns:
@@ -130,18 +130,11 @@ def refit(
     resolve(named_routes, source_variables, target_variables)  # Raises and warns; the rest needs only shapes.
     given = [jnp.asarray(one) for one in inputs]
     key = jax.random.key(0) if key is None else key
+    check_key(key)
     arguments = source_variables, target_variables, given, key
     options = RefitOptions(ridge, batch_size, max_rows, choice, axis_name)
     traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(arguments))
-    try:
-        made = prepared(source, target, named_routes, arguments[:3], options, keep=not traced)
-    except (ScopeCollectionNotFound, ApplyScopeInvalidVariablesTypeError) as error:
-        roles = (("source_variables", source_variables), ("target_variables", target_variables))
-        found = " and ".join(f"{role} with {some_of(list(map(repr, tree)), 3)}" for role, tree in roles)
-        raise ValueError(
-            f"a model reads a collection that it was not given: pass variables as model.init returns them, "
-            f"{{'params': ...}} and the model's state, got {found} ({error})"
-        ) from None
+    made = prepared(source, target, named_routes, arguments[:3], options, keep=not traced)
     for role, paths in made.unread.items():
         if paths:
             warnings.warn(

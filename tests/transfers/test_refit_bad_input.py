@@ -53,6 +53,29 @@ def test_a_module_is_not_its_apply():
 def test_parameters_without_their_collection_are_named(model):
     x = jnp.zeros((4, 3))
     variables = model.init(jax.random.key(0), x)
-    names = ", ".join(map(repr, variables["params"]))
-    with pytest.raises(ValueError, match=f"as model.init returns them, .* got source_variables with {names} and"):
+    names = ", ".join(map(repr, sorted(variables["params"])))
+    with pytest.raises(ValueError, match=f"^the source: it reads .* as model.init returns them, .* got {names} "):
         mj.refit(EVERYTHING, model.apply, model.apply, variables["params"], variables, x)
+
+
+def test_what_does_not_fit_a_model_names_its_role():
+    narrow, wide = nn.Dense(2), nn.Dense(3)
+    few, many = narrow.init(jax.random.key(0), X), wide.init(jax.random.key(1), X)
+    with pytest.raises(
+        ValueError, match=r"^the target: its variables do not fit the model and inputs of \[\[20, 5\]\]"
+    ):
+        mj.refit(EVERYTHING, wide.apply, narrow.apply, many, many, X)
+    with pytest.raises(ValueError, match=r"^the source: its variables do not fit .* of \[\[20, 4\]\]"):
+        mj.refit(EVERYTHING, wide.apply, narrow.apply, many, few, X[:, :4])
+
+
+def test_options_of_another_type_are_named():
+    model = nn.Dense(2)
+    variables = model.init(jax.random.key(0), X)
+    fit = functools.partial(mj.refit, EVERYTHING, model.apply, model.apply, variables, variables, X)
+    for key in (0, jnp.zeros(2), np.zeros(2, np.uint32)):
+        with pytest.raises(ValueError, match=r"the key must be one of JAX's, such as jax.random.key\(0\), got"):
+            fit(key=key)
+    for ridge in ("1e-2", None):
+        with pytest.raises(ValueError, match=f"ridge must be above 0, got {ridge!r}"):
+            fit(ridge=ridge)
