@@ -85,6 +85,7 @@ def _open_tree(folder: Path) -> Stored:
     }
     paths = _unwrapped(found)
     check_paths(paths, folder)
+    lost = _under_one_key(leaves)
     shapes = {
         path: jax.ShapeDtypeStruct(tuple(found[stored].shape or ()), jnp.dtype(found[stored].dtype))
         for path, stored in paths.items()
@@ -94,6 +95,11 @@ def _open_tree(folder: Path) -> Stored:
 
     def read(chosen: Sequence[str]) -> Mapping[str, np.ndarray]:
         stored = {paths[path] for path in chosen}
+        if same := next((lost[name] for name in stored if name in lost), None):
+            raise ValueError(
+                f"{folder} has {' and '.join(map(repr, same))}, which Orbax joins at dots to one name: the numbers of"
+                " one are lost. Rename a key, and save the tree again"
+            )
 
         def wanted(key_path: Any, leaf: Any) -> Any:
             return leaf if jax.tree_util.keystr(key_path, simple=True, separator="/") in stored else ocp.PLACEHOLDER
@@ -112,6 +118,15 @@ def _open_tree(folder: Path) -> Stored:
         return arrays
 
     return Stored(tuple(paths), lambda chosen: {path: shapes[path] for path in chosen}, read, model=model_part(paths))
+
+
+def _under_one_key(leaves: Sequence[tuple[Any, Any]]) -> dict[str, list[str]]:
+    """Returns the paths of leaves that Orbax stores under one key, by each of them; it joins paths by dots."""
+    found: dict[str, list[str]] = {}
+    for key_path, _ in leaves:
+        key, path = (jax.tree_util.keystr(key_path, simple=True, separator=between) for between in "./")
+        found.setdefault(key, []).append(path)
+    return {path: same for same in found.values() if len(same) > 1 for path in same}
 
 
 def _check_sizes(folder: Path, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> None:

@@ -393,6 +393,15 @@ def test_a_layer_of_keras_with_lora_has_its_merged_kernel(keras, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*")
+def test_arrays_that_orbax_stored_under_one_name_are_refused(tmp_path):
+    """Orbax joins keys by dots, and gives both paths the numbers of one (0.12.8)."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "o", {"fc": {"bias": np.ones(2)}, "fc.bias": np.zeros(2), "scale": np.ones(3)})
+    with pytest.raises(ValueError, match=r"has 'fc/bias' and 'fc\.bias', which Orbax joins at dots to one name"):
+        mj.load_weights(tmp_path / "o")
+    assert list(mj.load_weights(tmp_path / "o", select="scale")) == ["scale"]
+
+
 def test_of_keras_in_orbax_the_layers_are_taken_whether_they_were_frozen(keras, tmp_path):
     layers = [keras.layers.Dense(4, name="fc"), keras.layers.BatchNormalization(name="bn"), keras.layers.Dense(2)]
     model = keras.Sequential([keras.Input((3,)), *layers], name="net")
