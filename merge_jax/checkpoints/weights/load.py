@@ -5,7 +5,7 @@ import importlib.util
 import math
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,8 @@ _PACKAGE = "package:"
 _SCALES = ("_scale", "_scales", "_scale_inv")  # As in compressed-tensors, MXFP4 and DeepSeek.
 _PACKED = ("_packed", "_blocks", "_qdata")  # Several numbers in one: the same, and torchao.
 _BESIDE = ("/scales", "/SCB")  # Of the layer: MLX, GPTQ and AWQ, which pack; int8 of bitsandbytes.
+_ADAPTERS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "trainable_tokens_delta")  # Names of PEFT.
+_OF_PEFT = "base_model/model/"  # Starts all names of its adapters' files.
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")  # Of files in packages.
 
 Select = Pattern | Sequence[Pattern] | None
@@ -76,7 +78,7 @@ def load_weights(path: str | os.PathLike[str], select: Select = None, like: Para
         the leaves differ from `like` (the first ten differences are listed).
 
     Warns:
-      UserWarning: quantised values whose scales are separate tensors: both are returned as stored.
+      UserWarning: quantised values whose scales are separate tensors, or adapters of PEFT: all are returned as stored.
     """
     file = find_weights(path)
     stored, names = open_leaves(file, select)
@@ -84,6 +86,8 @@ def load_weights(path: str | os.PathLike[str], select: Select = None, like: Para
         tree: dict[str, Any] = {}
         arrays = stored.read(list(names.values()))
         _warn_of_scales(file, stored, arrays)
+        if adapters := _of_adapters(names):
+            warnings.warn(f"{file} has {adapters}", stacklevel=2)
         for name, leaf in names.items():
             put(tree, name, arrays[leaf])
         return tree
@@ -156,6 +160,20 @@ def _warn_of_scales(file: Path, stored: Stored, arrays: Mapping[str, np.ndarray]
             " and may hold several numbers in one. Scale them yourself, or load the original model",
             stacklevel=3,
         )
+
+
+def _of_adapters(names: Iterable[str]) -> str:
+    """Returns which of the names are of PEFT's adapters, with advice; empty if none is."""
+    adapters = [
+        name for name in names if name.startswith(_OF_PEFT) or any(part in _ADAPTERS for part in name.split("/"))
+    ]
+    if not adapters:
+        return ""
+    return (
+        f"adapters of PEFT, {some_of(adapters, 2)}: they are stored apart from the weights that they change, and only"
+        " adapter_config.json says how to apply them. A base_layer beside them may already contain them. Merge them in"
+        " PEFT, and save that model: model.merge_and_unload().save_pretrained(FOLDER)"
+    )
 
 
 def _native(stored: Stored) -> Stored:
@@ -248,6 +266,6 @@ def _fitted(
         there, here = (sum(math.prod(leaf.shape) for leaf in leaves.values()) for leaves in (found, wanted))
         raise ValueError(
             f"{file} does not fit the model: {some_of(sorted(problems), 10, '; ')} ({there:,} numbers in the file,"
-            f" {here:,} in the model)"
+            f" {here:,} in the model)" + (f". It has {adapters}" if (adapters := _of_adapters(found)) else "")
         )
     return [names[path] for path in wanted]
