@@ -34,7 +34,6 @@ with epy.lazy_api_imports(globals()):
         distilbert_base,
         minilm,
         minilm_half,
-        minilm_short,
         small_bert,
         small_distilbert,
     )
@@ -67,7 +66,6 @@ __all__ = [
     "load_vision_transformer",
     "minilm",
     "minilm_half",
-    "minilm_short",
     "mobilenet_v2",
     "mobilenet_v2_half",
     "mobilenet_v2_imagenet",

@@ -18,7 +18,6 @@ __all__ = [
     "distilbert_base",
     "minilm",
     "minilm_half",
-    "minilm_short",
     "small_bert",
     "small_distilbert",
 ]
@@ -271,11 +270,6 @@ def minilm_half(vocab_size: int = 30522, **options: Any) -> TextEncoder:
     """
     options = {"kernel_init": nn.initializers.xavier_uniform(), **options}  # BERT's initialiser suits its width.
     return TextEncoder(vocab_size, 192, 3, 6, 768, 512, **options)
-
-
-def minilm_short(vocab_size: int = 30522, **options: Any) -> TextEncoder:
-    """Returns an encoder with half the layers of `minilm` and its width. Our choice."""
-    return TextEncoder(vocab_size, 384, 3, 12, 1536, 512, **options)
 
 
 def small_bert(

@@ -47,9 +47,7 @@ FileModelName = Literal["vit_of_file"]
 """`vit_of_file` is the vision transformer whose file `--source-from` names: one of timm, big_vision,
 google-research/vision_transformer or Hugging Face."""
 
-TextModelName = Literal[
-    "small_bert", "small_distilbert", "minilm", "minilm_half", "minilm_short", "bert_base", "distilbert_base"
-]
+TextModelName = Literal["small_bert", "small_distilbert", "minilm", "minilm_half", "bert_base", "distilbert_base"]
 """The encoders of `merge_jax.models`, each with the head of its task."""
 
 PoolerName = Literal["tanh", "relu", "mean"]
