@@ -17,7 +17,7 @@ _REMOVED = {"vectorized": False, "cycle_end": None, "gate": "learned", "max_widt
 _RENAMED = {"view": "compare_on"}
 
 # New options of transfers, with the value that matches the previous behaviour.
-_ADDED = {"routes": ["**=**"], "unlabelled": 0, "head_first": False, "target_rate": 1.0}
+_ADDED = {"routes": ["**=**"], "unlabelled": 0, "head_first": False, "head_floor": 0.0, "target_rate": 1.0}
 
 _PLACES = ("data_dir",)  # Data sets are stored there; every checkpoint records which examples were used for training.
 _BLOCK, _BLOCKS, _FILES = 2**16, 16, 64

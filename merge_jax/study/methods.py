@@ -99,7 +99,7 @@ def make_scenario(
     """
     if not isinstance(config, TransferOptions):
         raise TypeError("the config of a scenario has TransferOptions: class Config(TransferOptions, RunConfig)")
-    target = replace(target, head_penalty=config.head_penalty)
+    target = replace(target, head_penalty=config.head_penalty, head_floor=config.head_floor)
     if config.unlabelled and target.pool is None:
         raise ValueError(f"unlabelled is {config.unlabelled}, but {target.name} has no pool of unlabelled inputs")
     schedule = _make_schedule(config, *(num_examples(model.splits(0).train) for model in (source or target, target)))

@@ -66,6 +66,7 @@ class StudyModel:
       sample_images: test images for its figure; None for a model without images.
       code: Python lines that define it, see `model_code`; may be empty.
       head_penalty: the penalty of logistic regressions on its features, see `merge_jax.fit_head`.
+      head_floor: the floor of its fitted last layer, see there.
       pool: `seed -> inputs` without labels, starting with those of the labelled examples; None for these alone.
     """
 
@@ -86,6 +87,7 @@ class StudyModel:
     code: str = ""
     pool: Callable[[int], Arrays] | None = None
     head_penalty: float = 1.0
+    head_floor: float = 0.0
 
     def __post_init__(self) -> None:  # noqa: D105
         if self.apply is not None and not self.inputs:

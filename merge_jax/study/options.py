@@ -71,6 +71,9 @@ class TransferOptions:
     head_penalty: float = 1.0
     """Penalty of the logistic regressions for fitted last layers, probes and baselines. Use more if features and
     classes are many and examples few."""
+    head_floor: float = 0.0
+    """Added to the variance of each feature, in units of their mean variance, before the last layer is fitted. 0.1
+    prevents large weights of features that hardly vary, which make the steps after it unstable."""
     prepare_steps: int = 100
     """Steps of prepare, which pulls the target's features toward the source's before the first step."""
     prepare_rate: float = 1e-2
@@ -88,6 +91,8 @@ class TransferOptions:
         check_below_one(attention_dropout=self.attention_dropout, feed_forward_dropout=self.feed_forward_dropout)
         rates = {name: getattr(self, name) for name in ("adapter_learning_rate", "head_penalty", "target_rate")}
         check_above_zero(**rates)
+        if not 0 <= self.head_floor < float("inf"):
+            raise ValueError(f"head_floor must be a finite number of at least 0, got {self.head_floor}")
         if not 0 <= self.stop <= 1:
             raise ValueError(f"stop must be a fraction in [0, 1], got {self.stop}")
         if self.unlabelled < 0:

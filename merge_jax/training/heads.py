@@ -44,6 +44,7 @@ def fit_head(
     *,
     num_classes: int | None = None,
     penalty: float = 1.0,
+    floor: float = 0.0,
     weights: Any = None,
     tolerance: float = 1e-5,
     max_steps: int = 1000,
@@ -58,7 +59,9 @@ def fit_head(
 
     A penalty of 1 is scikit-learn's default for both (`C=1`, `alpha=1`), after a `StandardScaler`; the bias is not
     penalised. A feature whose deviation is below 1e-5 of the largest is ignored. Standardisation is folded into kernel
-    and bias, so the head applies to the raw features. Use it as a probe of features, or to initialise a last layer:
+    and bias, so the head applies to the raw features. A feature that hardly varies then has large entries of the
+    kernel, and training of the layers before it is unstable; a `floor` of 0.1 prevents both: `z_i` are divided by
+    `sqrt(variance + floor * mean variance)` (our choice). Use it as a probe of features, or to initialise a last layer:
     write `kernel` and `bias` over its leaves with `replace`.
 
     Args:
@@ -66,6 +69,7 @@ def fit_head(
       targets: labels `[N]` in `[0, C)`, or logits `[N, C]`, such as another model's.
       num_classes: `C`; by default the largest label plus one, or the number of logits.
       penalty: weight of the penalty, above 0.
+      floor: added to each feature's variance, in units of the mean variance of the features.
       weights: example weights `[N]`, 0 or more; 1 by default.
       tolerance: for labels, the largest entry of the gradient at convergence.
       max_steps: for labels, the maximum number of L-BFGS steps.
@@ -81,6 +85,8 @@ def fit_head(
     for name, value in (("penalty", penalty), ("tolerance", tolerance)):
         if not isinstance(value, Tracer) and not 0 < value < float("inf"):
             raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
+    if not isinstance(floor, Tracer) and not 0 <= floor < float("inf"):
+        raise ValueError(f"floor must be a finite number of at least 0, got {floor!r}")
     if np.ndim(features) != 2 or 0 in np.shape(features):
         raise ValueError(f"features must be [N, d], a vector of each example, got {list(np.shape(features))}")
     size = np.shape(features)[0]
@@ -95,8 +101,8 @@ def fit_head(
         raise ValueError("weights are all 0: no example counts")
     classes = _check_targets(targets, size, num_classes)
     if targets.ndim == 2:
-        return _ridge(features, targets.astype(jnp.float32), weights, penalty)
-    head, slope = _logistic(features, targets, weights, penalty, tolerance, classes, max_steps)
+        return _ridge(features, targets.astype(jnp.float32), weights, penalty, floor)
+    head, slope = _logistic(features, targets, weights, penalty, floor, tolerance, classes, max_steps)
     if not isinstance(slope, Tracer) and not slope <= 10 * tolerance:  # Rounding may keep it slightly above.
         warnings.warn(
             f"logistic regression has not converged in {max_steps} steps: the largest entry of its gradient is "
@@ -149,15 +155,15 @@ def _check_targets(targets: jax.Array, size: int, num_classes: int | None) -> in
     return classes
 
 
-def _standardised(features: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns the standardised features with their scale and offset, both `[d]`."""
+def _standardised(features: jax.Array, weights: jax.Array, floor: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns the standardised features with their scale and offset, both `[d]`; `floor` as in `fit_head`."""
     share = weights / jnp.sum(weights)
     mean = jnp.matmul(share, features, precision=_HIGHEST)
     variance = jnp.matmul(share, jnp.square(features - mean[None]), precision=_HIGHEST)
     # A feature that is constant up to rounding is uninformative and is not scaled up: with a weight of 1e9 it would
     # react to the smallest step of earlier layers.
     varies = variance > jnp.maximum(1e-12 * jnp.square(mean), _LEAST_VARIANCE * variance.max())
-    scale = jnp.where(varies, lax.rsqrt(jnp.where(varies, variance, 1)), 0)
+    scale = jnp.where(varies, lax.rsqrt(jnp.where(varies, variance + floor * jnp.mean(variance), 1)), 0)
     return (features - mean[None]) * scale[None], scale, -mean * scale
 
 
@@ -166,8 +172,8 @@ def _folded(kernel: jax.Array, bias: jax.Array, scale: jax.Array, shift: jax.Arr
 
 
 @jax.jit
-def _ridge(features: jax.Array, logits: jax.Array, weights: jax.Array, penalty: Any) -> Head:
-    features, scale, shift = _standardised(features, weights)
+def _ridge(features: jax.Array, logits: jax.Array, weights: jax.Array, penalty: Any, floor: Any) -> Head:
+    features, scale, shift = _standardised(features, weights, floor)
     mean = jnp.matmul(weights / jnp.sum(weights), logits, precision=_HIGHEST)
     weighted = features.T * weights[None]
     products = jnp.matmul(weighted, features, precision=_HIGHEST) + penalty * jnp.eye(features.shape[1])
@@ -181,12 +187,13 @@ def _logistic(
     labels: jax.Array,
     weights: jax.Array,
     penalty: Any,
+    floor: Any,
     tolerance: Any,
     classes: int,
     max_steps: Any,
 ) -> tuple[Head, jax.Array]:
     """Returns the head and the largest entry of its gradient."""
-    features, scale, shift = _standardised(features, weights)
+    features, scale, shift = _standardised(features, weights, floor)
     total = jnp.sum(weights)
 
     def loss(head: Head) -> jax.Array:

@@ -111,3 +111,19 @@ def test_no_convergence_is_told():
 def test_what_does_not_fit_is_named(change, message):
     with pytest.raises(ValueError, match=message):
         mj.fit_head(**{"features": FEATURES, "targets": LABELS, **change})
+
+
+def test_a_floor_keeps_the_weights_of_features_that_hardly_vary_small():
+    small = FEATURES.astype(np.float32)
+    small[:, 30:] *= 1e-3
+    free, floored = (mj.fit_head(small, LABELS, floor=floor) for floor in (0.0, 0.1))
+    assert np.abs(free.kernel[30:]).max() > 50 > 1 > np.abs(floored.kernel[30:]).max()
+    mean, variance = small.mean(0), small.var(0)
+    scale = np.sqrt(variance + 0.1 * variance.mean())
+    theirs = LogisticRegression(tol=1e-8, max_iter=1000).fit((small - mean) / scale, LABELS)
+    expected = theirs.predict_proba((small - mean) / scale)
+    np.testing.assert_allclose(jax.nn.softmax(floored(small)), expected, atol=5e-3)
+    logits = mj.fit_head(small, FEATURES[:, 20:23], floor=0.1)
+    assert np.abs(logits.kernel[30:]).max() < 1
+    with pytest.raises(ValueError, match="floor must be a finite number of at least 0, got -1"):
+        mj.fit_head(small, LABELS, floor=-1)
