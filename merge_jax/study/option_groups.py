@@ -26,7 +26,8 @@ GROUPS: dict[str, tuple[str, tuple[str, ...]]] = {
         "The target network and its training.",
         ("target_model", "model", "target_task", "task", "epochs", "batch_size", "learning_rate",
          "target_learning_rate", "target_rate", "learning_rate_schedule", "momentum", "head_first", "head_penalty",
-         "head_floor", "target_weights", "target_text_weights", "target_vision_weights", "weights", "pooler", "stages", "dtype"),
+         "head_floor", "target_weights", "target_text_weights", "target_vision_weights", "weights", "pooler", "stages",
+         "dtype"),
     ),
     "transfer": (
         "What is transferred and when; the adapters.",

@@ -136,5 +136,5 @@ class Config(TransferOptions, RunConfig):
 
 def test_a_run_from_before_an_option_was_there_has_what_was_done_then():
     now = json.loads(json.dumps(run_identity(Config())))
-    new = {"routes", "unlabelled", "head_first", "target_rate"}
+    new = {"routes", "unlabelled", "head_first", "head_floor", "target_rate"}
     assert current_options({name: value for name, value in now.items() if name not in new}) == now
