@@ -158,8 +158,9 @@ def make_fit_head(
         found = observe(target.params, target.model_state, sample.fitted)
         labels = np.asarray(sample.fitted["label"])
         classes = found.logits.shape[1]
-        options = {"penalty": model.head_penalty, "floor": model.head_floor}
-        head = mj.fit_head(found.features, labels, num_classes=classes, **options)
+        head = mj.fit_head(
+            found.features, labels, num_classes=classes, penalty=model.head_penalty, floor=model.head_floor
+        )
         leaves = {kernel: np.asarray(head.kernel), bias: np.asarray(head.bias)}
         if not checked:
             checked = True
