@@ -392,7 +392,6 @@ def test_a_layer_of_keras_with_lora_has_its_merged_kernel(keras, tmp_path):
     np.testing.assert_allclose(found["kernel"], np.asarray(layer.kernel), rtol=1e-6)
 
 
-@pytest.mark.filterwarnings("ignore:.*")
 def test_arrays_that_orbax_stored_under_one_name_are_refused(tmp_path):
     """Orbax joins keys by dots, and gives both paths the numbers of one (0.12.8)."""
     with ocp.StandardCheckpointer() as checkpointer:
@@ -402,6 +401,7 @@ def test_arrays_that_orbax_stored_under_one_name_are_refused(tmp_path):
     assert list(mj.load_weights(tmp_path / "o", select="scale")) == ["scale"]
 
 
+@pytest.mark.filterwarnings("ignore:.*")
 def test_of_keras_in_orbax_the_layers_are_taken_whether_they_were_frozen(keras, tmp_path):
     layers = [keras.layers.Dense(4, name="fc"), keras.layers.BatchNormalization(name="bn"), keras.layers.Dense(2)]
     model = keras.Sequential([keras.Input((3,)), *layers], name="net")
