@@ -79,7 +79,8 @@ class RunFolder:
           config: all options that define the run, as JSON types. `contents` may hold digests of path options, by name;
             if the saved run has them too, the paths themselves may differ.
           resume: whether to continue the run in the folder.
-          translate: converts an earlier version's saved config to this version.
+          translate: returns what a saved config is today: that of an earlier version in terms of this one, and what
+            `config` may change. `config.json` then has it too.
 
         If several processes share a run, only process 0 writes and reports errors.
 
@@ -92,14 +93,15 @@ class RunFolder:
         if jax.process_index() > 0:
             return cls(path)
         cls.check(path, config, resume=resume, translate=translate)
-        config_path = path / _CONFIG
         config = json.loads(json.dumps(config))  # As it will be read back: tuples become lists.
         try:
             path.mkdir(parents=True, exist_ok=True)
             folder = cls(path)
             folder._lock = FolderLock(path)
-            if not config_path.exists():
-                folder.write_json(_CONFIG, config)
+            saved = folder.read_json(_CONFIG, None)
+            written = config if saved is None else translate(saved)
+            if written != saved:
+                folder.write_json(_CONFIG, written)
                 folder.write_text("README.md", _README.format(command=_command()))
             sessions = folder.read_json("environment.json", [])
             folder.write_json("environment.json", [*sessions, describe_environment()])

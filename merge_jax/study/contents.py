@@ -9,7 +9,7 @@ from typing import Any
 
 from merge_jax.study.config import RunConfig, run_options
 
-__all__ = ["contents_of", "current_options", "run_identity"]
+__all__ = ["contents_of", "current_options", "extended_options", "run_identity"]
 
 # Options removed since version 0.1, with the value that matches this version's behaviour.
 _REMOVED = {"vectorized": False, "cycle_end": None, "gate": "learned", "max_width": 512}
@@ -51,6 +51,23 @@ def current_options(saved: Mapping[str, Any]) -> dict[str, Any]:
         options = _ADDED | options
     if not any(method.startswith("mergenet") for method in saved.get("methods", ())):
         options.pop("output", None)
+    return options
+
+
+def extended_options(saved: Mapping[str, Any], config: RunConfig) -> dict[str, Any]:
+    """Returns a run's saved options as options of this version, with the seeds and methods that a config adds.
+
+    Each seed of a method has its own result, so a resumed run may add both: the results that it has stay the same.
+    """
+    options, given = current_options(saved), run_options(config)
+    if set(options.get("methods", ())) <= set(given["methods"]):
+        options["methods"] = list(given["methods"])
+    before = options.get("seeds", config.seeds)
+    if before < config.seeds:
+        options["seeds"] = config.seeds
+        # A source that is a run has a digest of as many seeds.
+        if options.get("contents") == contents_of(given | {"seeds": before}):
+            options["contents"] = contents_of(given)
     return options
 
 

@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 
 from merge_jax.checks import error_context
@@ -18,7 +19,7 @@ from merge_jax.runs.folder import RunFolder, numbered_folder
 from merge_jax.study.cli import parse
 from merge_jax.study.command import Command, Outcome, last_line, open_session
 from merge_jax.study.config import RunConfig, run_options
-from merge_jax.study.contents import current_options, run_identity
+from merge_jax.study.contents import extended_options, run_identity
 from merge_jax.study.executors import Engine, check_executor, open_engine
 from merge_jax.study.experiment import find_grid, load_experiment
 from merge_jax.study.grid import Grid, GridRun, Options, make_runs, read_grid, select
@@ -186,7 +187,8 @@ def _check(jobs: Sequence[Job], *, traced: bool) -> None:
     for job in jobs:
         source = job.config.source_from
         if job.begun and (source is None or source.exists()):  # A missing source is trained first.
-            RunFolder.check(job.folder.path, run_identity(job.config), resume=True, translate=current_options)
+            translate = partial(extended_options, config=job.config)
+            RunFolder.check(job.folder.path, run_identity(job.config), resume=True, translate=translate)
     left = [job for job in jobs if not job.done]
     for number, job in enumerate(left, 1):
         print(f"checking {number}/{len(left)}: {job.run.name}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ from merge_jax.checks import check_finite
 from merge_jax.runs import OPPONENTS, PLAN, Plan, Run
 from merge_jax.runs.folder import RunFolder, check_space, numbered_folder
 from merge_jax.study.config import RunConfig
-from merge_jax.study.contents import current_options, run_identity
+from merge_jax.study.contents import extended_options, run_identity
 from merge_jax.study.measures import make_opponents
 from merge_jax.study.plan import checkpoint_bytes, make_plan
 from merge_jax.study.results import save_sample_images, show_results, trial_result
@@ -68,7 +69,9 @@ def prepare_run(scenario: Scenario, config: RunConfig, expected: str = "", cauti
     needed = checkpoint_bytes(checked.trials, checked.lowered, config.seeds)
     with numbered_folder(scenario.name, config.resume, given=config.run_dir) as run_dir:
         check_space(run_dir, needed)
-        folder = RunFolder.open(run_dir, identity, resume=config.resume, translate=current_options)
+        folder = RunFolder.open(
+            run_dir, identity, resume=config.resume, translate=partial(extended_options, config=config)
+        )
     if scenario.attach is not None and jax.process_index() == 0:
         scenario.attach(folder.path)
     signals = StopSignals()
@@ -108,7 +111,12 @@ def check_paths(config: RunConfig) -> None:
             except (OSError, ImportError) as error:
                 raise ValueError(f"the source cannot be read: {error}") from None
     if config.run_dir is not None and jax.process_index() == 0:
-        RunFolder.check(config.run_dir, run_identity(config), resume=config.resume, translate=current_options)
+        RunFolder.check(
+            config.run_dir,
+            run_identity(config),
+            resume=config.resume,
+            translate=partial(extended_options, config=config),
+        )
 
 
 def check_run(scenario: Scenario, config: RunConfig) -> Checked:

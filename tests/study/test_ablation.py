@@ -185,7 +185,6 @@ def refused(capsys, *words):
 def test_a_folder_of_another_study_is_refused(little, untraced, capsys, tmp_path):
     folder, path, _ = little
     assert "already holds this run: add --resume" in refused(capsys, path, "--run-dir", folder)
-    assert "seeds was 1, is 2" in refused(capsys, path, "--run-dir", folder, "--resume", "--seeds", "2")
     changed = write(tmp_path, LITTLE.replace("cycle = 2", "cycle = 3"))
     assert "cycle was 2, is 3" in refused(capsys, changed, "--run-dir", folder, "--resume")
     assert "there is no run to resume" in refused(capsys, path, "--run-dir", tmp_path / "none", "--resume")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from contextlib import redirect_stdout
 from dataclasses import replace
+from itertools import product
 
 import jax
 import numpy as np
@@ -148,6 +149,25 @@ def test_a_finished_run_resumes_to_its_table_and_trains_nothing(unbroken, capsys
 
     assert len(table(output)) == 1
     assert table(again) == table(output)
+
+
+def test_a_finished_run_goes_on_with_more_seeds_and_methods(unbroken, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(unbroken[0], folder)
+    (first,) = json.loads((folder / "results.json").read_text())
+    more = (*TEN_STEPS, "vanilla", "--seeds", "2")
+    with pytest.raises(SystemExit):
+        run("tiny", folder, *more)
+    assert "already holds this run: add --resume" in capsys.readouterr().err
+    run("tiny", folder, *more, "--resume")
+    results = json.loads((folder / "results.json").read_text())
+    assert first in results
+    assert {(result["method"], result["seed"]) for result in results} == set(product(("operators", "vanilla"), (0, 1)))
+    assert json.loads((folder / "config.json").read_text())["seeds"] == 2
+    with pytest.raises(SystemExit):
+        run("tiny", folder, *TEN_STEPS, "--resume")
+    refused = capsys.readouterr().err
+    assert "methods was ['operators', 'vanilla'], is ['operators']\n  seeds was 2, is 1\n" in refused
 
 
 def test_resume_refuses_a_changed_config_by_field(unbroken, capsys):
