@@ -15,6 +15,7 @@ from merge_jax.checkpoints.shards import check_shard, index_ending, only_file, r
 from merge_jax.checkpoints.weights.archives import member_names, open_archive
 from merge_jax.checkpoints.weights.hdf5 import Array, Group, join_groups, read_arrays, read_groups
 from merge_jax.checkpoints.weights.keras_layers import (
+    SPECTRAL,
     Config,
     class_of,
     name_of,
@@ -22,6 +23,7 @@ from merge_jax.checkpoints.weights.keras_layers import (
     spec_of,
     sublayers,
     variables_of,
+    wrapped,
 )
 from merge_jax.checkpoints.weights.stored import Format, Stored, reading
 from merge_jax.paths import some_of
@@ -158,6 +160,14 @@ def _open(path: Path, root: Group, config: Config | None) -> Stored:
             "file; a .keras file of Keras's own layers stores them",
             stacklevel=5,
         )
+    divided = [leaf.rpartition("/")[0] for leaf, one in leaves.items() if one.kind == SPECTRAL]
+    if divided:
+        warnings.warn(
+            f"{path} has layers of SpectralNormalization, {some_of(divided, 3)}: in training, Keras divides their"
+            " kernels by their spectral norm, but fit with JAX stores the undivided ones. They are read as stored:"
+            " divide them if the file is of such a model",
+            stacklevel=5,
+        )
     quantised = [leaf for leaf, one in leaves.items() if one.shape.dtype == np.int8]
     if quantised:
         warnings.warn(
@@ -191,6 +201,8 @@ def _variables(group: Group, layer: _Layer) -> Iterator[_Variable]:
             names = None  # The last is a scale, which may replace a bias.
         known = layer.known and names is not None
         for place, name in zip(places, names or places, strict=True):
+            if layer.kind == SPECTRAL and name == "kernel":  # The layer inside stores it again.
+                continue
             path = "/".join((*layer.names, name))
             yield _Variable(own.arrays[place], path, known, layer.kind, scale if place == places[0] else None)
     for place, child in group.groups.items():
@@ -200,7 +212,9 @@ def _variables(group: Group, layer: _Layer) -> Iterator[_Variable]:
                 config = configs.get(name)
                 yield from _variables(inner, _inside(layer, inner, name, class_of(name, config), config))
         elif _VARIABLES in child.groups:
-            yield from _variables(child, _inside(layer, child, place, _class_inside(place, layer.kind, child), None))
+            config = wrapped(layer.config) if place == "layer" else None
+            kind = _class_inside(place, layer.kind, child) if config is None else class_of(place, config)
+            yield from _variables(child, _inside(layer, child, place, kind, config))
         elif place != _VARIABLES:  # A list of layers, or a layer without variables, which has no name.
             yield from _variables(child, _Layer(layer.kind, None, layer.names, layer.known))
 

@@ -6,10 +6,23 @@ from typing import Any
 
 from merge_jax.layouts import MatrixSpec
 
-__all__ = ["Config", "class_of", "name_of", "scaled_axis", "spec_of", "sublayers", "variables_of"]
+__all__ = [
+    "SPECTRAL",
+    "Config",
+    "class_of",
+    "name_of",
+    "scaled_axis",
+    "spec_of",
+    "sublayers",
+    "variables_of",
+    "wrapped",
+]
 
 Config = Mapping[str, Any]
 """A layer in the `config.json` of a model: `class_name`, and its options in `config`."""
+
+SPECTRAL = "spectral_normalization"
+"""The class of the wrapper that divides its layer's kernel by its spectral norm."""
 
 _KERNEL = ("kernel", "bias")
 _AFFINE = ("gamma", "beta")
@@ -24,6 +37,7 @@ _VARIABLES = {
     "batch_normalization": (*_AFFINE, "moving_mean", "moving_variance"),
     "normalization": ("mean", "variance", "count"),
     "rms_normalization": ("scale",),
+    SPECTRAL: ("kernel", "vector_u"),
     "embedding": ("embeddings",),
     "p_re_lu": ("alpha",),
     "seed_generator": ("seed_generator_state",),
@@ -82,6 +96,13 @@ def sublayers(config: Config | None) -> dict[str, Config]:
             counts[name] = counts.get(name, -1) + 1
             found[f"{name}_{counts[name]}" if counts[name] else name] = layer
     return found
+
+
+def wrapped(config: Config | None) -> Config | None:
+    """Returns the configuration of the layer that a wrapper holds, if it is one."""
+    options = (config or {}).get("config")
+    layer = options.get("layer") if isinstance(options, Mapping) else None
+    return layer if isinstance(layer, Mapping) else None
 
 
 def variables_of(kind: str, config: Config | None, count: int) -> tuple[str, ...] | None:

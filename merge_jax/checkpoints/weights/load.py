@@ -44,10 +44,13 @@ FORMATS: tuple[Format, ...] = (SAFETENSORS, INDEX, TORCH, KERAS, HDF5, NPZ, GGUF
 
 _PACKAGE = "package:"
 _SCALES = ("_scale", "_scales", "_scale_inv")  # As in compressed-tensors, MXFP4 and DeepSeek.
-_PACKED = ("_packed", "_blocks", "_qdata")  # Several numbers in one: the same, and torchao.
-_BESIDE = ("/scales", "/SCB")  # Of the layer: MLX, GPTQ and AWQ, which pack; int8 of bitsandbytes.
+# Instead of the scales' ending, often with several numbers in one: the same; torchao; ONNX Runtime; optimum-quanto.
+_PACKED = ("_packed", "_blocks", "_qdata", "_quantized", "_Q2", "_Q4", "_Q8", "_data", "_data/_data")
+_BESIDE = ("/scales", "/SCB", "/scale")  # Of the layer: MLX, GPTQ and AWQ, which pack; bitsandbytes; Qwix.
 _ADAPTERS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "trainable_tokens_delta")  # Names of PEFT.
 _OF_PEFT = "base_model/model/"  # Starts all names of its adapters' files.
+_FACTORS = ("lora_a", "lora_b")  # Of NNX and Qwix, which may write the kernel's name before it.
+_PARAMETRISED = "parametrizations"
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")  # Of files in packages.
 
 Select = Pattern | Sequence[Pattern] | None
@@ -78,7 +81,8 @@ def load_weights(path: str | os.PathLike[str], select: Select = None, like: Para
         the leaves differ from `like` (the first ten differences are listed).
 
     Warns:
-      UserWarning: quantised values whose scales are separate tensors, or adapters of PEFT: all are returned as stored.
+      UserWarning: quantised values whose scales are separate tensors, adapters of PEFT, factors of LoRA, or tensors
+        that PyTorch computes weights from: all are returned as stored.
     """
     file = find_weights(path)
     stored, names = open_leaves(file, select)
@@ -86,13 +90,14 @@ def load_weights(path: str | os.PathLike[str], select: Select = None, like: Para
         tree: dict[str, Any] = {}
         arrays = stored.read(list(names.values()))
         _warn_of_scales(file, stored, arrays)
-        if adapters := _of_adapters(names):
-            warnings.warn(f"{file} has {adapters}", stacklevel=2)
+        for found in (_of_adapters(names), _of_factors(names), _of_parametrised(names)):
+            if found:
+                warnings.warn(f"{file} has {found}", stacklevel=2)
         for name, leaf in names.items():
             put(tree, name, arrays[leaf])
         return tree
-    found = stored.shapes(list(names.values()))
-    wanted = _fitted(file, {name: found[leaf] for name, leaf in names.items()}, like, stored.tensors)
+    shapes = stored.shapes(list(names.values()))
+    wanted = _fitted(file, {name: shapes[leaf] for name, leaf in names.items()}, like, stored.tensors)
     arrays = stored.read([names[name] for name in wanted])
     _warn_of_scales(file, stored, arrays)
     return jax.tree.unflatten(jax.tree.structure(like), [arrays[names[name]] for name in wanted])
@@ -147,7 +152,8 @@ def _warn_of_scales(file: Path, stored: Stored, arrays: Mapping[str, np.ndarray]
     there = set(stored.paths)
 
     def is_scaled(path: str, leaf: np.ndarray) -> bool:
-        whole = leaf.ndim > 1 and leaf.dtype.kind in "iu"
+        is_byte = leaf.dtype.itemsize == 1 and leaf.dtype.kind != "b"  # Integers of four bits are of the kind V.
+        whole = leaf.ndim > 1 and (leaf.dtype.kind in "iu" or is_byte)
         stems = [path] if leaf.dtype.itemsize == 1 else []
         stems += [path.removesuffix(end) for end in _PACKED if whole and path.endswith(end)]
         beside = [path.rpartition("/")[0] + end for end in _BESIDE if whole]
@@ -173,6 +179,29 @@ def _of_adapters(names: Iterable[str]) -> str:
         f"adapters of PEFT, {some_of(adapters, 2)}: they are stored apart from the weights that they change, and only"
         " adapter_config.json says how to apply them. A base_layer beside them may already contain them. Merge them in"
         " PEFT, and save that model: model.merge_and_unload().save_pretrained(FOLDER)"
+    )
+
+
+def _of_factors(names: Iterable[str]) -> str:
+    """Returns which of the names are of factors of LoRA in NNX or Qwix, with advice; empty if none is."""
+    factors = [name for name in names if name.endswith(_FACTORS)]
+    if not factors:
+        return ""
+    return (
+        f"factors of LoRA, {some_of(factors, 2)}: the model computes with its kernel plus their product, which in Qwix"
+        " is multiplied by alpha / rank, and that no file holds. They are read as stored: add the product yourself"
+    )
+
+
+def _of_parametrised(names: Iterable[str]) -> str:
+    """Returns which of the names are of PyTorch's parametrizations, with advice; empty if none is."""
+    inputs = [name for name in names if _PARAMETRISED in name.split("/")]
+    if not inputs:
+        return ""
+    return (
+        f"no weights for {some_of(inputs, 2)}, but what PyTorch computes them from: an `original` of `orthogonal`"
+        " starts as minus the identity. They are read as stored. Compute the weights in PyTorch, and save that model:"
+        " torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')"
     )
 
 
@@ -264,8 +293,9 @@ def _fitted(
             problems.append(f"{path} is {there}, the model's is {here}")
     if problems:
         there, here = (sum(math.prod(leaf.shape) for leaf in leaves.values()) for leaves in (found, wanted))
+        notes = (_of_adapters(found), _of_parametrised(found))
         raise ValueError(
             f"{file} does not fit the model: {some_of(sorted(problems), 10, '; ')} ({there:,} numbers in the file,"
-            f" {here:,} in the model)" + (f". It has {adapters}" if (adapters := _of_adapters(found)) else "")
+            f" {here:,} in the model)" + "".join(f". It has {note}" for note in notes if note)
         )
     return [names[path] for path in wanted]

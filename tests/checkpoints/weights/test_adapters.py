@@ -1,10 +1,11 @@
-"""Adapters of PEFT, under the names of its files (0.21.2)."""
+"""Adapters of PEFT, under the names of its files (0.21.2), and other tensors that weights are computed from."""
 
 import warnings
 
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from safetensors.numpy import save_file
 
 import merge_jax as mj
@@ -40,3 +41,19 @@ def test_a_model_without_adapters_is_not_warned_of(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         mj.load_weights(tmp_path / "m.safetensors")
+
+
+def test_factors_of_lora_are_warned_of(tmp_path):
+    layer = nnx.LoRALinear(3, 4, lora_rank=2, rngs=nnx.Rngs(0))
+    mj.save_safetensors(tmp_path / "m.safetensors", {"fc": nnx.state(layer)})
+    with pytest.warns(UserWarning, match=r"has factors of LoRA, fc/lora/lora_a, .*its kernel plus their product"):
+        mj.load_weights(tmp_path / "m.safetensors")
+
+
+def test_what_pytorch_computes_weights_from_is_warned_of(tmp_path):
+    names = ("fc.parametrizations.weight.original", "fc.parametrizations.weight.0.base")  # Of `orthogonal`, 2.13.
+    save_file({name: np.ones((2, 2), np.float32) for name in names}, tmp_path / "m.safetensors")
+    with pytest.warns(UserWarning, match=r"has no weights for fc/parametrizations/.*remove_parametrizations"):
+        mj.load_weights(tmp_path / "m.safetensors")
+    with pytest.raises(ValueError, match=r"fc/weight is missing;.*It has no weights for .*remove_parametrizations"):
+        mj.load_weights(tmp_path / "m.safetensors", like={"fc": {"weight": jax.ShapeDtypeStruct((2, 2), np.float32)}})

@@ -392,6 +392,15 @@ def test_a_layer_of_keras_with_lora_has_its_merged_kernel(keras, tmp_path):
     np.testing.assert_allclose(found["kernel"], np.asarray(layer.kernel), rtol=1e-6)
 
 
+def test_a_layer_of_keras_with_spectral_norm_is_warned_of(keras, tmp_path):
+    layer = keras.layers.SpectralNormalization(keras.layers.Dense(4, name="fc"), name="sn")
+    model = keras.Sequential([keras.Input((3,)), layer])
+    model.save(tmp_path / "m.keras")
+    with pytest.warns(UserWarning, match=r"layers of SpectralNormalization, sn: in training, .*stores the undivided"):
+        found = mj.flatten(mj.load_weights(tmp_path / "m.keras"))
+    assert_leaves(found, keras_leaves(model))
+
+
 def test_arrays_that_orbax_stored_under_one_name_are_refused(tmp_path):
     """Orbax joins keys by dots, and gives both paths the numbers of one (0.12.8)."""
     with ocp.StandardCheckpointer() as checkpointer:

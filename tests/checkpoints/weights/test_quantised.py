@@ -20,6 +20,11 @@ import merge_jax as mj
         ("int32", "weight_packed", "weight_scale"),  # compressed-tensors.
         ("uint8", "gate_up_proj_blocks", "gate_up_proj_scales"),  # MXFP4, as in gpt-oss.
         ("uint8", "_weight_qdata", "_weight_scale"),  # torchao.
+        ("int8", "weight_quantized", "weight_scale"),  # ONNX Runtime.
+        ("uint8", "weight_Q4", "weight_scales"),  # The same, several in one.
+        ("int8", "weight/_data", "weight/_scale"),  # optimum-quanto.
+        ("uint8", "weight/_data/_data", "weight/_scale"),
+        ("float8_e4m3fn", "array/qvalue", "array/scale"),  # Qwix.
     ],
 )
 def test_numbers_with_scales_beside_them_are_warned_of(dtype, name, scales, tmp_path):
