@@ -193,6 +193,7 @@ def test_no_leaf_of_a_training_state_is_lost_where_names_meet(tmp_path):
     for names in (
         {"params/w": ones, "model_state/params": 2 * ones},
         {"params/w": ones, "batch_stats/w": ones, "model_state/batch_stats/v": ones},
+        {"state_dict/w": ones, "current_model_state/w": 2 * ones},  # Of Lightning 2.6.6: the average and the trained.
         {"params/w": ones, "source/w": ones, "adapter/w": ones},  # Of no joint run, which would have a target.
     ):
         np.savez(tmp_path / "m.npz", **names)
