@@ -1,6 +1,8 @@
 """Orbax: one checkpoint of a tree, or a folder of steps; those of `Checkpoints` are verified by digest."""
 
+import itertools
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -140,10 +142,20 @@ def _check_sizes(folder: Path, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> No
 
 
 def _unwrapped(stored: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the path of each leaf; if all end as NNX variables do (`kernel/value`), without that ending."""
-    if stored and all(path.endswith(_VARIABLE) for path in model_part(stored).values()):
-        return {path.removesuffix(_VARIABLE): path for path in stored}
-    return {path: path for path in stored}
+    """Returns the path of each leaf; if most are NNX variables (`kernel/value`), these without that ending.
+
+    A state of NNX may also hold arrays that are in no variable.
+    """
+    inside = Counter(place for path in stored for place in itertools.accumulate(path.split("/")[:-1], _joined))
+    alone = {path for path in stored if path.endswith(_VARIABLE) and inside[path.removesuffix(_VARIABLE)] == 1}
+    model = model_part(stored).values()
+    if 2 * len(alone.intersection(model)) <= len(model):
+        return {path: path for path in stored}
+    return {path.removesuffix(_VARIABLE) if path in alone else path: path for path in stored}
+
+
+def _joined(place: str, name: str) -> str:
+    return f"{place}/{name}"
 
 
 def is_ours(step: Path) -> bool:

@@ -227,16 +227,18 @@ def test_numbers_of_checkpoints_that_have_changed_are_refused(tmp_path):
 class Small(nnx.Module):
     def __init__(self, rngs):
         self.fc, self.norm = nnx.Linear(2, 3, rngs=rngs), nnx.BatchNorm(3, rngs=rngs)
-        self.layers = nnx.List([nnx.Linear(3, 3, rngs=rngs)])
+        self.layers, self.table = nnx.List([nnx.Linear(3, 3, rngs=rngs)]), jnp.ones(4)  # An array in no variable.
 
 
 def test_variables_of_nnx_are_leaves_however_they_were_saved(tmp_path):
-    state = nnx.state(Small(nnx.Rngs(0)), (nnx.Param, nnx.BatchStat))
+    state, linen = nnx.state(Small(nnx.Rngs(0))), {"a": {"value": np.ones(2)}, "b": {"kernel": np.ones(3)}}
     expected = {path: np.asarray(leaf) for path, leaf in mj.flatten(state).items()}
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "state", state)
         checkpointer.save(tmp_path / "pure", nnx.to_pure_dict(state))
         checkpointer.save(tmp_path / "wrapped", {"model": state, "step": 3})
+        checkpointer.save(tmp_path / "linen", linen)
+    assert_leaves(mj.flatten(mj.load_weights(tmp_path / "linen")), mj.flatten(linen))  # Few are called so.
     for name in ("state", "pure", "wrapped"):
         assert_leaves(mj.flatten(mj.load_weights(tmp_path / name)), expected)
     filled = mj.load_weights(tmp_path / "wrapped", like=state)
