@@ -29,6 +29,7 @@ _BY_HEAD = {
     b"<": "a page of the web or XML: what was downloaded is not the file itself",
 }
 _TFLITE, _TAR = b"TFL3", b"ustar"
+_EXPORTED = "/models/model.json"  # Ends the name of the graph in an archive of torch.export.
 _ORBAX = ("_CHECKPOINT_METADATA", "_METADATA")  # In every checkpoint of its newer and older interfaces.
 _LONGEST = 512  # Enough bytes to identify all of these.
 
@@ -40,6 +41,11 @@ def explain(path: Path, head: bytes) -> str:
             return "it is the folder of a run: name one in its checkpoints, such as checkpoints/METHOD-seed0"
         if (path / "saved_model.pb").exists():
             return "it is a SavedModel of TensorFlow: load it there, and save the arrays of its variables (numpy.savez)"
+        if any(path.glob("*.distcp")):
+            return (
+                "it is a checkpoint of torch.distributed: make a file of it, python -m"
+                f" torch.distributed.checkpoint.format_utils dcp_to_torch {str(path)!r} new.pt"
+            )
         files = sorted(child.name for child in path.iterdir() if child.is_file())
         return f"name one of its files: {some_of(files, 5)}" if files else ""
     if not head:
@@ -57,6 +63,11 @@ def explain(path: Path, head: bytes) -> str:
         names = member_names(path, head)
         if not names:
             return "it is a zip archive that is truncated"
+        if any(name.endswith(_EXPORTED) for name in names):
+            return (
+                "it is a program of torch.export: save the tensors in it,"
+                f" torch.save(torch.export.load({str(path)!r}).state_dict, 'new.pt')"
+            )
         return f"it is a zip archive of {', '.join(names[:3])}: unpack it first"
     return ""
 

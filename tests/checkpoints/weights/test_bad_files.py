@@ -83,10 +83,10 @@ def tar_of(content):
     return file.getvalue()
 
 
-def zip_of(content):
+def zip_of(content, name="model.bin"):
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
-        archive.writestr("model.bin", content)
+        archive.writestr(name, content)
     return file.getvalue()
 
 
@@ -98,6 +98,7 @@ def zip_of(content):
         (lzma.compress, "it is compressed with xz: decompress it first, xz -dk '"),
         (tar_of, "it is an archive of tar: unpack it first, tar -xf '"),
         (zip_of, "it is a zip archive of model.bin: unpack it first"),
+        (lambda content: zip_of(content, "m/models/model.json"), "it is a program of torch.export: save the tensors"),
         (pickle.dumps, "it is a pickle, and reading one runs code: where you trust it, unpickle it there and save"),
         (lambda content: b"", "it is empty"),
         (
@@ -123,6 +124,8 @@ def test_folders_without_weights_are_called_by_their_names(tmp_path):
     assert "there is no file or folder" in refusal(tmp_path / "none", FileNotFoundError)
     (tmp_path / "weights.bin").touch()
     assert refusal(tmp_path).endswith("ONNX): name one of its files: weights.bin")
+    (tmp_path / "__0_0.distcp").touch()
+    assert "it is a checkpoint of torch.distributed: make a file of it, python -m torch" in refusal(tmp_path)
     (tmp_path / "saved_model.pb").touch()
     assert "it is a SavedModel of TensorFlow" in refusal(tmp_path)
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
