@@ -26,6 +26,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from merge_jax import study
+from merge_jax.checks import check_above_zero
 
 from .cross_structure import AGREE, CIFAR_AGREE, CIFAR_ROUTES, ROUTES
 
@@ -84,8 +85,8 @@ class Config(study.TaskOptions, study.TransferOptions, study.RunConfig):
             raise ValueError(f"source_task must name one or more of {', '.join(study.TASKS)}")
         if len(set(self.source_task)) < len(self.source_task):
             raise ValueError(f"a source task appears twice in {self.source_task}")
-        if self.source_learning_rate is not None and not 0 < self.source_learning_rate < float("inf"):
-            raise ValueError(f"source_learning_rate must be above 0, got {self.source_learning_rate}")
+        if self.source_learning_rate is not None:
+            check_above_zero(source_learning_rate=self.source_learning_rate)
         if self.source_data == _TARGET and len(self.source_task) > 1:
             raise ValueError(f"source_data {_TARGET} is for one source, got the tasks {', '.join(self.source_task)}")
         if self.fit_source_head and self.source != "frozen":

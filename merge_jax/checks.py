@@ -4,7 +4,7 @@ import contextlib
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from numbers import Real
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 from merge_jax.paths import flatten, near_misses, some_of, tied_paths
@@ -28,8 +28,10 @@ __all__ = [
     "check_learnable",
     "check_number_or_schedule",
     "check_numbers",
+    "check_zero_or_more",
     "count_examples",
     "error_context",
+    "name_missing_collections",
     "what_to_give",
 ]
 
@@ -46,15 +48,30 @@ def error_context(text: str) -> Iterator[None]:
 def check_at_least_one(**options: Any) -> None:
     """Raises ValueError unless every option is a whole number of at least 1."""
     for name, value in options.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
 
 
-def check_above_zero(**options: float) -> None:
+def check_above_zero(**options: Any) -> None:
     """Raises ValueError unless every option is a finite number above 0."""
     for name, value in options.items():
-        if isinstance(value, (str, bool, type(None))) or not 0 < value < math.inf:
-            raise ValueError(f"{name} must be above 0, got {value!r}")
+        if not 0 < _number(value) < math.inf:
+            raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
+
+
+def check_zero_or_more(**options: Any) -> None:
+    """Raises ValueError unless every option is a finite number of at least 0."""
+    for name, value in options.items():
+        if not 0 <= _number(value) < math.inf:
+            raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
+
+
+def _number(value: Any) -> float:
+    """Returns a number as a float; NaN for what is not one, such as a text, a flag, an array or a traced value."""
+    try:
+        return math.nan if isinstance(value, (str, bytes, bool)) or getattr(value, "ndim", 0) else float(value)
+    except (TypeError, ValueError):
+        return math.nan
 
 
 def check_below_one(**options: float) -> None:
@@ -106,10 +123,15 @@ def check_key(key: Any) -> None:
     """Raises ValueError unless it is one of JAX's random keys, of the new or the old kind."""
     import jax
     import jax.numpy as jnp
+    import numpy as np
 
-    if isinstance(key, jax.Array) and (key.dtype == jnp.uint32 or jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
-        return
-    found = f"an array of {key.dtype}" if isinstance(key, jax.Array) else repr(key)
+    found = repr(key)
+    if isinstance(key, (jax.Array, np.ndarray)):
+        if key.shape == () and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+            return
+        if key.shape in ((2,), (4,)) and key.dtype == np.uint32:  # Of `jax.random.PRNGKey`: threefry's and rbg's.
+            return
+        found = f"an array of {key.dtype}{list(key.shape)}"
     raise ValueError(f"the key must be one of JAX's, such as jax.random.key(0), got {found}")
 
 
@@ -152,14 +174,39 @@ def check_numbers(name: str, array: Any) -> None:
     """Raises ValueError for texts or objects, such as the names of classes, where an array of numbers is expected."""
     import numpy as np
 
-    if isinstance(array, list | tuple) and any(isinstance(one, str) for one in array):
-        array = np.array(array)
-    if isinstance(array, np.ndarray) and array.dtype.kind in "OSU":
-        raise ValueError(f"{name} must be numbers, got an array of {array.dtype}")
+    if not hasattr(array, "dtype"):
+        try:
+            array = np.asarray(array)
+        except ValueError as error:  # Rows of unequal lengths.
+            raise ValueError(f"{name} must be an array of numbers ({error})") from None
+    if getattr(array.dtype, "kind", "f") in "OSU":  # PyTorch's types have no kind.
+        found = f"an array of {array.dtype}" if np.ndim(array) else type(array.item()).__name__
+        raise ValueError(f"{name} must be numbers, got {found}")
+
+
+@contextlib.contextmanager
+def name_missing_collections(given: Iterable[str], role: str | None = None) -> Iterator[None]:
+    """Replaces Flax's errors for a missing collection with a ValueError that names those that were given.
+
+    Args:
+      given: the names of the given collections.
+      role: of the model whose state is given to `init_joint_state`; None for a model given as all its variables.
+    """
+    from flax.errors import ApplyScopeInvalidVariablesTypeError, ScopeCollectionNotFound
+
+    try:
+        yield
+    except (ScopeCollectionNotFound, ApplyScopeInvalidVariablesTypeError) as error:
+        names = some_of(list(map(repr, sorted(given))), 3) or "nothing"
+        whole = '{"params": ..., "batch_stats": ...}' if role is None else f'{role}_state={{"batch_stats": ...}}'
+        raise ValueError(
+            f"the model reads a collection that it was not given: give all that model.init made, such as {whole}, "
+            f"got {names} ({error})"
+        ) from None
 
 
 def check_apply(**functions: Any) -> None:
-    """Raises ValueError for a Linen module where its `apply` is expected."""
+    """Raises ValueError for a Linen module where its `apply` is expected, or what is no function."""
     import flax.linen as nn
 
     for name, function in functions.items():
@@ -168,6 +215,8 @@ def check_apply(**functions: Any) -> None:
                 f"{name} must be a function of variables and inputs: give model.apply, not the "
                 f"{type(function).__name__} itself"
             )
+        if not callable(function):
+            raise ValueError(f"{name} must be a function, such as model.apply, got {type(function).__name__}")
 
 
 def check_learnable(role: str, params: Any) -> None:

@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from merge_jax.checks import check_above_zero
 from merge_jax.models.inverted_residual import InvertedResidual
 from merge_jax.models.layers import Layers, rounded_width
 
@@ -95,8 +96,7 @@ def efficientnet_lite(
     Raises:
       ValueError: a multiplier that is not above 0.
     """
-    if not (0 < width < math.inf and 0 < depth < math.inf):
-        raise ValueError(f"width and depth must be above 0, got {width} and {depth}")
+    check_above_zero(width=width, depth=depth)
     stages = [
         EfficientNetStage(1, 16, 1, 1, 3),
         EfficientNetStage(6, 24, 2, 2, 3),

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from merge_jax.checks import check_at_least_one, check_entries, count_examples
+from merge_jax.checks import check_at_least_one, check_entries, count_examples, name_missing_collections
 from merge_jax.objectives.distillation import check_labels, cross_entropy
 from merge_jax.objectives.evaluation import padded_batches
-from merge_jax.objectives.losses import model_loss, name_missing_collections
+from merge_jax.objectives.losses import model_loss
 from merge_jax.types import Batch, LossFn, ModelApply, ModelState, Params, TeacherFn
 
 __all__ = [
@@ -121,7 +121,7 @@ def evaluate_classifier(
 
     @jax.jit
     def sums(params: Params, model_state: ModelState, batch: Batch, weights: jax.Array) -> Any:
-        with name_missing_collections(model_state):
+        with name_missing_collections(["params", *model_state]):
             logits = apply_fn({"params": params, **model_state}, batch[inputs], train=False)
         correct = jnp.argmax(logits, axis=-1) == batch["label"]
         return (cross_entropy(logits, batch["label"]) * weights).sum(), (correct * weights).sum()

@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from merge_jax.checks import check_entries
+from merge_jax.checks import check_entries, name_missing_collections
 from merge_jax.objectives.device_axis import previous_example, whole_batch
-from merge_jax.objectives.losses import name_missing_collections
 from merge_jax.paths import near_misses
 from merge_jax.types import Batch, LossFn, ModelApply, ModelState, Params, TeacherFn
 
@@ -193,7 +192,7 @@ def feature_agreement(
     ) -> tuple[jax.Array, tuple[ModelState, dict[str, jax.Array]]]:
         check_entries(batch, *inputs, hint=_HINT)
         check_entries(batch, _FEATURES, hint=" (features_teacher adds them)")
-        with name_missing_collections(model_state):
+        with name_missing_collections(model_state, "target"):
             (_, features), _ = observe(
                 {"params": params, **model_state},
                 *_compared(batch, inputs, compare_on),

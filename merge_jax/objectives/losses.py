@@ -1,29 +1,14 @@
 """Loss functions of Linen models, and their sums."""
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from flax.errors import ScopeCollectionNotFound
 
-from merge_jax.checks import check_entries
+from merge_jax.checks import check_entries, name_missing_collections
 from merge_jax.types import Batch, LossFn, Metrics, ModelApply, ModelState, Params
 
-__all__ = ["model_loss", "name_missing_collections", "sum_losses"]
-
-
-@contextlib.contextmanager
-def name_missing_collections(model_state: ModelState, role: str = "target") -> Iterator[None]:
-    """Replaces Flax's error for a missing collection with a ValueError that names what the state contains."""
-    try:
-        yield
-    except ScopeCollectionNotFound as error:
-        given = ", ".join(map(repr, sorted(model_state))) or "nothing"
-        raise ValueError(
-            f"the model reads a collection that is not in its state, which has {given}: give all that model.init made "
-            f'beside "params", such as {role}_state={{"batch_stats": ...}} of init_joint_state ({error})'
-        ) from None
+__all__ = ["model_loss", "sum_losses"]
 
 
 def model_loss(
@@ -53,7 +38,7 @@ def model_loss(
     ) -> tuple[jax.Array, tuple[ModelState, dict[str, jax.Array]]]:
         check_entries(batch, *inputs, hint=hint)
         check_entries(batch, *needs)
-        with name_missing_collections(model_state):
+        with name_missing_collections(model_state, "target"):
             outputs, new_state = apply_fn(
                 {"params": params, **model_state},
                 *(batch[name] for name in inputs),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from merge_jax.checks import check_above_zero, check_at_least_one, check_below_one
+from merge_jax.checks import check_above_zero, check_at_least_one, check_below_one, check_zero_or_more
 from merge_jax.study.choices import ImageModelName, ImageTaskName, TextModelName, TextTaskName, VisionModelName
 
 __all__ = [
@@ -91,8 +91,7 @@ class TransferOptions:
         check_below_one(attention_dropout=self.attention_dropout, feed_forward_dropout=self.feed_forward_dropout)
         rates = {name: getattr(self, name) for name in ("adapter_learning_rate", "head_penalty", "target_rate")}
         check_above_zero(**rates)
-        if not 0 <= self.head_floor < float("inf"):
-            raise ValueError(f"head_floor must be a finite number of at least 0, got {self.head_floor}")
+        check_zero_or_more(head_floor=self.head_floor)
         if not 0 <= self.stop <= 1:
             raise ValueError(f"stop must be a fraction in [0, 1], got {self.stop}")
         if self.unlabelled < 0:

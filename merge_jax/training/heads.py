@@ -11,7 +11,7 @@ import optax
 from jax import lax
 from jax.core import Tracer
 
-from merge_jax.checks import check_at_least_one, check_numbers
+from merge_jax.checks import check_above_zero, check_at_least_one, check_numbers, check_zero_or_more
 from merge_jax.objectives.distillation import cross_entropy
 from merge_jax.paths import some_of
 
@@ -62,7 +62,8 @@ def fit_head(
     and bias, so the head applies to the raw features. A feature that hardly varies then has large entries of the
     kernel, and training of the layers before it is unstable; a `floor` of 0.1 prevents both: `z_i` are divided by
     `sqrt(variance + floor * mean variance)` (our choice). Use it as a probe of features, or to initialise a last layer:
-    write `kernel` and `bias` over its leaves with `replace`.
+    write `kernel` and `bias` over its leaves with `replace`. Gradients with respect to the features pass through a head
+    fitted to logits; one fitted to labels has derivatives in forward mode alone (`jax.jvp`).
 
     Args:
       features: `[N, d]`, such as the mean of a feature map over positions.
@@ -79,48 +80,64 @@ def fit_head(
         `jit`, values are not checked, and `num_classes` is required for labels.
 
     Warns:
-      UserWarning: classes without an example, which the head never predicts, or no convergence.
+      UserWarning: classes without an example of weight above 0, which the head never predicts; no convergence; or no
+        feature that varies.
     """
     check_at_least_one(max_steps=max_steps)
-    for name, value in (("penalty", penalty), ("tolerance", tolerance)):
-        if not isinstance(value, Tracer) and not 0 < value < float("inf"):
-            raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
-    if not isinstance(floor, Tracer) and not 0 <= floor < float("inf"):
-        raise ValueError(f"floor must be a finite number of at least 0, got {floor!r}")
+    if not isinstance(penalty, Tracer):
+        check_above_zero(penalty=penalty)
+    if not isinstance(tolerance, Tracer):
+        check_above_zero(tolerance=tolerance)
+    if not isinstance(floor, Tracer):
+        check_zero_or_more(floor=floor)
+    check_numbers("features", features)
+    check_numbers("targets", targets)
     if np.ndim(features) != 2 or 0 in np.shape(features):
         raise ValueError(f"features must be [N, d], a vector of each example, got {list(np.shape(features))}")
+    if np.iscomplexobj(features):
+        raise ValueError("features must be real numbers: give the real and imaginary parts side by side")
     size = np.shape(features)[0]
-    check_numbers("targets", targets)
-    features, targets = jnp.asarray(features, jnp.float32), jnp.asarray(targets)
-    weights = jnp.ones(size) if weights is None else jnp.asarray(weights, jnp.float32)
+    if weights is not None:
+        check_numbers("weights", weights)
+    weights = jnp.ones(size, jnp.float32) if weights is None else jnp.asarray(weights, jnp.float32)
     if weights.shape != (size,):
         raise ValueError(f"weights must be [{size}], one of each example, got {list(weights.shape)}")
+    features = jnp.asarray(features, jnp.float32)
     _check_values("features", features)
     _check_values("weights", weights, smallest=0)
     if not isinstance(weights, Tracer) and not weights.any():
         raise ValueError("weights are all 0: no example counts")
-    classes = _check_targets(targets, size, num_classes)
-    if targets.ndim == 2:
-        return _ridge(features, targets.astype(jnp.float32), weights, penalty, floor)
-    head, slope = _logistic(features, targets, weights, penalty, floor, tolerance, classes, max_steps)
-    if not isinstance(slope, Tracer) and not slope <= 10 * tolerance:  # Rounding may keep it slightly above.
+    # On the host as given: on the device, JAX would cut labels of 64 bits to 32.
+    classes = _check_targets(targets if isinstance(targets, jax.Array) else np.asarray(targets), weights, num_classes)
+    options = [jnp.asarray(one, jnp.float32) for one in (penalty, floor, tolerance)]
+    if np.ndim(targets) == 2:
+        head = _ridge(features, jnp.asarray(targets, jnp.float32), weights, *options[:2])
+    else:
+        head, slope = _logistic(features, jnp.asarray(targets), weights, *options, classes, max_steps)
+        if not isinstance(slope, Tracer) and not slope <= 10 * tolerance:  # Rounding may keep it slightly above.
+            warnings.warn(
+                f"logistic regression has not converged in {max_steps} steps: the largest entry of its gradient is "
+                f"{float(slope):.2g}, the tolerance {float(tolerance):.2g}; give more max_steps, or raise the penalty",
+                stacklevel=2,
+            )
+    if not isinstance(head.kernel, Tracer) and not head.kernel.any():
         warnings.warn(
-            f"logistic regression has not converged in {max_steps} steps: the largest entry of its gradient is "
-            f"{float(slope):.2g}, the tolerance {tolerance:.2g}; give more max_steps, or raise the penalty",
+            "the head predicts the same of all examples: no feature varies in float32, or the targets do not",
             stacklevel=2,
         )
     return head
 
 
-def _check_values(name: str, array: jax.Array, smallest: float = -float("inf")) -> None:
+def _check_values(name: str, array: jax.Array | np.ndarray, smallest: float = -float("inf")) -> None:
     if not isinstance(array, Tracer) and not bool(jnp.all(jnp.isfinite(array) & (array >= smallest))):
         least = "" if smallest < 0 else f", each {smallest} or more"
         wrong = np.unique(np.argwhere(~np.asarray(jnp.isfinite(array) & (array >= smallest)))[:, 0])
         raise ValueError(f"{name} must be finite numbers{least}: those of {len(wrong)} examples are not ({wrong[0]})")
 
 
-def _check_targets(targets: jax.Array, size: int, num_classes: int | None) -> int:
+def _check_targets(targets: jax.Array | np.ndarray, weights: jax.Array, num_classes: int | None) -> int:
     """Returns the number of classes."""
+    size = len(weights)
     labelled = jnp.issubdtype(targets.dtype, jnp.integer) and targets.ndim == 1
     if not labelled and not (jnp.issubdtype(targets.dtype, jnp.floating) and targets.ndim == 2):
         raise ValueError(
@@ -132,6 +149,8 @@ def _check_targets(targets: jax.Array, size: int, num_classes: int | None) -> in
     if num_classes is not None:
         check_at_least_one(num_classes=num_classes)
     if not labelled:
+        if not targets.shape[1]:
+            raise ValueError(f"targets must be logits [N, C] of a class at least, got {list(targets.shape)}")
         _check_values("logits", targets)
         if num_classes not in (None, targets.shape[1]):
             raise ValueError(f"num_classes is {num_classes}, and there are {targets.shape[1]} logits")
@@ -147,7 +166,8 @@ def _check_targets(targets: jax.Array, size: int, num_classes: int | None) -> in
         raise ValueError(f"labels must lie in [0, {classes}), got {outside[0]} ({outside.size} are outside)")
     if size < classes:
         raise ValueError(f"{size} examples cannot cover {classes} classes: give at least one of each")
-    absent = sorted(set(range(classes)) - set(labels.tolist()))
+    counted = labels if isinstance(weights, Tracer) else labels[np.asarray(weights) > 0]
+    absent = sorted(set(range(classes)) - set(counted.tolist()))
     if absent:
         warnings.warn(
             f"no example has label {some_of(list(map(str, absent)), 5)}: the head will never predict it", stacklevel=3
@@ -176,7 +196,9 @@ def _ridge(features: jax.Array, logits: jax.Array, weights: jax.Array, penalty: 
     features, scale, shift = _standardised(features, weights, floor)
     mean = jnp.matmul(weights / jnp.sum(weights), logits, precision=_HIGHEST)
     weighted = features.T * weights[None]
-    products = jnp.matmul(weighted, features, precision=_HIGHEST) + penalty * jnp.eye(features.shape[1])
+    products = jnp.matmul(weighted, features, precision=_HIGHEST) + penalty * jnp.eye(
+        features.shape[1], dtype=jnp.float32
+    )
     crossed = jnp.matmul(weighted, logits - mean[None], precision=_HIGHEST)
     return _folded(jax.scipy.linalg.solve(products, crossed, assume_a="pos"), mean, scale, shift)
 
@@ -217,6 +239,6 @@ def _logistic(
         updates, state = optimizer.update(grad, state, head, value=value, grad=grad, value_fn=loss)
         return jax.tree.map(jnp.add, head, updates), state
 
-    head = Head(jnp.zeros((features.shape[1], classes)), jnp.zeros(classes))
+    head = Head(jnp.zeros((features.shape[1], classes), jnp.float32), jnp.zeros(classes, jnp.float32))
     head, state = lax.while_loop(goes_on, advance, (head, optimizer.init(head)))
     return _folded(*head, scale, shift), slope(state)

@@ -14,7 +14,7 @@ import optax
 from flax import struct
 from jax import lax
 
-from merge_jax.checks import all_finite, check_arrays, check_choice, check_learnable
+from merge_jax.checks import all_finite, check_arrays, check_choice, check_key, check_learnable
 from merge_jax.paths import flatten, some_of
 from merge_jax.training.nonfinite import select_update
 from merge_jax.training.optimizers import adapter_adamw, holds_parameters, optimizer_update, warn_of_short_moments
@@ -131,13 +131,14 @@ def init_joint_state(
       adapter_optimizer: the same as in `make_joint_step`; `adapter_adamw()` if not given.
 
     Raises:
-      ValueError: not a task or a transfer, a trained leaf that is not a float array, or route errors from
+      ValueError: not a key, a task or a transfer, a trained leaf that is not a float array, or route errors from
         `transfer.init`.
 
     Warns:
       UserWarning: the target's optimizer stores a copy of the parameters, which a transfer does not update; one matrix
         appears at two paths of a trained model; or an optimizer's second moments are bfloat16.
     """
+    check_key(key)
     check_tasks(source, target, transfer)
     check_learnable("target", target_params)
     (check_arrays if source is None else check_learnable)("source", source_params)

@@ -11,9 +11,16 @@ import optax
 from jax import lax
 from jax.core import Tracer
 
-from merge_jax.checks import all_finite, check_apply, check_learnable, error_context
+from merge_jax.checks import (
+    all_finite,
+    check_above_zero,
+    check_apply,
+    check_key,
+    check_learnable,
+    error_context,
+    name_missing_collections,
+)
 from merge_jax.objectives.features import CompareOn, FeatureObjective, disagreement, with_features
-from merge_jax.objectives.losses import name_missing_collections
 from merge_jax.training.nonfinite import NumericFaultError
 from merge_jax.training.packing import packed
 from merge_jax.training.running_statistics import bind_axis, check_inputs, check_variables, evenly_split
@@ -92,15 +99,16 @@ def prepare(
       axis_name: the axis that the models' BatchNorm averages over under `pmap`, if any; here each batch is whole.
 
     Raises:
-      ValueError: fewer than two inputs, inputs with different numbers of examples, no layers or an unknown one,
-        variables without `params`, a module instead of its `apply`, or a transfer that does not fit.
+      ValueError: not a key, fewer than two inputs, inputs with different numbers of examples, no layers or an unknown
+        one, variables without `params`, a module instead of its `apply`, or a transfer that does not fit.
       NumericFaultError: the loss or the result is not finite (not checked under `jit`).
     """
     pairs = tuple(layers.items() if isinstance(layers, Mapping) else layers)
     if not pairs or not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in pairs):
         raise ValueError(f"layers must be one or more pairs {{target's layer: source's layer}}, got {layers!r}")
-    if not isinstance(learning_rate, Tracer) and not 0 < learning_rate < float("inf"):
-        raise ValueError(f"learning_rate must be a finite number above 0, got {learning_rate!r}")
+    check_key(key)
+    if not isinstance(learning_rate, Tracer):
+        check_above_zero(learning_rate=learning_rate)
     check_apply(source_apply=source_apply, target_apply=target_apply)
     size = check_inputs(inputs, steps=steps, batch_size=batch_size)
     if size < 2:
@@ -147,7 +155,7 @@ def prepare(
 def _source_features(
     apply: ModelApply, layers: tuple[str, ...], variables: dict[str, Any], inputs: tuple[jax.Array, ...]
 ) -> tuple[jax.Array, ...]:
-    with error_context("the source"), name_missing_collections(variables, "source"):
+    with error_context("the source"), name_missing_collections(variables):
         return with_features(apply, layers)(variables, *inputs, train=False)[1]
 
 
@@ -176,7 +184,7 @@ def _learn(
         run: Callable[[], Any] = functools.partial(
             observe, {"params": params, **state}, *seen, train=True, mutable=list(state), rngs={"dropout": key}
         )
-        with error_context("the target"), name_missing_collections(state):
+        with error_context("the target"), name_missing_collections(["params", *state]):
             (_, features), new_state = bind_axis(run, plan.axis_name)
         return features, {**state, **new_state}
 

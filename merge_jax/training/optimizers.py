@@ -1,7 +1,6 @@
 """Optimizers: the adapter's, and the joint step's requirements on the models'."""
 
 import inspect
-import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.extend import core
 
+from merge_jax.checks import check_above_zero, check_zero_or_more
 from merge_jax.paths import some_of
 from merge_jax.training.packing import packed
 from merge_jax.types import Params
@@ -33,11 +33,10 @@ def adapter_adamw(
     Raises:
       ValueError: a rate or a norm that is not finite and above 0, or a decay that is not finite and at least 0.
     """
-    for name, value in {"learning_rate": learning_rate, "max_norm": max_norm}.items():
-        if not callable(value) and not 0 < value < math.inf:
-            raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
-    if not 0 <= weight_decay < math.inf:
-        raise ValueError(f"weight_decay must be a finite number of at least 0, got {weight_decay!r}")
+    if not callable(learning_rate):
+        check_above_zero(learning_rate=learning_rate)
+    check_above_zero(max_norm=max_norm)
+    check_zero_or_more(weight_decay=weight_decay)
 
     def decays(params: dict[str, Any]) -> dict[str, Any]:
         large = {path: path.endswith("kernel") for path in params["large"]}

@@ -12,8 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from merge_jax.checks import check_apply, check_at_least_one
-from merge_jax.objectives.losses import name_missing_collections
+from merge_jax.checks import check_apply, check_at_least_one, name_missing_collections
 from merge_jax.paths import flatten, replace
 from merge_jax.types import ModelApply
 
@@ -52,8 +51,7 @@ def reset_statistics(
     size = check_inputs(inputs, batch_size=batch_size)
     check_variables("variables", variables)
     statistics = variables.get(_COLLECTION, {})
-    state = {name: value for name, value in variables.items() if name != "params"}
-    with name_missing_collections(state):
+    with name_missing_collections(variables):
         if not jax.tree.leaves(statistics):
             jax.eval_shape(lambda *rows: _in_training(apply, variables, rows, axis_name), *(one[:1] for one in inputs))
             return dict(variables)

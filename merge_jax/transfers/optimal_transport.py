@@ -1,13 +1,12 @@
 """Fusion by optimal transport: matches the source's neurons with the target's and averages both."""
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from merge_jax.checks import check_at_least_one
+from merge_jax.checks import check_above_zero, check_at_least_one
 from merge_jax.layouts import overlap_blocks
 from merge_jax.transfers.base import Key, Step, Transfer
 from merge_jax.transfers.describe import RouteCost, count_flops
@@ -60,8 +59,7 @@ def optimal_transport_transfer(
     """
     named_routes = kernel_routes(routes)
     check_at_least_one(iterations=iterations)
-    if not (regularisation > 0 and math.isfinite(regularisation)):
-        raise ValueError(f"regularisation must be a finite number above 0, got {regularisation}")
+    check_above_zero(regularisation=regularisation)
     if not 0 <= weight <= 1:
         raise ValueError(f"weight must lie in [0, 1], got {weight}")
 

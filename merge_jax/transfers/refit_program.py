@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax.errors import ApplyScopeInvalidVariablesTypeError, ScopeCollectionNotFound, ScopeParamShapeError
+from flax.errors import InvalidRngError, ModifyScopeVariableError, ScopeParamNotFoundError, ScopeParamShapeError
 from jax import lax
 from jax.core import Tracer
 
-from merge_jax.checks import all_finite, error_context
-from merge_jax.paths import flatten, replace, some_of
+from merge_jax.checks import all_finite, error_context, name_missing_collections
+from merge_jax.paths import flatten, replace
 from merge_jax.transfers.alignment_fit import ChannelChoice, choose
 from merge_jax.transfers.alignment_plan import plan_alignment
 from merge_jax.transfers.alignment_write import written_leaves
@@ -178,14 +178,14 @@ def _averaged(moments: LayerMoments, axis_name: str) -> LayerMoments:
 
 
 def _followed(role: str, fn: ModelFn, variables: Params, batch: list[Any]) -> FollowedModel:
-    with error_context(f"the {role}"):
+    with error_context(f"the {role}"), name_missing_collections(variables):
         try:
             return FollowedModel(*ChannelTrace.followed(fn, variables, batch, strict=True))
-        except (ScopeCollectionNotFound, ApplyScopeInvalidVariablesTypeError) as error:
-            raise ValueError(
-                "it reads a collection that it was not given: pass variables as model.init returns them, {'params': "
-                f"...}} and the model's state, got {some_of(list(map(repr, variables)), 3)} ({error})"
-            ) from None
-        except ScopeParamShapeError as error:
+        except (ScopeParamNotFoundError, ScopeParamShapeError) as error:
             shapes = [list(one.shape) for one in batch]
             raise ValueError(f"its variables do not fit the model and inputs of {shapes} ({error})") from None
+        except (InvalidRngError, ModifyScopeVariableError) as error:
+            raise ValueError(
+                "it updates its state or draws random numbers, as in training mode: give it in evaluation mode, such as"
+                f" functools.partial(model.apply, train=False) ({error})"
+            ) from None

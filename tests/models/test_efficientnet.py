@@ -75,7 +75,7 @@ def test_the_sibling_of_half_the_width_has_the_same_leaves():
 
 @pytest.mark.parametrize("multipliers", [{"width": 0}, {"depth": -1.0}, {"width": float("inf")}])
 def test_multipliers_are_above_0(multipliers):
-    with pytest.raises(ValueError, match="width and depth must be above 0"):
+    with pytest.raises(ValueError, match="must be a finite number above 0"):
         efficientnet_lite(10, **multipliers)
 
 

@@ -83,7 +83,7 @@ def test_published_models_have_the_published_number_of_parameters(model, expecte
 
 @pytest.mark.parametrize("width", [0, -1.0, float("inf"), float("nan")])
 def test_the_width_of_a_mobilenet_is_above_0(width):
-    with pytest.raises(ValueError, match=r"^width must be above 0, got"):
+    with pytest.raises(ValueError, match=r"^width must be a finite number above 0, got"):
         mj.models.mobilenet_v2_imagenet(width=width)
 
 

@@ -168,5 +168,5 @@ def test_only_libraries_that_have_it_are_names_for_a_resnet():
 def test_stems_and_widths_are_checked():
     with pytest.raises(ValueError, match="unknown stem '7x7'"):
         shapes_of("basic", stem="7x7")
-    with pytest.raises(ValueError, match="width must be above 0, got 0"):
+    with pytest.raises(ValueError, match="width must be a finite number above 0, got 0"):
         mj.models.resnet50_imagenet(width=0)

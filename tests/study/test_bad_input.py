@@ -77,12 +77,18 @@ ROWS = {
         refused("cross_structure", "--learning-rate", "inf"),
         "learning_rate must be a finite number, got inf",
     ),
-    "rate 0": (refused("cross_structure", "--learning-rate", "0"), "learning_rate must be above 0, got 0.0"),
+    "rate 0": (
+        refused("cross_structure", "--learning-rate", "0"),
+        "learning_rate must be a finite number above 0, got 0.0",
+    ),
     "momentum 1": (refused("cross_structure", "--momentum", "1"), "momentum must lie in [0, 1), got 1.0"),
-    "rate below 0": (refused("cross_task", "--learning-rate", "-0.1"), "learning_rate must be above 0, got -0.1"),
+    "rate below 0": (
+        refused("cross_task", "--learning-rate", "-0.1"),
+        "learning_rate must be a finite number above 0, got -0.1",
+    ),
     "rate of the source": (
         refused("cross_task", "--source-learning-rate", "-1"),
-        "source_learning_rate must be above 0, got -1.0",
+        "source_learning_rate must be a finite number above 0, got -1.0",
     ),
     "rate of the source nan": (
         refused("cross_task", "--source-learning-rate", "nan"),
@@ -90,7 +96,7 @@ ROWS = {
     ),
     "rate of the adapter": (
         refused("self_transfer", "--adapter-learning-rate", "0"),
-        "adapter_learning_rate must be above 0, got 0.0",
+        "adapter_learning_rate must be a finite number above 0, got 0.0",
     ),
     "rate of the adapter inf": (
         refused("self_transfer", "--adapter-learning-rate", "inf"),

@@ -316,7 +316,7 @@ def refusal(capsys, *arguments):
         (["--labels", "5"], "between 10, one of each class, and 1197, the number there is, got 5"),
         (["--checkpoint-every", "30"], "checkpoint_every must be a multiple of report_every"),
         (["--adapter-learning-rate", "nan"], "adapter_learning_rate must be a finite number, got nan"),
-        (["--learning-rate", "-1"], "learning_rate must be above 0, got -1.0"),
+        (["--learning-rate", "-1"], "learning_rate must be a finite number above 0, got -1.0"),
         (["--temperature", "0", "--methods", "kd"], "temperature must be above 0, got 0.0"),
         (["--routes", "fc/kernal"], "a route must be target=source, such as fc/kernel=fc/kernel, got 'fc/kernal'"),
         (["--routes", "fc/kernel=fc/kernel", "fc/kernel=head/kernel"], "'fc/kernel' is routed twice"),

@@ -82,6 +82,21 @@ def test_a_class_without_an_example_is_told():
     with pytest.warns(UserWarning, match="no example has label 3: the head will never predict it"):
         head = mj.fit_head(FEATURES, labels)
     assert not (np.argmax(head(FEATURES), 1) == 3).any()
+    with pytest.warns(UserWarning, match="no example has label 3"):
+        mj.fit_head(FEATURES, LABELS, weights=LABELS != 3, num_classes=np.max(LABELS) + 1)
+
+
+def test_features_that_do_not_vary_are_told():
+    with pytest.warns(UserWarning, match="predicts the same of all examples: no feature varies"):
+        head = mj.fit_head(np.full((300, 2), 1e25), LABELS)
+    assert head.bias.any()
+
+
+def test_the_head_is_of_32_bits_among_64():
+    with jax.enable_x64(True):
+        for targets in (LABELS, FEATURES[:, :3]):
+            head = mj.fit_head(FEATURES, targets, penalty=np.float64(10))
+            assert head.kernel.dtype == head.bias.dtype == np.float32
 
 
 def test_no_convergence_is_told():
@@ -95,7 +110,7 @@ def test_no_convergence_is_told():
         ({"features": FEATURES.reshape(300, 8, 8)}, r"features must be \[N, d\].*got \[300, 8, 8\]"),
         ({"features": FEATURES[:299]}, "there are 299 features and 300 targets"),
         ({"features": np.where(FEATURES == 5, np.nan, FEATURES)}, "features must be finite numbers: those of"),
-        ({"targets": LABELS + 0.0}, r"labels \[N\], whole numbers, or logits .* got float32 \[300\]"),
+        ({"targets": LABELS + 0.0}, r"labels \[N\], whole numbers, or logits .* got float64 \[300\]"),
         ({"targets": np.eye(10, dtype=int)[LABELS]}, "of one-hot labels, take argmax"),
         ({"targets": LABELS.astype(str)}, "targets must be numbers, got an array of <U"),
         ({"num_classes": 9}, r"labels must lie in \[0, 9\), got 9"),
@@ -103,6 +118,13 @@ def test_no_convergence_is_told():
         ({"num_classes": 400}, "300 examples cannot cover 400 classes"),
         ({"targets": FEATURES, "num_classes": 3}, "num_classes is 3, and there are 64 logits"),
         ({"penalty": 0.0}, "penalty must be a finite number above 0, got 0.0"),
+        ({"penalty": "1"}, "penalty must be a finite number above 0, got '1'"),
+        ({"floor": None}, "floor must be a finite number of at least 0, got None"),
+        ({"features": FEATURES.astype(object)}, "features must be numbers, got an array of object"),
+        ({"features": FEATURES + 1j}, "features must be real numbers"),
+        ({"targets": np.array([2**40] * 300)}, "300 examples cannot cover"),  # 0 in 32 bits.
+        ({"targets": np.zeros((300, 0))}, r"logits \[N, C\] of a class at least, got \[300, 0\]"),
+        ({"weights": "balanced"}, "weights must be numbers, got str"),
         ({"weights": np.ones(3)}, r"weights must be \[300\]"),
         ({"weights": -np.ones(300)}, "each 0 or more"),
         ({"weights": np.zeros(300)}, "weights are all 0"),

@@ -258,7 +258,7 @@ def test_bad_inputs_are_refused():
     source, target = perceptron(0, 8), perceptron(1, 4)
     with pytest.raises(ValueError, match="the refit needs inputs"):
         refit_mlp(source, target, X[:0])
-    with pytest.raises(ValueError, match="ridge must be above 0, got 0"):
+    with pytest.raises(ValueError, match="ridge must be a finite number above 0, got 0"):
         refit_mlp(source, target, ridge=0)
     with pytest.raises(ValueError, match="batch_size must be a whole number of at least 1"):
         refit_mlp(source, target, batch_size=0)

@@ -6,11 +6,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import merge_jax as mj
 
 EVERYTHING = {"**": "**"}
+TASK = mj.Task(lambda *given: None, optax.sgd(0.1))
 X = jnp.asarray(np.random.default_rng(0).normal(size=(20, 5)), jnp.float32)
 
 
@@ -22,6 +24,26 @@ def test_inputs_are_arrays_one_after_the_other():
         fit([[0.0, 1.0], [1.0, 0.0]])
     with pytest.raises(ValueError, match="input 0 of the refit must be numbers, got an array of <U6"):
         fit(np.array(["a text"]))
+
+
+class Calm(nn.Module):
+    """In training mode unless told otherwise, as many models are."""
+
+    noise: float
+
+    @nn.compact
+    def __call__(self, x, train=True):
+        x = nn.BatchNorm(use_running_average=not train, name="norm")(x)
+        return nn.Dense(2, name="last")(nn.Dropout(self.noise, deterministic=not train)(x))
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.5])  # Flax has an error for each.
+def test_a_model_that_trains_unless_told_otherwise_is_named(noise):
+    model = Calm(noise)
+    variables = model.init(jax.random.key(0), X, train=False)
+    calm = functools.partial(model.apply, train=False)
+    with pytest.raises(ValueError, match="^the target: it updates .* evaluation mode, such as functools.partial"):
+        mj.refit(EVERYTHING, calm, model.apply, variables, variables, X)
 
 
 @pytest.mark.filterwarnings("error:the source does not read")
@@ -39,6 +61,8 @@ def test_a_model_in_training_mode_is_told():
 
 
 def test_a_module_is_not_its_apply():
+    with pytest.raises(ValueError, match="source must be a function, such as model.apply, got NoneType"):
+        mj.refit(EVERYTHING, None, nn.Dense(2).apply, {}, {}, X)
     model, variables = nn.Dense(2), {"params": {}}
     for call in (
         lambda: mj.refit(EVERYTHING, model.apply, model, {}, {}, X),
@@ -54,7 +78,7 @@ def test_parameters_without_their_collection_are_named(model):
     x = jnp.zeros((4, 3))
     variables = model.init(jax.random.key(0), x)
     names = ", ".join(map(repr, sorted(variables["params"])))
-    with pytest.raises(ValueError, match=f"^the source: it reads .* as model.init returns them, .* got {names} "):
+    with pytest.raises(ValueError, match=f"^the source: the model reads .* all that model.init made, .* got {names} "):
         mj.refit(EVERYTHING, model.apply, model.apply, variables["params"], variables, x)
 
 
@@ -73,9 +97,22 @@ def test_options_of_another_type_are_named():
     model = nn.Dense(2)
     variables = model.init(jax.random.key(0), X)
     fit = functools.partial(mj.refit, EVERYTHING, model.apply, model.apply, variables, variables, X)
-    for key in (0, jnp.zeros(2), np.zeros(2, np.uint32)):
+    for key in (0, jnp.zeros(2), jax.random.split(jax.random.key(0), 3), np.zeros(5, np.uint32)):
         with pytest.raises(ValueError, match=r"the key must be one of JAX's, such as jax.random.key\(0\), got"):
             fit(key=key)
+    for call in (
+        lambda key: mj.prepare(key, {"a": "a"}, model.apply, model.apply, variables, variables, X),
+        lambda key: mj.init_joint_state(
+            key,
+            None,
+            TASK,
+            mj.identity_transfer(),
+            source_params=variables["params"],
+            target_params=variables["params"],
+        ),
+    ):
+        with pytest.raises(ValueError, match=r"the key must be one of JAX's, such as jax.random.key\(0\), got 0"):
+            call(0)
     for ridge in ("1e-2", None):
-        with pytest.raises(ValueError, match=f"ridge must be above 0, got {ridge!r}"):
+        with pytest.raises(ValueError, match=f"ridge must be a finite number above 0, got {ridge!r}"):
             fit(ridge=ridge)
