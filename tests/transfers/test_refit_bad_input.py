@@ -42,7 +42,7 @@ def test_a_model_that_trains_unless_told_otherwise_is_named(noise):
     model = Calm(noise)
     variables = model.init(jax.random.key(0), X, train=False)
     calm = functools.partial(model.apply, train=False)
-    with pytest.raises(ValueError, match="^the target: it updates .* evaluation mode, such as functools.partial"):
+    with pytest.raises(ValueError, match=r"^the target: it updates .* evaluation mode, such as functools\.partial"):
         mj.refit(EVERYTHING, calm, model.apply, variables, variables, X)
 
 
@@ -61,7 +61,7 @@ def test_a_model_in_training_mode_is_told():
 
 
 def test_a_module_is_not_its_apply():
-    with pytest.raises(ValueError, match="source must be a function, such as model.apply, got NoneType"):
+    with pytest.raises(ValueError, match=r"source must be a function, such as model\.apply, got NoneType"):
         mj.refit(EVERYTHING, None, nn.Dense(2).apply, {}, {}, X)
     model, variables = nn.Dense(2), {"params": {}}
     for call in (
