@@ -58,7 +58,8 @@ class RunConfig:
     """How the adapter learns: by the exact gradient of the target's loss, or by the published surrogate."""
     opponents: tuple[OpponentName, ...] = OPPONENTS
     """Baselines in a classifier's tables, without training: logistic regression on the raw inputs and on the source's
-    features, and the source itself. With many labels they take minutes."""
+    features, and the source itself. With many labels they take minutes. A resumed run may name others, for the seeds
+    that are still to train."""
     report_every: int = 15
     """Steps (or epochs) between reports, which show metrics and validate."""
     checkpoint_every: int = 150

@@ -86,8 +86,8 @@ class Measures(NamedTuple):
 FitHead = Callable[[TrainState, int], tuple[dict[str, np.ndarray], ModelState]]
 """`(target right after the write, seed) -> (leaves of its last layer by path, model state)`."""
 
-Opponents = Callable[[TrainState, int], dict[str, float]]
-"""`(source, seed) -> test accuracy by opponent`."""
+Opponents = Callable[[TrainState, int, Collection[str]], dict[str, float]]
+"""`(source, seed, names) -> test accuracy by opponent`, of those in `names`."""
 
 
 def make_measures(model: StudyModel, observe: Observe | None, axis_name: str | None = None) -> Measures:
@@ -206,24 +206,18 @@ def _last_layer(name: str, params: Any, features: np.ndarray, logits: np.ndarray
     raise ValueError(f"head_first: no kernel and bias of {name} make its logits of its 'features'")
 
 
-def make_opponents(
-    scenario: Scenario,
-    source_plan: SourcePlan,
-    *,
-    controlled: bool = False,
-    names: Collection[str] = OPPONENTS,
-) -> Opponents:
+def make_opponents(scenario: Scenario, source_plan: SourcePlan, *, controlled: bool = False) -> Opponents:
     """Returns a classifier's baselines (opponents), with the same labelled examples and without training.
 
     `inputs_lr` is a logistic regression on its raw inputs, `source_lr` one on the source's features of these inputs,
     and `source` the source itself, if its labels are the target's. The latter two need a source that can read the
     inputs and is trained before the target. A source no better than chance on its own labels causes a warning, unless
-    it is `controlled`, such as an untrained one. Only those in `names` are measured.
+    it is `controlled`, such as an untrained one.
     """
     target, source = scenario.target, scenario.source
     observe = None if source is None or source_plan.live else observer(source, target.splits(0).test)
 
-    def opponents(state: TrainState, seed: int) -> dict[str, float]:
+    def opponents(state: TrainState, seed: int, names: Collection[str] = OPPONENTS) -> dict[str, float]:
         sample = sampled(target, seed)
         if sample is None:
             return {}

@@ -1,6 +1,7 @@
 """Scenarios of two models: methods from options and routes, every transfer with every objective."""
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
@@ -100,6 +101,8 @@ def make_scenario(
     if not isinstance(config, TransferOptions):
         raise TypeError("the config of a scenario has TransferOptions: class Config(TransferOptions, RunConfig)")
     target = replace(target, head_penalty=config.head_penalty, head_floor=config.head_floor)
+    if config.head_floor and not config.head_first:
+        print("warning: --head-floor has no effect without --head-first", file=sys.stderr)
     if config.unlabelled and target.pool is None:
         raise ValueError(f"unlabelled is {config.unlabelled}, but {target.name} has no pool of unlabelled inputs")
     schedule = _make_schedule(config, *(num_examples(model.splits(0).train) for model in (source or target, target)))

@@ -192,7 +192,7 @@ def _train(
     """Trains every method on every seed without a result, and adds the results to the list and the folder."""
     programs = _compile(checked, missing, folder)
     controlled = config.source_control != "none"
-    measure = make_opponents(scenario, checked.source_plan, controlled=controlled, names=config.opponents)
+    measure = make_opponents(scenario, checked.source_plan, controlled=controlled)
     opponents = folder.read_json(OPPONENTS, [])
     with _progress(scenario, checked, missing) as bar, signals:
         trainer = Trainer(checked.layout, programs, folder, bar, signals)
@@ -200,8 +200,9 @@ def _train(
             if not names:  # So its source is not needed.
                 continue
             source = control_source(config.source_control, _source(trainer, checked, seed, folder), seed)
-            if all(entry["seed"] != seed for entry in opponents):
-                found = measure(source, seed)
+            known = {entry["opponent"] for entry in opponents if entry["seed"] == seed}
+            if wanted := set(config.opponents) - known:
+                found = measure(source, seed, wanted)
                 opponents += [{"opponent": name, "seed": seed, "target_test": value} for name, value in found.items()]
                 folder.write_json(OPPONENTS, opponents)
             for name in names:

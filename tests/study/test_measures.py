@@ -142,8 +142,8 @@ def test_opponents_are_the_inputs_and_the_source(scenario, source):
     other = replace(scenario, source=replace(scenario.source, splits=relabelled))
     assert list(make_opponents(other, plan)(source, 0)) == ["inputs_lr", "source_lr"]
     assert list(make_opponents(replace(scenario, source=None), plan)(source, 0)) == ["inputs_lr"]
-    assert make_opponents(scenario, plan, names=["source"])(source, 0) == {"source": found["source"]}
-    assert make_opponents(scenario, plan, names=[])(source, 0) == {}
+    assert make_opponents(scenario, plan)(source, 0, ["source"]) == {"source": found["source"]}
+    assert make_opponents(scenario, plan)(source, 0, []) == {}
 
 
 def test_a_source_that_knows_nothing_is_warned_of(scenario, source, capsys):
@@ -281,11 +281,12 @@ def test_all_methods_see_the_same_pool_and_the_labelled_batches_stay():
     assert set(examples) == {"image", "label", "pool/image"}
 
 
-def test_a_scenario_without_a_pool_refuses_unlabelled_inputs():
-    config = replace(CONFIG, unlabelled=10)
+def test_a_scenario_without_a_pool_refuses_unlabelled_inputs(capsys):
+    config = replace(CONFIG, unlabelled=10, head_floor=0.1)
     target = cross_structure.build(CONFIG).target
     with pytest.raises(ValueError, match="unlabelled is 10, but small_resnet_half has no pool of unlabelled inputs"):
         study.make_scenario("s", config, target, target, [])
+    assert "--head-floor has no effect without --head-first" in capsys.readouterr().err
 
 
 def test_a_rate_is_a_factor_on_every_update(scenario):
