@@ -147,9 +147,9 @@ class AxisNodes(TiedAxes):
                 raise ValueError(
                     f"the operation {operation!r} cannot be followed: its input has the channels of {place[0]!r}, "
                     f"along axis {place[1]}, and it is unknown which leaves read them afterwards. "
-                    f"{_INSTEAD.get(operation, 'Give a function without it')}. Or pass strict=False to channel_graph, "
-                    "which separates the axes before and after it: aligned_transfer then copies them unchanged if "
-                    "their sizes are equal, and refuses them otherwise"
+                    f"{_INSTEAD.get(operation, 'Give a function without it')}. For aligned_transfer alone, not for a "
+                    "refit, you may pass strict=False to channel_graph: it separates the axes before and after the "
+                    "operation, which are copied unchanged if their sizes are equal, and refused otherwise"
                 )
 
     def _is_place(self, path: str, axis: int) -> bool:
