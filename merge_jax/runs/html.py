@@ -109,7 +109,7 @@ def _options(run: Run) -> list[str]:
 
 def _given(run: Run) -> set[str]:
     """Returns the options the run was started with, by their config names."""
-    words = shlex.split(run.sessions[0]["command"])
+    words = shlex.split(run.command)
     # tyro takes `-` for `_`; `--no-x` is False for x; `--x.y` is a part of x.
     names = {word[2:].partition("=")[0].replace("-", "_").partition(".")[0] for word in words if word[:2] == "--"}
     return names | {name.removeprefix("no_") for name in names}
@@ -144,8 +144,6 @@ def _commands(run: Run) -> str:
 
 def _resuming(run: Run) -> str:
     """Returns the command that resumes a run."""
-    command = run.sessions[0]["command"]
-    words = command.split()
-    given = any(word.split("=")[0].replace("_", "-") == "--run-dir" for word in words)
-    command += "" if given else f" --run-dir {shlex.quote(str(run.path))}"
-    return command if "--resume" in words else f"{command} --resume"
+    given = any(word.split("=")[0].replace("_", "-") == "--run-dir" for word in shlex.split(run.command))
+    where = "" if given else f" --run-dir {shlex.quote(str(run.path))}"
+    return f"{run.command}{where} --resume"

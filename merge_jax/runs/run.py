@@ -1,6 +1,7 @@
 """A run read from its folder: plan and results."""
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -216,6 +217,11 @@ class Run:
         if not run.results:
             raise ValueError(f"no method of the run {path} has ended yet: resume it first")
         return run
+
+    @property
+    def command(self) -> str:
+        """The command of the last session, without --resume; an earlier one may have fewer seeds and methods."""
+        return shlex.join(word for word in shlex.split(self.sessions[-1]["command"]) if word != "--resume")
 
     @property
     def methods(self) -> tuple[str, ...]:

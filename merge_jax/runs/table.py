@@ -174,13 +174,17 @@ def notes(run: Run) -> list[str]:
         protocol += " " + START_NOTE.format(metric=words(plan.target.metric))
     if run.opponents:
         protocol += f" {opponent_note(run.opponents_by_seed())}"
-    lines = [protocol, *filter(None, [plan.caution]), session["command"]]
+    lines = [protocol, *filter(None, [plan.caution]), run.command]
     lines.append(
         f"{plan.devices}, {session['cpu_count']} cores, jax {session['versions']['jax']}, {session['date'][:10]}"
     )
     ended = {(result["method"], result["seed"]) for result in run.results}
     if len(ended) < plan.seeds * len(plan.methods):
         lines.append(f"not ended: {len(ended)} of {plan.seeds * len(plan.methods)} trainings are here")
+    seeds = {seed for _, seed in ended}
+    for name, reached in run.opponents_by_seed().items():
+        if missing := len(seeds - reached.keys()):
+            lines.append(f"{name}: measured on {len(seeds) - missing} of {len(seeds)} seeds")
     for result in run.results:
         if result.get("faults"):
             counts = ", ".join(f"{name} {count}" for name, count in result["faults"].items())

@@ -228,11 +228,14 @@ def make_opponents(scenario: Scenario, source_plan: SourcePlan, *, controlled: b
         if observe is not None and source is not None and given is not None:
             if not controlled:
                 _warn_of_chance(source, observe, given, seed)
-            if not {"source_lr", "source"}.isdisjoint(names):
+            labels, accuracy = _labels(sample)[1], None
+            if "source_lr" in names:
                 found["source_lr"], accuracy = _probed(observe, given, sample, target.head_penalty)
-                own = source.splits(seed).test
-                if "label" in own and np.array_equal(np.asarray(own["label"]), _labels(sample)[1]):
-                    found["source"] = accuracy
+            own = source.splits(seed).test
+            if "source" in names and "label" in own and np.array_equal(np.asarray(own["label"]), labels):
+                if accuracy is None:
+                    accuracy = observe(given.params, given.model_state, sample.test).accuracy(labels)
+                found["source"] = accuracy
         return {name: value for name, value in found.items() if value is not None and name in names}
 
     return opponents

@@ -1,6 +1,7 @@
 """Commands on runs and weights: what they print, write and refuse."""
 
 import gc
+import html
 import html.parser
 import importlib.metadata
 import importlib.util
@@ -19,7 +20,7 @@ import merge_jax as mj
 import merge_jax.commands.compare
 from merge_jax.commands import main
 from merge_jax.runs import Comparison, Plan, Run, html_report
-from merge_jax.runs.table import meaning
+from merge_jax.runs.table import meaning, notes
 from tests.smoke import run
 
 LITTLE = ["smoke", "--seeds", "2", "--steps", "4", "--source-steps", "4", "--report-every", "2"]
@@ -235,6 +236,20 @@ def test_options_of_the_command_come_first_and_others_are_folded(runs):
     assert names.findall(shown) == [name for name in run.config if name in given]
     assert names.findall(folded) == [name for name in run.config if name not in given]
     assert folded.rstrip().endswith("</details>")
+
+
+def test_the_command_of_a_run_is_the_last_one(runs):
+    run = Run.read(runs / "one")
+    commands = ("python -m e smoke --seeds 1", "python -m e smoke --resume --seeds 2 --run-dir 'a b'")
+    run = replace(run, sessions=[{**run.sessions[0], "command": command} for command in commands])
+    assert run.command == "python -m e smoke --seeds 2 --run-dir 'a b'" == notes(run)[-2]
+    assert f"{html.escape(run.command)} --resume" in html_report(run)
+
+
+def test_an_opponent_of_fewer_seeds_is_told(runs):
+    run = Run.read(runs / "one")
+    few = [one for one in run.opponents if (one["opponent"], one["seed"]) != ("inputs_lr", 1)]
+    assert set(notes(replace(run, opponents=few))) - set(notes(run)) == {"inputs_lr: measured on 1 of 2 seeds"}
 
 
 def test_what_a_page_shows_is_text_and_never_markup(runs, tmp_path):
