@@ -31,6 +31,7 @@ __all__ = [
     "check_zero_or_more",
     "count_examples",
     "error_context",
+    "name_misfit",
     "name_missing_collections",
     "what_to_give",
 ]
@@ -203,6 +204,19 @@ def name_missing_collections(given: Iterable[str], role: str | None = None) -> I
             f"the model reads a collection that it was not given: give all that model.init made, such as {whole}, "
             f"got {names} ({error})"
         ) from None
+
+
+@contextlib.contextmanager
+def name_misfit(inputs: Iterable[Any]) -> Iterator[None]:
+    """Replaces Flax's errors for parameters of other shapes or names with a ValueError that has the inputs' shapes."""
+    import numpy as np
+    from flax.errors import ScopeParamNotFoundError, ScopeParamShapeError
+
+    try:
+        yield
+    except (ScopeParamNotFoundError, ScopeParamShapeError) as error:
+        shapes = [list(np.shape(one)) for one in inputs]
+        raise ValueError(f"the variables do not fit the model and inputs of {shapes} ({error})") from None
 
 
 def check_apply(**functions: Any) -> None:

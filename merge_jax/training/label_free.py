@@ -18,6 +18,7 @@ from merge_jax.checks import (
     check_key,
     check_learnable,
     error_context,
+    name_misfit,
     name_missing_collections,
 )
 from merge_jax.objectives.features import CompareOn, FeatureObjective, disagreement, with_features
@@ -144,9 +145,13 @@ def prepare(
         shown = jax.tree.map(lambda *features: jnp.concatenate(features), *parts)
     prepared, losses = _learn(plan, key, learning_rate, learned, source_variables, target_variables, inputs, shown)
     if not isinstance(losses, Tracer) and not all_finite(losses, prepared):
+        hint = f"a learning_rate below {float(learning_rate):.3g} may help"
+        for place, one in enumerate(inputs):
+            if not all_finite(one):
+                hint = f"input {place} has values that are not finite"
         raise NumericFaultError(
             f"the target's features came to no finite loss or parameters in {steps} steps (losses {losses[0]:.3g} to "
-            f"{losses[-1]:.3g}): a learning_rate below {float(learning_rate):.3g} may help"
+            f"{losses[-1]:.3g}): {hint}"
         )
     return prepared
 
@@ -155,7 +160,7 @@ def prepare(
 def _source_features(
     apply: ModelApply, layers: tuple[str, ...], variables: dict[str, Any], inputs: tuple[jax.Array, ...]
 ) -> tuple[jax.Array, ...]:
-    with error_context("the source"), name_missing_collections(variables):
+    with error_context("the source"), name_missing_collections(variables), name_misfit(inputs):
         return with_features(apply, layers)(variables, *inputs, train=False)[1]
 
 
@@ -184,7 +189,7 @@ def _learn(
         run: Callable[[], Any] = functools.partial(
             observe, {"params": params, **state}, *seen, train=True, mutable=list(state), rngs={"dropout": key}
         )
-        with error_context("the target"), name_missing_collections(["params", *state]):
+        with error_context("the target"), name_missing_collections(["params", *state]), name_misfit(seen):
             (_, features), new_state = bind_axis(run, plan.axis_name)
         return features, {**state, **new_state}
 

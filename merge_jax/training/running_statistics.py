@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from merge_jax.checks import check_apply, check_at_least_one, name_missing_collections
+from merge_jax.checks import check_apply, check_at_least_one, check_numbers, name_misfit, name_missing_collections
 from merge_jax.paths import flatten, replace
 from merge_jax.types import ModelApply
 
@@ -51,7 +51,7 @@ def reset_statistics(
     size = check_inputs(inputs, batch_size=batch_size)
     check_variables("variables", variables)
     statistics = variables.get(_COLLECTION, {})
-    with name_missing_collections(variables):
+    with name_missing_collections(variables), name_misfit(inputs):
         if not jax.tree.leaves(statistics):
             jax.eval_shape(lambda *rows: _in_training(apply, variables, rows, axis_name), *(one[:1] for one in inputs))
             return dict(variables)
@@ -145,6 +145,8 @@ def check_inputs(inputs: Any, **sizes: int) -> int:
       ValueError: no examples, different numbers of them, or an option that is not a positive integer.
     """
     check_at_least_one(**sizes)
+    for place, one in enumerate(inputs):
+        check_numbers(f"input {place}", one)
     counts = {len(one) if np.ndim(one) else 0 for one in inputs}
     if len(counts) != 1 or 0 in counts:
         raise ValueError(f"inputs must be one or more arrays [N, ...] of as many examples, got {_shapes(inputs)}")

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax.errors import InvalidRngError, ModifyScopeVariableError, ScopeParamNotFoundError, ScopeParamShapeError
+from flax.errors import InvalidRngError, ModifyScopeVariableError
 from jax import lax
 from jax.core import Tracer
 
-from merge_jax.checks import all_finite, error_context, name_missing_collections
+from merge_jax.checks import all_finite, error_context, name_misfit, name_missing_collections
 from merge_jax.paths import flatten, replace
 from merge_jax.transfers.alignment_fit import ChannelChoice, choose
 from merge_jax.transfers.alignment_plan import plan_alignment
@@ -178,12 +178,9 @@ def _averaged(moments: LayerMoments, axis_name: str) -> LayerMoments:
 
 
 def _followed(role: str, fn: ModelFn, variables: Params, batch: list[Any]) -> FollowedModel:
-    with error_context(f"the {role}"), name_missing_collections(variables):
+    with error_context(f"the {role}"), name_missing_collections(variables), name_misfit(batch):
         try:
             return FollowedModel(*ChannelTrace.followed(fn, variables, batch, strict=True))
-        except (ScopeParamNotFoundError, ScopeParamShapeError) as error:
-            shapes = [list(one.shape) for one in batch]
-            raise ValueError(f"its variables do not fit the model and inputs of {shapes} ({error})") from None
         except (InvalidRngError, ModifyScopeVariableError) as error:
             raise ValueError(
                 "it updates its state or draws random numbers, as in training mode: give it in evaluation mode, such as"

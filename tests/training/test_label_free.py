@@ -138,6 +138,8 @@ def test_models_that_average_over_devices():
         ((), {"layers": {"furst": "first"}}, "the target: the model has no layer 'furst'.*first"),
         ((), {"layers": {"first": "furst"}}, "the source: the model has no layer 'furst'"),
         ((), {"layers": "first"}, "layers must be one or more pairs"),
+        ((X[:, :3],), {}, r"the source: the variables do not fit the model and inputs of \[\[60, 3\]\]"),
+        ((np.array(["a text"] * 60),), {}, "input 0 must be numbers, got an array of <U6"),
         ((), {"learning_rate": 0.0}, "learning_rate must be a finite number above 0"),
         ((), {"steps": 0}, "steps must be a whole number of at least 1"),
         ((), {"transfer": 1}, "the transfer must be a Transfer"),
@@ -155,6 +157,8 @@ def test_variables_are_asked_for():
 
 
 def test_numbers_that_are_not_finite_are_told():
-    with pytest.raises(mj.NumericFaultError, match=r"a learning_rate below .* may help"):
+    with pytest.raises(mj.NumericFaultError, match="input 0 has values that are not finite"):
         prepare(np.where(X > 2, np.nan, X))
+    with pytest.raises(mj.NumericFaultError, match=r"a learning_rate below .* may help"):
+        prepare(learning_rate=3e38)
     assert jnp.isfinite(prepare()["params"]["first"]["kernel"]).all()

@@ -86,10 +86,10 @@ def test_what_does_not_fit_a_model_names_its_role():
     narrow, wide = nn.Dense(2), nn.Dense(3)
     few, many = narrow.init(jax.random.key(0), X), wide.init(jax.random.key(1), X)
     with pytest.raises(
-        ValueError, match=r"^the target: its variables do not fit the model and inputs of \[\[20, 5\]\]"
+        ValueError, match=r"^the target: the variables do not fit the model and inputs of \[\[20, 5\]\]"
     ):
         mj.refit(EVERYTHING, wide.apply, narrow.apply, many, many, X)
-    with pytest.raises(ValueError, match=r"^the source: its variables do not fit .* of \[\[20, 4\]\]"):
+    with pytest.raises(ValueError, match=r"^the source: the variables do not fit .* of \[\[20, 4\]\]"):
         mj.refit(EVERYTHING, wide.apply, narrow.apply, many, few, X[:, :4])
 
 
