@@ -13,6 +13,7 @@ import merge_jax as mj
 from experiments import cross_structure
 from merge_jax import data, study
 from merge_jax.runs import Run, result_tables
+from merge_jax.runs.table import notes
 from merge_jax.study.measures import (
     Sample,
     inputs_lr,
@@ -330,3 +331,6 @@ def test_old_runs_have_no_columns_of_what_they_did_not_measure():
     assert table.rows[0][3:5] == ("25.0", "37.5")
     assert table.rows[1][:4] == ("inputs_lr", "75.0", "+25.0", "")
     assert len(table.rows[1]) == len(table.headings)
+    session = {"command": "c", "cpu_count": 1, "versions": {"jax": "0"}, "date": "2026-11-30"}
+    two = [*measured, {**measured[0], "seed": 1}]
+    assert "inputs_lr: measured on 1 of 2 seeds" in notes(Run(None, plan, {}, [session], two, [], opponents))
