@@ -22,6 +22,7 @@ from merge_jax.checks import (
     name_missing_collections,
 )
 from merge_jax.objectives.features import CompareOn, FeatureObjective, disagreement, with_features
+from merge_jax.paths import flatten, some_of
 from merge_jax.training.nonfinite import NumericFaultError
 from merge_jax.training.packing import packed
 from merge_jax.training.running_statistics import bind_axis, check_inputs, check_variables, evenly_split
@@ -101,7 +102,8 @@ def prepare(
 
     Raises:
       ValueError: not a key, fewer than two inputs, inputs with different numbers of examples, no layers or an unknown
-        one, variables without `params`, a module instead of its `apply`, or a transfer that does not fit.
+        one, variables without `params`, parameters in float16, a module instead of its `apply`, or a transfer that
+        does not fit.
       NumericFaultError: the loss or the result is not finite (not checked under `jit`).
     """
     pairs = tuple(layers.items() if isinstance(layers, Mapping) else layers)
@@ -119,6 +121,12 @@ def prepare(
     if transfer is not None:
         check_transfer("the transfer", transfer)
     check_learnable("target", target_variables["params"])
+    halves = [path for path, leaf in flatten(target_variables["params"]).items() if leaf.dtype == jnp.float16]
+    if halves and transfer is None:
+        raise ValueError(
+            f"the target's parameters are float16 ({some_of(halves, 3)}), where Adam's updates are not finite: give"
+            " them in float32 or bfloat16"
+        )
     target_layers, source_layers = zip(*pairs, strict=True)
     plan = _Plan(
         source_apply,

@@ -86,18 +86,24 @@ def holds_parameters(optimizer: optax.GradientTransformation, params: Params) ->
 
 
 def warn_of_short_moments(*opt_states: Any) -> None:
-    """Warns of second moments in bfloat16, which round away one step's decay."""
-    short = [
-        jax.tree_util.keystr(path, simple=True, separator="/")
+    """Warns of second moments in 16 bits: bfloat16 rounds away one step's decay, float16 the squares of gradients."""
+    moments = [
+        (jax.tree_util.keystr(path, simple=True, separator="/"), getattr(leaf, "dtype", None))
         for path, leaf in jax.tree_util.tree_leaves_with_path(opt_states)
-        if getattr(leaf, "dtype", None) == jnp.bfloat16 and any(getattr(key, "name", None) == "nu" for key in path)
+        if any(getattr(key, "name", None) == "nu" for key in path)
     ]
-    if short:
-        warnings.warn(
-            f"the optimizer's second moments of bfloat16 parameters are bfloat16 too ({some_of(short, 3)}): they do not"
-            " fall again, and updates become too small for good. Keep parameters in float32, and cast them in the loss",
-            stacklevel=3,
-        )
+    for dtype, effect in (
+        (jnp.bfloat16, "they do not fall again, and updates become too small for good"),
+        (jnp.float16, "squares of small gradients are 0 there, as is Adam's epsilon, and updates are not finite"),
+    ):
+        short = [path for path, found in moments if found == dtype]
+        if short:
+            name = jnp.dtype(dtype).name
+            warnings.warn(
+                f"the optimizer's second moments of {name} parameters are {name} too ({some_of(short, 3)}): {effect}."
+                " Keep parameters in float32, and cast them in the loss",
+                stacklevel=3,
+            )
 
 
 def _reached(jaxpr: Any, from_inputs: Sequence[bool]) -> list[bool]:

@@ -150,10 +150,13 @@ def test_what_does_not_fit_is_named(inputs, options, message):
         prepare(*inputs, **options)
 
 
-def test_variables_are_asked_for():
+def test_variables_of_float32_are_asked_for():
     source, target = both()
     with pytest.raises(ValueError, match="target_variables must be"):
         mj.prepare(jax.random.key(0), LAYERS, SOURCE.apply, TARGET.apply, source, target["params"], X)
+    half = {**target, "params": jax.tree.map(lambda leaf: leaf.astype(jnp.float16), target["params"])}
+    with pytest.raises(ValueError, match=r"the target's parameters are float16 \(.*\), where Adam's updates are not"):
+        mj.prepare(jax.random.key(0), LAYERS, SOURCE.apply, TARGET.apply, source, half, X)
 
 
 def test_numbers_that_are_not_finite_are_told():

@@ -76,6 +76,15 @@ def test_second_moments_that_never_fall_are_warned_of():
     assert float(after.nu["w"][0]) == 1, "it has fallen: the warning is no longer true"
 
 
+def test_second_moments_whose_squares_are_0_are_warned_of():
+    half = {"w": jnp.ones(3, jnp.float16)}
+    with pytest.warns(UserWarning, match=r"float16 too \(1/0/nu/w\): squares of small gradients are 0"):
+        begun(optax.adamw(1e-3), mj.identity_transfer(), half)
+    small = {"w": jnp.full(3, 1e-4, jnp.float16)}
+    updates, _ = optax.scale_by_adam().update(small, optax.scale_by_adam().init(half))
+    assert not np.isfinite(updates["w"]).any(), "it is finite: the warning is no longer true"
+
+
 @pytest.mark.filterwarnings("ignore:the optimizer's second moments")
 def test_an_update_that_is_not_finite_is_skipped_and_counted():
     """A rate in bfloat16 makes NaN of a finite gradient (Optax, bias correction)."""
