@@ -22,12 +22,12 @@ def whole_batch(tree: _Tree, axis_name: str | None) -> _Tree:
     return jax.tree.map(lambda leaf: lax.all_gather(leaf, axis_name, tiled=True), tree)
 
 
-def varying(tree: _Tree, axis_name: str) -> _Tree:
+def varying(tree: _Tree, axis_name: str | None) -> _Tree:
     """Marks parameters that all devices share as each device's own, so that each gets its own gradient.
 
     Otherwise a checked `shard_map` sums the gradient over the devices, and a mean after that does not change it.
     """
-    if axis_name not in jax.sharding.get_abstract_mesh().manual_axes:  # A pmap or vmap, which sums nothing.
+    if axis_name not in jax.sharding.get_abstract_mesh().manual_axes:  # None, or a vmap's: nothing is summed.
         return tree
 
     def cast(leaf: jax.Array) -> jax.Array:

@@ -334,8 +334,7 @@ def learn(
         # Of the whole batch, and differentiable: otherwise each device would run a separate line search.
         return lax.pmean(loss_fn(lax.pmean(params, axis_name))[0], axis_name)
 
-    own = params if axis_name is None else varying(params, axis_name)
-    outcome = jax.value_and_grad(loss_fn, has_aux=True)(own)
+    outcome = jax.value_and_grad(loss_fn, has_aux=True)(varying(params, axis_name))
     if axis_name is not None:
         outcome = lax.pmean(outcome, axis_name)
     (loss, (model_state, metrics)), grads = outcome
