@@ -3,7 +3,8 @@
     python -m tests.devices OUT DEVICES MODES [COORDINATOR NUM_PROCESSES PROCESS_ID]
 
 Of each mode, such as `jit8`, it writes the losses of each step to OUT/<mode>.json and saves a checkpoint to
-OUT/checkpoints-<mode>. The number of devices must be known before JAX starts, hence the process.
+OUT/checkpoints-<mode>. The mode `mapped8` takes one step by `shard_map`. The number of devices must be known before
+JAX starts, hence the process.
 """
 
 import json
@@ -17,6 +18,7 @@ if __name__ == "__main__":
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={local}"
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -87,12 +89,37 @@ def train(folder, mode, number):
         (folder / f"{name}.json").write_text(json.dumps({"losses": losses, "share": share, "restored": restored}))
 
 
+def take_step_by_shard_map(folder, name, number):
+    """Saves one step of a small model, in a checked `shard_map` over so many devices and on one device."""
+
+    def make(axis_name):
+        def loss_fn(params, model_state, batch, key):
+            outputs = batch @ params["w"]
+            whole = mj.objectives.whole_batch(outputs, axis_name)  # Of a loss that compares examples.
+            return jnp.mean(jnp.square(outputs - 1)) + jnp.mean(jnp.sin(whole)) ** 2, (model_state, {})
+
+        return mj.make_joint_step(None, mj.Task(loss_fn, optax.sgd(0.1)), mj.identity_transfer(), axis_name=axis_name)
+
+    task = mj.Task(lambda *_: None, optax.sgd(0.1))
+    params = {"source_params": {}, "target_params": {"w": jnp.arange(3.0)}}
+    state = mj.init_joint_state(jax.random.key(0), None, task, mj.identity_transfer(), **params)
+    batches = {"target": jnp.linspace(-1, 1, 3 * BATCH).reshape(BATCH, 3) ** 2}
+    specs = jax.P(), jax.P("data")
+    several = jax.shard_map(make("data"), mesh=mj.data_mesh(number), in_specs=specs, out_specs=jax.P())
+    found = [jax.jit(step)(state, batches)[0].target.params["w"].tolist() for step in (several, make(None))]
+    (folder / f"{name}.json").write_text(json.dumps(dict(zip(("several", "one"), found, strict=True))))
+
+
 def main():
     if others:
         mj.training.connect(others[0], int(others[1]), int(others[2]), timeout=60, answer_within=60)
     assert len(jax.devices()) == int(devices)
-    for mode in modes.split(","):
-        train(Path(out), mode.rstrip("0123456789"), int(mode.lstrip("abcdefghijklmnopqrstuvwxyz")))
+    for name in modes.split(","):
+        mode, number = name.rstrip("0123456789"), int(name.lstrip("abcdefghijklmnopqrstuvwxyz"))
+        if mode == "mapped":
+            take_step_by_shard_map(Path(out), name, number)
+        else:
+            train(Path(out), mode, number)
 
 
 if __name__ == "__main__":

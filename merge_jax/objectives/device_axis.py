@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-__all__ = ["previous_example", "whole_batch"]
+__all__ = ["previous_example", "varying", "whole_batch"]
 
 _Tree = TypeVar("_Tree")
 
@@ -20,6 +20,20 @@ def whole_batch(tree: _Tree, axis_name: str | None) -> _Tree:
     if axis_name is None:
         return tree
     return jax.tree.map(lambda leaf: lax.all_gather(leaf, axis_name, tiled=True), tree)
+
+
+def varying(tree: _Tree, axis_name: str | None) -> _Tree:
+    """Marks parameters that all devices share as each device's own, so that each gets its own gradient.
+
+    Otherwise a checked `shard_map` sums the gradient over the devices, and a mean after that does not change it.
+    """
+    if axis_name not in jax.sharding.get_abstract_mesh().manual_axes:  # None, or a vmap's: nothing is summed.
+        return tree
+
+    def cast(leaf: jax.Array) -> jax.Array:
+        return leaf if axis_name in jax.typeof(leaf).mat.varying else lax.pcast(leaf, axis_name, to="varying")
+
+    return jax.tree.map(cast, tree)
 
 
 def previous_example(batch: jax.Array, axis_name: str | None) -> jax.Array:

@@ -15,6 +15,7 @@ from flax import struct
 from jax import lax
 
 from merge_jax.checks import all_finite, check_arrays, check_choice, check_key, check_learnable
+from merge_jax.objectives.device_axis import varying
 from merge_jax.paths import flatten, some_of
 from merge_jax.training.nonfinite import select_update
 from merge_jax.training.optimizers import adapter_adamw, holds_parameters, optimizer_update, warn_of_short_moments
@@ -333,7 +334,7 @@ def learn(
         # Of the whole batch, and differentiable: otherwise each device would run a separate line search.
         return lax.pmean(loss_fn(lax.pmean(params, axis_name))[0], axis_name)
 
-    outcome = jax.value_and_grad(loss_fn, has_aux=True)(params)
+    outcome = jax.value_and_grad(loss_fn, has_aux=True)(varying(params, axis_name))
     if axis_name is not None:
         outcome = lax.pmean(outcome, axis_name)
     (loss, (model_state, metrics)), grads = outcome

@@ -46,7 +46,7 @@ def stepwise(
         state, sums = step_fn(state, batches_at(first))
         for step in range(first + 1, first + count):
             state, metrics = step_fn(state, batches_at(step))
-            sums = jax.tree.map(jnp.add, sums, metrics)
+            sums = jax.tree.map(lambda total, value: jnp.asarray(total, jnp.float32) + value, sums, metrics)
         return state, sums
 
     return advance
@@ -144,4 +144,8 @@ def _means(
         at += count
         skips.add(sums, count, at)
         rejections.add(sums, count, at)
-    return {name: np.sum([sums[name] for _, sums in fetched], axis=0) / steps for name in fetched[0][1]}
+
+    def total(values: list[Any]) -> Any:  # NumPy would add numbers of bfloat16 in bfloat16, and end at 256.
+        return np.sum(values, axis=0, dtype=np.promote_types(np.asarray(values[0]).dtype, np.float32))
+
+    return {name: total([sums[name] for _, sums in fetched]) / steps for name in fetched[0][1]}

@@ -108,12 +108,12 @@ def refit(
         `d` separate weights, as in a depthwise convolution, the maximum is at most `max(4096, 200 d)`.
       key: for drawing these rows; `jax.random.key(0)` by default.
       choice: how channels are chosen, as in `aligned_transfer`.
-      axis_name: the axis of `pmap` or `shard_map` whose devices share the inputs.
+      axis_name: the axis of `pmap`, or of `shard_map` with `check_vma=False`, whose devices share the inputs.
 
     Raises:
       ValueError: no inputs, texts, or unequal numbers of them; a module instead of its `apply`; a result that is not
-        finite (not checked under `jit`); variables or inputs that do not fit a model; no layer to solve; as
-        `channel_graph` and `aligned_transfer`.
+        finite (not checked under `jit`); variables or inputs that do not fit a model; no layer to solve; a `shard_map`
+        that checks what varies over its devices; as `channel_graph` and `aligned_transfer`.
 
     Warns:
       FewRowsWarning: a layer has more unknowns than rows, so its ridge is raised by their ratio.
@@ -129,6 +129,8 @@ def refit(
     named_routes = routes_with_state(routes, source_variables, target_variables)
     resolve(named_routes, source_variables, target_variables)  # Raises and warns; the rest needs only shapes.
     given = [jnp.asarray(one) for one in inputs]
+    if any(axis_name in jax.typeof(one).mat.varying for one in given):
+        raise ValueError(f"a refit over {axis_name!r} needs jax.shard_map(..., check_vma=False), got check_vma=True")
     key = jax.random.key(0) if key is None else key
     check_key(key)
     arguments = source_variables, target_variables, given, key

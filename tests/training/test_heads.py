@@ -58,6 +58,13 @@ def test_a_feature_that_hardly_varies_is_left_out(head):
     np.testing.assert_allclose(wider.kernel[:-1], head.kernel, atol=2e-3)
 
 
+def test_features_of_small_deviations_count_however_many_examples_there_are():
+    """Where `jnp.linalg.lstsq` cuts at 1.2 % of the largest."""
+    features = np.random.default_rng(0).standard_normal((100_000, 3), np.float32) * np.float32([1, 0.1, 0.01])
+    kernel = np.float32([[1], [2], [3]])
+    np.testing.assert_allclose(mj.fit_head(features, features @ kernel).kernel, kernel, rtol=1e-3)
+
+
 def test_a_weight_of_two_is_an_example_twice():
     twice = np.arange(300) // 2
     weights = np.where(np.arange(300) < 150, 2, 0)

@@ -75,6 +75,14 @@ def test_no_call_takes_steps_across_a_report(steps_per_call, first, expected):
     assert [step for step, *_ in reports] == [step for step in (4, 8, 11) if step > first]
 
 
+@pytest.mark.parametrize("steps_per_call", [1, 400])
+def test_metrics_in_bfloat16_have_the_mean_of_all_steps(steps_per_call):
+    """Their sum in bfloat16 ends at 256 times the value: a further one is lost."""
+    advance = stepwise(step_fn, lambda _: {"x": jax.numpy.bfloat16(1.5)})
+    _, reports = run(advance=advance, num_steps=400, report_every=400, steps_per_call=steps_per_call)
+    assert [mean for _, mean, _ in reports] == [1.5]
+
+
 @pytest.mark.parametrize("steps_per_call", [1, 3])
 def test_metrics_of_several_seeds_become_arrays_of_means(steps_per_call):
     def seeds_at(step):

@@ -41,7 +41,7 @@ def train_here(out):
 def session(tmp_path_factory):
     """The folder and the output of a program that trains on one device, on eight, and not on three."""
     out = tmp_path_factory.mktemp("devices")
-    output, _ = start(out, 8, "jit1,sharded8,jit3").communicate(timeout=240)
+    output, _ = start(out, 8, "jit1,sharded8,mapped8,jit3").communicate(timeout=240)
     train_here(out)
     return out, output
 
@@ -77,6 +77,11 @@ def outcomes_of_processes(outcomes, tmp_path_factory):
 
 def test_many_devices_give_the_losses_of_one(outcomes):
     np.testing.assert_allclose(outcomes["sharded8"]["losses"], outcomes["jit1"]["losses"], rtol=1e-5, atol=1e-5)
+
+
+def test_devices_of_a_checked_shard_map_take_the_step_of_one(outcomes):
+    """A gradient of parameters that they share would be a sum over them, eight times as large."""
+    np.testing.assert_allclose(outcomes["mapped8"]["several"], outcomes["mapped8"]["one"], rtol=1e-5)
 
 
 @pytest.mark.slow

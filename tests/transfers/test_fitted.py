@@ -224,6 +224,15 @@ def test_devices_share_the_inputs():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a[0], b, rtol=1e-3, atol=1e-4), made, whole)
 
 
+def test_a_shard_map_that_checks_its_devices_is_refused():
+    source, target = perceptron(0, 8), perceptron(1, 4)
+    options = {"mesh": mj.data_mesh(1), "in_specs": jax.P("data"), "out_specs": jax.P()}
+    with pytest.raises(
+        ValueError, match=r"over 'data' needs jax.shard_map\(..., check_vma=False\), got check_vma=True"
+    ):
+        jax.shard_map(lambda x: refit_mlp(source, target, x, axis_name="data").variables, **options)(X)
+
+
 def test_rows_are_drawn_where_there_are_many():
     source, target = perceptron(0, 8), perceptron(1, 4)
     some, other = (refit_mlp(source, target, max_rows=50, key=jax.random.key(k)).variables for k in (1, 2))
