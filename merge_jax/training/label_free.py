@@ -25,7 +25,7 @@ from merge_jax.objectives.features import CompareOn, FeatureObjective, disagreem
 from merge_jax.paths import flatten, some_of
 from merge_jax.training.nonfinite import NumericFaultError
 from merge_jax.training.packing import packed
-from merge_jax.training.running_statistics import bind_axis, check_inputs, check_variables, evenly_split
+from merge_jax.training.running_statistics import bind_axis, check_inputs, check_variables, evenly_split, in_float32
 from merge_jax.transfers.base import Transfer, check_transfer
 from merge_jax.types import Adapter, ModelApply, Params
 
@@ -221,7 +221,9 @@ def _learn(
         updates, opt_state = optimizer.update(grads, opt_state, learned)
         return (optax.apply_updates(learned, updates), new_state, opt_state), loss
 
-    state = {name: value for name, value in target_variables.items() if name != "params"}
+    given = {name: value for name, value in target_variables.items() if name != "params"}
+    state = {name: in_float32(value) if name == "batch_stats" else value for name, value in given.items()}
     carry = (start, state, optimizer.init(start))
     (learned, state, _), losses = lax.scan(advance, carry, jnp.arange(plan.steps))
+    state = jax.tree.map(lambda new, old: new.astype(old.dtype), state, given)
     return {"params": merged(learned, plan.steps), **state}, losses
