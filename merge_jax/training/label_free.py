@@ -221,9 +221,12 @@ def _learn(
         updates, opt_state = optimizer.update(grads, opt_state, learned)
         return (optax.apply_updates(learned, updates), new_state, opt_state), loss
 
-    given = {name: value for name, value in target_variables.items() if name != "params"}
-    state = {name: in_float32(value) if name == "batch_stats" else value for name, value in given.items()}
+    state = {name: value for name, value in target_variables.items() if name != "params"}
+    given = {name: value for name, value in state.items() if name == "batch_stats"}
+    state |= in_float32(given)
     carry = (start, state, optimizer.init(start))
     (learned, state, _), losses = lax.scan(advance, carry, jnp.arange(plan.steps))
-    state = jax.tree.map(lambda new, old: new.astype(old.dtype), state, given)
+    state |= {
+        name: jax.tree.map(lambda new, old: new.astype(old.dtype), state[name], old) for name, old in given.items()
+    }
     return {"params": merged(learned, plan.steps), **state}, losses
