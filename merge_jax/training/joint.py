@@ -285,7 +285,7 @@ def make_joint_step(
                 target, state.target, state.target.params, target_batch, target_key, axis_name
             )
             zero = jnp.zeros((), jnp.float32)
-            return new_target, state.adapter, metrics, {name: zero for name in (*_ADAPTER_METRICS, "skipped")}
+            return new_target, state.adapter, metrics, dict.fromkeys((*_ADAPTER_METRICS, "skipped"), zero)
 
         if transfer_steps.never:
             outcome = learn_alone()
