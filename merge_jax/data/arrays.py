@@ -97,15 +97,23 @@ def num_examples(arrays: Arrays) -> int:
 def split(arrays: Arrays, size: int, seed: int) -> tuple[Arrays, Arrays]:
     """Returns `size` examples and the rest, drawn from `seed` and stratified by `label`.
 
+    A class whose share of a side is below one example may be missing there.
+
     Raises:
-      ValueError: either side would be empty, or lack a class.
+      ValueError: either side would be empty or have fewer examples than there are classes, or a class has only one.
     """
+    chosen, rest = _drawn(arrays, size, seed)
+    return take(arrays, chosen), take(arrays, rest)
+
+
+def _drawn(arrays: Arrays, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the indices of both sides of a split."""
     from sklearn.model_selection import train_test_split  # The import takes half a second.
 
     indices, labels = np.arange(num_examples(arrays)), arrays.get("label")
     _check_size(size, len(indices), labels)
     rest, chosen = train_test_split(indices, test_size=size, stratify=labels, random_state=seed)
-    return take(arrays, np.asarray(chosen)), take(arrays, np.asarray(rest))
+    return np.asarray(chosen), np.asarray(rest)
 
 
 def _check_size(size: int, total: int, labels: np.ndarray | None) -> None:
@@ -123,7 +131,7 @@ def _check_size(size: int, total: int, labels: np.ndarray | None) -> None:
 
 
 def class_balanced(arrays: Arrays, size: int, seed: int) -> Arrays:
-    """Returns `size` examples, drawn from `seed` and stratified by class.
+    """Returns `size` examples, drawn from `seed` and stratified by class, at least one of each class.
 
     Raises:
       ValueError: fewer examples than `size`, less than one per class, or no labels.
@@ -137,9 +145,20 @@ def class_balanced(arrays: Arrays, size: int, seed: int) -> Arrays:
             f"the number there is, got {size}"
         )
     if size > total - classes:  # Too few would remain for a stratified split.
-        order = np.random.default_rng(seed).permutation(total)
-        return take(arrays, order[:size])
-    return split(arrays, size, seed)[0]
+        chosen = np.random.default_rng(seed).permutation(total)[:size]
+    else:
+        chosen, _ = _drawn(arrays, size, seed)
+    return take(arrays, _with_each_class(chosen, np.asarray(arrays["label"]), seed))
+
+
+def _with_each_class(chosen: np.ndarray, labels: np.ndarray, seed: int) -> np.ndarray:
+    """Returns the choice with an example of each class that it lacks, in place of one of its largest class."""
+    chosen, random = chosen.copy(), np.random.default_rng(seed)
+    for lost in np.setdiff1d(labels, labels[chosen]):
+        values, counts = np.unique(labels[chosen], return_counts=True)
+        place = np.flatnonzero(labels[chosen] == values[counts.argmax()])[-1]
+        chosen[place] = random.choice(np.flatnonzero(labels == lost))
+    return chosen
 
 
 def take(arrays: Arrays, indices: np.ndarray) -> dict[str, Any]:

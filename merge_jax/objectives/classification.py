@@ -39,7 +39,7 @@ def accuracy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 def on_pixels(apply_fn: ModelApply, mean: Sequence[float], std: Sequence[float]) -> ModelApply:
     """Returns the apply function for uint8 images `[B, H, W, C]`: `(x / 255 - mean) / std`, channel by channel.
 
-    Inputs of other types are passed on unchanged.
+    Float images are taken as pixels in [0, 255], such as the means of two; other arguments are passed on unchanged.
 
     Args:
       apply_fn: `model.apply` of a model for float images.

@@ -6,17 +6,28 @@ import jax
 import jax.numpy as jnp
 import optax
 
-__all__ = ["check_labels", "cross_entropy", "distillation_loss", "dkd_loss", "nkd_loss", "rkd_loss", "tf_kd_loss"]
+__all__ = [
+    "at_least_float32",
+    "check_labels",
+    "cross_entropy",
+    "distillation_loss",
+    "dkd_loss",
+    "nkd_loss",
+    "rkd_loss",
+    "tf_kd_loss",
+]
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Returns `-log softmax(z)[y]` in nats, `[...]`, for logits `z [..., C]` and integer labels `y [...]` in [0, C).
 
+    Like all losses here, it is computed in float32 if the logits are in bfloat16 or float16.
+
     Raises:
       ValueError: the shape of the labels is not that of the logits without the last axis.
     """
     check_labels(logits, labels)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return optax.softmax_cross_entropy_with_integer_labels(at_least_float32(logits), labels)
 
 
 def distillation_loss(
@@ -40,8 +51,8 @@ def distillation_loss(
     _check_temperature(temperature)
     _check_fraction(weight)
     _check_logits(logits, teacher_logits, labels)
-    log_student = jax.nn.log_softmax(logits / temperature)
-    log_teacher = jax.nn.log_softmax(jax.lax.stop_gradient(teacher_logits) / temperature)
+    log_student = jax.nn.log_softmax(at_least_float32(logits) / temperature)
+    log_teacher = jax.nn.log_softmax(at_least_float32(jax.lax.stop_gradient(teacher_logits)) / temperature)
     divergence = optax.losses.kl_divergence_with_log_targets(log_student, log_teacher)
     return (1 - weight) * cross_entropy(logits, labels) + weight * temperature**2 * divergence
 
@@ -75,8 +86,8 @@ def dkd_loss(
     _check_temperature(temperature)
     _check_weights(target_weight=target_weight, nontarget_weight=nontarget_weight)
     _check_logits(logits, teacher_logits, labels)
-    student = logits / temperature
-    teacher = jax.lax.stop_gradient(teacher_logits) / temperature
+    student = at_least_float32(logits) / temperature
+    teacher = at_least_float32(jax.lax.stop_gradient(teacher_logits)) / temperature
     kl = optax.losses.kl_divergence_with_log_targets
     target = kl(_log_label_or_rest(student, labels), _log_label_or_rest(teacher, labels))
     nontarget = kl(_log_softmax_of_rest(student, labels), _log_softmax_of_rest(teacher, labels))
@@ -109,7 +120,7 @@ def nkd_loss(
     _check_temperature(temperature)
     _check_weights(weight=weight)
     _check_logits(logits, teacher_logits, labels)
-    teacher_logits = jax.lax.stop_gradient(teacher_logits)
+    logits, teacher_logits = at_least_float32(logits), at_least_float32(jax.lax.stop_gradient(teacher_logits))
     target = jnp.exp(-cross_entropy(teacher_logits, labels)) * cross_entropy(logits, labels)
     log_student = _log_softmax_of_rest(logits / temperature, labels)
     log_teacher = _log_softmax_of_rest(teacher_logits / temperature, labels)
@@ -189,6 +200,7 @@ def tf_kd_loss(
     classes = logits.shape[-1]
     if not 1 / classes <= correct <= 1:
         raise ValueError(f"correct must lie in [1/{classes}, 1] for {classes} classes, got {correct}")
+    logits = at_least_float32(logits)
     teacher = _without_label(jnp.full_like(logits, (1 - correct) / (classes - 1)), labels, correct)
     log_teacher = jax.nn.log_softmax(teacher / temperature)
     log_student = jax.nn.log_softmax(logits / student_temperature)
@@ -202,6 +214,7 @@ def _relations(features: jax.Array) -> tuple[jax.Array, jax.Array]:
     The inner `where` keeps 0 out of the square root and the quotient, whose gradients would be NaN. The outer one sets
     the value, and gradient 0, for pairs with equal features.
     """
+    features = at_least_float32(features)
     differences = features[None, :, :] - features[:, None, :]
     squares = (differences**2).sum(axis=-1)
     apart = squares > 0
@@ -262,6 +275,11 @@ def _check_logits(logits: jax.Array, teacher_logits: jax.Array, labels: jax.Arra
     if not shape or shape[-1] < 2:
         raise ValueError(f"logits must have at least 2 classes on their last axis, got shape {shape}")
     check_labels(logits, labels)
+
+
+def at_least_float32(array: jax.Array) -> jax.Array:
+    """Returns an array of bfloat16 or float16 as float32: near 20, numbers of bfloat16 are 0.125 apart."""
+    return jnp.asarray(array, jnp.promote_types(jnp.result_type(array), jnp.float32))
 
 
 def check_labels(logits: jax.Array, labels: jax.Array) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 
 from merge_jax.checks import check_at_least_one, count_examples
 from merge_jax.objectives.device_axis import whole_batch
+from merge_jax.objectives.distillation import at_least_float32
 from merge_jax.objectives.evaluation import apply_in_batches
 from merge_jax.objectives.losses import model_loss
 from merge_jax.types import Batch, LossFn, ModelApply, ModelState, Params
@@ -112,7 +113,7 @@ def contrastive_loss(image: jax.Array, text: jax.Array, group: jax.Array, scale:
         raise ValueError(f"image and text must be [B, D] and group [B], got shapes {shapes}")
     fits = _fits(jnp.asarray(group), jnp.asarray(group))
     share = fits / fits.sum(axis=1, keepdims=True)
-    logits = scale * (image @ text.T)
+    logits = scale * (at_least_float32(image) @ at_least_float32(text).T)
     log_p = jax.nn.log_softmax(logits, axis=1) + jax.nn.log_softmax(logits, axis=0).T
     return -(share * log_p).sum(axis=1) / 2
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from merge_jax.checks import check_at_least_one, count_examples
+from merge_jax.objectives.distillation import at_least_float32
 from merge_jax.objectives.evaluation import apply_in_batches, example_numbers
 from merge_jax.objectives.losses import model_loss
 from merge_jax.types import Batch, LossFn, ModelApply, ModelState, Params
@@ -350,7 +351,7 @@ def _losses(logits: jax.Array, answers: jax.Array) -> jax.Array:
     if len(shape) != 2 or len(answers_shape) != 2 or shape[0] != answers_shape[0]:
         raise ValueError(f"logits must be [B, C] and 'answers' [B, A], got shapes {shape} and {answers_shape}")
     given = answers >= 0
-    log_p = jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.where(given, answers, 0), axis=-1)
+    log_p = jnp.take_along_axis(jax.nn.log_softmax(at_least_float32(logits)), jnp.where(given, answers, 0), axis=-1)
     return -jnp.where(given, log_p, 0).sum(axis=-1) / jnp.maximum(given.sum(axis=-1), 1)
 
 

@@ -284,7 +284,8 @@ def make_joint_step(
             new_target, _, metrics = learn(
                 target, state.target, state.target.params, target_batch, target_key, axis_name
             )
-            return new_target, state.adapter, metrics, {name: jnp.zeros(()) for name in (*_ADAPTER_METRICS, "skipped")}
+            zero = jnp.zeros((), jnp.float32)
+            return new_target, state.adapter, metrics, dict.fromkeys((*_ADAPTER_METRICS, "skipped"), zero)
 
         if transfer_steps.never:
             outcome = learn_alone()

@@ -25,7 +25,7 @@ from merge_jax.objectives.features import CompareOn, FeatureObjective, disagreem
 from merge_jax.paths import flatten, some_of
 from merge_jax.training.nonfinite import NumericFaultError
 from merge_jax.training.packing import packed
-from merge_jax.training.running_statistics import bind_axis, check_inputs, check_variables, evenly_split
+from merge_jax.training.running_statistics import bind_axis, check_inputs, check_variables, evenly_split, in_float32
 from merge_jax.transfers.base import Transfer, check_transfer
 from merge_jax.types import Adapter, ModelApply, Params
 
@@ -222,6 +222,11 @@ def _learn(
         return (optax.apply_updates(learned, updates), new_state, opt_state), loss
 
     state = {name: value for name, value in target_variables.items() if name != "params"}
+    given = {name: value for name, value in state.items() if name == "batch_stats"}
+    state |= in_float32(given)
     carry = (start, state, optimizer.init(start))
     (learned, state, _), losses = lax.scan(advance, carry, jnp.arange(plan.steps))
+    state |= {
+        name: jax.tree.map(lambda new, old: new.astype(old.dtype), state[name], old) for name, old in given.items()
+    }
     return {"params": merged(learned, plan.steps), **state}, losses

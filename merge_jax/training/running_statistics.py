@@ -16,7 +16,7 @@ from merge_jax.checks import check_apply, check_at_least_one, check_numbers, nam
 from merge_jax.paths import flatten, replace
 from merge_jax.types import ModelApply
 
-__all__ = ["bind_axis", "check_inputs", "check_variables", "evenly_split", "reset_statistics"]
+__all__ = ["bind_axis", "check_inputs", "check_variables", "evenly_split", "in_float32", "reset_statistics"]
 
 _COLLECTION = "batch_stats"
 
@@ -57,7 +57,7 @@ def reset_statistics(
             return dict(variables)
         parts = evenly_split(size, batch_size)
         found = [_moments(apply, axis_name, dict(variables), tuple(one[part] for one in inputs)) for part in parts]
-    weights = np.array([part.stop - part.start for part in parts], np.float32) / size
+    weights = np.array([part.stop - part.start for part in parts]) / size
     return {**variables, _COLLECTION: _pooled(statistics, found, weights)}
 
 
@@ -82,7 +82,15 @@ def _moments(apply: ModelApply, axis_name: str | None, variables: dict[str, Any]
 
 
 def _floats(statistics: Any) -> dict[str, jax.Array]:
-    return {path: leaf for path, leaf in flatten(statistics).items() if jnp.issubdtype(leaf.dtype, jnp.inexact)}
+    leaves = flatten(in_float32(statistics))
+    return {path: leaf for path, leaf in leaves.items() if jnp.issubdtype(leaf.dtype, jnp.inexact)}
+
+
+def in_float32(statistics: Any) -> Any:
+    """Returns statistics of bfloat16 or float16 in float32: in bfloat16, a momentum of 0.99 is 0.988."""
+    return jax.tree.map(
+        lambda leaf: leaf.astype(jnp.float32) if leaf.dtype in (jnp.bfloat16, jnp.float16) else leaf, statistics
+    )
 
 
 def _in_training(apply: ModelApply, variables: Mapping[str, Any], inputs: Any, axis_name: str | None) -> Any:
@@ -114,7 +122,8 @@ def _pooled(statistics: Any, found: list[dict[str, jax.Array]], weights: np.ndar
         means = batches.get(f"{path.removesuffix('var')}mean")
         if path.rpartition("/")[2] == "var" and means is not None and means.shape == leaves.shape:
             pooled[path] += mean(jnp.square(means - mean(means)[None]))
-    return replace(statistics, pooled)
+    olds = flatten(statistics)
+    return replace(statistics, {path: leaf.astype(olds[path].dtype) for path, leaf in pooled.items()})
 
 
 def bind_axis(run: Callable[[], Any], axis_name: str | None) -> Any:

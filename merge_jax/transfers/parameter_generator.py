@@ -24,10 +24,10 @@ class ParameterGenerator(nn.Module):
         """Maps the source `[p, q]` to `[m, n]`, the shape of the target; its values are not used."""
         del deterministic  # Nothing is random.
         (m, n), (p, q) = target.shape, source.shape
-        rows = self.param("rows", nn.initializers.xavier_normal(), (m, p))
-        columns = self.param("columns", nn.initializers.xavier_normal(), (q, n))
-        scale = self.param("scale", nn.initializers.ones, (m, n))
-        shift = self.param("shift", nn.initializers.zeros, (m, n))
+        rows = self.param("rows", nn.initializers.xavier_normal(), (m, p), jnp.float32)
+        columns = self.param("columns", nn.initializers.xavier_normal(), (q, n), jnp.float32)
+        scale = self.param("scale", nn.initializers.ones, (m, n), jnp.float32)
+        shift = self.param("shift", nn.initializers.zeros, (m, n), jnp.float32)
         return scale * jnp.tanh(rows @ source @ columns) + shift
 
 

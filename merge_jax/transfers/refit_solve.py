@@ -105,8 +105,8 @@ def entering(program: Program, site: Site, values: Values, leaves: Values, rows:
         if starts:
             given = {**rest, starts[tap]: known[met[tap]]}
         else:
-            ones = jnp.zeros((unknown.inputs, math.prod(sizes) // unknown.inputs)).at[tap].set(1.0)
-            given = {**values, **leaves, number: ones.reshape(sizes).transpose(order)}
+            ones = jnp.zeros((unknown.inputs, math.prod(sizes) // unknown.inputs), program.shapes[number].dtype)
+            given = {**values, **leaves, number: ones.at[tap].set(1).reshape(sizes).transpose(order)}
         found.append(end_rows(program, site, given, rows) - zero)
     return jnp.stack(found, axis=-1)
 

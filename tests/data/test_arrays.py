@@ -75,3 +75,13 @@ def test_bad_batches_are_refused():
         batches_of({"a": np.zeros(0)}, 1, seed=0)
     with pytest.raises(ValueError, match="got 3 and 0"):
         batches_of({"a": np.zeros(3)}, 0, seed=0)
+
+
+@pytest.mark.parametrize(("size", "counts"), [(3, [9, 2, 2]), (4, [9, 2, 2]), (12, [9, 2, 2]), (10, [9, 1, 2])])
+def test_a_choice_by_class_has_each_class_where_they_differ_in_size(size, counts):
+    arrays = {"label": np.repeat(np.arange(3), counts), "number": np.arange(sum(counts))}
+    for seed in range(8):
+        few = class_balanced(arrays, size, seed)
+        assert set(few["label"].tolist()) == {0, 1, 2}
+        assert len(np.unique(few["number"])) == size
+        np.testing.assert_array_equal(arrays["label"][few["number"]], few["label"])

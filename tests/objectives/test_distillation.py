@@ -290,3 +290,14 @@ def test_bad_options_and_shapes_of_relations_are_refused(shapes, options, messag
     features, teacher_features = shapes
     with pytest.raises(ValueError, match=message):
         rkd_loss(jnp.zeros(features), jnp.zeros(teacher_features), **options)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_losses_of_half_precision_are_those_of_the_same_logits_in_float32(dtype):
+    student, teacher = (jnp.asarray(10 * array, dtype) for array in (STUDENT, TEACHER))
+    whole = [array.astype(jnp.float32) for array in (student, teacher)]
+    for loss in (mj.distillation_loss, dkd_loss, nkd_loss):
+        np.testing.assert_array_equal(loss(student, teacher, LABELS), loss(*whole, LABELS))
+    for loss in (mj.cross_entropy, tf_kd_loss):
+        np.testing.assert_array_equal(loss(student, LABELS), loss(whole[0], LABELS))
+    np.testing.assert_array_equal(rkd_loss(student, teacher), rkd_loss(*whole))

@@ -174,6 +174,12 @@ def test_the_loss_equals_its_equation(seed, groups, scale):
     np.testing.assert_allclose(losses, mj.objectives.contrastive_loss(text, image, group, scale), rtol=1e-5, atol=1e-5)
 
 
+def test_the_loss_in_half_precision_is_that_of_the_same_embeddings_in_float32():
+    half = jnp.asarray(np.random.default_rng(0).normal(size=(2, 6, 4)), jnp.bfloat16)
+    whole = mj.objectives.contrastive_loss(*half.astype(jnp.float32), np.arange(6), 10.0)
+    np.testing.assert_array_equal(mj.objectives.contrastive_loss(*half, np.arange(6), 10.0), whole)
+
+
 def test_the_loss_of_different_groups_is_that_of_clip():
     random = np.random.default_rng(0)
     image, text = random.normal(size=(2, 6, 4)).astype(np.float32)

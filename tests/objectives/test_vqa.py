@@ -61,6 +61,9 @@ def test_the_loss_of_one_answer_is_cross_entropy_and_its_accuracy_an_exact_match
     loss, (_, metrics) = mj.objectives.vqa_loss(constant(logits))({}, {}, batch, jax.random.key(0))
     np.testing.assert_allclose(loss, mj.cross_entropy(logits, answers).mean(), rtol=1e-6)
     np.testing.assert_allclose(metrics["accuracy"], mj.accuracy(logits, answers))
+    half = jnp.asarray(10 * logits, jnp.bfloat16)
+    loss, _ = mj.objectives.vqa_loss(constant(half))({}, {}, batch, jax.random.key(0))
+    np.testing.assert_allclose(loss, mj.cross_entropy(half.astype(jnp.float32), answers).mean(), rtol=1e-6)
 
 
 def test_the_loss_is_least_at_the_fractions_of_annotators():

@@ -199,6 +199,14 @@ def test_a_frozen_source_never_changes_and_needs_no_batch():
     assert not any(name.startswith("source/") for name in metrics)
 
 
+def test_a_step_of_64_bits_has_metrics_of_32():
+    state = helpers.initial_state(SHARE, frozen=True)
+    with jax.enable_x64(True):
+        step = helpers.joint_step(SHARE, frozen=True, cycle=2)
+        _, metrics = jax.eval_shape(step, state, {"target": helpers.batch(0)})
+    assert {name: metric.dtype for name, metric in metrics.items()} == dict.fromkeys(metrics, jnp.float32)
+
+
 def test_the_teacher_sees_the_source_after_its_step_and_gets_no_gradient():
     seen = mj.logits_teacher(helpers.SOURCE.apply, inputs="x")
     task = mj.Task(

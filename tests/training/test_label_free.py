@@ -165,3 +165,15 @@ def test_numbers_that_are_not_finite_are_told():
     with pytest.raises(mj.NumericFaultError, match=r"a learning_rate below .* may help"):
         prepare(learning_rate=3e38)
     assert jnp.isfinite(prepare()["params"]["first"]["kernel"]).all()
+
+
+def test_a_model_in_bfloat16_keeps_its_types_and_its_statistics_are_those_of_the_inputs():
+    source, target = (jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), one) for one in both())
+    arguments = jax.random.key(0), LAYERS, SOURCE.apply, TARGET.apply, source
+    new = mj.prepare(*arguments, target, X, steps=200, batch_size=60, learning_rate=1e-6)  # The parameters stay.
+    assert jax.tree.map(jnp.result_type, new) == jax.tree.map(jnp.result_type, target)
+    found, whole = (
+        one["batch_stats"]["norm"]["mean"].astype(jnp.float32)
+        for one in (new, mj.reset_statistics(TARGET.apply, new, X))
+    )
+    np.testing.assert_allclose(found, whole * (1 - 0.99**200), rtol=0.01, atol=1e-3)

@@ -48,6 +48,17 @@ def test_the_first_layer_has_mean_and_variance_of_all_inputs(batch_size):
     jax.tree.map(np.testing.assert_array_equal, new["params"], variables["params"])
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_statistics_in_half_precision_are_those_of_the_inputs(dtype):
+    x, variables = inputs(), started()
+    variables["batch_stats"] = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, dtype), variables["batch_stats"])
+    net = Net(momentum=(0.999, 0.99))  # Near 1, bfloat16 has only 0.996 and 1.
+    first = mj.reset_statistics(net.apply, variables, x * 0.01, batch_size=16)["batch_stats"]["first"]
+    assert {leaf.dtype for leaf in first.values()} == {jnp.dtype(dtype)}
+    np.testing.assert_allclose(first["mean"].astype(jnp.float32), 0.01 * x.mean(0), rtol=1e-2, atol=1e-4)
+    np.testing.assert_allclose(first["var"].astype(jnp.float32), 1e-4 * x.var(0), rtol=1e-2)
+
+
 def test_evaluation_then_computes_what_training_does_on_the_whole():
     x, variables = inputs(), started()
     new = mj.reset_statistics(Net().apply, variables, x)

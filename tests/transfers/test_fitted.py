@@ -163,6 +163,17 @@ def test_places_of_a_window_enter_one_by_one(monkeypatch):
         np.testing.assert_allclose(made.solved[path], share, atol=1e-4, err_msg=path)
 
 
+def test_a_depthwise_convolution_of_bfloat16_is_refitted_to_itself():
+    conv = nn.Conv(3, (3, 3), feature_group_count=3, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    conv = nn.Sequential([conv])
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(20, 4, 4, 3)), jnp.bfloat16)
+    variables = jitted_init(conv, 0, x)
+    new = mj.refit(EVERYTHING, conv.apply, conv.apply, variables, variables, x)
+    kernels = (one["params"]["layers_0"]["kernel"].astype(jnp.float32) for one in (new.variables, variables))
+    np.testing.assert_allclose(*kernels, atol=0.01)
+    assert new.solved["params/layers_0/kernel"] > 0.99
+
+
 def test_depthwise_kernels_are_solved_channel_by_channel():
     assert "params/depthwise/kernel" in refitted("depthwise").solved
 

@@ -168,6 +168,9 @@ def test_the_parameter_generator_is_its_equation():
     target = {"w": {"kernel": normal(85, 4, 6)}}
     transfer = mj.parameter_generator_transfer({"w/kernel": "*/kernel"})
     adapter = transfer.init(jax.random.key(0), sources, target)
+    with jax.enable_x64(True):
+        drawn = jax.eval_shape(transfer.init, jax.random.key(0), sources, target)
+    assert {leaf.dtype for leaf in jax.tree.leaves(drawn)} == {jnp.dtype("float32")}
     ((name, params),) = adapter.items()
     assert {p: leaf.shape for p, leaf in params.items()} == {
         "rows": (6, 10), "columns": (7, 4), "scale": (6, 4), "shift": (6, 4)}  # fmt: skip
