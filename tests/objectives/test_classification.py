@@ -33,7 +33,7 @@ def test_a_state_without_a_collection_of_the_model_says_what_to_give():
     params, _ = helpers.variables(helpers.TARGET, 0)
     with pytest.raises(ValueError, match="source_state="):
         mj.logits_teacher(helpers.TARGET.apply, inputs="x")(params, {}, helpers.batch(0))
-    with pytest.raises(ValueError, match="such as .*batch_stats.*, got 'params'"):
+    with pytest.raises(ValueError, match=r"such as .*batch_stats.*, got 'params'"):
         mj.evaluate_classifier(helpers.TARGET.apply, inputs="x")(params, {}, helpers.batch(0))
 
 
