@@ -107,7 +107,7 @@ def refit(
       max_rows: approximate maximum of rows per layer, drawn at random over inputs and positions. If each channel has
         `d` separate weights, as in a depthwise convolution, the maximum is at most `max(4096, 200 d)`.
       key: for drawing these rows; `jax.random.key(0)` by default.
-      choice: how channels are chosen, as in `aligned_transfer`.
+      choice: how channels are chosen, as in `aligned_transfer`, on at most 512 of the inputs.
       axis_name: the axis of `pmap`, or of `shard_map` with `check_vma=False`, whose devices share the inputs.
 
     Raises:
