@@ -6,16 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-__all__ = [
-    "at_least_float32",
-    "check_labels",
-    "cross_entropy",
-    "distillation_loss",
-    "dkd_loss",
-    "nkd_loss",
-    "rkd_loss",
-    "tf_kd_loss",
-]
+from merge_jax.objectives.precision import at_least_float32
+
+__all__ = ["check_labels", "cross_entropy", "distillation_loss", "dkd_loss", "nkd_loss", "rkd_loss", "tf_kd_loss"]
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -275,11 +268,6 @@ def _check_logits(logits: jax.Array, teacher_logits: jax.Array, labels: jax.Arra
     if not shape or shape[-1] < 2:
         raise ValueError(f"logits must have at least 2 classes on their last axis, got shape {shape}")
     check_labels(logits, labels)
-
-
-def at_least_float32(array: jax.Array) -> jax.Array:
-    """Returns an array of bfloat16 or float16 as float32: near 20, numbers of bfloat16 are 0.125 apart."""
-    return jnp.asarray(array, jnp.promote_types(jnp.result_type(array), jnp.float32))
 
 
 def check_labels(logits: jax.Array, labels: jax.Array) -> None:

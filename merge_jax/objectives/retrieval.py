@@ -9,9 +9,9 @@ import numpy as np
 
 from merge_jax.checks import check_at_least_one, count_examples
 from merge_jax.objectives.device_axis import whole_batch
-from merge_jax.objectives.distillation import at_least_float32
 from merge_jax.objectives.evaluation import apply_in_batches
 from merge_jax.objectives.losses import model_loss
+from merge_jax.objectives.precision import at_least_float32
 from merge_jax.types import Batch, LossFn, ModelApply, ModelState, Params
 
 __all__ = ["contrastive_loss", "evaluate_retrieval", "recall_at_k", "retrieval_loss", "retrieval_scores"]

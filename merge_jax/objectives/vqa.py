@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from merge_jax.checks import check_at_least_one, count_examples
-from merge_jax.objectives.distillation import at_least_float32
 from merge_jax.objectives.evaluation import apply_in_batches, example_numbers
 from merge_jax.objectives.losses import model_loss
+from merge_jax.objectives.precision import at_least_float32
 from merge_jax.types import Batch, LossFn, ModelApply, ModelState, Params
 
 __all__ = [

@@ -16,6 +16,7 @@ from jax import lax
 
 from merge_jax.checks import all_finite, check_arrays, check_choice, check_key, check_learnable
 from merge_jax.objectives.device_axis import varying
+from merge_jax.objectives.precision import at_least_float32
 from merge_jax.paths import flatten, some_of
 from merge_jax.training.nonfinite import select_update
 from merge_jax.training.optimizers import adapter_adamw, holds_parameters, optimizer_update, warn_of_short_moments
@@ -137,7 +138,7 @@ def init_joint_state(
 
     Warns:
       UserWarning: the target's optimizer stores a copy of the parameters, which a transfer does not update; one matrix
-        appears at two paths of a trained model; or an optimizer's second moments are bfloat16.
+        appears at two paths of a trained model; or an optimizer's second moments have 16 bits.
     """
     check_key(key)
     check_tasks(source, target, transfer)
@@ -363,7 +364,7 @@ def update_model(
     # update, since a finite gradient may yield NaN.
     ok = all_finite(loss, pack(grads), pack(updates))
     new_state = select_update(ok, TrainState(optax.apply_updates(params, updates), model_state, opt_state), state)
-    return new_state, {"loss": loss, "skipped": _as_float32(~ok), **metrics}
+    return new_state, {"loss": loss, "skipped": jnp.float32(~ok), **metrics}
 
 
 def _check_averages(model_state: ModelState) -> None:
@@ -381,7 +382,7 @@ def learn_adapter(
     """Takes one gradient step of the adapter if it is useful and finite; returns whether it skipped."""
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     ok = useful & all_finite(pack(grads), pack(updates))
-    return select_update(ok, AdapterState(optax.apply_updates(state.params, updates), opt_state), state), _as_float32(
+    return select_update(ok, AdapterState(optax.apply_updates(state.params, updates), opt_state), state), jnp.float32(
         ~ok
     )
 
@@ -437,14 +438,10 @@ def adapter_metrics(
     norm_before = _norm(old)
     change = _norm(optax.tree.sub(merged, old)) / jnp.where(norm_before > 0, norm_before, 1)
     values = (transferred, rejected, change, _norm(merged), norm_before, _norm(adapter_grads))
-    return {name: _as_float32(value) for name, value in zip(_ADAPTER_METRICS, values, strict=True)}
+    return {name: jnp.float32(value) for name, value in zip(_ADAPTER_METRICS, values, strict=True)}
 
 
 def _norm(tree: Any) -> jax.Array:
     """Returns the norm of all float leaves, in float32: a frozen source may have other leaves too."""
     leaves = [leaf for leaf in jax.tree.leaves(pack(tree)) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
-    return optax.tree.norm([leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)) for leaf in leaves])
-
-
-def _as_float32(x: jax.Array) -> jax.Array:
-    return jnp.asarray(x, jnp.float32)
+    return optax.tree.norm(list(map(at_least_float32, leaves)))

@@ -22,10 +22,11 @@ from merge_jax.checks import (
     name_missing_collections,
 )
 from merge_jax.objectives.features import CompareOn, FeatureObjective, disagreement, with_features
+from merge_jax.objectives.precision import at_least_float32
 from merge_jax.paths import flatten, some_of
 from merge_jax.training.nonfinite import NumericFaultError
 from merge_jax.training.packing import packed
-from merge_jax.training.running_statistics import bind_axis, check_inputs, check_variables, evenly_split, in_float32
+from merge_jax.training.running_statistics import bind_axis, check_inputs, check_variables, evenly_split
 from merge_jax.transfers.base import Transfer, check_transfer
 from merge_jax.types import Adapter, ModelApply, Params
 
@@ -223,7 +224,7 @@ def _learn(
 
     state = {name: value for name, value in target_variables.items() if name != "params"}
     given = {name: value for name, value in state.items() if name == "batch_stats"}
-    state |= in_float32(given)
+    state |= jax.tree.map(at_least_float32, given)
     carry = (start, state, optimizer.init(start))
     (learned, state, _), losses = lax.scan(advance, carry, jnp.arange(plan.steps))
     state |= {

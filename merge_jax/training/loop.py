@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from merge_jax.checkpoints.orbax import Checkpoints
+from merge_jax.objectives.precision import at_least_float32
 from merge_jax.training.nonfinite import RejectedTransfers, SkippedUpdates
 from merge_jax.types import Batch, Metrics
 
@@ -43,10 +44,11 @@ def stepwise(
     """
 
     def advance(state: _State, first: int, count: int) -> tuple[_State, Metrics]:
-        state, sums = step_fn(state, batches_at(first))
+        state, metrics = step_fn(state, batches_at(first))
+        sums = jax.tree.map(at_least_float32, metrics)
         for step in range(first + 1, first + count):
             state, metrics = step_fn(state, batches_at(step))
-            sums = jax.tree.map(lambda total, value: jnp.asarray(total, jnp.float32) + value, sums, metrics)
+            sums = jax.tree.map(jnp.add, sums, metrics)
         return state, sums
 
     return advance

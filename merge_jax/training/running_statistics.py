@@ -13,10 +13,11 @@ import numpy as np
 from jax import lax
 
 from merge_jax.checks import check_apply, check_at_least_one, check_numbers, name_misfit, name_missing_collections
+from merge_jax.objectives.precision import at_least_float32
 from merge_jax.paths import flatten, replace
 from merge_jax.types import ModelApply
 
-__all__ = ["bind_axis", "check_inputs", "check_variables", "evenly_split", "in_float32", "reset_statistics"]
+__all__ = ["bind_axis", "check_inputs", "check_variables", "evenly_split", "reset_statistics"]
 
 _COLLECTION = "batch_stats"
 
@@ -82,15 +83,8 @@ def _moments(apply: ModelApply, axis_name: str | None, variables: dict[str, Any]
 
 
 def _floats(statistics: Any) -> dict[str, jax.Array]:
-    leaves = flatten(in_float32(statistics))
+    leaves = flatten(jax.tree.map(at_least_float32, statistics))  # In bfloat16, a momentum of 0.99 is 0.988.
     return {path: leaf for path, leaf in leaves.items() if jnp.issubdtype(leaf.dtype, jnp.inexact)}
-
-
-def in_float32(statistics: Any) -> Any:
-    """Returns statistics of bfloat16 or float16 in float32: in bfloat16, a momentum of 0.99 is 0.988."""
-    return jax.tree.map(
-        lambda leaf: leaf.astype(jnp.float32) if leaf.dtype in (jnp.bfloat16, jnp.float16) else leaf, statistics
-    )
 
 
 def _in_training(apply: ModelApply, variables: Mapping[str, Any], inputs: Any, axis_name: str | None) -> Any:

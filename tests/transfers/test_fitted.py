@@ -164,8 +164,7 @@ def test_places_of_a_window_enter_one_by_one(monkeypatch):
 
 
 def test_a_depthwise_convolution_of_bfloat16_is_refitted_to_itself():
-    conv = nn.Conv(3, (3, 3), feature_group_count=3, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
-    conv = nn.Sequential([conv])
+    conv = nn.Sequential([nn.Conv(3, (3, 3), feature_group_count=3, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)])
     x = jnp.asarray(np.random.default_rng(0).normal(size=(20, 4, 4, 3)), jnp.bfloat16)
     variables = jitted_init(conv, 0, x)
     new = mj.refit(EVERYTHING, conv.apply, conv.apply, variables, variables, x)
@@ -233,15 +232,6 @@ def test_devices_share_the_inputs():
     made = jax.vmap(lambda x: run(x).variables, axis_name="devices")(parts)
     whole = refit_mlp(source, target, parts.reshape(-1, 5)).variables
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a[0], b, rtol=1e-3, atol=1e-4), made, whole)
-
-
-def test_a_shard_map_that_checks_its_devices_is_refused():
-    source, target = perceptron(0, 8), perceptron(1, 4)
-    options = {"mesh": mj.data_mesh(1), "in_specs": jax.P("data"), "out_specs": jax.P()}
-    with pytest.raises(
-        ValueError, match=r"over 'data' needs jax.shard_map\(..., check_vma=False\), got check_vma=True"
-    ):
-        jax.shard_map(lambda x: refit_mlp(source, target, x, axis_name="data").variables, **options)(X)
 
 
 def test_rows_are_drawn_where_there_are_many():

@@ -116,3 +116,14 @@ def test_options_of_another_type_are_named():
     for ridge in ("1e-2", None):
         with pytest.raises(ValueError, match=f"ridge must be a finite number above 0, got {ridge!r}"):
             fit(ridge=ridge)
+
+
+def test_a_shard_map_that_checks_its_devices_is_refused():
+    model = nn.Dense(2)
+    variables = model.init(jax.random.key(0), X)
+    fit = functools.partial(mj.refit, EVERYTHING, model.apply, model.apply, variables, variables, axis_name="data")
+    options = {"mesh": mj.data_mesh(1), "in_specs": jax.P("data"), "out_specs": jax.P()}
+    with pytest.raises(
+        ValueError, match=r"over 'data' needs jax.shard_map\(..., check_vma=False\), got check_vma=True"
+    ):
+        jax.shard_map(lambda x: fit(x).variables, **options)(X)
