@@ -152,7 +152,7 @@ def _over_seeds(
 ) -> dict[str, list[float]]:
     """Returns a method's measurements, each a list over seeds."""
     found: dict[str, list[float]] = {}
-    for seed in range(config.seeds):
+    for seed in config.seed_range:
         folder = run_dir / "checkpoints" / f"{method}-seed{seed}"
         for name, value in _measure_seed(scenario, config, observers, folder, seed).items():
             found.setdefault(name, []).append(value)

@@ -81,6 +81,7 @@ class Plan:
       expected: the measured duration; empty if not measured.
       caution: why its figures mean little, if so; otherwise empty.
       moments: how many of the steps transfer; empty if none.
+      first_seed: the first seed.
     """
 
     experiment: str
@@ -97,6 +98,7 @@ class Plan:
     expected: str = ""
     caution: str = ""
     moments: str = ""
+    first_seed: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Returns the plan as JSON types."""
@@ -132,7 +134,8 @@ class Plan:
         if self.control:
             lines.append(f"source control: {self.control}")
         lines.append(f"target trains {self.steps} steps of {self.batch_size}")
-        lines.append(f"methods: {', '.join(self.methods)}; seeds: {self.seeds}")
+        first = f", from {self.first_seed} on" if self.first_seed else ""
+        lines.append(f"methods: {', '.join(self.methods)}; seeds: {self.seeds}{first}")
         by_routes: dict[tuple[str, ...], list[str]] = {}
         for method, stats in self.transfers.items():
             by_routes.setdefault(stats.routes, []).append(method)

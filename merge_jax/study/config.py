@@ -28,6 +28,9 @@ class RunConfig:
 
     seeds: int = 5
     """Number of seeds. Each seed fixes splits, source, initial parameters and batches, the same for every method."""
+    first_seed: int = 0
+    """The first seed. Seeds 6 to 11 (--first-seed 6 --seeds 6) confirm what was chosen on seeds 0 to 5. Machines can
+    share the work as runs of different seeds."""
     source: Literal["pretrained", "live", "frozen", "trajectory"] = "pretrained"
     """Pretrained: trained first, then frozen. Live: trained from scratch together with the target, as in the paper.
     Frozen: read from --source-from. Trajectory: replays a source's saved checkpoints in order, from --source-from or
@@ -102,6 +105,8 @@ class RunConfig:
         for name in ("seeds", "source_steps", "steps", "batch_size", "report_every", "checkpoint_every", "snapshots"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.first_seed < 0:
+            raise ValueError(f"first_seed must be at least 0, got {self.first_seed}")
         check_at_least_one(cycle=self.cycle, num_processes=self.num_processes)
         optional = {name: getattr(self, name) for name in ("epochs", "source_epochs", "devices")}
         check_at_least_one(**{name: value for name, value in optional.items() if value is not None})
@@ -136,6 +141,11 @@ class RunConfig:
             raise ValueError("hosts lets JAX find all processes: leave out coordinator, num_processes and process_id")
         if (self.hosts or self.coordinator is not None) and self.run_dir is None:
             raise ValueError("several processes need a run_dir that all of them can access")
+
+    @property
+    def seed_range(self) -> range:
+        """The seeds, in the order in which they are trained."""
+        return range(self.first_seed, self.first_seed + self.seeds)
 
     @property
     def axis_name(self) -> str | None:

@@ -47,6 +47,7 @@ def current_options(saved: Mapping[str, Any]) -> dict[str, Any]:
     options = {
         _RENAMED.get(name, name): value for name, value in saved.items() if (name, value) not in _REMOVED.items()
     }
+    options.setdefault("first_seed", 0)
     if "agreement" in options:
         options = _ADDED | options
     if not any(method.startswith("mergenet") for method in saved.get("methods", ())):
@@ -93,7 +94,8 @@ def _digest(name: str, path: Path, options: Mapping[str, Any]) -> str:
     if path.is_file():
         parts = _file_parts(path)
     elif (path / "checkpoints").is_dir():
-        parts = _run_parts(path, options["seeds"], every_step=options["source"] == "trajectory")
+        first = options["first_seed"]
+        parts = _run_parts(path, range(first, first + options["seeds"]), every_step=options["source"] == "trajectory")
     else:
         parts = _folder_parts(path)
     digest = hashlib.sha256()
@@ -120,10 +122,10 @@ def _folder_parts(path: Path) -> Iterator[bytes]:
         yield from _file_parts(files[name])
 
 
-def _run_parts(path: Path, seeds: int, *, every_step: bool) -> Iterator[bytes]:
+def _run_parts(path: Path, seeds: range, *, every_step: bool) -> Iterator[bytes]:
     from merge_jax.checkpoints.orbax import Checkpoints
 
-    for folder in (path / "checkpoints" / f"source-seed{seed}" for seed in range(seeds)):
+    for folder in (path / "checkpoints" / f"source-seed{seed}" for seed in seeds):
         if folder.is_dir():
             with Checkpoints(folder, read_only=True) as checkpoints:
                 for step in checkpoints.steps if every_step else checkpoints.steps[-1:]:

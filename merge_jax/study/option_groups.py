@@ -15,7 +15,8 @@ _Options = TypeVar("_Options")
 GROUPS: dict[str, tuple[str, tuple[str, ...]]] = {
     "common": (
         "The options that you change first.",
-        ("methods", "seeds", "steps", "labels", "data", "source", "source_from", "source_control", "run_dir", "resume"),
+        ("methods", "seeds", "first_seed", "steps", "labels", "data", "source", "source_from", "source_control",
+         "run_dir", "resume"),
     ),
     "source": (
         "The source network and its training.",

@@ -42,6 +42,7 @@ def make_plan(
         batch_size=config.batch_size,
         methods=tuple(scenario.methods),
         seeds=config.seeds,
+        first_seed=config.first_seed,
         transfers=transfers,
         devices=f"{devices} by {config.parallel}" if layout.num_devices > 1 else devices,
         control="" if config.source_control == "none" else config.source_control,

@@ -127,7 +127,7 @@ def check_run(scenario: Scenario, config: RunConfig) -> Checked:
     """
     source_plan = plan_source(scenario, config)
     if source_plan.read is not None and not config.resume:  # Before slow work; a resumed run started with this.
-        for seed in range(config.seeds):
+        for seed in config.seed_range:
             check_finite(f"the source of seed {seed}", source_plan.read(seed).params)
     trials = make_trials(scenario, config, source_plan)
     if config.axis_name != scenario.axis_name:
@@ -152,7 +152,7 @@ def _run(
     print(f"expected time: {plan.expected or 'not measured for these options; the bar tells it once steps run'}")
     print(f"run folder: {folder.path}", flush=True)
     done = {(result["method"], result["seed"]) for result in results}
-    missing = {seed: [name for name in scenario.methods if (name, seed) not in done] for seed in range(config.seeds)}
+    missing = {seed: [name for name in scenario.methods if (name, seed) not in done] for seed in config.seed_range}
     if any(missing.values()):
         _train(scenario, config, checked, missing, folder, signals, results)
     else:

@@ -1,7 +1,7 @@
 """Determines each seed's source: trained in the run, or read from a file or another run."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -89,12 +89,13 @@ def plan_source(scenario: Scenario, config: RunConfig) -> SourcePlan:
     if config.source == "frozen" and not (path / "checkpoints").is_dir():
         _read_variables(role, path, shapes, None)
         return SourcePlan(read=lambda seed: _read_file(role, path, start(seed), seed))
-    folders = _source_folders(path, config.seeds)
-    _read_last(folders[0], shapes)
+    folders = _source_folders(path, config.seed_range)
+    _read_last(folders[config.first_seed], shapes)
     if config.source == "frozen":
         return SourcePlan(read=lambda seed: _read_last(folders[seed], start(seed)))
     return SourcePlan(
-        snapshots=_count_snapshots(path, folders), read=lambda seed: read_trajectory(folders[seed], start(seed))
+        snapshots=_count_snapshots(path, folders.values()),
+        read=lambda seed: read_trajectory(folders[seed], start(seed)),
     )
 
 
@@ -143,19 +144,19 @@ def _normal(key: jax.Array, leaf: Any) -> jax.Array:
     return (jnp.mean(leaf) + jnp.std(leaf) * drawn).astype(leaf.dtype)
 
 
-def _source_folders(run: Path, seeds: int) -> list[Path]:
+def _source_folders(run: Path, seeds: range) -> dict[int, Path]:
     """Returns the checkpoint folders of the source of every seed."""
-    folders = [run / "checkpoints" / f"source-seed{seed}" for seed in range(seeds)]
-    missing = [folder.name for folder in folders if not folder.is_dir()]
+    folders = {seed: run / "checkpoints" / f"source-seed{seed}" for seed in seeds}
+    missing = [folder.name for folder in folders.values() if not folder.is_dir()]
     if missing:
         raise ValueError(
             f"{run} has no checkpoints of {', '.join(missing)}: it must be the folder of a run that trained a source"
-            " on its own (--source pretrained or trajectory) for as many seeds"
+            " on its own (--source pretrained or trajectory) for the same seeds"
         )
     return folders
 
 
-def _count_snapshots(run: Path, folders: list[Path]) -> int:
+def _count_snapshots(run: Path, folders: Iterable[Path]) -> int:
     """Returns the number of saved steps, which is the same for every seed."""
     counts = []
     for folder in folders:
