@@ -15,7 +15,7 @@ from merge_jax.study.options import TransferOptions
 
 
 def content(path, **options):
-    return contents_of({"seeds": 1, "source": "frozen", "weights": path, **options})["weights"]
+    return contents_of({"seeds": 1, "first_seed": 0, "source": "frozen", "weights": path, **options})["weights"]
 
 
 def change(path, at, to=b"!"):
@@ -134,7 +134,7 @@ class Config(TransferOptions, RunConfig):
 
 def test_a_run_from_before_an_option_was_there_has_what_was_done_then():
     now = json.loads(json.dumps(run_identity(Config())))
-    new = {"routes", "unlabelled", "head_first", "head_floor", "target_rate"}
+    new = {"first_seed", "routes", "unlabelled", "head_first", "head_floor", "target_rate"}
     assert current_options({name: value for name, value in now.items() if name not in new}) == now
 
 
@@ -153,5 +153,8 @@ def test_a_resumed_run_may_add_seeds_and_methods(tmp_path):
     assert now["contents"] != saved["contents"]  # Of two sources.
     assert extended_options(saved, more) == now
     assert extended_options(now, config) == now  # Fewer are another run.
+    assert extended_options(saved, replace(more, first_seed=1))["first_seed"] == 0  # So are others.
+    of_second = run_identity(replace(config, first_seed=1))
+    assert len({str(each["contents"]) for each in (saved, now, of_second)}) == 3
     save(tmp_path / "run", 3.0, step=4)
     assert extended_options(saved, more) == {**now, "contents": saved["contents"]}  # Another source does too.

@@ -140,6 +140,19 @@ def test_what_is_done_is_neither_restored_nor_hashed(monkeypatch, tmp_path, caps
 
 
 @pytest.mark.slow
+def test_the_later_seeds_may_be_a_run_of_their_own(tmp_path, capsys):
+    both, second = tmp_path / "both", tmp_path / "second"
+    run("tiny", both, *TINY, "--seeds", "2")
+    run("tiny", second, *TINY, "--seeds", "1", "--first-seed", "1")
+    assert "; seeds: 1, from 1 on\n" in capsys.readouterr().out
+    assert [result["seed"] for result in results_of(second)] == [1, 1]
+    assert results_of(second) == [result for result in results_of(both) if result["seed"] == 1]
+    from_both = ["--source", "frozen", "--source-from", str(both), "--seeds", "1", "--first-seed", "1"]
+    run("tiny", tmp_path / "frozen", *TINY, *from_both)
+    assert results_of(tmp_path / "frozen") == results_of(second)
+
+
+@pytest.mark.slow
 def test_the_seconds_of_all_parts_count(monkeypatch, tmp_path, capsys):
     folder = tmp_path / "run"
     stopping_at(monkeypatch, 4)
