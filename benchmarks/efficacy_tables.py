@@ -3,6 +3,7 @@
 python -m benchmarks.efficacy_tables                                   # writes docs/tables/*.txt, all tables
 python -m benchmarks.efficacy_tables cifar100                          # mean and standard error of each row, over seeds
 python -m benchmarks.efficacy_tables cifar100 --against vanilla refit  # and paired differences to these, p by Holm
+python -m benchmarks.efficacy_tables ag_news --seeds 6 7 8 9 10 11    # of these seeds alone
 python -m benchmarks.efficacy_tables sst2 --add runs/sst2              # takes the results of a run folder in first
 
 A file has the runs (command, commit, date, jax, cores) and, for each row and seed, test accuracy right after the write
@@ -35,6 +36,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--add", nargs="+", type=Path, default=[], metavar="RUN", help="run folders to take in")
     parser.add_argument("--suffix", default="", help="what is added to the names of these runs' rows")
     parser.add_argument("--against", nargs="+", default=[], metavar="ROW", help="rows to compare every other row with")
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="to show; all without it")
     options = parser.parse_args(arguments)
     if options.name is None:
         for file in TABLES.glob("*.json"):
@@ -46,7 +48,8 @@ def main(arguments: list[str] | None = None) -> None:
         content = add_run(content, run, options.suffix)
     if options.add:
         file.write_text(json.dumps(content, indent=1) + "\n")
-    print(table(content["results"], options.against))
+    results = [one for one in content["results"] if options.seeds is None or one["seed"] in options.seeds]
+    print(table(results, options.against))
 
 
 def written(file: Path) -> str:
@@ -89,7 +92,7 @@ def add_run(content: dict[str, Any], run: Path, suffix: str = "") -> dict[str, A
             f"{run}: {', '.join(twice)} with these seeds and rates are there already; --suffix tells rows apart"
         )
     described = {
-        "command": environment["command"].replace(str(run), f"runs/{run.name}"),
+        "command": environment["command"].replace(str(run), f"runs/{run.name}").replace(" --resume", ""),
         "commit": environment["commit"],
         "date": environment["date"][:10],
         "jax": environment["versions"]["jax"],

@@ -235,7 +235,7 @@ class Run:
     @property
     def trained(self) -> Path | None:
         """The checkpoint folder of the last method and the first seed; None if a run of version 0.1 has none."""
-        folder = self.path / "checkpoints" / f"{self.methods[-1]}-seed0"
+        folder = self.path / "checkpoints" / f"{self.methods[-1]}-seed{self.plan.first_seed}"
         return folder if folder.is_dir() else None
 
     def by_seed(self, method: str, name: str, scale: float = 1.0) -> dict[int, float]:

@@ -48,7 +48,7 @@ def trial_result(
         "target_best_validation": max(validation) if validation else None,
         "source_test": metrics["source"][metric["source"]] if metrics["source"] else None,
         "test_metrics": metrics,
-        "answers": trial.answers(state) if seed == 0 else {},
+        "answers": trial.answers(state) if seed == trial.config.first_seed else {},
         "faults": _count_faults(records),
         "seconds": seconds,
         "compile_seconds": compile_seconds,
@@ -90,17 +90,18 @@ def show_results(run: Run, folder: RunFolder) -> None:
 
 
 def save_sample_images(scenario: Scenario, results: Sequence[Mapping[str, Any]], folder: RunFolder) -> None:
-    """Saves `samples.png`: a few test images, if the target has some, with every method's answers for seed 0.
+    """Saves `samples.png`: a few test images, if the target has some, with every method's answers for the first seed.
 
     A mark shows whether an answer is correct. If the source has the same questions, its answers come first.
     """
     samples = scenario.target.sample_images
     if samples is None:
         return
-    answers = {result["method"]: result["answers"]["target"] for result in results if result["seed"] == 0}
+    of_first = {result["method"]: result["answers"] for result in results if result["answers"]}
+    answers = {method: of_roles["target"] for method, of_roles in of_first.items()}
     source = None if scenario.source is None else scenario.source.sample_images
     if source is not None and (source.asked, source.right) == (samples.asked, samples.right):
-        answers = {"source": results[0]["answers"]["source"], **answers}
+        answers = {"source": next(iter(of_first.values()))["source"], **answers}
 
     from matplotlib.figure import Figure  # The import takes half a second, too long for --help.
 

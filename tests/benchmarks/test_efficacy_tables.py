@@ -52,7 +52,7 @@ def write_run(folder):
     files = {
         "environment.json": [
             {
-                "command": f"python -m experiments.x --run-dir {folder}",
+                "command": f"python -m experiments.x --run-dir {folder} --resume",
                 "commit": "abc",
                 "date": "2026-11-29T14:09:17+00:00",
                 "versions": {"jax": "0.12"},
@@ -84,6 +84,8 @@ def test_a_run_is_taken_in_once_and_its_folder_is_not_named(tmp_path, capsys):
     assert "| refit | 0.1 | 1 | 60.0 | 70.0 |" in capsys.readouterr().out
     content = json.loads(file.read_text())
     assert content["runs"][0]["command"] == "python -m experiments.x --run-dir runs/few"
+    main([str(file), "--seeds", "1", "2"])
+    assert "refit" not in capsys.readouterr().out
     with pytest.raises(ValueError, match="refit, source_lr with these seeds and rates are there already"):
         main([str(file), "--add", str(run)])
     assert json.loads(file.read_text()) == content
