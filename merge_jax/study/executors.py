@@ -157,7 +157,7 @@ def _await_scheduler(address: str) -> None:
     except Exception as error:  # From another program that listens there.
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
-            f"no Dask scheduler answers at {address} within {_ANSWER:.0f} s ({reason}): `dask scheduler` starts one, "
+            f"no Dask scheduler answers at {address} within {_ANSWER:g} s ({reason}): `dask scheduler` starts one, "
             "and prints its address"
         ) from None
 

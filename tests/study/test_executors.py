@@ -75,10 +75,8 @@ def test_an_address_that_nobody_answers_is_named(listens, tmp_path, monkeypatch)
         address = f"127.0.0.1:{server.getsockname()[1]}"
         if not listens:
             server.close()
-        start = time.monotonic()
-        with pytest.raises(ValueError, match=f"no Dask scheduler answers at tcp://{address} within"):
+        with pytest.raises(ValueError, match=f"no Dask scheduler answers at tcp://{address} within 0.5 s"):
             open_engine(f"dask:{address}", [set()], tmp_path, SlurmOptions(), None).__enter__()
-        assert time.monotonic() - start < 30
 
 
 @pytest.mark.parametrize(
