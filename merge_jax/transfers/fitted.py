@@ -75,7 +75,8 @@ def refit(
     with centred `X` and `T` (not centred, and `b = 0`, without a bias or norm that takes `b`), and `W0` the aligned
     kernel. So each layer corrects the errors of those before it. The intercept goes to the bias or to the norm that
     follows. Running statistics become those of the same inputs, and gain and bias of the norm compensate for them; a
-    norm without both keeps the aligned statistics.
+    norm without both, or of a sum, keeps the aligned statistics. What the target multiplies by 0 keeps its aligned
+    values, and explains nothing.
     **Streams**: between the blocks of a MobileNetV2 or a transformer, only solved layers act on single channels. Layers
     and embeddings write into the stream, layers read it, and norms divide by its total size. So any directions serve as
     well as channels. There, `T` is the source's value along as many orthonormal directions, those of its largest second
@@ -100,7 +101,8 @@ def refit(
       target: the same for the target.
       source_variables: `{"params": ..., "batch_stats": ...}`, as in Flax, or a plain tree of parameters, as `source`
         expects.
-      target_variables: those of the target; leaves without a route do not change.
+      target_variables: those of the target; leaves without a route do not change, except bias and norm of a solved
+        layer.
       *inputs: unlabelled inputs `[N, ...]`, such as the target will see.
       ridge: dimensionless penalty; values from 1e-3 to 1e-1 gave equal results on digits.
       batch_size: inputs per batch.

@@ -11,7 +11,8 @@ __all__ = ["VIEWS", "Layer", "Norm", "Unsolvable", "find_layer", "is_dense", "is
 _ALIASES = {"convert_element_type", "copy", "copy_p", "stop_gradient", "optimization_barrier"}
 _MOVES = {"broadcast_in_dim", "reshape", "squeeze", "expand_dims", "slice", "transpose", "neg"}
 VIEWS = {"reshape", "squeeze", "expand_dims", "transpose"} | _ALIASES
-_ALONG = {"add", "add_any", "sub", "mul", "div", "neg"} | VIEWS
+_SUMS = {"add", "add_any", "sub"}
+_ALONG = {"mul", "div", "neg"} | _SUMS | VIEWS
 
 
 class Unsolvable(Exception):  # noqa: N818  # It is a reason, and ends up in a report.
@@ -39,7 +40,7 @@ class Layer(NamedTuple):
       end: the last value that is linear in the leaf.
       values: all values from start to end, inclusive.
       biases: leaves added on the way, the last first, and whether each is added after the norm.
-      norm: the norm on the way that uses running statistics.
+      norm: the norm on the way that uses running statistics of this layer's output alone.
       scaled: whether the path from start to end does not depend on the data, so that it has one slope per channel.
     """
 
@@ -77,7 +78,7 @@ def find_layer(program: Program, leaf: str) -> Layer:
     read = [one for one in dense[0].reads if one in linear] if dense else []
     if dense and (len(equations) > 1 or len(read) != 1 or merged_axes(program, leaf, read[0]) is None):
         raise Unsolvable("it is used in several places, or reshaped before it is used")
-    if all(one.name in ("add", "add_any", "sub") for one in equations):
+    if all(one.name in _SUMS for one in equations):
         raise Unsolvable("it is added, but not on the path from a solved layer to its output")
     if not dense and not all(_by_channel(one, linear) for one in equations):
         raise Unsolvable(f"it is applied to the data by the operation {equations[0].name!r}, which is not linear in it")
@@ -89,7 +90,7 @@ def find_layer(program: Program, leaf: str) -> Layer:
     starts, (last, end) = tuple(one.outputs[0] for one in equations), ways[-1]
     scaled = all(_other(program, one, value) is None for one, value in last if one.name in ("mul", "div"))
     values = frozenset({end, *(value for way, _ in ways for _, value in way)})
-    norm = _norm(program, last)
+    norm = _norm(program, last, values)
     return Layer(leaf, bool(dense), starts, equations[0], end, values, _biases(program, last, norm), norm, scaled)
 
 
@@ -224,9 +225,11 @@ def _biases(program: Program, way: Sequence[tuple[Equation, int]], norm: Norm | 
     return dict(reversed(found.items()))
 
 
-def _norm(program: Program, way: Sequence[tuple[Equation, int]]) -> Norm | None:
+def _norm(program: Program, way: Sequence[tuple[Equation, int]], own: frozenset[int]) -> Norm | None:
     paths, mean, var, gain, normed = list(program.leaves), None, None, None, None
     for equation, value in way:
+        if normed is None and equation.name in _SUMS and _other(program, equation, value) not in (None, *own):
+            return None  # It normalises a sum, whose statistics are not those of the layer's output alone.
         if equation.name not in ("sub", "mul"):
             continue
         for path, kind in _leaf_beside(program, equation, value).items():

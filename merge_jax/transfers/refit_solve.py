@@ -13,7 +13,7 @@ from jax import lax
 from merge_jax.transfers.program import Program
 from merge_jax.transfers.refit_plan import Site, Unknown
 
-__all__ = ["Moments", "add_moments", "batch_moments", "entering", "no_moments", "solve", "write"]
+__all__ = ["Moments", "add_moments", "batch_moments", "entering", "no_moments", "reaching", "solve", "write"]
 
 _PRECISION = lax.Precision.HIGHEST
 _TINY = 1e-30
@@ -155,12 +155,15 @@ def _entering_dense(program: Program, unknown: Unknown, values: Values, rows: ja
     made = program.shapes[unknown.layer.starts[0]].shape
     sizes = [made[axis] for axis in numbers.out_spec[2:]]
     kernel = program.shapes[next(one for one in equation.reads if one not in program.data)].shape
+    # Rows in the order of the output, whose axes may lie otherwise than those of the input.
+    places = numbers.out_spec[0], *numbers.out_spec[2:]
+    order = *sorted(range(len(places)), key=places.__getitem__), len(places)
     taps = []
     for tap in itertools.product(*(range(kernel[axis]) for axis in numbers.rhs_spec[2:])):
         steps = zip(tap, params["rhs_dilation"], params["window_strides"], sizes, strict=True)
         window = [slice(i * dilation, i * dilation + (size - 1) * stride + 1, stride)
                   for i, dilation, stride, size in steps]  # fmt: skip
-        flat = x[(slice(None), *window)].reshape(-1, x.shape[-1])
+        flat = x[(slice(None), *window)].transpose(order).reshape(-1, x.shape[-1])
         taps.append(flat if rows is None else flat[rows])
     return jnp.concatenate(taps, axis=1)
 
@@ -193,25 +196,32 @@ class Solution(NamedTuple):
     r2: jax.Array
 
 
-def solve(site: Site, moments: Moments, prior: jax.Array, valid: jax.Array, ridge: float) -> Solution:
+def solve(
+    site: Site, moments: Moments, prior: jax.Array, reach: tuple[jax.Array, jax.Array], valid: jax.Array, ridge: float
+) -> Solution:
     """Returns `(X'X/n + r I)^-1 (X'T/n + r W0)` of centred rows, `r = ridge tr(X'X/n) / d max(1, d / n)`.
 
     Args:
       site: the site.
       moments: moments of its rows.
       prior: `W0 [d, m]`, the current unknowns.
+      reach: which unknowns `[d, m]` and which intercepts `[m]` change the end; see `reaching`.
       valid: which channels have a source channel, bool `[m]`; the others do not change.
       ridge: dimensionless penalty.
     """
     d, count = site.num_unknowns, jnp.maximum(moments.weight, 1.0)
     x, t, _ = moments.means
     xx, xt, tt = (sums / count for sums in (moments.xx, moments.xt, moments.tt))
-    centred = any(one.bias is not None for one in site.unknowns)
+    centred = _bias_of(site) is not None
     if site.dense:
+        used = jnp.any(reach[0], 1)
+        x, xx, xt = x * used, xx * jnp.outer(used, used), xt * used[:, None]
         if not centred:
             xx, xt = xx + jnp.outer(x, x), xt + jnp.outer(x, t)
         size = ridge * jnp.maximum(1.0, d / count) * jnp.trace(xx) / d + _TINY
-        found = jnp.asarray(jax.scipy.linalg.solve(xx + size * jnp.eye(d), xt + size * prior, assume_a="pos"))
+        wanted = jnp.where(reach[0], xt + size * prior, 0)
+        found = jnp.asarray(jax.scipy.linalg.solve(xx + size * jnp.eye(d), wanted, assume_a="pos"))
+        found = jnp.where(reach[0], found, 0)
         added = jnp.matmul(x, found, precision=_PRECISION)
         # X'X W = X'T + r (W0 - W): so X'X need not stay in memory beside its factors.
         left = tt - jnp.sum(found * (xt - size * (prior - found)), 0)
@@ -223,9 +233,11 @@ def solve(site: Site, moments: Moments, prior: jax.Array, valid: jax.Array, ridg
         solved = jnp.linalg.solve(xx + size[:, None, None] * jnp.eye(d)[None], wanted[..., None])[..., 0]
         found, added = solved.T, jnp.sum(x * solved, 1)
         left = tt - 2 * jnp.sum(solved * xt, 1) + jnp.einsum("md,mde,me->m", solved, xx, solved)
-    left = jnp.maximum(left if centred else left + jnp.square(t), 0)  # Rounding makes a perfect fit negative.
+    takes = centred & reach[1]
+    left = jnp.where(takes, left, left + jnp.square(t - added)) if centred else left + jnp.square(t)
+    left = jnp.maximum(left, 0)  # Rounding makes a perfect fit negative.
     found = jnp.where(valid[None], found, prior)
-    intercept = jnp.where(valid, t - added, 0.0) if centred else jnp.zeros_like(t)
+    intercept = jnp.where(valid & takes, t - added, 0.0)
     spread = jnp.sum(jnp.where(valid, moments.yy / count, 0))
     share = jnp.sum(jnp.where(valid, left, 0)) / jnp.where(spread > 0, spread, 1.0)
     return Solution(found, intercept, jnp.where(spread > 0, 1 - share, jnp.nan))
@@ -246,6 +258,37 @@ def slope(program: Program, site: Site, unknown: Unknown, leaves: Values) -> jax
         return jnp.ones(math.prod(site.channels))
     one = _along(program, site, unknown, leaves, jnp.ones(math.prod(site.channels)), site.end)
     return one - _along(program, site, unknown, leaves, None, site.end)
+
+
+def reaching(program: Program, site: Site, leaves: Values, slopes: Sequence[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """Returns which unknowns `[d, m]` and intercepts `[m]` change the end; not those that meet a factor of 0.
+
+    Args:
+      program: the target.
+      site: the site.
+      leaves: the target's leaves.
+      slopes: the slope of the end in the products of each unknown, `[m]`; a norm's gain is written, so it may be 0.
+    """
+    own = [jnp.broadcast_to((scale != 0) | (one.norm is not None) | (not site.dense), (one.inputs, scale.size))
+           for one, scale in zip(site.unknowns, slopes, strict=True)]  # fmt: skip
+    return jnp.concatenate(own), _bias_slope(program, site, leaves) != 0
+
+
+def _bias_of(site: Site) -> str | None:
+    """Returns the leaf that receives the intercept of a site."""
+    return next((one.bias for one in site.unknowns if one.bias is not None), None)
+
+
+def _bias_slope(program: Program, site: Site, leaves: Values) -> jax.Array:
+    """Returns the slope of the end in the bias of a site, `[m]`; 0 without a bias."""
+    bias = _bias_of(site)
+    if bias is None:
+        return jnp.zeros(math.prod(site.channels))
+    number = program.leaves[bias]
+    shape = program.shapes[number]
+    ends = [_along(program, site, None, {**leaves, number: jnp.full(shape.shape, one, shape.dtype)}, None, site.end)
+            for one in (0, 1)]  # fmt: skip
+    return ends[1] - ends[0]
 
 
 def _along(
@@ -292,6 +335,7 @@ def write(program: Program, site: Site, leaves: Values, solution: Solution, mome
             wanted = wanted * scale[None]
         if unknown.norm is None or not layer.scaled:
             kernel = wanted / jnp.where(scale == 0, 1.0, scale)[None]
+            kernel = jnp.where(scale == 0, matrix(program, unknown, leaves), kernel)
             _put(new, program, unknown, kernel)
             continue
         old = jnp.sqrt(jnp.sum(jnp.square(matrix(program, unknown, leaves)), 0))
@@ -300,15 +344,13 @@ def write(program: Program, site: Site, leaves: Values, solution: Solution, mome
         kernel = wanted * factor[None]
         _put(new, program, unknown, kernel)
         _put_norm(new, program, site, unknown, _products(site, moments, part, kernel, scale), 1 / factor)
-    bias = next((one.bias for one in site.unknowns if one.bias is not None), None)
+    bias = _bias_of(site)
     if bias is not None:
         number = program.leaves[bias]
         shape = program.shapes[number]
         more = before + solution.intercept - _along(program, site, None, new, None, site.end)
-        ends = [_along(program, site, None, {**new, number: jnp.full(shape.shape, one, shape.dtype)}, None, site.end)
-                for one in (0, 1)]  # fmt: skip
-        reach = ends[1] - ends[0]  # The slope of the end in the bias.
-        more = jnp.where(reach == 0, 0.0, more / jnp.where(reach == 0, 1.0, reach))
+        slopes = _bias_slope(program, site, new)
+        more = jnp.where(slopes == 0, 0.0, more / jnp.where(slopes == 0, 1.0, slopes))
         new[number] = (new[number].astype(jnp.float32) + more.reshape(shape.shape)).astype(shape.dtype)
     return new
 

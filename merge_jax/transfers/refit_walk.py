@@ -24,6 +24,7 @@ from merge_jax.transfers.refit_solve import (
     entering,
     matrix,
     no_moments,
+    reaching,
     slope,
     solve,
     without,
@@ -151,7 +152,8 @@ class Walk:
                  for of, ones in ((source_values, source_kept), (values, kept))]  # fmt: skip
         moments, made = stacked(gather, no_moments(site), (source_values, values, weights, keys), after)
         source_values, values = ({**old, **new} for old, new in zip(known, made, strict=True))
-        solution = solve(site, moments, jnp.concatenate(priors), self._valid(site, matrices), self.ridge)
+        reach = reaching(self.target, site, leaves, [scale for _, scale in unknowns])
+        solution = solve(site, moments, jnp.concatenate(priors), reach, self._valid(site, matrices), self.ridge)
         new = write(self.target, site, leaves, solution, moments)
         written = {number: leaf for number, leaf in new.items() if leaf is not leaves[number]}
         return written, solution.r2, source_values, values, moments.weight

@@ -15,4 +15,5 @@ def test_no_more_than_everything_is_explained():
     t = x @ jax.random.normal(jax.random.key(9), (4, 3))
     moments = refit_solve.batch_moments(x, t, t, jnp.ones(64), lambda total: total)
     site: Any = SimpleNamespace(num_unknowns=4, unknowns=[SimpleNamespace(bias=None)], dense=True)
-    assert refit_solve.solve(site, moments, jnp.zeros((4, 3)), jnp.ones(3, bool), 1e-7).r2 <= 1
+    reach = jnp.ones((4, 3), bool), jnp.zeros(3, bool)
+    assert refit_solve.solve(site, moments, jnp.zeros((4, 3)), reach, jnp.ones(3, bool), 1e-7).r2 <= 1
