@@ -32,9 +32,11 @@ def reset_statistics(
     to `batch_size` inputs form one batch; evaluation mode then computes what training mode computes on it. With more
     inputs, layers after the first BatchNorm see batches that are normalised by their own statistics, so their
     statistics depend slightly on the batch size. Batch sizes differ by at most one. Dropout is off, as in evaluation
-    mode. Nothing else changes: other collections, statistics that training mode does not update (such as those of
-    frozen layers), and models without statistics. Use it after writing weights by a transfer, averaging or pruning. It
-    re-estimates statistics as SWA does (Izmailov et al., arXiv:1803.05407).
+    mode, in attention too; other random numbers, such as of a stochastic depth, are drawn. Statistics that are no
+    running averages, such as those of SpectralNorm, are updated once. Nothing else changes: other collections,
+    statistics that training mode does not update (such as those of frozen layers), and models without statistics. Use
+    it after writing weights by a transfer, averaging or pruning. It re-estimates statistics as SWA does (Izmailov et
+    al., arXiv:1803.05407).
 
     Args:
       apply: `model.apply` of a Linen module called as `(*inputs, train=True)`.
@@ -73,9 +75,14 @@ def _moments(apply: ModelApply, axis_name: str | None, variables: dict[str, Any]
         return _floats(_in_training(apply, {**variables, _COLLECTION: statistics}, inputs, axis_name))
 
     # new = momentum old + (1 - momentum) batch: the derivative is the momentum; starting from 0 yields the batch's
-    # part.
-    _, momentum = jax.jvp(averaged, (leaves,), (jax.tree.map(jnp.ones_like, leaves),))
-    moves = jax.tree.map(lambda m: m < 1, momentum)
+    # part. Whatever has another derivative, such as the vectors of a SpectralNorm, is no average: 0 would break it.
+    _, derivative = jax.linearize(averaged, leaves)
+    momentum = derivative(jax.tree.map(jnp.ones_like, leaves))
+    steps = {path: jnp.cos(i + jnp.arange(leaf.size, dtype=leaf.dtype)).reshape(leaf.shape)
+             for i, (path, leaf) in enumerate(leaves.items())}  # fmt: skip
+    along = derivative(steps)
+    moves = {path: (m > 0) & (m < 1) & jnp.allclose(along[path], m * steps[path], atol=1e-4)
+             for path, m in momentum.items()}  # fmt: skip
     new = averaged(jax.tree.map(lambda moved, leaf: jnp.where(moved, 0, leaf), moves, leaves))
     return jax.tree.map(
         lambda moved, m, one: jnp.where(moved, one / jnp.where(moved, 1 - m, 1), one), moves, momentum, new
@@ -93,6 +100,8 @@ def _in_training(apply: ModelApply, variables: Mapping[str, Any], inputs: Any, a
     def without_dropout(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         if isinstance(context.module, nn.Dropout) and context.method_name == "__call__":
             return args[0] if args else kwargs["inputs"]
+        if isinstance(context.module, nn.MultiHeadDotProductAttention):  # It drops weights itself.
+            object.__setattr__(context.module, "dropout_rate", 0.0)
         return call(*args, **kwargs)
 
     def run() -> Any:

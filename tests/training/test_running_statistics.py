@@ -85,6 +85,29 @@ def test_layers_that_training_leaves_alone_stay_and_are_used():
 
 
 @pytest.mark.slow
+class Attended(nn.Module):
+    """Beside a BatchNorm, what training mode does else: spectral norms are updated, attention drops weights."""
+
+    rate: float = 0.5
+
+    @nn.compact
+    def __call__(self, x, *, train=False):
+        x = nn.SpectralNorm(nn.Dense(4, name="hidden"), name="spectral")(x, update_stats=train)
+        x = nn.MultiHeadDotProductAttention(2, dropout_rate=self.rate, deterministic=not train, name="attention")(x)
+        return nn.BatchNorm(not train, name="norm")(x)
+
+
+def test_statistics_that_are_no_averages_are_updated_and_attention_drops_nothing():
+    x = inputs(60).reshape(12, 5, 3) * 0.01
+    variables = jitted_init(Attended(), 0, x)
+    new = mj.reset_statistics(Attended().apply, variables, x)["batch_stats"]
+    _, updates = Attended(rate=0.0).apply(variables, x, train=True, mutable=["batch_stats"])
+    old, updated = variables["batch_stats"], updates["batch_stats"]
+    jax.tree.map(lambda *leaves: np.testing.assert_allclose(*leaves, rtol=1e-5), new["spectral"], updated["spectral"])
+    batch_mean = (updated["norm"]["mean"] - 0.99 * old["norm"]["mean"]) / 0.01
+    np.testing.assert_allclose(new["norm"]["mean"], batch_mean, atol=1e-4)
+
+
 def test_a_model_of_the_library_inside_of_jit():
     model = mj.models.small_mobilenet_v2(10, num_stages=1)
     images = np.random.default_rng(0).normal(size=(6, 8, 8, 1)).astype(np.float32)
