@@ -220,7 +220,7 @@ def make_methods(
         "pruned": lambda: _Moves(mj.identity_transfer(), 0.0, start=alignment().pruned),
         "random_channels": lambda: _Moves(mj.identity_transfer(), 0.0, start=alignment().random_channels),
         "mergenet_residual_aligned": then_residual,
-        **{name: partial(started, name, make) for name, make in _starts(options).items()},
+        **{name: partial(started, name, make) for name, make in _starts(options, axis_name).items()},
     }
     _check_own_names(shipped, transfers, starts, objectives)
     moves = shipped | {name: by_routes(make) for name, make in transfers.items()}
@@ -278,14 +278,15 @@ def _check_own_names(
             raise ValueError(f"the objective {name!r} must be an Objective(loss, teacher), got {objective!r}")
 
 
-def _starts(options: TransferOptions) -> dict[str, StartFactory]:
+def _starts(options: TransferOptions, axis_name: str | None) -> dict[str, StartFactory]:
     """Returns the starts of targets by name, as functions of source, target and routes."""
+    prepare = partial(prepare_start, options, axis_name=axis_name)
     return {
         "refit": refit_start,
-        "prepare": partial(prepare_start, options),
+        "prepare": prepare,
         # Opponents and controls of these.
         "refit_random_channels": partial(refit_start, choice="random"),
-        "prepare_rsd": partial(prepare_start, options, objective=mj.objectives.redundancy_suppression),
+        "prepare_rsd": partial(prepare, objective=mj.objectives.redundancy_suppression),
     }
 
 

@@ -58,10 +58,12 @@ def prepare_start(
     routes: Sequence[mj.Route],
     *,
     objective: Any = mj.objectives.disagreement,
+    axis_name: str | None = None,
 ) -> StartFn:
     """Returns the start that trains the target's features toward the source's, see `merge_jax.prepare`.
 
-    It uses all of its inputs, and the same `compare_on` as agreement.
+    It uses all of its inputs, and the same `compare_on` as agreement. `axis_name` is the axis that the models average
+    over under `pmap`, if any.
     """
     del routes  # Features need no labels.
     source_apply, target_apply = _applies("prepare", source, target)
@@ -82,6 +84,7 @@ def prepare_start(
             learning_rate=options.prepare_rate,
             objective=objective,
             compare_on=compare_on,
+            axis_name=axis_name,
         )
         return _trained(made)
 

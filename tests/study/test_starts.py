@@ -49,6 +49,18 @@ def test_a_start_gets_its_own_key_both_models_and_the_labelled_examples(monkeypa
     assert jax.random.key_data(state.key).tolist() == jax.random.key_data(blank.key).tolist()
 
 
+def test_a_start_by_features_also_of_models_that_average_over_devices():
+    options = {"methods": ("prepare",), "agree": ("norm=norm",), "prepare_steps": 2, "parallel": "pmap"}
+    config = replace(CONFIG, **options)
+    scenario = tiny.build(config)
+    trial = make_trials(scenario, config, SourcePlan(lengths=scenario.schedule.source))["prepare"]
+    source = trial.fresh_source(0)
+    state, blank = trial.initial_state(0, source), trial.blank_state(0, source)
+    for name, old in blank.target.model_state["batch_stats"]["norm"].items():
+        assert np.isfinite(state.target.model_state["batch_stats"]["norm"][name]).all()
+        assert not np.allclose(state.target.model_state["batch_stats"]["norm"][name], old)
+
+
 def test_a_new_purpose_stands_last_so_that_the_others_draw_as_before():
     assert PURPOSES == ("source", "target", "adapter", "steps", "control", "source_steps", "start")
 
