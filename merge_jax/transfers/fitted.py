@@ -5,6 +5,7 @@ from typing import NamedTuple, NoReturn, get_args
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.core import Tracer
 
 from merge_jax.checks import (
@@ -146,7 +147,7 @@ def refit(
                 "the model in evaluation mode",
                 stacklevel=2,
             )
-    made.walk.check_rows(min(batch_size, count))
+    made.walk.check_rows(min(batch_size, count), 1 if axis_name is None else lax.axis_size(axis_name))
     run = made.run if any_on_host(*arguments) else made.compiled
     variables, solved, finite = run(*arguments)
     if not isinstance(finite, Tracer) and not finite:

@@ -212,10 +212,10 @@ class Walk:
                 valid &= jnp.expand_dims(chosen, [i for i in range(valid.ndim) if i not in places])
         return valid.reshape(-1)
 
-    def check_rows(self, size: int) -> None:
-        """Warns of sites with fewer rows than unknowns, given the number of inputs per batch."""
+    def check_rows(self, size: int, devices: int) -> None:
+        """Warns of sites with fewer rows than unknowns, given the number of inputs per batch, and of devices."""
         for site in self.plan.sites:
-            rows = min(self._most_rows(site), site.rows // size * self.num_inputs)
+            rows = devices * min(self._most_rows(site), site.rows // size * self.num_inputs)
             if rows < site.num_unknowns:
                 warnings.warn(
                     f"{site.name} has {site.num_unknowns} unknowns and {rows} rows to solve them from: the ridge is "

@@ -130,7 +130,7 @@ def test_what_is_solved_and_what_is_kept():
 def test_of_the_input_of_a_depthwise_convolution_no_shifted_copy_is_kept(monkeypatch):
     walks = []
     monkeypatch.setattr(refit_program, "_programs", OrderedDict())
-    monkeypatch.setattr(refit_walk.Walk, "check_rows", lambda walk, size: walks.append(walk))
+    monkeypatch.setattr(refit_walk.Walk, "check_rows", lambda walk, *_: walks.append(walk))
     monkeypatch.setattr(refit_walk.Walk, "run", lambda *_: {})
     refit_pair("depthwise")
     for kept in (walks[0]._source_kept(), walks[0]._target_kept()):

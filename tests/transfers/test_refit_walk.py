@@ -1,9 +1,12 @@
 """The walk of a refit whose source is on the host."""
 
+import warnings
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import merge_jax as mj
 from merge_jax.transfers import refit_walk
@@ -26,6 +29,20 @@ def test_a_source_deeper_than_the_target_is_read_a_few_layers_at_a_time(monkeypa
     assert sum(sizes) >= 4 * 8 * 8
     for own, other in zip(jax.tree.leaves(made), jax.tree.leaves(refit(source)), strict=True):
         np.testing.assert_allclose(own, other, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_of_all_devices_count():
+    model = nn.Dense(2)
+    variables = model.init(jax.random.key(0), jnp.zeros((1, 8)))
+
+    def solved(inputs):
+        return mj.refit({"**": "**"}, model.apply, model.apply, variables, variables, inputs, axis_name="data").solved
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", mj.transfers.FewRowsWarning)
+        jax.eval_shape(jax.vmap(solved, axis_name="data"), jnp.zeros((4, 3, 8)))
+    with pytest.warns(mj.transfers.FewRowsWarning, match="8 unknowns and 6 rows"):
+        jax.eval_shape(jax.vmap(solved, axis_name="data"), jnp.zeros((2, 3, 8)))
 
 
 def _size(tree):
