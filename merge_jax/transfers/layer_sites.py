@@ -228,8 +228,8 @@ def _biases(program: Program, way: Sequence[tuple[Equation, int]], norm: Norm | 
 def _norm(program: Program, way: Sequence[tuple[Equation, int]], own: frozenset[int]) -> Norm | None:
     paths, mean, var, gain, normed = list(program.leaves), None, None, None, None
     for equation, value in way:
-        if normed is None and equation.name in _SUMS and _other(program, equation, value) not in (None, *own):
-            return None  # It normalises a sum, whose statistics are not those of the layer's output alone.
+        if equation.name in _SUMS and _other(program, equation, value) not in (None, *own):
+            break  # A norm of a sum has not the statistics of the layer's output alone, nor its gain.
         if equation.name not in ("sub", "mul"):
             continue
         for path, kind in _leaf_beside(program, equation, value).items():

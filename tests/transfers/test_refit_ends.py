@@ -24,22 +24,26 @@ def explained(outputs, wanted):
 
 
 class NormOfSum(nn.Module):
-    """A norm of a sum, of data and a layer, or of two layers."""
+    """A norm of a sum, of data and a layer, or of two layers; the layer may have a norm of its own."""
 
     width: int
     layers: int
+    inner: bool
 
     @nn.compact
     def __call__(self, x, *, train=False):
         hidden = nn.relu(nn.Dense(self.width, name="hidden")(x))
         left = nn.Dense(4, name="left")(x)
-        total = (nn.relu(left) if self.layers == 1 else left) + nn.Dense(4, name="right")(hidden)
+        right = nn.Dense(4, name="right")(hidden)
+        if self.inner:
+            right = nn.BatchNorm(not train, name="inner")(right)
+        total = (nn.relu(left) if self.layers == 1 else left) + right
         return nn.BatchNorm(not train, name="norm")(total)
 
 
-@pytest.mark.parametrize("layers", [1, 2])
-def test_a_norm_of_a_sum_has_not_the_statistics_of_one_layer(layers):
-    source, target = (NormOfSum(width, layers) for width in (16, 6))
+@pytest.mark.parametrize(("layers", "inner"), [(1, False), (2, False), (1, True)])
+def test_a_norm_of_a_sum_has_not_the_statistics_of_one_layer(layers, inner):
+    source, target = (NormOfSum(width, layers, inner) for width in (16, 6))
     source_variables, target_variables = (
         model.init(jax.random.key(seed), X) for seed, model in enumerate((source, target))
     )
@@ -49,6 +53,10 @@ def test_a_norm_of_a_sum_has_not_the_statistics_of_one_layer(layers):
     np.testing.assert_allclose(made.solved["params/right/kernel"], real, atol=1e-3)
     for name, stays in source_variables["batch_stats"]["norm"].items():
         np.testing.assert_allclose(made.variables["batch_stats"]["norm"][name], stays, rtol=1e-5)
+    if inner:
+        own = mj.reset_statistics(target.apply, made.variables, X)["batch_stats"]["inner"]
+        for name, value in own.items():
+            np.testing.assert_allclose(made.variables["batch_stats"]["inner"][name], value, rtol=1e-3, atol=1e-4)
 
 
 def branched(params, x):
