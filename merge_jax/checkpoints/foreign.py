@@ -40,7 +40,10 @@ def explain(path: Path, head: bytes) -> str:
         if (path / "checkpoints").is_dir():
             return "it is the folder of a run: name one in its checkpoints, such as checkpoints/METHOD-seed0"
         if (path / "saved_model.pb").exists():
-            return "it is a SavedModel of TensorFlow: load it there, and save the arrays of its variables (numpy.savez)"
+            return (
+                "it is a SavedModel of TensorFlow: load it there, and save the arrays of its variables (numpy.savez)"
+                " under names of your own, since several may be called kernel:0"
+            )
         if any(path.glob("*.distcp")):
             return (
                 "it is a checkpoint of torch.distributed: make a file of it, python -m"

@@ -28,6 +28,7 @@ __all__ = [
     "save_safetensors",
     "select_paths",
     "tensor_names",
+    "written_by_mlx",
 ]
 
 _INDEX = "model.safetensors.index.json"
@@ -129,6 +130,18 @@ def leaf_shapes(path: str | os.PathLike[str], leaves: Iterable[str] | None = Non
         _check_shard(shard, shard_of)
         headers[shard] = _header(shard)[0]
     return {leaf: _shape(shard_of[name], name, headers[shard_of[name]][name]) for leaf, name in wanted.items()}
+
+
+def written_by_mlx(path: str | os.PathLike[str]) -> bool:
+    """Returns whether MLX wrote the file, or the first shard of an index.
+
+    `save_safetensors` of MLX writes null for missing strings, which the library of the format does not; mlx-lm writes
+    its name.
+    """
+    shard_of, _ = _listed(path)
+    header = _header(next(iter(shard_of.values())))[0] if shard_of else {}
+    strings = header.get(_METADATA, {})
+    return strings is None or (isinstance(strings, dict) and strings.get("format") == "mlx")
 
 
 def _listed(path: str | os.PathLike[str]) -> tuple[dict[str, Path], dict[str, str]]:

@@ -168,11 +168,12 @@ def _open(path: Path, root: Group, config: Config | None) -> Stored:
             " divide them if the file is of such a model",
             stacklevel=5,
         )
-    quantised = [leaf for leaf, one in leaves.items() if one.shape.dtype == np.int8]
+    quantised = [leaf for leaf, one in leaves.items() if one.shape.dtype in (np.int8, np.uint8)]
     if quantised:
         warnings.warn(
             f"{path} has whole numbers of quantised layers in {some_of(quantised, 3)}, which are read as they stand: "
-            "save the model before it is quantised (of a .keras file, Dense and Embedding of int8 come as float32)",
+            "save the model before it is quantised (of a .keras file, Dense and Embedding of int8 come as float32;"
+            " files of GPTQ and AWQ lack their zero points)",
             stacklevel=5,
         )
 

@@ -51,6 +51,7 @@ _ADAPTERS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "traina
 _OF_PEFT = "base_model/model/"  # Starts all names of its adapters' files.
 _FACTORS = ("lora_a", "lora_b")  # Of NNX and Qwix, which may write the kernel's name before it.
 _PARAMETRISED = "parametrizations"
+_TABLE, _ROWS = "embeddings", "mapping"  # Names of model2vec.
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")  # Of files in packages.
 
 Select = Pattern | Sequence[Pattern] | None
@@ -81,8 +82,9 @@ def load_weights(path: str | os.PathLike[str], select: Select = None, like: Para
         the leaves differ from `like` (the first ten differences are listed).
 
     Warns:
-      UserWarning: quantised values whose scales are separate tensors, adapters of PEFT, factors of LoRA, or tensors
-        that PyTorch computes weights from: all are returned as stored.
+      UserWarning: quantised values whose scales are separate tensors, adapters of PEFT, factors of LoRA, tensors that
+        PyTorch computes weights from, tables of model2vec whose rows are not the tokens', or kernels of MLX: all are
+        returned as stored.
     """
     file = find_weights(path)
     stored, names = open_leaves(file, select)
@@ -90,7 +92,7 @@ def load_weights(path: str | os.PathLike[str], select: Select = None, like: Para
         tree: dict[str, Any] = {}
         arrays = stored.read(list(names.values()))
         _warn_of_scales(file, stored, arrays)
-        for found in (_of_adapters(names), _of_factors(names), _of_parametrised(names)):
+        for found in (_of_adapters(names), _of_factors(names), _of_parametrised(names), _of_model2vec(stored, arrays)):
             if found:
                 warnings.warn(f"{file} has {found}", stacklevel=2)
         for name, leaf in names.items():
@@ -203,6 +205,19 @@ def _of_parametrised(names: Iterable[str]) -> str:
         " starts as minus the identity. They are read as stored. Compute the weights in PyTorch, and save that model:"
         " torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')"
     )
+
+
+def _of_model2vec(stored: Stored, arrays: Mapping[str, np.ndarray]) -> str:
+    """Returns how a table of model2vec differs from one row for each token, with advice; empty if it does not."""
+    table = arrays.get(_TABLE)
+    if table is None or table.ndim != 2:
+        return ""
+    notes = []
+    if _ROWS in stored.paths:
+        notes.append("its rows are shared: the vector of token i is embeddings[mapping[i]] * weights[i]")
+    if table.dtype == np.int8:
+        notes.append("its numbers are the model's divided by a scale that no file holds")
+    return f"a table of model2vec, {' and '.join(notes)}. It is read as stored" if notes else ""
 
 
 def _native(stored: Stored) -> Stored:

@@ -127,7 +127,9 @@ def test_folders_without_weights_are_called_by_their_names(tmp_path):
     (tmp_path / "__0_0.distcp").touch()
     assert "it is a checkpoint of torch.distributed: make a file of it, python -m torch" in refusal(tmp_path)
     (tmp_path / "saved_model.pb").touch()
-    assert "it is a SavedModel of TensorFlow" in refusal(tmp_path)
+    message = refusal(tmp_path)
+    assert "it is a SavedModel of TensorFlow" in message
+    assert "under names of your own, since several may be called kernel:0" in message
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     assert "it is the folder of a run: name one in its checkpoints" in refusal(tmp_path / "run")
     (tmp_path / "steps" / "10").mkdir(parents=True)

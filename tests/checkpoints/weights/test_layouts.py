@@ -1,5 +1,11 @@
 """How leaves of a file are matrices: given, told by the file, or by names; the rest is refused."""
 
+import json
+import math
+import struct
+import warnings
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -32,6 +38,34 @@ def test_names_tell_the_layouts_of_torch_and_of_flax(tmp_path):
         "dense/kernel": LAST,
         "emb/embedding": FIRST,
     }
+
+
+@pytest.mark.parametrize("strings", [None, {"format": "mlx"}])
+@pytest.mark.parametrize("shards", [False, True])
+def test_kernels_of_mlx_have_their_inputs_last(strings, shards, tmp_path):
+    shapes = {"conv.weight": (5, 3, 3, 2), "fc.weight": (3, 4)}
+    header: dict[str, Any] = {"__metadata__": strings}  # MLX writes null, mlx-lm its name.
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": (start, end)}
+    text = json.dumps(header).encode()
+    file = tmp_path / "m.safetensors"
+    file.write_bytes(struct.pack("<Q", len(text)) + text + np.arange(end // 4, dtype=np.float32).tobytes())
+    if shards:
+        index = tmp_path / "model.safetensors.index.json"
+        index.write_text(json.dumps({"weight_map": dict.fromkeys(shapes, file.name)}))
+        file = index
+    assert layouts_of(file) == {"conv/weight": mj.MatrixSpec((0,), (3,), (1, 2)), "fc/weight": FIRST}
+    with pytest.warns(
+        UserWarning, match="was written by MLX: of kernels of convolutions, such as conv/weight, the last"
+    ):
+        mj.load_weights(file)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mj.load_weights(file, select="fc/weight")
+        save_file({"conv.weight": np.ones((5, 2, 3, 3))}, tmp_path / "torch.safetensors", {"format": "pt"})
+        mj.load_weights(tmp_path / "torch.safetensors")
 
 
 @pytest.mark.parametrize(

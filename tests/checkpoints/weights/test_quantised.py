@@ -39,6 +39,44 @@ def test_numbers_with_scales_beside_them_are_warned_of(dtype, name, scales, tmp_
         mj.load_weights(tmp_path / "n.safetensors")
 
 
+def test_a_table_of_model2vec_is_warned_of_where_its_rows_are_no_tokens(tmp_path):
+    table = np.ones((4, 3), np.float32)
+    files = {
+        "plain": {"embeddings": table},
+        "int8": {"embeddings": table.astype(np.int8)},
+        "rows": {"embeddings": table, "mapping": np.zeros(9, np.int32), "weights": np.ones(9, np.float32)},
+    }
+    for name, tensors in files.items():
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+    with pytest.warns(UserWarning, match="a table of model2vec, its numbers .* a scale that no file holds"):
+        mj.load_weights(tmp_path / "int8.safetensors")
+    with pytest.warns(UserWarning, match=r"a table of model2vec, its rows are shared: .* embeddings\[mapping\[i\]\]"):
+        mj.load_weights(tmp_path / "rows.safetensors", select="embeddings")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mj.load_weights(tmp_path / "plain.safetensors")
+        mj.load_weights(tmp_path / "rows.safetensors", select="mapping")
+
+
+def test_layers_that_keras_packed_by_gptq_are_warned_of(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(tmp_path / "m.weights.h5", "w") as file:
+        variables = file.create_group("layers/dense/vars")
+        arrays = (
+            np.ones(4, np.float32),
+            np.ones((2, 3), np.uint8),
+            np.ones((4, 1), np.float32),
+            np.ones(3, np.float32),
+        )
+        for i, array in enumerate(arrays):  # Bias, kernel, scale and g_idx; Keras 3.15.1 leaves out the zero points.
+            variables[str(i)] = array
+    with (
+        pytest.warns(UserWarning, match="does not store the names of dense/0"),
+        pytest.warns(UserWarning, match=r"whole numbers of quantised layers in dense/1, .* lack their zero points"),
+    ):
+        assert mj.load_weights(tmp_path / "m.weights.h5")["dense"]["1"].dtype == np.uint8
+
+
 def test_weights_that_bitsandbytes_packed_are_refused(tmp_path):
     save_file(
         {"fc.weight": np.ones((6, 1), np.uint8), "fc.weight.nested_absmax": np.ones(2)}, tmp_path / "m.safetensors"
