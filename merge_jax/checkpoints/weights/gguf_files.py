@@ -19,14 +19,20 @@ __all__ = ["GGUF"]
 
 _PLAIN = {"F16": "float16", "F32": "float32", "F64": "float64", "BF16": "bfloat16"}
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
-# What llama.cpp's converter changes besides names, and transformers reverts.
-_ONE_MORE = (re.compile(r"norm\.weight$"), "1 more than the model's")
+# What llama.cpp's converter changes besides names and shapes, by the pattern of the tensors.
+_ONE_MORE = {r"(?<!ssm_)norm\.weight$": "1 more than the model's"}
 _MOVED = "the model's rows in another order"
+_NEGATIVE = {r"\.ssm_a\b": "-exp of the model's"}
+_QUERIES, _FUSED = {r"\.attn_[qk]\.": _MOVED}, {r"\.attn_qkv\.": _MOVED}
+_LINEAR = {r"\.(attn_qkv|attn_gate|ssm_(alpha|beta|dt|conv1d|out))\b": "perhaps the model's heads in another order"}
 _CHANGED = {
     **dict.fromkeys(("gemma", "gemma2", "gemma3", "nemotron"), _ONE_MORE),
-    "llama": (re.compile(r"\.attn_[qk]\."), _MOVED),
-    "bloom": (re.compile(r"\.attn_qkv\."), _MOVED),
-    "mamba": (re.compile(r"\.ssm_a\b"), "-exp of the model's"),
+    **dict.fromkeys(("llama", "olmo", "granite", "granitemoe"), _QUERIES),
+    **dict.fromkeys(("bloom", "gptneox", "falcon"), _FUSED),
+    **dict.fromkeys(("mamba", "mamba2", "jamba"), _NEGATIVE),
+    "granitehybrid": _QUERIES | _NEGATIVE,
+    "qwen3next": _ONE_MORE | _NEGATIVE | _FUSED,
+    **dict.fromkeys(("qwen35", "qwen35moe"), _ONE_MORE | _NEGATIVE | _LINEAR),
 }
 _PLAIN |= {f"I{bits}": f"int{bits}" for bits in (8, 16, 32, 64)}
 
@@ -59,15 +65,26 @@ def _open(path: Path) -> Stored:
         # The file lists the fastest axis first.
         return jax.ShapeDtypeStruct(tuple(map(int, tensor.shape))[::-1], jnp.dtype(dtype))
 
-    names, how = _changed(path, parts[path])
+    patterns = _changed(path, parts[path])
 
     def read(paths: Sequence[str]) -> Mapping[str, np.ndarray]:
         arrays = {}
-        changed = [leaf for leaf in paths if names is not None and names.search(str(tensors[leaf].name))]
-        if changed:
+        for pattern, how in patterns.items():
+            changed = [leaf for leaf in paths if re.search(pattern, str(tensors[leaf].name))]
+            if not changed:
+                continue
             warnings.warn(
                 f"llama.cpp changed the numbers at {some_of(changed, 3)} of {path} for its architecture ({how}):"
                 " undo that before you use them in another model",
+                stacklevel=4,
+            )
+        scaled = [
+            leaf for leaf in paths if leaf.endswith("/weight") and leaf.removesuffix("weight") + "scale" in tensors
+        ]
+        if scaled:  # As of NVFP4, whose blocks have scales of their own.
+            warnings.warn(
+                f"{path} has a scale beside {some_of(scaled, 3)}, by which llama.cpp multiplies: they are read without"
+                " it",
                 stacklevel=4,
             )
         for leaf in paths:
@@ -127,11 +144,11 @@ def _parts(path: Path, read: Callable[[Path], Any]) -> dict[Path, Any]:
     return parts
 
 
-def _changed(path: Path, reader: Any) -> tuple[re.Pattern[str] | None, str]:
-    """Returns the tensors whose values differ from those of the original model, and how."""
+def _changed(path: Path, reader: Any) -> Mapping[str, str]:
+    """Returns how tensors differ from those of the original model, by the pattern of their names."""
     field = reader.get_field("general.architecture")
     with reading(path, "GGUF file: general.architecture is no text"):
-        return _CHANGED.get(field and str(field.contents()), (None, ""))
+        return _CHANGED.get(str(field.contents()), {}) if field else {}
 
 
 def _number(path: Path, reader: Any, key: str) -> int | None:

@@ -280,32 +280,6 @@ def test_gguf_is_dequantised_and_its_axes_are_those_of_torch(tmp_path):
     assert mj.checkpoints.layouts_of(tmp_path / "m.gguf")["q8/weight"] == mj.MatrixSpec((0,), (1,))
 
 
-@pytest.mark.parametrize(
-    ("architecture", "name", "how"),
-    [
-        ("gemma3", "attn_norm", "1 more than the model's"),
-        ("llama", "attn_k", "rows in another order"),
-        ("qwen3", "", ""),
-    ],
-)
-def test_of_a_gguf_with_other_numbers_than_its_model_one_is_warned(architecture, name, how, tmp_path):
-    gguf = pytest.importorskip("gguf")
-    writer = gguf.GGUFWriter(tmp_path / "m.gguf", architecture)
-    for other in ("attn_norm", "attn_k", "attn_k_norm", "ffn_up"):
-        writer.add_tensor(f"blk.0.{other}.weight", np.ones(32, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        mj.load_weights(tmp_path / "m.gguf", f"blk/0/{name or '*'}/weight")
-    assert len(caught) == bool(name)
-    assert all(f"at blk/0/{name}/weight of" in str(w.message) and how in str(w.message) for w in caught)
-    assert all(w.filename == __file__ for w in caught)
-    mj.load_weights(tmp_path / "m.gguf", "blk/0/ffn_up/weight")  # Not of those.
-
-
 def test_layers_of_keras_have_their_names_in_the_model(keras, tmp_path):
     model = keras_model(keras)
     expected = keras_leaves(model)

@@ -1,4 +1,4 @@
-"""Weights of quantised models, which are read as stored or refused."""
+"""Weights of quantised or converted models, which are read as stored or refused."""
 
 import warnings
 
@@ -56,6 +56,55 @@ def test_a_table_of_model2vec_is_warned_of_where_its_rows_are_no_tokens(tmp_path
         warnings.simplefilter("error")
         mj.load_weights(tmp_path / "plain.safetensors")
         mj.load_weights(tmp_path / "rows.safetensors", select="mapping")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "name", "how"),
+    [
+        ("gemma3", "attn_norm", "1 more than the model's"),
+        ("llama", "attn_k", "rows in another order"),
+        ("granite", "attn_k", "rows in another order"),
+        ("falcon", "attn_qkv", "rows in another order"),
+        ("jamba", "ssm_a", "-exp of the model's"),
+        ("qwen35", "attn_k_norm", "1 more than the model's"),
+        ("qwen35", "ssm_alpha", "heads in another order"),
+        ("qwen3", "", ""),
+    ],
+)
+def test_of_a_gguf_with_other_numbers_than_its_model_one_is_warned(architecture, name, how, tmp_path):
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", architecture)
+    for other in ("attn_norm", "attn_k", "attn_k_norm", "attn_qkv", "ssm_a", "ssm_alpha", "ssm_norm", "ffn_up"):
+        writer.add_tensor(f"blk.0.{other}.weight", np.ones(32, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        mj.load_weights(tmp_path / "m.gguf", f"blk/0/{name or '*'}/weight")
+    assert len(caught) == bool(name)
+    assert all(f"at blk/0/{name}/weight of" in str(w.message) and how in str(w.message) for w in caught)
+    assert all(w.filename == __file__ for w in caught)
+    mj.load_weights(tmp_path / "m.gguf", ["blk/0/ffn_up/weight", "blk/0/ssm_norm/weight"])  # Not of those.
+
+
+def test_a_scale_beside_a_tensor_of_gguf_is_warned_of(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "qwen3")
+    kind = gguf.GGMLQuantizationType.NVFP4
+    writer.add_tensor("up.weight", np.full((2, 36), 0x38, np.uint8), raw_dtype=kind)  # As the converter writes it.
+    writer.add_tensor("up.scale", np.full(1, 0.5, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.warns(UserWarning, match="has a scale beside up/weight, by which llama.cpp multiplies"):
+        found = mj.load_weights(tmp_path / "m.gguf", "up/weight")["up"]["weight"]
+    assert found.shape == (2, 64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mj.load_weights(tmp_path / "m.gguf", "up/scale")
 
 
 def test_layers_that_keras_packed_by_gptq_are_warned_of(tmp_path):
