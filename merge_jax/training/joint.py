@@ -19,7 +19,7 @@ from merge_jax.objectives.device_axis import varying
 from merge_jax.objectives.precision import at_least_float32
 from merge_jax.paths import flatten, some_of
 from merge_jax.training.nonfinite import select_update
-from merge_jax.training.optimizers import adapter_adamw, holds_parameters, optimizer_update, warn_of_short_moments
+from merge_jax.training.optimizers import adapter_adamw, holds_parameters, optimizer_update, warn_of_moments
 from merge_jax.training.packing import pack
 from merge_jax.training.schedule import TransferSteps
 from merge_jax.transfers.base import Transfer, check_transfer, writes
@@ -172,7 +172,7 @@ def init_joint_state(
         target=train_state(target, target_params, target_state),
         adapter=AdapterState(adapter_params, adapter_optimizer.init(adapter_params)),
     )
-    warn_of_short_moments(state.source.opt_state, state.target.opt_state)
+    warn_of_moments(state.source.opt_state, state.target.opt_state)
     return state
 
 

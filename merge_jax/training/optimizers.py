@@ -15,7 +15,7 @@ from merge_jax.paths import some_of
 from merge_jax.training.packing import packed
 from merge_jax.types import Params
 
-__all__ = ["adapter_adamw", "holds_parameters", "optimizer_update", "warn_of_short_moments"]
+__all__ = ["adapter_adamw", "holds_parameters", "optimizer_update", "warn_of_moments"]
 
 
 def adapter_adamw(
@@ -85,7 +85,13 @@ def holds_parameters(optimizer: optax.GradientTransformation, params: Params) ->
     return any(_reached(jaxpr, [True] * len(jaxpr.invars)))
 
 
-def warn_of_short_moments(*opt_states: Any) -> None:
+def warn_of_moments(*opt_states: Any) -> None:
+    """Warns of second moments in 16 bits, and of vectors that Muon takes for matrices."""
+    _warn_of_short_moments(opt_states)
+    _warn_of_muon_vectors(opt_states)
+
+
+def _warn_of_short_moments(opt_states: Any) -> None:
     """Warns of second moments in 16 bits: bfloat16 rounds away one step's decay, float16 the squares of gradients."""
     moments = [
         (jax.tree_util.keystr(path, simple=True, separator="/"), getattr(leaf, "dtype", None))
@@ -102,8 +108,24 @@ def warn_of_short_moments(*opt_states: Any) -> None:
             warnings.warn(
                 f"the optimizer's second moments of {name} parameters are {name} too ({some_of(short, 3)}): {effect}."
                 " Keep parameters in float32, and cast them in the loss",
-                stacklevel=3,
+                stacklevel=4,
             )
+
+
+def _warn_of_muon_vectors(opt_states: Any) -> None:
+    """Warns of biases and norms with two axes, by heads or by layers, which Muon would orthogonalise like a matrix."""
+    nodes = jax.tree.leaves(opt_states, is_leaf=lambda node: isinstance(node, optax.contrib.MuonState))
+    states = [node for node in nodes if isinstance(node, optax.contrib.MuonState)]
+    leaves = [path for state in states for path in jax.tree_util.tree_flatten_with_path(state.mu)[0]]
+    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    vectors = [path for path in paths if path.split("/")[-1] in ("bias", "scale")]
+    if vectors:
+        warnings.warn(
+            f"Muon orthogonalises vectors, since they have an axis of heads or layers ({some_of(vectors, 3)}): a step"
+            " in one of them depends on the others, and may increase the loss. Name the leaves that are matrices with"
+            " muon_weight_dimension_numbers",
+            stacklevel=4,
+        )
 
 
 def _reached(jaxpr: Any, from_inputs: Sequence[bool]) -> list[bool]:

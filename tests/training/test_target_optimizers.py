@@ -85,6 +85,23 @@ def test_second_moments_whose_squares_are_0_are_warned_of():
     assert not np.isfinite(updates["w"]).any(), "it is finite: the warning is no longer true"
 
 
+def test_vectors_that_muon_takes_for_a_matrix_are_warned_of():
+    """Biases by heads or by layers have two axes; a kernel by heads has three, and goes to Adam."""
+    attention = {"query": {"kernel": jnp.ones((4, 2, 2)), "bias": jnp.ones((2, 2))}}
+    target = {"w": jnp.ones(3), "attention": attention, "norm": {"scale": jnp.ones((2, 4))}}
+    with pytest.warns(UserWarning, match=r"heads or layers \(attention/query/bias, norm/scale\)") as caught:
+        begun(contrib.muon(1e-2), mj.identity_transfer(), target)
+    assert caught[0].filename == __file__
+    named = {"w": None, "attention": {"query": {"kernel": contrib.MuonDimensionNumbers(0, (1, 2)), "bias": None}}}
+    told = contrib.muon(1e-2, muon_weight_dimension_numbers={**named, "norm": {"scale": None}})
+    begun(told, mj.identity_transfer(), target)
+    begun(contrib.muon(1e-2), mj.identity_transfer(), {"w": jnp.ones(3), "fc": {"kernel": jnp.ones((4, 3))}})
+    scale = {"scale": target["norm"]["scale"]}
+    gradient = {"scale": jnp.array([[1, 1, 1, 1], [1e-3, 2e-3, 1e-3, 1e-3]])}
+    updates, _ = contrib.muon(0.1).update(gradient, contrib.muon(0.1).init(scale), scale)
+    assert (updates["scale"] > 0).any(), "every step is downhill: the warning is no longer true"
+
+
 @pytest.mark.filterwarnings("ignore:the optimizer's second moments")
 def test_an_update_that_is_not_finite_is_skipped_and_counted():
     """A rate in bfloat16 makes NaN of a finite gradient (Optax, bias correction)."""
