@@ -59,7 +59,7 @@ def examine() -> int:
 def findings() -> Iterator[Finding]:
     """Yields the findings, one check after the other."""
     # Other processes test the cache, and could not use a device that this one holds.
-    for look in (_python, _packages, _plugins, _cache, _devices, _computes, _cores, _folder):
+    for look in (_python, _packages, _plugins, _cache, _devices, _computes, _rows, _cores, _folder):
         yield from look()
 
 
@@ -152,6 +152,24 @@ def _computes() -> Iterator[Finding]:
     yield Finding(
         "good" if close else "bad", f"a compiled product of matrices gives {found:.4f}, {expected:.4f} is right"
     )
+
+
+def _rows() -> Iterator[Finding]:
+    """Computes what jax 0.10.2 gets wrong on a CPU."""
+    import jax
+    import jax.numpy as jnp
+
+    if jax.default_backend() != "cpu":
+        return
+    rows = jnp.tile(jnp.arange(40_000.0)[:, None] % 97, (1, 3))
+    found = jax.jit(jax.vmap(lambda row: jnp.max(jnp.eye(3) @ row)))(rows)
+    wrong = jnp.flatnonzero(found != rows[:, 0])
+    if wrong.size:
+        yield Finding(
+            "note",
+            f"jax {jax.__version__} is wrong on this CPU from row {int(wrong[0])} on, where a jitted vmap reduces "
+            "products with a 3x3 or 2x3 matrix (jax-ml/jax#39103): take jax 0.12, or fewer rows at a time",
+        )
 
 
 def _cache() -> Iterator[Finding]:

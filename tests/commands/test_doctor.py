@@ -63,6 +63,15 @@ def test_the_doctor_knows_which_jax_aborts_on_a_gpu(backend, version, flags, war
     assert any("openxla/xla#47381" in finding.text for finding in doctor._devices()) is warned
 
 
+def test_the_doctor_computes_what_one_jax_gets_wrong(monkeypatch):
+    monkeypatch.setattr(jax, "jit", lambda function: lambda rows: function(rows).at[32_768:].set(0))
+    (found,) = doctor._rows()
+    assert found.kind == "note"
+    assert "from row 32768 on" in found.text
+    monkeypatch.undo()
+    assert bool(list(doctor._rows())) == (jax.__version__ == "0.10.2")
+
+
 def test_a_missing_package_is_to_be_installed(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "requires", lambda name: ["absent_thing>=2", "another; extra == 'docs'"])
     assert [tuple(finding) for finding in doctor._packages()] == [

@@ -11,6 +11,7 @@ import pytest
 import merge_jax as mj
 from merge_jax.models.mobilenet import InvertedResidualStage
 from merge_jax.transfers import refit_program, refit_walk
+from merge_jax.transfers.alignment_fit import _directions
 from tests.helpers import jitted_init
 from tests.transfers.test_fitted import TOKENS, text
 
@@ -170,6 +171,13 @@ def test_the_target_has_the_directions_of_the_largest_moments():
     np.testing.assert_allclose(own @ found, wanted, atol=1e-2 * np.abs(wanted).max())
     # And turned by no more than it must be: of orthonormal directions, whose lengths are the source's.
     np.testing.assert_allclose(np.linalg.norm(own), np.linalg.norm(wanted), rtol=1e-2)
+
+
+def test_directions_are_orthonormal_if_channels_are_dead():
+    features = np.random.default_rng(0).standard_normal((500, 8)).astype(np.float32) * (np.arange(8) > 2)
+    chosen = jnp.eye(8)[jnp.array([0, 1, 4, 5])]  # Two of them are dead.
+    sizes = jnp.linalg.svd(_directions(features.T @ features / 500, chosen), compute_uv=False)
+    np.testing.assert_allclose(sizes, 1, atol=1e-5)
 
 
 def test_directions_come_nearer_than_channels():

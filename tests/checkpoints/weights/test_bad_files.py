@@ -18,6 +18,7 @@ import msgpack
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from flax import nnx
 from safetensors.numpy import save_file
 
 import merge_jax as mj
@@ -358,6 +359,19 @@ def test_a_tree_that_does_not_fit_names_ten_differences_and_near_misses(tmp_path
     assert "and 24 more" in message
     assert "matches no leaf" in refusal(path, select="**/w")
     assert len(FLAT) == 4
+
+
+def test_what_nnx_would_take_in_silence_does_not_fit_its_model(tmp_path):
+    """`nnx.update` takes any shape and any name."""
+    params = nnx.to_pure_dict(nnx.state(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.Param))
+    column = {"kernel": np.ones((3, 1), np.float32), "bias": np.ones(4, np.float32)}
+    renamed = {"weight": np.ones((3, 4), np.float32), "bias": np.ones(4, np.float32)}
+    for name, tree, message in (
+        ("column", column, "kernel is float32[3, 1], the model's is float32[3, 4]"),
+        ("renamed", renamed, "weight is there, but not in the model"),
+    ):
+        mj.save_safetensors(tmp_path / f"{name}.safetensors", tree)
+        assert message in refusal(tmp_path / f"{name}.safetensors", like=params)
 
 
 def test_orbax_that_is_not_whole_is_refused(tmp_path):
