@@ -122,6 +122,21 @@ def test_an_optimizer_that_makes_nan_of_a_finite_gradient_changes_nothing():
     assert metrics["target/skipped"] == 1
 
 
+@pytest.mark.parametrize("inner", [optax.sgd(0.1), optax.apply_if_finite(optax.sgd(0.1), 5)], ids=["plain", "finite"])
+def test_gradients_that_are_accumulated_lose_what_is_not_finite_only(inner):
+    def loss_fn(params, model_state, batch, key):
+        return batch * jnp.sum(params["w"]), (model_state, {})
+
+    task, same = mj.Task(loss_fn, optax.MultiSteps(inner, 2)), mj.identity_transfer()
+    state = mj.init_joint_state(
+        jax.random.key(0), None, task, same, source_params={}, target_params={"w": jnp.zeros(1)}
+    )
+    step = jax.jit(mj.make_joint_step(None, task, same))
+    for value in (1.0, 1.0, 1.0, jnp.nan, 1.0, 1.0, 1.0):
+        state, _ = step(state, {"target": jnp.float32(value)})
+    np.testing.assert_allclose(state.target.params["w"], -0.3, rtol=1e-6)  # Six gradients, by two.
+
+
 ASKING = {"polyak_sgd": optax.polyak_sgd(), "lbfgs": optax.lbfgs(), "momo": contrib.momo()}
 ASKING["sam"] = contrib.sam(optax.sgd(0.1), optax.sgd(0.1))  # It takes no loss.
 
