@@ -69,7 +69,8 @@ def test_the_doctor_computes_what_one_jax_gets_wrong(monkeypatch):
     assert found.kind == "note"
     assert "from row 32768 on" in found.text
     monkeypatch.undo()
-    assert bool(list(doctor._rows())) == (jax.__version__ == "0.10.2")
+    if jax.__version__ != "0.10.2":  # That one may be right on other CPUs.
+        assert not list(doctor._rows())
 
 
 def test_a_missing_package_is_to_be_installed(monkeypatch):
