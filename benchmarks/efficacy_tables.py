@@ -2,13 +2,14 @@
 
 python -m benchmarks.efficacy_tables                                   # writes docs/tables/*.txt, all tables
 python -m benchmarks.efficacy_tables cifar100                          # mean and standard error of each row, over seeds
-python -m benchmarks.efficacy_tables cifar100 --against vanilla refit  # and paired differences to these, p by Holm
-python -m benchmarks.efficacy_tables ag_news --seeds 6 7 8 9 10 11    # of these seeds alone
+python -m benchmarks.efficacy_tables cifar100 --against vanilla refit  # and paired differences to these
+python -m benchmarks.efficacy_tables ag_news --seeds 6 7 8 9 10 11     # of these seeds alone
 python -m benchmarks.efficacy_tables sst2 --add runs/sst2              # takes the results of a run folder in first
 
 A file has the runs (command, commit, date, jax, cores) and, for each row and seed, test accuracy right after the write
 and after the last step. A row is a method at a rate, such as `refit@0.1`; `--suffix` distinguishes rows of one method,
-such as ", 200 labels".
+such as ", 200 labels". p is of a two-sided paired t-test; beside it, Holm's procedure adjusts it for all comparisons
+that are printed with a row. A page that compares fewer adjusts for those.
 """
 
 import argparse
@@ -80,14 +81,14 @@ def add_run(content: dict[str, Any], run: Path, suffix: str = "") -> dict[str, A
         }
         for result in json.loads((run / "results.json").read_text())
     ]
+    opponents = run / "opponents.json"  # A run may measure none.
     added += [
         {"row": result["opponent"] + suffix, "seed": result["seed"], "test": result["target_test"]}
-        for result in json.loads((run / "opponents.json").read_text())
+        for result in (json.loads(opponents.read_text()) if opponents.exists() else [])
     ]
     there = {(*_row(result), result["seed"]) for result in content["results"]}
     twice = sorted({result["row"] for result in added if (*_row(result), result["seed"]) in there})
-    opponents = {result["row"] for result in added if "target_rate" not in result}
-    if set(twice) - opponents:
+    if set(twice) - {result["row"] for result in added if "target_rate" not in result}:
         raise ValueError(
             f"{run}: {', '.join(twice)} with these seeds and rates are there already; --suffix tells rows apart"
         )
@@ -136,12 +137,13 @@ def _differences(found: dict[Row, dict[str, dict[int, float]]], base: Row) -> li
                 compared.append((row, column, pairs, paired_difference(*pairs).p_t))
     adjusted = iter(holm([p for *_, p in compared if p is not None]))
     lines = [
-        f"| row - {base[0]} | rate | column | seeds | difference | p, adjusted |",
-        "| --- | --- | --- | ---: | ---: | ---: |",
+        f"| row - {base[0]} | rate | column | seeds | difference | p | p, adjusted |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: |",
     ]
     for row, column, pairs, p in compared:
         cells = [row[0], str(row[1] or ""), _COLUMNS[column], str(len(pairs[0]))]
-        cells += [format_values(map(operator.sub, *pairs), "+"), "" if p is None else f"{next(adjusted):.1g}"]
+        cells.append(format_values(map(operator.sub, *pairs), "+"))
+        cells += ["", ""] if p is None else [f"{p:.1g}", f"{next(adjusted):.1g}"]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 

@@ -12,7 +12,7 @@ from jax import lax
 from jax.core import Tracer
 
 from merge_jax.checks import all_finite, error_context, name_misfit, name_missing_collections
-from merge_jax.paths import flatten, replace
+from merge_jax.paths import flatten, replace, some_of
 from merge_jax.transfers.alignment_fit import ChannelChoice, choose
 from merge_jax.transfers.alignment_plan import plan_alignment
 from merge_jax.transfers.alignment_write import written_leaves
@@ -178,9 +178,19 @@ def _averaged(moments: LayerMoments, axis_name: str) -> LayerMoments:
 
 
 def _followed(role: str, fn: ModelFn, variables: Params, batch: list[Any]) -> FollowedModel:
+    def apply(variables: Params, *inputs: Any) -> Any:
+        outputs = fn(variables, *inputs)
+        updated = outputs[1] if isinstance(outputs, tuple) and len(outputs) == 2 else None
+        if isinstance(updated, Mapping) and not set(variables).isdisjoint(updated):
+            raise ValueError(
+                f"it returns new {some_of(sorted(set(variables) & set(updated)), 3)} beside its outputs, as in training"
+                " mode: give it in evaluation mode, such as functools.partial(model.apply, train=False)"
+            )
+        return outputs
+
     with error_context(f"the {role}"), name_missing_collections(variables), name_misfit(batch):
         try:
-            return FollowedModel(*ChannelTrace.followed(fn, variables, batch, strict=True))
+            return FollowedModel(*ChannelTrace.followed(apply, variables, batch, strict=True))
         except (InvalidRngError, ModifyScopeVariableError) as error:
             raise ValueError(
                 "it updates its state or draws random numbers, as in training mode: give it in evaluation mode, such as"

@@ -23,16 +23,16 @@ def test_rows_have_mean_and_error_and_differences_are_paired():
     assert "| vanilla | 1.0 | 3 | 10.0 ± 0.0 | 52.0 ± 1.2 |" in lines
     assert "| source_lr |  | 1 |  | 90.0 |" in lines
     # 11, 12 and 13: 12 with an error of 1 / sqrt(3), t = 20.8 of two degrees of freedom; right after, all are 50.
-    assert "| refit | 1.0 | after the last step | 3 | +12.0 ± 0.6 | 0.002 |" in lines
-    assert "| refit | 1.0 | right after the write | 3 | +50.0 ± 0.0 |  |" in lines
+    assert "| refit | 1.0 | after the last step | 3 | +12.0 ± 0.6 | 0.002 | 0.002 |" in lines
+    assert "| refit | 1.0 | right after the write | 3 | +50.0 ± 0.0 |  |  |" in lines
 
 
 def test_p_is_adjusted_for_the_comparisons_of_the_table():
     more = [entry("aligned", seed, 0.50 + 0.02 * seed + gain) for seed, gain in enumerate((0.05, 0.02, 0.08))]
     lines = table([*RESULTS, *more], ["vanilla"]).splitlines()
     # Of t = 20.8 p is 0.0023, the smaller of two: doubled. Of t = 5 / sqrt(3) it is 0.1, and stays.
-    assert "| refit | 1.0 | after the last step | 3 | +12.0 ± 0.6 | 0.005 |" in lines
-    assert "| aligned | 1.0 | after the last step | 3 | +5.0 ± 1.7 | 0.1 |" in lines
+    assert "| refit | 1.0 | after the last step | 3 | +12.0 ± 0.6 | 0.002 | 0.005 |" in lines
+    assert "| aligned | 1.0 | after the last step | 3 | +5.0 ± 1.7 | 0.1 | 0.1 |" in lines
 
 
 def test_bad_rows_are_refused():
@@ -44,11 +44,11 @@ def test_bad_rows_are_refused():
 
 def test_a_row_at_several_rates_is_named_with_one():
     lines = table([*RESULTS, entry("vanilla", 0, 0.5, rate=0.1)], ["vanilla@1.0"]).splitlines()
-    assert "| refit | 1.0 | after the last step | 3 | +12.0 ± 0.6 | 0.002 |" in lines
+    assert "| refit | 1.0 | after the last step | 3 | +12.0 ± 0.6 | 0.002 | 0.002 |" in lines
 
 
 def write_run(folder):
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     files = {
         "environment.json": [
             {
@@ -89,6 +89,9 @@ def test_a_run_is_taken_in_once_and_its_folder_is_not_named(tmp_path, capsys):
     with pytest.raises(ValueError, match="refit, source_lr with these seeds and rates are there already"):
         main([str(file), "--add", str(run)])
     assert json.loads(file.read_text()) == content
+    (run / "opponents.json").unlink()
+    assert len(add_run({"runs": [], "results": []}, run)["results"]) == 1
+    write_run(run)
     more = add_run(content, run, ", again")["results"]
     assert [result["row"] for result in more] == ["refit", "source_lr", "refit, again", "source_lr, again"]
 

@@ -46,6 +46,17 @@ def test_a_model_that_trains_unless_told_otherwise_is_named(noise):
         mj.refit(EVERYTHING, calm, model.apply, variables, variables, X)
 
 
+def test_a_model_that_returns_new_statistics_is_named():
+    model = Calm(0.0)
+    variables = model.init(jax.random.key(0), X, train=False)
+    calm = functools.partial(model.apply, train=False)
+    updating = functools.partial(model.apply, mutable=["batch_stats"])
+    with pytest.raises(ValueError, match=r"^the source: it returns new batch_stats beside its outputs, as in training"):
+        mj.refit(EVERYTHING, updating, calm, variables, variables, X)
+    watching = functools.partial(calm, mutable=["intermediates"])  # Of which the variables have none.
+    assert mj.refit(EVERYTHING, watching, calm, variables, variables, X).solved
+
+
 @pytest.mark.filterwarnings("error:the source does not read")
 def test_a_model_in_training_mode_is_told():
     def model(variables, x, *, train):
