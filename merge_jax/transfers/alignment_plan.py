@@ -252,8 +252,9 @@ def _bound(role: str, group: str, graph: ChannelGraph) -> str:
             "such as running statistics that the function does not take as an input, or dropout in training mode"
         )
     return (
-        f"nothing in the {role} that can be followed reads those, as it is with labels and tokens, with the angles of "
-        "rotary positions, and where channels are split, merged or looped over"
+        f"nothing in the {role} that can be followed reads those, as it is with the labels of a last layer (leave it "
+        "out of the routes, and fit it with mj.fit_head), with tokens, with the angles of rotary positions, and where "
+        "channels are split, merged or looped over"
     )
 
 
