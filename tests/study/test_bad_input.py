@@ -204,7 +204,7 @@ ROWS = {
         refused("cross_structure", "--source", "trajectory", "--source-from", "TMP", "--seeds", "2"),
         "TMP has no checkpoints of source-seed0, source-seed1: it must be the folder of a run that trained a source on"
         " its"
-        " own (--source pretrained or trajectory) for as many seeds",
+        " own (--source pretrained or trajectory) for the same seeds",
     ),
     "source: checkpoints without a step": (
         source_of(
