@@ -178,13 +178,17 @@ def _averaged(moments: LayerMoments, axis_name: str) -> LayerMoments:
 
 
 def _followed(role: str, fn: ModelFn, variables: Params, batch: list[Any]) -> FollowedModel:
+    # Of a plain tree of parameters, the names are layers, under which a model may return features.
+    of_state = set(variables) - {"params"} if isinstance(variables, Mapping) and "params" in variables else set[str]()
+
     def apply(variables: Params, *inputs: Any) -> Any:
         outputs = fn(variables, *inputs)
-        updated = outputs[1] if isinstance(outputs, tuple) and len(outputs) == 2 else None
-        if isinstance(updated, Mapping) and not set(variables).isdisjoint(updated):
+        beside = outputs[1] if isinstance(outputs, tuple) and len(outputs) == 2 else None
+        updated = sorted(of_state.intersection(beside)) if isinstance(beside, Mapping) else []
+        if updated:
             raise ValueError(
-                f"it returns new {some_of(sorted(set(variables) & set(updated)), 3)} beside its outputs, as in training"
-                " mode: give it in evaluation mode, such as functools.partial(model.apply, train=False)"
+                f"it returns new {some_of(updated, 3)} beside its outputs, as in training mode: give it in evaluation"
+                " mode, such as functools.partial(model.apply, train=False)"
             )
         return outputs
 

@@ -57,6 +57,15 @@ def test_a_model_that_returns_new_statistics_is_named():
     assert mj.refit(EVERYTHING, watching, calm, variables, variables, X).solved
 
 
+def test_a_plain_tree_may_have_a_layer_of_the_name_of_a_feature():
+    def model(params, x):
+        hidden = x @ params["hidden"]["kernel"]
+        return jnp.maximum(hidden, 0) @ params["last"]["kernel"], {"hidden": hidden}
+
+    params = {"hidden": {"kernel": jnp.ones((5, 4))}, "last": {"kernel": jnp.ones((4, 2))}}
+    assert mj.refit(EVERYTHING, model, model, params, params, X).solved
+
+
 @pytest.mark.filterwarnings("error:the source does not read")
 def test_a_model_in_training_mode_is_told():
     def model(variables, x, *, train):
