@@ -9,7 +9,7 @@ from typing import Any, Literal, get_type_hints
 
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
-from merge_jax.checks import check_at_least_one
+from merge_jax.checks import check_at_least_one, check_zero_or_more
 from merge_jax.study.choices import OPPONENTS, OpponentName, SourceControl, UpdateRule
 from merge_jax.training.compilation_cache import CacheChoice
 
@@ -105,8 +105,7 @@ class RunConfig:
         for name in ("seeds", "source_steps", "steps", "batch_size", "report_every", "checkpoint_every", "snapshots"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.first_seed < 0:
-            raise ValueError(f"first_seed must be at least 0, got {self.first_seed}")
+        check_zero_or_more(first_seed=self.first_seed)
         check_at_least_one(cycle=self.cycle, num_processes=self.num_processes)
         optional = {name: getattr(self, name) for name in ("epochs", "source_epochs", "devices")}
         check_at_least_one(**{name: value for name, value in optional.items() if value is not None})

@@ -109,6 +109,10 @@ ROWS = {
     "steps 0": (refused("cross_structure", "--steps", "0"), "steps must be at least 1, got 0"),
     "source steps 0": (refused("cross_structure", "--source-steps", "0"), "source_steps must be at least 1, got 0"),
     "seeds below 0": (refused("cross_structure", "--seeds", "-1"), "seeds must be at least 1, got -1"),
+    "first seed below 0": (
+        refused("cross_structure", "--first-seed", "-1"),
+        "first_seed must be a finite number of at least 0, got -1",
+    ),
     "epochs 0": (refused("cross_structure", "--epochs", "0"), "epochs must be a whole number of at least 1, got 0"),
     "cycle 0": (refused("cross_structure", "--cycle", "0"), "cycle must be a whole number of at least 1, got 0"),
     "checkpoints 0": (
