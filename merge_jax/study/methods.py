@@ -22,7 +22,7 @@ from merge_jax.study.model import StudyModel, pool_inputs
 from merge_jax.study.options import TransferOptions, parse_pairs
 from merge_jax.study.scenario import FitFn, Lengths, Method, Scenario, Schedule, StartFn
 from merge_jax.study.starts import prepare_start, refit_start
-from merge_jax.transfers.adapter import OutputForm
+from merge_jax.transfers.adapters.adapter import OutputForm
 from merge_jax.types import Batch, LossFn, ModelState, Params, TeacherFn
 
 __all__ = [

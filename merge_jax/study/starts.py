@@ -12,9 +12,9 @@ from merge_jax.objectives.features import can_be_averaged
 from merge_jax.study.model import StudyModel, inputs_of
 from merge_jax.study.options import TransferOptions
 from merge_jax.study.scenario import StartFn
-from merge_jax.transfers.alignment_fit import ChannelChoice
+from merge_jax.transfers.alignment.fit import ChannelChoice
+from merge_jax.transfers.fitted.routes import routes_with_state
 from merge_jax.transfers.pairing import resolve
-from merge_jax.transfers.refit_routes import routes_with_state
 from merge_jax.types import Batch, ModelApply
 
 __all__ = ["prepare_start", "refit_start"]

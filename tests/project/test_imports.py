@@ -47,6 +47,23 @@ def test_a_package_takes_from_the_floors_below():
     assert wrong == set()
 
 
+# What reads a model's computation knows no method; a refit starts from an alignment; learned adapters need neither.
+TRANSFERS = {"channels": (), "alignment": ("channels",), "fitted": ("channels", "alignment"), "adapters": ()}
+
+
+def test_transfers_are_built_on_each_other():
+    own = "merge_jax.transfers."
+    wrong = set()
+    for module, path in files():
+        package = module.removeprefix(own).split(".")[0]
+        taken = {name.removeprefix(own).split(".")[0] for name in imports(path) if name.startswith(own)} & set(
+            TRANSFERS
+        )
+        if module.startswith(own):
+            wrong |= {f"{module} takes from {other}" for other in taken - {package, *TRANSFERS.get(package, ())}}
+    assert wrong == set()
+
+
 def test_every_package_has_a_floor():
     assert {module.split(".")[1] for module, _ in files()} == set(HEIGHT)
 

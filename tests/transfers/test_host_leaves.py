@@ -12,7 +12,8 @@ import pytest
 from safetensors.numpy import save_file
 
 import merge_jax as mj
-from merge_jax.transfers import channels, refit_walk
+from merge_jax.transfers.channels import graph
+from merge_jax.transfers.fitted import walk
 from merge_jax.transfers.host_leaves import on_device
 
 WIDTH, SMALL, DEPTH = 96, 64, 3
@@ -104,8 +105,8 @@ def test_moments_are_taken_with_one_layer_on_the_device(mapped):
 @pytest.fixture
 def taken(monkeypatch):
     """Collects the shapes of the inputs whose moments are computed."""
-    found, moments = [], channels._moments
-    monkeypatch.setattr(channels, "_moments", lambda value, *axes: found.append(value.shape) or moments(value, *axes))
+    found, moments = [], graph._moments
+    monkeypatch.setattr(graph, "_moments", lambda value, *axes: found.append(value.shape) or moments(value, *axes))
     return found
 
 
@@ -141,7 +142,7 @@ def test_a_refit_reads_the_source_layer_by_layer(mapped, monkeypatch, taken):
         most = max(most, sum(one().nbytes for one in alive if one() is not None))
         return put
 
-    monkeypatch.setattr(refit_walk, "on_device", counted)
+    monkeypatch.setattr(walk, "on_device", counted)
     inputs = jnp.asarray(np.random.default_rng(2).normal(size=(128, 8)), jnp.float32)
     start = jax.tree.map(lambda leaf: 0.5 * jnp.asarray(leaf) + 0.1, mapped)
     made, held = live_bytes(lambda: mj.refit(EVERYTHING, model, model, mapped, start, inputs, ridge=1e-5))
