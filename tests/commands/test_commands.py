@@ -98,6 +98,27 @@ def test_runs_are_compared_by_seed_and_told_apart(runs, tmp_path, capsys):
     assert "small_resnet (5,018) -> small_mobilenet_v2 (1,906 parameters)" in printed.replace("\n", " ")
 
 
+def test_runs_of_other_seeds_are_joined(runs, tmp_path, capsys):
+    for number in (0, 1):  # The first run in two: each has one of its seeds.
+        shutil.copytree(runs / "one", part := tmp_path / f"seed{number}")
+        for name, options in (("config", {"seeds": 1, "first_seed": number}), ("plan", {"seeds": 1})):
+            file = part / f"{name}.json"
+            file.write_text(json.dumps(json.loads(file.read_text()) | options))
+        for name in ("results", "opponents"):
+            file = part / f"{name}.json"
+            file.write_text(json.dumps([row for row in json.loads(file.read_text()) if row["seed"] == number]))
+    parts, out = [tmp_path / "seed0", tmp_path / "seed1"], tmp_path / "out"
+    printed = said(capsys, "compare", *parts, runs / "two", "--out", out)
+    rows = {tuple(line.rsplit("%", 1)[-1].split()[:4]): line for line in printed.splitlines() if " + seed1 " in line}
+    vanilla, share = (results(runs / "one", method) for method in ("vanilla", "share"))
+    row = rows["seed0", "+", "seed1", "share"]
+    assert formatted(list(share.values())) in row
+    assert formatted([share[seed] - vanilla[seed] for seed in (0, 1)], "+") in row
+    said_of = " ".join(printed.split())
+    assert "seed0 + seed1: one row, since they have the same options and other seeds" in said_of
+    assert "seeds that two has in common with seed0 + seed1, of 2: vanilla 1, share 1" in said_of
+
+
 def test_runs_that_are_tested_otherwise_have_no_differences(runs, tmp_path, capsys):
     other = tmp_path / "other"
     shutil.copytree(runs / "two", other)
