@@ -376,6 +376,7 @@ def make_trials(scenario: Scenario, config: RunConfig, source_plan: SourcePlan) 
             transfer = replayed(transfer, replay_evenly(snapshots, max(1, round(method.stop * lengths.steps))))
             teacher = None if teacher is None else last_of(teacher)
         if head and writes(transfer):
+            _check_writes_more(name, method.transfer, scenario, head)
             transfer = keeping(transfer, head)
         method = dataclasses.replace(method, transfer=transfer, teacher=teacher)
         shown = _shown_once(scenario, source_plan, method, make_shown)
@@ -391,6 +392,22 @@ def make_trials(scenario: Scenario, config: RunConfig, source_plan: SourcePlan) 
             snapshots=snapshots,
         )
     return trials
+
+
+def _check_writes_more(name: str, transfer: Transfer, scenario: Scenario, head: tuple[str, ...]) -> None:
+    """Checks that a transfer writes more than the last layer, which is fitted to labels.
+
+    Raises:
+      ValueError: it does not, so that the method would transfer nothing.
+    """
+    source = {} if scenario.source is None else scenario.source.shapes[0]
+    rows = transfer.describe(source, scenario.target.shapes[0])
+    written = [row.target for row in rows if not row.left_out]
+    if written and all(set(target.split(" + ")) <= set(head) for target in written):
+        raise ValueError(
+            f"the method {name!r} writes {some_of(written, 3)} alone, and --head-first fits the last layer: it "
+            "would transfer nothing; add routes of other layers, or leave --head-first out"
+        )
 
 
 def _shown_once(

@@ -206,6 +206,16 @@ def test_a_head_is_that_of_a_classifier_with_features(scenario):
         trials_of(replace(scenario, target=bare, head_first=True))
 
 
+def test_a_method_that_writes_the_fitted_head_alone_is_refused(scenario):
+    share = replace(scenario.methods["vanilla"], transfer=mj.share_transfer({"fc/*": "fc/*"}))
+    methods = {**scenario.methods, "heads": share}
+    with pytest.raises(
+        ValueError, match=r"the method 'heads' writes fc/.* alone, and --head-first fits the last layer"
+    ):
+        trials_of(replace(scenario, methods=methods, head_first=True))
+    trials_of(replace(scenario, methods=methods))
+
+
 @pytest.mark.parametrize("rate", [0.0, 0.5])
 def test_a_head_that_dropout_would_undo_is_warned_of(rate, capsys):
     class Classifier(nn.Module):
