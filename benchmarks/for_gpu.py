@@ -26,7 +26,7 @@ from jax.stages import Lowered
 from benchmarks.report import report
 from merge_jax.study.cli import parse
 from merge_jax.study.config import RunConfig
-from merge_jax.study.grid import load_experiment
+from merge_jax.study.grids.grid import load_experiment
 from merge_jax.study.sources import plan_source
 from merge_jax.study.trial import make_trials
 from merge_jax.training.sharding import DATA_AXIS, jit_layout

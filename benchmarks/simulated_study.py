@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from merge_jax.study import RunConfig
-from merge_jax.study.grid import GridRun, Row, Setting
-from merge_jax.study.grid_queue import Job
+from merge_jax.study.grids.grid import GridRun, Row, Setting
+from merge_jax.study.grids.queue import Job
 
 __all__ = ["dask_processes", "simulated_job", "wait_for"]
 

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.simulated_study import dask_processes, simulated_job, wait_for
-from merge_jax.study.command import open_session, run_command
-from merge_jax.study.executors import Engine, open_engine
-from merge_jax.study.grid import SlurmOptions
-from merge_jax.study.grid_queue import run_jobs
+from merge_jax.study.grids.command import open_session, run_command
+from merge_jax.study.grids.executors import Engine, open_engine
+from merge_jax.study.grids.grid import SlurmOptions
+from merge_jax.study.grids.queue import run_jobs
 
 __all__ = ["main"]
 

@@ -13,7 +13,7 @@ commands. Everything is checked before any training. The first run of a setting 
 their options cannot change it; results are identical.
 """
 
-from merge_jax.study.ablation import main
+from merge_jax.study.grids.ablation import main
 
 if __name__ == "__main__":
     main(__spec__.name, __doc__)

@@ -21,7 +21,8 @@ with epy.lazy_api_imports(globals()):
     from merge_jax.study.cli import main
     from merge_jax.study.config import RunConfig
     from merge_jax.study.distillation import distillation_objectives, tf_kd_objective
-    from merge_jax.study.images import (
+    from merge_jax.study.methods import Objective, choose_methods, make_methods, make_scenario, parse_routes
+    from merge_jax.study.models.images import (
         ImageData,
         image_classifier,
         image_model,
@@ -32,9 +33,11 @@ with epy.lazy_api_imports(globals()):
         sgd,
         vision_classifier,
     )
-    from merge_jax.study.methods import Objective, choose_methods, make_methods, make_scenario, parse_routes
-    from merge_jax.study.model import SampleImages, StudyModel, classifier
-    from merge_jax.study.multi_source import side_by_side
+    from merge_jax.study.models.model import SampleImages, StudyModel, classifier
+    from merge_jax.study.models.multi_source import side_by_side
+    from merge_jax.study.models.tasks import TaskSpec, make_models, routes_by_depth, routes_to_lower_half
+    from merge_jax.study.models.texts import TextData, adamw
+    from merge_jax.study.models.vit_source import vit_of_file
     from merge_jax.study.options import (
         BY_DEPTH,
         TASKS,
@@ -47,9 +50,6 @@ with epy.lazy_api_imports(globals()):
         parse_pairs,
     )
     from merge_jax.study.scenario import Method, Scenario, Schedule, StartFn
-    from merge_jax.study.tasks import TaskSpec, make_models, routes_by_depth, routes_to_lower_half
-    from merge_jax.study.texts import TextData, adamw
-    from merge_jax.study.vit_source import vit_of_file
 
 __all__ = [
     "BY_DEPTH",

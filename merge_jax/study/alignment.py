@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 import merge_jax as mj
-from merge_jax.study.model import StudyModel, inputs_of
+from merge_jax.study.models.model import StudyModel, inputs_of
 from merge_jax.study.scenario import FitFn, StartFn
 from merge_jax.transfers.weight_selection import evenly_chosen
 from merge_jax.types import Adapter, Batch, ModelState, Params

@@ -8,7 +8,7 @@ import jax
 
 import merge_jax as mj
 from merge_jax.study.methods import Objective
-from merge_jax.study.model import StudyModel, pool_inputs
+from merge_jax.study.models.model import StudyModel, pool_inputs
 from merge_jax.types import Batch, ModelState, Params
 
 __all__ = ["distillation_objectives", "tf_kd_objective"]

@@ -15,7 +15,7 @@ from merge_jax.data import Arrays, is_streamed, num_examples, take
 from merge_jax.objectives.evaluation import apply_in_batches
 from merge_jax.paths import flatten
 from merge_jax.study.choices import OPPONENTS
-from merge_jax.study.model import StudyModel
+from merge_jax.study.models.model import StudyModel
 from merge_jax.study.scenario import Scenario
 from merge_jax.study.sources import SourcePlan
 from merge_jax.training.joint import TrainState

@@ -18,7 +18,7 @@ from merge_jax.data import num_examples
 from merge_jax.objectives.features import can_be_averaged
 from merge_jax.study.alignment import Alignment, align
 from merge_jax.study.config import RunConfig
-from merge_jax.study.model import StudyModel, pool_inputs
+from merge_jax.study.models.model import StudyModel, pool_inputs
 from merge_jax.study.options import TransferOptions, parse_pairs
 from merge_jax.study.scenario import FitFn, Lengths, Method, Scenario, Schedule, StartFn
 from merge_jax.study.starts import prepare_start, refit_start

@@ -9,7 +9,7 @@ from jax.stages import Lowered
 from merge_jax.data import num_examples
 from merge_jax.runs import Model, Plan, RouteStats
 from merge_jax.study.config import RunConfig
-from merge_jax.study.model import StudyModel
+from merge_jax.study.models.model import StudyModel
 from merge_jax.study.scenario import Scenario
 from merge_jax.study.sources import SourcePlan
 from merge_jax.study.trial import Trial

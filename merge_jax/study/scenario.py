@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import optax
 
-from merge_jax.study.model import StudyModel
+from merge_jax.study.models.model import StudyModel
 from merge_jax.training.joint import Task, TrainState
 from merge_jax.transfers.base import Transfer, identity_transfer
 from merge_jax.types import Adapter, Batch, Params, TeacherFn

@@ -9,7 +9,7 @@ import numpy as np
 
 from merge_jax.data import num_examples
 from merge_jax.objectives.evaluation import apply_in_batches
-from merge_jax.study.model import POOL
+from merge_jax.study.models.model import POOL
 from merge_jax.training.joint import TrainState
 from merge_jax.types import Batch, ModelState, Params, TeacherFn
 

@@ -17,7 +17,7 @@ from merge_jax.checks import error_context
 from merge_jax.paths import flatten
 from merge_jax.study.choices import SourceControl
 from merge_jax.study.config import RunConfig
-from merge_jax.study.model import StudyModel
+from merge_jax.study.models.model import StudyModel
 from merge_jax.study.scenario import Lengths, Scenario
 from merge_jax.training.joint import TrainState
 from merge_jax.training.trajectory import load_trajectory

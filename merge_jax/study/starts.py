@@ -9,7 +9,7 @@ import numpy as np
 
 import merge_jax as mj
 from merge_jax.objectives.features import can_be_averaged
-from merge_jax.study.model import StudyModel, inputs_of
+from merge_jax.study.models.model import StudyModel, inputs_of
 from merge_jax.study.options import TransferOptions
 from merge_jax.study.scenario import StartFn
 from merge_jax.transfers.alignment.fit import ChannelChoice

@@ -15,7 +15,7 @@ from merge_jax.data import Arrays, ReadAhead, Splits, fingerprint, indices_of, i
 from merge_jax.paths import flatten, replace, select, some_of
 from merge_jax.study.config import RunConfig
 from merge_jax.study.measures import FitHead, Measures, make_fit_head, make_measures, observer
-from merge_jax.study.model import POOL, StudyModel
+from merge_jax.study.models.model import POOL, StudyModel
 from merge_jax.study.scenario import FitFn, Lengths, Method, Scenario, StartFn
 from merge_jax.study.shown import Shown
 from merge_jax.study.sources import OTHER_SEED, SourcePlan, initial_key

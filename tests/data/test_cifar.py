@@ -10,7 +10,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from merge_jax.data import load_tfds_images
-from merge_jax.study.images import load_images
+from merge_jax.study.models.images import load_images
 from tests.data.common import by_content, pixels, serve
 
 PREFIX = {"cifar10": "cifar-10-batches-bin/", "cifar100": "cifar-100-binary/"}

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import merge_jax as mj
-import merge_jax.study.tasks
-import merge_jax.study.texts
+import merge_jax.study.models.tasks
+import merge_jax.study.models.texts
 from experiments import cross_task
 from merge_jax.data import WordPiece
 from merge_jax.study.cli import parse
@@ -33,7 +33,7 @@ def few(monkeypatch):
         "topic": partial(mj.data.synthetic_topics, 200, 100, seed=0),
         "qa": partial(mj.data.synthetic_questions, 400, 100, seed=0),
     }
-    monkeypatch.setattr(merge_jax.study.texts, "_SYNTHETIC", drawn)
+    monkeypatch.setattr(merge_jax.study.models.texts, "_SYNTHETIC", drawn)
 
 
 @pytest.fixture
@@ -376,7 +376,7 @@ def test_weights_of_another_model_are_told_before_texts_are_read(words, tmp_path
     encoder = mj.models.TextEncoder(20, num_layers=6, **sizes)
     params = helpers.jitted_init(encoder, 0, np.zeros((1, 4), np.int32))["params"]
     mj.save_safetensors(tmp_path / "model.safetensors", mj.models.to_huggingface(params))
-    monkeypatch.setattr(merge_jax.study.tasks, "load_text", lambda *arguments: pytest.fail("texts are read"))
+    monkeypatch.setattr(merge_jax.study.models.tasks, "load_text", lambda *arguments: pytest.fail("texts are read"))
     options = ["--source-model", "small_bert", "--target-model", "small_bert", "--methods", "vanilla"]
     with pytest.raises(ValueError, match=r"model\.safetensors has 6 layers, the model has 4$"):
         build(*options, *words, tmp_path / "model.safetensors", "--vocabulary", tmp_path / "unread")

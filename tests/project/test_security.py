@@ -37,9 +37,9 @@ from merge_jax.data.image_text.json_files import files_in, read_json
 from merge_jax.data.images.image_files import open_image
 from merge_jax.data.tfds import archive_members
 from merge_jax.models import from_huggingface
-from merge_jax.study.grid import load_experiment
-from merge_jax.study.image_text import _scale_of_pixels
-from merge_jax.study.images import load_images
+from merge_jax.study.grids.grid import load_experiment
+from merge_jax.study.models.image_text import _scale_of_pixels
+from merge_jax.study.models.images import load_images
 from tests import ROOT
 from tests.data import test_clevr
 

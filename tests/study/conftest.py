@@ -6,4 +6,4 @@ import pytest
 @pytest.fixture
 def untraced(monkeypatch):
     """Leaves out the tracing, which takes the seconds of a check."""
-    monkeypatch.setattr("merge_jax.study.grid_runner.check_run", lambda scenario, config: None)
+    monkeypatch.setattr("merge_jax.study.grids.runner.check_run", lambda scenario, config: None)

@@ -2,8 +2,8 @@
 
 import json
 
-from merge_jax.study import ablation
-from merge_jax.study.grid import read_grid
+from merge_jax.study.grids import ablation
+from merge_jax.study.grids.grid import read_grid
 
 # Four steps. The last two rows read the source that the first two train.
 LITTLE = """

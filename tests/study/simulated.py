@@ -3,7 +3,7 @@
 import json
 import os
 
-from merge_jax.study.command import Command, Session, package_versions
+from merge_jax.study.grids.command import Command, Session, package_versions
 
 
 def command(folder, *words):

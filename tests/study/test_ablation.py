@@ -8,11 +8,11 @@ import shutil
 import jax
 import pytest
 
-import merge_jax.study.grid_runner
+import merge_jax.study.grids.runner
 from merge_jax.checkpoints.orbax import Checkpoints
 from merge_jax.runs import compare
-from merge_jax.study import ablation
 from merge_jax.study.cli import main
+from merge_jax.study.grids import ablation
 from merge_jax.study.sources import control_source
 from merge_jax.training.joint import TrainState
 from tests import tiny
@@ -126,11 +126,11 @@ def test_a_run_in_a_process_of_its_own_gives_what_one_in_this_does(little, tmp_p
 def test_cores_are_shared_among_jobs(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 5, 7}, raising=False)
     monkeypatch.setattr(os, "sched_setaffinity", lambda pid, cores: None, raising=False)
-    assert merge_jax.study.grid_runner._shares(2) == [{0, 1}, {2, 5, 7}]
+    assert merge_jax.study.grids.runner._shares(2) == [{0, 1}, {2, 5, 7}]
     with pytest.raises(ValueError, match="jobs must be at most 5, the number of cores, got 6"):
-        merge_jax.study.grid_runner._shares(6)
+        merge_jax.study.grids.runner._shares(6)
     with pytest.raises(ValueError, match="jobs must be at least 1, got 0"):
-        merge_jax.study.grid_runner._shares(0)
+        merge_jax.study.grids.runner._shares(0)
 
 
 def test_a_run_that_fails_is_told_and_those_that_need_it_are_not_run(tmp_path, untraced, monkeypatch, capsys):
@@ -140,7 +140,7 @@ def test_a_run_that_fails_is_told_and_those_that_need_it_are_not_run(tmp_path, u
         begun.append(config.run_dir.name)
         raise RuntimeError("no memory")
 
-    monkeypatch.setattr(merge_jax.study.grid_runner, "prepare_run", prepare)
+    monkeypatch.setattr(merge_jax.study.grids.runner, "prepare_run", prepare)
     with pytest.raises(SystemExit) as stopped:
         study(write(tmp_path, LITTLE), tmp_path / "study")
     assert stopped.value.code == 1
@@ -157,7 +157,7 @@ def test_an_interrupted_study_says_how_it_goes_on(tmp_path, untraced, monkeypatc
     def prepare(scenario, config):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(merge_jax.study.grid_runner, "prepare_run", prepare)
+    monkeypatch.setattr(merge_jax.study.grids.runner, "prepare_run", prepare)
     with pytest.raises(SystemExit) as stopped:
         study(write(tmp_path, LITTLE), tmp_path / "study")
     assert stopped.value.code == 130

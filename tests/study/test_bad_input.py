@@ -7,7 +7,7 @@ from safetensors.numpy import save_file
 
 from experiments import cross_modal, cross_structure, cross_task
 from merge_jax.study.cli import parse
-from merge_jax.study.images import make_vision_encoder
+from merge_jax.study.models.images import make_vision_encoder
 from merge_jax.study.options import Architecture
 from merge_jax.study.sources import plan_source
 from tests.bad_input import raises, refusals, refused, unparsed

@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks.simulated_study import wait_for
 from merge_jax.checkpoints.lock import FolderLock
-from merge_jax.study.command import Outcome, open_session, run_command
+from merge_jax.study.grids.command import Outcome, open_session, run_command
 from tests.study.simulated import began, command
 
 
@@ -58,7 +58,8 @@ def test_a_run_that_is_stopped_from_elsewhere_may_go_on(tmp_path):
 def test_a_run_saves_when_its_worker_is_killed(tmp_path):
     code = (
         "import sys; from pathlib import Path; from tests.study.simulated import command; "
-        "from merge_jax.study.command import run_command; run_command(command(Path(sys.argv[1]), '--seconds', '60'))"
+        "from merge_jax.study.grids.command import run_command; "
+        "run_command(command(Path(sys.argv[1]), '--seconds', '60'))"
     )
     worker = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)])
     wait_for((tmp_path / "run" / "saved.json").exists)
@@ -70,7 +71,7 @@ def test_a_run_saves_when_its_worker_is_killed(tmp_path):
 
 
 def test_a_run_waits_for_another_that_writes_into_its_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr("merge_jax.study.command._LOOK", 0.05)
+    monkeypatch.setattr("merge_jax.study.grids.command._LOOK", 0.05)
     (tmp_path / "run").mkdir()
     lock = FolderLock(tmp_path / "run")
     thread, outcomes = in_thread(command(tmp_path, "--seconds", "0"))

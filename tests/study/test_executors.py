@@ -14,11 +14,11 @@ import pytest
 from benchmarks.simulated_study import dask_processes as dask
 from benchmarks.simulated_study import simulated_job as job
 from benchmarks.simulated_study import wait_for
-from merge_jax.study import ablation, executors
-from merge_jax.study.command import open_session
-from merge_jax.study.executors import check_executor, open_engine
-from merge_jax.study.grid import SlurmOptions
-from merge_jax.study.grid_queue import run_jobs
+from merge_jax.study.grids import ablation, executors
+from merge_jax.study.grids.command import open_session
+from merge_jax.study.grids.executors import check_executor, open_engine
+from merge_jax.study.grids.grid import SlurmOptions
+from merge_jax.study.grids.queue import run_jobs
 from tests.study.grids import LITTLE, write
 from tests.study.simulated import began
 

@@ -2,10 +2,10 @@
 
 import pytest
 
-from merge_jax.study import ablation
 from merge_jax.study.cli import parse
 from merge_jax.study.experiment import find_grid, load_experiment
-from merge_jax.study.grid import make_runs, read_grid, select
+from merge_jax.study.grids import ablation
+from merge_jax.study.grids.grid import make_runs, read_grid, select
 from tests import ROOT
 from tests.study.grids import LITTLE, grid_of, study, write
 

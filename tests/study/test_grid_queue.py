@@ -11,9 +11,9 @@ import pytest
 
 from benchmarks.simulated_study import simulated_job as job
 from benchmarks.simulated_study import wait_for
-from merge_jax.study.command import Outcome, open_session
-from merge_jax.study.executors import Engine, open_engine
-from merge_jax.study.grid_queue import Ended, Progress, run_jobs
+from merge_jax.study.grids.command import Outcome, open_session
+from merge_jax.study.grids.executors import Engine, open_engine
+from merge_jax.study.grids.queue import Ended, Progress, run_jobs
 from tests.study.simulated import began
 
 
@@ -36,7 +36,7 @@ class Manual:
 @pytest.fixture
 def done(monkeypatch):
     """Results are where they should be."""
-    monkeypatch.setattr("merge_jax.study.grid_queue.Job.done", True)
+    monkeypatch.setattr("merge_jax.study.grids.queue.Job.done", True)
 
 
 def names(ended):
@@ -120,7 +120,7 @@ def test_an_unfit_worker_ends_the_study(tmp_path):
 
 
 def test_results_that_are_not_in_the_folder_are_a_failure(tmp_path, monkeypatch):
-    monkeypatch.setattr("merge_jax.study.grid_queue._SEEN", 0.0)
+    monkeypatch.setattr("merge_jax.study.grids.queue._SEEN", 0.0)
     with open_session(tmp_path) as session, ThreadPoolExecutor(1) as executor:
         (ended,) = run_jobs([job(tmp_path, "one")], Engine(executor, lambda command: Outcome(1.0)), session)
     assert ended.outcome.problem == f"it ended well, but its results are not in {tmp_path}/set/one"
@@ -171,14 +171,14 @@ def test_a_study_goes_on_where_it_was_interrupted(tmp_path):
 
 
 def _run(command):
-    from merge_jax.study.command import run_command
+    from merge_jax.study.grids.command import run_command
 
     return run_command(command)
 
 
 def test_progress_tells_the_time_to_the_end_by_rows(tmp_path, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("merge_jax.study.grid_queue.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("merge_jax.study.grids.queue.time.monotonic", lambda: now[0])
     jobs = [job(tmp_path, "a", rows=2), job(tmp_path, "b"), job(tmp_path, "c", rows=3)]
     progress = Progress(jobs)
     now[0] = 60.0

@@ -24,7 +24,7 @@ from merge_jax.study.measures import (
     probe,
     sampled,
 )
-from merge_jax.study.model import check_pool, draw_pool, inputs_of
+from merge_jax.study.models.model import check_pool, draw_pool, inputs_of
 from merge_jax.study.sources import SourcePlan
 from merge_jax.study.trial import make_trials
 from merge_jax.training.joint import TrainState

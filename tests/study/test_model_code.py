@@ -11,8 +11,8 @@ from flax import linen as nn
 import merge_jax as mj
 from merge_jax.study.choices import ImageModelName, VisionModelName
 from merge_jax.study.cli import parse
-from merge_jax.study.images import make_model, make_vision_encoder
-from merge_jax.study.model_code import model_code
+from merge_jax.study.models.code import model_code
+from merge_jax.study.models.images import make_model, make_vision_encoder
 from tests.helpers import jitted_init
 
 

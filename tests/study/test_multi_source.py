@@ -11,8 +11,8 @@ import pytest
 
 import merge_jax as mj
 from merge_jax.data import Splits
-from merge_jax.study.model import StudyModel
-from merge_jax.study.multi_source import side_by_side
+from merge_jax.study.models.model import StudyModel
+from merge_jax.study.models.multi_source import side_by_side
 from tests import helpers
 
 

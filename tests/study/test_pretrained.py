@@ -9,8 +9,9 @@ import pytest
 import merge_jax as mj
 from experiments import cross_structure
 from merge_jax.data import Splits
-from merge_jax.study import images, sources
-from merge_jax.study.pretrained import read_features
+from merge_jax.study import sources
+from merge_jax.study.models import images
+from merge_jax.study.models.pretrained import read_features
 from tests.models.test_efficientnet import TINY_MOBILE, as_file, random_variables, tiny
 
 RANDOM = np.random.default_rng(0)

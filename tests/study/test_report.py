@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from merge_jax.runs.folder import RunFolder
-from merge_jax.study.grid import make_runs, select
-from merge_jax.study.report import _draw_differences, write_report
+from merge_jax.study.grids.grid import make_runs, select
+from merge_jax.study.grids.report import _draw_differences, write_report
 from tests.study.grids import grid_of
 
 CURVE = """

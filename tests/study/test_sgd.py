@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from merge_jax import study
-from merge_jax.study.images import sgd
+from merge_jax.study.models.images import sgd
 
 
 @pytest.mark.parametrize(("momentum", "second"), [(0.0, -0.1), (0.5, -0.15), (0.9, -0.19)])

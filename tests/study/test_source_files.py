@@ -12,7 +12,8 @@ import pytest
 import merge_jax as mj
 from experiments import cross_structure
 from merge_jax import study
-from merge_jax.study import images, pretrained, sources
+from merge_jax.study import sources
+from merge_jax.study.models import images, pretrained
 from tests.models import huggingface_files, test_vit_files
 from tests.models.test_efficientnet import random_variables
 from tests.study.test_pretrained import DATA, IMAGES, LABELS, started

@@ -14,7 +14,7 @@ from experiments import cross_structure
 from merge_jax.commands import doctor
 from merge_jax.study.cli import main, parse
 from merge_jax.study.contents import run_identity
-from merge_jax.study.grid_queue import Job
+from merge_jax.study.grids.queue import Job
 from merge_jax.training import compilation_cache
 
 _COMPILES = """

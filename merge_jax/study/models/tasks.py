@@ -12,16 +12,16 @@ from merge_jax.data import CaptionSet, QuestionSet, TextSet, VisualQuestionSet, 
 from merge_jax.data.text.tokens import MODEL_VOCABULARIES
 from merge_jax.study.choices import ImageTextTaskName, PoolerName, TextTaskName
 from merge_jax.study.config import RunConfig
-from merge_jax.study.image_text import (
+from merge_jax.study.models.image_text import (
     check_image_text_weights,
     image_text_model,
     load_image_text,
     texts_with_images,
 )
-from merge_jax.study.images import image_model
-from merge_jax.study.model import StudyModel
+from merge_jax.study.models.images import image_model
+from merge_jax.study.models.model import StudyModel
+from merge_jax.study.models.texts import TextData, check_text_weights, learned_texts, load_text, text_model, vocabulary
 from merge_jax.study.options import BY_DEPTH, TASKS, Architecture, ImageTextOptions, TaskOptions
-from merge_jax.study.texts import TextData, check_text_weights, learned_texts, load_text, text_model, vocabulary
 
 __all__ = ["TaskSpec", "make_models", "routes_by_depth", "routes_to_lower_half"]
 

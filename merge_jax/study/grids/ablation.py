@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import tyro
 
 from merge_jax.study.cli import as_found, folded
-from merge_jax.study.grid import Options
+from merge_jax.study.grids.grid import Options
 
 __all__ = ["main"]
 
@@ -17,6 +17,6 @@ def main(module: str, description: str | None, arguments: Sequence[str] | None =
     """
     description = folded(as_found(description or "", module))
     options = tyro.cli(Options, args=arguments, prog=f"python -m {module}", description=description)
-    from merge_jax.study.grid_runner import run_study  # This imports JAX, which --help does not need.
+    from merge_jax.study.grids.runner import run_study  # This imports JAX, which --help does not need.
 
     run_study(options)

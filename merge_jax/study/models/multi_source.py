@@ -8,7 +8,7 @@ import numpy as np
 import optax
 
 from merge_jax.data import Arrays, Splits, num_examples, take
-from merge_jax.study.model import StudyModel
+from merge_jax.study.models.model import StudyModel
 from merge_jax.types import Batch, ModelState, Params
 
 __all__ = ["side_by_side"]

@@ -36,12 +36,12 @@ from merge_jax.data import (
 from merge_jax.objectives.vqa import normalize_answer
 from merge_jax.paths import near_misses
 from merge_jax.study.choices import ImageTextTaskName
-from merge_jax.study.images import make_vision_encoder
-from merge_jax.study.model import SampleImages, StudyModel
-from merge_jax.study.model_code import model_code
+from merge_jax.study.models.code import model_code
+from merge_jax.study.models.images import make_vision_encoder
+from merge_jax.study.models.model import SampleImages, StudyModel
+from merge_jax.study.models.text_weights import check_weights, read_weights, with_weights
+from merge_jax.study.models.texts import adamw, check_text_weights, describe_tokens, make_text_encoder, warn_of_cuts
 from merge_jax.study.options import Architecture
-from merge_jax.study.text_weights import check_weights, read_weights, with_weights
-from merge_jax.study.texts import adamw, check_text_weights, describe_tokens, make_text_encoder, warn_of_cuts
 from merge_jax.types import LossFn
 
 __all__ = [

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from merge_jax.checks import check_at_least_one, check_choice
-from merge_jax.study.command import Command, Outcome, package_versions, run_command
-from merge_jax.study.grid import SlurmOptions
+from merge_jax.study.grids.command import Command, Outcome, package_versions, run_command
+from merge_jax.study.grids.grid import SlurmOptions
 
 if TYPE_CHECKING:
     from distributed import Client

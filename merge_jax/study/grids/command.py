@@ -167,7 +167,7 @@ def _start(command: Command, folder: Path, log: Path) -> subprocess.Popen[bytes]
         output.write(f"# {datetime.datetime.now():%Y-%m-%d %H:%M:%S} on {platform.node()}\n".encode())
         output.flush()
         return subprocess.Popen(
-            [sys.executable, "-m", "merge_jax.study.attended", command.module, *words],
+            [sys.executable, "-m", "merge_jax.study.grids.attended", command.module, *words],
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=subprocess.STDOUT,

@@ -28,10 +28,10 @@ from merge_jax.data import (
     split,
 )
 from merge_jax.study.choices import ImageModelName, ImageTaskName, LearningRateSchedule, VisionModelName
-from merge_jax.study.model import StudyModel, classifier
-from merge_jax.study.model_code import model_code
-from merge_jax.study.pretrained import OF_PYTORCH, Weights, with_fitted_head
-from merge_jax.study.texts import adamw
+from merge_jax.study.models.code import model_code
+from merge_jax.study.models.model import StudyModel, classifier
+from merge_jax.study.models.pretrained import OF_PYTORCH, Weights, with_fitted_head
+from merge_jax.study.models.texts import adamw
 
 __all__ = [
     "VISION_ATTENTION",

@@ -17,15 +17,15 @@ from pathlib import Path
 from merge_jax.checks import error_context
 from merge_jax.runs.folder import RunFolder, numbered_folder
 from merge_jax.study.cli import parse
-from merge_jax.study.command import Command, Outcome, last_line, open_session
 from merge_jax.study.config import RunConfig, run_options
 from merge_jax.study.contents import extended_options, run_identity
-from merge_jax.study.executors import Engine, check_executor, open_engine
 from merge_jax.study.experiment import find_grid, load_experiment
-from merge_jax.study.grid import Grid, GridRun, Options, make_runs, read_grid, select
-from merge_jax.study.grid_queue import Job, Progress, run_jobs
+from merge_jax.study.grids.command import Command, Outcome, last_line, open_session
+from merge_jax.study.grids.executors import Engine, check_executor, open_engine
+from merge_jax.study.grids.grid import Grid, GridRun, Options, make_runs, read_grid, select
+from merge_jax.study.grids.queue import Job, Progress, run_jobs
+from merge_jax.study.grids.report import write_report
 from merge_jax.study.options import TransferOptions
-from merge_jax.study.report import write_report
 from merge_jax.study.runner import check_run, prepare_run
 from merge_jax.study.scenario import Scenario
 from merge_jax.training.compilation_cache import use_cache

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from merge_jax.runs.folder import RunFolder
-from merge_jax.study.command import PATIENCE, Command, Outcome, Session
 from merge_jax.study.config import RunConfig
-from merge_jax.study.executors import Engine
 from merge_jax.study.experiment import find_experiment
-from merge_jax.study.grid import GridRun
+from merge_jax.study.grids.command import PATIENCE, Command, Outcome, Session
+from merge_jax.study.grids.executors import Engine
+from merge_jax.study.grids.grid import GridRun
 
 __all__ = ["Ended", "Job", "Progress", "run_jobs"]
 

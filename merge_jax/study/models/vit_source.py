@@ -8,10 +8,10 @@ import jax.numpy as jnp
 
 import merge_jax as mj
 from merge_jax.checkpoints.weights.load import find_weights
-from merge_jax.study.images import VISION_ATTENTION, ImageData, image_classifier
-from merge_jax.study.model import StudyModel
-from merge_jax.study.pretrained import Weights
-from merge_jax.study.texts import adamw
+from merge_jax.study.models.images import VISION_ATTENTION, ImageData, image_classifier
+from merge_jax.study.models.model import StudyModel
+from merge_jax.study.models.pretrained import Weights
+from merge_jax.study.models.texts import adamw
 
 __all__ = ["vit_of_file"]
 

@@ -16,7 +16,7 @@ from merge_jax.runs import OPPONENTS, mean_and_error
 from merge_jax.runs.folder import RunFolder
 from merge_jax.runs.table import START_NOTE, STARTS, format_values, opponent_note
 from merge_jax.study.experiment import find_experiment
-from merge_jax.study.grid import Grid, GridRun, Row, Setting
+from merge_jax.study.grids.grid import Grid, GridRun, Row, Setting
 from merge_jax.study.statistics import Comparison, holm, paired_difference
 
 if TYPE_CHECKING:

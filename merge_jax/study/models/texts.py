@@ -39,10 +39,10 @@ from merge_jax.data import (
     synthetic_topics,
 )
 from merge_jax.study.choices import PoolerName, TextModelName, TextTaskName
-from merge_jax.study.model import StudyModel, check_pool, draw_pool
-from merge_jax.study.model_code import model_code
-from merge_jax.study.pretrained import fitted_head
-from merge_jax.study.text_weights import check_weights, read_weights, weights_error, with_weights
+from merge_jax.study.models.code import model_code
+from merge_jax.study.models.model import StudyModel, check_pool, draw_pool
+from merge_jax.study.models.pretrained import fitted_head
+from merge_jax.study.models.text_weights import check_weights, read_weights, weights_error, with_weights
 
 __all__ = [
     "TEXT_ATTENTION",
