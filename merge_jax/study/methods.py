@@ -21,7 +21,7 @@ from merge_jax.study.config import RunConfig
 from merge_jax.study.models.model import StudyModel, pool_inputs
 from merge_jax.study.options import TransferOptions, parse_pairs
 from merge_jax.study.scenario import FitFn, Lengths, Method, Scenario, Schedule, StartFn
-from merge_jax.study.starts import prepare_start, refit_start
+from merge_jax.study.starts import once_a_seed, prepare_start, refit_start
 from merge_jax.transfers.adapters.adapter import OutputForm
 from merge_jax.types import Batch, LossFn, ModelState, Params, TeacherFn
 
@@ -204,10 +204,11 @@ def make_methods(
         both = mj.chain(once, bind(lambda routes: _lpka(options, "residual", _adapter_routes(options, routes))))
         return _Moves(both, options.stop, lambda adapter, *models: {**adapter, "0": fit(adapter["0"], *models)})
 
+    @cache  # One start for all methods that begin from it.
     def started(name: str, make: StartFactory) -> _Moves:
         if source is None or isinstance(routes, Mapping):
             raise ValueError(f"a method with {name} needs one source that is a separate model")
-        return _Moves(mj.identity_transfer(), 0.0, start=make(source, target, routes))
+        return _Moves(mj.identity_transfer(), 0.0, start=once_a_seed(make(source, target, routes)))
 
     def by_routes(make: TransferFactory) -> Callable[[], _Moves]:
         return lambda: _Moves(bind(make), options.stop)

@@ -17,7 +17,7 @@ from merge_jax.transfers.fitted.routes import routes_with_state
 from merge_jax.transfers.pairing import resolve
 from merge_jax.types import Batch, ModelApply
 
-__all__ = ["prepare_start", "refit_start"]
+__all__ = ["once_a_seed", "prepare_start", "refit_start"]
 
 _MOST = 2000  # More inputs cost time and memory, without visible effect on digits.
 _MIXED_UP_TO = 1000
@@ -49,6 +49,22 @@ def refit_start(
         return _trained(run(_variables(state), _variables(begun), inputs, key))
 
     return start
+
+
+def once_a_seed(start: StartFn) -> StartFn:
+    """Returns the start that keeps its last target, for all methods of a seed that begin from it.
+
+    The target is on the host: a training may overwrite the arrays that it begins with.
+    """
+    last: tuple[mj.TrainState, jax.Array, mj.TrainState] | None = None
+
+    def kept(key: jax.Array, state: mj.TrainState, begun: mj.TrainState, examples: Batch) -> mj.TrainState:
+        nonlocal last
+        if last is None or last[0] is not state or not jnp.array_equal(last[1], key):
+            last = state, key, jax.device_get(start(key, state, begun, examples))
+        return last[2]
+
+    return kept
 
 
 def prepare_start(

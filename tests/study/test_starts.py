@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import merge_jax as mj
 from merge_jax.study.sources import PURPOSES, SourcePlan, initial_key
+from merge_jax.study.starts import once_a_seed
 from merge_jax.study.trial import keeping, make_trials
 from merge_jax.training.signals import StopSignals
 from merge_jax.transfers import share_transfer
@@ -97,7 +99,7 @@ def test_it_runs_once_and_what_it_is_worth_is_kept(monkeypatch, tmp_path):
     monkeypatch.setattr(tiny, "copied", lambda *given: calls.append(given) or copied(*given))
     words = [*SHORT, "--methods", "copied", "vanilla", "copied_kd"]
     expected, _ = run("tiny", tmp_path / "unbroken", *words)
-    assert len(calls) == 2
+    assert len(calls) == 1  # For both methods.
     stops = iter([False, False, True])  # The source's two calls, and the first of the method.
     monkeypatch.setattr(StopSignals, "should_stop", lambda signals: next(stops, False))
     with pytest.raises(SystemExit):
@@ -105,7 +107,7 @@ def test_it_runs_once_and_what_it_is_worth_is_kept(monkeypatch, tmp_path):
     measured = tmp_path / "broken" / "opponents.json"
     measured.write_text(json.dumps([{"opponent": "source", "seed": 0, "target_test": 0.5}]))  # As of fewer --opponents.
     found, _ = run("tiny", tmp_path / "broken", *words, "--resume")
-    assert len(calls) == 4
+    assert len(calls) == 3
     names = ("target_test", "target_start_test", "target_start_probe", "target_probe")
     assert [[one[name] for name in names] for one in found] == [[one[name] for name in names] for one in expected]
     by_method = {one["method"]: one for one in found}
@@ -122,6 +124,18 @@ def test_it_runs_once_and_what_it_is_worth_is_kept(monkeypatch, tmp_path):
     table = (tmp_path / "broken" / "table.txt").read_text()
     assert "after write" in table
     assert "inputs_lr" in table
+
+
+def test_each_seed_and_each_source_has_its_own_start():
+    state, other = (mj.TrainState({"w": jnp.full(2, value)}, {}, None) for value in (1.0, 2.0))
+    begin = once_a_seed(lambda key, source, target, examples: source.replace(model_state={"k": jax.random.normal(key)}))
+    keys = jax.random.split(jax.random.key(0))
+    begun = [begin(key, source, other, {}) for key, source in [(keys[0], state), (keys[1], state), (keys[1], other)]]
+    np.testing.assert_array_equal(
+        [one.model_state["k"] for one in begun], jax.vmap(jax.random.normal)(keys[jnp.array([0, 1, 1])])
+    )
+    np.testing.assert_array_equal([one.params["w"][0] for one in begun], [1, 1, 2])
+    assert begin(keys[1], other, state, {}) is begun[-1]
 
 
 def test_a_kept_layer_is_left_to_the_target():
