@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +18,10 @@ from merge_jax.transfers.rows import arranged_ends
 from merge_jax.transfers.views import ATTENTION_KERNELS, AttentionView, KernelView, View, ViewName
 from merge_jax.types import Params
 
-__all__ = ["LeftOut", "ResolvedRoute", "named_units", "resolve", "survey"]
+__all__ = ["LayoutOf", "LeftOut", "ResolvedRoute", "named_units", "resolve", "survey"]
+
+LayoutOf = Callable[[str, str, tuple[int, ...]], MatrixSpec]
+"""`(role, path, shape) -> the layout of a leaf`, or ValueError if it is unknown."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,11 @@ class LeftOut:
     route: Route
 
 
+def _layout_by_name(role: str, path: str, shape: tuple[int, ...]) -> MatrixSpec:
+    del role
+    return matrix_spec(path, shape)
+
+
 def _some(units: Sequence[tuple[str, ...]]) -> str:
     names = [leaves_text(unit) for unit in units]
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
@@ -76,13 +84,14 @@ def resolve(
     *,
     rank: int | None = None,
     view: ViewName = "matrix",
+    layout: LayoutOf = _layout_by_name,
 ) -> tuple[ResolvedRoute, ...]:
-    """Returns one resolved route for each routed target of two models; `rank` and `view` are the defaults.
+    """Returns one resolved route for each routed target of two models; the options are defaults for routes without.
 
     Raises:
       ValueError: as `survey`; leaves that cannot be paired, if their route does not skip them or nothing else remains.
     """
-    resolved, left_out = survey(routes, source_params, target_params, rank=rank, view=view)
+    resolved, left_out = survey(routes, source_params, target_params, rank=rank, view=view, layout=layout)
     refused = [one for one in left_out if one.route.unmatched == "error"]
     if refused:
         route, more = refused[0].route, f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
@@ -102,6 +111,7 @@ def survey(
     *,
     rank: int | None = None,
     view: ViewName = "matrix",
+    layout: LayoutOf = _layout_by_name,
 ) -> tuple[tuple[ResolvedRoute, ...], tuple[LeftOut, ...]]:
     """Returns the routes from leaf to leaf, and the leaves that match a pattern but cannot be paired, with reasons.
 
@@ -118,7 +128,7 @@ def survey(
         left_out += alone
         for target, source in pairs:
             try:
-                resolved.append(_resolve_one(route, target, source, leaves, rank, route_view))
+                resolved.append(_resolve_one(route, target, source, leaves, rank, route_view, layout))
             except ValueError as error:
                 if route.unmatched == "error" and not is_pattern(route.target):
                     raise
@@ -205,7 +215,10 @@ def _resolve_one(
     leaves: Mapping[str, Mapping[str, Any]],
     rank: int | None,
     view: ViewName,
+    layout: LayoutOf,
 ) -> ResolvedRoute:
+    if route.rows is not None:
+        layout = _layout_by_name  # Rows that a route arranges are known by name, or by its spec.
     if route.rank is not None:
         rank = None if route.rank == "whole" else route.rank
     views: list[View] = []
@@ -222,7 +235,7 @@ def _resolve_one(
             if view == "attention":
                 one = _attention_view(paths, shapes, spec, heads)
             else:
-                specs = tuple(_spec(path, shape, spec) for path, shape in zip(paths, shapes, strict=True))
+                specs = tuple(_spec(role, path, shape, spec, layout) for path, shape in zip(paths, shapes, strict=True))
                 one = KernelView(shapes, specs, taps=view == "convolution")
                 ends.append(tuple(zip(paths, shapes, specs, strict=True)))
             one.check()
@@ -260,9 +273,11 @@ def _check_rank_fits(rank: int, view: ViewName, target: tuple[str, ...], target_
         )
 
 
-def _spec(path: str, shape: tuple[int, ...], given: MatrixSpec | None) -> MatrixSpec:
-    if given is None or not shape or 0 in shape:
-        return matrix_spec(path, shape)  # Raises for leaves that cannot be a matrix under any spec.
+def _spec(role: str, path: str, shape: tuple[int, ...], given: MatrixSpec | None, layout: LayoutOf) -> MatrixSpec:
+    if not shape or 0 in shape:
+        return matrix_spec(path, shape)  # Raises: they cannot be a matrix under any spec.
+    if given is None:
+        return layout(role, path, shape)
     given.check(shape)
     return given
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from merge_jax.checks import check_choice
 from merge_jax.paths import flatten, near_misses, replace
 from merge_jax.transfers.alignment.fit import ChannelChoice, choose, even_adapter, fitted_adapter
-from merge_jax.transfers.alignment.plan import AlignedLeaf, AlignmentPlan, plan_alignment
+from merge_jax.transfers.alignment.plan import AlignedLeaf, AlignmentPlan, plan_alignment, traced_layout
 from merge_jax.transfers.alignment.write import aligned_leaf, new_leaf, written_leaves
 from merge_jax.transfers.base import Key, Step, Transfer
 from merge_jax.transfers.channels.axes import ChannelGraph
@@ -103,7 +103,7 @@ def aligned_transfer(
         names, or of another size than the layer's input; in `apply`, an adapter of other routes.
     """
     _check_choice(choice, key)
-    named_routes = kernel_routes(routes)
+    named_routes, layout = kernel_routes(routes), traced_layout(source_graph, target_graph)
 
     def plan_routes(resolved: tuple[ResolvedRoute, ...]) -> AlignmentPlan:
         return plan_alignment(resolved, source_graph, target_graph)
@@ -137,12 +137,12 @@ def aligned_transfer(
         return found
 
     def fit(moments: Mapping[str, jax.Array], source_params: Params, target_params: Params) -> Adapter:
-        plan = plan_routes(resolve(named_routes, source_params, target_params))
+        plan = plan_routes(resolve(named_routes, source_params, target_params, layout=layout))
         _check_memory(plan)
         leaves = apart(flatten(source_params), source_graph.factors)
         return fitted_adapter(plan, source_graph, moments, leaves, choice, key)
 
-    transfer = routed_transfer(named_routes, plan_routes, move, start=start, costs=costs)
+    transfer = routed_transfer(named_routes, plan_routes, move, start=start, costs=costs, layout=layout)
     return dataclasses.replace(transfer, fit=fit)
 
 
@@ -178,7 +178,8 @@ def align(
       ValueError: as `aligned_transfer`.
     """
     _check_choice(choice, key)
-    resolved = resolve(kernel_routes(routes), source_params, target_params)
+    layout = traced_layout(source_graph, target_graph)
+    resolved = resolve(kernel_routes(routes), source_params, target_params, layout=layout)
     plan, source = plan_alignment(resolved, source_graph, target_graph), flatten(source_params)
     given = moments if isinstance(moments, LayerMoments) else held_moments({} if moments is None else moments)
     chosen = choose(plan, source_graph, given, apart(source, source_graph.factors), choice, key)

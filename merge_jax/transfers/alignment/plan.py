@@ -6,13 +6,22 @@ import string
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from merge_jax.layouts import MatrixSpec
+from merge_jax.layouts import MatrixSpec, matrix_spec
 from merge_jax.transfers.channels.axes import ChannelGraph
 from merge_jax.transfers.channels.merged_axes import Factors, apart_axes, apart_shape
-from merge_jax.transfers.pairing import ResolvedRoute
+from merge_jax.transfers.pairing import LayoutOf, ResolvedRoute
 from merge_jax.transfers.views import KernelView
 
-__all__ = ["AlignedAxis", "AlignedLeaf", "AlignmentPlan", "GroupPair", "plan_alignment", "subscripts"]
+__all__ = [
+    "AlignedAxis",
+    "AlignedLeaf",
+    "AlignmentPlan",
+    "GroupPair",
+    "any_layout",
+    "plan_alignment",
+    "subscripts",
+    "traced_layout",
+]
 
 
 class AlignedAxis(NamedTuple):
@@ -109,6 +118,28 @@ class AlignmentPlan(NamedTuple):
     def outermost_first(self) -> list[str]:
         """Returns the names of the pairs, each after its enclosing pair."""
         return sorted(self.pairs, key=lambda name: self.pairs[name].around is not None)
+
+
+def traced_layout(source_graph: ChannelGraph, target_graph: ChannelGraph) -> LayoutOf:
+    """Returns the layout of leaves by name, or, where the name does not tell, as the models compute with them."""
+    graphs = {"source": source_graph, "target": target_graph}
+
+    def layout(role: str, path: str, shape: tuple[int, ...]) -> MatrixSpec:
+        try:
+            return matrix_spec(path, shape)
+        except ValueError:
+            return graphs[role].layout(path, shape)
+
+    return layout
+
+
+def any_layout(role: str, path: str, shape: tuple[int, ...]) -> MatrixSpec:
+    """Returns the layout of a leaf by name, or all axes as rows: to check routes before the models are traced."""
+    del role
+    try:
+        return matrix_spec(path, shape)
+    except ValueError:
+        return MatrixSpec(tuple(range(len(shape))), ())
 
 
 def plan_alignment(

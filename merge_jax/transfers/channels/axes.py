@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from merge_jax.layouts import MatrixSpec
 from merge_jax.paths import near_misses
 from merge_jax.transfers.channels.merged_axes import Factors, TiedAxes, apart_axes
 
@@ -38,6 +39,7 @@ class ChannelGraph:
       factors: `{leaf path: for each axis the sizes of those that it is merged from}`, for leaves with channels in a
         merged axis: `((4, 4, 16), (10,))` for a dense kernel `[256, 10]` that reads flattened maps. All other
         attributes describe such a leaf with split axes, `[4, 4, 16, 10]`.
+      windows: `{leaf path: axes of the window}`, for kernels of convolutions.
     """
 
     channel_groups: Mapping[str, tuple[str, ...]]
@@ -47,6 +49,7 @@ class ChannelGraph:
     hidden: frozenset[str]
     within: Mapping[str, str]
     factors: Mapping[str, Factors] = field(default_factory=dict)
+    windows: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def leaf_groups(self, path: str) -> tuple[str, ...]:
         """Returns the channel groups of a leaf.
@@ -59,6 +62,17 @@ class ChannelGraph:
                 f"the channel graph is of a model without a leaf {path!r}; {near_misses(path, self.channel_groups)}"
             )
         return self.channel_groups[path]
+
+    def layout(self, path: str, shape: tuple[int, ...]) -> MatrixSpec:
+        """Returns which axes of a leaf of this shape are channels (as rows), and which the window of a convolution.
+
+        Raises:
+          ValueError: there is no such leaf.
+        """
+        self.leaf_groups(path)
+        places = apart_axes(self.factors.get(path, tuple((size,) for size in shape)))
+        window = tuple(axis for axis, own in enumerate(places) if {*own} <= {*self.windows.get(path, ())})
+        return MatrixSpec(tuple(axis for axis in range(len(shape)) if axis not in window), (), window)
 
     def summed_axes(self, path: str) -> tuple[int, ...]:
         """Returns the axes of a leaf that are contracted anywhere, in order."""
@@ -83,6 +97,7 @@ class AxisNodes(TiedAxes):
         # Axes of leaves that are looked up or contracted with model inputs, and of constants.
         self._bound: set[int] = set()
         self._hidden: set[int] = set()
+        self._windows: set[int] = set()  # Axes of kernels that convolutions slide.
         self._summed: dict[str, set[int]] = {}
         # For each sum over a node: the nodes contracted or matched along with it.
         self._beside: list[tuple[int, tuple[int, ...]]] = []
@@ -115,7 +130,11 @@ class AxisNodes(TiedAxes):
         self._hidden = {root for root in (consumed & made) - bound if len(self.atoms(root)) == 1}
         hidden = frozenset(self._names[root] for root in self._hidden if root in self._names)
         groups = frozenset(self._groups(self._consumed))
-        return ChannelGraph(channel_groups, inputs, both, groups, hidden, self._within(hidden), self._leaf_factors)
+        found = {path: tuple(axis for axis, node in enumerate(nodes) if node in self._windows)
+                 for path, nodes in self._leaves.items()}  # fmt: skip
+        windows = {path: axes for path, axes in found.items() if axes}
+        within = self._within(hidden)
+        return ChannelGraph(channel_groups, inputs, both, groups, hidden, within, self._leaf_factors, windows)
 
     def merged(self) -> dict[str, Factors]:
         """Returns the factors of leaves with hidden channels in merged axes, once the graph is known."""

@@ -378,6 +378,7 @@ class ChannelTrace(SummedAxes):
         numbers, (x, kernel) = params["dimension_numbers"], values
         in_axis, (out_axis, kernel_in) = numbers.lhs_spec[1], numbers.rhs_spec[:2]
         nodes = list(self._fresh(new_shape))
+        self._windows.update(kernel.nodes[axis] for axis in numbers.rhs_spec[2:])
         # Positions have an order, which other layers may use.
         self._bound.update(
             (nodes[axis] for axis in numbers.out_spec[2:]), (x.nodes[axis] for axis in numbers.lhs_spec[2:])

@@ -14,7 +14,7 @@ from jax.core import Tracer
 from merge_jax.checks import all_finite, error_context, name_misfit, name_missing_collections
 from merge_jax.paths import flatten, replace, some_of
 from merge_jax.transfers.alignment.fit import ChannelChoice, choose
-from merge_jax.transfers.alignment.plan import plan_alignment
+from merge_jax.transfers.alignment.plan import plan_alignment, traced_layout
 from merge_jax.transfers.alignment.write import written_leaves
 from merge_jax.transfers.channels.graph import LayerMoments, layer_moments
 from merge_jax.transfers.channels.layer_sites import is_state
@@ -120,7 +120,8 @@ def _prepare(
     batch = [jax.ShapeDtypeStruct((size, *one.shape[1:]), one.dtype) for one in inputs]
     models = _followed("source", source, source_shapes, batch), _followed("target", target, target_shapes, batch)
     graphs = models[0].graph, models[1].graph
-    alignment = plan_alignment(resolve(routes, source_shapes, target_shapes), *graphs)
+    resolved = resolve(routes, source_shapes, target_shapes, layout=traced_layout(*graphs))
+    alignment = plan_alignment(resolved, *graphs)
     plan = plan_refit(alignment, *models)
     if not plan.sites:
         reasons = "; ".join(f"{path}: {why}" for path, why in plan.kept.items())

@@ -5,6 +5,7 @@ from dataclasses import replace as changed
 from typing import Any
 
 from merge_jax.paths import flatten
+from merge_jax.transfers.alignment.plan import any_layout
 from merge_jax.transfers.channels.layer_sites import is_state
 from merge_jax.transfers.layerwise import kernel_routes
 from merge_jax.transfers.pairing import resolve
@@ -24,7 +25,7 @@ def routes_with_state(routes: Routes, source: Params, target: Params) -> tuple[R
     if not all(wrapped):  # A bare tree has no state to pair.
         return tuple(_below_params(route, *wrapped) for route in named) if any(wrapped) else named
     found: dict[str, str] = {}
-    for one in resolve(named, source[_PARAMS], target[_PARAMS]):
+    for one in resolve(named, source[_PARAMS], target[_PARAMS], layout=any_layout):
         modules = [path.rpartition("/")[0] for path in (one.target[0], one.source[0])]
         for path in state["target"]:
             collection, _, rest = path.partition("/")
