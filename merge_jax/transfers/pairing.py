@@ -18,7 +18,7 @@ from merge_jax.transfers.rows import arranged_ends
 from merge_jax.transfers.views import ATTENTION_KERNELS, AttentionView, KernelView, View, ViewName
 from merge_jax.types import Params
 
-__all__ = ["LayoutOf", "LeftOut", "ResolvedRoute", "named_units", "resolve", "survey"]
+__all__ = ["LayoutOf", "LeftOut", "ResolvedRoute", "layout_by_name", "named_units", "resolve", "survey"]
 
 LayoutOf = Callable[[str, str, tuple[int, ...]], MatrixSpec]
 """`(role, path, shape) -> the layout of a leaf`, or ValueError if it is unknown."""
@@ -67,7 +67,8 @@ class LeftOut:
     route: Route
 
 
-def _layout_by_name(role: str, path: str, shape: tuple[int, ...]) -> MatrixSpec:
+def layout_by_name(role: str, path: str, shape: tuple[int, ...]) -> MatrixSpec:
+    """Returns the layout of a leaf by its name and shape."""
     del role
     return matrix_spec(path, shape)
 
@@ -84,7 +85,7 @@ def resolve(
     *,
     rank: int | None = None,
     view: ViewName = "matrix",
-    layout: LayoutOf = _layout_by_name,
+    layout: LayoutOf = layout_by_name,
 ) -> tuple[ResolvedRoute, ...]:
     """Returns one resolved route for each routed target of two models; the options are defaults for routes without.
 
@@ -111,7 +112,7 @@ def survey(
     *,
     rank: int | None = None,
     view: ViewName = "matrix",
-    layout: LayoutOf = _layout_by_name,
+    layout: LayoutOf = layout_by_name,
 ) -> tuple[tuple[ResolvedRoute, ...], tuple[LeftOut, ...]]:
     """Returns the routes from leaf to leaf, and the leaves that match a pattern but cannot be paired, with reasons.
 
@@ -218,7 +219,7 @@ def _resolve_one(
     layout: LayoutOf,
 ) -> ResolvedRoute:
     if route.rows is not None:
-        layout = _layout_by_name  # Rows that a route arranges are known by name, or by its spec.
+        layout = layout_by_name  # Rows that a route arranges are known by name, or by its spec.
     if route.rank is not None:
         rank = None if route.rank == "whole" else route.rank
     views: list[View] = []

@@ -8,7 +8,7 @@ import jax
 from merge_jax.paths import flatten, replace
 from merge_jax.transfers.base import Key, Step, Transfer
 from merge_jax.transfers.describe import RouteCost, RouteSummary, left_out_summaries, route_summary
-from merge_jax.transfers.pairing import LayoutOf, ResolvedRoute, resolve, survey
+from merge_jax.transfers.pairing import LayoutOf, ResolvedRoute, layout_by_name, resolve, survey
 from merge_jax.transfers.routes import Route
 from merge_jax.transfers.views import ViewName
 from merge_jax.types import Adapter, Metrics, Params
@@ -30,7 +30,7 @@ def routed_transfer(
     monitor: Callable[[_Plan, Adapter, Step], Metrics] | None = None,
     rank: int | None = None,
     view: ViewName = "matrix",
-    layout: LayoutOf | None = None,
+    layout: LayoutOf = layout_by_name,
 ) -> Transfer:
     """Returns the transfer by routes that these functions define.
 
@@ -43,12 +43,11 @@ def routed_transfer(
       monitor: `(plan, adapter, step) -> scalars by name`; None for nothing.
       rank: default for routes without a rank.
       view: default for routes without a view.
-      layout: of leaves whose route has no spec; by their names if None.
+      layout: of leaves whose route has no spec.
     """
-    layouts = {} if layout is None else {"layout": layout}
 
     def made_plan(source_params: Params, target_params: Params) -> _Plan:
-        return plan(resolve(routes, source_params, target_params, rank=rank, view=view, **layouts))
+        return plan(resolve(routes, source_params, target_params, rank=rank, view=view, layout=layout))
 
     def init(key: jax.Array, source_params: Params, target_params: Params) -> Adapter:
         found = made_plan(source_params, target_params)
@@ -61,7 +60,7 @@ def routed_transfer(
         return replace(target_params, move(found, adapter, flatten(source_params), flatten(target_params), key, step))
 
     def describe(source_params: Params, target_params: Params) -> tuple[RouteSummary, ...]:
-        resolved, left_out = survey(routes, source_params, target_params, rank=rank, view=view, **layouts)
+        resolved, left_out = survey(routes, source_params, target_params, rank=rank, view=view, layout=layout)
         found = {} if costs is None else costs(plan(resolved))
         rows = (route_summary(route, found.get(number, RouteCost())) for number, route in enumerate(resolved))
         return (*rows, *left_out_summaries(left_out))
