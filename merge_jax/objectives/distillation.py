@@ -14,13 +14,15 @@ __all__ = ["check_labels", "cross_entropy", "distillation_loss", "dkd_loss", "nk
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Returns `-log softmax(z)[y]` in nats, `[...]`, for logits `z [..., C]` and integer labels `y [...]` in [0, C).
 
-    Like all losses here, it is computed in float32 if the logits are in bfloat16 or float16.
+    Like all losses here, it is computed in float32 if the logits are in bfloat16 or float16. For a label outside
+    [0, C), such as Hugging Face's -100, it is NaN, and a joint step is skipped.
 
     Raises:
       ValueError: the shape of the labels is not that of the logits without the last axis.
     """
     check_labels(logits, labels)
-    return optax.softmax_cross_entropy_with_integer_labels(at_least_float32(logits), labels)
+    losses = optax.softmax_cross_entropy_with_integer_labels(at_least_float32(logits), labels)
+    return jnp.where(labels < 0, jnp.nan, losses)  # Optax counts negative labels from the end.
 
 
 def distillation_loss(
@@ -47,7 +49,8 @@ def distillation_loss(
     log_student = jax.nn.log_softmax(at_least_float32(logits) / temperature)
     log_teacher = jax.nn.log_softmax(at_least_float32(jax.lax.stop_gradient(teacher_logits)) / temperature)
     divergence = optax.losses.kl_divergence_with_log_targets(log_student, log_teacher)
-    return (1 - weight) * cross_entropy(logits, labels) + weight * temperature**2 * divergence
+    of_labels = (1 - weight) * cross_entropy(logits, labels) if weight < 1 else 0  # Then no example needs a label.
+    return of_labels + weight * temperature**2 * divergence
 
 
 def dkd_loss(

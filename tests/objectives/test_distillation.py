@@ -276,6 +276,15 @@ def test_cross_entropy_refuses_labels_that_would_broadcast():
             mj.cross_entropy(jnp.zeros((6, 4)), jnp.zeros(labels, int))
 
 
+def test_a_label_that_is_no_class_makes_its_loss_nan():
+    logits, labels = jnp.zeros((3, 200)), jnp.array([0, -100, 200])  # Optax takes -100 for class 100.
+    for loss in (mj.distillation_loss, dkd_loss, nkd_loss):
+        np.testing.assert_array_equal(jnp.isnan(loss(logits, logits, labels)), [False, True, True])
+    for loss in (mj.cross_entropy, tf_kd_loss):
+        np.testing.assert_array_equal(jnp.isnan(loss(logits, labels)), [False, True, True])
+    np.testing.assert_allclose(mj.distillation_loss(logits, logits, labels, weight=1.0), 0, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("shapes", "options", "message"),
     [
