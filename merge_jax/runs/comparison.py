@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["Comparison", "compare"]
 
 _GRID = "grid.toml"  # Present in a study's folder, but not in a run's.
-_WHAT_TRAINS = {"seeds", "first_seed", "methods"}  # Options that choose trainings, and change none.
+_CHOOSE = {"seeds", "first_seed", "methods"}  # Options that choose trainings, and change none.
 
 
 class _Group(NamedTuple):
@@ -73,27 +73,16 @@ def compare(paths: Sequence[Path | str], baseline: str | None = None) -> Compari
     twice = next((run.path for run in runs if resolved.count(run.path.resolve()) > 1), None)
     if twice is not None:
         raise ValueError(f"the run folder {twice} is named twice")
-    if len(runs) == 1:
-        (first,) = runs
-        baseline = _baseline(first, baseline)
-        if baseline == (BASELINE if BASELINE in first.methods else None):
-            curves, label = judged(first)
-            return Comparison(as_text(result_tables(first), notes(first)), draw(curves, label))
     groups = _groups(dict(zip(_names(runs), runs, strict=True)))
-    baseline = _baseline(groups[0].joined, baseline)
-    curves, label = overlaid({group.name: group.joined for group in groups})
-    return Comparison(as_text([_table(groups, baseline)], _notes(groups, baseline)), draw(curves, label))
-
-
-def _baseline(first: Run, baseline: str | None) -> str:
-    """Returns the baseline, or the default one.
-
-    Raises:
-      ValueError: the first run does not have it.
-    """
+    first = groups[0].joined
     if baseline is not None and baseline not in first.methods:
         raise ValueError(f"{first.path} has no method {baseline!r}; {near_misses(baseline, first.methods)}")
-    return baseline or (BASELINE if BASELINE in first.methods else first.methods[0])
+    baseline = baseline or (BASELINE if BASELINE in first.methods else first.methods[0])
+    if len(runs) == 1 and baseline == (BASELINE if BASELINE in first.methods else None):
+        curves, label = judged(first)
+        return Comparison(as_text(result_tables(first), notes(first)), draw(curves, label))
+    curves, label = overlaid({group.name: group.joined for group in groups})
+    return Comparison(as_text([_table(groups, baseline)], _notes(groups, baseline)), draw(curves, label))
 
 
 def _runs_in(path: Path) -> list[Run]:
@@ -137,7 +126,7 @@ def _groups(runs: dict[str, Run]) -> list[_Group]:
 
 
 def _options(run: Run) -> dict[str, Any]:
-    return {name: value for name, value in run.config.items() if name not in _WHAT_TRAINS}
+    return {name: value for name, value in run.config.items() if name not in _CHOOSE}
 
 
 def _seeds(run: Run) -> set[int]:
@@ -146,10 +135,14 @@ def _seeds(run: Run) -> set[int]:
 
 def _join(runs: Sequence[Run]) -> Run:
     first = runs[0]
+    if len(runs) == 1:
+        return first
     methods = tuple(dict.fromkeys(chain.from_iterable(run.plan.methods for run in runs)))
+    seeds = sum(run.plan.seeds for run in runs)
     return replace(
         first,
-        plan=replace(first.plan, methods=methods, seeds=sum(run.plan.seeds for run in runs)),
+        plan=replace(first.plan, methods=methods, seeds=seeds),
+        config={**first.config, "methods": list(methods), "seeds": seeds},
         results=[result for run in runs for result in run.results],
         records=[record for run in runs for record in run.records],
         opponents=[opponent for run in runs for opponent in run.opponents],

@@ -9,8 +9,6 @@ import re
 import shutil
 from dataclasses import replace
 
-import flax.serialization
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
@@ -20,10 +18,23 @@ import merge_jax.commands.compare
 from merge_jax.commands import main
 from merge_jax.runs import Comparison, Plan, Run, html_report
 from merge_jax.runs.table import meaning, notes
+from tests.commands.helpers import assert_equal_leaves, refused, said
 from tests.smoke import run
 
 LITTLE = ["smoke", "--seeds", "2", "--steps", "4", "--source-steps", "4", "--report-every", "2"]
 LITTLE += ["--checkpoint-every", "4", "--methods", "vanilla", "share"]
+
+
+def copy_of_seed(run, folder, seed, **options):
+    """Copies a run with the results of one of its seeds alone, as if of these options."""
+    shutil.copytree(run, folder)
+    for name, changed in (("config", {"seeds": 1, **options}), ("plan", {"seeds": 1})):
+        file = folder / f"{name}.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changed))
+    for name in ("results", "opponents"):
+        file = folder / f"{name}.json"
+        file.write_text(json.dumps([row for row in json.loads(file.read_text()) if row["seed"] == seed]))
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -31,30 +42,8 @@ def runs(tmp_path_factory):
     """Two runs; the second is the first one's seed 0, as if of another cycle."""
     folder = tmp_path_factory.mktemp("runs")
     run("cross_structure", folder / "one", *LITTLE)
-    shutil.copytree(folder / "one", folder / "two")
-    for name, options in (("config", {"cycle": 2, "seeds": 1}), ("plan", {"seeds": 1})):
-        file = folder / "two" / f"{name}.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | options))
-    for name in ("results", "opponents"):
-        file = folder / "two" / f"{name}.json"
-        file.write_text(json.dumps([row for row in json.loads(file.read_text()) if row["seed"] == 0]))
+    copy_of_seed(folder / "one", folder / "two", 0, cycle=2)
     return folder
-
-
-def said(capsys, *words):
-    """What a command prints; it must end well."""
-    main(list(map(str, words)))
-    return capsys.readouterr().out
-
-
-def refused(capsys, *words):
-    """The one line that a command refuses with."""
-    with pytest.raises(SystemExit) as end:
-        main(list(map(str, words)))
-    assert end.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ")
-    return line.removeprefix("error: ")
 
 
 def results(folder, method):
@@ -99,16 +88,9 @@ def test_runs_are_compared_by_seed_and_told_apart(runs, tmp_path, capsys):
 
 
 def test_runs_of_other_seeds_are_joined(runs, tmp_path, capsys):
-    for number in (0, 1):  # The first run in two: each has one of its seeds.
-        shutil.copytree(runs / "one", part := tmp_path / f"seed{number}")
-        for name, options in (("config", {"seeds": 1, "first_seed": number}), ("plan", {"seeds": 1})):
-            file = part / f"{name}.json"
-            file.write_text(json.dumps(json.loads(file.read_text()) | options))
-        for name in ("results", "opponents"):
-            file = part / f"{name}.json"
-            file.write_text(json.dumps([row for row in json.loads(file.read_text()) if row["seed"] == number]))
-    parts, out = [tmp_path / "seed0", tmp_path / "seed1"], tmp_path / "out"
-    printed = said(capsys, "compare", *parts, runs / "two", "--out", out)
+    # The first run in two: each has one of its seeds.
+    parts = [copy_of_seed(runs / "one", tmp_path / f"seed{seed}", seed, first_seed=seed) for seed in (0, 1)]
+    printed = said(capsys, "compare", *parts, runs / "two", "--out", tmp_path / "out")
     rows = {tuple(line.rsplit("%", 1)[-1].split()[:4]): line for line in printed.splitlines() if " + seed1 " in line}
     vanilla, share = (results(runs / "one", method) for method in ("vanilla", "share"))
     row = rows["seed0", "+", "seed1", "share"]
@@ -117,6 +99,7 @@ def test_runs_of_other_seeds_are_joined(runs, tmp_path, capsys):
     said_of = " ".join(printed.split())
     assert "seed0 + seed1: one row, since they have the same options and other seeds" in said_of
     assert "seeds that two has in common with seed0 + seed1, of 2: vanilla 1, share 1" in said_of
+    assert "options of seed0 + seed1 and two: cycle 1 and 2; seeds 2 and 1" in said_of
 
 
 def test_runs_that_are_tested_otherwise_have_no_differences(runs, tmp_path, capsys):
@@ -336,17 +319,6 @@ def test_a_summary_counts_a_states_parts(runs, capsys, step):
     assert "leaves are as they were saved" in printed
 
 
-def test_a_summary_of_weights(tmp_path, capsys):
-    mj.save_safetensors(
-        tmp_path / "m.safetensors", {"fc": {"kernel": jnp.ones((3, 4))}, "a": jnp.ones(2, jnp.bfloat16)}
-    )
-    printed = said(capsys, "summary", tmp_path / "m.safetensors", "--leaves", "**/kernel")
-    rows = {line.split()[0]: line.split()[1:] for line in printed.splitlines() if line.startswith((" fc", " a"))}
-    assert rows == {"fc": ["1", "12", "48", "float32"], "a": ["1", "2", "4", "bfloat16"]} | {"all": rows["all"]}
-    assert rows["all"][:3] == ["2", "14", "52"]
-    assert "fc/kernel  float32[3, 4]" in printed
-
-
 def test_what_cannot_be_summed_up_is_named(runs, tmp_path, capsys):
     cell = runs / "one" / "checkpoints" / "share-seed0"
     assert "did you mean" in refused(capsys, "summary", cell.with_name("share-seed9"))
@@ -413,19 +385,6 @@ def test_an_exported_source_is_told_as_one(runs, tmp_path, capsys):
     )
 
 
-def assert_equal_leaves(found, expected):
-    found, expected = mj.flatten(found), mj.flatten(expected)
-    assert found.keys() == expected.keys()
-    for path, leaf in expected.items():
-        np.testing.assert_array_equal(found[path], leaf)
-
-
-def test_a_file_of_weights_is_converted_and_not_exported(tmp_path, capsys):
-    (tmp_path / "m.npz").write_bytes(b"PK")
-    message = refused(capsys, "export", tmp_path / "m.npz", tmp_path / "new.safetensors")
-    assert "m.npz is a file, and checkpoints are folders: if it holds weights, merge-jax convert " in message
-
-
 def test_what_cannot_be_exported_is_named(runs, tmp_path, capsys):
     cell, file = runs / "one" / "checkpoints" / "share-seed0", tmp_path / "m.safetensors"
     assert refused(capsys, "export", cell, tmp_path / "m.npz").endswith(
@@ -438,24 +397,6 @@ def test_what_cannot_be_exported_is_named(runs, tmp_path, capsys):
     file.write_text("mine")
     assert refused(capsys, "export", cell, file).endswith("is not overwritten: choose another name")
     assert file.read_text() == "mine"
-
-
-def test_weights_of_others_become_a_file_of_safetensors(tmp_path, capsys):
-    tree = {"params": {"fc": {"kernel": np.ones((2, 3), np.float16)}}, "step": np.array(3)}
-    (tmp_path / "m.bin").write_bytes(flax.serialization.to_bytes(tree))
-    out = tmp_path / "m.safetensors"
-    assert said(capsys, "convert", tmp_path / "m.bin", out) == (
-        f"{tmp_path / 'm.bin'} (Flax msgpack): 1 leaves, 6 numbers: {out}\n"
-    )
-    assert_equal_leaves(mj.load_safetensors(out), {"params": tree["params"]})
-    assert refused(capsys, "convert", tmp_path / "m.bin", out).endswith("is not overwritten: choose another name")
-    assert "must end in .safetensors" in refused(capsys, "convert", tmp_path / "m.bin", tmp_path / "m.npz")
-    said(capsys, "convert", tmp_path / "m.bin", tmp_path / "step.safetensors", "--select", "step")
-    assert_equal_leaves(mj.load_safetensors(tmp_path / "step.safetensors"), {"step": tree["step"]})
-    printed = said(capsys, "summary", tmp_path / "m.bin", "--leaves", "**/kernel")
-    assert printed.startswith(f"{tmp_path / 'm.bin'}: Flax msgpack\n")
-    assert "params/fc/kernel  float16[2, 3]" in printed
-    assert "has no digests to verify" in refused(capsys, "summary", tmp_path / "m.bin", "--verify")
 
 
 def test_without_a_command_there_is_help_and_an_exit_code(capsys):

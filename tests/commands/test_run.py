@@ -5,7 +5,7 @@ import sys
 
 from merge_jax.commands.run import EXPERIMENTS
 from tests import ROOT
-from tests.commands.test_commands import refused, said
+from tests.commands.helpers import refused, said
 
 
 def test_experiments_are_listed_and_near_misses_named(capsys):
