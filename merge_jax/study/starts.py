@@ -13,9 +13,7 @@ from merge_jax.study.models.model import StudyModel, inputs_of
 from merge_jax.study.options import TransferOptions
 from merge_jax.study.scenario import StartFn
 from merge_jax.transfers.alignment.fit import ChannelChoice
-from merge_jax.transfers.alignment.plan import any_layout
 from merge_jax.transfers.fitted.routes import routes_with_state
-from merge_jax.transfers.pairing import resolve
 from merge_jax.types import Batch, ModelApply
 
 __all__ = ["once_a_seed", "prepare_start", "refit_start"]
@@ -35,9 +33,7 @@ def refit_start(
     """
     source_apply, target_apply = _applies("refit", source, target)
     shapes = _shapes(source), _shapes(target)
-    resolve(
-        routes_with_state(routes, *shapes), *shapes, layout=any_layout
-    )  # Refuse now, not when the first seed starts.
+    routes_with_state(routes, *shapes)  # Refuse now, not when the first seed starts.
 
     @jax.jit
     def run(source_variables: Any, target_variables: Any, inputs: list[jax.Array], key: jax.Array) -> Any:

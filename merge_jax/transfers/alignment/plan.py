@@ -120,26 +120,24 @@ class AlignmentPlan(NamedTuple):
         return sorted(self.pairs, key=lambda name: self.pairs[name].around is not None)
 
 
-def traced_layout(source_graph: ChannelGraph, target_graph: ChannelGraph) -> LayoutOf:
-    """Returns the layout of leaves by name, or, where the name does not tell, as the models compute with them."""
-    graphs = {"source": source_graph, "target": target_graph}
-
+def _by_name_or(other: LayoutOf) -> LayoutOf:
     def layout(role: str, path: str, shape: tuple[int, ...]) -> MatrixSpec:
         try:
             return matrix_spec(path, shape)
         except ValueError:
-            return graphs[role].layout(path, shape)
+            return other(role, path, shape)
 
     return layout
 
 
-def any_layout(role: str, path: str, shape: tuple[int, ...]) -> MatrixSpec:
-    """Returns the layout of a leaf by name, or all axes as rows: to check routes before the models are traced."""
-    del role
-    try:
-        return matrix_spec(path, shape)
-    except ValueError:
-        return MatrixSpec(tuple(range(len(shape))), ())
+def traced_layout(source_graph: ChannelGraph, target_graph: ChannelGraph) -> LayoutOf:
+    """Returns the layout of leaves by name, or, where the name does not tell, as the models compute with them."""
+    graphs = {"source": source_graph, "target": target_graph}
+    return _by_name_or(lambda role, path, shape: graphs[role].layout(path, shape))
+
+
+any_layout: LayoutOf = _by_name_or(lambda role, path, shape: MatrixSpec(tuple(range(len(shape))), ()))
+"""The layout of a leaf by name, or all axes as rows: to check routes before the models are traced."""
 
 
 def plan_alignment(

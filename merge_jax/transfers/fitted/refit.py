@@ -20,12 +20,10 @@ from merge_jax.checks import (
 )
 from merge_jax.paths import flatten, some_of
 from merge_jax.transfers.alignment.fit import ChannelChoice
-from merge_jax.transfers.alignment.plan import any_layout
 from merge_jax.transfers.fitted.compiled import ModelFn, RefitOptions, prepared
 from merge_jax.transfers.fitted.routes import routes_with_state
 from merge_jax.transfers.fitted.walk import FewRowsWarning
 from merge_jax.transfers.host_leaves import any_on_host
-from merge_jax.transfers.pairing import resolve
 from merge_jax.transfers.routes import Routes
 from merge_jax.types import Params
 
@@ -131,8 +129,6 @@ def refit(
     check_arrays("source's", source_variables)
     check_arrays("target's", target_variables)
     named_routes = routes_with_state(routes, source_variables, target_variables)
-    # Raises and warns; the rest needs only shapes.
-    resolve(named_routes, source_variables, target_variables, layout=any_layout)
     given = [jnp.asarray(one) for one in inputs]
     if any(axis_name in jax.typeof(one).mat.varying for one in given):
         raise ValueError(f"a refit over {axis_name!r} needs jax.shard_map(..., check_vma=False), got check_vma=True")

@@ -18,12 +18,25 @@ _PARAMS = "params"
 
 
 def routes_with_state(routes: Routes, source: Params, target: Params) -> tuple[Route, ...]:
-    """Returns routes of parameters as routes of whole variables, including the state of their modules."""
-    named, paths = kernel_routes(routes), {"source": list(flatten(source)), "target": list(flatten(target))}
-    state = {role: [path for path in own if is_state(path, own)] for role, own in paths.items()}
+    """Returns routes of parameters as routes of whole variables, including the state of their modules.
+
+    Raises:
+      ValueError: as `resolve`, for these routes.
+    """
+    named = kernel_routes(routes)
     wrapped = [isinstance(tree, Mapping) and _PARAMS in tree for tree in (source, target)]
-    if not all(wrapped):  # A bare tree has no state to pair.
-        return tuple(_below_params(route, *wrapped) for route in named) if any(wrapped) else named
+    if all(wrapped):
+        of_state = _of_state(named, source, target)
+        made = (*map(_below_params, named), *of_state)
+    else:  # A bare tree has no state to pair.
+        made = tuple(_below_params(route, *wrapped) for route in named) if any(wrapped) else named
+    resolve(made, source, target, layout=any_layout)  # For its errors and warnings, before the models are traced.
+    return made
+
+
+def _of_state(named: tuple[Route, ...], source: Params, target: Params) -> list[Route]:
+    paths = {"source": list(flatten(source)), "target": list(flatten(target))}
+    state = {role: [path for path in own if is_state(path, own)] for role, own in paths.items()}
     found: dict[str, str] = {}
     for one in resolve(named, source[_PARAMS], target[_PARAMS], layout=any_layout):
         modules = [path.rpartition("/")[0] for path in (one.target[0], one.source[0])]
@@ -33,8 +46,7 @@ def routes_with_state(routes: Routes, source: Params, target: Params) -> tuple[R
             other = f"{collection}/{modules[1]}/{leaf}"
             if module == modules[0] and other in state["source"]:
                 found[path] = other
-    params = [_below_params(route) for route in named]
-    return (*params, *(Route(path, other) for path, other in found.items()))
+    return [Route(path, other) for path, other in found.items()]
 
 
 def _below_params(route: Route, source: bool = True, target: bool = True) -> Route:
