@@ -1,19 +1,21 @@
-"""Compares the refit of a target from unlabelled images with one epoch of plain training on them.
+"""Compares the refit of a target from unlabelled inputs with one epoch of plain training on them.
 
     python -m benchmarks.refit                # ResNet50 from ResNet50, 2,000 images of 32x32 pixels
     python -m benchmarks.refit --nets small   # two small networks, in half a minute
     python -m benchmarks.refit --nets efficientnet_lite0   # EfficientNet-lite0 to its half, 64x64 pixels
+    python -m benchmarks.refit --nets minilm --inputs 1000  # MiniLM to its half, texts of 32 tokens
 
 Both are timed after compilation. Memory is XLA's plan for each program, including its arguments: the weights and all
-images.
+inputs.
 """
 
 import math
 import statistics
 import time
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,10 +32,10 @@ _MIB = 2**20
 class Config:
     """Options of the benchmark."""
 
-    nets: Literal["resnet50", "efficientnet_lite0", "small"] = "resnet50"
-    """ResNet50 to ResNet50, or an EfficientNet-lite0 or a small ResNet to one of half its width."""
-    images: int = 2000
-    """Images that are refitted on, and that make the epoch."""
+    nets: Literal["resnet50", "efficientnet_lite0", "minilm", "small"] = "resnet50"
+    """ResNet50 to ResNet50, or an EfficientNet-lite0, a MiniLM or a small ResNet to one of half its width."""
+    inputs: int = 2000
+    """Images or texts that are refitted on, and that make the epoch."""
     batch_size: int = 128
     """Examples in a batch of the training."""
     refit_batch_size: int = 250
@@ -43,57 +45,81 @@ class Config:
 
     def check(self) -> None:
         """Raises ValueError for an option out of range."""
-        if min(self.images, self.batch_size, self.refit_batch_size, self.repetitions) < 1:
+        if min(self.inputs, self.batch_size, self.refit_batch_size, self.repetitions) < 1:
             raise ValueError("every option must be at least 1")
 
 
-def make_programs(config: Config) -> dict[str, tuple[Any, tuple[Any, ...]]]:
-    """Returns both programs by name, compiled, each with its arguments."""
+class Pair(NamedTuple):
+    """A source, a target of its family, and unlabelled inputs of both."""
+
+    source: nn.Module
+    target: nn.Module
+    inputs: jax.Array
+    kind: str
+    num_classes: int
+    routes: dict[str, str]
+
+
+def make_pair(config: Config) -> Pair:
+    """Returns the networks of a choice, and random inputs."""
+    random, routes = np.random.default_rng(0), {"**": "**"}
+    if config.nets == "minilm":
+        encoders = mj.models.minilm(), mj.models.minilm_half()
+        tokens = random.integers(1000, encoders[0].vocab_size, (config.inputs, 32))
+        routes = {f"encoder/layer_{i}/**": f"encoder/layer_{j}/**" for i, j in ((0, 0), (1, 2), (2, 5))}
+        routes |= {"encoder/embeddings/**": "encoder/embeddings/**", "classifier/*": "classifier/*"}
+        source, target = (mj.models.TextClassifier(encoder, 4, pooler="mean") for encoder in encoders)
+        return Pair(source, target, jnp.asarray(tokens, jnp.int32), "tokens", 4, routes)
     if config.nets == "resnet50":
         source, target, pixels = mj.models.resnet50(100), mj.models.resnet50(100), 32
     elif config.nets == "efficientnet_lite0":
         source, target, pixels = mj.models.efficientnet_lite(100), mj.models.efficientnet_lite(100, 0.5), 64
     else:
         source, target, pixels = mj.models.small_resnet(10), mj.models.small_resnet(10, width=0.5), 8
-    random = np.random.default_rng(0)
-    images = jnp.asarray(random.standard_normal((config.images, pixels, pixels, 3), np.float32))
-    labels = jnp.asarray(random.integers(0, source.num_classes, config.images), jnp.int32)
+    images = random.standard_normal((config.inputs, pixels, pixels, 3), np.float32)
+    return Pair(source, target, jnp.asarray(images), "image", source.num_classes, routes)
+
+
+def make_programs(config: Config) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    """Returns both programs by name, compiled, each with its arguments."""
+    source, target, inputs, kind, num_classes, routes = make_pair(config)
+    labels = jnp.asarray(np.random.default_rng(1).integers(0, num_classes, config.inputs), jnp.int32)
     variables = []
     for seed, model in enumerate((source, target)):
-        made = jax.jit(model.init)(jax.random.key(seed), images[:1])
-        variables.append({name: made[name] for name in ("params", "batch_stats")})
+        made = jax.jit(model.init)(jax.random.key(seed), inputs[:1])
+        variables.append({name: made[name] for name in ("params", "batch_stats") if name in made})
 
-    def fit(source_variables: Any, target_variables: Any, images: jax.Array) -> Any:
+    def fit(source_variables: Any, target_variables: Any, inputs: jax.Array) -> Any:
         made = mj.refit(
-            {"**": "**"},
+            routes,
             source.apply,
             target.apply,
             source_variables,
             target_variables,
-            images,
+            inputs,
             batch_size=config.refit_batch_size,
         )
         return made.variables
 
     sgd = optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(0.1, momentum=0.9))
-    loss_fn = mj.classification_loss(target.apply)
-    steps = math.ceil(config.images / config.batch_size)
+    loss_fn = mj.classification_loss(target.apply, inputs=kind)
+    steps = math.ceil(config.inputs / config.batch_size)
 
-    def epoch(variables: Any, opt_state: Any, images: jax.Array, labels: jax.Array) -> Any:
+    def epoch(variables: Any, opt_state: Any, inputs: jax.Array, labels: jax.Array) -> Any:
         def step(i: jax.Array, state: Any) -> Any:
             params, model_state, opt_state = state
-            rows = (i * config.batch_size + jnp.arange(config.batch_size)) % config.images
-            batch = {"image": images[rows], "label": labels[rows]}
+            rows = (i * config.batch_size + jnp.arange(config.batch_size)) % config.inputs
+            batch = {kind: inputs[rows], "label": labels[rows]}
             grads, (model_state, _) = jax.grad(loss_fn, has_aux=True)(params, model_state, batch, jax.random.key(0))
             updates, opt_state = sgd.update(grads, opt_state, params)
             return optax.apply_updates(params, updates), model_state, opt_state
 
-        model_state = {"batch_stats": variables["batch_stats"]}
+        model_state = {name: value for name, value in variables.items() if name != "params"}
         return lax.fori_loop(0, steps, step, (variables["params"], model_state, opt_state))
 
     arguments = {
-        "one epoch of training": (epoch, (variables[1], sgd.init(variables[1]["params"]), images, labels)),
-        "refit": (fit, (*variables, images)),
+        "one epoch of training": (epoch, (variables[1], sgd.init(variables[1]["params"]), inputs, labels)),
+        "refit": (fit, (*variables, inputs)),
     }
     return {name: (jax.jit(fn).lower(*args).compile(), args) for name, (fn, args) in arguments.items()}
 
@@ -122,7 +148,7 @@ def main() -> None:
         median = statistics.median(taken)
         rows.append((name, f"{median:.1f}", f"{ratio:.2f}", f"{memory[name]:.0f}", f"{of_memory:.2f}"))
         figures[name] = {"seconds": median, "ratio": ratio, "MiB": memory[name], "memory_ratio": of_memory}
-    notes = f"{config.images} images; medians of {config.repetitions}; both compiled in {compiled:.0f} s"
+    notes = f"{config.inputs} inputs; medians of {config.repetitions}; both compiled in {compiled:.0f} s"
     report("refit", config, ("program", "s", "of the epoch", "MiB", "of its memory"), rows, figures, notes)
 
 

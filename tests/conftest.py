@@ -53,6 +53,12 @@ def pytest_configure(config):
                     file.unlink()
 
 
+@pytest.hookimpl(wrapper=True, optionalhook=True)
+def pytest_xdist_auto_num_workers(config):
+    """One process more than cores: tests wait for the disk and for processes that they start."""
+    return (yield) + 1
+
+
 @pytest.fixture(autouse=True)
 def _strict_ranks():
     """Every test runs with implicit broadcasts between ranks refused, as a strict user's program may be.

@@ -16,6 +16,7 @@ def for_gpu(*words):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow  # No user runs it, and it starts a process.
 @pytest.mark.skipif(HAS_COMPILER, reason="JAX's plugin for CUDA is installed")
 def test_without_the_compiler_it_says_what_to_install():
     done = for_gpu("cross_structure", "smoke")
@@ -34,6 +35,7 @@ def test_the_smoke_preset_compiles():
     ]
 
 
+@pytest.mark.slow
 def test_near_misses_of_an_experiment_are_named():
     done = for_gpu("cross_structur")
     assert done.returncode == 2

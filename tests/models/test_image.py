@@ -146,7 +146,7 @@ def test_depthwise_convolution_equals_the_grouped_one(stride, size, use_bias):
     [
         pytest.param(1, 3, "even", marks=pytest.mark.slow),
         (2, 3, "even"),
-        (1, 5, "same"),
+        pytest.param(1, 5, "same", marks=pytest.mark.slow),
         pytest.param(2, 5, "same", marks=pytest.mark.slow),
     ],
 )

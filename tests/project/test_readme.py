@@ -54,6 +54,7 @@ def test_the_documents_show_the_three_kinds_of_models():
     }
 
 
+@pytest.mark.docs
 def test_the_opening_code_runs():
     made = run(0)["made"]
     assert set(made.solved) == {f"params/layers_{i}/kernel" for i in (0, 2, 4)}

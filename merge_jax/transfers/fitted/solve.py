@@ -13,7 +13,22 @@ from jax import lax
 from merge_jax.transfers.channels.program import Program
 from merge_jax.transfers.fitted.plan import Site, Unknown
 
-__all__ = ["Moments", "add_moments", "batch_moments", "entering", "no_moments", "reaching", "solve", "write"]
+__all__ = [
+    "Moments",
+    "add_moments",
+    "at_rows",
+    "batch_moments",
+    "channel_rows",
+    "end_rows",
+    "entering",
+    "matrix",
+    "no_moments",
+    "reaching",
+    "slope",
+    "solve",
+    "without",
+    "write",
+]
 
 _PRECISION = lax.Precision.HIGHEST
 _TINY = 1e-30
@@ -176,9 +191,14 @@ def end_rows(program: Program, site: Site, values: Values, rows: jax.Array | Non
 
 def channel_rows(value: jax.Array, axes: tuple[int, ...], rows: jax.Array | None = None) -> jax.Array:
     """Returns a value as rows `[r, m]` of its channels, float32."""
-    last = range(value.ndim - len(axes), value.ndim)
-    size = math.prod(value.shape[axis] for axis in axes)
-    flat = jnp.moveaxis(value, axes, tuple(last)).reshape(-1, size).astype(jnp.float32)
+    found = at_rows(value, axes, rows)
+    return found.reshape(len(found), -1)
+
+
+def at_rows(value: jax.Array, axes: tuple[int, ...], rows: jax.Array | None = None) -> jax.Array:
+    """Returns some rows of a value, over all its other axes, as `[r, *channels]`, float32."""
+    last = tuple(range(value.ndim - len(axes), value.ndim))
+    flat = jnp.moveaxis(value, axes, last).reshape(-1, *(value.shape[axis] for axis in axes)).astype(jnp.float32)
     return flat if rows is None else flat[rows]
 
 

@@ -17,8 +17,8 @@ from merge_jax.transfers.fitted.batches import stacked
 from merge_jax.transfers.fitted.plan import RefitPlan, Site
 from merge_jax.transfers.fitted.solve import (
     add_moments,
+    at_rows,
     batch_moments,
-    channel_rows,
     end_rows,
     entering,
     matrix,
@@ -179,8 +179,8 @@ class Walk:
         rows = jnp.arange(site.rows) if site.rows <= limit else jax.random.randint(key, (limit,), 0, site.rows)
         chosen = None if site.rows <= limit else rows
         x = entering(self.target, site, known, leaves, chosen)
-        wanted = self._in_target(site, matrices, found[site.source_end].reshape(site.source_shape))
-        wanted = channel_rows(wanted, site.channel_axes, chosen)
+        source_end = found[site.source_end].reshape(site.source_shape)
+        wanted = self._in_target(site, matrices, at_rows(source_end, site.channel_axes, chosen))
         rest = end_rows(self.target, site, without(self.target, site, known), chosen)
         of_rows = weights[rows // site.stride % len(weights)]
         total = (lambda one: one) if self.axis_name is None else functools.partial(lax.psum, axis_name=self.axis_name)
@@ -189,17 +189,20 @@ class Walk:
         return moments, tuple({one: of[one] for one in ones} for ones, of in made)
 
     def _in_target(self, site: Site, matrices: Mapping[str, jax.Array], value: jax.Array) -> jax.Array:
-        """Returns a value of the source at the target's channels."""
-        letters, large = string.ascii_lowercase[: value.ndim], list(string.ascii_lowercase[: value.ndim])
-        given, names = [], []
-        for axis, place in zip(site.pairs, site.channel_axes, strict=True):
-            if axis.name is not None:
-                large[place] = letters[place].upper()
-                around = "" if axis.around is None else letters[site.channel_axes[axis.around]]
-                given.append(matrices[axis.name])
-                names.append(f"{around}{letters[place]}{large[place]}")
-        equation = f"{','.join([*names, ''.join(large)])}->{letters}"
-        return jnp.einsum(equation, *given, value.astype(jnp.float32), precision=lax.Precision.HIGHEST)
+        """Returns rows `[r, *channels]` of the source at the target's channels, `[r, m]`."""
+        axes = string.ascii_lowercase[: len(site.pairs)]
+        given, names, source_axes = [], [], ""
+        for axis, letter in zip(site.pairs, axes, strict=True):
+            if axis.name is None:
+                source_axes += letter
+                continue
+            around = "" if axis.around is None else axes[axis.around]
+            source_axes += letter.upper()
+            given.append(matrices[axis.name])
+            names.append(f"{around}{letter}{letter.upper()}")
+        equation = f"{','.join([*names, f'...{source_axes}'])}->...{axes}"
+        rows = jnp.einsum(equation, *given, value, precision=lax.Precision.HIGHEST)
+        return rows.reshape(len(rows), -1)
 
     def _valid(self, site: Site, matrices: Mapping[str, jax.Array]) -> jax.Array:
         """Returns which channels of a site have a source channel, bool `[m]`."""

@@ -41,7 +41,7 @@ class NormOfSum(nn.Module):
         return nn.BatchNorm(not train, name="norm")(total)
 
 
-@pytest.mark.parametrize(("layers", "inner"), [(1, False), (2, False), (1, True)])
+@pytest.mark.parametrize(("layers", "inner"), [pytest.param(1, False, marks=pytest.mark.slow), (2, False), (1, True)])
 def test_a_norm_of_a_sum_has_not_the_statistics_of_one_layer(layers, inner):
     source, target = (NormOfSum(width, layers, inner) for width in (16, 6))
     source_variables, target_variables = (

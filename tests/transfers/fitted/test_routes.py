@@ -45,7 +45,8 @@ def of_sizes(seed, window, width, heads):
             for name in ("mix", "q", "o")}  # fmt: skip
 
 
-SOURCE, TARGET = of_sizes(1, 5, 6, 2), of_sizes(2, 3, 5, 1)
+# Arrays of JAX: a refit would stream those of NumPy.
+SOURCE, TARGET = (jax.tree.map(jnp.asarray, one) for one in (of_sizes(1, 5, 6, 2), of_sizes(2, 3, 5, 1)))
 INPUTS = np.random.default_rng(0).normal(size=(64, 7, 3)).astype(np.float32)
 
 
