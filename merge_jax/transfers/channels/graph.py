@@ -182,8 +182,9 @@ def _moments(value: jax.Array, axes: tuple[int, ...], around: tuple[int, ...] = 
     sizes = [[value.shape[axis] for axis in some] for some in (around, axes)]
     rest = [axis for axis in range(value.ndim) if axis not in (*around, *axes)]
     rows = value.transpose(*rest, *around, *axes).astype(jnp.float32)
-    # Computed once: XLA would compute activations as it transposes them, a fifth of the time of a refit of text.
-    rows = lax.optimization_barrier(rows.reshape(-1, *map(math.prod, sizes)))
+    # Without a batch axis of size 1, for which XLA would transpose a copy and compute activations again as it does.
+    form, sizes_of_rows = ("nam,nak->amk", sizes) if around else ("nm,nk->mk", sizes[1:])
+    rows = rows.reshape(-1, *map(math.prod, sizes_of_rows))
     # The highest precision: alignment solves for their residuals.
-    moments = jnp.einsum("nam,nak->amk", rows, rows, precision=lax.Precision.HIGHEST)
+    moments = jnp.einsum(form, rows, rows, precision=lax.Precision.HIGHEST)
     return moments.reshape(*sizes[0], *sizes[1], *sizes[1]) / rows.shape[0]
