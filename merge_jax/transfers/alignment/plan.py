@@ -133,7 +133,17 @@ def _by_name_or(other: LayoutOf) -> LayoutOf:
 def traced_layout(source_graph: ChannelGraph, target_graph: ChannelGraph) -> LayoutOf:
     """Returns the layout of leaves by name, or, where the name does not tell, as the models compute with them."""
     graphs = {"source": source_graph, "target": target_graph}
-    return _by_name_or(lambda role, path, shape: graphs[role].layout(path, shape))
+    by_name = _by_name_or(lambda role, path, shape: graphs[role].layout(path, shape))
+
+    def layout(role: str, path: str, shape: tuple[int, ...]) -> MatrixSpec:
+        spec, graph = by_name(role, path, shape), graphs[role]
+        places, groups = apart_axes(graph.factors.get(path, tuple((size,) for size in shape))), graph.channel_groups
+        window = [one for axis in spec.window for one in places[axis]]
+        # Groups of heads `[2, 2, size, out]` look like a window, but are channels.
+        hidden = path in groups and any(groups[path][one] in graph.hidden for one in window)
+        return graph.layout(path, shape) if hidden else spec
+
+    return layout
 
 
 any_layout: LayoutOf = _by_name_or(lambda role, path, shape: MatrixSpec(tuple(range(len(shape))), ()))

@@ -1,6 +1,7 @@
 """Channels of a model, found by tracing: the axes that share channels, and the inputs of each layer."""
 
 import functools
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
@@ -171,8 +172,16 @@ def _product_moments(one: Sum, trace: ChannelTrace, graph: ChannelGraph) -> jax.
     """Returns the moments of the summed products of two values, such as queries and keys."""
     around, factors = graph.within.get(trace.channel_group(one.entering[0].nodes[one.places[0][0]])), []
     for value, places in zip(one.entering, one.places, strict=True):
-        outer = [axis for axis, node in enumerate(value.nodes) if around and trace.channel_group(node) == around]
-        factors.append(_moments(value.value, places, tuple(outer)))
+        # Repeated heads, of a grouped-query attention, are an axis merged from the heads and their copies.
+        apart = [trace.atoms(node) for node in value.nodes]
+        apart = [
+            atoms if axis not in places and around in map(trace.channel_group, atoms) else (value.nodes[axis],)
+            for axis, atoms in enumerate(apart)
+        ]
+        nodes = tuple(itertools.chain.from_iterable(apart))
+        summed = tuple(sum(map(len, apart[:axis])) for axis in places)
+        outer = [axis for axis, node in enumerate(nodes) if around and trace.channel_group(node) == around]
+        factors.append(_moments(value.value.reshape(trace.sizes(nodes)), summed, tuple(outer)))
     return factors[0] * factors[1]
 
 

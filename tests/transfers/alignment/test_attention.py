@@ -73,3 +73,45 @@ def test_the_order_of_heads_and_of_channels_in_each_does_not_matter():
     np.testing.assert_allclose(attend(moved, ROWS), attend(source, ROWS), rtol=1e-4, atol=1e-4)
     results = [attend(written(one, target)[2], ROWS) for one in (source, moved)]
     np.testing.assert_allclose(*results, atol=1e-4 * float(jnp.abs(results[0]).max()))
+
+
+def attend_in_groups(params, x):
+    """Returns what an attention makes whose queries `[3, groups, heads, d]` share the keys of their group."""
+    query, key, value = (jnp.einsum("bli,i...d->bl...d", x, params[name]) for name in ("query", "key", "value"))
+    weights = jax.nn.softmax(jnp.einsum("bqgrd,bkgd->bgrqk", query, key))
+    return jnp.einsum("blgrd,grdo->blo", jnp.einsum("bgrqk,bkgd->bqgrd", weights, value), params["out"])
+
+
+def attend_repeated(params, x):
+    """Returns the same, with keys and values that are repeated for all queries of a group."""
+    query, key, value = (jnp.einsum("bli,i...d->bl...d", x, params[name]) for name in ("query", "key", "value"))
+    query, key, value = query.reshape(*x.shape[:2], 4, -1), key.repeat(2, 2), value.repeat(2, 2)
+    weights = jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", query, key))
+    values = jnp.einsum("bhqk,bkhd->bqhd", weights, value)
+    return jnp.einsum("blhd,hdo->blo", values, params["out"].reshape(4, -1, 4))
+
+
+def groups(seed, of_query, of_value):
+    rng = np.random.default_rng(seed)
+    shapes = {"query": (3, 2, 2, of_query), "key": (3, 2, of_query), "value": (3, 2, of_value)}
+    shapes["out"] = (2, 2, of_value, 4)
+    return {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
+
+
+def written_by(fn, source, target):
+    graphs = [mj.channel_graph(fn, params, ROWS) for params in (source, target)]
+    transfer = mj.aligned_transfer({"**": "**"}, *graphs)
+    adapter = jax.jit(transfer.fit)(mj.input_moments(fn, source, ROWS), source, target)
+    return jax.jit(transfer.apply)(adapter, source, target)
+
+
+def test_heads_in_groups_are_no_window_of_a_convolution():
+    source = groups(0, 4, 3)
+    new = written_by(attend_in_groups, source, groups(1, 4, 5))
+    np.testing.assert_allclose(attend_in_groups(new, ROWS), attend_in_groups(source, ROWS), rtol=1e-5, atol=1e-5)
+
+
+def test_repeated_heads_are_aligned_as_those_in_groups():
+    source, target = groups(0, 4, 4), groups(1, 3, 3)
+    in_groups, repeated = (written_by(fn, source, target) for fn in (attend_in_groups, attend_repeated))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), in_groups, repeated)
