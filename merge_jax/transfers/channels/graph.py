@@ -175,7 +175,7 @@ def _product_moments(one: Sum, trace: ChannelTrace, graph: ChannelGraph) -> jax.
         # Repeated heads, of a grouped-query attention, are an axis merged from the heads and their copies.
         apart = [trace.atoms(node) for node in value.nodes]
         apart = [
-            atoms if axis not in places and around in map(trace.channel_group, atoms) else (value.nodes[axis],)
+            atoms if axis not in places and around in [*map(trace.channel_group, atoms)] else (value.nodes[axis],)
             for axis, atoms in enumerate(apart)
         ]
         nodes = tuple(itertools.chain.from_iterable(apart))
