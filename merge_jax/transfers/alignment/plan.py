@@ -185,9 +185,14 @@ def _leaf(
     channels = [sorted((*spec.rows, *spec.inputs)) for spec in specs]
     if len(channels[0]) != len(channels[1]):
         raise ValueError(
-            f"{target!r} of shape {shapes[0]} has {len(channels[0])} axes of channels, "
+            f"the target's {target!r} of shape {shapes[0]} has {len(channels[0])} axes of channels, the source's "
             f"{source!r} of shape {shapes[1]} has {len(channels[1])}: they cannot be paired"
-            + ("; where a model merges or splits axes of channels, these shapes have them apart" if merged else "")
+            + (
+                "; where a model merges or splits axes of channels, these shapes have them apart, without axes of size "
+                "1, such as groups of one channel"
+                if merged
+                else ""
+            )
         )
     leaf_groups = target_graph.leaf_groups(target), source_graph.leaf_groups(source)
     for named_axes, shape, path in zip(leaf_groups, shapes, (target, source), strict=True):

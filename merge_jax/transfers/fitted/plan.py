@@ -204,7 +204,7 @@ def _one_site(
         tuple(size for axis, size in enumerate(one) if axis not in places) for one in (shape, source_shape)
     )
     if rows != source_rows:
-        raise Unsolvable(f"its output is {source_shape} in the source and {shape} here: the positions differ")
+        raise Unsolvable(f"its output is {source_shape} in the source, here {shape}: axes beside its channels differ")
     batch, source_batch = target.examples(layer.end), source.examples(source_layer.end)
     if None not in (batch, source_batch) and batch != source_batch:
         raise Unsolvable("its examples lie along another axis in the source")

@@ -147,7 +147,7 @@ def test_averaged_and_flattened_maps_are_refused_with_both_shapes():
     mean = lambda params, x: jax.nn.relu(conv(x, params["conv"])).mean((1, 2)) @ params["fc"]["kernel"]  # noqa: E731
     target = draw(1, conv=(3, 3, 2, 6), fc=(6, 5))
     graphs = mj.channel_graph(fn, source, x), mj.channel_graph(mean, target, x)
-    with pytest.raises(ValueError, match=r"\(6, 5\) has 2 axes of channels, .*\(4, 4, 6, 5\) has 4.*have them apart"):
+    with pytest.raises(ValueError, match=r"target's .*\(6, 5\) has 2 axes .*\(4, 4, 6, 5\) has 4.* apart, without"):
         mj.aligned_transfer(EVERYTHING, *graphs).init(jax.random.key(0), source, target)
 
 
