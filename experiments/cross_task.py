@@ -141,6 +141,7 @@ _PRETRAINED = Config(
     head_penalty=100.0,
     routes=MINILM_ROUTES,
     agree=("encoder/layer_0=encoder/layer_0", "encoder/layer_1=encoder/layer_2", "features=features"),
+    agreement=2.0,  # Of 20, 2 and 0.2 on validation (AG News and SST-2, seed 0).
     labels=500,
     max_length=64,
 )
@@ -200,7 +201,7 @@ PRESETS = {
         _PRETRAINED,
         **_MINUTES,
         target_model="small_distilbert",
-        methods=("vanilla", "share", "kd", "agree", "prepare"),
+        methods=("vanilla", "kd", "agree", "prepare", "prepare_kd"),
         prepare_rate=1e-3,
         routes=(study.BY_DEPTH,),
         agree=("encoder/layer_0=encoder/layer_2", "encoder/layer_1=encoder/layer_5", "features=features"),
