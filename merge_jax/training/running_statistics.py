@@ -1,6 +1,7 @@
 """Recomputes BatchNorm statistics from given inputs."""
 
 import functools
+import inspect
 import itertools
 import math
 from collections.abc import Callable, Mapping
@@ -48,9 +49,10 @@ def reset_statistics(
 
     Raises:
       ValueError: no inputs or examples, different numbers of examples, no `params`, a module instead of its `apply`,
-        or a model that reads a missing collection.
+        a function without training mode, or a model that reads a missing collection.
     """
     check_apply(apply=apply)
+    _check_trains(apply)
     size = check_inputs(inputs, batch_size=batch_size)
     check_variables("variables", variables)
     statistics = variables.get(_COLLECTION, {})
@@ -62,6 +64,22 @@ def reset_statistics(
         found = [_moments(apply, axis_name, dict(variables), tuple(one[part] for one in inputs)) for part in parts]
     weights = np.array([part.stop - part.start for part in parts]) / size
     return {**variables, _COLLECTION: _pooled(statistics, found, weights)}
+
+
+def _check_trains(apply: ModelApply) -> None:
+    """Raises ValueError for a function without training mode, such as a refit takes."""
+    options = {"train": True, "mutable": [], "rngs": {}}
+    try:
+        signature = inspect.signature(apply)
+    except (TypeError, ValueError):  # Some callables have none.
+        return
+    try:
+        signature.bind_partial({}, **options)
+    except TypeError:
+        raise ValueError(
+            f"statistics are those of training mode: apply is called with {', '.join(options)}, and the given function "
+            f"takes {signature}; give the `apply` of a Linen module that takes `train`"
+        ) from None
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -154,3 +154,10 @@ def test_what_does_not_fit_is_named(change, arrays, message):
     variables = {name: part for name, part in {**started(), **change}.items() if part}
     with pytest.raises(ValueError, match=message):
         mj.reset_statistics(Net().apply, variables, *arrays)
+
+
+def test_a_function_without_training_mode_is_refused():
+    with pytest.raises(
+        ValueError, match=r"called with train, mutable, rngs, and the given function takes \(variables, x"
+    ):
+        mj.reset_statistics(lambda variables, x: Net().apply(variables, x), started(), inputs())
