@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import merge_jax as mj
+from merge_jax.transfers.channels.graph import _moments
 from tests.transfers.channels.test_graph import MODELS, reading, variables_of
 
 
@@ -64,3 +65,9 @@ def test_moments_of_a_shared_layer_are_summed():
     params = {"w": 2 * jnp.eye(2)}
     found = mj.input_moments(lambda p, x: x @ p["w"] @ p["w"], params, x)
     np.testing.assert_allclose(found["w"], (1 + 4) * np.outer([1, 2], [1, 2]), rtol=1e-6)
+
+
+def test_moments_hold_the_activations_once():
+    value = jax.ShapeDtypeStruct((2048, 256), jnp.float32)
+    plan = jax.jit(lambda one: _moments(jnp.tanh(one), (1,))).lower(value).compile().memory_analysis()
+    assert plan.temp_size_in_bytes < 1.5 * 2048 * 256 * 4
