@@ -70,8 +70,8 @@ class Config(study.TaskOptions, study.TransferOptions, study.RunConfig):
     target_weights: Path | None = None
     """The same for a text target."""
     pooler: study.PoolerName | None = None
-    """Pooling before a text classifier: tanh or relu, a layer on the first token; or mean over all tokens, as in
-    sentence transformers. By default tanh for BERT, relu for DistilBERT."""
+    """Pooling before a text classifier: tanh or relu, a layer on the first token; or as in sentence transformers, mean
+    over all tokens, or first, the first token itself. By default tanh for BERT, relu for DistilBERT."""
     fit_source_head: bool = False
     """If the Hugging Face file of a source has no last layer with the right number of classes, fit one to the
     labelled examples by logistic regression on its features."""

@@ -26,6 +26,7 @@ with epy.lazy_api_imports(globals()):
         resnet50_imagenet,
         small_resnet,
     )
+    from merge_jax.models.sentence_files import pooler_of
     from merge_jax.models.transformer import (
         SpanExtractor,
         TextClassifier,
@@ -69,6 +70,7 @@ __all__ = [
     "mobilenet_v2",
     "mobilenet_v2_half",
     "mobilenet_v2_imagenet",
+    "pooler_of",
     "resnet18",
     "resnet18_imagenet",
     "resnet34_imagenet",

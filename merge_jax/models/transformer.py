@@ -22,9 +22,9 @@ __all__ = [
     "small_distilbert",
 ]
 
-PoolerName = Literal["tanh", "relu", "mean"]
+PoolerName = Literal["tanh", "relu", "mean", "first"]
 """The layer before a classifier. On the first token: `tanh` as in BERT, named `pooler`; `relu` as in DistilBERT, named
-`pre_classifier`. `mean`: the mean of all tokens but padding, without a layer, as in sentence transformers."""
+`pre_classifier`. Without a layer, as in sentence transformers: `mean` of all tokens but padding, or the `first` one."""
 
 _INIT = nn.initializers.truncated_normal(0.02)
 # Far below any logit, yet finite: a label at such a position has a large loss, not NaN.
@@ -172,15 +172,16 @@ class TextClassifier(nn.Module):
     """Classes of a text, tokens `[B, L]` to logits `[B, num_classes]`, float32.
 
     `classifier(dropout(tanh(pooler(x_0))))`, or `classifier(dropout(relu(pre_classifier(x_0))))`, of the first token;
-    or `classifier(mean_l x_l)`, over all tokens but padding. The pooler's output is sown as `intermediates/features`,
-    before dropout. An encoder trained as a sentence transformer (arXiv:1908.10084), such as all-MiniLM-L6-v2,
-    represents a text by its mean, not by one token. As there, a mean has no dropout: means of different texts differ by
-    far less than dropout would change them, which would ruin a layer fitted to them.
+    or `classifier(mean_l x_l)`, over all tokens but padding, or `classifier(x_0)`. The pooler's output is sown as
+    `intermediates/features`, before dropout. An encoder trained as a sentence transformer (arXiv:1908.10084) represents
+    a text by its mean, as all-MiniLM-L6-v2 does, or by its first token. `pooler_of` reads which. As there, neither has
+    dropout: means of different texts differ by far less than dropout would change them, which would ruin a layer fitted
+    to them.
 
     Attributes:
       encoder: encoder of the text; its leaves are below `encoder`.
       num_classes: size of the output.
-      pooler: `tanh` as in BERT, `relu` as in DistilBERT, or `mean` as in sentence transformers.
+      pooler: `tanh` as in BERT, `relu` as in DistilBERT, `mean` or `first` as in sentence transformers.
     """
 
     encoder: TextEncoder
@@ -201,12 +202,14 @@ class TextClassifier(nn.Module):
             x = nn.tanh(dense(x.shape[-1], jnp.float32, _INIT, "pooler")(x[:, 0]))
         elif self.pooler == "relu":
             x = nn.relu(dense(x.shape[-1], jnp.float32, _INIT, "pre_classifier")(x[:, 0]))
+        elif self.pooler == "first":
+            x = x[:, 0]
         else:
             known = (tokens != PADDING).astype(jnp.float32)
             # At least one, for a text that is only padding.
             x = jnp.einsum("blc,bl->bc", x, known) / jnp.maximum(known.sum(axis=1, keepdims=True), 1)
         self.sow("intermediates", "features", x)
-        if self.pooler != "mean":
+        if self.pooler in ("tanh", "relu"):
             x = nn.Dropout(self.encoder.dropout_rate, deterministic=not train)(x)
         return dense(self.num_classes, jnp.float32, _INIT, "classifier")(x)
 

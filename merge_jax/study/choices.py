@@ -50,7 +50,7 @@ google-research/vision_transformer or Hugging Face."""
 TextModelName = Literal["small_bert", "small_distilbert", "minilm", "minilm_half", "bert_base", "distilbert_base"]
 """The encoders of `merge_jax.models`, each with the head of its task."""
 
-PoolerName = Literal["tanh", "relu", "mean"]
+PoolerName = Literal["tanh", "relu", "mean", "first"]
 """What is before a classifier of text, those of `merge_jax.models.TextClassifier`."""
 
 ImageTaskName = Literal["digits", "parity", "parity_and_size", "shapes", "cifar100", "cifar100_coarse"]

@@ -1,6 +1,7 @@
 """The experiment across tasks, and the data that it takes."""
 
 import json
+import re
 from functools import partial
 
 import jax
@@ -192,6 +193,28 @@ def pretrained_options(folder, texts):
     tokens.save(folder / "tokenizer.json")
     data = ["--target-data", texts, "--target-text", "sentence", "--target-label", "grade", "--max-length", "8"]
     return params, ["pretrained", "--source-from", folder, *data, *LITTLE[:-4], "--labels", "20"]
+
+
+@pytest.mark.parametrize(
+    ("mode", "message"),
+    [
+        ("mean", ""),
+        ("cls", r"warning: .* was trained with another vector of a text: --pooler first, not mean\n"),
+        (
+            "max",
+            r"warning: .*modules\.json: .* made by max; .* one of mean, cls; the run takes --pooler mean\n",
+        ),
+    ],
+)
+def test_a_source_with_another_pooling_is_warned_of(mode, message, tmp_path, capsys):
+    _, options = pretrained_options(tmp_path, write_texts(tmp_path / "data"))
+    layers = [{"type": "models.Transformer", "path": ""}, {"type": "models.Pooling", "path": "1_Pooling"}]
+    (tmp_path / "modules.json").write_text(json.dumps(layers))
+    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": mode}))
+    options += ["--methods", "vanilla"]
+    plan_source(build(*options), parse(cross_task.PRESETS, "", "", [*map(str, options)]))
+    assert re.fullmatch(message, capsys.readouterr().err)
 
 
 @pytest.mark.slow

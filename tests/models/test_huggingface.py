@@ -148,17 +148,18 @@ def test_a_head_of_other_classes_is_kept_whole(architecture, tmp_path):
     np.testing.assert_array_equal(loaded.params["classifier"]["kernel"], 7.0)
 
 
-def test_a_sentence_transformer_is_read_without_its_pooler(tmp_path):
+@pytest.mark.parametrize("pooler", ["mean", "first"])
+def test_a_sentence_transformer_is_read_without_its_pooler(pooler, tmp_path):
     """Its file has the bare names, a pooler that it was not trained with, and no classifier."""
     tensors = {name.removeprefix("bert."): tensor for name, tensor in tensors_of("bert", "classes").items()}
     tensors = {name: tensor for name, tensor in tensors.items() if "classifier" not in name}
-    model = models.TextClassifier(model_of("bert", None), CLASSES, "mean")
+    model = models.TextClassifier(model_of("bert", None), CLASSES, pooler)
     loaded = models.from_huggingface(write(tmp_path, tensors), params_of(model))
     assert loaded.kept == ("classifier/bias", "classifier/kernel")
     _, (found,) = jax.jit(mj.objectives.with_features(model.apply))({"params": loaded.params}, TOKENS)
     states = reference("bert", None, tensors_of("bert", "classes"), TOKENS, SEGMENTS)
-    expected = [state[text > 0].mean(axis=0) for state, text in zip(states, TOKENS, strict=True)]
-    np.testing.assert_allclose(found, expected, atol=1e-5)
+    means = [state[text > 0].mean(axis=0) for state, text in zip(states, TOKENS, strict=True)]
+    np.testing.assert_allclose(found, means if pooler == "mean" else [state[0] for state in states], atol=1e-5)
 
 
 def test_leaves_keep_the_models_dtype(tmp_path):

@@ -267,13 +267,16 @@ def text_model(
         model and its vocabulary.
     """
     encoder = make_text_encoder(model, tokens, max_length, attributes, sizes)
+    own: PoolerName = "tanh" if encoder.num_segments else "relu"
+    pooler = own if pooler is None else pooler
     name = f"{model if sizes is None else sizes.name} ({texts.name} {task})"
     module: Any
     if isinstance(texts, QuestionSet):
         module = mj.models.SpanExtractor(encoder)
     else:
-        own = "tanh" if encoder.num_segments else "relu"
-        module = mj.models.TextClassifier(encoder, len(texts.classes), own if pooler is None else pooler)
+        module = mj.models.TextClassifier(encoder, len(texts.classes), pooler)
+        if weights is not None:
+            _warn_of_pooling(weights, pooler)
 
     def random_init(key: jax.Array) -> Any:
         return mj.models.initialize(module, key, np.zeros((1, max_length), np.int32))["params"]
@@ -320,6 +323,8 @@ def text_model(
         return read_weights(path, params).params
 
     def load_and_fit(path: Path, variables: dict[str, Any], seed: int | None) -> dict[str, Any]:
+        if seed is None:  # Before the first seed.
+            _warn_of_pooling(path, pooler)
         params, kept = read_weights(path, variables["params"], fitted="classifier/")
         if kept and seed is not None:
             learned = splits(seed).train
@@ -390,6 +395,17 @@ def describe_tokens(max_length: int) -> str:
 
 def _warn(line: str) -> None:
     print(line, file=sys.stderr)
+
+
+def _warn_of_pooling(path: Path, pooler: PoolerName) -> None:
+    """Warns of a sentence transformer that was trained with another vector of a text."""
+    try:
+        own = mj.models.pooler_of(path)
+    except ValueError as error:
+        _warn(f"warning: {error}; the run takes --pooler {pooler}")
+        return
+    if own not in (None, pooler):
+        _warn(f"warning: {path} was trained with another vector of a text: --pooler {own}, not {pooler}")
 
 
 def _check_classes(name: str, texts: LabelledTexts, classes: Sequence[str]) -> None:
