@@ -60,7 +60,7 @@ class Prepared(NamedTuple):
       compiled: `run` under `jax.jit`.
       run: maps source variables, target variables, inputs and a key to the target's variables, `solved`, and whether
         all are finite.
-      unread: running means and variances that a model is given but does not read, by its role.
+      training: what a model does as in training mode, by its role; empty in evaluation mode.
       constants: bytes of the arrays that the models contain as constants; infinite if one is traced.
     """
 
@@ -68,7 +68,7 @@ class Prepared(NamedTuple):
     kept: Mapping[str, str]
     run: _Run
     compiled: Any
-    unread: Mapping[str, Sequence[str]]
+    training: Mapping[str, Sequence[str]]
     constants: float
 
 
@@ -157,16 +157,20 @@ def _prepare(
     constants = [one.value for one in operands if isinstance(one, Constant)]
     held = sum(math.prod(jnp.shape(one)) * jnp.result_type(one).itemsize for one in constants)
     of_a_trace = any(isinstance(one, Tracer) for one in constants)
-    unread = {role: _unread(one) for role, one in zip(("source", "target"), programs, strict=True)}
-    return Prepared(walk, plan.kept, run, jax.jit(run), unread, math.inf if of_a_trace else held)
+    training = {role: _signs_of_training(one) for role, one in zip(("source", "target"), programs, strict=True)}
+    return Prepared(walk, plan.kept, run, jax.jit(run), training, math.inf if of_a_trace else held)
 
 
-def _unread(program: Program) -> list[str]:
-    """Returns the running statistics that do not affect the outputs."""
+def _signs_of_training(program: Program) -> list[str]:
+    """Returns what a model does as in training mode: it leaves running statistics unread, or draws random numbers."""
     read = program.ancestors(one for one in program.outputs if not isinstance(one, Constant))
     paths = list(program.leaves)
     statistics = [path for path in paths if path.rpartition("/")[2] in ("mean", "var") and is_state(path, paths)]
-    return [path for path in statistics if program.leaves[path] not in read]
+    unread = [path for path in statistics if program.leaves[path] not in read]
+    signs = [f"does not read its statistics {some_of(unread, 2)}"] if unread else []
+    if any(equation.name == "random_bits" and not read.isdisjoint(equation.outputs) for equation in program.equations):
+        signs.append("draws random numbers, as dropout does")
+    return signs
 
 
 def _averaged(moments: LayerMoments, axis_name: str) -> LayerMoments:

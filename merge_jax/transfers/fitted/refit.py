@@ -138,11 +138,10 @@ def refit(
     options = RefitOptions(ridge, batch_size, max_rows, choice, axis_name)
     traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(arguments))
     made = prepared(source, target, named_routes, arguments[:3], options, keep=not traced)
-    for role, paths in made.unread.items():
-        if paths:
+    for role, signs in made.training.items():
+        if signs:
             warnings.warn(
-                f"the {role} does not read its statistics {some_of(paths, 2)}: it seems to be in training mode; give "
-                "the model in evaluation mode",
+                f"the {role} {' and '.join(signs)}: it seems to be in training mode; give the model in evaluation mode",
                 stacklevel=2,
             )
     made.walk.check_rows(min(batch_size, count), 1 if axis_name is None else lax.axis_size(axis_name))

@@ -57,6 +57,22 @@ def test_a_model_that_returns_new_statistics_is_named():
     assert mj.refit(EVERYTHING, watching, calm, variables, variables, X).solved
 
 
+@pytest.mark.parametrize("role", ["source", "target"])
+def test_a_model_that_draws_random_numbers_is_warned_of(role):
+    """A function that brings its own key, so that Flax does not ask for one."""
+
+    def calm(params, x):
+        return x @ params["first"]["kernel"]
+
+    def noisy(params, x):
+        return calm(params, x * jax.random.bernoulli(jax.random.key(0), 0.5, x.shape))
+
+    params = {"first": {"kernel": jnp.ones((5, 4))}}
+    models = (noisy, calm) if role == "source" else (calm, noisy)
+    with pytest.warns(UserWarning, match=f"^the {role} draws random numbers, as dropout does: it seems to be in"):
+        mj.refit(EVERYTHING, *models, params, params, X)
+
+
 def test_a_plain_tree_may_have_a_layer_of_the_name_of_a_feature():
     def model(params, x):
         hidden = x @ params["hidden"]["kernel"]
