@@ -2,7 +2,8 @@
 
 import sys
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -83,8 +84,8 @@ class Measures(NamedTuple):
     end: Callable[[TrainState, int], float | None]
 
 
-FitHead = Callable[[TrainState, int], tuple[dict[str, np.ndarray], ModelState]]
-"""`(target right after the write, seed) -> (leaves of its last layer by path, model state)`."""
+FitHead = Callable[[TrainState, int, str], tuple[dict[str, np.ndarray], ModelState]]
+"""`(target right after the write, seed, method) -> (leaves of its last layer by path, model state)`."""
 
 Opponents = Callable[[TrainState, int, Collection[str]], dict[str, float]]
 """`(source, seed, names) -> test accuracy by opponent`, of those in `names`."""
@@ -148,10 +149,10 @@ def make_fit_head(
     params, model_state = model.init(jax.random.key(0))
     few = take(test, np.arange(min(_SOME, len(test["label"]))))
     kernel, bias = _last_layer(model.name, params, *observe(params, model_state, few))
-    checked = False  # Once per run suffices.
+    checked: set[str] = set()  # Once per method suffices.
+    with_dropout = cache(lambda: _loss_with_dropout(model))
 
-    def fit_head(target: TrainState, seed: int) -> tuple[dict[str, np.ndarray], ModelState]:
-        nonlocal checked
+    def fit_head(target: TrainState, seed: int, method: str) -> tuple[dict[str, np.ndarray], ModelState]:
         sample = sampled(model, seed)
         assert sample is not None  # It existed for seed 0.
         target = reset_to_inputs(model, target, sample, seed, axis_name)
@@ -162,36 +163,46 @@ def make_fit_head(
             found.features, labels, num_classes=classes, penalty=model.head_penalty, floor=model.head_floor
         )
         leaves = {kernel: np.asarray(head.kernel), bias: np.asarray(head.bias)}
-        if not checked:
-            checked = True
+        loss = with_dropout()
+        if loss is not None and method not in checked:
+            checked.add(method)
             features, known = (jnp.asarray(part[:_SEVERAL]) for part in (found.features, labels))
             calm = float(mj.cross_entropy(head(features), known).mean())
-            _warn_of_dropout(model, mj.replace(target.params, leaves), target.model_state, sample.fitted, calm)
+            noisy = float(loss(mj.replace(target.params, leaves), target.model_state, _several(sample.fitted)))
+            if not noisy <= 3 * calm + 1:
+                _warn_of_dropout(f"{model.name}, before {method},", calm, noisy)
         return leaves, target.model_state
 
     return (kernel, bias), fit_head
 
 
-def _warn_of_dropout(
-    model: StudyModel, params: Params, model_state: ModelState, fitted: Mapping[str, Any], calm: float
-) -> None:
-    """Warns on standard error if dropout destroys a fitted last layer's predictions, so that training would undo it.
-
-    This happens if features differ between examples by far less than dropout changes them.
-    """
-    given = jax.random.key(0), params, model_state, take(fitted, np.arange(min(_SEVERAL, len(fitted["label"]))))
+def _loss_with_dropout(model: StudyModel) -> Callable[[Params, ModelState, Arrays], jax.Array] | None:
+    """Returns a model's loss in training mode, compiled for several examples; None if it has no dropout."""
+    sample = sampled(model, 0)
+    assert sample is not None  # As for any last layer that is fitted.
+    given = jax.random.key(0), *model.shapes, _several(sample.fitted)
     traced = jax.jit(lambda key, params, state, batch: model.loss(params, state, batch, key)[0]).trace(*given)
     key = traced.jaxpr.jaxpr.invars[0]
     if not any(key is used for equation in traced.jaxpr.eqns for used in equation.invars):
-        return  # No dropout.
-    noisy = float(traced.lower().compile()(*given))
-    if not noisy <= 3 * calm + 1:
-        print(
-            f"warning: the last layer of {model.name} was fitted first, to a loss of {calm:.2f}; with the model's"
-            f" dropout it is {noisy:.3g}, and steps will undo it: take a model without dropout before its last layer"
-            " (of text, --pooler mean), or a larger --head-penalty",
-            file=sys.stderr,
-        )
+        return None
+    return partial(traced.lower().compile(), jax.random.key(0))
+
+
+def _several(examples: Arrays) -> Arrays:
+    return take(examples, np.arange(min(_SEVERAL, num_examples(examples))))
+
+
+def _warn_of_dropout(name: str, calm: float, noisy: float) -> None:
+    """Warns on standard error that dropout destroys a fitted last layer's predictions, so that training would undo it.
+
+    This happens if features differ between examples by far less than dropout changes them.
+    """
+    print(
+        f"warning: the last layer of {name} was fitted first, to a loss of {calm:.2f}; with the model's dropout it is"
+        f" {noisy:.3g}, and steps will undo it: take a model without dropout before its last layer (of text, --pooler"
+        " mean), or a larger --head-penalty or --head-floor",
+        file=sys.stderr,
+    )
 
 
 def _last_layer(name: str, params: Any, features: np.ndarray, logits: np.ndarray) -> tuple[str, str]:

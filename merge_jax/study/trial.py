@@ -142,7 +142,7 @@ class Trial:
         state = self._state(seed, source, self.method.fit, self.method.start)
         if self.fit_head is None:
             return state
-        leaves, model_state = self.fit_head(self._written(state), seed)
+        leaves, model_state = self.fit_head(self._written(state), seed, self.name)
         target = TrainState(replace(state.target.params, leaves), model_state, None)
         return self._state(seed, source, lambda *_: state.adapter.params, lambda *_: target)
 

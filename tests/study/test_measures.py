@@ -240,12 +240,13 @@ def test_a_head_that_dropout_would_undo_is_warned_of(rate, capsys):
     paths, fit_head = make_fit_head(model, observer(model, splits.test))
     assert paths == ("last/kernel", "last/bias")
     state = TrainState(*model.init(jax.random.key(0)), None)
-    for _ in range(2):
-        fitted, _ = fit_head(state, 0)
-    floored, _ = make_fit_head(replace(model, head_floor=9.0), observer(model, splits.test))[1](state, 0)
+    for method in ("vanilla", "vanilla", "prepare"):
+        fitted, _ = fit_head(state, 0, method)
+    floored, _ = make_fit_head(replace(model, head_floor=9.0), observer(model, splits.test))[1](state, 0, "vanilla")
     assert np.abs(floored["last/kernel"]).max() < 0.5 * np.abs(fitted["last/kernel"]).max()
     said = capsys.readouterr().err
-    assert said.count("the last layer of little was fitted first, to a loss of") == 2 * (rate > 0)  # Once for each.
+    for method, times in {"vanilla": 2, "prepare": 1}.items():  # Once for each of a run.
+        assert said.count(f"the last layer of little, before {method}, was fitted first") == times * (rate > 0)
 
 
 def test_a_pool_has_the_labelled_inputs_first_and_others_without_labels():
