@@ -81,7 +81,10 @@ def find_layer(program: Program, leaf: str) -> Layer:
     if all(one.name in _SUMS for one in equations):
         raise Unsolvable("it is added, but not on the path from a solved layer to its output")
     if not dense and not all(_by_channel(one, linear) for one in equations):
-        raise Unsolvable(f"it is applied to the data by the operation {equations[0].name!r}, which is not linear in it")
+        name = equations[0].name
+        if name == "gather":
+            raise Unsolvable("it is a table whose rows are looked up")
+        raise Unsolvable(f"it is applied to the data by the operation {name!r}, which is not linear in it")
     ways = [_way(program, one.outputs[0], through_data=not dense) for one in equations]
     if len({end for _, end in ways}) > 1:
         raise Unsolvable("it reaches more than one end")

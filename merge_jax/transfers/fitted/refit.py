@@ -155,7 +155,8 @@ def refit(
 def _count(inputs: tuple[jax.Array, ...]) -> int:
     wrong = [type(one).__name__ for one in inputs if not hasattr(one, "shape")]
     if wrong:
-        raise ValueError(f"the refit takes its inputs as arrays, one after the other, got {', '.join(wrong)}")
+        found = ", ".join(wrong)
+        raise ValueError(f"the refit takes its inputs as arrays, one after the other (texts as tokens), got {found}")
     for place, one in enumerate(inputs):
         check_numbers(f"input {place} of the refit", one)
     counts = {jnp.shape(one)[0] if jnp.ndim(one) else 0 for one in inputs}

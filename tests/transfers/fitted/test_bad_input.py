@@ -18,7 +18,7 @@ X = jnp.asarray(np.random.default_rng(0).normal(size=(20, 5)), jnp.float32)
 
 def test_inputs_are_arrays_one_after_the_other():
     fit = functools.partial(mj.refit, EVERYTHING, None, None, {}, {})
-    with pytest.raises(ValueError, match=r"inputs as arrays, one after the other, got dict$"):
+    with pytest.raises(ValueError, match=r"inputs as arrays, one after the other \(texts as tokens\), got dict$"):
         fit({"image": jnp.zeros((4, 2))})
     with pytest.raises(ValueError, match=r"got list$"):
         fit([[0.0, 1.0], [1.0, 0.0]])
