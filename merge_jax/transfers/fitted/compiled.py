@@ -157,19 +157,23 @@ def _prepare(
     constants = [one.value for one in operands if isinstance(one, Constant)]
     held = sum(math.prod(jnp.shape(one)) * jnp.result_type(one).itemsize for one in constants)
     of_a_trace = any(isinstance(one, Tracer) for one in constants)
-    training = {role: _signs_of_training(one) for role, one in zip(("source", "target"), programs, strict=True)}
+    training = {role: _signs_of_training(one, size) for role, one in zip(("source", "target"), programs, strict=True)}
     return Prepared(walk, plan.kept, run, jax.jit(run), training, math.inf if of_a_trace else held)
 
 
-def _signs_of_training(program: Program) -> list[str]:
-    """Returns what a model does as in training mode: it leaves running statistics unread, or draws random numbers."""
+def _signs_of_training(program: Program, size: int) -> list[str]:
+    """Returns what a model does as in training mode: it leaves running statistics unread, or draws random numbers.
+
+    Random features that all `size` examples share are part of a model; what is drawn for each example is not.
+    """
     read = program.ancestors(one for one in program.outputs if not isinstance(one, Constant))
     paths = list(program.leaves)
     statistics = [path for path in paths if path.rpartition("/")[2] in ("mean", "var") and is_state(path, paths)]
     unread = [path for path in statistics if program.leaves[path] not in read]
     signs = [f"does not read its statistics {some_of(unread, 2)}"] if unread else []
-    if any(equation.name == "random_bits" and not read.isdisjoint(equation.outputs) for equation in program.equations):
-        signs.append("draws random numbers, as dropout does")
+    drawn = [one for one in program.equations if one.name == "random_bits" and not read.isdisjoint(one.outputs)]
+    if any(axis >= size and axis % size == 0 for one in drawn for axis in one.params["shape"]):
+        signs.append("draws random numbers for each example, as dropout does")
     return signs
 
 

@@ -69,7 +69,7 @@ def test_a_model_that_draws_random_numbers_is_warned_of(role):
 
     params = {"first": {"kernel": jnp.ones((5, 4))}}
     models = (noisy, calm) if role == "source" else (calm, noisy)
-    with pytest.warns(UserWarning, match=f"^the {role} draws random numbers, as dropout does: it seems to be in"):
+    with pytest.warns(UserWarning, match=f"^the {role} draws random numbers for each example, as dropout does: it"):
         mj.refit(EVERYTHING, *models, params, params, X)
 
 
