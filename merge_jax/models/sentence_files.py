@@ -28,14 +28,17 @@ def pooler_of(path: str | os.PathLike[str]) -> PoolerName | None:
     Raises:
       ValueError: a pooling or another layer that `TextClassifier` does not support, or a file that cannot be read.
     """
-    modules = (Path(path) if Path(path).is_dir() else Path(path).parent) / "modules.json"
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    if not (folder / "modules.json").is_file() and folder.resolve().name.startswith("0_"):
+        folder = folder.resolve().parent  # Old releases have the weights one folder below, in 0_Transformer.
+    modules = folder / "modules.json"
     if not modules.is_file():
         return None
     try:
-        layers = [(layer["type"].rpartition(".")[2], layer["path"]) for layer in json.loads(modules.read_bytes())]
+        layers = [(one["type"].rpartition(".")[2], folder / one["path"]) for one in json.loads(modules.read_bytes())]
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise ValueError(f"{modules} does not list the layers of a sentence transformer: {error!r}") from None
-    poolings = [modules.parent / folder / "config.json" for kind, folder in layers if kind == "Pooling"]
+    poolings = [own / "config.json" for kind, own in layers if kind == "Pooling"]
     modes = [mode for pooling in poolings for mode in _modes(pooling)]
     others = [kind for kind, _ in layers if kind not in _READ]
     if others or len(modes) != 1 or modes[0] not in _POOLERS:
@@ -52,6 +55,6 @@ def _modes(pooling: Path) -> list[str]:
     config = read_json(pooling)
     if "pooling_mode" in config:
         mode = config["pooling_mode"]
-        return [mode] if isinstance(mode, str) else [str(one) for one in mode]
+        return [str(one) for one in mode] if isinstance(mode, list) else [str(mode)]
     old = [name.removeprefix(_OLD) for name, chosen in config.items() if name.startswith(_OLD) and chosen is True]
-    return [_OLD_MODES.get(name, name) for name in old]
+    return [_OLD_MODES.get(name, name) for name in old] or ["mean"]  # The default, as release 6.2 reads both.
