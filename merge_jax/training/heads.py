@@ -11,7 +11,7 @@ import optax
 from jax import lax
 from jax.core import Tracer
 
-from merge_jax.checks import check_above_zero, check_at_least_one, check_numbers, check_zero_or_more
+from merge_jax.checks import all_finite, check_above_zero, check_at_least_one, check_numbers, check_zero_or_more
 from merge_jax.objectives.distillation import cross_entropy
 from merge_jax.paths import some_of
 
@@ -76,8 +76,8 @@ def fit_head(
       max_steps: for labels, the maximum number of L-BFGS steps.
 
     Raises:
-      ValueError: wrong shapes or types, non-finite values, fewer examples than classes, labels out of range. Under
-        `jit`, values are not checked, and `num_classes` is required for labels.
+      ValueError: wrong shapes or types, non-finite values or results, fewer examples than classes, labels out of range.
+        Under `jit`, values are not checked, and `num_classes` is required for labels.
 
     Warns:
       UserWarning: classes without an example of weight above 0, which the head never predicts; no convergence; or no
@@ -120,6 +120,11 @@ def fit_head(
                 f"{float(slope):.2g}, the tolerance {float(tolerance):.2g}; give more max_steps, or raise the penalty",
                 stacklevel=2,
             )
+    if not isinstance(head.kernel, Tracer) and not all_finite(head):
+        raise ValueError(
+            f"the head is not finite: the numbers are too large for float32, or the penalty of {float(penalty):.3g} is"
+            " too small to solve for it"
+        )
     if not isinstance(head.kernel, Tracer) and not head.kernel.any():
         warnings.warn(
             "the head predicts the same of all examples: no feature varies in float32, or the targets do not",

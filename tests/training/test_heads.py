@@ -156,3 +156,9 @@ def test_a_floor_keeps_the_weights_of_features_that_hardly_vary_small():
     assert np.abs(logits.kernel[30:]).max() < 1
     with pytest.raises(ValueError, match="floor must be a finite number of at least 0, got -1"):
         mj.fit_head(small, LABELS, floor=-1)
+
+
+def test_a_penalty_too_small_to_solve_for_is_named():
+    features = np.random.default_rng(0).normal(size=(4, 50))  # More unknowns than examples.
+    with pytest.raises(ValueError, match=r"the head is not finite: .* the penalty of 1e-12 is too small"):
+        mj.fit_head(features, features[:, :3], penalty=1e-12)
