@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax.errors import InvalidRngError, ModifyScopeVariableError
+from flax.errors import InvalidRngError, ModifyScopeVariableError, TraceContextError
 from jax import lax
 from jax.core import Tracer
 
@@ -34,6 +34,7 @@ __all__ = ["ModelFn", "Prepared", "RefitOptions", "prepared"]
 _ALIGNED_ON = 512  # Inputs that suffice to estimate each layer's second moments.
 _MOST_KEPT = 8
 _MOST_CONSTANTS = 1_000_000
+_DRAWS = ("random_bits", "random_gamma")
 
 ModelFn = Callable[..., Any]
 """`(variables, *inputs) -> outputs`, in evaluation mode."""
@@ -171,8 +172,8 @@ def _signs_of_training(program: Program, size: int) -> list[str]:
     statistics = [path for path in paths if path.rpartition("/")[2] in ("mean", "var") and is_state(path, paths)]
     unread = [path for path in statistics if program.leaves[path] not in read]
     signs = [f"does not read its statistics {some_of(unread, 2)}"] if unread else []
-    drawn = [one for one in program.equations if one.name == "random_bits" and not read.isdisjoint(one.outputs)]
-    if any(axis >= size and axis % size == 0 for one in drawn for axis in one.params["shape"]):
+    drawn = [out for one in program.equations if one.name in _DRAWS for out in one.outputs if out in read]
+    if any(axis >= size and axis % size == 0 for out in drawn for axis in program.shapes[out].shape):
         signs.append("draws random numbers for each example, as dropout does")
     return signs
 
@@ -204,8 +205,8 @@ def _followed(role: str, fn: ModelFn, variables: Params, batch: list[Any]) -> Fo
     with error_context(f"the {role}"), name_missing_collections(variables), name_misfit(batch):
         try:
             return FollowedModel(*ChannelTrace.followed(apply, variables, batch, strict=True))
-        except (InvalidRngError, ModifyScopeVariableError) as error:
+        except (InvalidRngError, ModifyScopeVariableError, TraceContextError) as error:
             raise ValueError(
                 "it updates its state or draws random numbers, as in training mode: give it in evaluation mode, such as"
-                f" functools.partial(model.apply, train=False) ({error})"
+                f" functools.partial(model.apply, train=False), or of NNX after model.eval() ({error})"
             ) from None

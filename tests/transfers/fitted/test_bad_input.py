@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import merge_jax as mj
 
@@ -163,3 +164,26 @@ def test_a_shard_map_that_checks_its_devices_is_refused():
         ValueError, match=r"over 'data' needs jax.shard_map\(..., check_vma=False\), got check_vma=True"
     ):
         jax.shard_map(lambda x: fit(x).variables, **options)(X)
+
+
+def test_a_model_of_nnx_in_training_mode_is_refused():
+    model = nnx.Sequential(nnx.Linear(5, 4, rngs=nnx.Rngs(0)), nnx.BatchNorm(4, rngs=nnx.Rngs(1)))
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    parts = nnx.to_pure_dict(params)
+
+    def apply(params, x):
+        return nnx.merge(graph, params, rest)(x)
+
+    with pytest.raises(ValueError, match=r"the source: it updates its state .* or of NNX after model\.eval\(\)"):
+        mj.refit(EVERYTHING, apply, apply, parts, parts, X)
+
+
+def test_draws_of_a_gamma_distribution_are_warned_of():
+    params = {"kernel": jnp.ones((5, 4))}
+
+    def apply(params, x):
+        return x @ params["kernel"] * jax.random.gamma(jax.random.key(0), 1.0, (len(x), 4))
+
+    with pytest.warns(UserWarning, match="draws random numbers") as caught:
+        mj.refit(EVERYTHING, apply, lambda params, x: x @ params["kernel"], params, params, X)
+    assert sum("source draws" in str(one.message) for one in caught) == 1
