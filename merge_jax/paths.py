@@ -104,8 +104,8 @@ def find_paths(paths: Iterable[str], pattern: Pattern, *, role: str = "tree") ->
             hint = f"a regular expression has to match whole paths; {hint}"
         elif any(_glob_expression(f"**/{pattern}").fullmatch(path) for path in paths):
             hint = f"'*' stays inside one part of a path, so try {f'**/{pattern}'!r}"
-        elif (rest := pattern.partition("/")[2]) and any(map(_glob_expression(rest).fullmatch, paths)):
-            hint = f"paths here start one part later, so try {rest!r}"
+        elif (rest := pattern.removeprefix("params/")) != pattern and any(map(_glob_expression(rest).fullmatch, paths)):
+            hint = f"paths here have no 'params/', so try {rest!r}"
         raise ValueError(f"the {role} pattern {text!r} matches no leaf; {hint}")
     return found
 

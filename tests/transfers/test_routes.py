@@ -163,7 +163,7 @@ SOURCE, TARGET = tree(3), {**tree(2), "a": attention(6, 3, 2), "count": jnp.ones
         (mj.Route("fc/kernel", "fc/kernel", rank=4), r"'fc/kernel' is a matrix \[3, 4\], too small for the rank 4"),
         (("embed/embed*ing", "fc/kernel"), None),
         (("*kernel", "fc/kernel"), r"'\*' stays inside one part of a path, so try '\*\*/\*kernel'"),
-        (("params/**", "fc/kernel"), r"paths here start one part later, so try '\*\*'"),
+        (("params/**", "fc/kernel"), r"paths here have no 'params/', so try '\*\*'"),
         ((re.compile("kernel"), "fc/kernel"), "a regular expression has to match whole paths; did you mean"),
         (mj.Route("fc/kernel", "fc/kernel", rank="whole"), None),
         (mj.Route("fc/kernel", "fc/kernel", rank=2, view="convolution"), "has a rank and the view 'convolution'"),
