@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from merge_jax.checkpoints.names import check_inside
 from merge_jax.paths import near_misses
 
-__all__ = ["check_shard", "index_ending", "only_file", "parse_json", "read_index", "read_json", "total_size"]
+__all__ = ["beside", "check_shard", "index_ending", "only_file", "parse_json", "read_index", "read_json", "total_size"]
 
 _MAP = "weight_map"
 _ENDINGS = {".bin.index.json": ".bin", ".weights.json": ".h5"}
@@ -77,6 +78,11 @@ def only_file(folder: Path, files: Iterable[Path]) -> Path | None:
             f"the folder {folder} has several files of weights, name one: {', '.join(file.name for file in found)}"
         )
     return found[0] if found else None
+
+
+def beside(path: str | os.PathLike[str], name: str) -> Path:
+    """Returns the path of another file of a model: in its folder, or in that of its weight file."""
+    return (Path(path) if Path(path).is_dir() else Path(path).parent) / name
 
 
 def read_json(file: Path) -> dict[str, Any]:

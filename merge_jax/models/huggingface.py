@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from merge_jax.checkpoints.names import without_prefix
-from merge_jax.checkpoints.shards import read_json
+from merge_jax.checkpoints.shards import beside, read_json
 from merge_jax.checkpoints.weights.load import load_weights, weight_paths, weight_shapes
 from merge_jax.checks import check_at_least_one
 from merge_jax.models.key_maps import check_kept
@@ -412,7 +412,7 @@ def _check_config(path: str | os.PathLike[str], ours: _Architecture, num_heads: 
 
 
 def _config_file(path: str | os.PathLike[str]) -> Path:
-    return (Path(path) if Path(path).is_dir() else Path(path).parent) / "config.json"
+    return beside(path, "config.json")
 
 
 def _config(path: str | os.PathLike[str]) -> dict[str, Any]:

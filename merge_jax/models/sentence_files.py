@@ -4,7 +4,7 @@ import json
 import os
 from pathlib import Path
 
-from merge_jax.checkpoints.shards import read_json
+from merge_jax.checkpoints.shards import beside, read_json
 from merge_jax.models.transformer import PoolerName
 
 __all__ = ["pooler_of"]
@@ -28,14 +28,14 @@ def pooler_of(path: str | os.PathLike[str]) -> PoolerName | None:
     Raises:
       ValueError: a pooling or another layer that `TextClassifier` does not support, or a file that cannot be read.
     """
-    folder = Path(path) if Path(path).is_dir() else Path(path).parent
-    if not (folder / "modules.json").is_file() and folder.resolve().name.startswith("0_"):
-        folder = folder.resolve().parent  # Old releases have the weights one folder below, in 0_Transformer.
-    modules = folder / "modules.json"
+    modules = beside(path, "modules.json")
+    folder = modules.resolve().parent
+    if not modules.is_file() and folder.name.startswith("0_"):  # There, old releases have the weights.
+        modules = folder.parent / "modules.json"
     if not modules.is_file():
         return None
     try:
-        layers = [(one["type"].rpartition(".")[2], folder / one["path"]) for one in json.loads(modules.read_bytes())]
+        layers = [(x["type"].rpartition(".")[2], modules.parent / x["path"]) for x in json.loads(modules.read_bytes())]
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise ValueError(f"{modules} does not list the layers of a sentence transformer: {error!r}") from None
     poolings = [own / "config.json" for kind, own in layers if kind == "Pooling"]

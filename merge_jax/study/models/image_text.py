@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import merge_jax as mj
-from merge_jax.checkpoints.shards import read_json
+from merge_jax.checkpoints.shards import beside, read_json
 from merge_jax.checks import check_choice
 from merge_jax.data import (
     Arrays,
@@ -213,7 +213,7 @@ def image_text_model(
 def _scale_of_pixels(found: VisualQuestionSet | CaptionSet, weights: Path | None) -> tuple[Sequence[float], ...]:
     """Returns the pixels' mean and deviation for normalisation: those of the weights, or of the images."""
     if weights is not None:
-        config = (weights if weights.is_dir() else weights.parent) / "preprocessor_config.json"
+        config = beside(weights, "preprocessor_config.json")
         learned = read_json(config) if config.exists() else {}
         if {"image_mean", "image_std"} <= learned.keys():
             return tuple(_numbers(learned[key], f"{key} of {config}") for key in ("image_mean", "image_std"))

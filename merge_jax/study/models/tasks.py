@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import merge_jax as mj
+from merge_jax.checkpoints.shards import beside
 from merge_jax.checkpoints.weights.load import find_weights, weight_paths
 from merge_jax.checks import check_choice
 from merge_jax.data import CaptionSet, QuestionSet, TextSet, VisualQuestionSet, WordPiece
@@ -159,9 +160,8 @@ def _with_sizes(spec: TaskSpec, source_from: Path | None) -> TaskSpec:
     file = source_from if spec.weights is None else spec.weights
     if spec.task not in _TEXT_TASKS or file is None:
         return spec
-    folder = file if file.is_dir() else file.parent
-    is_run = (folder / "checkpoints").is_dir()
-    return spec if is_run or not (folder / "config.json").exists() else replace(spec, sizes=file)
+    is_run = beside(file, "checkpoints").is_dir()
+    return spec if is_run or not beside(file, "config.json").exists() else replace(spec, sizes=file)
 
 
 def _check_modality(spec: TaskSpec) -> None:
